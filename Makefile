@@ -1,0 +1,49 @@
+# The verbs of the project. Every one of them sets up what it needs in .venv.
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTHON ?= python3.11
+
+.PHONY: install lint check test bench protos demo serve demo-model clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+lint: $(STAMP)  ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(STAMP)  ## style, types, import rules, fresh stubs, forbidden calls
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	ops/gen_protos.sh --check
+	ops/check_forbidden.sh
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+bench: $(STAMP)  ## memory per process and cold start; rewrites nothing
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/cold_start.py
+
+protos: $(STAMP)  ## regenerate moesaic/v1 from protos/
+	ops/gen_protos.sh
+
+demo: $(STAMP)  ## a cluster on the built-in model, one answer, and where its time went
+	$(BIN)/moesaic demo
+
+serve: $(STAMP)  ## the same cluster, staying up
+	$(BIN)/moesaic serve --workers 4
+
+demo-model: $(STAMP)  ## train the built-in model again: make demo-model CORPUS=FOLDER
+	@test -n "$(CORPUS)" || { echo "usage: make demo-model CORPUS=FOLDER (plain text files, one a domain)" >&2; exit 2; }
+	$(BIN)/python ops/demo_model/train.py --corpus "$(CORPUS)" --out cluster/demo_model
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

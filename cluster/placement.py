@@ -1,0 +1,169 @@
+"""Who holds what: the experts of each worker, and the node of each worker. Pure functions.
+
+Per layer, every worker gets a quota: the even share, or its share by weight. Quotas laid end to end around the circle
+of the layer's slots give every slot its copies and no worker the same expert twice, so that losing one worker never
+takes two copies of an expert. What a layer cannot split evenly is made up for in the next, so totals stay even too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+
+from moesaic.errors import InvalidArgument
+from moesaic.manifest import ExpertAddress
+from moesaic.settings import Device
+
+MAX_WORKERS = 64
+# Ray counts fractions of a GPU in ten-thousandths.
+_GPU_SHARES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One machine of the Ray cluster and what it offers."""
+
+    id: str
+    address: str
+    num_cpus: int
+    num_gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where one worker runs, and its share of that node."""
+
+    node: Node
+    num_gpus: float
+    threads: int
+
+
+def place_experts(
+    num_layers: int,
+    num_slots: int,
+    num_workers: int,
+    replicas: int = 1,
+    weights: Sequence[float] | None = None,
+) -> tuple[frozenset[ExpertAddress], ...]:
+    """The experts of each worker.
+
+    Every expert is on exactly `replicas` different workers. Without `weights` the workers' numbers differ by at most
+    one, in every layer and in all; with them they follow the weights as far as whole experts allow, and no worker is
+    left empty. Raises InvalidArgument with field `workers`, `replicas` or `weights`.
+    """
+    _check_counts(num_layers * num_slots, num_workers, replicas)
+    shares = _shares(num_slots, num_workers, replicas, weights)
+    held: list[set[ExpertAddress]] = [set() for _ in range(num_workers)]
+    for layer in range(num_layers):
+        quotas = _quotas(shares, [len(experts) for experts in held], layer + 1)
+        position = 0
+        for experts, quota in zip(held, quotas, strict=True):
+            experts.update(
+                ExpertAddress(layer, index % num_slots) for index in range(position, position + quota)
+            )
+            position += quota
+    if empty := [index for index, experts in enumerate(held) if not experts]:
+        raise InvalidArgument(f"weights: worker {empty[0]} would hold no expert", field="weights")
+    return tuple(map(frozenset, held))
+
+
+def seat_workers(
+    nodes: Sequence[Node], num_workers: int | None, device: Device, *, home: str, at_most: int = MAX_WORKERS
+) -> tuple[Seat, ...]:
+    """The node, GPU share and threads of each worker.
+
+    A node offers one place per GPU, or one when it has none or `device` is cpu. None workers: one in each place, up to
+    `at_most`; otherwise they go around the places. On the node with id `home` the router takes part in the GPUs, but
+    not in the cores: it rests while workers compute.
+    """
+    places = _places(nodes, device)
+    if not places:
+        raise InvalidArgument("device: no node of the cluster has a GPU", field="device")
+    count = min(len(places), at_most) if num_workers is None else num_workers
+    seated = [places[index % len(places)] for index in range(count)]
+    return tuple(_seat(node, seated.count(node), device, home) for node in seated)
+
+
+def seat_router(nodes: Sequence[Node], workers: Sequence[Seat], device: Device, *, home: str) -> Seat:
+    """The router runs on `home` with all its cores, and shares a GPU there with the workers."""
+    node = next(node for node in nodes if node.id == home)
+    seat = _seat(node, sum(worker.node == node for worker in workers), device, home)
+    return Seat(node=node, num_gpus=seat.num_gpus, threads=node.num_cpus)
+
+
+def _check_counts(num_experts: int, num_workers: int, replicas: int) -> None:
+    if not 1 <= num_workers <= MAX_WORKERS:
+        raise InvalidArgument(f"workers: must be in [1, {MAX_WORKERS}]", field="workers")
+    if replicas < 1:
+        raise InvalidArgument("replicas: must be at least 1", field="replicas")
+    if replicas > num_workers:
+        raise InvalidArgument(
+            f"replicas: {replicas} copies of an expert need {replicas} workers, there are {num_workers}",
+            field="replicas",
+        )
+    copies = num_experts * replicas
+    if num_workers > copies:
+        raise InvalidArgument(
+            f"workers: {num_workers} workers for {copies} experts: at most {copies}", field="workers"
+        )
+
+
+def _shares(
+    num_slots: int, num_workers: int, replicas: int, weights: Sequence[float] | None
+) -> list[Fraction]:
+    """Each worker's exact share of one layer, by weight, capped at one copy of every expert."""
+    exact = [Fraction(1)] * num_workers if weights is None else _checked(weights, num_workers)
+    shares = [Fraction(0)] * num_workers
+    open_workers, left = set(range(num_workers)), Fraction(num_slots * replicas)
+    while open_workers:
+        total = sum(exact[worker] for worker in open_workers)
+        full = {worker for worker in open_workers if left * exact[worker] > num_slots * total}
+        for worker in full or open_workers:
+            shares[worker] = Fraction(num_slots) if full else left * exact[worker] / total
+        open_workers -= full or open_workers
+        left -= num_slots * len(full)
+    return shares
+
+
+def _checked(weights: Sequence[float], num_workers: int) -> list[Fraction]:
+    if len(weights) != num_workers:
+        raise InvalidArgument(f"weights: must name all {num_workers} workers", field="weights")
+    if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
+        raise InvalidArgument("weights: must be finite and above 0", field="weights")
+    return [Fraction(weight) for weight in weights]
+
+
+def _quotas(shares: Sequence[Fraction], held: Sequence[int], num_layers: int) -> list[int]:
+    """Whole numbers for the next layer: each share rounded down, or up for whoever is furthest behind its share."""
+    quotas = [math.floor(share) for share in shares]
+    can_round_up = [worker for worker, share in enumerate(shares) if share > quotas[worker]]
+    behind = sorted(
+        can_round_up,
+        key=lambda worker: (held[worker] + quotas[worker] - shares[worker] * num_layers, worker),
+    )
+    for worker in islice(behind, int(sum(shares)) - sum(quotas)):
+        quotas[worker] += 1
+    return quotas
+
+
+def _places(nodes: Sequence[Node], device: Device) -> list[Node]:
+    """One entry per place, the first place of every node before the second of any."""
+    places: list[tuple[int, Node]] = []
+    for node in nodes:
+        if device != "cpu" and node.num_gpus:
+            places += [(gpu, node) for gpu in range(node.num_gpus)]
+        elif device != "cuda":
+            places.append((0, node))
+    return [node for _, node in sorted(places, key=lambda place: place[0])]
+
+
+def _seat(node: Node, num_workers: int, device: Device, home: str) -> Seat:
+    """One of `num_workers` equal seats on a node: equal, so that Ray can pack the shares of its GPUs in any order."""
+    num_gpus = 0.0
+    if device != "cpu" and node.num_gpus:
+        num_tenants = num_workers + (1 if node.id == home else 0)
+        num_gpus = _GPU_SHARES // math.ceil(num_tenants / node.num_gpus) / _GPU_SHARES
+    return Seat(node, num_gpus, threads=max(1, node.num_cpus // max(1, num_workers)))

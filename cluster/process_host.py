@@ -1,0 +1,151 @@
+"""What one process of the cluster is doing, told to whoever asks.
+
+A host takes its server from PENDING over LOADING to READY and tells every change at once, so that nobody has to poll.
+A server that cannot start is FAILED with the reason and is tried again: the file or the memory that it lacked may come
+back. Knows nothing of Ray; an actor is a host with a mailbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from moesaic.errors import MoesaicError
+from moesaic.v1 import control_pb2
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 1.0
+LAST_RETRY_S = 30.0
+
+
+class HostedServer(Protocol):
+    """A server as its host sees it. `start` may be called again after `stop`."""
+
+    @property
+    def loaded_bytes(self) -> int: ...
+
+    @property
+    def total_bytes(self) -> int: ...
+
+    async def start(self) -> str:
+        """Binds; returns HOST:PORT."""
+        ...
+
+    async def load(self) -> None:
+        """Returns when the server serves."""
+        ...
+
+    async def stop(self, drain_s: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReport:
+    """A process at one moment. `revision` grows with every change but progress; it starts anew with the process."""
+
+    name: str
+    revision: int
+    state: control_pb2.ProcessState
+    address: str
+    node: str
+    pid: int
+    restarts: int
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+    detail: str = ""
+
+    @property
+    def ready(self) -> bool:
+        return self.state == control_pb2.PROCESS_STATE_READY
+
+
+class ProcessHost:
+    """Runs one server in this process and reports on it."""
+
+    def __init__(
+        self,
+        name: str,
+        make_server: Callable[[], Awaitable[HostedServer]],
+        *,
+        node: str,
+        restarts: int,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._make_server = make_server
+        self._sleep = sleep
+        self._server: HostedServer | None = None
+        self._changed = asyncio.Condition()
+        self._report = ProcessReport(
+            name=name,
+            revision=1,
+            state=control_pb2.PROCESS_STATE_PENDING,
+            address="",
+            node=node,
+            pid=os.getpid(),
+            restarts=restarts,
+        )
+
+    async def run(self) -> None:
+        """Returns when the server is READY; a failed start is reported and repeated."""
+        retry_s = FIRST_RETRY_S
+        while not await self._try_start():
+            await self._sleep(retry_s)
+            retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    async def report(self, seen: int, hold_s: float) -> ProcessReport:
+        """The report, as soon as it differs from revision `seen`, at the latest after `hold_s`."""
+        try:
+            async with asyncio.timeout(hold_s), self._changed:
+                await self._changed.wait_for(lambda: self._report.revision != seen)
+        except TimeoutError:
+            pass
+        if self._server is None:
+            return self._report
+        return replace(
+            self._report, loaded_bytes=self._server.loaded_bytes, total_bytes=self._server.total_bytes
+        )
+
+    async def stop(self, drain_s: float) -> None:
+        """Lets running work end within `drain_s`, then stops the server."""
+        await self._tell(control_pb2.PROCESS_STATE_DRAINING)
+        if self._server is not None:
+            await self._server.stop(drain_s)
+        await self._tell(control_pb2.PROCESS_STATE_STOPPED)
+
+    async def _try_start(self) -> bool:
+        try:
+            self._server = await self._make_server()
+            address = await self._server.start()
+            await self._tell(control_pb2.PROCESS_STATE_LOADING, address)
+            await self._server.load()
+        except Exception as error:  # the loop of this process: whatever went wrong is told to the cluster
+            log.exception("cannot start", extra={"fields": {"process": self._report.name}})
+            await self._discard_server()
+            await self._tell(control_pb2.PROCESS_STATE_FAILED, detail=_reason(error))
+            return False
+        await self._tell(control_pb2.PROCESS_STATE_READY, address)
+        return True
+
+    async def _discard_server(self) -> None:
+        server, self._server = self._server, None
+        if server is None:
+            return
+        try:
+            await server.stop(0.0)
+        except Exception:  # half a server: the reason that is told is why it could not start
+            log.exception("cannot stop", extra={"fields": {"process": self._report.name}})
+
+    async def _tell(self, state: control_pb2.ProcessState, address: str = "", detail: str = "") -> None:
+        async with self._changed:
+            self._report = replace(
+                self._report, revision=self._report.revision + 1, state=state, address=address, detail=detail
+            )
+            self._changed.notify_all()
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, MoesaicError) else f"{type(error).__name__}: {error}"

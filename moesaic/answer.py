@@ -1,0 +1,173 @@
+"""What comes back from a router: tokens as they come, and the whole answer, as frozen values.
+
+`from_pb` reads the messages of inference.proto, and nothing else here knows them. Part of the client library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from moesaic.errors import DataLoss
+from moesaic.v1 import inference_pb2 as pb
+
+FinishReason = Literal["stop", "length"]
+
+_FINISH_REASONS: dict[int, FinishReason] = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could have come, and its log probability."""
+
+    token_id: int
+    logprob: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token with its log probability under the model; None for the first token of a prompt.
+
+    `text` may hold replacement characters where the token is part of a character; `token_bytes` never does.
+    """
+
+    token_id: int
+    logprob: float | None
+    text: str
+    token_bytes: bytes
+    # Most probable first.
+    top: tuple[Alternative, ...]
+
+    @classmethod
+    def from_pb(cls, entry: pb.TokenLogprob) -> Self:
+        return cls(
+            token_id=entry.token_id,
+            logprob=entry.logprob if entry.HasField("logprob") else None,
+            text=entry.text,
+            token_bytes=entry.token_bytes,
+            top=tuple(Alternative(top.token_id, top.logprob, top.text) for top in entry.top),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptInfo:
+    """The prompt as the model saw it: token ids, text, and with `prompt_logprobs` one entry per token."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+
+    @classmethod
+    def from_pb(cls, prompt: pb.PromptInfo) -> Self:
+        return cls(tuple(prompt.token_ids), prompt.text, tuple(map(TokenLogprob.from_pb, prompt.logprobs)))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of the prompt, and of one continuation."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one continuation, from its admission."""
+
+    queued_s: float
+    first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What one message of the stream adds to continuation `index`: as a rule one token.
+
+    `str(token)` is its text, which may be empty: part of a character, or text held back for a stop string. The last
+    one of a continuation has `finish_reason`, `usage` and `timing`; the first one of the stream has `prompt`.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    index: int
+    finish_reason: FinishReason | None
+    # The stop string, or the id of the stop token, that ended it.
+    stop: str | None
+    usage: Usage | None
+    timing: Timing | None
+    prompt: PromptInfo | None
+    request_id: str
+    model: str
+    # The epoch that every token of the answer is computed in.
+    epoch: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def from_pb(cls, response: pb.GenerateResponse) -> Self:
+        usage, timing = response.usage, response.timing
+        return cls(
+            text=response.text,
+            token_ids=tuple(response.token_ids),
+            logprobs=tuple(map(TokenLogprob.from_pb, response.logprobs)),
+            index=response.index,
+            finish_reason=_FINISH_REASONS.get(response.finish_reason),
+            stop=response.stop or None,
+            usage=Usage(usage.prompt_tokens, usage.completion_tokens) if response.HasField("usage") else None,
+            timing=Timing(timing.queued_s, timing.first_token_s, timing.total_s)
+            if response.HasField("timing")
+            else None,
+            prompt=PromptInfo.from_pb(response.prompt) if response.HasField("prompt") else None,
+            request_id=response.request_id,
+            model=response.model,
+            epoch=response.epoch,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer: one continuation of one prompt. `str(completion)` is its text."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason
+    stop: str | None
+    usage: Usage
+    timing: Timing
+    prompt: PromptInfo
+    request_id: str
+    model: str
+    epoch: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def of(cls, tokens: Sequence[Token]) -> Self:
+        """The stream of one continuation as a whole. Raises DataLoss when its beginning or its end is missing."""
+        prompt = _first(token.prompt for token in tokens)
+        last = tokens[-1] if tokens else None
+        if prompt is None or last is None or not (last.finish_reason and last.usage and last.timing):
+            raise DataLoss("the answer broke off without an error", reason="INCOMPLETE_ANSWER")
+        return cls(
+            text="".join(token.text for token in tokens),
+            token_ids=tuple(token_id for token in tokens for token_id in token.token_ids),
+            logprobs=tuple(entry for token in tokens for entry in token.logprobs),
+            finish_reason=last.finish_reason,
+            stop=last.stop,
+            usage=last.usage,
+            timing=last.timing,
+            prompt=prompt,
+            request_id=last.request_id,
+            model=last.model,
+            epoch=last.epoch,
+        )
+
+
+def _first(prompts: Iterable[PromptInfo | None]) -> PromptInfo | None:
+    return next((prompt for prompt in prompts if prompt is not None), None)

@@ -1,0 +1,206 @@
+"""The only file that makes gRPC channels and servers: limits, keepalive, health, reflection, errors, tracing.
+
+Every server answers grpc.health.v1 and reflection, turns exceptions into google.rpc.Status in one place, and continues
+the caller's trace. Health is per service name and starts as NOT_SERVING: the owner says when it is true.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_status import rpc_status
+from opentelemetry import trace
+
+from moesaic import telemetry
+from moesaic.errors import InternalError, InvalidArgument, MoesaicError, to_status
+
+if TYPE_CHECKING:
+    from grpc_health.v1.health import aio as health_aio
+
+log = logging.getLogger(__name__)
+
+PUBLIC_MESSAGE_BYTES = 16 << 20
+# A prefill chunk of some thousand rows, one row back per (token, expert), fits with room to spare.
+DATA_MESSAGE_BYTES = 256 << 20
+
+_CHANNEL_OPTIONS = (
+    # A restarted peer is found again within half a second; the defaults wait for up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    # Without it a stopped peer goes unseen for a minute, whatever the keepalive says.
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.enable_retries", 0),
+)
+_SERVER_OPTIONS = (
+    # Two servers must not share a port by accident.
+    ("grpc.so_reuseport", 0),
+    # Long generations are quiet; do not cut off clients that ping meanwhile.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+def _limits(max_message_bytes: int) -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+    )
+
+
+def aio_channel(target: str, *, max_message_bytes: int = PUBLIC_MESSAGE_BYTES) -> grpc.aio.Channel:
+    """An asyncio channel to HOST:PORT."""
+    return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS + _limits(max_message_bytes))
+
+
+def channel(target: str, *, max_message_bytes: int = DATA_MESSAGE_BYTES) -> grpc.Channel:
+    """A thread-based channel to HOST:PORT, for callers that block (the engine's links to workers)."""
+    return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS + _limits(max_message_bytes))
+
+
+class Server:
+    """A gRPC server with health, reflection, error mapping and tracing.
+
+    `services` pairs full service names with the functions that add their servicers:
+    `{"moesaic.v1.ExpertService": lambda server: add_ExpertServiceServicer_to_server(servicer, server)}`.
+    """
+
+    def __init__(
+        self,
+        services: dict[str, Callable[[grpc.aio.Server], None]],
+        *,
+        max_message_bytes: int = PUBLIC_MESSAGE_BYTES,
+        max_concurrent_rpcs: int | None = None,
+    ) -> None:
+        # Imported here because a client install has neither package.
+        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+        from grpc_reflection.v1alpha import reflection
+
+        self._server = grpc.aio.server(
+            interceptors=[_Boundary()],
+            options=_SERVER_OPTIONS + _limits(max_message_bytes),
+            maximum_concurrent_rpcs=max_concurrent_rpcs,
+        )
+        self._services = tuple(services)
+        self._health: health_aio.HealthServicer = health.aio.HealthServicer()
+        self._status = health_pb2.HealthCheckResponse
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for add_servicer in services.values():
+            add_servicer(self._server)
+        reflection.enable_server_reflection(
+            (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+
+    async def start(self, host: str, port: int) -> int:
+        """Binds and serves; returns the port (a free one for 0). Raises InvalidArgument when it is taken."""
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise InvalidArgument(
+                f"cannot listen on {host}:{port}: the port is in use or the host is not this machine's",
+                field="port",
+                reason="PORT_IN_USE",
+            ) from error
+        await self.set_serving(False)
+        await self._server.start()
+        return bound
+
+    async def set_serving(self, serving: bool) -> None:
+        """What grpc.health.v1 answers, for every service and for the server as a whole."""
+        status = self._status.SERVING if serving else self._status.NOT_SERVING
+        for service in ("", *self._services):
+            await self._health.set(service, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, lets running ones end within `grace_s` seconds, then cancels them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def wait(self) -> None:
+        await self._server.wait_for_termination()
+
+
+def request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """The caller's x-request-id, or nothing."""
+    for key, value in context.invocation_metadata() or ():
+        if key == telemetry.REQUEST_ID_METADATA and isinstance(value, str):
+            return value
+    return ""
+
+
+class _Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """The one place where an exception becomes a status, and where a server span starts."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith("/moesaic."):
+            return handler
+        serializers = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.request_streaming and handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                _guard_stream(method, handler.stream_stream), **serializers
+            )
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(method, handler.unary_stream), **serializers
+            )
+        return grpc.unary_unary_rpc_method_handler(_guard_unary(method, handler.unary_unary), **serializers)
+
+
+def _guard_unary(
+    method: str, call: Callable[[Any, Any], Awaitable[Any]]
+) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def guarded(request: Any, context: Any) -> Any:
+        with _server_span(method, context):
+            try:
+                return await call(request, context)
+            except Exception as error:
+                await _abort(method, context, error)
+
+    return guarded
+
+
+def _guard_stream(
+    method: str, call: Callable[[Any, Any], AsyncIterator[Any]]
+) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        with _server_span(method, context):
+            try:
+                async for response in call(request, context):
+                    yield response
+            except Exception as error:
+                await _abort(method, context, error)
+
+    return guarded
+
+
+def _server_span(method: str, context: Any) -> Any:
+    return telemetry.TRACER.start_as_current_span(
+        method.strip("/"),
+        context=telemetry.extract(context.invocation_metadata()),
+        kind=trace.SpanKind.SERVER,
+    )
+
+
+async def _abort(method: str, context: Any, error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, MoesaicError):
+        log.exception("unexpected error", extra={"fields": {"method": method}})
+        error = InternalError("internal error")
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+

@@ -1,0 +1,105 @@
+"""Traces and logs: every name in one place, W3C context in gRPC metadata, JSON lines on stderr.
+
+Without `configure` (or without an OTLP endpoint) spans are no-ops. Neither a span nor a log line ever holds a prompt,
+a token id, or which expert computed which token: that would reveal the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Mapping
+
+from opentelemetry import propagate, trace
+from opentelemetry.context import Context
+
+TRACER = trace.get_tracer("moesaic")
+
+# Span names and attributes: GenAI conventions where they exist, `moe.*` for the project's own.
+SPAN_DISPATCH = "moe.dispatch"
+SPAN_COMPUTE = "moe.compute"
+REQUEST_ID = "moesaic.request_id"
+MODEL = "gen_ai.request.model"
+INPUT_TOKENS = "gen_ai.usage.input_tokens"
+OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+EPOCH = "moe.epoch"
+LAYER = "moe.layer"
+ROWS = "moe.rows"
+WORKER = "moe.worker"
+
+REQUEST_ID_METADATA = "x-request-id"
+
+
+def inject() -> list[tuple[str, str]]:
+    """The current span's context as gRPC metadata; empty without one."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return list(carrier.items())
+
+
+def extract(metadata: Iterable[tuple[str, str | bytes]] | None) -> Context:
+    """The caller's context out of gRPC metadata."""
+    return propagate.extract(
+        {key: value for key, value in metadata or () if isinstance(value, str)}
+    )
+
+
+def current_traceparent() -> str:
+    """The current span's W3C `traceparent`, for frames of a long-lived stream; empty when nothing is recorded."""
+    if not trace.get_current_span().is_recording():
+        return ""
+    return dict(inject()).get("traceparent", "")
+
+
+def configure(service: str, *, otlp_endpoint: str | None, log_level: str = "INFO") -> None:
+    """Sets up this process: JSON logs always, an OTLP exporter when there is an endpoint. Call once, at its start."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(service))
+    logging.basicConfig(level=log_level, handlers=[handler], force=True)
+    if otlp_endpoint:
+        _configure_tracing(service)
+
+
+def flush() -> None:
+    """Sends what is still buffered; call before a process ends."""
+    force_flush = getattr(trace.get_tracer_provider(), "force_flush", None)
+    if force_flush is not None:
+        force_flush(timeout_millis=2000)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: ts, level, service, logger, message, and what was passed as `extra={"fields": …}`."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "ts": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "service": self._service,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        fields = getattr(record, "fields", None)
+        if isinstance(fields, Mapping):
+            line.update(fields)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _configure_tracing(service: str) -> None:
+    # The SDK is part of the `serve` extra: a client process never comes here.
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider(resource=Resource.create({"service.name": service}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)

@@ -1,0 +1,1 @@
+"""Tokens in, tokens out: engine, scheduler, KV cache, the model with its three seams, dispatcher, public gRPC service."""

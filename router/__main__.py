@@ -1,0 +1,113 @@
+"""`python -m router`: a router by hand, with workers named by hand or a controller to follow."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moesaic import telemetry
+from moesaic.checkpoint import open_checkpoint
+from moesaic.errors import InvalidArgument, MoesaicError
+from moesaic.families import describe_model
+from moesaic.settings import Settings, load_settings
+from router.cluster_view import ClusterView, ControlWatch, NamedWorkers
+
+if TYPE_CHECKING:
+    from router.server import RouterServer
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    worker: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of an expert worker; repeat it.")
+    ] = None,
+    control: Annotated[str | None, typer.Option(help="HOST:PORT of a controller.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name in the API.")] = None,
+    host: Annotated[str | None, typer.Option()] = None,
+    port: Annotated[int | None, typer.Option(help="0: any free port.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+) -> None:
+    """Serves a model whose experts are served elsewhere."""
+    try:
+        settings = load_settings(
+            config,
+            model=str(model),
+            served_model_name=served_model_name,
+            host=host,
+            grpc_port=port,
+            device=device,
+            dtype=dtype,
+            engine={"max_model_len": max_model_len},
+        )
+        asyncio.run(_serve(settings, model, _view(model, worker or [], control)))
+    except MoesaicError as error:
+        typer.echo(f"router: {error.message}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _view(model: Path, workers: list[str], control: str | None) -> ClusterView:
+    if bool(workers) == bool(control):
+        raise InvalidArgument("name either workers (--worker) or a controller (--control)", field="worker")
+    if control is not None:
+        address = control
+
+        async def resolve() -> str:
+            return address
+
+        return ControlWatch(resolve)
+    shape = describe_model(open_checkpoint(model))
+    return NamedWorkers(
+        workers, model=model.resolve().name, num_layers=shape.num_layers, num_slots=shape.num_slots
+    )
+
+
+async def _serve(settings: Settings, model: Path, view: ClusterView) -> None:
+    # Heavy: torch and transformers. A wrong flag is told before.
+    from router.server import RouterConfig, RouterServer
+
+    telemetry.configure("router", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
+    server = RouterServer(
+        RouterConfig(
+            model=model,
+            served_name=settings.served_model_name or model.resolve().name,
+            host=settings.host,
+            port=settings.grpc_port,
+            device=settings.device,
+            dtype=settings.dtype,
+            engine=settings.engine,
+        ),
+        view,
+    )
+    stopping = asyncio.Event()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, stopping.set)
+    ready = asyncio.create_task(_become_ready(server, settings.cluster.start_timeout_s))
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({ready, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            ready.result()
+        await stop
+    finally:
+        ready.cancel()
+        stop.cancel()
+        await server.stop(settings.cluster.drain_timeout_s)
+        telemetry.flush()
+
+
+async def _become_ready(server: RouterServer, timeout_s: float) -> None:
+    address = await server.start()
+    await server.load()
+    await server.wait_ready(timeout_s)
+    typer.echo(f"ready grpc={address}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,135 @@
+"""What a router is made of before it knows the epoch: text, model, cache, dispatcher; and how much the cache may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from moesaic.checkpoint import open_checkpoint
+from moesaic.families import MoeModel, describe_model
+from moesaic.manifest import Epoch
+from moesaic.settings import Device, DType, EngineSettings
+from router.dispatcher import Dispatcher
+from router.engine import Engine
+from router.kv_cache import BlockPool, KVCache
+from router.model import RouterModel
+from router.phases import PhaseClock
+from router.replica_pool import ReplicaPool
+from router.scheduler import Limits
+from router.text import Text
+
+# Without a setting the cache holds one sequence of full length, at least this much, at most this share of the memory.
+MIN_CACHE_BYTES = 256 << 20
+MAX_CACHE_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """What a router has to be told."""
+
+    model: Path
+    served_name: str
+    host: str
+    port: int
+    device: Device
+    dtype: DType
+    engine: EngineSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that is loaded from the checkpoint, ready for an epoch."""
+
+    settings: EngineSettings
+    shape: MoeModel
+    text: Text
+    model: RouterModel
+    cache: KVCache
+    blocks: BlockPool
+    dispatcher: Dispatcher
+    clock: PhaseClock
+    max_model_len: int
+
+    def engine(self, epoch: Epoch) -> Engine:
+        """An engine for sequences of `epoch`, not started."""
+        return Engine(
+            self.model,
+            self.cache,
+            self.blocks,
+            self.dispatcher,
+            self.clock,
+            epoch=epoch,
+            limits=Limits(self.settings.max_batch_tokens, self.settings.max_running_sequences),
+            max_waiting=self.settings.max_waiting_sequences,
+        )
+
+
+def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Parts:
+    """Reads all but the expert weights. Raises CheckpointError."""
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    checkpoint = open_checkpoint(config.model)
+    shape = describe_model(checkpoint)
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device, shape)
+    dispatcher = Dispatcher(pool, clock, call_timeout_s=config.engine.call_timeout_s)
+    model = RouterModel(
+        checkpoint,
+        shape,
+        dtype=dtype,
+        device=device,
+        compute_experts=dispatcher.compute,
+        clock=clock,
+    )
+    blocks = _block_pool(config.engine, shape, dtype)
+    cache = KVCache(
+        num_layers=shape.num_layers,
+        num_positions=blocks.num_blocks * blocks.block_tokens,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    return Parts(
+        settings=config.engine,
+        shape=shape,
+        text=Text.load(config.model),
+        model=model,
+        cache=cache,
+        blocks=blocks,
+        dispatcher=dispatcher,
+        clock=clock,
+        max_model_len=min(
+            config.engine.max_model_len or shape.max_model_len,
+            shape.max_model_len,
+            blocks.num_blocks * blocks.block_tokens,
+        ),
+    )
+
+
+def _block_pool(settings: EngineSettings, shape: MoeModel, dtype: torch.dtype) -> BlockPool:
+    token_bytes = KVCache.token_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
+    if settings.kv_cache_mib is not None:
+        cache_bytes = settings.kv_cache_mib << 20
+    else:
+        one_sequence = token_bytes * min(settings.max_model_len or shape.max_model_len, shape.max_model_len)
+        most = int(psutil.virtual_memory().available * MAX_CACHE_SHARE)
+        cache_bytes = min(max(MIN_CACHE_BYTES, one_sequence), most)
+    num_blocks = max(1, cache_bytes // (token_bytes * settings.kv_block_tokens))
+    return BlockPool(num_blocks, settings.kv_block_tokens)
+
+
+def _device(device: Device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _dtype(dtype: DType, device: torch.device, shape: MoeModel) -> torch.dtype:
+    """auto: bfloat16 where it is fast and the checkpoint is no finer; else float32."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and shape.dtype == "bfloat16" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

@@ -1,0 +1,237 @@
+"""A router process put together: model, engine, service, and the view of the cluster that feeds its replica pool.
+
+`start` binds the port (health NOT_SERVING), `load` reads the dense weights, `wait_ready` waits for the workers, starts
+the engine and lets one real token pass every layer; health says SERVING from then on, as long as it is true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psutil
+
+from moesaic import rpc
+from moesaic.errors import Unavailable
+from moesaic.manifest import Epoch
+from moesaic.v1 import inference_pb2, inference_pb2_grpc
+from router.cluster_view import ClusterView
+from router.engine import Engine
+from router.parts import Parts, RouterConfig, load_parts
+from router.phases import PhaseClock
+from router.replica_pool import ReplicaPool
+from router.sequence import Failed, SamplingParams, SequenceEvent, SequenceRequest, TokenGenerated
+from router.service import InferenceService, ModelFacts
+from router.worker_link import WorkerLink
+
+__all__ = ["RouterConfig", "RouterServer"]
+
+log = logging.getLogger(__name__)
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+HEALTH_PERIOD_S = 0.25
+DRAIN_POLL_S = 0.02
+ENGINE_STOP_S = 5.0
+
+
+class RouterServer:
+    """One router. Use: start, load, wait_ready, … stop."""
+
+    def __init__(self, config: RouterConfig, view: ClusterView) -> None:
+        self._config = config
+        self._view = view
+        self._started_s = time.monotonic()
+        self._door = _Door()
+        self._server = rpc.Server(
+            {
+                SERVICE: lambda server: inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+                    self._door, server
+                )
+            }
+        )
+        self._clock = PhaseClock()
+        self._pool = ReplicaPool()
+        self._epoch: asyncio.Future[Epoch] | None = None
+        self._parts: Parts | None = None
+        self._engine: Engine | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> str:
+        """Binds the port and begins to follow the cluster. Returns HOST:PORT."""
+        port = await self._server.start(self._config.host, self._config.port)
+        self._epoch = asyncio.get_running_loop().create_future()
+        self._tasks.append(asyncio.create_task(self._follow(self._epoch)))
+        return f"{self._config.host}:{port}"
+
+    async def load(self) -> None:
+        """Reads everything but the experts. Raises CheckpointError."""
+        self._parts = await asyncio.to_thread(load_parts, self._config, self._pool, self._clock)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Returns once a real token has passed every layer. Raises Unavailable after `timeout_s`."""
+        assert self._parts is not None and self._epoch is not None, "start and load come first"
+        try:
+            async with asyncio.timeout(timeout_s):
+                epoch = await asyncio.shield(self._epoch)
+                self._engine = engine = self._parts.engine(epoch)
+                engine.start()
+                await _pass_one_token(engine, timeout_s)
+        except TimeoutError as error:
+            raise Unavailable(
+                f"not every expert had a worker within {timeout_s:.0f} s", reason="NOT_READY"
+            ) from error
+        self._door.service = self._service(self._parts, engine, epoch)
+        await self._server.set_serving(True)
+        self._tasks.append(asyncio.create_task(self._keep_health_true(engine, epoch)))
+
+    async def stop(self, drain_s: float) -> None:
+        """Refuses new requests, lets running ones end within `drain_s` seconds, then stops everything."""
+        await self._server.set_serving(False)
+        if self._door.service is not None:
+            self._door.service.drain()
+        deadline_s = time.monotonic() + drain_s
+        while self._engine is not None and self._engine.num_open and time.monotonic() < deadline_s:
+            await asyncio.sleep(DRAIN_POLL_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop, ENGINE_STOP_S)
+        await self._server.stop(1.0)
+        await asyncio.to_thread(self._pool.close)
+
+    async def wait(self) -> None:
+        """Returns when the server has stopped."""
+        await self._server.wait()
+
+    async def _follow(self, first_epoch: asyncio.Future[Epoch]) -> None:
+        async for snapshot in self._view.watch():
+            self._pool.update(snapshot.table)
+            if snapshot.epoch is None:
+                continue
+            if not first_epoch.done():
+                first_epoch.set_result(snapshot.epoch)
+            elif snapshot.epoch.id != first_epoch.result().id:
+                log.error("the cluster serves another epoch than this router: restart it")
+
+    async def _keep_health_true(self, engine: Engine, epoch: Epoch) -> None:
+        """Not serving while the engine is dead or an expert is nowhere; serving again when all are back."""
+        serving = True
+        while True:
+            await asyncio.sleep(HEALTH_PERIOD_S)
+            healthy = engine.alive and not self._pool.missing(epoch)
+            if healthy != serving:
+                serving = healthy
+                log.warning("health changed", extra={"fields": {"serving": serving}})
+                await self._server.set_serving(serving)
+
+    def _service(self, parts: Parts, engine: Engine, epoch: Epoch) -> InferenceService:
+        return InferenceService(
+            engine,
+            parts.text,
+            ModelFacts(
+                model=self._config.served_name,
+                family=parts.shape.family,
+                max_model_len=parts.max_model_len,
+                vocab_size=parts.shape.vocab_size,
+                num_layers=parts.shape.num_layers,
+                num_experts=parts.shape.num_slots,
+                top_k=parts.shape.gate.top_k,
+                created=int(time.time()),
+            ),
+            stats=lambda: self._stats(engine),
+            epoch=lambda: epoch.id,
+            control_address=lambda: self._view.control_address,
+            request_timeout_s=self._config.engine.request_timeout_s,
+        )
+
+    def _stats(self, engine: Engine) -> inference_pb2.GetRouterStatsResponse:
+        stats = engine.stats()
+        return inference_pb2.GetRouterStatsResponse(
+            steps=stats.steps,
+            prompt_tokens=stats.prompt_tokens,
+            generated_tokens=stats.generated_tokens,
+            running_sequences=stats.running,
+            waiting_sequences=stats.waiting,
+            kv_blocks_used=stats.kv_blocks_used,
+            kv_blocks_total=stats.kv_blocks_total,
+            preemptions=stats.preemptions,
+            phases=[
+                inference_pb2.PhaseTime(phase=phase, seconds=seconds)
+                for phase, seconds in self._clock.snapshot().items()
+            ],
+            workers=[_traffic(link) for link in self._pool.links],
+            resident_bytes=psutil.Process().memory_info().rss,
+            uptime_s=time.monotonic() - self._started_s,
+        )
+
+
+class _Door(inference_pb2_grpc.InferenceServiceServicer):
+    """Answers from the first moment: Unavailable until the service behind it is there."""
+
+    def __init__(self) -> None:
+        self.service: InferenceService | None = None
+
+    def _open(self) -> InferenceService:
+        if self.service is None:
+            raise Unavailable("the router is loading", reason="LOADING", retry_after_s=1.0)
+        return self.service
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        async for response in self._open().Generate(request, context):
+            yield response
+
+    async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> Any:
+        return await self._open().Tokenize(request, context)
+
+    async def Detokenize(self, request: inference_pb2.DetokenizeRequest, context: Any) -> Any:
+        return await self._open().Detokenize(request, context)
+
+    async def GetModelInfo(self, request: inference_pb2.GetModelInfoRequest, context: Any) -> Any:
+        return await self._open().GetModelInfo(request, context)
+
+    async def GetRouterStats(self, request: inference_pb2.GetRouterStatsRequest, context: Any) -> Any:
+        return await self._open().GetRouterStats(request, context)
+
+
+async def _pass_one_token(engine: Engine, timeout_s: float) -> None:
+    """Generates one token, through every layer and back. Raises what it failed with."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[None] = loop.create_future()
+
+    def resolve(event: SequenceEvent) -> None:
+        if answer.done():
+            return
+        if isinstance(event, Failed):
+            answer.set_exception(event.error)
+        elif isinstance(event, TokenGenerated):
+            answer.set_result(None)
+
+    engine.submit(
+        SequenceRequest(
+            sequence_id="readiness",
+            prompt=(0,),
+            sampling=SamplingParams(max_tokens=1, temperature=0.0),
+            deadline_s=time.monotonic() + timeout_s,
+            on_event=lambda event: loop.call_soon_threadsafe(resolve, event) and None,
+        )
+    )
+    await answer
+
+
+def _traffic(link: WorkerLink) -> inference_pb2.WorkerTraffic:
+    return inference_pb2.WorkerTraffic(
+        worker=link.replica.worker,
+        address=link.replica.address,
+        connected=link.connected,
+        calls=link.traffic.calls,
+        rows=link.traffic.rows,
+        failed_calls=link.traffic.failed_calls,
+        sent_bytes=link.traffic.sent_bytes,
+        received_bytes=link.traffic.received_bytes,
+    )
