@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cluster.process_host import ProcessReport
-from moesaic.errors import FailedPrecondition, MoesaicError
+from moesaic.errors import FailedPrecondition, MoesaicError, Unavailable
 from moesaic.manifest import Epoch, ExpertAddress, merge_versions
 from moesaic.routing_table import Replica, RoutingTable
-from moesaic.v1 import control_pb2
+from moesaic.v1 import common_pb2, control_pb2
 
 log = logging.getLogger(__name__)
 
 # Between two questions to a process that did not answer.
-RETRY_S = 0.1
+RETRY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,10 @@ class Controller:
         self._gone: dict[str, str] = {}
         self._replicas: dict[str, Replica] = {}
         self._unheard = set(cluster.workers)
+        self._revision = first_revision
         self._epoch: Epoch | None = None
         self._problem = ""
-        self._snapshot = Snapshot(None, RoutingTable(first_revision, ()))
+        self._snapshot: Snapshot | None = None
         self._published = asyncio.Event()
 
     async def run(self) -> None:
@@ -110,18 +111,18 @@ class Controller:
         sent: Snapshot | None = None
         while True:
             published, snapshot = self._published, self._snapshot
-            if snapshot is not sent and not self._unheard:
+            if snapshot is None or snapshot is sent:
+                await published.wait()
+            else:
                 sent = snapshot
                 yield snapshot
-            else:
-                await published.wait()
 
     def topology(self) -> control_pb2.GetTopologyResponse:
         """All members and what is known of them."""
         return control_pb2.GetTopologyResponse(
             model=self._cluster.model,
             epoch=self._epoch.id if self._epoch else "",
-            revision=self._snapshot.table.revision,
+            revision=self._revision if self._snapshot else 0,
             processes=[self._process(member) for member in self._cluster.members],
         )
 
@@ -145,7 +146,10 @@ class Controller:
         last, known = self._reports.get(report.name), self._replicas.get(report.name)
         if known is not None and last is not None and last.revision == report.revision:
             return known
-        return await self._observer.describe(report.address)
+        replica = await self._observer.describe(report.address)
+        if replica.worker != report.name:
+            raise Unavailable(f"{report.address} is {replica.worker} now")
+        return replica
 
     def _keep(self, report: ProcessReport, replica: Replica | None) -> None:
         self._gone.pop(report.name, None)
@@ -159,29 +163,26 @@ class Controller:
         self._set_replica(name, None)
 
     def _set_replica(self, name: str, replica: Replica | None) -> None:
-        if name not in self._cluster.workers:
-            return
-        settled = bool(self._unheard)
         self._unheard.discard(name)
-        settled = settled and not self._unheard
-        if replica == self._replicas.get(name) and not settled:
-            return
-        if replica is None:
-            self._replicas.pop(name, None)
-        else:
+        if replica is not None:
             self._replicas[name] = replica
-        self._publish()
+        else:
+            self._replicas.pop(name, None)
+        if not self._unheard:
+            self._publish_changes()
 
-    def _publish(self) -> None:
+    def _publish_changes(self) -> None:
         if self._epoch is None:
             self._epoch = self._name_epoch()
-        replicas = tuple(self._served(replica) for _, replica in sorted(self._replicas.items()))
-        replicas = tuple(replica for replica in replicas if replica.versions)
-        table = RoutingTable(self._snapshot.table.revision + 1, replicas)
-        self._snapshot = Snapshot(self._epoch, table)
+        served = (self._served(replica) for _, replica in sorted(self._replicas.items()))
+        replicas = tuple(replica for replica in served if replica.versions)
+        if self._snapshot is not None and replicas == self._snapshot.table.replicas:
+            return
+        self._revision += 1
+        self._snapshot = Snapshot(self._epoch, RoutingTable(self._revision, replicas))
         log.info(
             "routing table",
-            extra={"fields": {"revision": table.revision, "replicas": [r.worker for r in replicas]}},
+            extra={"fields": {"revision": self._revision, "workers": [r.worker for r in replicas]}},
         )
         published, self._published = self._published, asyncio.Event()
         published.set()
@@ -207,27 +208,37 @@ class Controller:
         if self._epoch is None:
             return replica
         wanted = self._epoch.versions
-        return replace(
-            replica,
-            versions={key: digest for key, digest in replica.versions.items() if wanted.get(key) == digest},
-        )
+        versions = {key: digest for key, digest in replica.versions.items() if wanted.get(key) == digest}
+        return replace(replica, versions=versions)
 
     def _process(self, member: Member) -> control_pb2.Process:
-        report = self._reports.get(member.name)
         process = control_pb2.Process(
             name=member.name,
             role=member.role,
             state=control_pb2.PROCESS_STATE_PENDING,
             device=member.device,
             experts=[
-                control_pb2_address(address) for address in sorted(member.experts)
+                common_pb2.ExpertAddress(layer=address.layer, slot=address.slot)
+                for address in sorted(member.experts)
             ],
         )
+        report, reason = self._reports.get(member.name), self._gone.get(member.name)
         if report is not None:
-            process.MergeFrom(_known(report))
-        if reason := self._gone.get(member.name):
-            process.state = control_pb2.PROCESS_STATE_PENDING
+            process.restarts = report.restarts
+        if reason is not None:
             process.detail = reason
+        elif report is not None:
+            _fill(process, report)
         if self._problem and member.role == control_pb2.PROCESS_ROLE_CONTROLLER:
             process.state, process.detail = control_pb2.PROCESS_STATE_FAILED, self._problem
         return process
+
+
+def _fill(process: control_pb2.Process, report: ProcessReport) -> None:
+    process.state = report.state
+    process.address = report.address
+    process.node = report.node
+    process.pid = report.pid
+    process.loaded_bytes = report.loaded_bytes
+    process.total_bytes = report.total_bytes
+    process.detail = report.detail

@@ -43,8 +43,8 @@ class Computed:
 class BatcherStats:
     """Counters since the start. A pass may serve several calls; `busy_s` is the time spent in passes."""
 
-    passes: int
-    busy_s: float
+    passes: int = 0
+    busy_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +60,7 @@ _Results = Sequence[tuple[_Ticket, Computed | MoesaicError]]
 
 
 class Batcher:
-    """Computes calls one pass at a time, each of one layer and at most `max_pass_rows` rows unless one call has more."""
+    """Computes calls pass by pass, each of one layer and of at most `max_pass_rows` rows, unless one call has more."""
 
     def __init__(
         self,
@@ -104,6 +104,8 @@ class Batcher:
                 return await ticket.answer
         except TimeoutError:
             raise DeadlineExceeded("the caller's time is over") from None
+        finally:
+            self._unqueue(ticket)
 
     def is_healthy(self) -> bool:
         """False when the compute thread died, or has work and does not come round."""
@@ -115,18 +117,16 @@ class Batcher:
     def stats(self) -> BatcherStats:
         return BatcherStats(self._passes, self._busy_s)
 
-    def stop(self, timeout_s: float) -> bool:
-        """Refuses new calls, fails the waiting ones, and waits for the running pass; False when it does not end.
-
-        Blocks: call it in the event loop only when nothing is running any more.
-        """
+    async def stop(self, timeout_s: float) -> bool:
+        """Refuses new calls, fails the waiting ones, and waits for the running pass; False when it does not end."""
         with self._changed:
             self._stopping = True
             abandoned = list(self._waiting)
             self._waiting.clear()
             self._changed.notify()
         _set_results([(ticket, Unavailable("the worker stops")) for ticket in abandoned])
-        self._thread.join(timeout_s)
+        if self._loop is not None:
+            await asyncio.to_thread(self._thread.join, timeout_s)
         return not self._thread.is_alive()
 
     def _queue(self, ticket: _Ticket) -> None:
@@ -139,6 +139,12 @@ class Batcher:
                 )
             self._waiting.append(ticket)
             self._changed.notify()
+
+    def _unqueue(self, ticket: _Ticket) -> None:
+        """A caller that went away gives its place in the queue free."""
+        with self._changed:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
 
     def _run(self) -> None:
         while (tickets := self._next_pass()) is not None:

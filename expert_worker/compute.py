@@ -47,7 +47,7 @@ def _compute(calls: Sequence[Call]) -> list[Tensor]:
     experts = list(parts)
     rows = [_join(parts[expert], expert.down.dtype) for expert in experts]
     outputs = {
-        expert: iter(output.split([len(part) for part in parts[expert]]))
+        expert: iter(torch.split(output, [len(part) for part in parts[expert]]))
         for expert, output in zip(experts, compute_experts(experts, rows), strict=True)
     }
     # Every expert's parts were joined in the order of the calls, so each call takes the next one.

@@ -79,7 +79,7 @@ def _map_weight(files: ExitStack, checkpoint: Checkpoint, where: WeightSlice) ->
 
 
 def _raw_bytes(stored: Tensor) -> memoryview:
-    return memoryview(stored.reshape(-1).view(torch.uint8).numpy())
+    return stored.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _check_finite(stored: Tensor, where: WeightSlice) -> None:

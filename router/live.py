@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import torch
-
-from router.sampler import SamplingState
+from router.sampler import SamplingState, make_generator
 from router.scheduler import Chunk, Sequence
 from router.sequence import (
     Finished,
@@ -32,7 +30,7 @@ class LiveSequence:
             params=params,
             prompt=request.prompt,
             output=self.sequence.output,
-            generator=None if params.greedy else torch.Generator().manual_seed(params.seed),
+            generator=make_generator(params),
         )
         self._admitted_s = time.monotonic()
         self._first_step_s: float | None = None

@@ -19,7 +19,7 @@ from router.model import RouterModel
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 from router.scheduler import Limits
-from router.text import Text
+from router.text import Text, load_text
 
 # Without a setting the cache holds one sequence of full length, at least this much, at most this share of the memory.
 MIN_CACHE_BYTES = 256 << 20
@@ -96,7 +96,7 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
     return Parts(
         settings=config.engine,
         shape=shape,
-        text=Text.load(config.model),
+        text=load_text(config.model),
         model=model,
         cache=cache,
         blocks=blocks,

@@ -39,9 +39,7 @@ def write_mixtral(
 ) -> Path:
     """Writes config.json and the weights (several shards when `max_shard_size` is small); returns `folder`."""
     model = random_mixtral(seed=seed, **config_overrides).to(dtype)
-    model.save_pretrained(
-        folder, max_shard_size=max_shard_size, save_original_format=layout == "classic"
-    )
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=layout == "classic")
     return folder
 
 

@@ -1,0 +1,245 @@
+"""The Ray seam: the only file that imports ray. It starts, inspects and ends processes; no token ever passes here.
+
+`RayCluster` is this process's connection to Ray; `HostActor` is what Ray starts, one process each. ray is imported
+inside the functions, as it reads at import from the environment that a local Ray has to stay on loopback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from cluster.placement import Node
+from cluster.process_host import ProcessHost, ProcessReport
+from cluster.processes import ProcessSpec, Surroundings, make_server, set_threads
+from moesaic import telemetry
+from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "moesaic"
+# Nothing goes through the object store; this is the least that Ray accepts.
+OBJECT_STORE_BYTES = 75 << 20
+CONNECT_TIMEOUT_S = 5.0
+# What an answer may take on top of the time that the process may hold the question.
+ANSWER_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 10.0
+
+# Workers' log lines are JSON already: no colour, no prefix, nothing left out.
+_LOG_ENVIRONMENT = {"RAY_DISABLE_WORKER_LOG_PREFIX": "1", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
+# Ray takes loopback for its own address only where it believes that there can be no cluster.
+_LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+
+
+@dataclass(frozen=True, slots=True)
+class Seating:
+    """What a process asks of Ray: its node and its share of it. `pinned`: it may run nowhere else."""
+
+    node_id: str
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Logging:
+    """How the processes log and trace."""
+
+    level: str
+    otlp_endpoint: str | None
+
+
+class HostActor:
+    """One process of the cluster. Ray calls `__init__` again when the process died, so it starts by itself."""
+
+    async def __init__(self, spec: ProcessSpec, logs: Logging) -> None:
+        os.dup2(2, 1)  # stdout belongs to nobody here; what a library prints goes to the log
+        set_threads(spec, os.environ)
+        telemetry.configure(spec.name, otlp_endpoint=logs.otlp_endpoint, log_level=logs.level)
+        around = Surroundings(node=_own_address(), restarts=_own_restarts(), peers=RayPeers())
+        self._host = ProcessHost(
+            spec.name, lambda: make_server(spec, around), node=around.node, restarts=around.restarts
+        )
+        self._running = asyncio.create_task(self._host.run())
+
+    async def report(self, seen: int, hold_s: float) -> ProcessReport:
+        return await self._host.report(seen, hold_s)
+
+    async def stop(self, drain_s: float) -> None:
+        self._running.cancel()
+        await asyncio.gather(self._running, return_exceptions=True)
+        await self._host.stop(drain_s)
+        telemetry.flush()
+
+
+class RayPeers:
+    """The processes by name, asked through Ray. The names stay; what is behind them is looked up when it changes."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
+
+    async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
+        handle = await self._handle(name)
+        report: ProcessReport = await self._call(
+            name, handle.report.remote(seen, hold_s), hold_s + ANSWER_TIMEOUT_S
+        )
+        return report
+
+    async def address(self, name: str) -> str:
+        report = await self.report(name, seen=0, hold_s=0.0)
+        if not report.address:
+            raise Unavailable(f"{name} does not listen yet")
+        return report.address
+
+    async def stop(self, name: str, drain_s: float) -> None:
+        """Drains the process; it stays until it is killed. Raises Unavailable."""
+        handle = await self._handle(name)
+        await self._call(name, handle.stop.remote(drain_s), drain_s + ANSWER_TIMEOUT_S)
+
+    async def _handle(self, name: str) -> Any:
+        import ray
+
+        if name not in self._handles:
+            try:
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    self._handles[name] = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+            except (ValueError, TimeoutError) as error:
+                raise Unavailable(f"{name} is not there") from error
+        return self._handles[name]
+
+    async def _call(self, name: str, reference: Any, timeout_s: float) -> Any:
+        from ray.exceptions import ActorDiedError, RayError
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await reference
+        except ActorDiedError as error:
+            self._handles.pop(name, None)
+            raise Unavailable("its process died", reason="PROCESS_DIED") from error
+        except RayError as error:
+            raise Unavailable("its process is being restarted") from error
+        except TimeoutError as error:
+            raise Unavailable("its process does not answer, or waits for a place on a node") from error
+
+
+class RayCluster:
+    """This process's connection to Ray, and the processes that it starts there."""
+
+    def __init__(self, *, temp_folder: Path | None) -> None:
+        self._temp_folder = temp_folder
+        self.peers = RayPeers()
+
+    @classmethod
+    def local(cls, *, num_processes: int) -> Self:
+        """Starts a Ray of our own for `num_processes`: on loopback, with a token that nobody else knows."""
+        _set_environment({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
+        cluster = cls(temp_folder=folder)
+        try:
+            cluster._connect(
+                address="local",
+                num_cpus=num_processes,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+            )
+            if any(node.address != "127.0.0.1" for node in cluster.nodes()):
+                raise FailedPrecondition("Ray did not stay on loopback")
+        except BaseException:
+            cluster.close()
+            raise
+        return cluster
+
+    @classmethod
+    def join(cls, address: str) -> Self:
+        """Connects to a Ray that runs already. Raises Unavailable with field `address` when there is none."""
+        _set_environment(_LOG_ENVIRONMENT)
+        _probe(address)
+        cluster = cls(temp_folder=None)
+        try:
+            cluster._connect(address=address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            cluster.close()
+            raise Unavailable(f"address: cannot join Ray: {_first_line(error)}", field="address") from error
+        return cluster
+
+    @property
+    def home(self) -> str:
+        """Id of the node that this process runs on."""
+        import ray
+
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id
+
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes that are alive, this process's own first."""
+        import ray
+
+        nodes = [_node(entry, local=self._temp_folder is not None) for entry in ray.nodes() if entry["Alive"]]
+        return tuple(sorted(nodes, key=lambda node: (node.id != self.home, node.address, node.id)))
+
+    def names(self) -> tuple[str, ...]:
+        """The processes of Moesaic that this Ray knows."""
+        import ray
+
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        return tuple(sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE))
+
+    def start(self, spec: ProcessSpec, seating: Seating, logs: Logging) -> None:
+        """Asks Ray for a process and returns at once; Ray restarts it whenever it dies."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        ray.remote(HostActor).options(
+            name=spec.name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=-1,
+            max_task_retries=0,
+            num_cpus=seating.num_cpus,
+            num_gpus=seating.num_gpus,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(seating.node_id, soft=not seating.pinned),
+        ).remote(spec, logs)
+
+    async def kill(self, names: Iterable[str]) -> None:
+        """Ends processes for good and returns when Ray has buried them."""
+        await asyncio.gather(*(self._kill(name) for name in names))
+
+    def close(self) -> None:
+        """Leaves Ray; a local one ends, with everything that it started."""
+        import ray
+
+        own = psutil.Process().children(recursive=True) if self._temp_folder is not None else []
+        ray.shutdown()
+        if self._temp_folder is not None:
+            _end(own)
+            shutil.rmtree(self._temp_folder, ignore_errors=True)
+
+    def _connect(self, **options: Any) -> None:
+        import ray
+
+        ray.init(namespace=NAMESPACE, log_to_driver=True, logging_level=logging.ERROR, **options)
+
+    async def _kill(self, name: str) -> None:
+        import ray
+
+        with contextlib.suppress(Unavailable):  # it is gone already
+            handle = await self.peers._handle(name)
+            ray.kill(handle, no_restart=True)
+            async with asyncio.timeout(END_TIMEOUT_S):
+                while True:
+                    await self.peers.report(name, seen=0, hold_s=0.0)

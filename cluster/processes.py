@@ -1,0 +1,236 @@
+"""The processes of a cluster: what each is told, and the server that it becomes.
+
+A spec is plain data that travels to the process. The server is built there, and only there are the heavy packages
+imported: neither the command nor the controller nor the gateway ever loads torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from cluster.controller import Cluster, Controller
+from cluster.control_service import ControlServer
+from cluster.process_host import HostedServer, ProcessReport
+from cluster.process_watch import ProcessWatch
+from moesaic.manifest import ExpertAddress
+from moesaic.settings import Device, DType, EngineSettings, GatewaySettings, WorkerSettings
+
+if TYPE_CHECKING:
+    from gateway.server import GatewayServer
+    from router.server import RouterServer
+
+CONTROLLER = "controller"
+ROUTER = "router"
+GATEWAY = "gateway"
+
+# Revisions of a controller that was restarted n times begin at n of these: always above those before it.
+_REVISIONS_PER_START = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerSpec:
+    """The controller: what is wanted of the cluster."""
+
+    cluster: Cluster
+
+    @property
+    def name(self) -> str:
+        return CONTROLLER
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWorkerSpec:
+    """One expert worker and its share of the model."""
+
+    name: str
+    model: Path
+    experts: frozenset[ExpertAddress]
+    device: Device
+    dtype: DType
+    settings: WorkerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """The router and its public address."""
+
+    model: Path
+    served_name: str
+    host: str
+    port: int
+    device: Device
+    dtype: DType
+    engine: EngineSettings
+    start_timeout_s: float
+
+    @property
+    def name(self) -> str:
+        return ROUTER
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySpec:
+    """The gateway and its public address."""
+
+    host: str
+    port: int
+    settings: GatewaySettings
+
+    @property
+    def name(self) -> str:
+        return GATEWAY
+
+
+ProcessSpec = ControllerSpec | ExpertWorkerSpec | RouterSpec | GatewaySpec
+
+
+class Peers(Protocol):
+    """The other processes of the cluster, looked up by name whenever they are asked."""
+
+    async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
+        """The report of a process, at the latest after `hold_s` when it is still of revision `seen`.
+
+        Raises Unavailable when the process does not answer soon after `hold_s`."""
+        ...
+
+    async def address(self, name: str) -> str:
+        """HOST:PORT of a process that listens. Raises Unavailable."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Where a process finds itself: the address of its node, how often it was restarted, and the others."""
+
+    node: str
+    restarts: int
+    peers: Peers
+
+
+def set_threads(spec: ProcessSpec, environment: MutableMapping[str, str]) -> None:
+    """Bounds the CPU threads of this process. Only works before torch is imported."""
+    # Idle OpenMP threads that spin would starve the other processes of the node.
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    if (threads := _threads(spec)) is not None:
+        environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)
+
+
+async def make_server(spec: ProcessSpec, around: Surroundings) -> HostedServer:
+    """The server of this process, not yet started."""
+    match spec:
+        case ControllerSpec():
+            observer = ProcessWatch(around.peers)
+            first_revision = around.restarts * _REVISIONS_PER_START
+            return ControlServer(
+                Controller(spec.cluster, observer, first_revision=first_revision), around.node
+            )
+        case ExpertWorkerSpec():
+            return await _make_expert_worker(spec, around)
+        case RouterSpec():
+            return await _make_router(spec, around)
+        case GatewaySpec():
+            return await _make_gateway(spec, around)
+
+
+async def _make_expert_worker(spec: ExpertWorkerSpec, around: Surroundings) -> HostedServer:
+    await _import("expert_worker.server")
+    from expert_worker.server import WorkerConfig, WorkerServer
+
+    return WorkerServer(
+        WorkerConfig(
+            name=spec.name,
+            model=spec.model,
+            experts=spec.experts,
+            host=around.node,
+            port=0,
+            device=spec.device,
+            dtype=spec.dtype,
+            settings=spec.settings,
+        )
+    )
+
+
+async def _make_router(spec: RouterSpec, around: Surroundings) -> HostedServer:
+    await _import("router.server")
+    from router.cluster_view import ControlWatch
+    from router.server import RouterConfig, RouterServer
+
+    config = RouterConfig(
+        model=spec.model,
+        served_name=spec.served_name,
+        host=spec.host,
+        port=spec.port,
+        device=spec.device,
+        dtype=spec.dtype,
+        engine=spec.engine,
+    )
+    view = ControlWatch(lambda: around.peers.address(CONTROLLER))
+    return _HostedRouter(RouterServer(config, view), spec.start_timeout_s)
+
+
+async def _make_gateway(spec: GatewaySpec, around: Surroundings) -> HostedServer:
+    await _import("gateway.server")
+    from gateway.server import GatewayConfig, GatewayServer
+
+    config = GatewayConfig(host=spec.host, port=spec.port, settings=spec.settings)
+    return _HostedGateway(GatewayServer(config, lambda: around.peers.address(ROUTER)))
+
+
+class _HostedRouter:
+    """A router serves once a real token has passed every layer."""
+
+    loaded_bytes = 0
+    total_bytes = 0
+
+    def __init__(self, server: RouterServer, start_timeout_s: float) -> None:
+        self._server = server
+        self._start_timeout_s = start_timeout_s
+
+    async def start(self) -> str:
+        return await self._server.start()
+
+    async def load(self) -> None:
+        await self._server.load()
+        await self._server.wait_ready(self._start_timeout_s)
+
+    async def stop(self, drain_s: float) -> None:
+        await self._server.stop(drain_s)
+
+
+class _HostedGateway:
+    """A gateway serves as soon as it listens; whether the model is ready, it answers itself."""
+
+    loaded_bytes = 0
+    total_bytes = 0
+
+    def __init__(self, server: GatewayServer) -> None:
+        self._server = server
+
+    async def start(self) -> str:
+        return await self._server.start()
+
+    async def load(self) -> None:
+        return None
+
+    async def stop(self, drain_s: float) -> None:
+        await self._server.stop(drain_s)
+
+
+async def _import(module: str) -> None:
+    """In a thread: torch takes a second, and the process should answer meanwhile."""
+    await asyncio.to_thread(importlib.import_module, module)
+
+
+def _threads(spec: ProcessSpec) -> int | None:
+    match spec:
+        case ExpertWorkerSpec():
+            return spec.settings.threads
+        case RouterSpec():
+            return spec.engine.threads
+        case _:
+            return None

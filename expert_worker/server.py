@@ -1,0 +1,226 @@
+"""The worker as a whole: bind, load, warm up, serve, drain. Runs alike by hand and inside a Ray actor.
+
+The port is bound before the weights are read, so that whoever started the process can watch it load; health says
+SERVING only while the compute thread really computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import torch
+
+from expert_worker.batcher import Batcher
+from expert_worker.call import Call, ExpertRows
+from expert_worker.compute import compute_calls
+from expert_worker.expert import Expert
+from expert_worker.expert_store import ExpertStore
+from expert_worker.loader import load_experts
+from expert_worker.service import SERVICE, ExpertService, LoadedModel
+from moesaic import rpc
+from moesaic.checkpoint import Checkpoint, open_checkpoint
+from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
+from moesaic.families import MoeModel, describe_model
+from moesaic.manifest import ExpertAddress
+from moesaic.settings import Device, DType, WorkerSettings
+from moesaic.v1 import expert_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+HEALTH_PERIOD_S = 0.5
+WARM_UP_TIMEOUT_S = 60.0
+# One stream per router, and whoever watches health or asks for statistics.
+MAX_CONCURRENT_RPCS = 256
+# After the drain only the goodbye of each stream is left to send.
+GOODBYE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One worker: its share of the model, its address, its device."""
+
+    name: str
+    model: Path
+    experts: frozenset[ExpertAddress]
+    host: str
+    port: int
+    device: Device
+    dtype: DType
+    settings: WorkerSettings
+
+
+class WorkerServer:
+    """One expert worker. `start`, then `load`, then `wait`; `stop` at any time."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.incarnation = uuid.uuid4().hex
+        self.loaded_bytes = 0
+        self.total_bytes = 0
+        self._config = config
+        settings = config.settings
+        self._service = ExpertService(
+            worker=config.name,
+            incarnation=self.incarnation,
+            max_call_rows=settings.max_call_rows,
+            # Twice the queue, so that a caller that floods is refused before it is only slowed down.
+            max_stream_calls=2 * settings.max_queued_calls,
+        )
+        self._server = rpc.Server(
+            {SERVICE: self._add_servicer},
+            max_message_bytes=rpc.DATA_MESSAGE_BYTES,
+            max_concurrent_rpcs=MAX_CONCURRENT_RPCS,
+        )
+        self._batcher = Batcher(
+            compute_calls,
+            max_queued_calls=settings.max_queued_calls,
+            max_pass_rows=settings.max_call_rows,
+        )
+        self._stopping = threading.Event()
+        self._health: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Binds; returns HOST:PORT. Health is NOT_SERVING until `load` is through."""
+        port = await self._server.start(self._config.host, self._config.port)
+        self._batcher.start()
+        return f"{self._config.host}:{port}"
+
+    async def load(self) -> None:
+        """Reads the weights in a thread, computes a first pass of every layer, and starts to serve.
+
+        Raises CheckpointError, InvalidArgument (experts or device), FailedPrecondition when the device is too small,
+        Unavailable when `stop` came first.
+        """
+        loaded = await asyncio.to_thread(self._load)
+        for call in _warm_up_calls(loaded.store, loaded.model.hidden_size):
+            await self._batcher.submit(call)
+        if self._stopping.is_set():
+            raise Unavailable("stopped while loading")
+        self._service.serve(loaded)
+        self._health = asyncio.create_task(self._watch_health())
+        await self._server.set_serving(True)
+
+    async def stop(self, drain_s: float) -> None:
+        """Refuses new calls, lets running ones finish within `drain_s` seconds, then ends everything."""
+        self._stopping.set()
+        if self._health is not None:
+            self._health.cancel()
+        await self._server.set_serving(False)
+        drained = await self._service.drain(drain_s)
+        stopped = await self._batcher.stop(GOODBYE_S)
+        await self._server.stop(GOODBYE_S)
+        if not (drained and stopped):
+            log.warning("calls were cut off", extra={"fields": {"drain_s": drain_s}})
+
+    async def wait(self) -> None:
+        """Returns after `stop`."""
+        await self._server.wait()
+
+    def _add_servicer(self, server: grpc.aio.Server) -> None:
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._service, server)  # type: ignore[no-untyped-call]
+
+    def _load(self) -> LoadedModel:
+        config = self._config
+        if config.settings.threads is not None:
+            torch.set_num_threads(config.settings.threads)
+        device = choose_device(config.device)
+        checkpoint = open_checkpoint(config.model)
+        model = describe_model(checkpoint)
+        _check_experts(config.experts, model)
+        self.total_bytes = len(config.experts) * model.expert_bytes
+        start_s = time.monotonic()
+        try:
+            store = self._load_store(checkpoint, model, device)
+        except torch.OutOfMemoryError as error:
+            raise FailedPrecondition(
+                f"experts: {self.total_bytes} bytes do not fit into the device's free memory",
+                field="experts",
+                reason="OUT_OF_MEMORY",
+            ) from error
+        log.info(
+            "experts loaded",
+            extra={
+                "fields": {
+                    "experts": len(config.experts),
+                    "bytes": self.loaded_bytes,
+                    "seconds": round(time.monotonic() - start_s, 3),
+                    "device": str(device),
+                }
+            },
+        )
+        return LoadedModel(config.model.name, model, str(device), store, self._batcher)
+
+    def _load_store(self, checkpoint: Checkpoint, model: MoeModel, device: torch.device) -> ExpertStore:
+        store = ExpertStore()
+        dtype = choose_dtype(self._config.dtype, device, model.dtype)
+        for address, held in load_experts(
+            checkpoint, model, self._config.experts, device=device, dtype=dtype
+        ):
+            if self._stopping.is_set():
+                raise Unavailable("stopped while loading")
+            store.add(address, held)
+            self.loaded_bytes += model.expert_bytes
+        return store
+
+    async def _watch_health(self) -> None:
+        serving = True
+        with contextlib.suppress(asyncio.CancelledError):
+            while True:
+                await asyncio.sleep(HEALTH_PERIOD_S)
+                if (healthy := self._batcher.is_healthy()) != serving:
+                    serving = healthy
+                    log.error("health of the compute thread changed", extra={"fields": {"healthy": healthy}})
+                    await self._server.set_serving(healthy)
+
+
+def choose_device(device: Device) -> torch.device:
+    """auto: CUDA where there is one. Raises InvalidArgument for CUDA where there is none."""
+    if device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if device == "cuda":
+        raise InvalidArgument("device: cuda is not available here", field="device")
+    return torch.device("cpu")
+
+
+def choose_dtype(dtype: DType, device: torch.device, stored: str) -> torch.dtype:
+    """auto: bfloat16 on CUDA when the checkpoint is bfloat16, else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and stored == "bfloat16" else torch.float32
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+
+
+def _check_experts(experts: frozenset[ExpertAddress], model: MoeModel) -> None:
+    if not experts:
+        raise InvalidArgument("experts: the worker was given none", field="experts")
+    if any(not (0 <= layer < model.num_layers and 0 <= slot < model.num_slots) for layer, slot in experts):
+        raise InvalidArgument(
+            f"experts: the model has {model.num_layers} layers of {model.num_slots} slots", field="experts"
+        )
+
+
+def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[Call]:
+    """One call a layer, a row of zeros to every expert held."""
+    hidden, rows = torch.zeros(1, hidden_size), torch.zeros(1, dtype=torch.int64)
+    by_layer: dict[int, list[Expert]] = {}
+    for address, expert in store.experts().items():
+        by_layer.setdefault(address.layer, []).append(expert)
+    return [
+        Call(
+            layer=layer,
+            hidden=hidden,
+            groups=tuple(ExpertRows(expert, rows, None) for expert in experts),
+            combine_sum=False,
+            deadline_s=time.monotonic() + WARM_UP_TIMEOUT_S,
+        )
+        for layer, experts in by_layer.items()
+    ]

@@ -1,0 +1,235 @@
+"""The gateway's end of the line to a router: where it is, whether it serves, and calls with deadlines.
+
+One task follows the router: it looks the address up, watches grpc.health.v1 there, and looks again when the stream
+breaks or the router does not serve. An address is never remembered beyond that; calls take the newest channel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from moesaic import errors, rpc, telemetry
+from moesaic.errors import MoesaicError, Unavailable, from_rpc_error
+from moesaic.v1 import inference_pb2 as pb
+from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
+
+log = logging.getLogger(__name__)
+
+SERVICE = "moesaic.v1.InferenceService"
+UNARY_TIMEOUT_S = 30.0
+# Prompts of one request that are at the router at once; the others wait here, not in its queue.
+MAX_PARALLEL_PROMPTS = 32
+
+_RESOLVE_TIMEOUT_S = 10.0
+_RETRY_S = 0.3
+# A router that does not serve is looked up anew after this long: another may have taken its place.
+_LOOK_AGAIN_S = 2.0
+# The longest that one watch of a serving router lasts; then it is looked up anew.
+_WATCH_S = 60.0
+_QUEUED_MESSAGES = 64
+# What the caller hears where gRPC itself failed: its own words would name addresses.
+_TRANSPORT_MESSAGES: dict[type[MoesaicError], str] = {
+    errors.DeadlineExceeded: "the request did not end within the time it had",
+    errors.Overloaded: "the request or its answer is larger than a message may be",
+}
+
+_Numbered = tuple[int, pb.GenerateResponse]
+
+
+class RouterLink:
+    """Calls to the router that `resolve_router` names at the moment."""
+
+    def __init__(self, resolve_router: Callable[[], Awaitable[str]], *, timeout_s: float) -> None:
+        self._resolve_router = resolve_router
+        self._timeout_s = timeout_s
+        self._address = ""
+        self._channel: grpc.aio.Channel | None = None
+        self._serving = False
+        self._follower: asyncio.Task[None] | None = None
+        # Channels to routers of before, until their last call has ended.
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    @property
+    def serving(self) -> bool:
+        """Whether the router says that it serves, as far as the watch knows."""
+        return self._serving
+
+    def start(self) -> None:
+        self._follower = asyncio.create_task(self._follow(), name="router-link")
+
+    async def close(self) -> None:
+        """Ends the watch, and with Unavailable every call that still runs."""
+        tasks = [task for task in (self._follower, *self._retiring) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._serving = False
+        if self._channel is not None:
+            channel, self._channel = self._channel, None
+            await channel.close()
+
+    async def generate(
+        self, calls: Sequence[pb.GenerateRequest], request_id: str
+    ) -> AsyncGenerator[_Numbered, None]:
+        """The messages of all calls as they come, each with the number of its call.
+
+        The first error ends them all; closing the generator cancels what still runs.
+        """
+        queue: asyncio.Queue[_Numbered | Exception | None] = asyncio.Queue(_QUEUED_MESSAGES)
+        places = asyncio.Semaphore(MAX_PARALLEL_PROMPTS)
+        pumps = []
+        for number, call in enumerate(calls):
+            call.request_id = request_id if len(calls) == 1 else f"{request_id[:120]}-{number}"
+            pumps.append(asyncio.create_task(self._pump(number, call, places, queue)))
+        try:
+            num_running = len(pumps)
+            while num_running:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    num_running -= 1
+                else:
+                    yield item
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def tokenize(self, request: pb.TokenizeRequest, request_id: str) -> pb.TokenizeResponse:
+        with _errors_of_ours():
+            response: pb.TokenizeResponse = await self._stub().Tokenize(
+                request, timeout=UNARY_TIMEOUT_S, metadata=_metadata(request_id)
+            )
+        return response
+
+    async def detokenize(self, request: pb.DetokenizeRequest, request_id: str) -> pb.DetokenizeResponse:
+        with _errors_of_ours():
+            response: pb.DetokenizeResponse = await self._stub().Detokenize(
+                request, timeout=UNARY_TIMEOUT_S, metadata=_metadata(request_id)
+            )
+        return response
+
+    async def model_info(self, request_id: str) -> pb.GetModelInfoResponse:
+        with _errors_of_ours():
+            response: pb.GetModelInfoResponse = await self._stub().GetModelInfo(
+                pb.GetModelInfoRequest(), timeout=UNARY_TIMEOUT_S, metadata=_metadata(request_id)
+            )
+        return response
+
+    async def _pump(
+        self,
+        number: int,
+        request: pb.GenerateRequest,
+        places: asyncio.Semaphore,
+        queue: asyncio.Queue[_Numbered | Exception | None],
+    ) -> None:
+        """Moves one call's messages into the queue, and then None or the error that ended it."""
+        try:
+            async with places:
+                with _errors_of_ours():
+                    await self._drain(number, request, queue)
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    async def _drain(
+        self,
+        number: int,
+        request: pb.GenerateRequest,
+        queue: asyncio.Queue[_Numbered | Exception | None],
+    ) -> None:
+        call = self._stub().Generate(
+            request, timeout=self._timeout_s, metadata=_metadata(request.request_id)
+        )
+        try:
+            async for response in call:
+                await queue.put((number, response))
+        finally:
+            call.cancel()
+
+    def _stub(self) -> InferenceServiceStub:
+        if self._channel is None:
+            raise Unavailable("no router has been found yet", reason="NO_ROUTER")
+        return InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                self._use(await asyncio.wait_for(self._resolve_router(), _RESOLVE_TIMEOUT_S))
+                await self._watch()
+            except Exception as error:  # whatever the lookup or the network did, the next look may succeed
+                self._set_serving(False, error)
+            await asyncio.sleep(_RETRY_S)
+
+    def _use(self, address: str) -> None:
+        """From now on calls go to `address`; those on an older channel may end there."""
+        if self._channel is not None and address != self._address:
+            retired = asyncio.create_task(self._channel.close(self._timeout_s))
+            self._retiring.add(retired)
+            retired.add_done_callback(self._retiring.discard)
+            self._channel = None
+        if self._channel is None:
+            self._address, self._channel = address, rpc.aio_channel(address)
+
+    async def _watch(self) -> None:
+        """Follows the router's health; returns when it is time to look it up anew, raises when the stream breaks."""
+        call = health_pb2_grpc.HealthStub(self._channel).Watch(
+            health_pb2.HealthCheckRequest(service=SERVICE), timeout=_WATCH_S
+        )
+        try:
+            while True:
+                status = await asyncio.wait_for(call.read(), None if self._serving else _LOOK_AGAIN_S)
+                if status is grpc.aio.EOF:
+                    raise Unavailable("the router ended the watch")
+                self._set_serving(status.status == health_pb2.HealthCheckResponse.SERVING)
+        except TimeoutError:
+            return
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+        finally:
+            call.cancel()
+
+    def _set_serving(self, serving: bool, why: Exception | None = None) -> None:
+        if serving != self._serving:
+            fields = {} if why is None else {"error": type(why).__name__}
+            log.info("router serves" if serving else "router does not serve", extra={"fields": fields})
+        self._serving = serving
+
+
+@contextmanager
+def _errors_of_ours() -> Iterator[None]:
+    """Turns what gRPC raises into errors that may be shown to a caller."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _without_internals(error) from error
+    except asyncio.CancelledError:
+        # gRPC raises it too when the channel is closed under a call; only a task's own cancellation is asyncio's.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Unavailable("the gateway is stopping", reason="STOPPING") from None
+
+
+def _without_internals(error: grpc.RpcError) -> MoesaicError:
+    """The router's own error as it is; a failure of the transport without its addresses."""
+    known = from_rpc_error(error)
+    if rpc_status.from_call(error) is not None:
+        return known
+    if type(known) in _TRANSPORT_MESSAGES:
+        return type(known)(_TRANSPORT_MESSAGES[type(known)])
+    return Unavailable("the router cannot be reached", reason="ROUTER_UNREACHABLE")
+
+
+def _metadata(request_id: str) -> list[tuple[str, str]]:
+    return [*telemetry.inject(), (telemetry.REQUEST_ID_METADATA, request_id)]

@@ -1,0 +1,128 @@
+"""A tokenizer's vocabulary: which bytes each token spells.
+
+A token is a piece of bytes, and text is those bytes read as UTF-8. That makes log probabilities exact (a token may hold
+half a character) and streaming exact (see detokenizer.py). How a vocabulary writes bytes is what its decoder says; the
+two ways in use, byte-level alphabets and SentencePiece pieces, are known here, and any other is refused at loading.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from moesaic.errors import CheckpointError
+
+_ALPHABET: Mapping[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+_BYTE_OF_CHARACTER = {character: byte for byte, character in _ALPHABET.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a vocabulary writes bytes.
+
+    Byte-level: every byte is a character of an alphabet of 256. Otherwise pieces are text in which `space_marks` stand
+    for spaces and, with `byte_fallback`, tokens such as <0xE2> for single bytes; the first space of a text is the
+    tokenizer's own, and no part of the text, when `adds_leading_space`.
+    """
+
+    byte_level: bool = False
+    byte_fallback: bool = False
+    space_marks: tuple[str, ...] = ()
+    adds_leading_space: bool = False
+
+    def to_bytes(self, token: str) -> bytes:
+        """The bytes of an ordinary token."""
+        if self.byte_level:
+            return _byte_level_bytes(token)
+        if self.byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        for mark in self.space_marks:
+            token = token.replace(mark, " ")
+        return token.encode()
+
+
+class Vocabulary:
+    """The tokens of one tokenizer by id. Ids that it does not hold spell nothing: embeddings are often padded."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+        self._spelling = _spelling_of(backend)
+        added = backend.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._bytes: dict[int, bytes] = {}
+        self.longest_token_bytes = max(len(token.encode()) for token in backend.get_vocab())
+
+    @property
+    def adds_leading_space(self) -> bool:
+        return self._spelling.adds_leading_space
+
+    def token(self, token_id: int) -> str:
+        """The vocabulary's own spelling."""
+        return self._backend.id_to_token(token_id) or ""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spelled(token_id)
+        return known
+
+    def visible_bytes_of(self, token_id: int) -> bytes:
+        """The same, with nothing for a special token."""
+        return b"" if token_id in self._special else self.bytes_of(token_id)
+
+    def _spelled(self, token_id: int) -> bytes:
+        if token_id in self._added:  # literal text, in whatever way the rest is written
+            return self._added[token_id].encode()
+        token = self._backend.id_to_token(token_id)
+        return b"" if token is None else self._spelling.to_bytes(token)
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:  # not in the alphabet: literal text
+        return token.encode()
+
+
+def _spelling_of(backend: Tokenizer) -> Spelling:
+    """Raises CheckpointError when the decoder has a step that is not known."""
+    steps = _decoder_steps(backend)
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        return Spelling(byte_level=True)
+    metaspaces = [step for step in steps if step["type"] == "Metaspace"]
+    replaced = [step["pattern"]["String"] for step in steps if step["type"] == "Replace"]
+    return Spelling(
+        byte_fallback="ByteFallback" in kinds,
+        space_marks=(*replaced, *(step["replacement"] for step in metaspaces)),
+        adds_leading_space="Strip" in kinds or any(step["prepend_scheme"] != "never" for step in metaspaces),
+    )
+
+
+def _decoder_steps(backend: Tokenizer) -> list[dict[str, Any]]:
+    if backend.decoder is None:
+        raise CheckpointError("tokenizer.json has no decoder", field="tokenizer.json")
+    decoder = json.loads(backend.decoder.__getstate__())
+    steps: list[dict[str, Any]] = decoder.get("decoders", [decoder])
+    for step in steps:
+        if not _is_known(step):
+            message = f"tokenizer.json: a decoder step {step['type']} of this form is not supported"
+            raise CheckpointError(message, field="tokenizer.json")
+    return steps
+
+
+def _is_known(step: dict[str, Any]) -> bool:
+    match step:
+        case {"type": "ByteLevel" | "ByteFallback" | "Fuse" | "Metaspace"}:
+            return True
+        case {"type": "Replace", "pattern": {"String": _}, "content": " "}:
+            return True
+        case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+            return True
+    return False

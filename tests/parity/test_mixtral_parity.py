@@ -1,0 +1,133 @@
+"""The promise that everything else stands on: experts in other processes, the very numbers of the reference.
+
+Workers are real processes and rows travel over real sockets; the router's model and dispatcher run here, so that every
+logit can be compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import random_mixtral, write_mixtral
+from support.local_router import local_router
+from support.processes import running_workers
+
+LOGITS_TOLERANCE = 1e-4
+
+# Shares of 8 slots in 2 layers: one worker, even and uneven numbers, layers apart, one worker an expert.
+PLACEMENTS = {
+    "1": ["all"],
+    "2 even": ["0-3", "4-7"],
+    "2 by layer": ["0:0-7", "1:0-7"],
+    "3 uneven": ["0", "1-2", "3-7"],
+    "3 ragged": ["0:0-4,1:0", "0:5,1:1-6", "0:6-7,1:7"],
+    "8": [str(slot) for slot in range(8)],
+}
+
+
+@pytest.fixture(scope="module", params=["hf_v4", "hf_v5_fused"])
+def golden_layout(request: pytest.FixtureRequest, shared: Path) -> Path:
+    layout: str = request.param
+    return shared / "goldens" / "mixtral" / layout
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_goldens_give_the_reference_logits_and_tokens_for_every_placement(
+    golden_layout: Path, placement: str
+) -> None:
+    inputs = load_file(golden_layout.parent / "inputs.safetensors")["input_ids"].tolist()
+    expected = load_file(golden_layout.parent / "expected.safetensors")
+    with (
+        running_workers(golden_layout, PLACEMENTS[placement]) as workers,
+        local_router(golden_layout, [worker.address for worker in workers]) as router,
+    ):
+        together = router.run(inputs, num_new=12)
+        alone = router.run(inputs[:1], num_new=12)
+        chunked = router.run(inputs, num_new=12, max_batch_tokens=7)
+
+    for logits, tokens in (together, alone, chunked):
+        for index, (rows, output) in enumerate(zip(logits, tokens, strict=True)):
+            prompt_rows = rows[: len(inputs[index])]
+            torch.testing.assert_close(prompt_rows, expected["logits"][index], atol=LOGITS_TOLERANCE, rtol=0)
+            assert output == expected["greedy_tokens"][index].tolist()
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped queries, top 2": {},
+    "multi-head, top 3": {"num_key_value_heads": 4, "num_experts_per_tok": 3, "num_local_experts": 8},
+    "one kv head, top 1, tied": {
+        "num_key_value_heads": 1,
+        "num_experts_per_tok": 1,
+        "tie_word_embeddings": True,
+    },
+    "sliding window": {"sliding_window": 5, "num_local_experts": 8},
+    "own head size": {"head_dim": 12, "num_local_experts": 3},
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def random_model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    overrides = CONFIGS[request.param]
+    return write_mixtral(tmp_path_factory.mktemp("model"), seed=7, **overrides), overrides
+
+
+def reference(
+    overrides: dict[str, Any], prompts: list[list[int]], num_new: int
+) -> list[tuple[torch.Tensor, list[int]]]:
+    """transformers alone, one sequence at a time, without a cache: logits of every position, greedy tokens."""
+    model = random_mixtral(seed=7, **overrides)
+    results = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        with torch.inference_mode():
+            for _ in range(num_new):
+                logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+                tokens.append(int(logits[-1].argmax()))
+            logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+        results.append((logits, tokens[len(prompt) :]))
+    return results
+
+
+def mixed_prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        torch.randint(0, 96, (1 + 5 * index,), generator=generator).tolist() for index in range(count)
+    ]
+
+
+def test_ten_mixed_requests_at_once_equal_transformers(random_model: tuple[Path, dict[str, Any]]) -> None:
+    folder, overrides = random_model
+    prompts = mixed_prompts(10)
+    with (
+        running_workers(folder, ["0", f"1-{overrides.get('num_local_experts', 4) - 1}"]) as workers,
+        local_router(folder, [worker.address for worker in workers]) as router,
+    ):
+        logits, tokens = router.run(prompts, num_new=6, max_batch_tokens=64)
+    for rows, output, (expected, expected_tokens) in zip(
+        logits, tokens, reference(overrides, prompts, 6), strict=True
+    ):
+        assert output == expected_tokens
+        torch.testing.assert_close(rows, expected, atol=LOGITS_TOLERANCE, rtol=0)
+
+
+def test_the_same_batch_gives_the_same_bits_wherever_the_experts_are(tmp_path: Path) -> None:
+    folder = write_mixtral(tmp_path, num_local_experts=8, hidden_size=64, intermediate_size=56)
+    prompts = mixed_prompts(6)
+    results = []
+    for shares in PLACEMENTS.values():
+        with (
+            running_workers(folder, shares) as workers,
+            local_router(folder, [worker.address for worker in workers]) as router,
+        ):
+            results.append(router.run(prompts, num_new=4))
+    first_logits, first_tokens = results[0]
+    for logits, tokens in results[1:]:
+        assert tokens == first_tokens
+        assert all(torch.equal(rows, first) for rows, first in zip(logits, first_logits, strict=True))

@@ -1,0 +1,222 @@
+"""The model that a checkpoint describes, and what happens where its config and its tensors disagree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoints import Layout, write_mixtral
+
+from moesaic.checkpoint import SINGLE_FILE, open_checkpoint
+from moesaic.errors import CheckpointError
+from moesaic.families import GateRule, MoeModel, WeightSlice, describe_model
+
+
+@pytest.fixture(params=["classic", "fused"])
+def layout(request: pytest.FixtureRequest) -> Layout:
+    chosen: Layout = request.param
+    return chosen
+
+
+@pytest.fixture
+def folder(tmp_path: Path, layout: Layout) -> Path:
+    return write_mixtral(tmp_path / layout, layout=layout)
+
+
+def describe(folder: Path) -> MoeModel:
+    return describe_model(open_checkpoint(folder))
+
+
+def refusal(folder: Path) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        describe(folder)
+    return caught.value
+
+
+def edit_config(folder: Path, *remove: str, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in remove}))
+
+
+def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replaces tensors by name, with `/` for the dots; None removes one."""
+    tensors = load_file(folder / SINGLE_FILE)
+    for name, tensor in changes.items():
+        tensors.pop(name.replace("/", "."), None)
+        if tensor is not None:
+            tensors[name.replace("/", ".")] = tensor.contiguous()
+    save_file(tensors, folder / SINGLE_FILE)
+
+
+def test_a_mixtral_is_described_alike_in_either_layout(folder: Path) -> None:
+    model = describe(folder)
+    assert (model.family, model.activation, model.dtype) == ("mixtral", "silu", "float32")
+    assert (model.num_layers, model.num_slots, model.hidden_size, model.inner_size) == (2, 4, 32, 24)
+    assert (model.num_heads, model.num_kv_heads, model.head_dim) == (4, 2, 8)
+    assert (model.vocab_size, model.max_model_len, model.sliding_window) == (96, 256, None)
+    assert model.gate == GateRule(top_k=2, renormalise=True)
+    assert model.expert_bytes == 3 * 32 * 24 * 4
+
+
+def test_classic_experts_have_tensors_of_their_own(tmp_path: Path) -> None:
+    model = describe(write_mixtral(tmp_path))
+    prefix = "model.layers.1.block_sparse_moe.experts.3."
+    assert model.expert_weights(1, 3) == {
+        "gate": WeightSlice(prefix + "w1.weight", None, None),
+        "up": WeightSlice(prefix + "w3.weight", None, None),
+        "down": WeightSlice(prefix + "w2.weight", None, None),
+    }
+    assert len(model.expert_tensors) == 2 * 4 * 3
+
+
+def test_fused_experts_are_slices_of_stacked_tensors(tmp_path: Path) -> None:
+    model = describe(write_mixtral(tmp_path, layout="fused"))
+    gate_up, down = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
+    assert model.expert_weights(1, 3) == {
+        "gate": WeightSlice(gate_up, 3, (0, 24)),
+        "up": WeightSlice(gate_up, 3, (24, 48)),
+        "down": WeightSlice(down, 3, None),
+    }
+    assert {gate_up, down} < model.expert_tensors
+    assert len(model.expert_tensors) == 4
+
+
+def test_the_expert_tensors_are_all_that_the_experts_need_and_nothing_else(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    model = describe_model(checkpoint)
+    held = {
+        where.tensor
+        for layer in range(model.num_layers)
+        for slot in range(model.num_slots)
+        for where in model.expert_weights(layer, slot).values()
+    }
+    assert held == model.expert_tensors < checkpoint.tensors.keys()
+    share = sum(checkpoint.tensors[name].num_bytes for name in model.expert_tensors)
+    assert share == model.num_layers * model.num_slots * model.expert_bytes
+
+
+def test_the_dtype_is_that_of_the_expert_tensors(tmp_path: Path) -> None:
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
+        model = describe(write_mixtral(tmp_path / name, dtype=dtype))
+        assert (model.dtype, model.expert_bytes) == (name, 3 * 32 * 24 * 2)
+
+
+def test_window_head_dim_and_tied_embeddings_are_understood(tmp_path: Path) -> None:
+    model = describe(write_mixtral(tmp_path, sliding_window=16, head_dim=12, tie_word_embeddings=True))
+    assert (model.sliding_window, model.head_dim) == (16, 12)
+
+
+def test_the_number_of_experts_may_be_spelled_num_experts(folder: Path) -> None:
+    edit_config(folder, "num_local_experts", num_experts=4)
+    assert describe(folder).num_slots == 4
+
+
+def test_the_flat_config_of_older_checkpoints_is_understood(folder: Path) -> None:
+    edit_config(folder, "rope_parameters", "dtype", rope_theta=1e6, torch_dtype="float32")
+    assert describe(folder).max_model_len == 256
+
+
+def test_an_unknown_family_is_named_beside_what_is_supported(folder: Path) -> None:
+    edit_config(folder, model_type="dbrx")
+    error = refusal(folder)
+    assert error.field == "config.json: model_type"
+    assert "'dbrx'" in error.message and "mixtral" in error.message
+
+
+@pytest.mark.parametrize("model_type", [None, 7, ["mixtral"]])
+def test_a_model_type_that_is_no_name_is_refused(folder: Path, model_type: object) -> None:
+    edit_config(folder, model_type=model_type)
+    assert refusal(folder).field == "config.json: model_type"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", 40),
+        ("intermediate_size", 40),
+        ("num_local_experts", 3),
+        ("num_local_experts", 5),
+        ("vocab_size", 97),
+        ("num_hidden_layers", 1),
+        ("num_experts_per_tok", 5),
+        ("num_key_value_heads", 3),
+        ("hidden_size", 0),
+        ("hidden_size", "32"),
+        ("hidden_size", 32.0),
+        ("num_hidden_layers", True),
+        ("sliding_window", -1),
+        ("hidden_act", "gelu"),
+        ("tie_word_embeddings", "no"),
+        ("quantization_config", {"quant_method": "fp8"}),
+    ],
+)
+def test_a_config_that_does_not_match_is_refused_by_its_key(folder: Path, key: str, value: object) -> None:
+    edit_config(folder, **{key: value})
+    assert refusal(folder).field == f"config.json: {key}"
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_local_experts", "num_experts_per_tok", "vocab_size"])
+def test_a_missing_config_key_is_named(folder: Path, key: str) -> None:
+    edit_config(folder, key)
+    error = refusal(folder)
+    assert error.field == f"config.json: {key}"
+    assert "missing" in error.message
+
+
+def test_a_layer_more_in_the_config_than_on_disk_names_its_first_tensor(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=3)
+    error = refusal(folder)
+    assert error.field is not None and error.field.startswith("model.layers.2.")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lm_head/weight", "model/norm/weight", "model/layers/1/self_attn/k_proj/weight",
+     "model/layers/0/block_sparse_moe/gate/weight", "model/layers/1/block_sparse_moe/experts/2/w2/weight"],
+)  # fmt: skip
+def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
+    edit_tensors(write_mixtral(tmp_path), **{name: None})
+    assert refusal(tmp_path).field == name.replace("/", ".")
+
+
+def test_a_transposed_expert_is_refused_by_name(tmp_path: Path) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    write_mixtral(tmp_path)
+    edit_tensors(tmp_path, **{name: torch.zeros(24, 32)})
+    error = refusal(tmp_path)
+    assert error.field == name
+    assert "[24, 32]" in error.message and "[32, 24]" in error.message
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int32, torch.float8_e4m3fn])
+def test_an_expert_of_another_dtype_than_the_first_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    write_mixtral(tmp_path)
+    edit_tensors(tmp_path, **{name: torch.zeros(32, 24).to(dtype)})
+    assert refusal(tmp_path).field == name
+
+
+def test_experts_of_an_unserved_dtype_are_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    write_mixtral(tmp_path)
+    edit_tensors(tmp_path, **{name: torch.zeros(24, 32, dtype=torch.int8)})
+    assert "float32" not in refusal(tmp_path).message.split("supported")[0]
+    assert refusal(tmp_path).field == name
+
+
+def test_a_folder_without_expert_tensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_attention_heads": 4}))
+    save_file({"model.norm.weight": torch.zeros(4)}, tmp_path / SINGLE_FILE)
+    assert "no known expert layout" in refusal(tmp_path).message
+
+
+@pytest.mark.shared
+def test_the_reference_layouts_are_described_alike(shared: Path) -> None:
+    classic, fused = (describe(shared / "goldens" / "mixtral" / name) for name in ("hf_v4", "hf_v5_fused"))
+    assert (classic.num_slots, classic.gate.top_k, classic.inner_size) == (8, 2, 40)
+    assert classic.expert_bytes == fused.expert_bytes
+    assert classic.expert_weights(0, 0) != fused.expert_weights(0, 0)
