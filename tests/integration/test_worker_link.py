@@ -1,0 +1,126 @@
+"""The stream to a worker over a real socket: pairing, breaking, coming back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+
+import grpc
+import pytest
+
+from moesaic.errors import Overloaded, Unavailable, to_status
+from moesaic.routing_table import Replica
+from moesaic.v1 import expert_pb2, expert_pb2_grpc
+from router.worker_link import WorkerLink
+
+WAIT_S = 10.0
+
+
+class Worker(expert_pb2_grpc.ExpertServiceServicer):
+    """Answers by layer: 0 at once, 1 after the next call, 2 with a refusal, 3 never, 4 by breaking the stream."""
+
+    def Compute(
+        self, requests: Iterator[expert_pb2.ComputeRequest], context: grpc.ServicerContext
+    ) -> Iterator[expert_pb2.ComputeResponse]:
+        held: list[expert_pb2.ComputeResponse] = []
+        for request in requests:
+            response = expert_pb2.ComputeResponse(call_id=request.call_id, epoch=request.epoch)
+            if request.layer == 0:
+                yield response
+                yield from held
+                held.clear()
+            elif request.layer == 1:
+                held.append(response)
+            elif request.layer == 2:
+                response.error.CopyFrom(to_status(Overloaded("full", retry_after_s=0.5)))
+                yield response
+            elif request.layer == 4:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "going away")
+
+
+def serve(port: int = 0) -> tuple[grpc.Server, int]:
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    expert_pb2_grpc.add_ExpertServiceServicer_to_server(Worker(), server)
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    server.start()
+    return server, bound
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[grpc.Server, int]]:
+    started = serve()
+    yield started
+    started[0].stop(0).wait(WAIT_S)
+
+
+@pytest.fixture
+def link(server: tuple[grpc.Server, int]) -> Iterator[WorkerLink]:
+    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", {}))
+    yield made
+    made.close()
+
+
+def call(layer: int, epoch: str = "") -> expert_pb2.ComputeRequest:
+    return expert_pb2.ComputeRequest(layer=layer, epoch=epoch)
+
+
+def test_answers_find_their_calls_in_whatever_order_they_come(link: WorkerLink) -> None:
+    slow, quick = link.send(call(1, "slow")), link.send(call(0, "quick"))
+    assert link.receive(quick, WAIT_S).epoch == "quick"
+    assert link.receive(slow, WAIT_S).epoch == "slow"
+    assert link.connected and link.num_in_flight == 0
+
+
+def test_a_refusal_is_raised_with_its_details_and_the_stream_goes_on(link: WorkerLink) -> None:
+    with pytest.raises(Overloaded) as refused:
+        link.receive(link.send(call(2)), WAIT_S)
+    assert refused.value.retry_after_s == 0.5
+    assert link.receive(link.send(call(0)), WAIT_S)
+
+
+def test_a_late_answer_is_dropped(link: WorkerLink) -> None:
+    late = link.send(call(1))
+    with pytest.raises(TimeoutError):
+        link.receive(late, 0.05)
+    assert link.num_in_flight == 0
+    link.receive(link.send(call(0)), WAIT_S)  # brings the late answer along, for nobody
+    assert link.traffic.failed_calls == 1
+
+
+def test_a_broken_stream_fails_what_is_in_flight_and_the_next_call_opens_a_new_one(link: WorkerLink) -> None:
+    waiting, breaking = link.send(call(3)), link.send(call(4))
+    for lost in (waiting, breaking):
+        with pytest.raises(Unavailable):
+            link.receive(lost, WAIT_S)
+    assert link.receive(link.send(call(0)), WAIT_S)
+
+
+def test_a_worker_that_died_is_noticed_at_once_and_found_again(
+    server: tuple[grpc.Server, int], link: WorkerLink
+) -> None:
+    waiting = link.send(call(3))
+    server[0].stop(0).wait(WAIT_S)
+    with pytest.raises(Unavailable):
+        link.receive(waiting, WAIT_S)
+    again, _ = serve(server[1])
+    try:
+        answered = threading.Event()
+        for _ in range(50):
+            try:
+                link.receive(link.send(call(0)), WAIT_S)
+                answered.set()
+                break
+            except Unavailable:
+                answered.wait(0.1)
+        assert answered.is_set()
+    finally:
+        again.stop(0).wait(WAIT_S)
+
+
+def test_a_closed_link_refuses(link: WorkerLink) -> None:
+    link.close()
+    with pytest.raises(Unavailable):
+        link.receive(link.send(call(0)), WAIT_S)
+
+

@@ -1,0 +1,87 @@
+"""Paged attention against plain attention over the whole sequence."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from router.attention import AttentionStep, paged_attention
+from router.batch import pack
+from router.kv_cache import BlockPool, KVCache
+from router.phases import PhaseClock
+from router.scheduler import Limits, Scheduler, Sequence
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """query [T, H, d], key and value [T, G, d] -> [T, H, d], token by token."""
+    rows = []
+    for place in range(len(query)):
+        first = max(0, place - window + 1) if window else 0
+        keys = key[first : place + 1].repeat_interleave(HEADS // KV_HEADS, dim=1)
+        values = value[first : place + 1].repeat_interleave(HEADS // KV_HEADS, dim=1)
+        scores = torch.einsum("hd,chd->hc", query[place], keys) / math.sqrt(HEAD_DIM)
+        rows.append(torch.einsum("hc,chd->hd", scores.softmax(-1), values))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("budget", [7, 64])
+def test_packed_chunks_over_blocks_equal_plain_attention(window: int | None, budget: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = {"short": 3, "one": 1, "long": 19}
+    inputs = {
+        name: [
+            torch.randn(length + 4, heads, HEAD_DIM, generator=generator)
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
+        ]
+        for name, length in lengths.items()
+    }
+    pool = BlockPool(16, 4)
+    cache = KVCache(
+        num_layers=1,
+        num_positions=64,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    scheduler = Scheduler(Limits(budget, 8), pool)
+    for name, length in lengths.items():
+        scheduler.add(Sequence(name, [0] * length, length))
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in lengths}
+
+    while chunks := scheduler.schedule():
+        batch = pack(chunks, block_tokens=4, window=window, device=torch.device("cpu"))
+        query, key, value = (
+            torch.cat([inputs[c.sequence.sequence_id][part][c.start : c.end] for c in chunks])
+            .transpose(0, 1)[None]
+            for part in range(3)
+        )
+        attended, _ = paged_attention(
+            cast(Any, SimpleNamespace(layer_idx=0)),
+            query,
+            key,
+            value,
+            None,
+            scaling=1 / math.sqrt(HEAD_DIM),
+            step=AttentionStep(batch, cache, PhaseClock()),
+        )
+        for chunk, first in zip(chunks, batch.first_rows, strict=True):
+            outputs[chunk.sequence.sequence_id].append(attended[0, first : first + chunk.num_tokens])
+            chunk.sequence.num_computed = chunk.end
+            if chunk.reaches_end and len(chunk.sequence.output) < 4:
+                chunk.sequence.append(0)
+            elif chunk.reaches_end:
+                scheduler.remove(chunk.sequence)
+
+    for name, parts in outputs.items():
+        expected = plain_attention(*inputs[name], window)
+        torch.testing.assert_close(torch.cat(parts), expected, atol=1e-5, rtol=0)
