@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ CONNECT_TIMEOUT_S = 5.0
 # What an answer may take on top of the time that the process may hold the question.
 ANSWER_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 10.0
+KILL_PERIOD_S = 0.05
 
 # Workers' log lines are JSON already: no colour, no prefix, nothing left out.
 _LOG_ENVIRONMENT = {"RAY_DISABLE_WORKER_LOG_PREFIX": "1", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
@@ -65,7 +65,7 @@ class Logging:
 class HostActor:
     """One process of the cluster. Ray calls `__init__` again when the process died, so it starts by itself."""
 
-    async def __init__(self, spec: ProcessSpec, logs: Logging) -> None:
+    def __init__(self, spec: ProcessSpec, logs: Logging) -> None:
         os.dup2(2, 1)  # stdout belongs to nobody here; what a library prints goes to the log
         set_threads(spec, os.environ)
         telemetry.configure(spec.name, otlp_endpoint=logs.otlp_endpoint, log_level=logs.level)
@@ -92,7 +92,7 @@ class RayPeers:
         self._handles: dict[str, Any] = {}
 
     async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
-        handle = await self._handle(name)
+        handle = await self.handle(name)
         report: ProcessReport = await self._call(
             name, handle.report.remote(seen, hold_s), hold_s + ANSWER_TIMEOUT_S
         )
@@ -106,10 +106,11 @@ class RayPeers:
 
     async def stop(self, name: str, drain_s: float) -> None:
         """Drains the process; it stays until it is killed. Raises Unavailable."""
-        handle = await self._handle(name)
+        handle = await self.handle(name)
         await self._call(name, handle.stop.remote(drain_s), drain_s + ANSWER_TIMEOUT_S)
 
-    async def _handle(self, name: str) -> Any:
+    async def handle(self, name: str) -> Any:
+        """Ray's handle of a process. Raises Unavailable when Ray knows none of that name."""
         import ray
 
         if name not in self._handles:
@@ -128,7 +129,7 @@ class RayPeers:
                 return await reference
         except ActorDiedError as error:
             self._handles.pop(name, None)
-            raise Unavailable("its process died", reason="PROCESS_DIED") from error
+            raise Unavailable(f"its process died: {_last_line(error)}", reason="PROCESS_DIED") from error
         except RayError as error:
             raise Unavailable("its process is being restarted") from error
         except TimeoutError as error:
@@ -144,8 +145,9 @@ class RayCluster:
 
     @classmethod
     def local(cls, *, num_processes: int) -> Self:
-        """Starts a Ray of our own for `num_processes`: on loopback, with a token that nobody else knows."""
-        _set_environment({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        """Starts a Ray of our own for `num_processes`: on loopback, and with a token."""
+        os.environ.update({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT})
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
         cluster = cls(temp_folder=folder)
         try:
@@ -167,7 +169,7 @@ class RayCluster:
     @classmethod
     def join(cls, address: str) -> Self:
         """Connects to a Ray that runs already. Raises Unavailable with field `address` when there is none."""
-        _set_environment(_LOG_ENVIRONMENT)
+        os.environ.update(_LOG_ENVIRONMENT)
         _probe(address)
         cluster = cls(temp_folder=None)
         try:
@@ -187,9 +189,7 @@ class RayCluster:
 
     def nodes(self) -> tuple[Node, ...]:
         """All nodes that are alive, this process's own first."""
-        import ray
-
-        nodes = [_node(entry, local=self._temp_folder is not None) for entry in ray.nodes() if entry["Alive"]]
+        nodes = [_node(entry, local=self._temp_folder is not None) for entry in _entries() if entry["Alive"]]
         return tuple(sorted(nodes, key=lambda node: (node.id != self.home, node.address, node.id)))
 
     def names(self) -> tuple[str, ...]:
@@ -237,9 +237,79 @@ class RayCluster:
     async def _kill(self, name: str) -> None:
         import ray
 
-        with contextlib.suppress(Unavailable):  # it is gone already
-            handle = await self.peers._handle(name)
-            ray.kill(handle, no_restart=True)
-            async with asyncio.timeout(END_TIMEOUT_S):
-                while True:
-                    await self.peers.report(name, seen=0, hold_s=0.0)
+        with contextlib.suppress(Unavailable):  # it is gone
+            ray.kill(await self.peers.handle(name), no_restart=True)
+            for _ in range(int(END_TIMEOUT_S / KILL_PERIOD_S)):
+                await self.peers.report(name, seen=0, hold_s=0.0)
+                await asyncio.sleep(KILL_PERIOD_S)
+            log.error("a process outlived its end", extra={"fields": {"process": name}})
+
+
+def _own_address() -> str:
+    import ray
+
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
+def _entries() -> list[dict[str, Any]]:
+    import ray
+
+    entries: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return entries
+
+
+def _own_restarts() -> int:
+    """How often Ray has restarted this actor."""
+    import ray
+    from ray._private import state  # no public road to this number without the dashboard
+
+    entry = state.actors(ray.get_runtime_context().get_actor_id())
+    return int(entry.get("NumRestarts", 0))
+
+
+def _node(entry: Mapping[str, Any], *, local: bool) -> Node:
+    resources = entry["Resources"]
+    # A local Ray is told the number of processes, so that each finds a place; its cores are this machine's.
+    num_cpus = len(os.sched_getaffinity(0)) if local else int(resources.get("CPU", 1))
+    return Node(
+        id=entry["NodeID"],
+        address=entry["NodeManagerAddress"],
+        num_cpus=num_cpus,
+        num_gpus=int(resources.get("GPU", 0)),
+    )
+
+
+def _probe(address: str) -> None:
+    """Ray itself may take minutes to say that nobody is there."""
+    if "://" in address:
+        raise InvalidArgument(
+            "address: the Ray Client protocol is not supported: name HOST:PORT of the head, or auto",
+            field="address",
+        )
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InvalidArgument("address: must be HOST:PORT or auto", field="address")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise Unavailable(f"address: no Ray answers at {address}", field="address") from error
+
+
+def _end(processes: Iterable[psutil.Process]) -> None:
+    """Waits for processes that were told to end; kills those that do not."""
+    _, alive = psutil.wait_procs(list(processes), timeout=END_TIMEOUT_S / 2)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=END_TIMEOUT_S / 2)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

@@ -54,13 +54,7 @@ class ControlServer:
     def __init__(self, controller: Controller, host: str) -> None:
         self._controller = controller
         self._host = host
-        self._server = rpc.Server(
-            {
-                SERVICE: lambda server: control_pb2_grpc.add_ControlServiceServicer_to_server(
-                    ControlService(controller), server
-                )
-            }
-        )
+        self._server = rpc.Server({SERVICE: self._add_servicer})
         self._loop: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
@@ -77,6 +71,10 @@ class ControlServer:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
         await self._server.stop(0.0)
+
+    def _add_servicer(self, server: grpc.aio.Server) -> None:
+        service = ControlService(self._controller)
+        control_pb2_grpc.add_ControlServiceServicer_to_server(service, server)
 
     async def _keep_running(self) -> None:
         while True:

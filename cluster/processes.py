@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.controller import Cluster, Controller
 from cluster.control_service import ControlServer
+from cluster.controller import Cluster, Controller
 from cluster.process_host import HostedServer, ProcessReport
 from cluster.process_watch import ProcessWatch
 from moesaic.manifest import ExpertAddress
@@ -22,6 +22,7 @@ from moesaic.settings import Device, DType, EngineSettings, GatewaySettings, Wor
 
 if TYPE_CHECKING:
     from gateway.server import GatewayServer
+
     from router.server import RouterServer
 
 CONTROLLER = "controller"

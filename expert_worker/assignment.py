@@ -11,7 +11,7 @@ import re
 from moesaic.errors import InvalidArgument
 from moesaic.manifest import ExpertAddress
 
-_RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+_RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
 
 def parse_experts(text: str, *, num_layers: int, num_slots: int) -> frozenset[ExpertAddress]:

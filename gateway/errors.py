@@ -7,6 +7,7 @@ its own. A message is what the router or the gateway wrote for the caller: never
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ def from_validation(error: RequestValidationError) -> HttpError:
     return from_moesaic(InvalidArgument(_complaint(first, param), field=param))
 
 
-def response(error: HttpError, extra_headers: dict[str, str] | None = None) -> JSONResponse:
+def response(error: HttpError, extra_headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse(error.envelope, error.status, headers={**(extra_headers or {}), **error.headers})
 
 

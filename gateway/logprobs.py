@@ -58,7 +58,7 @@ def num_chars(entries: Iterable[pb.TokenLogprob]) -> int:
 
 def _top(entry: pb.TokenLogprob) -> dict[str, float]:
     """The alternatives and the token itself. Of two with the same text the more probable one stays."""
-    top = {}
+    top: dict[str, float] = {}
     for alternative in entry.top:
         top.setdefault(_spell_alternative(alternative), _value(alternative.logprob))
     top.setdefault(_spell(entry), _value(entry.logprob))

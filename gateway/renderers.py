@@ -137,9 +137,7 @@ class ChatRenderer:
                 logprobs=None,
                 finish_reason=None,
             )
-            chunks.insert(
-                0, self._chunk(answer, choices=[opening], **usage, **self._prompt_token_ids(piece))
-            )
+            chunks.insert(0, self._chunk(answer, choices=[opening], **usage, **self._prompt_token_ids(piece)))
         return chunks
 
     def usage_chunk(self, answer: Answer) -> BaseModel:
@@ -187,7 +185,7 @@ class ChatRenderer:
             fields["token_ids"] = list(piece.token_ids)
         return fields
 
-    def _prompt_token_ids(self, piece: Piece) -> dict[str, list[int]]:
+    def _prompt_token_ids(self, piece: Piece) -> dict[str, Any]:
         return {"prompt_token_ids": list(piece.prompt.token_ids)} if self.request.return_token_ids else {}
 
 
@@ -214,4 +212,8 @@ def _stop_reason(request: GenerationBody, piece: Piece) -> str | int | None:
     strings = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if piece.stop in strings:
         return piece.stop
-    return int(piece.stop) if piece.stop.isdigit() and int(piece.stop) in (request.stop_token_ids or []) else None
+    return (
+        int(piece.stop)
+        if piece.stop.isdigit() and int(piece.stop) in (request.stop_token_ids or [])
+        else None
+    )

@@ -338,9 +338,7 @@ class ChatCompletionRequest(GenerationBody, ChatFields):
             sampling.max_tokens = limit
         if self.logprobs:
             sampling.logprobs = self.top_logprobs or 0
-        return [
-            pb.GenerateRequest(model=self.model, chat=self.chat(), sampling=sampling, n=self.num_choices)
-        ]
+        return [pb.GenerateRequest(model=self.model, chat=self.chat(), sampling=sampling, n=self.num_choices)]
 
 
 class TokenizeTextRequest(Body):

@@ -147,9 +147,7 @@ class RouterLink:
         request: pb.GenerateRequest,
         queue: asyncio.Queue[_Numbered | Exception | None],
     ) -> None:
-        call = self._stub().Generate(
-            request, timeout=self._timeout_s, metadata=_metadata(request.request_id)
-        )
+        call = self._stub().Generate(request, timeout=self._timeout_s, metadata=_metadata(request.request_id))
         try:
             async for response in call:
                 await queue.put((number, response))
@@ -159,7 +157,7 @@ class RouterLink:
     def _stub(self) -> InferenceServiceStub:
         if self._channel is None:
             raise Unavailable("no router has been found yet", reason="NO_ROUTER")
-        return InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        return InferenceServiceStub(self._channel)
 
     async def _follow(self) -> None:
         while True:

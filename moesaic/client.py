@@ -186,7 +186,7 @@ class Client:
         loop = asyncio.get_running_loop()
         if self._channel is None or self._loop is not loop:
             self._channel, self._loop = rpc.aio_channel(self._target), loop
-        return InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        return InferenceServiceStub(self._channel)
 
     async def _unary(self, call: Awaitable[_R]) -> _R:
         try:

@@ -58,9 +58,7 @@ class Epoch:
         return cls(content.hexdigest()[:16], model, ordered)
 
     def to_proto(self) -> control_pb2.Epoch:
-        return control_pb2.Epoch(
-            id=self.id, model=self.model, experts=versions_to_proto(self.versions)
-        )
+        return control_pb2.Epoch(id=self.id, model=self.model, experts=versions_to_proto(self.versions))
 
     @classmethod
     def from_proto(cls, message: control_pb2.Epoch) -> Epoch:
@@ -112,11 +110,8 @@ def versions_to_proto(versions: Mapping[ExpertAddress, bytes]) -> list[common_pb
 
 def versions_from_proto(messages: Iterable[common_pb2.ExpertVersion]) -> dict[ExpertAddress, bytes]:
     versions = {
-        ExpertAddress(message.address.layer, message.address.slot): message.digest
-        for message in messages
+        ExpertAddress(message.address.layer, message.address.slot): message.digest for message in messages
     }
     if any(len(digest) != DIGEST_BYTES for digest in versions.values()):
-        raise FailedPrecondition(
-            f"an expert version's digest must have {DIGEST_BYTES} bytes", field="digest"
-        )
+        raise FailedPrecondition(f"an expert version's digest must have {DIGEST_BYTES} bytes", field="digest")
     return versions

@@ -35,9 +35,7 @@ class Replica:
 
     @classmethod
     def from_proto(cls, message: control_pb2.Replica) -> Replica:
-        return cls(
-            message.worker, message.address, message.incarnation, versions_from_proto(message.experts)
-        )
+        return cls(message.worker, message.address, message.incarnation, versions_from_proto(message.experts))
 
 
 @dataclass(frozen=True, slots=True)

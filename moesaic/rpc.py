@@ -134,14 +134,14 @@ def request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     return ""
 
 
-class _Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _Boundary(grpc.aio.ServerInterceptor):
     """The one place where an exception becomes a status, and where a server span starts."""
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Any:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None or not method.startswith("/moesaic."):
@@ -203,4 +203,3 @@ async def _abort(method: str, context: Any, error: Exception) -> None:
         log.exception("unexpected error", extra={"fields": {"method": method}})
         error = InternalError("internal error")
     await context.abort_with_status(rpc_status.to_status(to_status(error)))
-

@@ -41,9 +41,7 @@ def inject() -> list[tuple[str, str]]:
 
 def extract(metadata: Iterable[tuple[str, str | bytes]] | None) -> Context:
     """The caller's context out of gRPC metadata."""
-    return propagate.extract(
-        {key: value for key, value in metadata or () if isinstance(value, str)}
-    )
+    return propagate.extract({key: value for key, value in metadata or () if isinstance(value, str)})
 
 
 def current_traceparent() -> str:

@@ -68,13 +68,9 @@ def pack(
         chunks=chunks,
         token_ids=torch.tensor([token_ids], device=device),
         positions=torch.tensor([positions], device=device),
-        cache_positions=torch.cat([context[-chunk.num_tokens :] for chunk, _, context in places]).to(
-            device
-        ),
+        cache_positions=torch.cat([context[-chunk.num_tokens :] for chunk, _, context in places]).to(device),
         decode=_decode_group([place for place in places if place[0].num_tokens == 1], window, device),
-        prefill=tuple(
-            _prefill_chunk(*place, window, device) for place in places if place[0].num_tokens > 1
-        ),
+        prefill=tuple(_prefill_chunk(*place, window, device) for place in places if place[0].num_tokens > 1),
         first_rows=tuple(first_rows),
     )
 
@@ -110,6 +106,4 @@ def _prefill_chunk(
     visible = keys <= queries
     if window:
         visible &= keys > queries - window
-    return PrefillChunk(
-        first_row, chunk.num_tokens, context[first_key:].to(device), visible.to(device)
-    )
+    return PrefillChunk(first_row, chunk.num_tokens, context[first_key:].to(device), visible.to(device))

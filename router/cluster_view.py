@@ -79,9 +79,7 @@ class ControlWatch:
 class NamedWorkers:
     """Asks the workers at fixed addresses what they hold, again and again."""
 
-    def __init__(
-        self, addresses: Sequence[str], *, model: str, num_layers: int, num_slots: int
-    ) -> None:
+    def __init__(self, addresses: Sequence[str], *, model: str, num_layers: int, num_slots: int) -> None:
         self._addresses = tuple(addresses)
         self._model = model
         self._num_layers = num_layers

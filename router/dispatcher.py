@@ -113,17 +113,14 @@ class Dispatcher:
                 by_link.setdefault(link, []).append(share)
         wave_ends_s = min(self._deadline_s, time.monotonic() + self._call_timeout_s)
         calls = [
-            self._send(link, layer, hidden, tuple(group), wave_ends_s)
-            for link, group in by_link.items()
+            self._send(link, layer, hidden, tuple(group), wave_ends_s) for link, group in by_link.items()
         ]
         self._clock.add("encode", time.perf_counter() - started)
         self._collect(layer, calls, rows, errors, wave_ends_s)
 
     def _pick(self, layer: int, slot: int, tried: set[str]) -> WorkerLink | None:
         address = ExpertAddress(layer, slot)
-        return self._pool.pick(
-            address, self._epoch.versions[address], exclude=tried | self._silent
-        )
+        return self._pool.pick(address, self._epoch.versions[address], exclude=tried | self._silent)
 
     def _send(
         self,
@@ -134,9 +131,7 @@ class Dispatcher:
         wave_ends_s: float,
     ) -> _Call:
         tokens = torch.cat([share.tokens for share in shares]).unique()
-        versions = tuple(
-            self._epoch.versions[ExpertAddress(layer, share.slot)] for share in shares
-        )
+        versions = tuple(self._epoch.versions[ExpertAddress(layer, share.slot)] for share in shares)
         request = expert_pb2.ComputeRequest(
             epoch=self._epoch.id,
             layer=layer,
@@ -160,7 +155,7 @@ class Dispatcher:
     def _span(self, link: WorkerLink, layer: int, num_rows: int) -> trace.Span:
         if self._context is None:
             return trace.INVALID_SPAN
-        attributes = {
+        attributes: dict[str, str | int] = {
             telemetry.LAYER: layer,
             telemetry.ROWS: num_rows,
             telemetry.WORKER: link.replica.worker,
@@ -183,9 +178,7 @@ class Dispatcher:
         queue_us = compute_us = 0
         for call in calls:
             try:
-                response = call.link.receive(
-                    call.pending, max(0.0, wave_ends_s - time.monotonic())
-                )
+                response = call.link.receive(call.pending, max(0.0, wave_ends_s - time.monotonic()))
                 self._take(call, response, rows)
                 for share in call.shares:
                     errors.pop(share.slot, None)
@@ -201,9 +194,7 @@ class Dispatcher:
         self._clock.add("worker compute", compute_us / 1e6)
         self._clock.add("wait", max(0.0, time.perf_counter() - started - worker_s))
 
-    def _take(
-        self, call: _Call, response: expert_pb2.ComputeResponse, rows: torch.Tensor
-    ) -> None:
+    def _take(self, call: _Call, response: expert_pb2.ComputeResponse, rows: torch.Tensor) -> None:
         """Checks an answer (epoch, versions, shape, finite) and puts its rows where their assignments are."""
         if response.epoch != self._epoch.id or tuple(response.versions) != call.versions:
             raise DataLoss("the worker computed with another version", reason="WRONG_VERSION")
@@ -259,9 +250,5 @@ def _failure(layer: int, error: MoesaicError | TimeoutError) -> MoesaicError:
     if isinstance(error, TimeoutError):
         return DeadlineExceeded(f"layer {layer}: an expert worker did not answer in time")
     if isinstance(error, Overloaded):
-        return Overloaded(
-            f"layer {layer}: an expert worker is overloaded", retry_after_s=error.retry_after_s
-        )
-    return Unavailable(
-        f"layer {layer}: an expert worker failed", reason="EXPERT_FAILED", retry_after_s=1.0
-    )
+        return Overloaded(f"layer {layer}: an expert worker is overloaded", retry_after_s=error.retry_after_s)
+    return Unavailable(f"layer {layer}: an expert worker failed", reason="EXPERT_FAILED", retry_after_s=1.0)

@@ -163,9 +163,7 @@ class Engine:
     def _expire(self) -> None:
         now = time.monotonic()
         for live in [live for live in self._live.values() if live.request.deadline_s <= now]:
-            self._fail(
-                live, DeadlineExceeded(f"deadline passed after {len(live.sequence.output)} tokens")
-            )
+            self._fail(live, DeadlineExceeded(f"deadline passed after {len(live.sequence.output)} tokens"))
 
     def _step(self, chunks: tuple[Chunk, ...]) -> None:
         """One batch: forward, then what each sequence gets from it. An unexpected error fails this batch alone."""

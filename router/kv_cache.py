@@ -80,16 +80,12 @@ class KVCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
-    def write(
-        self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores keys and values [T, G, d] at cache positions [T]."""
         self.keys[layer].index_copy_(0, positions, keys)
         self.values[layer].index_copy_(0, positions, values)
 
     @staticmethod
-    def token_bytes(
-        num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
+    def token_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one token takes over all layers."""
         return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize

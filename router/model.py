@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -82,11 +81,10 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, _remote_experts)
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention.NAME
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
     model.set_experts_implementation(EXPERTS_NAME)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _load(
@@ -123,9 +121,7 @@ def _read_dense(
         with safe_open(file, framework="pt") as shard:
             for name in names:
                 # A copy: without it the tensor is a view of the mapped file.
-                tensors[_module_name(name)] = shard.get_tensor(name).to(
-                    device, dtype, copy=True
-                )
+                tensors[_module_name(name)] = shard.get_tensor(name).to(device, dtype, copy=True)
     return tensors
 
 
@@ -144,16 +140,17 @@ def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 def _replace_gates(model: PreTrainedModel, shape: MoeModel, clock: PhaseClock) -> None:
     for layer in _decoder_layers(model):
-        layer.mlp.gate = Gate(layer.mlp.gate.weight.data, shape.gate, clock)  # type: ignore[union-attr]
+        layer.mlp.gate = Gate(layer.mlp.gate.weight.data, shape.gate, clock)
 
 
 def _attach_experts(model: PreTrainedModel, compute_experts: ComputeExperts) -> None:
     for index, layer in enumerate(_decoder_layers(model)):
-        layer.mlp.experts.layer_index = index  # type: ignore[union-attr]
-        layer.mlp.experts.compute_experts = compute_experts  # type: ignore[union-attr]
+        layer.mlp.experts.layer_index = index
+        layer.mlp.experts.compute_experts = compute_experts
 
 
-def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+def _decoder_layers(model: PreTrainedModel) -> list[Any]:
+    """The layers of the decoder; which parts they have is a matter of the family."""
     return list(model.get_decoder().layers)
 
 
@@ -163,4 +160,3 @@ def _remote_experts(
     """The experts seam of transformers: hidden [T, D], slots and weights [T, K] -> [T, D]."""
     result: torch.Tensor = experts.compute_experts(experts.layer_index, hidden, slots, weights)
     return result
-

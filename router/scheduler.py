@@ -129,9 +129,7 @@ class Scheduler:
     def _newest_idle(self, chunks: list[Chunk]) -> Sequence:
         """The last to arrive among the sequences that are not in this batch yet; the caller itself is one of them."""
         scheduled = {chunk.sequence.sequence_id for chunk in chunks}
-        return next(
-            sequence for sequence in reversed(self.running) if sequence.sequence_id not in scheduled
-        )
+        return next(sequence for sequence in reversed(self.running) if sequence.sequence_id not in scheduled)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

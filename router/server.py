@@ -204,6 +204,9 @@ async def _pass_one_token(engine: Engine, timeout_s: float) -> None:
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[None] = loop.create_future()
 
+    def report(event: SequenceEvent) -> None:
+        loop.call_soon_threadsafe(resolve, event)
+
     def resolve(event: SequenceEvent) -> None:
         if answer.done():
             return
@@ -218,7 +221,7 @@ async def _pass_one_token(engine: Engine, timeout_s: float) -> None:
             prompt=(0,),
             sampling=SamplingParams(max_tokens=1, temperature=0.0),
             deadline_s=time.monotonic() + timeout_s,
-            on_event=lambda event: loop.call_soon_threadsafe(resolve, event) and None,
+            on_event=report,
         )
     )
     await answer

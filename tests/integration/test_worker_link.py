@@ -122,5 +122,3 @@ def test_a_closed_link_refuses(link: WorkerLink) -> None:
     link.close()
     with pytest.raises(Unavailable):
         link.receive(link.send(call(0)), WAIT_S)
-
-

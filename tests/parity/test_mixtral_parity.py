@@ -97,9 +97,7 @@ def reference(
 
 def mixed_prompts(count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
-    return [
-        torch.randint(0, 96, (1 + 5 * index,), generator=generator).tolist() for index in range(count)
-    ]
+    return [torch.randint(0, 96, (1 + 5 * index,), generator=generator).tolist() for index in range(count)]
 
 
 def test_ten_mixed_requests_at_once_equal_transformers(random_model: tuple[Path, dict[str, Any]]) -> None:

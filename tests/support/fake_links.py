@@ -96,7 +96,11 @@ def digest(layer: int, slot: int) -> bytes:
 def make_epoch(num_layers: int, num_slots: int) -> Epoch:
     return Epoch.of(
         "tiny",
-        {ExpertAddress(layer, slot): digest(layer, slot) for layer in range(num_layers) for slot in range(num_slots)},
+        {
+            ExpertAddress(layer, slot): digest(layer, slot)
+            for layer in range(num_layers)
+            for slot in range(num_slots)
+        },
     )
 
 

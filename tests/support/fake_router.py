@@ -265,7 +265,7 @@ class RunningRouter:
 
 @asynccontextmanager
 async def running(router: FakeRouter, *, port: int = 0, serving: bool = True) -> AsyncIterator[RunningRouter]:
-    server = rpc.Server({SERVICE: lambda it: add_InferenceServiceServicer_to_server(router, it)})  # type: ignore[no-untyped-call]
+    server = rpc.Server({SERVICE: lambda it: add_InferenceServiceServicer_to_server(router, it)})
     bound = await server.start("127.0.0.1", port)
     await server.set_serving(serving)
     try:

@@ -19,7 +19,8 @@ from router.cluster_view import NamedWorkers, Snapshot
 from router.parts import Parts, RouterConfig, load_parts
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
-from router.scheduler import Limits, Scheduler, Sequence as ScheduledSequence
+from router.scheduler import Limits, Scheduler
+from router.scheduler import Sequence as ScheduledSequence
 
 
 class LocalRouter:
@@ -36,8 +37,7 @@ class LocalRouter:
         parts = self._parts
         scheduler = Scheduler(Limits(max_batch_tokens, len(prompts)), parts.blocks)
         open_sequences = [
-            ScheduledSequence(str(index), list(prompt), len(prompt))
-            for index, prompt in enumerate(prompts)
+            ScheduledSequence(str(index), list(prompt), len(prompt)) for index, prompt in enumerate(prompts)
         ]
         rows: dict[str, list[torch.Tensor]] = {s.sequence_id: [] for s in open_sequences}
         outputs = {s.sequence_id: s.output for s in open_sequences}
@@ -69,9 +69,7 @@ class LocalRouter:
 def local_router(model: Path, addresses: Sequence[str]) -> Iterator[LocalRouter]:
     """A router of this process over the workers at `addresses`."""
     shape = describe_model(open_checkpoint(model))
-    view = NamedWorkers(
-        addresses, model=model.name, num_layers=shape.num_layers, num_slots=shape.num_slots
-    )
+    view = NamedWorkers(addresses, model=model.name, num_layers=shape.num_layers, num_slots=shape.num_slots)
     snapshot = asyncio.run(_first(view))
     assert snapshot.epoch is not None, "the workers do not hold every expert"
     pool = ReplicaPool()

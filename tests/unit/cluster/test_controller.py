@@ -39,7 +39,7 @@ def digest(address: ExpertAddress, salt: int = 0) -> bytes:
 
 
 def replica(name: str, start: int = 1, salt: int = 0) -> Replica:
-    versions = {address: digest(address, salt) for address in EXPERTS[name]}
+    versions = {address: digest(address, salt) for address in sorted(EXPERTS[name])}
     return Replica(name, f"127.0.0.1:{start}", f"{name}-{start}", versions)
 
 
@@ -224,7 +224,7 @@ async def test_workers_that_disagree_are_a_problem_of_the_controller() -> None:
     async with following(played, twice) as controller:
         await played.ready("w0", 1)
         await played.ready("w1", 2)
-        other = Replica("w2", "127.0.0.1:3", "w2-3", {key: digest(key, 7) for key in EXPERTS["w0"]})
+        other = Replica("w2", "127.0.0.1:3", "w2-3", {key: digest(key, 7) for key in sorted(EXPERTS["w0"])})
         played.replicas["127.0.0.1:3"] = other
         await played.tell("w2", pb.PROCESS_STATE_READY, 3, 3)
         snapshot = await until(controller.watch(), "w0", "w1", "w2")

@@ -61,8 +61,9 @@ def test_packed_chunks_over_blocks_equal_plain_attention(window: int | None, bud
     while chunks := scheduler.schedule():
         batch = pack(chunks, block_tokens=4, window=window, device=torch.device("cpu"))
         query, key, value = (
-            torch.cat([inputs[c.sequence.sequence_id][part][c.start : c.end] for c in chunks])
-            .transpose(0, 1)[None]
+            torch.cat([inputs[c.sequence.sequence_id][part][c.start : c.end] for c in chunks]).transpose(
+                0, 1
+            )[None]
             for part in range(3)
         )
         attended, _ = paged_attention(

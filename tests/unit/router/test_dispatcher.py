@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 
@@ -39,13 +40,13 @@ def dispatch(
 
 
 def test_the_layer_equals_the_weighted_sum_of_its_experts() -> None:
-    output, dispatcher, _ = dispatch({"a": range(0, 2), "b": range(2, 4)})
+    output, dispatcher, _ = dispatch({"a": range(2), "b": range(2, 4)})
     torch.testing.assert_close(output, EXPECTED)
     assert not dispatcher.failed
 
 
 def test_one_message_goes_to_each_worker_and_holds_each_token_once() -> None:
-    _, _, links = dispatch({"a": range(0, 2), "b": range(2, 4)})
+    _, _, links = dispatch({"a": range(2), "b": range(2, 4)})
     (to_a,), (to_b,) = links["a"].requests, links["b"].requests
     assert list(to_a.hidden.shape) == [3, 3]  # tokens 0, 2 and 3; token 0 goes to both of its experts there
     assert [(rows.slot, list(rows.rows)) for rows in to_a.experts] == [(0, [0, 1]), (1, [0, 2])]
@@ -53,9 +54,7 @@ def test_one_message_goes_to_each_worker_and_holds_each_token_once() -> None:
 
 
 def test_a_worker_without_rows_gets_no_message() -> None:
-    _, _, links = dispatch(
-        {"a": range(0, 2), "b": range(2, 4)}, slots=torch.tensor([[0, 1]] * 4)
-    )
+    _, _, links = dispatch({"a": range(2), "b": range(2, 4)}, slots=torch.tensor([[0, 1]] * 4))
     assert len(links["a"].requests) == 1 and not links["b"].requests
 
 
@@ -69,7 +68,7 @@ def test_any_placement_gives_the_very_same_bits(boundaries: list[int], seed: int
     ranked = torch.rand(6, NUM_SLOTS, generator=generator).softmax(-1).sort(descending=True)
     weights, slots = ranked.values[:, :3], ranked.indices[:, :3]
     edges = [0, *sorted(boundaries), NUM_SLOTS]
-    placement = {str(i): range(*pair) for i, pair in enumerate(zip(edges, edges[1:], strict=False))}
+    placement = {str(i): range(*pair) for i, pair in enumerate(itertools.pairwise(edges))}
 
     whole, _, _ = dispatch({"all": range(NUM_SLOTS)}, hidden=hidden, slots=slots, weights=weights)
     spread, _, _ = dispatch(placement, hidden=hidden, slots=slots, weights=weights)
@@ -92,7 +91,7 @@ def test_any_placement_gives_the_very_same_bits(boundaries: list[int], seed: int
     ids=["gone", "late", "full", "epoch", "versions", "shape", "dtype", "nan"],
 )
 def test_a_replica_answers_in_place_of_one_that_fails(broken: Answer) -> None:
-    workers = {"a": range(0, 2), "b": range(2, 4), "b2": range(2, 4)}
+    workers = {"a": range(2), "b": range(2, 4), "b2": range(2, 4)}
     output, dispatcher, links = dispatch(workers, {"b": broken})
     torch.testing.assert_close(output, EXPECTED)
     assert not dispatcher.failed
@@ -101,7 +100,7 @@ def test_a_replica_answers_in_place_of_one_that_fails(broken: Answer) -> None:
 
 def test_without_a_replica_only_the_tokens_of_the_failed_worker_fail() -> None:
     output, dispatcher, links = dispatch(
-        {"a": range(0, 3), "b": range(3, 4)}, {"b": failing(Unavailable("gone"))}
+        {"a": range(3), "b": range(3, 4)}, {"b": failing(Unavailable("gone"))}
     )
     assert set(dispatcher.failed) == {1, 2}  # the tokens that slot 3 should compute
     assert all(isinstance(error, Unavailable) for error in dispatcher.failed.values())
@@ -116,7 +115,7 @@ def test_the_error_says_what_happened_and_not_where() -> None:
 
 
 def test_an_expert_that_nobody_holds_is_an_error_for_its_tokens() -> None:
-    _, dispatcher, _ = dispatch({"a": range(0, 3)})
+    _, dispatcher, _ = dispatch({"a": range(3)})
     assert set(dispatcher.failed) == {1, 2}
     assert dispatcher.failed[1].reason == "NO_REPLICA"
 

@@ -106,9 +106,7 @@ class Harness:
     ) -> queue.SimpleQueue[SequenceEvent]:
         events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})
-        self.engine.submit(
-            SequenceRequest(name, prompt, params, time.monotonic() + timeout_s, events.put)
-        )
+        self.engine.submit(SequenceRequest(name, prompt, params, time.monotonic() + timeout_s, events.put))
         return events
 
 

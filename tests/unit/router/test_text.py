@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,16 @@ from router.detokenizer import StopMatcher
 from router.text import Text, load_text
 
 REPLACEMENT = "�"
+
+
+@functools.cache
+def byte_level_backend() -> Tokenizer:
+    return byte_level()
+
+
+@functools.cache
+def sentencepiece_backend() -> Tokenizer:
+    return sentencepiece()
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +60,6 @@ def test_byte_level_text_equals_the_library_for_any_tokens(text: Text, ids: list
     expected = byte_level_backend().decode(ids, skip_special_tokens=skip)
     assert text.decode(ids, skip_special_tokens=skip) == expected
     assert "".join(streamed(text, (), ids, skip_special_tokens=skip)) == expected
-
-
-_BACKENDS: dict[str, Tokenizer] = {}
-
-
-def byte_level_backend() -> Tokenizer:
-    return _BACKENDS.setdefault("byte_level", byte_level())
-
-
-def sentencepiece_backend() -> Tokenizer:
-    return _BACKENDS.setdefault("sentencepiece", sentencepiece())
 
 
 @settings(max_examples=200, deadline=None)
@@ -277,7 +277,7 @@ def test_what_the_template_raises_is_an_error_of_the_messages(text: Text) -> Non
 )
 def test_a_template_that_fails_or_reaches_out_fails_the_request_alone(tmp_path: Path, template: str) -> None:
     text = load_text(write_folder(tmp_path, byte_level_backend(), chat_template=template))
-    with pytest.raises(InvalidArgument, match="^messages: ") as caught:
+    with pytest.raises(InvalidArgument, match=r"^messages: ") as caught:
         render(text, TALK)
     assert "Well" not in caught.value.message
 

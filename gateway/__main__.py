@@ -1,0 +1,71 @@
+"""`python -m gateway --router HOST:PORT`: the OpenAI API in front of one router, started by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gateway.server import GatewayConfig, GatewayServer
+from moesaic import telemetry
+from moesaic.errors import MoesaicError
+from moesaic.settings import Settings, load_settings
+
+
+def main(
+    router: Annotated[str, typer.Option(help="HOST:PORT of the router.")],
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name that clients may call this server by. Repeatable.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+) -> None:
+    """Serves HTTP until SIGTERM or Ctrl-C, then lets running requests end."""
+    try:
+        settings = load_settings(config, host=host, http_port=port)
+        telemetry.configure(
+            "moesaic-gateway", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level
+        )
+        asyncio.run(_serve(router, settings, frozenset(allowed_host or ())))
+    except MoesaicError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    finally:
+        telemetry.flush()
+
+
+async def _serve(router: str, settings: Settings, allowed_hosts: frozenset[str]) -> None:
+    async def resolve_router() -> str:
+        return router
+
+    server = GatewayServer(
+        GatewayConfig(settings.host, settings.http_port, settings.gateway, allowed_hosts), resolve_router
+    )
+    stopping = _stop_signal()
+    print(f"listening http={await server.start()} router={router}", flush=True)
+    await stopping.wait()
+    await server.stop(settings.cluster.drain_timeout_s)
+
+
+def _stop_signal() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+
+    def stop() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    return stopping
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,269 @@
+"""The routes. Each one parses, calls the router, and renders: no route knows anything about a model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute, APIRouter
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+import moesaic
+from gateway import errors, replies, strict_json
+from gateway.answer import Answer, Piece
+from gateway.edge import Record, record_of
+from gateway.errors import HttpError
+from gateway.renderers import ChatRenderer, CompletionRenderer, Identity, Renderer
+from gateway.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from gateway.router_link import RouterLink
+from gateway.streaming import DONE, EventStream, error_event, event, unless_gone
+from moesaic.errors import InternalError, MoesaicError, NotFound, Unavailable
+from moesaic.v1 import inference_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+# Beyond the router's own deadline, for a client that reads slowly.
+_READING_MARGIN_S = 60.0
+
+
+class JsonRequest(Request):
+    """A request whose body is JSON, read strictly and once."""
+
+    async def read(self) -> None:
+        """Raises InvalidArgument, or HTTPException 415."""
+        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "the body must have the content type application/json")
+        self._value = strict_json.parse(await self.body())
+
+    async def json(self) -> Any:
+        return self._value
+
+
+class JsonRoute(APIRoute):
+    """Hands the framework a strictly parsed body."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            if request.method == "POST":
+                request = JsonRequest(request.scope, request.receive)
+                await request.read()
+            return await handle(request)
+
+        return handle_strictly
+
+
+def build_app(link: RouterLink, *, max_body_bytes: int, timeout_s: float) -> FastAPI:
+    """The application over one router. `timeout_s`: the deadline of a generation."""
+    app = FastAPI(
+        title="Moesaic",
+        version=moesaic.__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        max_body_size=max_body_bytes,
+        # Spans are made at the edge: the framework's own would record bodies that do not validate.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    for router in (_generation(link, timeout_s), _tokens(link), _models(link), _state(link)):
+        app.include_router(router)
+    _handle_errors(app, max_body_bytes)
+    return app
+
+
+def _generation(link: RouterLink, timeout_s: float) -> APIRouter:
+    routes = APIRouter(route_class=JsonRoute)
+
+    @routes.post("/v1/completions", response_model=replies.CompletionReply)
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await _answer(request, link, CompletionRenderer(body, _identity(request)), timeout_s)
+
+    @routes.post("/v1/chat/completions", response_model=replies.ChatReply)
+    async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+        return await _answer(request, link, ChatRenderer(body, _identity(request)), timeout_s)
+
+    return routes
+
+
+def _tokens(link: RouterLink) -> APIRouter:
+    routes = APIRouter(route_class=JsonRoute)
+
+    @routes.post("/tokenize", response_model_exclude_unset=True)
+    async def tokenize(request: Request, body: TokenizeRequest) -> replies.TokenizeReply:
+        tokens = await link.tokenize(body.call(), record_of(request).request_id)
+        strings = {"token_strs": list(tokens.tokens)} if body.return_token_strs else {}
+        return replies.TokenizeReply(
+            count=len(tokens.token_ids),
+            max_model_len=tokens.max_model_len,
+            tokens=list(tokens.token_ids),
+            **strings,
+        )
+
+    @routes.post("/detokenize")
+    async def detokenize(request: Request, body: DetokenizeRequest) -> replies.DetokenizeReply:
+        text = await link.detokenize(body.call(), record_of(request).request_id)
+        return replies.DetokenizeReply(prompt=text.text)
+
+    return routes
+
+
+def _models(link: RouterLink) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    async def models(request: Request) -> replies.ModelList:
+        return replies.ModelList(object="list", data=[await _model(link, request)])
+
+    @routes.get("/v1/models/{model_id:path}")
+    async def model(request: Request, model_id: str) -> replies.Model:
+        served = await _model(link, request)
+        if served.id != model_id:
+            raise NotFound("no such model", field="model", reason="MODEL_NOT_FOUND")
+        return served
+
+    return routes
+
+
+def _state(link: RouterLink) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/health", response_class=Response)
+    @routes.get("/ready", response_class=Response)
+    async def ready() -> Response:
+        _check_serving(link)
+        return Response()
+
+    @routes.get("/version")
+    async def version() -> replies.Version:
+        return replies.Version(version=moesaic.__version__)
+
+    return routes
+
+
+def _check_serving(link: RouterLink) -> None:
+    if not link.serving:
+        raise Unavailable("no router serves at the moment", reason="NOT_READY")
+
+
+async def _model(link: RouterLink, request: Request) -> replies.Model:
+    """A model is listed only while it can be used: clients take the list for a sign of life."""
+    _check_serving(link)
+    info = await link.model_info(record_of(request).request_id)
+    return replies.Model(
+        id=info.model,
+        object="model",
+        created=info.created,
+        owned_by="moesaic",
+        max_model_len=info.max_model_len,
+    )
+
+
+def _identity(request: Request) -> Identity:
+    return Identity(record_of(request).request_id, int(time.time()))
+
+
+async def _answer(request: Request, link: RouterLink, renderer: Renderer, timeout_s: float) -> Response:
+    record = record_of(request)
+    calls = renderer.calls()
+    answer = Answer(len(calls), renderer.request.num_choices)
+    pieces = _pieces(record, renderer, answer, link.generate(calls, record.request_id))
+    if not renderer.request.stream:
+        return await unless_gone(request, _whole(renderer, answer, pieces))
+    # An error before the first token still has a status of its own.
+    first = await unless_gone(request, anext(pieces))
+    events = _events(record, renderer, answer, first, pieces)
+    return EventStream(events, source=pieces, timeout_s=timeout_s + _READING_MARGIN_S)
+
+
+async def _pieces(
+    record: Record,
+    renderer: Renderer,
+    answer: Answer,
+    messages: AsyncGenerator[tuple[int, pb.GenerateResponse], None],
+) -> AsyncGenerator[Piece, None]:
+    """What the router sends, checked to be complete; errors name fields as the client knows them."""
+    try:
+        async with aclosing(messages):
+            async for prompt_number, message in messages:
+                piece = answer.add(prompt_number, message)
+                record.model, record.epoch = answer.model, answer.epoch
+                record.prompt_tokens = answer.prompt_tokens
+                record.completion_tokens = answer.completion_tokens
+                if piece is not None:
+                    yield piece
+        answer.check_complete()
+    except MoesaicError as error:
+        error.field = renderer.params.get(error.field or "", error.field)
+        raise
+
+
+async def _whole(renderer: Renderer, answer: Answer, pieces: AsyncGenerator[Piece, None]) -> Response:
+    choices: dict[int, list[Piece]] = {}
+    async with aclosing(pieces):
+        async for piece in pieces:
+            choices.setdefault(piece.index, []).append(piece)
+    reply = renderer.reply(answer, [choices[index] for index in sorted(choices)])
+    return Response(reply.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+async def _events(
+    record: Record,
+    renderer: Renderer,
+    answer: Answer,
+    first: Piece,
+    rest: AsyncGenerator[Piece, None],
+) -> AsyncGenerator[bytes, None]:
+    """The stream's events: chunks, usage where it was asked for, [DONE]; or an error, and nothing after it."""
+    try:
+        for chunk in renderer.chunks(answer, first):
+            yield event(chunk)
+        async for piece in rest:
+            for chunk in renderer.chunks(answer, piece):
+                yield event(chunk)
+    except MoesaicError as error:
+        failure = errors.from_moesaic(error)
+    except Exception:
+        log.exception("unexpected error", extra={"fields": {"request_id": record.request_id}})
+        failure = errors.from_moesaic(InternalError("internal error"))
+    else:
+        options = renderer.request.stream_options
+        if options is not None and options.include_usage:
+            yield event(renderer.usage_chunk(answer))
+        yield DONE
+        return
+    record.error = failure.code
+    yield error_event(failure.envelope, answer.completion_tokens)
+
+
+def _handle_errors(app: FastAPI, max_body_bytes: int) -> None:
+    """The envelope for everything that is not an answer."""
+
+    def refuse(request: Request, error: HttpError, headers: Mapping[str, str] | None = None) -> Response:
+        record_of(request).error = error.code
+        return errors.response(error, headers)
+
+    @app.exception_handler(MoesaicError)
+    async def ours(request: Request, error: MoesaicError) -> Response:
+        return refuse(request, errors.from_moesaic(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return refuse(request, errors.from_validation(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 413:
+            error.detail = f"the body exceeds {max_body_bytes} bytes"
+        return refuse(request, errors.from_http(error), error.headers)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return refuse(request, errors.from_moesaic(InternalError("internal error")))

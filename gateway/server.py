@@ -1,0 +1,149 @@
+"""The gateway as a server: binds at once, answers 503 until a router serves, drains before it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import math
+import socket
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+
+from gateway.app import build_app
+from gateway.edge import Edge
+from gateway.router_link import RouterLink
+from moesaic.errors import InvalidArgument, Unavailable
+from moesaic.settings import GatewaySettings
+
+log = logging.getLogger(__name__)
+
+_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+# Longer than clients keep idle connections, so that they close first and never write into a closing one.
+_KEEP_ALIVE_S = 75
+_START_TIMEOUT_S = 10.0
+# After the drain: for requests that were cut off to send their last bytes.
+_FAREWELL_S = 2.0
+_BACKLOG = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Where the gateway listens, and its bounds.
+
+    A gateway on loopback answers to the host's local names and to `allowed_hosts`, so that a page of another site
+    cannot reach it through a DNS name; on any other address it answers to every name unless some are listed.
+    """
+
+    host: str
+    port: int
+    settings: GatewaySettings
+    allowed_hosts: frozenset[str] = frozenset()
+
+
+class GatewayServer:
+    """The HTTP side of one router, which `resolve_router` finds (HOST:PORT, or MoesaicError while there is none)."""
+
+    def __init__(self, config: GatewayConfig, resolve_router: Callable[[], Awaitable[str]]) -> None:
+        self._config = config
+        self._link = RouterLink(resolve_router, timeout_s=config.settings.request_timeout_s)
+        self._http = _Uvicorn(_uvicorn_config(config, self._link))
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Listens and returns HOST:PORT (a free port for 0). Raises InvalidArgument when the port is taken."""
+        listener = _listen(self._config.host, self._config.port)
+        self._link.start()
+        self._serving = asyncio.create_task(self._http.serve(sockets=[listener]), name="gateway-http")
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            while not self._http.started:
+                if self._serving.done():
+                    raise Unavailable("the HTTP server ended while it started")
+                await asyncio.sleep(0.005)
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        return f"{host}:{listener.getsockname()[1]}"
+
+    async def stop(self, drain_s: float) -> None:
+        """Refuses new connections; running requests have `drain_s` seconds, then they end with an error."""
+        if self._serving is None:
+            return
+        self._http.config.timeout_graceful_shutdown = math.ceil(drain_s + _FAREWELL_S)
+        self._http.should_exit = True
+        await asyncio.wait({self._serving}, timeout=drain_s)
+        await self._link.close()
+        await self.wait()
+
+    async def wait(self) -> None:
+        """Until the server has ended."""
+        if self._serving is not None:
+            await asyncio.shield(self._serving)
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers: signals belong to whoever owns the process."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _uvicorn_config(config: GatewayConfig, link: RouterLink) -> uvicorn.Config:
+    max_body_bytes = config.settings.max_body_mib << 20
+    app = build_app(link, max_body_bytes=max_body_bytes, timeout_s=config.settings.request_timeout_s)
+    return uvicorn.Config(
+        Edge(app, max_body_bytes=max_body_bytes, allowed_hosts=_allowed_hosts(config)),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        reset_contextvars=True,
+    )
+
+
+def _allowed_hosts(config: GatewayConfig) -> frozenset[str] | None:
+    named = frozenset(name.lower() for name in config.allowed_hosts)
+    if _is_loopback(config.host):
+        return _LOCAL_NAMES | {config.host.lower()} | named
+    return named | _LOCAL_NAMES if named else None
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _cannot_listen(host, port) from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(host, port) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _cannot_listen(host: str, port: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"cannot listen on {host}:{port}: the port is in use or the host is not this machine's",
+        field="port",
+        reason="PORT_IN_USE",
+    )

@@ -1,0 +1,38 @@
+"""A tiny model whose experts the tests compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import write_mixtral
+
+from expert_worker.expert_store import ExpertStore
+from expert_worker.loader import load_experts
+from moesaic.checkpoint import open_checkpoint
+from moesaic.families import MoeModel, describe_model
+from moesaic.manifest import ExpertAddress
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of four experts, D 32, F 24."""
+    return write_mixtral(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def model(folder: Path) -> MoeModel:
+    return describe_model(open_checkpoint(folder))
+
+
+@pytest.fixture(scope="session")
+def store(folder: Path, model: MoeModel) -> ExpertStore:
+    """Slots 0 to 2 of both layers: slot 3 is another worker's."""
+    store = ExpertStore()
+    addresses = [ExpertAddress(layer, slot) for layer in range(2) for slot in range(3)]
+    for address, held in load_experts(
+        open_checkpoint(folder), model, addresses, device=torch.device("cpu"), dtype=torch.float32
+    ):
+        store.add(address, held)
+    return store

@@ -1,0 +1,126 @@
+"""Only the worker's own slices are read; the same weights have the same version in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoints import write_mixtral
+from support.expert_calls import ReferenceExperts
+
+from expert_worker.expert_store import HeldExpert
+from expert_worker.loader import load_experts
+from moesaic.checkpoint import SINGLE_FILE, open_checkpoint
+from moesaic.errors import CheckpointError
+from moesaic.families import describe_model
+from moesaic.manifest import ExpertAddress
+
+ALL = [ExpertAddress(layer, slot) for layer in range(2) for slot in range(4)]
+
+
+def load(
+    folder: Path, addresses: list[ExpertAddress], dtype: torch.dtype = torch.float32
+) -> dict[ExpertAddress, HeldExpert]:
+    checkpoint = open_checkpoint(folder)
+    model = describe_model(checkpoint)
+    return dict(load_experts(checkpoint, model, addresses, device=torch.device("cpu"), dtype=dtype))
+
+
+def mapped_files() -> list[str]:
+    return [
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if ".safetensors" in line
+    ]
+
+
+@pytest.mark.parametrize("layout", ["classic", "fused"])
+def test_an_expert_holds_the_very_weights_of_the_checkpoint(tmp_path: Path, layout: str) -> None:
+    write_mixtral(tmp_path, layout=layout, max_shard_size=20_000)  # type: ignore[arg-type]
+    reference = ReferenceExperts(tmp_path)
+    for (layer, slot), held in load(tmp_path, [ExpertAddress(1, 2), ExpertAddress(0, 3)]).items():
+        gate, up = held.expert.gate_up.chunk(2)
+        for name, weight in (("gate", gate), ("up", up), ("down", held.expert.down)):
+            assert torch.equal(weight, reference.weight(layer, slot, name))
+
+
+def test_both_layouts_and_any_sharding_give_the_same_versions(tmp_path: Path) -> None:
+    folders = [
+        write_mixtral(tmp_path / "classic"),
+        write_mixtral(tmp_path / "fused", layout="fused"),
+        write_mixtral(tmp_path / "shards", max_shard_size=20_000),
+    ]
+    versions = [{address: held.version for address, held in load(folder, ALL).items()} for folder in folders]
+    assert versions[0] == versions[1] == versions[2]
+    assert len(set(versions[0].values())) == len(ALL)
+
+
+def test_other_weights_and_another_dtype_are_other_versions(tmp_path: Path) -> None:
+    address = [ExpertAddress(0, 0)]
+    folders = [
+        write_mixtral(tmp_path / "a"),
+        write_mixtral(tmp_path / "b", seed=1),
+        write_mixtral(tmp_path / "c", dtype=torch.bfloat16),
+        write_mixtral(tmp_path / "d", dtype=torch.float16),
+    ]
+    assert len({load(folder, address)[address[0]].version for folder in folders}) == 4
+
+
+def test_the_version_is_that_of_the_file_and_not_of_the_compute_dtype(tmp_path: Path) -> None:
+    write_mixtral(tmp_path, dtype=torch.bfloat16)
+    address = ExpertAddress(0, 0)
+    wide, narrow = (load(tmp_path, [address], dtype)[address] for dtype in (torch.float32, torch.bfloat16))
+    assert wide.version == narrow.version
+    assert wide.expert.down.dtype == torch.float32
+    assert torch.equal(wide.expert.down, narrow.expert.down.float())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("weight", ["w1", "w2", "w3"])
+def test_weights_that_are_not_finite_are_refused_by_tensor(tmp_path: Path, weight: str, bad: float) -> None:
+    name = f"model.layers.1.block_sparse_moe.experts.2.{weight}.weight"
+    write_mixtral(tmp_path)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    tensors[name][3, 5] = bad
+    save_file(tensors, tmp_path / SINGLE_FILE)
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path, [ExpertAddress(1, 2)])
+    assert caught.value.field == name
+    assert load(tmp_path, [ExpertAddress(1, 1)])  # what another worker holds is not this one's concern
+
+
+def test_a_file_that_vanished_after_the_check_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_mixtral(tmp_path))
+    model = describe_model(checkpoint)
+    (tmp_path / SINGLE_FILE).unlink()
+    with pytest.raises(CheckpointError) as caught:
+        list(load_experts(checkpoint, model, ALL, device=torch.device("cpu"), dtype=torch.float32))
+    assert caught.value.field == SINGLE_FILE
+
+
+def test_no_file_stays_mapped(tmp_path: Path) -> None:
+    held = load(write_mixtral(tmp_path), ALL)
+    assert len(held) == len(ALL)
+    assert not [name for name in mapped_files() if str(tmp_path) in name]
+
+
+def test_one_expert_is_loaded_at_a_time(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_mixtral(tmp_path))
+    loading = load_experts(
+        checkpoint, describe_model(checkpoint), reversed(ALL), device=torch.device("cpu"), dtype=torch.float32
+    )
+    assert [next(loading)[0] for _ in range(2)] == ALL[:2]
+    loading.close()
+
+
+@pytest.mark.shared
+def test_the_reference_layouts_give_the_same_versions(shared: Path) -> None:
+    addresses = [ExpertAddress(layer, slot) for layer in range(2) for slot in range(8)]
+    classic, fused = (
+        load(shared / "goldens" / "mixtral" / name, addresses) for name in ("hf_v4", "hf_v5_fused")
+    )
+    assert {a: held.version for a, held in classic.items()} == {a: held.version for a, held in fused.items()}
+    for address in addresses:
+        assert torch.equal(classic[address].expert.gate_up, fused[address].expert.gate_up)
