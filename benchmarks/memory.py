@@ -45,11 +45,19 @@ def main(workers: Annotated[int, typer.Option(min=1, max=8)] = 4) -> None:
         size = sum(file.stat().st_size for file in model.iterdir())
         rows = measure(model, workers)
     overhead = {row.name.split("-")[0]: row.resident for row in bare}
-    print(f"checkpoint {size / MIB:,.0f} MiB (bfloat16), {workers} workers; a request of 256 + 32 tokens was served")
+    print(
+        f"checkpoint {size / MIB:,.0f} MiB (bfloat16), {workers} workers; a request of 256 + 32 tokens was served"
+    )
     print("| process | weights MiB | resident MiB | resident - weights | bare process MiB | peak MiB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
-        cells = (row.weights, row.resident, row.resident - row.weights, overhead[row.name.split("-")[0]], row.peak)
+        cells = (
+            row.weights,
+            row.resident,
+            row.resident - row.weights,
+            overhead[row.name.split("-")[0]],
+            row.peak,
+        )
         print(f"| {row.name} | " + " | ".join(f"{cell / MIB:,.0f}" for cell in cells) + " |")
 
 
@@ -97,7 +105,9 @@ async def exercise(router: str, workers: Sequence[str]) -> list[int]:
     """Generates a little, so that every buffer is in use; returns the weight bytes of each worker."""
     async with Client(router) as client:
         vocabulary = (await client.model_info()).vocab_size
-        await client.complete([index % vocabulary for index in range(32 if vocabulary < 256 else 256)], max_tokens=32)
+        await client.complete(
+            [index % vocabulary for index in range(32 if vocabulary < 256 else 256)], max_tokens=32
+        )
     held = []
     for address in workers:
         async with rpc.aio_channel(address) as channel:

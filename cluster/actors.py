@@ -21,11 +21,13 @@ from typing import Any, Self
 
 import psutil
 
+from cluster.blueprint import PlannedProcess
 from cluster.placement import Node
 from cluster.process_host import ProcessHost, ProcessReport
 from cluster.processes import ProcessSpec, Surroundings, make_server, set_threads
 from moesaic import telemetry
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
+from moesaic.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +44,6 @@ KILL_PERIOD_S = 0.05
 _LOG_ENVIRONMENT = {"RAY_DISABLE_WORKER_LOG_PREFIX": "1", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
 # Ray takes loopback for its own address only where it believes that there can be no cluster.
 _LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
-
-
-@dataclass(frozen=True, slots=True)
-class Seating:
-    """What a process asks of Ray: its node and its share of it. `pinned`: it may run nowhere else."""
-
-    node_id: str
-    num_cpus: float = 0.0
-    num_gpus: float = 0.0
-    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +131,26 @@ class RayPeers:
 class RayCluster:
     """This process's connection to Ray, and the processes that it starts there."""
 
-    def __init__(self, *, temp_folder: Path | None) -> None:
+    def __init__(self, logs: Logging, *, temp_folder: Path | None) -> None:
+        self._logs = logs
         self._temp_folder = temp_folder
         self.peers = RayPeers()
 
     @classmethod
-    def local(cls, *, num_processes: int) -> Self:
-        """Starts a Ray of our own for `num_processes`: on loopback, and with a token."""
+    def connect(cls, settings: Settings, *, num_processes: int) -> Self:
+        """Joins the Ray that `cluster.address` names, or starts one."""
+        logs = Logging(settings.log_level, settings.otlp_endpoint)
+        if settings.cluster.address is not None:
+            return cls.join(settings.cluster.address, logs)
+        return cls.local(logs, num_processes=num_processes)
+
+    @classmethod
+    def local(cls, logs: Logging, *, num_processes: int) -> Self:
+        """Starts a Ray of our own, on loopback and with a token. `num_processes`: about as many as will be started."""
         os.environ.update({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT})
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
-        cluster = cls(temp_folder=folder)
+        cluster = cls(logs, temp_folder=folder)
         try:
             cluster._connect(
                 address="local",
@@ -167,11 +168,11 @@ class RayCluster:
         return cluster
 
     @classmethod
-    def join(cls, address: str) -> Self:
+    def join(cls, address: str, logs: Logging) -> Self:
         """Connects to a Ray that runs already. Raises Unavailable with field `address` when there is none."""
         os.environ.update(_LOG_ENVIRONMENT)
         _probe(address)
-        cluster = cls(temp_folder=None)
+        cluster = cls(logs, temp_folder=None)
         try:
             cluster._connect(address=address)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -189,7 +190,7 @@ class RayCluster:
 
     def nodes(self) -> tuple[Node, ...]:
         """All nodes that are alive, this process's own first."""
-        nodes = [_node(entry, local=self._temp_folder is not None) for entry in _entries() if entry["Alive"]]
+        nodes = [_node(entry, local=self._local) for entry in _entries() if entry["Alive"]]
         return tuple(sorted(nodes, key=lambda node: (node.id != self.home, node.address, node.id)))
 
     def names(self) -> tuple[str, ...]:
@@ -199,21 +200,23 @@ class RayCluster:
         actors = ray.util.list_named_actors(all_namespaces=True)
         return tuple(sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE))
 
-    def start(self, spec: ProcessSpec, seating: Seating, logs: Logging) -> None:
+    def start(self, process: PlannedProcess) -> None:
         """Asks Ray for a process and returns at once; Ray restarts it whenever it dies."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        node_id = process.seat.node.id
         ray.remote(HostActor).options(
-            name=spec.name,
+            name=process.spec.name,
             namespace=NAMESPACE,
             lifetime="detached",
             max_restarts=-1,
             max_task_retries=0,
-            num_cpus=seating.num_cpus,
-            num_gpus=seating.num_gpus,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(seating.node_id, soft=not seating.pinned),
-        ).remote(spec, logs)
+            # A Ray of our own has nobody to share its cores with.
+            num_cpus=0 if self._local else process.num_cpus,
+            num_gpus=process.seat.num_gpus,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=not process.pinned),
+        ).remote(process.spec, self._logs)
 
     async def kill(self, names: Iterable[str]) -> None:
         """Ends processes for good and returns when Ray has buried them."""
@@ -223,11 +226,15 @@ class RayCluster:
         """Leaves Ray; a local one ends, with everything that it started."""
         import ray
 
-        own = psutil.Process().children(recursive=True) if self._temp_folder is not None else []
+        own = psutil.Process().children(recursive=True) if self._local else []
         ray.shutdown()
         if self._temp_folder is not None:
             _end(own)
             shutil.rmtree(self._temp_folder, ignore_errors=True)
+
+    @property
+    def _local(self) -> bool:
+        return self._temp_folder is not None
 
     def _connect(self, **options: Any) -> None:
         import ray

@@ -32,15 +32,15 @@ class PlannedProcess:
 
     spec: ProcessSpec
     seat: Seat
+    # What it reserves; the controller and the gateway hardly need any.
+    num_cpus: int
     pinned: bool
 
 
 def check_counts(settings: Settings, model: MoeModel) -> None:
     """Whether the model can be spread as asked, before anything runs. Raises InvalidArgument."""
     if settings.cluster.workers is not None:
-        place_experts(
-            model.num_layers, model.num_slots, settings.cluster.workers, settings.cluster.replicas
-        )
+        place_experts(model.num_layers, model.num_slots, settings.cluster.workers, settings.cluster.replicas)
 
 
 def draw_blueprint(
@@ -63,10 +63,10 @@ def draw_blueprint(
         members=_members(workers, router_seat),
     )
     return (
-        PlannedProcess(_router(settings, folder, router_seat), router_seat, pinned=True),
-        PlannedProcess(ControllerSpec(cluster), quiet_seat, pinned=False),
+        PlannedProcess(_router(settings, folder, router_seat), router_seat, num_cpus=1, pinned=True),
+        PlannedProcess(ControllerSpec(cluster), quiet_seat, num_cpus=0, pinned=False),
         *workers,
-        PlannedProcess(_gateway(settings), quiet_seat, pinned=True),
+        PlannedProcess(_gateway(settings), quiet_seat, num_cpus=0, pinned=True),
     )
 
 
@@ -87,6 +87,7 @@ def _workers(
                 ),
             ),
             seat,
+            num_cpus=1,
             pinned=False,
         )
         for index, (experts, seat) in enumerate(zip(placement, seats, strict=True))

@@ -7,7 +7,7 @@ second or two; the health stream of a worker's gRPC server breaks within millise
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -88,16 +88,17 @@ async def _unless_lost(
         ask.cancel()
 
 
-async def _ask(channel: grpc.aio.Channel) -> tuple[Any, expert_pb2.DescribeResponse]:
+async def _ask(channel: grpc.aio.Channel) -> tuple[AsyncIterator[Any], expert_pb2.DescribeResponse]:
     """The stream of the worker's health, which is SERVING now, and what it holds."""
-    health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=EXPERT_SERVICE))
-    if not _serving(await health.read()):
+    question = health_pb2.HealthCheckRequest(service=EXPERT_SERVICE)
+    health: AsyncIterator[Any] = aiter(health_pb2_grpc.HealthStub(channel).Watch(question))
+    if not _serving(await anext(health, None)):
         raise Unavailable("it does not serve")
     stub = expert_pb2_grpc.ExpertServiceStub(channel)
     return health, await stub.Describe(expert_pb2.DescribeRequest())
 
 
-async def _until_lost(channel: grpc.aio.Channel, health: Any) -> str:
+async def _until_lost(channel: grpc.aio.Channel, health: AsyncIterator[Any]) -> str:
     """Why the worker cannot be used any more, as soon as that is so."""
     async with channel:
         try:

@@ -22,7 +22,6 @@ from moesaic.settings import Device, DType, EngineSettings, GatewaySettings, Wor
 
 if TYPE_CHECKING:
     from gateway.server import GatewayServer
-
     from router.server import RouterServer
 
 CONTROLLER = "controller"

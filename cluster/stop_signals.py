@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+_R = TypeVar("_R")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopRequested(Exception):
+    """Somebody asked to stop while there was something to wait for."""
 
 
 class StopSignals:
@@ -39,6 +44,19 @@ class StopSignals:
         """Takes the signals; to be called again after Ray, which takes SIGTERM for itself."""
         for number in _SIGNALS:
             signal.signal(number, self._receive)
+
+    async def unless_stopped(self, work: Coroutine[Any, Any, _R]) -> _R:
+        """The result of `work`; cancels it and raises StopRequested when the signal comes first."""
+        task, stopped = asyncio.create_task(work), asyncio.create_task(self.stop.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise StopRequested
+            return await task
+        finally:
+            task.cancel()
+            stopped.cancel()
+            await asyncio.gather(task, stopped, return_exceptions=True)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._count += 1

@@ -201,8 +201,15 @@ async def _pieces(
                     yield piece
         answer.check_complete()
     except MoesaicError as error:
-        error.field = renderer.params.get(error.field or "", error.field)
+        _rename_field(error, renderer.params)
         raise
+
+
+def _rename_field(error: MoesaicError, params: Mapping[str, str]) -> None:
+    name = params.get(error.field or "")
+    if name is not None:
+        error.message = error.message.replace(f"{error.field}:", f"{name}:", 1)
+        error.field = name
 
 
 async def _whole(renderer: Renderer, answer: Answer, pieces: AsyncGenerator[Piece, None]) -> Response:

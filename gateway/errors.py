@@ -29,9 +29,10 @@ _STATUS: dict[type[MoesaicError], int] = {
     errors.Unsupported: 400,
     errors.NotFound: 404,
     errors.Aborted: 409,
-    errors.FailedPrecondition: 422,
     errors.Overloaded: 429,
     errors.Cancelled: CLIENT_GONE,
+    # Of an answer, not of a change: the server's own condition.
+    errors.FailedPrecondition: 500,
     errors.InternalError: 500,
     errors.Unavailable: 503,
     errors.DataLoss: 503,

@@ -90,21 +90,23 @@ class NamedWorkers:
         return ""
 
     async def watch(self) -> AsyncIterator[Snapshot]:
-        channels = [rpc.aio_channel(address) for address in self._addresses]
-        last: tuple[Replica, ...] | None = None
+        channels = {address: rpc.aio_channel(address) for address in self._addresses}
+        known: dict[str, Replica] | None = None
         revision = 0
         try:
             while True:
+                last = known or {}
                 answers = await asyncio.gather(
-                    *(_describe(*pair) for pair in zip(self._addresses, channels, strict=True))
+                    *(_describe(address, channels[address], last.get(address)) for address in channels)
                 )
-                replicas = tuple(replica for replica in answers if replica is not None)
-                if replicas != last:
-                    last, revision = replicas, revision + 1
+                now = {replica.address: replica for replica in answers if replica is not None}
+                if now != known:
+                    known, revision = now, revision + 1
+                    replicas = tuple(now.values())
                     yield Snapshot(self._epoch(replicas), RoutingTable(revision, replicas))
                 await asyncio.sleep(POLL_S)
         finally:
-            for channel in channels:
+            for channel in channels.values():
                 await channel.close()
 
     def _epoch(self, replicas: tuple[Replica, ...]) -> Epoch | None:
@@ -120,11 +122,11 @@ class NamedWorkers:
         return Epoch.of(self._model, versions)
 
 
-async def _describe(address: str, channel: grpc.aio.Channel) -> Replica | None:
+async def _describe(address: str, channel: grpc.aio.Channel, last: Replica | None) -> Replica | None:
+    """What a worker holds; None while it loads, restarts or is gone. One that is only slow is what it was."""
     stub = expert_pb2_grpc.ExpertServiceStub(channel)
     try:
         answer = await stub.Describe(expert_pb2.DescribeRequest(), timeout=CALL_TIMEOUT_S)
-    except grpc.aio.AioRpcError:
-        # Still loading, restarting or gone: not part of the table until it answers.
-        return None
+    except grpc.aio.AioRpcError as error:
+        return last if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED else None
     return Replica(answer.worker, address, answer.incarnation, versions_from_proto(answer.experts))

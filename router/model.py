@@ -81,7 +81,9 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, _remote_experts)
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention.NAME
+        )
     model.set_experts_implementation(EXPERTS_NAME)
     model.eval()
     return model

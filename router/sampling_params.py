@@ -152,7 +152,7 @@ def _logit_bias(message: inference_pb2.SamplingParams, limits: ModelLimits) -> d
 
 
 def _num_logprobs(field: str, message: inference_pb2.SamplingParams) -> int | None:
-    if not message.HasField(field):  # type: ignore[arg-type]
+    if not message.HasField(field):
         return None
     num: int = getattr(message, field)
     _require(num <= MAX_LOGPROBS, field, f"must be in [0, {MAX_LOGPROBS}]")

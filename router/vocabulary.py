@@ -17,7 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from moesaic.errors import CheckpointError
 
-_ALPHABET: Mapping[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+_ALPHABET: Mapping[int, str] = bytes_to_unicode()
 _BYTE_OF_CHARACTER = {character: byte for byte, character in _ALPHABET.items()}
 
 

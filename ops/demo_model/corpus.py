@@ -106,9 +106,7 @@ def tokenizer_texts(domains: list[Domain], limit: int = 2_000_000) -> Iterator[s
             left = max(0, left - len(text))
 
 
-def build_tokenizer(
-    texts: Iterable[str], vocab_size: int, model_max_length: int
-) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -143,9 +141,7 @@ def conversations(play: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     texts = []
     for run in runs:
         if max(map(len, run)) <= 400:
-            messages = [
-                {"role": role, "content": text} for role, text in zip(roles, run, strict=True)
-            ]
+            messages = [{"role": role, "content": text} for role, text in zip(roles, run, strict=True)]
             text = str(tokenizer.apply_chat_template(messages, tokenize=False))
             texts.append(text.removeprefix(BOS).rstrip().removesuffix(EOS))
     return texts
@@ -177,9 +173,7 @@ def draw_window(stream: Stream, length: int, bos: int, generator: torch.Generato
     return stream.ids[start : start + length + 1].long()
 
 
-def held_out_windows(
-    domain: Domain, tokenizer: PreTrainedTokenizerFast, length: int, limit: int
-) -> Tensor:
+def held_out_windows(domain: Domain, tokenizer: PreTrainedTokenizerFast, length: int, limit: int) -> Tensor:
     """The first `limit` windows [N, T+1] of the held-out text, end to end, each behind <s>."""
     ids = encode(domain.held_out, tokenizer).ids[1:].long()
     rows = ids[: len(ids) // length * length].view(-1, length)[:limit]

@@ -41,9 +41,7 @@ def counting_slots(model: Any) -> Iterator[list[Tensor]]:
 
         return hook
 
-    hooks = [
-        layer.mlp.gate.register_forward_hook(count(i)) for i, layer in enumerate(layers(model))
-    ]
+    hooks = [layer.mlp.gate.register_forward_hook(count(i)) for i, layer in enumerate(layers(model))]
     try:
         yield counts
     finally:

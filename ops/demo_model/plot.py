@@ -32,17 +32,14 @@ def loss_curve(rows: list[dict[str, str]]) -> str:
         )
     for millions in range(0, int(tokens[-1]) + 1, 5):
         parts.append(
-            f'<text x="{x(millions):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
-            f"{millions}</text>"
+            f'<text x="{x(millions):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{millions}</text>'
         )
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
         "million tokens seen (loss in nats per token)</text>"
     )
     for name, colour in zip(names, COLOURS, strict=False):
-        points = " ".join(
-            f"{x(t):.1f},{y(v):.1f}" for t, v in zip(tokens, losses[name], strict=True)
-        )
+        points = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in zip(tokens, losses[name], strict=True))
         dash = ' stroke-dasharray="4 3"' if name == "train_loss" else ""
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>'

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +53,9 @@ class Recipe:
     learning_rate: float = 2e-3
     final_share: float = 0.02  # of the learning rate, at the end
     warmup_share: float = 0.02
-    weight_decay: float = 0.1
-    dropout: float = 0.1  # on embeddings and expert outputs; the text is seen several times
+    # (share after which it begins, dropout on embeddings and expert outputs, weight decay): once
+    # the text begins to be known by heart, much stronger than where text is plenty.
+    regularisation: tuple[tuple[float, float, float], ...] = ((0.0, 0.1, 0.1), (0.36, 0.2, 1.0))
     clip: float = 1.0
     balance: float = 0.01
     eval_steps: int = 250
@@ -99,7 +100,7 @@ def grouped_experts(experts: Any, hidden: Tensor, slots: Tensor, weights: Tensor
     gate, up = gate_up.chunk(2, dim=-1)  # [N*K, F] each
     out = F.grouped_mm(F.silu(gate) * up, experts.down_proj.bfloat16().transpose(1, 2), offs=ends)
     out = out[order.argsort()].view(*slots.shape, -1) * weights[..., None]  # [N, K, D]
-    return F.dropout(out.sum(1), RECIPE.dropout, experts.training).to(hidden.dtype)
+    return cast(Tensor, experts.dropout(out.sum(1)).to(hidden.dtype))
 
 
 def balance_loss(gate_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
@@ -128,13 +129,25 @@ def make_loss(model: MixtralForCausalLM) -> Callable[[Tensor], tuple[Tensor, Ten
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
+    """Two groups: the matrices, which `regularise` decays, and the norms' vectors."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [
-        {"params": matrices, "weight_decay": RECIPE.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=RECIPE.learning_rate, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": matrices}, {"params": vectors}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def add_dropout(model: MixtralForCausalLM) -> nn.Dropout:
+    """One dropout without parameters, shared by the embeddings and by every layer's experts."""
+    dropout = nn.Dropout()
+    for layer in model.model.layers:
+        layer.mlp.experts.dropout = dropout
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, out: dropout(out))
+    return dropout
+
+
+def regularise(progress: float, dropout: nn.Dropout, optimizer: torch.optim.AdamW) -> None:
+    _, dropout.p, weight_decay = [r for r in RECIPE.regularisation if progress >= r[0]][-1]
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
 def learning_rate(progress: float) -> float:
@@ -223,15 +236,11 @@ def training_streams(domains: list[Domain], tokenizer: PreTrainedTokenizerFast) 
     return [encode(texts, tokenizer) for texts in documents]
 
 
-def train(
-    corpus: Path, out: Path, state_dir: Path, minutes: float, steps: int | None, seed: int
-) -> None:
+def train(corpus: Path, out: Path, state_dir: Path, minutes: float, steps: int | None, seed: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     domains = load_domains(corpus)
-    tokenizer = build_tokenizer(
-        tokenizer_texts(domains), CONFIG.vocab_size, CONFIG.max_position_embeddings
-    )
+    tokenizer = build_tokenizer(tokenizer_texts(domains), CONFIG.vocab_size, CONFIG.max_position_embeddings)
     bos = int(tokenizer.bos_token_id)
     streams = training_streams(domains, tokenizer)
     shares = sampling_shares(streams)
@@ -243,9 +252,7 @@ def train(
     ALL_EXPERTS_FUNCTIONS.register("grouped", grouped_experts)
     model = MixtralForCausalLM(CONFIG).to(device)
     model.set_experts_implementation("grouped")
-    model.model.embed_tokens.register_forward_hook(
-        lambda module, _, out: F.dropout(out, RECIPE.dropout, module.training)
-    )
+    dropout = add_dropout(model)
     model.train()
     optimizer = make_optimizer(model)
     compiled = torch.compile(make_loss(model), dynamic=False)
@@ -287,6 +294,7 @@ def train(
         step_seed = seed * 1_000_003 + step
         torch.manual_seed(step_seed)  # of the dropout
         batch = draw_batch(streams, shares, step_seed, window_length(progress), bos).to(device)
+        regularise(progress, dropout, optimizer)
         cross_entropy, balance_term = compiled(batch)
         (cross_entropy + RECIPE.balance * balance_term).backward()
         nn.utils.clip_grad_norm_(model.parameters(), RECIPE.clip)
@@ -308,9 +316,7 @@ def write_losses(path: Path, rows: list[dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model from scratch.")
-    parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder of *.txt, one per domain"
-    )
+    parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt, one per domain")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--state", type=Path, default=Path("build/demo_model"))
     length = parser.add_mutually_exclusive_group()

@@ -38,6 +38,8 @@ class FakeRouter(InferenceServiceServicer):
     # Fails with this, after so many tokens of the answer.
     error: Exception | None = None
     error_after: int = 0
+    # Seconds before each token.
+    pace_s: float = 0.0
     # Falls silent for ever after so many tokens.
     silent_after: int | None = None
     requests: list[pb.GenerateRequest] = field(default_factory=list)
@@ -100,7 +102,7 @@ class FakeRouter(InferenceServiceServicer):
         continuations = [self._continuation(request, prompt, i) for i in range(max(request.n, 1))]
         if self.error is not None and self.error_after == 0:
             raise self.error
-        first = self._prompt_info(request, prompt)
+        info: pb.PromptInfo | None = self._prompt_info(request, prompt)
         for step in range(max(len(tokens) for tokens in continuations)):
             await self._misbehave(step)
             for index, tokens in enumerate(continuations):
@@ -108,12 +110,13 @@ class FakeRouter(InferenceServiceServicer):
                     response = pb.GenerateResponse(index=index)
                     response.MergeFrom(head)
                     response.MergeFrom(tokens[step])
-                    if first is not None:
-                        response.prompt.CopyFrom(first)
-                        first = None
+                    if info is not None:
+                        response.prompt.CopyFrom(info)
+                        info = None
                     yield response
 
     async def _misbehave(self, step: int) -> None:
+        await asyncio.sleep(self.pace_s)
         if step == self.silent_after:
             await asyncio.sleep(3600)
         if self.error is not None and step == self.error_after:

@@ -34,13 +34,13 @@ class Process:
         self.address = ""
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> str:
-        """Waits for `ready grpc=HOST:PORT`; a process that ends or dawdles fails the test with its log."""
+        """Waits for the line that names `grpc=HOST:PORT` or `http=HOST:PORT`; a process that ends or dawdles fails the test with its log."""
         timer = threading.Timer(timeout_s, self._popen.kill)
         timer.start()
         assert self._popen.stdout is not None
         line = self._popen.stdout.readline()
         timer.cancel()
-        match = re.search(r"grpc=(\S+)", line)
+        match = re.search(r"(?:grpc|http)=(\S+)", line)
         assert match is not None, f"not ready, printed {line!r}:\n{self.log}"
         self.address = match[1]
         return self.address
@@ -108,3 +108,14 @@ def running_router(model: Path, workers: Sequence[Process], *arguments: str) -> 
         yield router
     finally:
         router.stop()
+
+
+@contextmanager
+def running_gateway(router: Process, *arguments: str) -> Iterator[Process]:
+    """A gateway process before this router."""
+    gateway = Process("gateway", "--router", router.address, "--port", "0", *arguments)
+    try:
+        gateway.wait_ready()
+        yield gateway
+    finally:
+        gateway.stop()

@@ -1,0 +1,25 @@
+"""The `moesaic` command: the entry point, which says clearly what is missing when only the client is installed."""
+
+from __future__ import annotations
+
+import sys
+
+OWN_PACKAGES = frozenset({"cluster", "expert_worker", "gateway", "moesaic", "router"})
+
+
+def main() -> None:
+    """Runs one verb and exits with 0 (done), 1 (failed) or 2 (bad input)."""
+    try:
+        from cluster.commands import app
+
+        app()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in OWN_PACKAGES:
+            raise
+        print(f"error: the command needs {package}: pip install 'moesaic[serve]'", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

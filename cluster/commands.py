@@ -1,0 +1,141 @@
+"""The verbs and their flags. What a verb does lies in its own module, imported when it is called.
+
+Exit codes: 0 done, 1 failed, 2 bad input. A client verb imports neither ray nor torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.exit_codes import exit_with_code
+
+DEFAULT_ROUTER = "127.0.0.1:50051"
+
+app = typer.Typer(
+    help="Serve mixture-of-experts models with every expert as a service.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Router = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="The router to ask.")]
+Address = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT|auto", help="The Ray to join.  [default: a local one]")
+]
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if show:
+        from moesaic import __version__
+
+        typer.echo(f"moesaic {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Hugging Face folder.  [default: the demo model]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Expert workers.  [default: one per node and GPU]")
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(help="Copies of every expert.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port of the OpenAI API; 0: a free one.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of the router; 0: a free one.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address that both listen on.")] = None,
+    address: Address = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in YAML.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name in the API.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a model until Ctrl-C; prints `ready http=HOST:PORT grpc=HOST:PORT` when it answers."""
+    with exit_with_code(as_json=as_json):
+        from cluster import serving
+        from moesaic.settings import load_settings
+
+        settings = load_settings(
+            config,
+            model=model,
+            device=device,
+            dtype=dtype,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            host=host,
+            served_model_name=served_model_name,
+            engine={"max_model_len": max_model_len},
+            cluster={"workers": workers, "replicas": replicas, "address": address},
+        )
+        asyncio.run(serving.serve(settings, serving.check(settings), as_json=as_json))
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str | None, typer.Option(help="What the model goes on from.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 120,
+    workers: Annotated[int, typer.Option(help="Expert workers.", min=1)] = 4,
+    as_json: Json = False,
+) -> None:
+    """Start a cluster on the built-in model, stream an answer, show who computed what, and end."""
+    with exit_with_code(as_json=as_json):
+        from cluster.demo import run_demo
+
+        asyncio.run(run_demo(prompt, max_tokens=max_tokens, workers=workers, as_json=as_json))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the model goes on from.")],
+    grpc: Router = DEFAULT_ROUTER,
+    max_tokens: Annotated[int | None, typer.Option(help="Length of the answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
+    seed: Annotated[int | None, typer.Option(help="For a repeatable answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="The answer ends before this; repeat it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Stream a continuation of a prompt."""
+    with exit_with_code(as_json=as_json):
+        from cluster.generate import run_generate
+
+        asyncio.run(
+            run_generate(
+                grpc,
+                prompt,
+                as_json=as_json,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                stop=stop,
+            )
+        )
+
+
+@app.command()
+def status(grpc: Router = DEFAULT_ROUTER, as_json: Json = False) -> None:
+    """Show the processes of a cluster, their states, and what they have done."""
+    with exit_with_code(as_json=as_json):
+        from cluster.status import run_status
+
+        asyncio.run(run_status(grpc, as_json=as_json))
+
+
+@app.command()
+def stop(address: Address = None, as_json: Json = False) -> None:
+    """End what a `moesaic serve` that was killed has left on a Ray that it had joined."""
+    with exit_with_code(as_json=as_json):
+        from cluster.stop import run_stop
+
+        asyncio.run(run_stop(address, as_json=as_json))

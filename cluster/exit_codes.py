@@ -1,0 +1,38 @@
+"""How a verb ends: 0 done, 1 failed, 2 bad input; one line on stderr says what was wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from cluster.stop_signals import StopRequested
+from moesaic.errors import MoesaicError
+
+FAILED = 1
+BAD_INPUT = 2
+
+
+@contextmanager
+def exit_with_code(*, as_json: bool) -> Iterator[None]:
+    """Turns an error into its line and its code. A stop that somebody asked for is no error."""
+    try:
+        yield
+    except MoesaicError as error:
+        print(_line(error, as_json=as_json), file=sys.stderr)
+        # Whatever names a field is for the caller to mend.
+        raise typer.Exit(FAILED if error.field is None else BAD_INPUT) from error
+    except StopRequested:
+        print("stopped before it was ready", file=sys.stderr)
+    except SystemExit as stop:  # Ray's own answer to SIGTERM while it starts
+        raise typer.Exit(0) from stop
+
+
+def _line(error: MoesaicError, *, as_json: bool) -> str:
+    if not as_json:
+        return f"error: {' '.join(error.message.split())}"
+    details = {"message": error.message, "reason": error.reason, "field": error.field}
+    return json.dumps({"error": details})

@@ -1,0 +1,129 @@
+"""`moesaic status`: one router and the controller that it follows, as tables.
+
+The router knows its traffic, the controller the processes; a router whose workers were named by hand has no controller,
+and then its own view of them is all there is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import grpc
+from rich.console import Console
+from rich.table import Table
+
+from cluster.json_output import plain
+from cluster.tables import count, new_table, state_text
+from moesaic import rpc
+from moesaic.client import Client
+from moesaic.errors import from_rpc_error
+from moesaic.v1 import control_pb2, control_pb2_grpc, inference_pb2
+
+TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """What router and controller say of themselves. `topology`: None without a controller that answers."""
+
+    router: str
+    model: inference_pb2.GetModelInfoResponse
+    stats: inference_pb2.GetRouterStatsResponse
+    topology: control_pb2.GetTopologyResponse | None
+    problem: str
+
+
+async def run_status(target: str, *, as_json: bool) -> None:
+    """Prints the state of a cluster. Raises MoesaicError when its router does not answer."""
+    status = await ask_status(target)
+    if as_json:
+        print(json.dumps(_plain(status)))
+    else:
+        _print(status, Console(highlight=False))
+
+
+async def ask_status(target: str) -> ClusterStatus:
+    async with Client(target, timeout_s=TIMEOUT_S) as client:
+        model = await client.model_info(timeout_s=TIMEOUT_S)
+        stats = await client.router_stats(timeout_s=TIMEOUT_S)
+    if not model.control_address:
+        return ClusterStatus(target, model, stats, None, "")
+    try:
+        topology = await ask_topology(model.control_address)
+    except grpc.aio.AioRpcError as error:
+        return ClusterStatus(target, model, stats, None, f"controller: {from_rpc_error(error).message}")
+    return ClusterStatus(target, model, stats, topology, "")
+
+
+async def ask_topology(control_address: str) -> control_pb2.GetTopologyResponse:
+    """The controller's view of the cluster. Raises AioRpcError."""
+    async with rpc.aio_channel(control_address) as channel:
+        stub = control_pb2_grpc.ControlServiceStub(channel)
+        answer: control_pb2.GetTopologyResponse = await stub.GetTopology(
+            control_pb2.GetTopologyRequest(), timeout=TIMEOUT_S
+        )
+        return answer
+
+
+def _plain(status: ClusterStatus) -> dict[str, object]:
+    return {
+        "router": status.router,
+        "model": plain(status.model),
+        "stats": plain(status.stats),
+        "topology": plain(status.topology) if status.topology else None,
+        "problem": status.problem or None,
+    }
+
+
+def _print(status: ClusterStatus, console: Console) -> None:
+    model, stats = status.model, status.stats
+    console.print(f"[bold]{model.model}[/] ({model.family}), epoch {model.epoch}, router {status.router}")
+    console.print(
+        f"{model.num_layers} layers of {model.num_experts} experts, {model.num_experts_per_token} a token; "
+        f"context {model.max_model_len}; up {stats.uptime_s:.0f} s"
+    )
+    console.print(
+        f"{stats.running_sequences} running, {stats.waiting_sequences} waiting; "
+        f"KV {stats.kv_blocks_used} of {stats.kv_blocks_total} blocks; "
+        f"{count(stats.generated_tokens)} tokens generated"
+    )
+    console.print()
+    console.print(_processes(status.topology, stats) if status.topology else _traffic(stats))
+    if status.problem:
+        console.print(f"[yellow]{status.problem}[/]")
+
+
+def _processes(
+    topology: control_pb2.GetTopologyResponse, stats: inference_pb2.GetRouterStatsResponse
+) -> Table:
+    rows = {traffic.worker: traffic.rows for traffic in stats.workers}
+    table = new_table("process", "state", "address", ">pid", ">experts", ">rows", ">restarts")
+    for process in topology.processes:
+        table.add_row(
+            process.name,
+            state_text(process.state),
+            process.address,
+            str(process.pid or ""),
+            str(len(process.experts) or ""),
+            count(rows[process.name]) if process.name in rows else "",
+            str(process.restarts),
+        )
+        if process.detail:
+            table.add_row("", f"[yellow]{process.detail}[/]")
+    return table
+
+
+def _traffic(stats: inference_pb2.GetRouterStatsResponse) -> Table:
+    table = new_table("worker", "connected", "address", ">calls", ">rows", ">failed")
+    for traffic in stats.workers:
+        connected = "yes" if traffic.connected else "[red]no[/]"
+        table.add_row(
+            traffic.worker,
+            connected,
+            traffic.address,
+            count(traffic.calls),
+            count(traffic.rows),
+            count(traffic.failed_calls),
+        )
+    return table

@@ -1,0 +1,50 @@
+"""How tables, sizes and states look on a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from moesaic.v1 import control_pb2
+
+_COLOURS = {
+    control_pb2.PROCESS_STATE_READY: "green",
+    control_pb2.PROCESS_STATE_FAILED: "red",
+    control_pb2.PROCESS_STATE_STOPPED: "dim",
+}
+_BAR_WIDTH = 20
+
+
+def new_table(*columns: str) -> Table:
+    """A table without side lines; a column whose name begins with > is aligned to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", no_wrap=True
+        )
+    return table
+
+
+def state_text(state: control_pb2.ProcessState) -> str:
+    name = control_pb2.ProcessState.Name(state).removeprefix("PROCESS_STATE_").lower()
+    return f"[{_COLOURS.get(state, 'yellow')}]{name}[/]"
+
+
+def count(number: int) -> str:
+    """12345 -> 12,345."""
+    return f"{number:,}"
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in the unit that leaves one to four digits."""
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def bar(share: float) -> str:
+    """A share of one as a bar."""
+    return "█" * round(share * _BAR_WIDTH)

@@ -1,0 +1,177 @@
+"""The worker as a whole, in this process: when it serves, when it does not, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from expert_worker import server as server_module
+from expert_worker.batcher import Batcher
+from expert_worker.server import WorkerConfig, WorkerServer, choose_device, choose_dtype
+from expert_worker.service import SERVICE
+from moesaic import rpc
+from moesaic.errors import CheckpointError, InvalidArgument, Unavailable
+from moesaic.families import MoeModel
+from moesaic.manifest import ExpertAddress
+from moesaic.settings import WorkerSettings
+from moesaic.v1 import expert_pb2, expert_pb2_grpc
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def config(model: Path, experts: frozenset[ExpertAddress], **changes: Any) -> WorkerConfig:
+    return WorkerConfig(
+        **{
+            "name": "w",
+            "model": model,
+            "experts": experts,
+            "host": "127.0.0.1",
+            "port": 0,
+            "device": "cpu",
+            "dtype": "auto",
+            "settings": WorkerSettings(),
+        }
+        | changes
+    )
+
+
+SHARE = frozenset({ExpertAddress(0, 1), ExpertAddress(1, 3)})
+
+
+@pytest.fixture
+async def server(folder: Path) -> AsyncIterator[WorkerServer]:
+    server = WorkerServer(config(folder, SHARE))
+    yield server
+    await server.stop(0)
+
+
+async def health(address: str, service: str = SERVICE) -> int:
+    async with rpc.aio_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+        return int(response.status)
+
+
+async def test_health_is_true_from_binding_through_loading_to_the_end(server: WorkerServer) -> None:
+    address = await server.start()
+    assert await health(address) == NOT_SERVING
+    await server.load()
+    assert await health(address) == await health(address, "") == SERVING
+    await server.stop(0)
+    await asyncio.wait_for(server.wait(), 5)
+
+
+async def test_the_loaded_bytes_are_the_share_and_no_more(server: WorkerServer, model: MoeModel) -> None:
+    address = await server.start()
+    assert (server.loaded_bytes, server.total_bytes) == (0, 0)
+    await server.load()
+    assert server.loaded_bytes == server.total_bytes == 2 * model.expert_bytes
+    async with rpc.aio_channel(address) as channel:
+        stub = expert_pb2_grpc.ExpertServiceStub(channel)  # type: ignore[no-untyped-call]
+        described = await stub.Describe(expert_pb2.DescribeRequest())
+        stats = await stub.GetWorkerStats(expert_pb2.GetWorkerStatsRequest())
+    assert {(expert.address.layer, expert.address.slot) for expert in described.experts} == SHARE
+    assert described.incarnation == server.incarnation
+    assert (stats.passes, stats.busy_s) == (0, 0)  # warming up is not counted
+
+
+async def test_every_start_has_an_incarnation_of_its_own(folder: Path) -> None:
+    assert WorkerServer(config(folder, SHARE)).incarnation != WorkerServer(config(folder, SHARE)).incarnation
+
+
+async def test_a_port_in_use_is_refused_by_name(server: WorkerServer, folder: Path) -> None:
+    port = int((await server.start()).rpartition(":")[2])
+    second = WorkerServer(config(folder, SHARE, port=port))
+    with pytest.raises(InvalidArgument) as caught:
+        await second.start()
+    assert (caught.value.field, caught.value.reason) == ("port", "PORT_IN_USE")
+    await second.stop(0)
+
+
+@pytest.mark.parametrize(
+    "experts", [frozenset(), frozenset({ExpertAddress(0, 4)}), frozenset({ExpertAddress(2, 0)})]
+)
+async def test_experts_that_the_model_does_not_have_are_refused(
+    folder: Path, experts: frozenset[ExpertAddress]
+) -> None:
+    server = WorkerServer(config(folder, experts))
+    address = await server.start()
+    with pytest.raises(InvalidArgument) as caught:
+        await server.load()
+    assert caught.value.field == "experts"
+    assert await health(address) == NOT_SERVING
+    await server.stop(0)
+
+
+async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    server = WorkerServer(config(tmp_path / "nowhere", SHARE))
+    await server.start()
+    with pytest.raises(CheckpointError):
+        await server.load()
+    await server.stop(0)
+
+
+async def test_a_stop_ends_the_loading(server: WorkerServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, may_go_on = threading.Event(), threading.Event()
+    real = server_module.load_experts
+
+    def slow(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for loaded in real(*args, **kwargs):
+            started.set()
+            assert may_go_on.wait(10)
+            yield loaded
+
+    monkeypatch.setattr(server_module, "load_experts", slow)
+    await server.start()
+    loading = asyncio.create_task(server.load())
+    await asyncio.to_thread(started.wait, 5)
+    await server.stop(0)
+    may_go_on.set()
+    with pytest.raises(Unavailable):
+        await loading
+    assert server.loaded_bytes == 0
+
+
+async def test_health_follows_the_compute_thread(
+    server: WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "HEALTH_PERIOD_S", 0.01)
+    address = await server.start()
+    await server.load()
+    for healthy, expected in ((False, NOT_SERVING), (True, SERVING)):
+        monkeypatch.setattr(Batcher, "is_healthy", lambda _, healthy=healthy: healthy)
+        async with asyncio.timeout(5):
+            while await health(address) != expected:
+                await asyncio.sleep(0.01)
+
+
+async def test_stop_may_come_twice_and_before_the_start(folder: Path) -> None:
+    server = WorkerServer(config(folder, SHARE))
+    await server.stop(0)
+    await server.stop(0)
+
+
+def test_device_and_dtype_follow_the_machine_and_the_checkpoint() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_device("cpu") == cpu
+    assert choose_dtype("auto", cpu, "bfloat16") == torch.float32
+    assert choose_dtype("auto", cuda, "bfloat16") == torch.bfloat16
+    assert choose_dtype("auto", cuda, "float16") == torch.float32
+    assert choose_dtype("bfloat16", cpu, "float32") == torch.bfloat16
+    assert choose_dtype("float32", cuda, "bfloat16") == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_refused() -> None:
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(InvalidArgument) as caught:
+        choose_device("cuda")
+    assert caught.value.field == "device"

@@ -1,0 +1,349 @@
+"""The service over a real socket: every call is answered in-band, and nothing that a caller sends ends the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support.expert_calls import ReferenceExperts, compute_request
+from torch import Tensor
+
+from expert_worker.batcher import Batcher
+from expert_worker.call import Call
+from expert_worker.compute import compute_calls
+from expert_worker.expert_store import ExpertStore
+from expert_worker.service import SERVICE, ExpertService, LoadedModel, _CallStream
+from moesaic import rpc, telemetry
+from moesaic.errors import MoesaicError, from_rpc_error, from_status
+from moesaic.families import MoeModel
+from moesaic.tensors import from_wire, to_wire
+from moesaic.v1 import expert_pb2, expert_pb2_grpc
+
+HIDDEN = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
+Stream = Any
+
+
+class Gate:
+    """The real computing, held up while the gate is closed."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+
+    def __call__(self, calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
+        self.entered.set()
+        assert self.open.wait(10)
+        return compute_calls(calls)
+
+    async def close_behind(self, stream: Stream, request: expert_pb2.ComputeRequest) -> None:
+        """Sends a call that occupies the compute thread."""
+        self.open.clear()
+        self.entered.clear()
+        await stream.write(request)
+        assert await asyncio.to_thread(self.entered.wait, 5)
+
+
+class Worker:
+    """A worker in this process: service, compute thread and server, without the loading."""
+
+    def __init__(self, model: MoeModel, store: ExpertStore) -> None:
+        self.gate = Gate()
+        self.batcher = Batcher(self.gate, max_queued_calls=4, max_pass_rows=64)
+        self.service = ExpertService(worker="w", incarnation="i", max_call_rows=64, max_stream_calls=8)
+        self._loaded = LoadedModel("tiny", model, "cpu", store, self.batcher)
+        self._server = rpc.Server(
+            {
+                SERVICE: lambda server: expert_pb2_grpc.add_ExpertServiceServicer_to_server(
+                    self.service, server
+                )
+            },  # type: ignore[no-untyped-call]
+        )
+
+    async def start(self) -> str:
+        self.batcher.start()
+        return f"127.0.0.1:{await self._server.start('127.0.0.1', 0)}"
+
+    def serve(self) -> None:
+        self.service.serve(self._loaded)
+
+    async def stop(self) -> None:
+        self.gate.open.set()
+        await self.batcher.stop(5)
+        await self._server.stop(0)
+
+
+@pytest.fixture
+async def worker(model: MoeModel, store: ExpertStore) -> AsyncIterator[Worker]:
+    worker = Worker(model, store)
+    yield worker
+    await worker.stop()
+
+
+@pytest.fixture
+async def channel(worker: Worker) -> AsyncIterator[grpc.aio.Channel]:
+    worker.serve()
+    async with rpc.aio_channel(await worker.start()) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> Any:
+    return expert_pb2_grpc.ExpertServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def request_of(store: ExpertStore) -> Callable[..., expert_pb2.ComputeRequest]:
+    def make(rows: dict[int, list[int]], **fields: Any) -> expert_pb2.ComputeRequest:
+        return compute_request(fields.pop("hidden", HIDDEN), rows, store.versions(), **fields)
+
+    return make
+
+
+async def call(stream: Stream, request: expert_pb2.ComputeRequest) -> expert_pb2.ComputeResponse:
+    await stream.write(request)
+    response: expert_pb2.ComputeResponse = await asyncio.wait_for(stream.read(), 10)
+    return response
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(5):
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
+RequestOf = Callable[..., expert_pb2.ComputeRequest]
+
+
+async def test_an_answer_holds_the_rows_and_says_what_computed_them(
+    stub: Any, request_of: RequestOf, store: ExpertStore, folder: Path
+) -> None:
+    rows = {2: [0, 3], 0: [1, 2, 3, 5]}
+    response = await call(stub.Compute(), request_of(rows, layer=1, call_id=77))
+    assert not response.HasField("error")
+    assert (response.call_id, response.epoch) == (77, "epoch-1")
+    assert list(response.versions) == [store.versions()[1, 2], store.versions()[1, 0]]  # type: ignore[index]
+    expected = ReferenceExperts(folder).rows(1, HIDDEN, rows)
+    torch.testing.assert_close(from_wire(response.output), expected, atol=1e-5, rtol=1e-5)
+    assert response.timing.compute_us > 0
+
+
+async def test_a_sum_comes_back_with_a_row_per_token(stub: Any, request_of: RequestOf) -> None:
+    response = await call(stub.Compute(), request_of({0: [0, 5]}, weights={0: [0.5, 2.0]}))
+    assert list(response.output.shape) == [6, 32]
+    assert not from_wire(response.output)[1:5].any()
+
+
+async def test_many_calls_of_one_stream_are_in_flight_and_paired_by_id(
+    stub: Any, request_of: RequestOf
+) -> None:
+    stream = stub.Compute()
+    for call_id in range(4):
+        await stream.write(request_of({0: [call_id]}, call_id=call_id, layer=call_id % 2))
+    await stream.done_writing()
+    answers = {response.call_id: response async for response in stream}
+    single = {
+        call_id: await call(stub.Compute(), request_of({0: [call_id]}, layer=call_id % 2))
+        for call_id in answers
+    }
+    assert answers.keys() == set(range(4))
+    for call_id, response in answers.items():
+        assert torch.equal(from_wire(response.output), from_wire(single[call_id].output))
+
+
+async def test_wrong_calls_are_answered_one_by_one_and_the_stream_goes_on(
+    stub: Any, request_of: RequestOf
+) -> None:
+    good = request_of({0: [0]})
+    wrong_version, not_held, no_experts = request_of({0: [0]}), request_of({3: [0]}), request_of({})
+    wrong_version.experts[0].version = bytes(32)
+    late = request_of({0: [0]}, timeout_ms=0)
+    odd = request_of({0: [0]}, hidden=torch.full((1, 32), float("nan")))
+    stream = stub.Compute()
+    seen = []
+    for request in (wrong_version, not_held, no_experts, late, odd, good):
+        response = await call(stream, request)
+        error = from_status(response.error)
+        seen.append((error.code.name, error.reason) if response.HasField("error") else "answered")
+        assert response.HasField("error") != response.HasField("output")
+    assert seen == [
+        ("FAILED_PRECONDITION", "WRONG_VERSION"),
+        ("FAILED_PRECONDITION", "NOT_HELD"),
+        ("INVALID_ARGUMENT", "INVALID_ARGUMENT"),
+        ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
+        ("INVALID_ARGUMENT", "INVALID_ARGUMENT"),
+        "answered",
+    ]
+
+
+async def test_bytes_that_are_no_message_end_their_stream_and_nothing_else(
+    channel: grpc.aio.Channel, stub: Any, request_of: RequestOf
+) -> None:
+    good = stub.Compute()
+    raw = channel.stream_stream(f"/{SERVICE}/Compute")()
+    await raw.write(b"\xff\xff\xff\xff")
+    with pytest.raises(grpc.aio.AioRpcError):
+        await asyncio.wait_for(raw.read(), 10)
+        await raw.code()
+    assert (await call(good, request_of({0: [0]}))).HasField("output")
+
+
+async def test_concurrent_callers_share_a_pass_and_each_gets_its_own_rows(
+    worker: Worker, stub: Any, request_of: RequestOf, folder: Path
+) -> None:
+    blocker, first, second = stub.Compute(), stub.Compute(), stub.Compute()
+    await worker.gate.close_behind(blocker, request_of({0: [0]}, layer=1))
+    await first.write(request_of({0: [0, 1], 1: [2]}))
+    await second.write(request_of({1: [3, 4], 0: [5]}))
+    await eventually(lambda: asyncio.sleep(0, len(worker.batcher._waiting) == 2))
+    worker.gate.open.set()
+    reference = ReferenceExperts(folder)
+    for stream, rows in ((first, {0: [0, 1], 1: [2]}), (second, {1: [3, 4], 0: [5]})):
+        response = await asyncio.wait_for(stream.read(), 10)
+        torch.testing.assert_close(
+            from_wire(response.output), reference.rows(0, HIDDEN, rows), atol=1e-5, rtol=1e-5
+        )
+    stats = await stub.GetWorkerStats(expert_pb2.GetWorkerStatsRequest())
+    assert (stats.calls, stats.passes, stats.rows) == (3, 2, 7)
+
+
+async def test_a_full_queue_is_refused_in_band_with_a_time_to_retry(
+    worker: Worker, stub: Any, request_of: RequestOf
+) -> None:
+    stream = stub.Compute()
+    await worker.gate.close_behind(stream, request_of({0: [0]}, call_id=100))
+    for call_id in range(5):
+        await stream.write(request_of({0: [0]}, call_id=call_id))
+    refused = await asyncio.wait_for(stream.read(), 10)
+    error = from_status(refused.error)
+    assert (refused.call_id, error.code, bool(error.retry_after_s)) == (
+        4,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        True,
+    )
+    worker.gate.open.set()
+    answered = [await asyncio.wait_for(stream.read(), 10) for _ in range(5)]
+    assert sorted(response.call_id for response in answered) == [0, 1, 2, 3, 100]
+    assert all(response.HasField("output") for response in answered)
+
+
+async def test_a_caller_that_reads_nothing_is_not_read_from_for_ever() -> None:
+    taken = 0
+
+    async def requests() -> AsyncIterator[expert_pb2.ComputeRequest]:
+        nonlocal taken
+        for taken in range(1, 101):
+            yield expert_pb2.ComputeRequest(call_id=taken)
+
+    async def answer(request: expert_pb2.ComputeRequest) -> expert_pb2.ComputeResponse:
+        return expert_pb2.ComputeResponse(call_id=request.call_id)
+
+    responses = _CallStream(answer, limit=5).responses(requests())
+    first = await anext(responses)
+    await asyncio.sleep(0.02)
+    assert taken <= 6
+    assert [first.call_id, *[response.call_id async for response in responses]] == list(range(1, 101))
+
+
+async def test_a_caller_that_hangs_up_leaves_no_call_behind(
+    worker: Worker, stub: Any, request_of: RequestOf
+) -> None:
+    blocker, gone = stub.Compute(), stub.Compute()
+    await worker.gate.close_behind(blocker, request_of({0: [0]}))
+    await gone.write(request_of({0: [1]}))
+    await eventually(lambda: asyncio.sleep(0, len(worker.batcher._waiting) == 1))
+    gone.cancel()
+    await eventually(lambda: asyncio.sleep(0, not worker.batcher._waiting))
+    worker.gate.open.set()
+    assert (await asyncio.wait_for(blocker.read(), 10)).HasField("output")
+
+
+async def test_describe_tells_what_is_held(stub: Any, store: ExpertStore, model: MoeModel) -> None:
+    described = await stub.Describe(expert_pb2.DescribeRequest())
+    assert (described.worker, described.incarnation, described.model) == ("w", "i", "tiny")
+    assert (described.hidden_size, described.device) == (32, "cpu")
+    assert described.weight_bytes == 6 * model.expert_bytes
+    held = {(expert.address.layer, expert.address.slot): expert.digest for expert in described.experts}
+    assert held == store.versions()
+    assert len(described.dtypes) == 3
+
+
+async def test_statistics_count_what_was_computed_and_what_was_refused(
+    stub: Any, request_of: RequestOf
+) -> None:
+    stream = stub.Compute()
+    await call(stream, request_of({0: [0, 1], 1: [2]}))
+    await call(stream, request_of({3: [0]}))
+    stats = await stub.GetWorkerStats(expert_pb2.GetWorkerStatsRequest())
+    assert (stats.calls, stats.rows, stats.refused_calls, stats.passes) == (1, 3, 1, 1)
+    assert 0 < stats.busy_s < stats.uptime_s
+    assert stats.resident_bytes > 0
+
+
+async def test_a_worker_that_still_loads_is_unavailable(worker: Worker) -> None:
+    async with rpc.aio_channel(await worker.start()) as channel:
+        stub = expert_pb2_grpc.ExpertServiceStub(channel)  # type: ignore[no-untyped-call]
+        for attempt in (stub.Describe(expert_pb2.DescribeRequest()), stub.Compute().read()):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await asyncio.wait_for(attempt, 10)
+            error = from_rpc_error(caught.value)
+            assert (error.code, bool(error.retry_after_s)) == (grpc.StatusCode.UNAVAILABLE, True)
+            assert "loading" in error.message
+
+
+async def test_a_draining_worker_answers_what_it_took_and_refuses_what_comes(
+    worker: Worker, stub: Any, request_of: RequestOf
+) -> None:
+    stream = stub.Compute()
+    await worker.gate.close_behind(stream, request_of({0: [0]}, call_id=1))
+    draining = asyncio.create_task(worker.service.drain(10))
+    await asyncio.sleep(0)
+    refused = await call(stream, request_of({0: [0]}, call_id=2))
+    assert (refused.call_id, from_status(refused.error).code) == (2, grpc.StatusCode.UNAVAILABLE)
+    worker.gate.open.set()
+    answered = await asyncio.wait_for(stream.read(), 10)
+    assert answered.call_id == 1 and answered.HasField("output")
+    assert await draining
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asyncio.wait_for(stream.read(), 10)
+        await call(stub.Compute(), request_of({0: [0]}))
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_drain_gives_up_when_its_time_is_over(
+    worker: Worker, stub: Any, request_of: RequestOf
+) -> None:
+    stream = stub.Compute()
+    await worker.gate.close_behind(stream, request_of({0: [0]}))
+    assert not await worker.service.drain(0.05)
+
+
+async def test_a_call_that_is_traced_has_a_span_under_the_callers(
+    stub: Any, request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "TRACER", provider.get_tracer("test"))
+    traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    stream = stub.Compute()
+    await call(stream, request_of({0: [0, 1], 1: [2]}, layer=1, traceparent=traceparent))
+    await call(stream, request_of({0: [0]}))
+    (span,) = [span for span in exporter.get_finished_spans() if span.name == telemetry.SPAN_COMPUTE]
+    assert span.context is not None and span.parent is not None and span.attributes is not None
+    assert f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
+    assert f"{span.parent.span_id:016x}" == "b7ad6b7169203331"
+    assert (span.attributes[telemetry.LAYER], span.attributes[telemetry.ROWS]) == (1, 3)
+
+
+async def test_the_output_has_the_dtype_of_the_rows(stub: Any, request_of: RequestOf) -> None:
+    response = await call(stub.Compute(), request_of({0: [0]}, hidden=HIDDEN.bfloat16()))
+    assert response.output.dtype == to_wire(HIDDEN.bfloat16()).dtype

@@ -1,0 +1,268 @@
+"""The client against a fake router on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+from support.fake_router import EOS, FakeRouter, RunningRouter, encode, logprob_at, running
+
+from moesaic import Client, SyncClient, Token, errors
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[RunningRouter]:
+    async with running(FakeRouter()) as it:
+        yield it
+
+
+@pytest.fixture
+async def client(router: RunningRouter) -> AsyncIterator[Client]:
+    async with Client(router.address, timeout_s=10) as it:
+        yield it
+
+
+async def test_tokens_come_one_by_one_and_spell_their_text(client: Client) -> None:
+    tokens = [token async for token in client.generate("abc", max_tokens=5)]
+    assert [str(token) for token in tokens] == ["a", "b", "c", "a", "b"]
+    assert [token.token_ids for token in tokens] == [(97,), (98,), (99,), (97,), (98,)]
+    assert [token.finish_reason for token in tokens] == [None] * 4 + ["length"]
+    assert tokens[0].prompt is not None and tokens[0].prompt.token_ids == (97, 98, 99)
+    assert tokens[-1].usage is not None and tokens[-1].usage.completion_tokens == 5
+    assert {token.epoch for token in tokens} == {"e1"}
+
+
+async def test_a_client_works_without_being_entered_or_closed(router: RunningRouter) -> None:
+    assert (
+        "".join([str(token) async for token in Client(router.address).generate("xy", max_tokens=3)]) == "xyx"
+    )
+
+
+async def test_complete_collects_text_usage_timing_and_prompt(client: Client) -> None:
+    completion = await client.complete("hé", max_tokens=4, logprobs=1, prompt_logprobs=2)
+    assert (str(completion), completion.token_ids) == ("héh", (104, 195, 169, 104))
+    assert (completion.finish_reason, completion.model, completion.epoch) == ("length", "fake", "e1")
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (3, 4)
+    assert completion.timing.total_s == pytest.approx(0.03)
+    assert completion.prompt.text == "hé"
+    assert [entry.logprob for entry in completion.prompt.logprobs] == [None, logprob_at(1), logprob_at(2)]
+    assert [entry.logprob for entry in completion.logprobs] == [logprob_at(p) for p in range(3, 7)]
+    assert completion.prompt.logprobs[1].top[0].logprob > logprob_at(1)
+
+
+async def test_a_prompt_may_be_text_token_ids_or_messages(client: Client, router: RunningRouter) -> None:
+    await client.complete("ab", max_tokens=1)
+    await client.complete([97, 98], max_tokens=1)
+    await client.complete(
+        ({"role": "user", "content": "ab"},), max_tokens=1, template_kwargs={"deep": [1, {"x": None}]}
+    )
+    text, ids, chat = router.router.requests
+    assert (text.text, list(ids.token_ids.ids)) == ("ab", [97, 98])
+    assert (chat.chat.messages[0].role, chat.chat.messages[0].content) == ("user", "ab")
+    assert chat.chat.template_kwargs["deep"][1]["x"] is None
+
+
+async def test_options_arrive_and_absent_ones_stay_absent(client: Client, router: RunningRouter) -> None:
+    await client.complete(
+        "ab",
+        max_tokens=3,
+        temperature=0,
+        top_k=4,
+        stop="zz",
+        logit_bias={97: -1.5},
+        seed=None,
+        model="fake",
+        add_special_tokens=False,
+        request_id="mine-1",
+    )
+    (request,) = router.router.requests
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, list(sampling.stop)) == (0, 4, ["zz"])
+    assert (
+        sampling.HasField("temperature") and not sampling.HasField("seed") and not sampling.HasField("top_p")
+    )
+    assert dict(sampling.logit_bias) == {97: -1.5}
+    assert request.HasField("add_special_tokens") and not request.add_special_tokens
+    assert router.router.metadata[0]["x-request-id"] == "mine-1" == request.request_id
+
+
+async def test_continuations_are_told_apart_by_index(client: Client) -> None:
+    texts = ["", "", ""]
+    async for token in client.generate("abc", n=3, max_tokens=4):
+        texts[token.index] += str(token)
+    assert texts == ["abca", "bcab", "cabc"]
+
+
+async def test_a_stop_string_ends_the_text_before_it(client: Client) -> None:
+    completion = await client.complete("abcd", max_tokens=20, stop=["dab", "x"])
+    assert (completion.text, completion.finish_reason, completion.stop) == ("abc", "stop", "dab")
+
+
+async def test_an_end_of_sequence_token_ends_it(client: Client, router: RunningRouter) -> None:
+    router.router.eos_after = 2
+    completion = await client.complete("abc", max_tokens=9)
+    assert (completion.token_ids, completion.finish_reason) == ((97, 98, EOS), "stop")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "field"),
+    [
+        ({"model": "other"}, errors.NotFound, "model"),
+        ({"temperature": -1}, errors.InvalidArgument, "temperature"),
+        ({"max_tokens": 4000}, errors.InvalidArgument, "prompt"),
+        ({"top_k": -3}, errors.InvalidArgument, "top_k"),
+        ({"seed": "one"}, errors.InvalidArgument, "seed"),
+        ({"stop_token_ids": ["a"]}, errors.InvalidArgument, "stop_token_ids"),
+        ({"n": -1}, errors.InvalidArgument, "n"),
+    ],
+)
+async def test_a_bad_option_is_an_error_that_names_it(
+    client: Client, options: dict[str, object], error: type[errors.MoesaicError], field: str
+) -> None:
+    with pytest.raises(error) as caught:
+        [token async for token in client.generate("abc", **options)]  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+async def test_an_unknown_option_is_a_type_error_as_in_any_function(client: Client) -> None:
+    with pytest.raises(TypeError, match="'topk'"):
+        await client.complete("abc", topk=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("prompt", ["", [], [300], [-1], [{"role": "user", "colour": "red"}], [1.5]])
+async def test_a_bad_prompt_is_invalid_and_names_the_prompt(client: Client, prompt: object) -> None:
+    with pytest.raises(errors.InvalidArgument) as caught:
+        await client.complete(prompt, max_tokens=1)  # type: ignore[arg-type]
+    assert caught.value.field == "prompt"
+
+
+async def test_an_error_in_mid_stream_keeps_its_class_and_details(
+    client: Client, router: RunningRouter
+) -> None:
+    router.router.error = errors.Unavailable("no replica left", reason="NO_REPLICA", retry_after_s=2.0)
+    router.router.error_after = 2
+    seen: list[Token] = []
+    with pytest.raises(errors.Unavailable) as caught:
+        async for token in client.generate("abc", max_tokens=5):
+            seen.append(token)
+    assert len(seen) == 2
+    assert (caught.value.reason, caught.value.retry_after_s) == ("NO_REPLICA", 2.0)
+
+
+async def test_a_deadline_ends_a_silent_stream(client: Client, router: RunningRouter) -> None:
+    router.router.silent_after = 1
+    with pytest.raises(errors.DeadlineExceeded):
+        await client.complete("abc", max_tokens=5, timeout_s=0.2)
+
+
+async def test_nobody_at_the_address_is_unavailable() -> None:
+    async with Client("127.0.0.1:1") as client:
+        with pytest.raises(errors.Unavailable):
+            await client.complete("abc", timeout_s=5)
+
+
+async def test_leaving_the_loop_cancels_the_call(client: Client, router: RunningRouter) -> None:
+    router.router.silent_after = 2
+    async with aclosing(client.generate("abc", max_tokens=5)) as tokens:
+        async for _ in tokens:
+            break
+    await asyncio.wait_for(router.router.cancelled.wait(), 5)
+
+
+async def test_cancelling_the_task_cancels_the_call(client: Client, router: RunningRouter) -> None:
+    router.router.silent_after = 0
+    task = asyncio.create_task(client.complete("abc"))
+    while not router.router.num_running:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(router.router.cancelled.wait(), 5)
+
+
+async def test_closing_the_client_ends_its_calls_with_an_error_of_ours(router: RunningRouter) -> None:
+    router.router.silent_after = 0
+    client = Client(router.address)
+    task = asyncio.create_task(client.complete("abc"))
+    while not router.router.num_running:
+        await asyncio.sleep(0.01)
+    await client.close()
+    with pytest.raises(errors.Cancelled):
+        await task
+    with pytest.raises(errors.FailedPrecondition):
+        await client.complete("abc")
+
+
+async def test_the_current_trace_goes_along(client: Client, router: RunningRouter) -> None:
+    context = SpanContext(0xABCDEF, 0x123, is_remote=False, trace_flags=TraceFlags(1))
+    with trace.use_span(NonRecordingSpan(context)):
+        await client.complete("abc", max_tokens=1)
+    assert re.fullmatch(r"00-0{26}abcdef-0{13}123-01", router.router.metadata[0]["traceparent"])
+
+
+async def test_tokenize_detokenize_and_the_state_of_the_router(client: Client) -> None:
+    assert list((await client.tokenize("ab")).token_ids) == [97, 98]
+    assert list((await client.tokenize([{"role": "u", "content": "x"}])).token_ids) == encode("<u:x>")
+    assert await client.detokenize([97, 98]) == "ab"
+    assert (await client.model_info()).max_model_len == 128
+    assert (await client.router_stats()).generated_tokens == 7
+    with pytest.raises(errors.InvalidArgument):
+        await client.detokenize([999])
+
+
+async def test_one_client_serves_many_streams_at_once(client: Client) -> None:
+    prompts = [f"prompt {i} " for i in range(30)]
+    completions = await asyncio.gather(*(client.complete(prompt, max_tokens=20) for prompt in prompts))
+    assert [it.text for it in completions] == [(prompt * 3)[:20] for prompt in prompts]
+
+
+async def test_a_client_can_be_used_in_one_event_loop_after_another(router: RunningRouter) -> None:
+    client = Client(router.address)
+    for _ in range(2):
+        text = await asyncio.to_thread(lambda: asyncio.run(client.complete("ab", max_tokens=2)).text)
+        assert text == "ab"
+
+
+async def test_the_sync_client_does_the_same_without_asyncio(router: RunningRouter) -> None:
+    def work() -> tuple[list[str], str, str]:
+        with SyncClient(router.address) as client:
+            tokens = [str(token) for token in client.generate("abc", max_tokens=2)]
+            return tokens, client.complete([97], max_tokens=1).text, client.detokenize([98])
+
+    assert await asyncio.to_thread(work) == (["a", "b"], "a", "b")
+
+
+async def test_the_sync_client_cancels_a_stream_that_is_left(router: RunningRouter) -> None:
+    router.router.silent_after = 1
+
+    def work() -> None:
+        with SyncClient(router.address) as client:
+            for _ in client.generate("abc"):
+                break
+            with pytest.raises(errors.DeadlineExceeded):
+                client.complete("abc", timeout_s=0.2)
+
+    await asyncio.to_thread(work)
+    await asyncio.wait_for(router.router.cancelled.wait(), 5)
+
+
+async def test_a_program_that_never_closes_its_sync_client_still_ends(router: RunningRouter) -> None:
+    script = (
+        f"from moesaic import SyncClient; print(SyncClient({router.address!r}).complete('ab', max_tokens=2))"
+    )
+    result = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (result.stdout, result.stderr, result.returncode) == ("ab\n", "", 0)
