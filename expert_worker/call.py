@@ -93,17 +93,22 @@ def _read_group(
     group: expert_pb2.ExpertRows, field: str, layer: int, num_rows: int, combine_sum: bool, store: ExpertStore
 ) -> ExpertRows:
     expert = store.get(ExpertAddress(layer, group.slot), group.version, field=f"{field}.version")
-    rows = np.array(group.rows, dtype=np.int64)
+    rows = np.fromiter(group.rows, np.int64, len(group.rows))
     _check_rows(rows, num_rows, f"{field}.rows")
-    weights = np.array(group.weights, dtype=np.float32)
-    if len(weights) != (len(rows) if combine_sum else 0):
+    if len(group.weights) != (len(rows) if combine_sum else 0):
         raise InvalidArgument(
             f"{field}.weights must hold one weight per row with COMBINE_SUM, else none",
             field=f"{field}.weights",
         )
+    weights = _read_weights(group, f"{field}.weights") if combine_sum else None
+    return ExpertRows(expert, torch.from_numpy(rows), weights)
+
+
+def _read_weights(group: expert_pb2.ExpertRows, field: str) -> Tensor:
+    weights = np.fromiter(group.weights, np.float32, len(group.weights))
     if not np.isfinite(weights).all():
-        raise InvalidArgument(f"{field}.weights must be finite", field=f"{field}.weights")
-    return ExpertRows(expert, torch.from_numpy(rows), torch.from_numpy(weights) if combine_sum else None)
+        raise InvalidArgument(f"{field} must be finite", field=field)
+    return torch.from_numpy(weights)
 
 
 def _check_rows(rows: npt.NDArray[np.int64], num_rows: int, field: str) -> None:

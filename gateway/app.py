@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
@@ -12,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute, APIRouter
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 import moesaic
@@ -24,11 +25,12 @@ from gateway.renderers import ChatRenderer, CompletionRenderer, Identity, Render
 from gateway.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gateway.router_link import RouterLink
 from gateway.streaming import DONE, EventStream, error_event, event, unless_gone
-from moesaic.errors import InternalError, MoesaicError, NotFound, Unavailable
+from moesaic.errors import Cancelled, InternalError, MoesaicError, NotFound, Unavailable
 from moesaic.v1 import inference_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+_BODY_TIMEOUT_S = 60.0
 # Beyond the router's own deadline, for a client that reads slowly.
 _READING_MARGIN_S = 60.0
 
@@ -37,10 +39,17 @@ class JsonRequest(Request):
     """A request whose body is JSON, read strictly and once."""
 
     async def read(self) -> None:
-        """Raises InvalidArgument, or HTTPException 415."""
+        """Raises InvalidArgument, Cancelled, or HTTPException with 408 or 415."""
         if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "the body must have the content type application/json")
-        self._value = strict_json.parse(await self.body())
+        try:
+            async with asyncio.timeout(_BODY_TIMEOUT_S):
+                body = await self.body()
+        except TimeoutError as error:
+            raise HTTPException(408, f"the body did not arrive within {_BODY_TIMEOUT_S:g} s") from error
+        except ClientDisconnect as error:
+            raise Cancelled("the client went away") from error
+        self._value = strict_json.parse(body)
 
     async def json(self) -> Any:
         return self._value

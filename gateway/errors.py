@@ -42,6 +42,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 _HTTP_CODES = {
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "body_too_large",
     415: "unsupported_media_type",
     431: "headers_too_large",

@@ -52,6 +52,8 @@ class RouterLink:
         self._address = ""
         self._channel: grpc.aio.Channel | None = None
         self._serving = False
+        # The last problem that was logged: one line for each, not one for each look.
+        self._problem = ""
         self._follower: asyncio.Task[None] | None = None
         # Channels to routers of before, until their last call has ended.
         self._retiring: set[asyncio.Task[None]] = set()
@@ -165,7 +167,8 @@ class RouterLink:
                 self._use(await asyncio.wait_for(self._resolve_router(), _RESOLVE_TIMEOUT_S))
                 await self._watch()
             except Exception as error:  # whatever the lookup or the network did, the next look may succeed
-                self._set_serving(False, error)
+                self._set_serving(False)
+                self._report(error)
             await asyncio.sleep(_RETRY_S)
 
     def _use(self, address: str) -> None:
@@ -197,11 +200,19 @@ class RouterLink:
         finally:
             call.cancel()
 
-    def _set_serving(self, serving: bool, why: Exception | None = None) -> None:
+    def _set_serving(self, serving: bool) -> None:
         if serving != self._serving:
-            fields = {} if why is None else {"error": type(why).__name__}
-            log.info("router serves" if serving else "router does not serve", extra={"fields": fields})
+            log.info("router serves" if serving else "router does not serve")
+            self._problem = ""
         self._serving = serving
+
+    def _report(self, error: Exception) -> None:
+        problem = (
+            error.code().name if isinstance(error, grpc.RpcError) else f"{type(error).__name__}: {error}"
+        )
+        if problem != self._problem:
+            log.warning("no connection to a router", extra={"fields": {"problem": problem}})
+        self._problem = problem
 
 
 @contextmanager

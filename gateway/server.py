@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable, Generator
@@ -18,8 +17,6 @@ from gateway.edge import Edge
 from gateway.router_link import RouterLink
 from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.settings import GatewaySettings
-
-log = logging.getLogger(__name__)
 
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Longer than clients keep idle connections, so that they close first and never write into a closing one.
@@ -56,15 +53,22 @@ class GatewayServer:
     async def start(self) -> str:
         """Listens and returns HOST:PORT (a free port for 0). Raises InvalidArgument when the port is taken."""
         listener = _listen(self._config.host, self._config.port)
-        self._link.start()
         self._serving = asyncio.create_task(self._http.serve(sockets=[listener]), name="gateway-http")
-        async with asyncio.timeout(_START_TIMEOUT_S):
-            while not self._http.started:
-                if self._serving.done():
-                    raise Unavailable("the HTTP server ended while it started")
-                await asyncio.sleep(0.005)
+        self._link.start()
+        try:
+            await self._started(self._serving)
+        except BaseException:
+            await self.stop(0)
+            raise
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         return f"{host}:{listener.getsockname()[1]}"
+
+    async def _started(self, serving: asyncio.Task[None]) -> None:
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            while not self._http.started:
+                if serving.done():
+                    raise Unavailable("the HTTP server ended while it started")
+                await asyncio.sleep(0.005)
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new connections; running requests have `drain_s` seconds, then they end with an error."""
@@ -99,6 +103,7 @@ def _uvicorn_config(config: GatewayConfig, link: RouterLink) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -187,7 +187,7 @@ def test_bad_input_names_its_field_and_harms_nobody(
         error = answer.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
         if param is not None:
-            assert error["param"] == param, error
+            assert error["param"].partition("[")[0] == param, error
         assert http.get("/health").status_code == 200
 
 

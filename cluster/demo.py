@@ -1,0 +1,230 @@
+"""`moesaic demo`: a cluster on the built-in model, one answer, and what it took.
+
+The tables show the answer alone: counters are read before and after it, so that the start's own test token is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import grpc
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from cluster.load_progress import LoadProgress
+from cluster.serving import CheckedModel, check, running_cluster
+from cluster.status import ask_status
+from cluster.stop_signals import StopSignals
+from cluster.tables import bar, count, new_table, size
+from moesaic import Client, rpc
+from moesaic.client import GenerateOptions
+from moesaic.errors import from_rpc_error
+from moesaic.settings import load_settings
+from moesaic.v1 import control_pb2, expert_pb2, expert_pb2_grpc
+
+DEFAULT_PROMPT = "SCENE I. A room in the castle.\n"
+OPTIONS: GenerateOptions = {"temperature": 0.7, "top_p": 0.95, "seed": 7}
+ASK_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerShare:
+    """What one worker did for the answer. `resident_bytes` is the whole process."""
+
+    name: str
+    num_experts: int
+    rows: int
+    calls: int
+    busy_s: float
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The generated text and when it came, in seconds since the command started."""
+
+    text: str
+    num_tokens: int
+    first_token_s: float
+    last_token_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        elapsed_s = self.last_token_s - self.first_token_s
+        return (self.num_tokens - 1) / elapsed_s if elapsed_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """Everything that the demo shows."""
+
+    prompt: str
+    answer: Answer
+    ready_s: float
+    workers: tuple[WorkerShare, ...]
+    phases_s: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Counters:
+    """What the cluster has counted so far."""
+
+    workers: tuple[control_pb2.Process, ...]
+    stats: dict[str, expert_pb2.GetWorkerStatsResponse]
+    phases_s: dict[str, float]
+
+
+async def run_demo(prompt: str | None, *, max_tokens: int, workers: int, as_json: bool) -> None:
+    """Raises InvalidArgument for more workers than experts, Unavailable when the cluster cannot start."""
+    settings = load_settings(
+        http_port=0, grpc_port=0, log_level="WARNING", cluster={"workers": workers, "replicas": 1}
+    )
+    model = check(settings)
+    out = Console(file=sys.stdout, highlight=False)
+    if not as_json:
+        _print_opening(out, model, workers)
+    with StopSignals() as signals:
+        progress = LoadProgress(Console(stderr=True, quiet=as_json))
+        async with running_cluster(settings, model, progress, signals) as endpoints:
+            ready_s = _since_start_s()
+            report = await signals.unless_stopped(
+                _answer(
+                    endpoints.grpc, prompt or DEFAULT_PROMPT, max_tokens, ready_s, None if as_json else out
+                )
+            )
+    if as_json:
+        print(json.dumps(asdict(report)))
+    else:
+        _print_closing(out, report)
+
+
+async def _answer(
+    target: str, prompt: str, max_tokens: int, ready_s: float, out: Console | None
+) -> DemoReport:
+    before = await _read_counters(target)
+    answer = await _stream(target, prompt, max_tokens, out)
+    after = await _read_counters(target)
+    return DemoReport(
+        prompt=prompt,
+        answer=answer,
+        ready_s=ready_s,
+        workers=tuple(_share(worker, before.stats, after.stats) for worker in after.workers),
+        phases_s={phase: s - before.phases_s.get(phase, 0.0) for phase, s in after.phases_s.items()},
+    )
+
+
+async def _stream(target: str, prompt: str, max_tokens: int, out: Console | None) -> Answer:
+    """Prints prompt and answer as they come; `out` None: prints nothing."""
+    if out is not None:
+        out.print(prompt, style="bold", end="", markup=False, soft_wrap=True)
+    text, num_tokens, first_token_s = "", 0, 0.0
+    async with Client(target) as client:
+        async for token in client.generate(prompt, max_tokens=max_tokens, **OPTIONS):
+            first_token_s = first_token_s or _since_start_s()
+            num_tokens += len(token.token_ids)
+            text += token.text
+            if out is not None:
+                out.file.write(token.text)
+                out.file.flush()
+    if out is not None:
+        out.print()
+    return Answer(text, num_tokens, first_token_s, _since_start_s())
+
+
+async def _read_counters(target: str) -> _Counters:
+    status = await ask_status(target)
+    processes = status.topology.processes if status.topology is not None else ()
+    workers = tuple(process for process in processes if process.experts)
+    answers = await asyncio.gather(*(_ask_worker(worker.address) for worker in workers))
+    return _Counters(
+        workers,
+        {worker.name: answer for worker, answer in zip(workers, answers, strict=True)},
+        {phase.phase: phase.seconds for phase in status.stats.phases},
+    )
+
+
+async def _ask_worker(address: str) -> expert_pb2.GetWorkerStatsResponse:
+    try:
+        async with rpc.aio_channel(address) as channel:
+            stub = expert_pb2_grpc.ExpertServiceStub(channel)
+            answer: expert_pb2.GetWorkerStatsResponse = await stub.GetWorkerStats(
+                expert_pb2.GetWorkerStatsRequest(), timeout=ASK_TIMEOUT_S
+            )
+            return answer
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
+
+
+def _share(
+    worker: control_pb2.Process,
+    before: Mapping[str, expert_pb2.GetWorkerStatsResponse],
+    after: Mapping[str, expert_pb2.GetWorkerStatsResponse],
+) -> WorkerShare:
+    old = before.get(worker.name, expert_pb2.GetWorkerStatsResponse())
+    new = after[worker.name]
+    return WorkerShare(
+        name=worker.name,
+        num_experts=len(worker.experts),
+        rows=new.rows - old.rows,
+        calls=new.calls - old.calls,
+        busy_s=new.busy_s - old.busy_s,
+        resident_bytes=new.resident_bytes,
+    )
+
+
+def _since_start_s() -> float:
+    """Since this process began, the interpreter's own start included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def _print_opening(out: Console, model: CheckedModel, workers: int) -> None:
+    shape = model.shape
+    num_experts = shape.num_layers * shape.num_slots
+    out.print(
+        f"[bold]Moesaic[/]: {shape.num_layers} layers of {shape.num_slots} experts, {shape.gate.top_k} a token. "
+        f"{workers} worker processes hold the {num_experts} experts; the router holds none.\n"
+    )
+
+
+def _print_closing(out: Console, report: DemoReport) -> None:
+    out.print()
+    out.print(_worker_table(report.workers))
+    out.print()
+    out.print(_phase_table(report.phases_s))
+    answer = report.answer
+    out.print(
+        f"\n{answer.num_tokens} tokens, {answer.tokens_per_s:.0f} a second. "
+        f"Cold start: ready after [bold]{report.ready_s:.1f} s[/], "
+        f"first token after [bold]{answer.first_token_s:.1f} s[/]."
+    )
+
+
+def _worker_table(workers: Sequence[WorkerShare]) -> Table:
+    table = new_table("who computed what", ">experts", ">calls", ">rows", "share of rows", ">busy", ">memory")
+    all_rows = sum(worker.rows for worker in workers)
+    for worker in workers:
+        table.add_row(
+            worker.name,
+            count(worker.num_experts),
+            count(worker.calls),
+            count(worker.rows),
+            bar(worker.rows / all_rows if all_rows else 0.0),
+            f"{1000 * worker.busy_s:.0f} ms",
+            size(worker.resident_bytes),
+        )
+    return table
+
+
+def _phase_table(phases_s: Mapping[str, float]) -> Table:
+    table = new_table("where the time went", ">seconds", ">share", "")
+    total_s = sum(phases_s.values())
+    for phase, seconds in sorted(phases_s.items(), key=lambda item: -item[1]):
+        share = seconds / total_s if total_s else 0.0
+        table.add_row(phase, f"{seconds:.3f}", f"{share:.0%}", bar(share))
+    return table
