@@ -42,8 +42,13 @@ KILL_PERIOD_S = 0.05
 
 # Workers' log lines are JSON already: no colour, no prefix, nothing left out.
 _LOG_ENVIRONMENT = {"RAY_DISABLE_WORKER_LOG_PREFIX": "1", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
-# Ray takes loopback for its own address only where it believes that there can be no cluster.
-_LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+_LOCAL_ENVIRONMENT = {
+    # Ray takes loopback for its own address only where it believes that there can be no cluster.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    # Ray's default makes way for everything else on the machine; here its processes are the service.
+    "RAY_worker_niceness": "0",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,7 @@ class RayCluster:
     @classmethod
     def local(cls, logs: Logging, *, num_processes: int) -> Self:
         """Starts a Ray of our own, on loopback and with a token. `num_processes`: about as many as will be started."""
-        os.environ.update({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT})
+        os.environ.update({**_LOG_ENVIRONMENT, **_LOCAL_ENVIRONMENT})
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
         cluster = cls(logs, temp_folder=folder)

@@ -29,7 +29,7 @@ from moesaic.settings import load_settings
 from moesaic.v1 import control_pb2, expert_pb2, expert_pb2_grpc
 
 DEFAULT_PROMPT = "SCENE I. A room in the castle.\n"
-OPTIONS: GenerateOptions = {"temperature": 0.7, "top_p": 0.95, "seed": 7}
+SAMPLING: GenerateOptions = {"temperature": 0.7, "top_p": 0.95, "seed": 7}
 ASK_TIMEOUT_S = 5.0
 
 
@@ -121,20 +121,55 @@ async def _answer(
 
 async def _stream(target: str, prompt: str, max_tokens: int, out: Console | None) -> Answer:
     """Prints prompt and answer as they come; `out` None: prints nothing."""
-    if out is not None:
-        out.print(prompt, style="bold", end="", markup=False, soft_wrap=True)
+    flow = _WordFlow(out) if out is not None else None
+    if flow is not None:
+        flow.write(prompt)
     text, num_tokens, first_token_s = "", 0, 0.0
+    options: GenerateOptions = {**SAMPLING, "max_tokens": max_tokens}
     async with Client(target) as client:
-        async for token in client.generate(prompt, max_tokens=max_tokens, **OPTIONS):
+        async for token in client.generate(prompt, **options):
             first_token_s = first_token_s or _since_start_s()
             num_tokens += len(token.token_ids)
             text += token.text
-            if out is not None:
-                out.file.write(token.text)
-                out.file.flush()
-    if out is not None:
-        out.print()
+            if flow is not None:
+                flow.write(token.text)
+    if flow is not None:
+        flow.end()
     return Answer(text, num_tokens, first_token_s, _since_start_s())
+
+
+class _WordFlow:
+    """Text that comes in pieces, broken between words where the terminal's line ends."""
+
+    def __init__(self, out: Console) -> None:
+        self._file = out.file
+        self._width = out.width
+        self._column = 0
+        self._word = ""
+
+    def write(self, piece: str) -> None:
+        for character in piece:
+            if not character.isspace():
+                self._word += character
+                continue
+            self._end_word()
+            self._put(character)
+        self._file.flush()
+
+    def end(self) -> None:
+        self._end_word()
+        self._file.write("\n")
+        self._file.flush()
+
+    def _end_word(self) -> None:
+        if self._column + len(self._word) > self._width and self._column:
+            self._put("\n")
+        self._put(self._word)
+        self._word = ""
+
+    def _put(self, text: str) -> None:
+        self._file.write(text)
+        self._column = 0 if text == "\n" else self._column + len(text)
 
 
 async def _read_counters(target: str) -> _Counters:
@@ -199,9 +234,8 @@ def _print_closing(out: Console, report: DemoReport) -> None:
     out.print(_phase_table(report.phases_s))
     answer = report.answer
     out.print(
-        f"\n{answer.num_tokens} tokens, {answer.tokens_per_s:.0f} a second. "
-        f"Cold start: ready after [bold]{report.ready_s:.1f} s[/], "
-        f"first token after [bold]{answer.first_token_s:.1f} s[/]."
+        f"\ncold start: ready after [bold]{report.ready_s:.1f} s[/], "
+        f"first token after [bold]{answer.first_token_s:.1f} s[/]; then {answer.tokens_per_s:.0f} tokens a second"
     )
 
 

@@ -125,7 +125,7 @@ class WorkerServer:
         await self._server.wait()
 
     def _add_servicer(self, server: grpc.aio.Server) -> None:
-        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._service, server)  # type: ignore[no-untyped-call]
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._service, server)
 
     def _load(self) -> LoadedModel:
         config = self._config

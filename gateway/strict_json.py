@@ -13,7 +13,7 @@ from typing import Any
 from moesaic.errors import InvalidArgument
 
 MAX_DEPTH = 32
-# Of one object; no request has that many, and every unknown one would cost an error report.
+# Of one object, and of one list of lists or objects: no request has that many, and each could cost an error report.
 MAX_FIELDS = 4096
 _MAX_NAME = 64
 
@@ -66,6 +66,8 @@ def _check(value: Any, field: str, depth: int) -> None:
     elif isinstance(value, list | dict):
         if depth >= MAX_DEPTH:
             raise InvalidArgument(f"{field} is nested deeper than {MAX_DEPTH} levels", field=field)
+        if len(value) > MAX_FIELDS and isinstance(value, list) and isinstance(value[0], list | dict):
+            raise InvalidArgument(f"{field} has more than {MAX_FIELDS} entries", field=field)
         for child in [*value, *value.values()] if isinstance(value, dict) else value:
             _check(child, field, depth + 1)
 

@@ -30,7 +30,7 @@ HIDDEN = torch.randn(7, 48, generator=torch.Generator().manual_seed(3))
 @contextmanager
 def connected(worker: Process) -> Iterator[Any]:
     with rpc.channel(worker.address) as channel:
-        yield expert_pb2_grpc.ExpertServiceStub(channel)  # type: ignore[no-untyped-call]
+        yield expert_pb2_grpc.ExpertServiceStub(channel)
 
 
 def held_versions(stub: Any) -> dict[ExpertAddress, bytes]:

@@ -75,7 +75,7 @@ async def test_the_loaded_bytes_are_the_share_and_no_more(server: WorkerServer, 
     await server.load()
     assert server.loaded_bytes == server.total_bytes == 2 * model.expert_bytes
     async with rpc.aio_channel(address) as channel:
-        stub = expert_pb2_grpc.ExpertServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = expert_pb2_grpc.ExpertServiceStub(channel)
         described = await stub.Describe(expert_pb2.DescribeRequest())
         stats = await stub.GetWorkerStats(expert_pb2.GetWorkerStatsRequest())
     assert {(expert.address.layer, expert.address.slot) for expert in described.experts} == SHARE

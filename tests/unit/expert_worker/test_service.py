@@ -66,7 +66,7 @@ class Worker:
                 SERVICE: lambda server: expert_pb2_grpc.add_ExpertServiceServicer_to_server(
                     self.service, server
                 )
-            },  # type: ignore[no-untyped-call]
+            },
         )
 
     async def start(self) -> str:
@@ -98,7 +98,7 @@ async def channel(worker: Worker) -> AsyncIterator[grpc.aio.Channel]:
 
 @pytest.fixture
 def stub(channel: grpc.aio.Channel) -> Any:
-    return expert_pb2_grpc.ExpertServiceStub(channel)  # type: ignore[no-untyped-call]
+    return expert_pb2_grpc.ExpertServiceStub(channel)
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ async def test_statistics_count_what_was_computed_and_what_was_refused(
 
 async def test_a_worker_that_still_loads_is_unavailable(worker: Worker) -> None:
     async with rpc.aio_channel(await worker.start()) as channel:
-        stub = expert_pb2_grpc.ExpertServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = expert_pb2_grpc.ExpertServiceStub(channel)
         for attempt in (stub.Describe(expert_pb2.DescribeRequest()), stub.Compute().read()):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await asyncio.wait_for(attempt, 10)

@@ -49,6 +49,12 @@ def test_the_limit_of_nesting_is_exact() -> None:
         strict_json.parse(b'{"a": ' + b"[" * 32 + b"]" * 32 + b"}")
 
 
+def test_a_list_of_lists_has_a_bound_and_a_list_of_numbers_has_none() -> None:
+    strict_json.parse(b'{"a": [' + b",".join([b"1"] * 100_000) + b"]}")
+    with pytest.raises(InvalidArgument, match="a has more than 4096 entries"):
+        strict_json.parse(b'{"a": [' + b",".join([b"[1]"] * 5000) + b"]}")
+
+
 def test_a_name_from_a_client_is_cut_and_printable_in_a_message() -> None:
     assert strict_json.readable("a\n\x1b[31m" + "x" * 500) == "a\\n\\x1b[31m" + "x" * 57
 

@@ -113,7 +113,7 @@ def test_a_value_out_of_bounds_names_its_field(field: str, values: list[Any]) ->
 
 def test_too_many_biases_are_refused() -> None:
     limits = ModelLimits(max_model_len=10, vocab_size=5000, eos_token_ids=frozenset())
-    message = inference_pb2.SamplingParams(logit_bias={token_id: 1.0 for token_id in range(1024)})
+    message = inference_pb2.SamplingParams(logit_bias=dict.fromkeys(range(1024), 1.0))
     parse_sampling(message, num_prompt_tokens=1, limits=limits)
     message.logit_bias[1024] = 1.0
     with pytest.raises(InvalidArgument, match="1024"):
