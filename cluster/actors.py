@@ -45,7 +45,6 @@ _LOG_ENVIRONMENT = {"RAY_DISABLE_WORKER_LOG_PREFIX": "1", "RAY_COLOR_PREFIX": "0
 _LOCAL_ENVIRONMENT = {
     # Ray takes loopback for its own address only where it believes that there can be no cluster.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_AUTH_MODE": "token",
     # Ray's default makes way for everything else on the machine; here its processes are the service.
     "RAY_worker_niceness": "0",
 }
@@ -154,6 +153,7 @@ class RayCluster:
         """Starts a Ray of our own, on loopback and with a token. `num_processes`: about as many as will be started."""
         os.environ.update({**_LOG_ENVIRONMENT, **_LOCAL_ENVIRONMENT})
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.pop("RAY_AUTH_MODE", None)  # left to itself, Ray asks for the token
         folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
         cluster = cls(logs, temp_folder=folder)
         try:
@@ -167,8 +167,10 @@ class RayCluster:
             )
             if any(node.address != "127.0.0.1" for node in cluster.nodes()):
                 raise FailedPrecondition("Ray did not stay on loopback")
-        except BaseException:
+        except BaseException as error:
             cluster.close()
+            if isinstance(error, (ConnectionError, RuntimeError, OSError)):
+                raise Unavailable(f"Ray cannot start: {_first_line(error)}") from error
             raise
         return cluster
 
@@ -224,7 +226,9 @@ class RayCluster:
         ).remote(process.spec, self._logs)
 
     async def kill(self, names: Iterable[str]) -> None:
-        """Ends processes for good and returns when Ray has buried them."""
+        """Ends processes for good, and returns when a joined Ray has buried them; a local one takes them with it."""
+        if self._local:
+            return
         await asyncio.gather(*(self._kill(name) for name in names))
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ def main() -> None:
         from cluster.commands import app
 
         app()
+    except KeyboardInterrupt:  # before a verb could take the signal
+        sys.exit(1)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in OWN_PACKAGES:

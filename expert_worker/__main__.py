@@ -82,7 +82,8 @@ async def _serve(config: WorkerConfig, drain_s: float) -> None:
     finally:
         waiting.cancel()
         await server.stop(drain_s)
-        await asyncio.wait((loading,))
+        # After a signal, that the loading was stopped is no error.
+        await asyncio.gather(loading, return_exceptions=True)
 
 
 if __name__ == "__main__":

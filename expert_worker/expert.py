@@ -110,5 +110,5 @@ def _compute_grouped(stack: ExpertStack, experts: Sequence[Expert], rows: Sequen
     gate, up = F.grouped_mm(x, stack.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
     activation = ACTIVATIONS[experts[0].activation]
     y = F.grouped_mm(activation(gate) * up, stack.down.transpose(1, 2), offs=ends)
-    outputs = torch.split(y, [len(rows[i]) for i in order])
-    return [outputs[order.index(i)] for i in range(len(experts))]
+    outputs = dict(zip(order, torch.split(y, [len(rows[i]) for i in order]), strict=True))
+    return [outputs[i] for i in range(len(experts))]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,9 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         stream = _CallStream(self._answer, self._max_stream_calls)
         self._streams.add(stream)
         try:
-            async for response in stream.responses(requests):
-                yield response
+            async with aclosing(stream.responses(requests)) as responses:
+                async for response in responses:
+                    yield response
         finally:
             self._streams.discard(stream)
         if self._draining:
@@ -188,7 +189,7 @@ class _CallStream:
 
     async def responses(
         self, requests: AsyncIterator[expert_pb2.ComputeRequest]
-    ) -> AsyncIterator[expert_pb2.ComputeResponse]:
+    ) -> AsyncGenerator[expert_pb2.ComputeResponse, None]:
         """Answers in the order in which they are ready, until the caller has ended its side and has them all."""
         reader = asyncio.create_task(self._read(requests))
         try:

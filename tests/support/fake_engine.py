@@ -8,9 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from moesaic.errors import MoesaicError
 from router.sequence import (
-    Failed,
     Finished,
     FinishReason,
     PromptScored,
@@ -110,11 +108,6 @@ def generates(token_ids: Sequence[int]) -> Script:
         yield finished()
 
     return script
-
-
-def fails(error: MoesaicError, after: Sequence[int] = ()) -> Script:
-    """A model that breaks after these tokens."""
-    return lambda _: [*map(token, after), Failed(error)]
 
 
 def scores(token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:

@@ -49,6 +49,10 @@ class FakeRouter(InferenceServiceServicer):
     num_cancelled: int = 0
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def reset(self) -> None:
+        """As new: no misbehaviour, no records."""
+        vars(self).update(vars(FakeRouter()))
+
     async def Generate(
         self,
         request: pb.GenerateRequest,

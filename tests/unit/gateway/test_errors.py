@@ -35,7 +35,7 @@ def test_an_error_of_ours_has_its_status(
 ) -> None:
     response = http_errors.response(http_errors.from_moesaic(error))
     assert response.status_code == status
-    assert json.loads(response.body) == {
+    assert json.loads(bytes(response.body)) == {
         "error": {"message": "m", "type": kind, "param": error.field, "code": code}
     }
 

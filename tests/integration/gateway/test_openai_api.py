@@ -1,0 +1,244 @@
+"""The API as openai-python, benchmarks and scoring clients use it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from support.fake_router import logprob_at
+from support.gateway_site import Site, events
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+# Completions
+
+
+async def test_a_completion_has_text_usage_and_the_epoch(client: openai.AsyncOpenAI) -> None:
+    reply = await client.completions.create(model="fake", prompt="abc", max_tokens=5)
+    assert reply.choices[0].text == "abcab"
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (3, 5, 8)
+    assert reply.model_extra == {"epoch": "e1"}
+    assert (reply.object, reply.model) == ("text_completion", "fake")
+
+
+async def test_a_stream_has_one_chunk_a_token_and_usage_at_its_end(client: openai.AsyncOpenAI) -> None:
+    stream = await client.completions.create(
+        model="fake", prompt="abc", max_tokens=4, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert [chunk.choices[0].text for chunk in chunks[:-1]] == ["a", "b", "c", "a"]
+    assert chunks[3].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 4
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_stop_n_and_several_prompts(client: openai.AsyncOpenAI) -> None:
+    reply = await client.completions.create(
+        model="fake", prompt=["abc", "xyz"], n=2, max_tokens=8, stop=["ca", "zx"]
+    )
+    assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in reply.choices] == ["ab", "b", "xy", "y"]
+    assert {choice.finish_reason for choice in reply.choices} == {"stop"}
+    assert reply.usage is not None and reply.usage.prompt_tokens == 6
+
+
+async def test_a_stream_of_several_choices_interleaves_them_by_index(client: openai.AsyncOpenAI) -> None:
+    stream = await client.completions.create(
+        model="fake", prompt=["abc", "xyz"], n=2, max_tokens=3, stream=True
+    )
+    texts = dict.fromkeys(range(4), "")
+    async for chunk in stream:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == {0: "abc", 1: "bca", 2: "xyz", 3: "yzx"}
+
+
+async def test_a_scoring_client_gets_the_exact_log_probabilities_of_its_prompt(site: Site) -> None:
+    body = {
+        "model": "fake",
+        "prompt": [[97, 98, 99, 100], [120, 121]],
+        "echo": True,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "temperature": 0,
+        "seed": 1234,
+    }
+    async with httpx.AsyncClient(base_url=site.url) as http:
+        reply = (await http.post("/v1/completions", json=body)).json()
+    for choice, length in zip(reply["choices"], (4, 2), strict=True):
+        values = choice["logprobs"]["token_logprobs"]
+        tops = choice["logprobs"]["top_logprobs"]
+        assert values == [None, *(logprob_at(position) for position in range(1, length + 1))]
+        assert len(choice["logprobs"]["tokens"]) == len(tops) == length + 1
+        assert tops[0] is None and all(top for top in tops[1:])
+        greedy = [value == max(top.values()) for value, top in zip(values[1:], tops[1:], strict=True)]
+        assert greedy == [position % 2 == 0 for position in range(1, length + 1)]
+    assert reply["choices"][0]["text"] == "abcda"
+    assert reply["choices"][0]["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+
+
+async def test_echo_without_a_token_scores_the_prompt_alone(client: openai.AsyncOpenAI) -> None:
+    reply = await client.completions.create(model="fake", prompt="abc", max_tokens=0, echo=True, logprobs=1)
+    choice = reply.choices[0]
+    assert (choice.text, choice.finish_reason) == ("abc", "length")
+    assert choice.logprobs is not None and choice.logprobs.tokens == ["a", "b", "c"]
+    assert reply.usage is not None and reply.usage.completion_tokens == 0
+
+
+async def test_echo_in_a_stream_comes_with_the_first_token(client: openai.AsyncOpenAI) -> None:
+    stream = await client.completions.create(
+        model="fake", prompt="abc", max_tokens=2, echo=True, logprobs=0, stream=True
+    )
+    chunks = [chunk.choices[0] async for chunk in stream]
+    assert [chunk.text for chunk in chunks] == ["abca", "b"]
+    assert [len((chunk.logprobs and chunk.logprobs.tokens) or []) for chunk in chunks] == [4, 1]
+    assert chunks[1].logprobs is not None and chunks[1].logprobs.text_offset == [4]
+
+
+async def test_token_ids_come_back_when_asked_for(client: openai.AsyncOpenAI) -> None:
+    reply = await client.completions.create(
+        model="fake", prompt="ab", max_tokens=3, extra_body={"return_token_ids": True}
+    )
+    assert reply.choices[0].model_extra is not None
+    assert reply.choices[0].model_extra["token_ids"] == [97, 98, 97]
+    assert reply.choices[0].model_extra["prompt_token_ids"] == [97, 98]
+
+
+async def test_a_model_without_a_tokenizer_serves_token_ids(site: Site, client: openai.AsyncOpenAI) -> None:
+    site.router.has_tokenizer = False
+    reply = await client.completions.create(
+        model="fake", prompt=[5, 6], max_tokens=2, logprobs=1, extra_body={"return_token_ids": True}
+    )
+    assert reply.choices[0].text == ""
+    assert reply.choices[0].model_extra is not None and reply.choices[0].model_extra["token_ids"] == [5, 6]
+    assert reply.choices[0].logprobs is not None and reply.choices[0].logprobs.tokens == [
+        "token_id:5",
+        "token_id:6",
+    ]
+    with pytest.raises(openai.BadRequestError, match="no tokenizer"):
+        await client.completions.create(model="fake", prompt="text", max_tokens=2)
+
+
+async def test_the_habits_of_benchmark_clients_are_accepted(http: httpx.AsyncClient) -> None:
+    body = {
+        "model": "fake",
+        "prompt": "abc",
+        "max_tokens": 3,
+        "repetition_penalty": 1.0,
+        "logprobs": None,
+        "stop": None,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    chunks = events((await http.post("/v1/completions", json=body)).text)
+    assert chunks[-1] == "[DONE]"
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks[:-1]] == [1, 2, 3, 3]
+
+
+async def test_many_prompts_of_one_request_reach_the_router_a_few_at_a_time(
+    site: Site, client: openai.AsyncOpenAI
+) -> None:
+    site.router.pace_s = 0.02
+    prompts = [[97 + i % 20] for i in range(100)]
+    reply = await client.completions.create(model="fake", prompt=prompts, max_tokens=1)
+    assert [choice.text for choice in reply.choices] == [chr(prompt[0]) for prompt in prompts]
+    assert 1 < site.router.max_running <= 32
+
+
+# Chat
+
+
+async def test_a_chat_answers_and_streams_the_same(client: openai.AsyncOpenAI) -> None:
+    messages: Any = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "u"}]},
+    ]
+    reply = await client.chat.completions.create(model="fake", messages=messages, max_completion_tokens=6)
+    assert reply.choices[0].message.content == "<syste"
+    assert (reply.choices[0].message.role, reply.choices[0].finish_reason) == ("assistant", "length")
+    stream = await client.chat.completions.create(model="fake", messages=messages, max_tokens=6, stream=True)
+    chunks = [chunk.choices[0] async for chunk in stream]
+    assert chunks[0].delta.role == "assistant"
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == "<syste"
+    assert chunks[-1].finish_reason == "length"
+
+
+async def test_the_reply_of_a_chat_can_be_sent_back(client: openai.AsyncOpenAI, site: Site) -> None:
+    first = await client.chat.completions.create(
+        model="fake", messages=[{"role": "user", "content": "u"}], max_tokens=3
+    )
+    turn: Any = first.choices[0].message.model_dump()
+    await client.chat.completions.create(
+        model="fake", messages=[{"role": "user", "content": "u"}, turn], max_tokens=1
+    )
+    assert [message.role for message in site.router.requests[1].chat.messages] == ["user", "assistant"]
+
+
+async def test_a_chat_gives_log_probabilities_and_token_ids(client: openai.AsyncOpenAI) -> None:
+    reply = await client.chat.completions.create(
+        model="fake",
+        messages=[{"role": "u", "content": "x"}],  # type: ignore[list-item, misc]
+        max_tokens=2,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"return_token_ids": True, "chat_template_kwargs": {"a": 1}},
+    )
+    assert reply.choices[0].logprobs is not None and reply.choices[0].logprobs.content is not None
+    token = reply.choices[0].logprobs.content[0]
+    assert (token.token, token.bytes, len(token.top_logprobs)) == ("<", [60], 2)
+    assert reply.model_extra is not None and reply.model_extra["prompt_token_ids"] == list(b"<u:x>")
+    assert reply.choices[0].model_extra is not None and reply.choices[0].model_extra["token_ids"] == [60, 117]
+
+
+# Other routes
+
+
+async def test_models_tokens_version_and_state(
+    site: Site, http: httpx.AsyncClient, client: openai.AsyncOpenAI
+) -> None:
+    (model,) = (await client.models.list()).data
+    assert (model.id, model.model_extra) == ("fake", {"max_model_len": 128})
+    assert (await client.models.retrieve("fake")).id == "fake"
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("org/other")
+    tokens = await http.post("/tokenize", json={"model": "fake", "prompt": "ab", "return_token_strs": True})
+    assert tokens.json() == {
+        "count": 2,
+        "max_model_len": 128,
+        "tokens": [97, 98],
+        "token_strs": ["<97>", "<98>"],
+    }
+    talk = await http.post("/tokenize", json={"messages": [{"role": "u", "content": "x"}]})
+    assert talk.json() == {"count": 5, "max_model_len": 128, "tokens": list(b"<u:x>")}
+    assert (await http.post("/detokenize", json={"tokens": [97, 98]})).json() == {"prompt": "ab"}
+    assert set((await http.get("/version")).json()) == {"version"}
+    health = await http.get("/health")
+    assert (health.status_code, health.content) == (200, b"")
+    schema = (await http.get("/openapi.json")).json()
+    assert "/v1/chat/completions" in schema["paths"]
+
+
+async def test_openai_without_asyncio_works_too(site: Site) -> None:
+    def ask() -> str:
+        with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0, timeout=10) as client:
+            stream = client.chat.completions.create(
+                model="fake", messages=[{"role": "user", "content": "x"}], max_tokens=4, stream=True
+            )
+            return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    assert await asyncio.to_thread(ask) == "<use"
+
+
+async def test_fifty_streams_at_once_each_get_their_own_text(client: openai.AsyncOpenAI) -> None:
+    async def ask(i: int) -> str:
+        stream = await client.completions.create(model="fake", prompt=f"{i}.", max_tokens=i + 1, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    texts = await asyncio.gather(*(ask(i) for i in range(50)))
+    assert texts == [(f"{i}." * 51)[: i + 1] for i in range(50)]

@@ -1,0 +1,86 @@
+"""What of a checkpoint lives in the router: everything but the experts, counted in bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support.checkpoints import random_mixtral, write_mixtral
+
+from moesaic.checkpoint import open_checkpoint
+from moesaic.errors import CheckpointError
+from moesaic.families import describe_model
+from router.model import RouterModel
+from router.phases import PhaseClock
+
+
+def load(folder: Path) -> RouterModel:
+    checkpoint = open_checkpoint(folder)
+    return RouterModel(
+        checkpoint,
+        describe_model(checkpoint),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        compute_experts=lambda layer, hidden, slots, weights: hidden,
+        clock=PhaseClock(),
+    )
+
+
+@pytest.mark.parametrize("layout", ["classic", "fused"])
+def test_expert_tensors_never_enter_the_router(
+    tmp_path: Path, layout: Literal["classic", "fused"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_mixtral(tmp_path, layout=layout)
+    shape = describe_model(open_checkpoint(folder))
+    read: list[str] = []
+
+    class Recording:
+        """The library's reader, with a list of what was asked of it."""
+
+        def __init__(self, file: Path, framework: str) -> None:
+            self._file = safe_open(file, framework=framework)
+
+        def __enter__(self) -> Recording:
+            self._opened = self._file.__enter__()
+            return self
+
+        def __exit__(self, *exc_info: object) -> None:
+            self._file.__exit__(*exc_info)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            read.append(name)
+            tensor: torch.Tensor = self._opened.get_tensor(name)
+            return tensor
+
+    monkeypatch.setattr("router.model.safe_open", Recording)
+    model = load(folder)
+
+    dense_bytes = sum(
+        parameter.nbytes for name, parameter in random_mixtral().named_parameters() if ".experts." not in name
+    )
+    rotary_bytes = 2 * shape.head_dim // 2 * 4  # frequencies are computed, twice: as they are, as they were
+    assert model.weight_bytes == dense_bytes + rotary_bytes
+    assert not set(read) & shape.expert_tensors
+    assert len(read) == len(set(read))
+
+
+def test_tied_embeddings_are_held_once(tmp_path: Path) -> None:
+    untied = load(write_mixtral(tmp_path / "untied"))
+    tied = load(write_mixtral(tmp_path / "tied", tie_word_embeddings=True))
+    embedding_bytes = 96 * 32 * 4
+    assert untied.weight_bytes - tied.weight_bytes == embedding_bytes
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    folder = write_mixtral(tmp_path)
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys() if name != "model.norm.weight"}  # noqa: SIM118
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as missing:
+        load(folder)
+    assert "model.norm.weight" in missing.value.message
