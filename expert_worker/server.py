@@ -32,6 +32,7 @@ from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
 from moesaic.manifest import ExpertAddress
 from moesaic.settings import Device, DType, WorkerSettings
+from moesaic.tensors import choose_device, choose_dtype
 from moesaic.v1 import expert_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -179,24 +180,6 @@ class WorkerServer:
                     serving = healthy
                     log.error("health of the compute thread changed", extra={"fields": {"healthy": healthy}})
                     await self._server.set_serving(healthy)
-
-
-def choose_device(device: Device) -> torch.device:
-    """auto: CUDA where there is one. Raises InvalidArgument for CUDA where there is none."""
-    if device == "cpu":
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if device == "cuda":
-        raise InvalidArgument("device: cuda is not available here", field="device")
-    return torch.device("cpu")
-
-
-def choose_dtype(dtype: DType, device: torch.device, stored: str) -> torch.dtype:
-    """auto: bfloat16 on CUDA when the checkpoint is bfloat16, else float32."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and stored == "bfloat16" else torch.float32
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def _check_experts(experts: frozenset[ExpertAddress], model: MoeModel) -> None:

@@ -6,8 +6,9 @@ the caller's trace. Health is per service name and starts as NOT_SERVING: the ow
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -175,13 +176,14 @@ def _guard_unary(
 
 
 def _guard_stream(
-    method: str, call: Callable[[Any, Any], AsyncIterator[Any]]
+    method: str, call: Callable[[Any, Any], AsyncGenerator[Any, None]]
 ) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         with _server_span(method, context):
             try:
-                async for response in call(request, context):
-                    yield response
+                async with contextlib.aclosing(call(request, context)) as responses:
+                    async for response in responses:
+                        yield response
             except Exception as error:
                 await _abort(method, context, error)
 

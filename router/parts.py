@@ -12,6 +12,7 @@ from moesaic.checkpoint import open_checkpoint
 from moesaic.families import MoeModel, describe_model
 from moesaic.manifest import Epoch
 from moesaic.settings import Device, DType, EngineSettings
+from moesaic.tensors import choose_device, choose_dtype
 from router.dispatcher import Dispatcher
 from router.engine import Engine
 from router.kv_cache import BlockPool, KVCache
@@ -73,8 +74,8 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         torch.set_num_threads(config.engine.threads)
     checkpoint = open_checkpoint(config.model)
     shape = describe_model(checkpoint)
-    device = _device(config.device)
-    dtype = _dtype(config.dtype, device, shape)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device, shape.dtype)
     dispatcher = Dispatcher(pool, clock, call_timeout_s=config.engine.call_timeout_s)
     model = RouterModel(
         checkpoint,
@@ -120,16 +121,3 @@ def _block_pool(settings: EngineSettings, shape: MoeModel, dtype: torch.dtype) -
         cache_bytes = min(max(MIN_CACHE_BYTES, one_sequence), most)
     num_blocks = max(1, cache_bytes // (token_bytes * settings.kv_block_tokens))
     return BlockPool(num_blocks, settings.kv_block_tokens)
-
-
-def _device(device: Device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-def _dtype(dtype: DType, device: torch.device, shape: MoeModel) -> torch.dtype:
-    """auto: bfloat16 where it is fast and the checkpoint is no finer; else float32."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and shape.dtype == "bfloat16" else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

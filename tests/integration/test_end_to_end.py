@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import cluster
 import httpx
 import openai
 import pytest
 from support.processes import Process, running_gateway, running_router, running_workers
 
+import cluster
 from moesaic import Client, SyncClient
 from moesaic.errors import InvalidArgument, MoesaicError, NotFound, Unavailable
 

@@ -46,7 +46,9 @@ class Collector:
     def take(self, body: bytes) -> None:
         self.bodies.append(body)
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            service = next(a.value.string_value for a in resource.resource.attributes if a.key == "service.name")
+            service = next(
+                a.value.string_value for a in resource.resource.attributes if a.key == "service.name"
+            )
             self.spans += [(service, span) for scope in resource.scope_spans for span in scope.spans]
 
     def close(self) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expert_worker import server as server_module
 from expert_worker.batcher import Batcher
-from expert_worker.server import WorkerConfig, WorkerServer, choose_device, choose_dtype
+from expert_worker.server import WorkerConfig, WorkerServer
 from expert_worker.service import SERVICE
 from moesaic import rpc
 from moesaic.errors import CheckpointError, InvalidArgument, Unavailable
@@ -157,21 +156,3 @@ async def test_stop_may_come_twice_and_before_the_start(folder: Path) -> None:
     server = WorkerServer(config(folder, SHARE))
     await server.stop(0)
     await server.stop(0)
-
-
-def test_device_and_dtype_follow_the_machine_and_the_checkpoint() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_device("cpu") == cpu
-    assert choose_dtype("auto", cpu, "bfloat16") == torch.float32
-    assert choose_dtype("auto", cuda, "bfloat16") == torch.bfloat16
-    assert choose_dtype("auto", cuda, "float16") == torch.float32
-    assert choose_dtype("bfloat16", cpu, "float32") == torch.bfloat16
-    assert choose_dtype("float32", cuda, "bfloat16") == torch.float32
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none_is_refused() -> None:
-    assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(InvalidArgument) as caught:
-        choose_device("cuda")
-    assert caught.value.field == "device"
