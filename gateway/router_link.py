@@ -52,6 +52,7 @@ class RouterLink:
         self._address = ""
         self._channel: grpc.aio.Channel | None = None
         self._serving = False
+        self._closing = False
         # The last problem that was logged: one line for each, not one for each look.
         self._problem = ""
         self._follower: asyncio.Task[None] | None = None
@@ -68,6 +69,7 @@ class RouterLink:
 
     async def close(self) -> None:
         """Ends the watch, and with Unavailable every call that still runs."""
+        self._closing = True
         tasks = [task for task in (self._follower, *self._retiring) if task is not None]
         for task in tasks:
             task.cancel()
@@ -162,9 +164,12 @@ class RouterLink:
         return InferenceServiceStub(self._channel)
 
     async def _follow(self) -> None:
-        while True:
+        # The flag beside the cancellation: a lookup may swallow one (asyncio.wait_for of Python 3.11 does).
+        while not self._closing:
             try:
-                self._use(await asyncio.wait_for(self._resolve_router(), _RESOLVE_TIMEOUT_S))
+                async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
+                    address = await self._resolve_router()
+                self._use(address)
                 await self._watch()
             except Exception as error:  # whatever the lookup or the network did, the next look may succeed
                 self._set_serving(False)
@@ -188,7 +193,8 @@ class RouterLink:
         )
         try:
             while True:
-                status = await asyncio.wait_for(call.read(), None if self._serving else _LOOK_AGAIN_S)
+                async with asyncio.timeout(None if self._serving else _LOOK_AGAIN_S):
+                    status = await call.read()
                 if status is grpc.aio.EOF:
                     raise Unavailable("the router ended the watch")
                 self._set_serving(status.status == health_pb2.HealthCheckResponse.SERVING)

@@ -6,7 +6,6 @@ the caller's trace. Health is per service name and starts as NOT_SERVING: the ow
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What a stream gives when it has no more.
+_END = object()
+
 PUBLIC_MESSAGE_BYTES = 16 << 20
 # A prefill chunk of some thousand rows, one row back per (token, expert), fits with room to spare.
 DATA_MESSAGE_BYTES = 256 << 20
@@ -30,7 +32,8 @@ DATA_MESSAGE_BYTES = 256 << 20
 _CHANNEL_OPTIONS = (
     # A restarted peer is found again within half a second; the defaults wait for up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Also the time that one attempt may take: a peer that stalls for a moment must not be given up.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -166,7 +169,7 @@ def _guard_unary(
     method: str, call: Callable[[Any, Any], Awaitable[Any]]
 ) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
-        with _server_span(method, context):
+        with trace.use_span(_server_span(method, context), end_on_exit=True):
             try:
                 return await call(request, context)
             except Exception as error:
@@ -179,19 +182,27 @@ def _guard_stream(
     method: str, call: Callable[[Any, Any], AsyncGenerator[Any, None]]
 ) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
-        with _server_span(method, context):
-            try:
-                async with contextlib.aclosing(call(request, context)) as responses:
-                    async for response in responses:
-                        yield response
-            except Exception as error:
-                await _abort(method, context, error)
+        span = _server_span(method, context)
+        responses = call(request, context)
+        try:
+            while True:
+                # Current only while the handler runs: a cancelled stream is closed in another context.
+                with trace.use_span(span):
+                    response = await anext(responses, _END)
+                if response is _END:
+                    return
+                yield response
+        except Exception as error:
+            await _abort(method, context, error)
+        finally:
+            await responses.aclose()
+            span.end()
 
     return guarded
 
 
-def _server_span(method: str, context: Any) -> Any:
-    return telemetry.TRACER.start_as_current_span(
+def _server_span(method: str, context: Any) -> trace.Span:
+    return telemetry.TRACER.start_span(
         method.strip("/"),
         context=telemetry.extract(context.invocation_metadata()),
         kind=trace.SpanKind.SERVER,

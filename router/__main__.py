@@ -46,7 +46,8 @@ def main(
             dtype=dtype,
             engine={"max_model_len": max_model_len},
         )
-        asyncio.run(_serve(settings, model, _view(model, worker or [], control)))
+        served_name = settings.served_model_name or model.resolve().name
+        asyncio.run(_serve(settings, model, served_name, _view(model, worker or [], control)))
     except MoesaicError as error:
         typer.echo(f"router: {error.message}", err=True)
         raise typer.Exit(2) from error
@@ -68,7 +69,7 @@ def _view(model: Path, workers: list[str], control: str | None) -> ClusterView:
     )
 
 
-async def _serve(settings: Settings, model: Path, view: ClusterView) -> None:
+async def _serve(settings: Settings, model: Path, served_name: str, view: ClusterView) -> None:
     # Heavy: torch and transformers. A wrong flag is told before.
     from router.server import RouterConfig, RouterServer
 
@@ -76,7 +77,7 @@ async def _serve(settings: Settings, model: Path, view: ClusterView) -> None:
     server = RouterServer(
         RouterConfig(
             model=model,
-            served_name=settings.served_model_name or model.resolve().name,
+            served_name=served_name,
             host=settings.host,
             port=settings.grpc_port,
             device=settings.device,

@@ -14,7 +14,15 @@ from typing import Any
 from moesaic.v1 import inference_pb2
 from router.detokenizer import StopMatcher
 from router.sampling_params import TextOptions
-from router.sequence import Finished, FinishReason, SampledToken, SamplingParams, Timing, TokenLogprobs
+from router.sequence import (
+    Finished,
+    FinishReason,
+    SampledToken,
+    SamplingParams,
+    Started,
+    Timing,
+    TokenLogprobs,
+)
 from router.text import Text
 
 _FINISH_REASONS = {
@@ -54,6 +62,7 @@ class Continuation:
         self._request_id = request_id
         self._clock = clock
         self._admitted_s = clock()
+        self._queued_s = 0.0
         self._first_token_s: float | None = None
 
     def message(self, **fields: Any) -> inference_pb2.GenerateResponse:
@@ -61,6 +70,9 @@ class Continuation:
         return inference_pb2.GenerateResponse(
             request_id=self._request_id, model=self.model, epoch=self.epoch, index=self.index, **fields
         )
+
+    def on_started(self, event: Started) -> None:
+        self._queued_s = event.queued_s
 
     def on_token(self, token: SampledToken) -> list[inference_pb2.GenerateResponse]:
         """The token's own message, and the last one when a stop string is complete."""
@@ -111,10 +123,10 @@ class Continuation:
         )
 
     def _own_timing(self) -> Timing:
-        """A stop string ends a sequence before the engine reports its times; how long it queued is not known here."""
+        """A stop string ends a sequence before the engine reports its times."""
         now = self._clock()
         first_token_s = (self._first_token_s or now) - self._admitted_s
-        return Timing(queued_s=0.0, first_token_s=first_token_s, total_s=now - self._admitted_s)
+        return Timing(queued_s=self._queued_s, first_token_s=first_token_s, total_s=now - self._admitted_s)
 
 
 def prompt_message(

@@ -223,11 +223,7 @@ class Engine:
     def _deliver(self, readings: list[Reading], logits: dict[int, torch.Tensor]) -> None:
         """Scores prompts, samples next tokens, reports them and ends what is finished."""
         started = time.perf_counter()
-        for reading in readings:
-            if reading.scored:
-                rows = torch.stack([logits[row] for row in reading.scored])
-                num_top = reading.live.request.sampling.prompt_logprobs or 0
-                reading.live.take_scores(sampler.score(rows, reading.targets, num_top))
+        readings = [reading for reading in readings if self._score(reading, logits)]
         drawing = [reading for reading in readings if reading.samples]
         tokens: list[SampledToken | MoesaicError] = []
         if drawing:
@@ -247,6 +243,19 @@ class Engine:
                 self._generated_tokens += 1
                 self._end_if(reading.live, reading.live.take_token(token))
         self._clock.add("deliver", time.perf_counter() - started)
+
+    def _score(self, reading: Reading, logits: dict[int, torch.Tensor]) -> bool:
+        """Scores the prompt's tokens of a chunk, where they are wanted. False: it failed, and its sequence with it."""
+        if not reading.scored:
+            return True
+        rows = torch.stack([logits[row] for row in reading.scored])
+        num_top = reading.live.request.sampling.prompt_logprobs or 0
+        try:
+            reading.live.take_scores(sampler.score(rows, reading.targets, num_top))
+        except MoesaicError as error:
+            self._fail(reading.live, error)
+            return False
+        return True
 
     def _end_if(self, live: LiveSequence, finished: Finished | None) -> None:
         if finished is not None:

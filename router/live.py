@@ -13,6 +13,7 @@ from router.sequence import (
     PromptScored,
     SampledToken,
     SequenceRequest,
+    Started,
     Timing,
     TokenGenerated,
     TokenLogprobs,
@@ -50,9 +51,10 @@ class LiveSequence:
         return Reading(self, chunk, range(first_row, first_row + chunk.num_tokens), scored, samples)
 
     def note_step(self) -> None:
-        """Remembers when the first step began."""
+        """Remembers and reports when the first step began."""
         if self._first_step_s is None:
             self._first_step_s = time.monotonic()
+            self.request.on_event(Started(self._first_step_s - self._admitted_s))
 
     def take_scores(self, scores: list[TokenLogprobs]) -> None:
         """Collects log probabilities of the prompt's tokens."""

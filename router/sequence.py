@@ -78,6 +78,13 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    """The first step of a sequence begins, `queued_s` seconds after its admission."""
+
+    queued_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PromptScored:
     """Log probabilities of the prompt's tokens from the second on; sent once, before the first token."""
 
@@ -108,7 +115,7 @@ class Failed:
     error: MoesaicError
 
 
-SequenceEvent = PromptScored | TokenGenerated | Finished | Failed
+SequenceEvent = Started | PromptScored | TokenGenerated | Finished | Failed
 
 
 @dataclass(frozen=True, slots=True)

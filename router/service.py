@@ -29,7 +29,7 @@ from router.sampling_params import (
     num_continuations,
     parse_sampling,
 )
-from router.sequence import Failed, Finished, PromptScored, TokenGenerated, TokenLogprobs
+from router.sequence import Failed, Finished, PromptScored, Started, TokenGenerated, TokenLogprobs
 from router.text import Text
 
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -191,6 +191,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         while call.is_open:
             continuation, event = await call.next_event()
             match event:
+                case Started():
+                    continuation.on_started(event)
                 case PromptScored(logprobs):
                     yield await self._prompt_response(call, logprobs)
                 case TokenGenerated(token):

@@ -72,19 +72,19 @@ def test_one_trace_leads_from_the_caller_to_every_worker(collector: Collector, t
         running_workers(model, ["0-1", "2-3"]) as workers,
         running_router(model, workers) as router,
         running_gateway(router) as gateway,
+        httpx.Client(base_url=f"http://{gateway.address}", timeout=20.0) as http,
     ):
-        with httpx.Client(base_url=f"http://{gateway.address}", timeout=20.0) as http:
-            deadline = time.monotonic() + 20.0
-            while http.get("/ready").status_code != 200:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            answer = http.post(
-                "/v1/completions",
-                json={"model": "tiny", "prompt": PROMPT * 4, "max_tokens": 3},
-                headers={"traceparent": f"00-{TRACE_ID}-{CALLER_SPAN}-01", "x-request-id": "traced-1"},
-            )
-            assert answer.status_code == 200, answer.text
-            assert answer.headers["x-request-id"] == "traced-1"
+        deadline = time.monotonic() + 20.0
+        while http.get("/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        answer = http.post(
+            "/v1/completions",
+            json={"model": "tiny", "prompt": PROMPT * 4, "max_tokens": 3},
+            headers={"traceparent": f"00-{TRACE_ID}-{CALLER_SPAN}-01", "x-request-id": "traced-1"},
+        )
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-request-id"] == "traced-1"
 
     ours = [(service, span) for service, span in collector.spans if span.trace_id.hex() == TRACE_ID]
     by_id = {span.span_id.hex(): (service, span) for service, span in ours}

@@ -15,6 +15,7 @@ from router.sequence import (
     SampledToken,
     SequenceEvent,
     SequenceRequest,
+    Started,
     Timing,
     TokenGenerated,
     TokenLogprobs,
@@ -78,7 +79,7 @@ class FakeEngine:
             for event in events:
                 if request.sequence_id not in self.open:
                     break
-                if not isinstance(event, PromptScored | TokenGenerated):
+                if not isinstance(event, Started | PromptScored | TokenGenerated):
                     self.open.discard(request.sequence_id)
                 request.on_event(event)
 
@@ -96,6 +97,7 @@ def generates(token_ids: Sequence[int]) -> Script:
 
     def script(request: SequenceRequest) -> Iterable[SequenceEvent]:
         sampling = request.sampling
+        yield Started(TIMING.queued_s)
         if sampling.prompt_logprobs is not None:
             yield PromptScored(tuple(scores(request.prompt[1:], sampling.prompt_logprobs)))
         for step in range(sampling.max_tokens):

@@ -1,0 +1,148 @@
+"""Servers over real sockets: errors, health, ports, and streams that are cancelled while they are traced."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry.sdk.trace import TracerProvider
+
+from moesaic import rpc, telemetry
+from moesaic.errors import (
+    InternalError,
+    InvalidArgument,
+    MoesaicError,
+    Overloaded,
+    from_rpc_error,
+    from_status,
+    to_status,
+)
+from moesaic.v1 import inference_pb2 as pb
+from moesaic.v1 import inference_pb2_grpc as pb_grpc
+
+SERVICE = "moesaic.v1.InferenceService"
+
+
+class Service(pb_grpc.InferenceServiceServicer):
+    """Fails as it is told to by the request."""
+
+    def __init__(self) -> None:
+        self.closed = asyncio.Event()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        if request.text == "bug":
+            raise KeyError("secret")
+        raise Overloaded("full", field="text", retry_after_s=1.5)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        try:
+            for _ in range(request.n):
+                yield pb.GenerateResponse(text="x" * 1000)
+            if request.text:
+                raise InvalidArgument("late", field="text")
+        finally:
+            self.closed.set()
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[tuple[Service, rpc.Server, grpc.aio.Channel]]:
+    service = Service()
+    server = rpc.Server(
+        {SERVICE: lambda grpc_server: pb_grpc.add_InferenceServiceServicer_to_server(service, grpc_server)}
+    )
+    port = await server.start("127.0.0.1", 0)
+    async with rpc.aio_channel(f"127.0.0.1:{port}") as channel:
+        yield service, server, channel
+    await server.stop(0)
+
+
+async def failure(call: Any) -> MoesaicError:
+    try:
+        async for _ in call:
+            pass
+    except grpc.aio.AioRpcError as error:
+        return from_rpc_error(error)
+    raise AssertionError("the call did not fail")
+
+
+async def test_an_error_arrives_with_its_field_and_the_time_to_wait(served: tuple[Any, Any, Any]) -> None:
+    stub = pb_grpc.InferenceServiceStub(served[2])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Tokenize(pb.TokenizeRequest(), timeout=5)
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, Overloaded)
+    assert (error.message, error.field, error.retry_after_s) == ("full", "text", 1.5)
+
+
+async def test_a_bug_is_an_internal_error_that_says_nothing(
+    served: tuple[Any, Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    stub = pb_grpc.InferenceServiceStub(served[2])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Tokenize(pb.TokenizeRequest(text="bug"), timeout=5)
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, InternalError) and error.message == "internal error"
+    assert "unexpected error" in caplog.text
+
+
+async def test_a_stream_may_fail_after_it_began(served: tuple[Any, Any, Any]) -> None:
+    stub = pb_grpc.InferenceServiceStub(served[2])
+    error = await failure(stub.Generate(pb.GenerateRequest(n=2, text="a"), timeout=5))
+    assert isinstance(error, InvalidArgument) and error.field == "text"
+
+
+async def test_health_is_what_the_owner_says(served: tuple[Any, Any, Any]) -> None:
+    _, server, channel = served
+    health = health_pb2_grpc.HealthStub(channel)
+    for serving, expected in ((False, "NOT_SERVING"), (True, "SERVING")):
+        await server.set_serving(serving)
+        for service in ("", SERVICE):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+            assert health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == expected
+
+
+async def test_a_port_in_use_is_refused_by_name(served: tuple[Any, Any, Any]) -> None:
+    first, second = rpc.Server({}), rpc.Server({})
+    port = await first.start("127.0.0.1", 0)
+    try:
+        with pytest.raises(InvalidArgument) as taken:
+            await second.start("127.0.0.1", port)
+        assert taken.value.field == "port"
+    finally:
+        await first.stop(0)
+
+
+async def test_a_cancelled_stream_is_closed_at_once_and_its_trace_ends_quietly(
+    served: tuple[Service, Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(telemetry, "TRACER", TracerProvider().get_tracer("test"))
+    service, _, channel = served
+    with caplog.at_level(logging.WARNING):
+        call = pb_grpc.InferenceServiceStub(channel).Generate(pb.GenerateRequest(n=100_000), timeout=5)
+        await call.read()
+        await asyncio.sleep(0)  # the server goes on writing
+        call.cancel()
+        async with asyncio.timeout(5):
+            await service.closed.wait()
+    assert not caplog.records
+
+
+def test_every_error_survives_the_wire() -> None:
+    for cls in _subclasses(MoesaicError):
+        back = from_status(to_status(cls("what", field="f", reason="R", retry_after_s=2.0)))
+        assert (back.code, back.message, back.field, back.reason, back.retry_after_s) == (
+            cls.code,
+            "what",
+            "f",
+            "R",
+            2.0,
+        )
+
+
+def _subclasses(cls: type[MoesaicError]) -> list[type[MoesaicError]]:
+    return [cls, *(found for child in cls.__subclasses__() for found in _subclasses(child))]
