@@ -40,11 +40,13 @@ ANSWER_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 10.0
 KILL_PERIOD_S = 0.05
 
+# Of itself Ray would try for a quarter of an hour.
+_JOIN_ENVIRONMENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "10"}
 # Workers' log lines are JSON already: no colour, no prefix, nothing left out.
 _LOG_ENVIRONMENT = {"RAY_DISABLE_WORKER_LOG_PREFIX": "1", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
+# Ray takes loopback for an address of its own only where it believes that there can be no cluster.
+_LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _LOCAL_ENVIRONMENT = {
-    # Ray takes loopback for its own address only where it believes that there can be no cluster.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Ray's default makes way for everything else on the machine; here its processes are the service.
     "RAY_worker_niceness": "0",
 }
@@ -151,7 +153,7 @@ class RayCluster:
     @classmethod
     def local(cls, logs: Logging, *, num_processes: int) -> Self:
         """Starts a Ray of our own, on loopback and with a token. `num_processes`: about as many as will be started."""
-        os.environ.update({**_LOG_ENVIRONMENT, **_LOCAL_ENVIRONMENT})
+        os.environ.update({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT, **_LOCAL_ENVIRONMENT})
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.pop("RAY_AUTH_MODE", None)  # left to itself, Ray asks for the token
         folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
@@ -177,8 +179,10 @@ class RayCluster:
     @classmethod
     def join(cls, address: str, logs: Logging) -> Self:
         """Connects to a Ray that runs already. Raises Unavailable with field `address` when there is none."""
-        os.environ.update(_LOG_ENVIRONMENT)
-        _probe(address)
+        host = _probe(address)
+        os.environ.update({**_LOG_ENVIRONMENT, **_JOIN_ENVIRONMENT})
+        if host in ("localhost", "127.0.0.1"):
+            os.environ.update(_LOOPBACK_ENVIRONMENT)
         cluster = cls(logs, temp_folder=None)
         try:
             cluster._connect(address=address)
@@ -296,15 +300,15 @@ def _node(entry: Mapping[str, Any], *, local: bool) -> Node:
     )
 
 
-def _probe(address: str) -> None:
-    """Ray itself may take minutes to say that nobody is there."""
+def _probe(address: str) -> str:
+    """The host of an address at which somebody answers: Ray itself would take long to say that nobody does."""
     if "://" in address:
         raise InvalidArgument(
             "address: the Ray Client protocol is not supported: name HOST:PORT of the head, or auto",
             field="address",
         )
     if address == "auto":
-        return
+        return ""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise InvalidArgument("address: must be HOST:PORT or auto", field="address")
@@ -312,6 +316,7 @@ def _probe(address: str) -> None:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise Unavailable(f"address: no Ray answers at {address}", field="address") from error
+    return host
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:

@@ -65,7 +65,7 @@ def token_losses(model: Any, windows: Tensor) -> Tensor:
 def measure_domain(model: Any, tokenizer: Any, windows: Tensor) -> dict[str, Any]:
     with counting_slots(model) as counts:
         losses = token_losses(model, windows)
-    bytes_ = sum(len(tokenizer.decode(row[1:]).encode()) for row in windows)
+    bytes_ = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in windows)
     return {
         "tokens": losses.numel(),
         "loss": round(losses.mean().item(), 4),

@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,7 +211,7 @@ def export(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, out: P
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(beside.iterdir()):
         path.chmod(0o644)
-        os.replace(path, out / path.name)
+        path.replace(out / path.name)
     beside.rmdir()
 
 
@@ -222,7 +221,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    path.with_suffix(".new").replace(path)
 
 
 def sampling_shares(streams: list[Stream]) -> Tensor:

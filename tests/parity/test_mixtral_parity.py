@@ -29,32 +29,31 @@ PLACEMENTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["hf_v4", "hf_v5_fused"])
-def golden_layout(request: pytest.FixtureRequest, shared: Path) -> Path:
-    layout: str = request.param
-    return shared / "goldens" / "mixtral" / layout
-
-
 @pytest.mark.shared
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_goldens_give_the_reference_logits_and_tokens_for_every_placement(
-    golden_layout: Path, placement: str
+@pytest.mark.parametrize("layout", ["hf_v4", "hf_v5_fused"])
+def test_goldens_give_the_reference_and_the_very_same_bits_for_every_placement(
+    shared: Path, layout: str
 ) -> None:
-    inputs = load_file(golden_layout.parent / "inputs.safetensors")["input_ids"].tolist()
-    expected = load_file(golden_layout.parent / "expected.safetensors")
-    with (
-        running_workers(golden_layout, PLACEMENTS[placement]) as workers,
-        local_router(golden_layout, [worker.address for worker in workers]) as router,
-    ):
-        together = router.run(inputs, num_new=12)
-        alone = router.run(inputs[:1], num_new=12)
-        chunked = router.run(inputs, num_new=12, max_batch_tokens=7)
-
-    for logits, tokens in (together, alone, chunked):
-        for index, (rows, output) in enumerate(zip(logits, tokens, strict=True)):
-            prompt_rows = rows[: len(inputs[index])]
-            torch.testing.assert_close(prompt_rows, expected["logits"][index], atol=LOGITS_TOLERANCE, rtol=0)
-            assert output == expected["greedy_tokens"][index].tolist()
+    golden = shared / "goldens" / "mixtral"
+    inputs = load_file(golden / "inputs.safetensors")["input_ids"].tolist()
+    expected = load_file(golden / "expected.safetensors")
+    first_rows: list[torch.Tensor] = []
+    for name, shares in PLACEMENTS.items():
+        with (
+            running_workers(golden / layout, shares) as workers,
+            local_router(golden / layout, [worker.address for worker in workers]) as router,
+        ):
+            logits, tokens = router.run(inputs, num_new=12)
+            alone = router.run(inputs[:1], num_new=12)
+            chunked = router.run(inputs, num_new=12, max_batch_tokens=7)
+        for run_logits, run_tokens in ((logits, tokens), alone, chunked):
+            for index, (rows, output) in enumerate(zip(run_logits, run_tokens, strict=True)):
+                torch.testing.assert_close(
+                    rows[: len(inputs[index])], expected["logits"][index], atol=LOGITS_TOLERANCE, rtol=0
+                )
+                assert output == expected["greedy_tokens"][index].tolist(), name
+        first_rows = first_rows or logits
+        assert all(torch.equal(*pair) for pair in zip(logits, first_rows, strict=True)), name
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -66,7 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "sliding window": {"sliding_window": 5, "num_local_experts": 8},
-    "own head size": {"head_dim": 12, "num_local_experts": 3},
+    "own head size": {"head_dim": 12, "num_local_experts": 5},
 }
 
 
@@ -100,32 +99,34 @@ def mixed_prompts(count: int) -> list[list[int]]:
     return [torch.randint(0, 96, (1 + 5 * index,), generator=generator).tolist() for index in range(count)]
 
 
-def test_ten_mixed_requests_at_once_equal_transformers(random_model: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
+def test_ten_mixed_requests_at_once_and_one_alone_equal_transformers(
+    random_model: tuple[Path, dict[str, Any]], num_workers: int
+) -> None:
     folder, overrides = random_model
     prompts = mixed_prompts(10)
+    expected = reference(overrides, prompts, 6)
+    shares = uneven_shares(2, overrides.get("num_local_experts", 4), num_workers)
     with (
-        running_workers(folder, ["0", f"1-{overrides.get('num_local_experts', 4) - 1}"]) as workers,
+        running_workers(folder, shares) as workers,
         local_router(folder, [worker.address for worker in workers]) as router,
     ):
-        logits, tokens = router.run(prompts, num_new=6, max_batch_tokens=64)
-    for rows, output, (expected, expected_tokens) in zip(
-        logits, tokens, reference(overrides, prompts, 6), strict=True
-    ):
-        assert output == expected_tokens
-        torch.testing.assert_close(rows, expected, atol=LOGITS_TOLERANCE, rtol=0)
+        together = router.run(prompts, num_new=6, max_batch_tokens=64)
+        alone = router.run(prompts[-1:], num_new=6)
+
+    for (logits, tokens), references in ((together, expected), (alone, expected[-1:])):
+        for rows, output, (expected_rows, expected_tokens) in zip(logits, tokens, references, strict=True):
+            assert output == expected_tokens
+            torch.testing.assert_close(rows, expected_rows, atol=LOGITS_TOLERANCE, rtol=0)
 
 
-def test_the_same_batch_gives_the_same_bits_wherever_the_experts_are(tmp_path: Path) -> None:
-    folder = write_mixtral(tmp_path, num_local_experts=8, hidden_size=64, intermediate_size=56)
-    prompts = mixed_prompts(6)
-    results = []
-    for shares in PLACEMENTS.values():
-        with (
-            running_workers(folder, shares) as workers,
-            local_router(folder, [worker.address for worker in workers]) as router,
-        ):
-            results.append(router.run(prompts, num_new=4))
-    first_logits, first_tokens = results[0]
-    for logits, tokens in results[1:]:
-        assert tokens == first_tokens
-        assert all(torch.equal(rows, first) for rows, first in zip(logits, first_logits, strict=True))
+def uneven_shares(num_layers: int, num_slots: int, num_workers: int) -> list[str]:
+    """Every expert once, over workers that hold one more each, as far as there are experts; the last holds the rest."""
+    experts = [f"{layer}:{slot}" for slot in range(num_slots) for layer in range(num_layers)]
+    shares = []
+    for index in range(num_workers):
+        workers_after = num_workers - index - 1
+        count = len(experts) if not workers_after else min(index + 1, len(experts) - workers_after)
+        shares.append(",".join(experts[:count]))
+        experts = experts[count:]
+    return shares

@@ -66,7 +66,7 @@ class FakeRouter(InferenceServiceServicer):
             prompt = self._prompt(request)
             async for response in self._answer(request, prompt):
                 yield response
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # while it waits, or while a message is being sent
             self.num_cancelled += 1
             self.cancelled.set()
             raise
