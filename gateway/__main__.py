@@ -27,11 +27,11 @@ def main(
 ) -> None:
     """Serves HTTP until SIGTERM or Ctrl-C, then lets running requests end."""
     try:
-        settings = load_settings(config, host=host, http_port=port)
+        settings = load_settings(config, host=host, http_port=port, gateway={"allowed_hosts": allowed_host})
         telemetry.configure(
             "moesaic-gateway", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level
         )
-        asyncio.run(_serve(router, settings, frozenset(allowed_host or ())))
+        asyncio.run(_serve(router, settings))
     except MoesaicError as error:
         print(f"error: {error.message}", file=sys.stderr)
         raise typer.Exit(2) from error
@@ -39,13 +39,11 @@ def main(
         telemetry.flush()
 
 
-async def _serve(router: str, settings: Settings, allowed_hosts: frozenset[str]) -> None:
+async def _serve(router: str, settings: Settings) -> None:
     async def resolve_router() -> str:
         return router
 
-    server = GatewayServer(
-        GatewayConfig(settings.host, settings.http_port, settings.gateway, allowed_hosts), resolve_router
-    )
+    server = GatewayServer(GatewayConfig(settings.host, settings.http_port, settings.gateway), resolve_router)
     stopping = _stop_signal()
     print(f"listening http={await server.start()} router={router}", flush=True)
     await stopping.wait()

@@ -29,16 +29,11 @@ _BACKLOG = 1024
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """Where the gateway listens, and its bounds.
-
-    A gateway on loopback answers to the host's local names and to `allowed_hosts`, so that a page of another site
-    cannot reach it through a DNS name; on any other address it answers to every name unless some are listed.
-    """
+    """Where the gateway listens, and its bounds."""
 
     host: str
     port: int
     settings: GatewaySettings
-    allowed_hosts: frozenset[str] = frozenset()
 
 
 class GatewayServer:
@@ -114,7 +109,8 @@ def _uvicorn_config(config: GatewayConfig, link: RouterLink) -> uvicorn.Config:
 
 
 def _allowed_hosts(config: GatewayConfig) -> frozenset[str] | None:
-    named = frozenset(name.lower() for name in config.allowed_hosts)
+    """The names to answer to; None for any."""
+    named = frozenset(name.lower() for name in config.settings.allowed_hosts)
     if _is_loopback(config.host):
         return _LOCAL_NAMES | {config.host.lower()} | named
     return named | _LOCAL_NAMES if named else None

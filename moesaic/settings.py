@@ -64,6 +64,9 @@ class GatewaySettings(_Group):
 
     max_body_mib: int = Field(8, ge=1)
     request_timeout_s: float = Field(600.0, gt=0)
+    # Names that clients may call this server by, beside the local ones. On loopback no other is answered, so that a
+    # page of another site cannot reach it; elsewhere every name is, unless some are listed.
+    allowed_hosts: tuple[str, ...] = ()
 
 
 class ClusterSettings(_Group):
