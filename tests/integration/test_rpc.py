@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
 
 from moesaic import rpc, telemetry
@@ -104,6 +105,15 @@ async def test_health_is_what_the_owner_says(served: tuple[Any, Any, Any]) -> No
         for service in ("", SERVICE):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
             assert health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == expected
+
+
+async def test_reflection_names_every_service(served: tuple[Any, rpc.Server, grpc.aio.Channel]) -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="*")
+    stub = reflection_pb2_grpc.ServerReflectionStub(served[2])
+    async for answer in stub.ServerReflectionInfo(iter([request]), timeout=5):
+        names = {service.name for service in answer.list_services_response.service}
+        assert {SERVICE, "grpc.health.v1.Health"} <= names
+        break
 
 
 async def test_a_port_in_use_is_refused_by_name(served: tuple[Any, Any, Any]) -> None:

@@ -225,3 +225,15 @@ async def test_one_request_too_many_is_refused_but_probes_are_not(
     monkeypatch.setattr(edge, "_num_active", MAX_ACTIVE)
     assert (await http.get("/v1/models")).status_code == 429
     assert (await http.get("/health")).status_code == 200
+
+
+async def test_on_loopback_only_local_and_listed_names_are_answered(http: httpx.AsyncClient) -> None:
+    refused = await http.get("/v1/models", headers={"host": "rebound.example"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "Host"
+    settings = GatewaySettings(allowed_hosts=("models.example",))
+    async with (
+        gateway_for(None, settings=settings) as (_, address),
+        httpx.AsyncClient(base_url=f"http://{address}") as named,
+    ):
+        for name in ("models.example", "localhost"):
+            assert (await named.get("/version", headers={"host": name})).status_code == 200
