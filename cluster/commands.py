@@ -77,7 +77,8 @@ def serve(
             engine={"max_model_len": max_model_len},
             cluster={"workers": workers, "replicas": replicas, "address": address},
         )
-        asyncio.run(serving.serve(settings, serving.check(settings), as_json=as_json))
+        checked = serving.check_model(settings)
+        asyncio.run(serving.serve(serving.with_ports(settings), checked, as_json=as_json))
 
 
 @app.command()

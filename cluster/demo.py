@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import grpc
 from rich.console import Console
 from rich.table import Table
 
 from cluster.load_progress import LoadProgress
-from cluster.serving import CheckedModel, check, running_cluster
+from cluster.milestones import Milestones
+from cluster.router_client import router_client
+from cluster.serving import CheckedModel, check_model, running_cluster, with_ports
 from cluster.status import ask_status
 from cluster.stop_signals import StopSignals
 from cluster.tables import bar, count, new_table, size
-from moesaic import Client, rpc
+from moesaic import rpc
 from moesaic.client import GenerateOptions
 from moesaic.errors import from_rpc_error
 from moesaic.settings import load_settings
@@ -48,17 +48,11 @@ class WorkerShare:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The generated text and when it came, in seconds since the command started."""
+    """The generated text, and how fast it came after its first token."""
 
     text: str
     num_tokens: int
-    first_token_s: float
-    last_token_s: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        elapsed_s = self.last_token_s - self.first_token_s
-        return (self.num_tokens - 1) / elapsed_s if elapsed_s > 0 else 0.0
+    tokens_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +61,10 @@ class DemoReport:
 
     prompt: str
     answer: Answer
-    ready_s: float
     workers: tuple[WorkerShare, ...]
     phases_s: dict[str, float]
+    # Since the command began.
+    milestones_s: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +81,17 @@ async def run_demo(prompt: str | None, *, max_tokens: int, workers: int, as_json
     settings = load_settings(
         http_port=0, grpc_port=0, log_level="ERROR", cluster={"workers": workers, "replicas": 1}
     )
-    model = check(settings)
+    model, settings = check_model(settings), with_ports(settings)
     out = Console(file=sys.stdout, highlight=False)
     if not as_json:
         _print_opening(out, model, workers)
+    milestones = Milestones()
     with StopSignals() as signals:
         progress = LoadProgress(Console(stderr=True, quiet=as_json))
-        async with running_cluster(settings, model, progress, signals) as endpoints:
-            ready_s = _since_start_s()
-            report = await signals.unless_stopped(
-                _answer(
-                    endpoints.grpc, prompt or DEFAULT_PROMPT, max_tokens, ready_s, None if as_json else out
-                )
-            )
+        async with running_cluster(settings, model, progress, milestones, signals) as endpoints:
+            flow = None if as_json else _WordFlow(out)
+            answering = _answer(endpoints.grpc, prompt or DEFAULT_PROMPT, max_tokens, milestones, flow)
+            report = await signals.unless_stopped(answering)
     if as_json:
         print(json.dumps(asdict(report)))
     else:
@@ -106,37 +99,41 @@ async def run_demo(prompt: str | None, *, max_tokens: int, workers: int, as_json
 
 
 async def _answer(
-    target: str, prompt: str, max_tokens: int, ready_s: float, out: Console | None
+    target: str, prompt: str, max_tokens: int, milestones: Milestones, flow: _WordFlow | None
 ) -> DemoReport:
     before = await _read_counters(target)
-    answer = await _stream(target, prompt, max_tokens, out)
+    answer = await _stream(target, prompt, max_tokens, milestones, flow)
     after = await _read_counters(target)
     return DemoReport(
         prompt=prompt,
         answer=answer,
-        ready_s=ready_s,
         workers=tuple(_share(worker, before.stats, after.stats) for worker in after.workers),
         phases_s={phase: s - before.phases_s.get(phase, 0.0) for phase, s in after.phases_s.items()},
+        milestones_s=milestones.reached_s,
     )
 
 
-async def _stream(target: str, prompt: str, max_tokens: int, out: Console | None) -> Answer:
-    """Prints prompt and answer as they come; `out` None: prints nothing."""
-    flow = _WordFlow(out) if out is not None else None
+async def _stream(
+    target: str, prompt: str, max_tokens: int, milestones: Milestones, flow: _WordFlow | None
+) -> Answer:
+    """Writes prompt and answer to `flow` as they come."""
+    text, num_tokens, first_s = "", 0, time.monotonic()
     if flow is not None:
-        flow.write(prompt)
-    text, num_tokens, first_token_s = "", 0, 0.0
+        flow.write(f"\n{prompt}")
     options: GenerateOptions = {**SAMPLING, "max_tokens": max_tokens}
-    async with Client(target) as client:
+    async with router_client(target) as client:
         async for token in client.generate(prompt, **options):
-            first_token_s = first_token_s or _since_start_s()
+            if not num_tokens and token.token_ids:
+                milestones.reach("first token")
+                first_s = time.monotonic()
             num_tokens += len(token.token_ids)
             text += token.text
             if flow is not None:
                 flow.write(token.text)
     if flow is not None:
         flow.end()
-    return Answer(text, num_tokens, first_token_s, _since_start_s())
+    elapsed_s = time.monotonic() - first_s
+    return Answer(text, num_tokens, (num_tokens - 1) / elapsed_s if elapsed_s > 0 else 0.0)
 
 
 class _WordFlow:
@@ -176,7 +173,9 @@ class _WordFlow:
 async def _read_counters(target: str) -> _Counters:
     status = await ask_status(target)
     processes = status.topology.processes if status.topology is not None else ()
-    workers = tuple(process for process in processes if process.experts)
+    workers = tuple(
+        process for process in processes if process.role == control_pb2.PROCESS_ROLE_EXPERT_WORKER
+    )
     answers = await asyncio.gather(*(_ask_worker(worker.address) for worker in workers))
     return _Counters(
         workers,
@@ -214,13 +213,6 @@ def _share(
     )
 
 
-def _since_start_s() -> float:
-    """Since this process began, the interpreter's own start included."""
-    # Field 22 of stat(5), counted after the name in parentheses: ticks from boot to the start of the process.
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
 def _print_opening(out: Console, model: CheckedModel, workers: int) -> None:
     shape = model.shape
     num_experts = shape.num_layers * shape.num_slots
@@ -235,10 +227,13 @@ def _print_closing(out: Console, report: DemoReport) -> None:
     out.print(_worker_table(report.workers))
     out.print()
     out.print(_phase_table(report.phases_s))
+    out.print()
+    out.print(_milestone_table(report.milestones_s))
     answer = report.answer
+    first_token_s = report.milestones_s["first token"]
     out.print(
-        f"\ncold start: ready after [bold]{report.ready_s:.1f} s[/], "
-        f"first token after [bold]{answer.first_token_s:.1f} s[/]; then {answer.tokens_per_s:.0f} tokens/s"
+        f"\nfirst token [bold]{first_token_s:.1f} s[/] after the command, then "
+        f"{answer.tokens_per_s:.0f} tokens a second"
     )
 
 
@@ -264,4 +259,13 @@ def _phase_table(phases_s: Mapping[str, float]) -> Table:
     for phase, seconds in sorted(phases_s.items(), key=lambda item: -item[1]):
         share = seconds / total_s if total_s else 0.0
         table.add_row(phase, f"{seconds:.3f}", f"{share:.0%}", bar(share))
+    return table
+
+
+def _milestone_table(milestones_s: Mapping[str, float]) -> Table:
+    table = new_table("how the start went", ">after", ">took")
+    before_s = 0.0
+    for name, after_s in milestones_s.items():
+        table.add_row(name, f"{after_s:.1f} s", f"{after_s - before_s:.1f} s")
+        before_s = after_s
     return table

@@ -26,7 +26,7 @@ def exit_with_code(*, as_json: bool) -> Iterator[None]:
         # Whatever names a field is for the caller to mend.
         raise typer.Exit(FAILED if error.field is None else BAD_INPUT) from error
     except StopRequested:
-        print("stopped before it was ready", file=sys.stderr)
+        print("stopped", file=sys.stderr)
     except SystemExit as stop:  # Ray's own answer to SIGTERM while it starts
         raise typer.Exit(0) from stop
 

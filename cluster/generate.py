@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import Unpack
 
+from cluster.router_client import router_client
 from moesaic import Client, Completion
 from moesaic.client import GenerateOptions
 
@@ -15,7 +16,7 @@ async def run_generate(
     target: str, prompt: str, *, as_json: bool, **options: Unpack[GenerateOptions]
 ) -> None:
     """Prints the answer token by token, or as one JSON object at its end. Raises MoesaicError."""
-    async with Client(target) as client:
+    async with router_client(target) as client:
         if as_json:
             print(json.dumps(_plain(await client.complete(prompt, **options))))
             return

@@ -20,11 +20,13 @@ from rich.console import Console
 from cluster.blueprint import check_counts, draw_blueprint
 from cluster.launcher import Endpoints, Launcher
 from cluster.load_progress import LoadProgress
+from cluster.milestones import Milestones
 from cluster.stop_signals import StopSignals
 from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings
+from moesaic.v1 import control_pb2
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 # Controller, router and gateway.
@@ -39,29 +41,38 @@ class CheckedModel:
     shape: MoeModel
 
 
-def check(settings: Settings) -> CheckedModel:
-    """Everything that can be checked before a process is started.
+def check_model(settings: Settings) -> CheckedModel:
+    """The model of the settings, checked before a process is started.
 
-    Raises CheckpointError, or InvalidArgument that names the setting.
+    Raises CheckpointError, or InvalidArgument when it cannot be spread as the settings say.
     """
     folder = Path(settings.model) if settings.model is not None else DEMO_MODEL
     shape = describe_model(open_checkpoint(folder))
     check_counts(settings, shape)
-    _check_ports(settings)
     return CheckedModel(folder.resolve(), shape)
 
 
 @contextlib.asynccontextmanager
 async def running_cluster(
-    settings: Settings, model: CheckedModel, progress: LoadProgress, signals: StopSignals
+    settings: Settings,
+    model: CheckedModel,
+    progress: LoadProgress,
+    milestones: Milestones,
+    signals: StopSignals,
 ) -> AsyncIterator[Endpoints]:
-    """A cluster that answers. Raises StopRequested when a signal comes before it does, Unavailable when it cannot."""
+    """A cluster that answers, until the context is left. Raises StopRequested when a signal comes before it does, Unavailable when it cannot."""
     from cluster.actors import RayCluster  # ray takes its time: a wrong flag is told before
 
+    def show(topology: control_pb2.GetTopologyResponse) -> None:
+        milestones.look(topology)
+        progress.show(topology)
+
+    milestones.reach("input checked")
     with contextlib.redirect_stdout(sys.stderr):
         ray = RayCluster.connect(
             settings, num_processes=NUM_OTHER_PROCESSES + (settings.cluster.workers or 1)
         )
+        milestones.reach("Ray runs")
         signals.install()
         try:
             processes = draw_blueprint(settings, model.folder, model.shape, ray.nodes(), ray.home)
@@ -69,7 +80,8 @@ async def running_cluster(
             try:
                 launcher.submit()
                 with progress:
-                    endpoints = await signals.unless_stopped(launcher.wait_ready(progress.show))
+                    endpoints = await signals.unless_stopped(launcher.wait_ready(show))
+                milestones.reach("ready")
                 yield endpoints
             finally:
                 await launcher.stop(signals.force)
@@ -81,7 +93,9 @@ async def serve(settings: Settings, model: CheckedModel, *, as_json: bool) -> No
     """Serves until a signal asks to stop; running requests may end within `cluster.drain_timeout_s`."""
     out, console = sys.stdout, Console(stderr=True)
     with StopSignals() as signals:
-        async with running_cluster(settings, model, LoadProgress(console), signals) as endpoints:
+        async with running_cluster(
+            settings, model, LoadProgress(console), Milestones(), signals
+        ) as endpoints:
             print(_ready_line(endpoints, as_json=as_json), file=out, flush=True)
             await signals.stop.wait()
             console.print("stopping: running requests may end; once more to stop at once", highlight=False)
@@ -93,21 +107,29 @@ def _ready_line(endpoints: Endpoints, *, as_json: bool) -> str:
     return f"ready http={endpoints.http} grpc={endpoints.grpc}"
 
 
-def _check_ports(settings: Settings) -> None:
-    """Tells a taken port before anything runs; the servers themselves bind later and would tell it too."""
-    ports = {"http_port": settings.http_port, "grpc_port": settings.grpc_port}
+def with_ports(settings: Settings) -> Settings:
+    """The settings with a free port in place of 0: a server that is restarted comes back at the address of the ready line.
+
+    Raises InvalidArgument for a port that is taken, before anything runs.
+    """
     if settings.http_port and settings.http_port == settings.grpc_port:
         raise InvalidArgument("grpc_port: must differ from http_port", field="grpc_port")
-    for field, port in ports.items():
-        try:
-            _bind(settings.host, port)
-        except OSError as error:
-            problem = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-            raise InvalidArgument(f"{field}: {settings.host}:{port} {problem}", field=field) from error
+    with contextlib.ExitStack() as probes:  # held together, so that two free ports are two
+        ports = {
+            field: _bind(field, settings.host, port, probes)
+            for field, port in (("http_port", settings.http_port), ("grpc_port", settings.grpc_port))
+        }
+    return settings.model_copy(update=ports)
 
 
-def _bind(host: str, port: int) -> None:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
+def _bind(field: str, host: str, port: int, probes: contextlib.ExitStack) -> int:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        probe = probes.enter_context(socket.socket(family, kind, protocol))
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(address)
+    except OSError as error:
+        problem = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+        raise InvalidArgument(f"{field}: {host}:{port} {problem}", field=field) from error
+    bound: int = probe.getsockname()[1]
+    return bound

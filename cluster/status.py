@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.json_output import plain
+from cluster.router_client import router_client
 from cluster.tables import count, new_table, state_text
 from moesaic import rpc
-from moesaic.client import Client
-from moesaic.errors import from_rpc_error
 from moesaic.v1 import control_pb2, control_pb2_grpc, inference_pb2
 
 TIMEOUT_S = 5.0
@@ -44,15 +43,18 @@ async def run_status(target: str, *, as_json: bool) -> None:
 
 
 async def ask_status(target: str) -> ClusterStatus:
-    async with Client(target, timeout_s=TIMEOUT_S) as client:
+    async with router_client(target) as client:
         model = await client.model_info(timeout_s=TIMEOUT_S)
         stats = await client.router_stats(timeout_s=TIMEOUT_S)
     if not model.control_address:
         return ClusterStatus(target, model, stats, None, "")
     try:
         topology = await ask_topology(model.control_address)
-    except grpc.aio.AioRpcError as error:
-        return ClusterStatus(target, model, stats, None, f"controller: {from_rpc_error(error).message}")
+    except grpc.aio.AioRpcError:
+        problem = (
+            f"the controller at {model.control_address} does not answer: only the router's view is shown"
+        )
+        return ClusterStatus(target, model, stats, None, problem)
     return ClusterStatus(target, model, stats, topology, "")
 
 
@@ -90,28 +92,31 @@ def _print(status: ClusterStatus, console: Console) -> None:
     )
     console.print()
     console.print(_processes(status.topology, stats) if status.topology else _traffic(stats))
-    if status.problem:
-        console.print(f"[yellow]{status.problem}[/]")
+    for remark in _remarks(status):
+        console.print(remark, style="yellow", markup=False)
 
 
 def _processes(
     topology: control_pb2.GetTopologyResponse, stats: inference_pb2.GetRouterStatsResponse
 ) -> Table:
     rows = {traffic.worker: traffic.rows for traffic in stats.workers}
-    table = new_table("process", "state", "address", ">pid", ">experts", ">rows", ">restarts")
+    table = new_table("process", "state", "address", ">experts", ">rows", ">restarts")
     for process in topology.processes:
         table.add_row(
             process.name,
             state_text(process.state),
             process.address,
-            str(process.pid or ""),
             str(len(process.experts) or ""),
             count(rows[process.name]) if process.name in rows else "",
             str(process.restarts),
         )
-        if process.detail:
-            table.add_row("", f"[yellow]{process.detail}[/]")
     return table
+
+
+def _remarks(status: ClusterStatus) -> list[str]:
+    processes = status.topology.processes if status.topology is not None else ()
+    details = [f"{process.name}: {process.detail}" for process in processes if process.detail]
+    return [status.problem, *details] if status.problem else details
 
 
 def _traffic(stats: inference_pb2.GetRouterStatsResponse) -> Table:

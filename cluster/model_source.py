@@ -1,0 +1,30 @@
+"""Where a model's folder comes from: a path as it is, `hf://ORG/NAME` by way of the Hugging Face cache.
+
+Only the explicit prefix ever reaches for the hub, so that a mistyped path is an error and not a download. HF_HOME,
+HF_TOKEN and HF_HUB_OFFLINE mean what they mean everywhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moesaic.errors import CheckpointError
+
+HUB_PREFIX = "hf://"
+# Weights, config, tokenizer and chat template; never code, never pickles.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+
+
+def find_model(source: str) -> Path:
+    """The folder of a model, downloaded if it has to be. Raises CheckpointError."""
+    if not source.startswith(HUB_PREFIX):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source.removeprefix(HUB_PREFIX), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"model: {source} is neither in the local cache nor to be had from the hub", field="model"
+        ) from error

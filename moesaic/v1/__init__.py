@@ -1,0 +1,1 @@
+"""Generated stubs of protos/moesaic/v1; `make protos` writes them anew."""

@@ -1,0 +1,131 @@
+"""However a `moesaic serve` ends, no process, port or file of it stays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from support.serve_command import MOESAIC, Serve, serving, until
+
+from moesaic import Client
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+
+def is_free(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, int(port)))
+    return True
+
+
+async def answer_while_stopping(serve: Serve) -> int:
+    """Asks for an answer, stops the cluster in the middle of it, and counts its tokens."""
+    num_tokens = 0
+    async with Client(serve.grpc) as client:
+        async for token in client.generate([5, 17], max_tokens=200, ignore_eos=True, timeout_s=60):
+            if not num_tokens:
+                serve.interrupt()
+            num_tokens += len(token.token_ids)
+    return num_tokens
+
+
+def test_ctrl_c_lets_running_answers_end_and_leaves_nothing(tiny: Path) -> None:
+    with serving(str(tiny), "--workers", "2") as serve:
+        serve.wait_ready()
+        assert asyncio.run(answer_while_stopping(serve)) == 200
+        assert serve.end() == 0
+        serve.assert_nothing_is_left()
+        assert is_free(serve.http)
+        assert is_free(serve.grpc)
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing(tiny: Path) -> None:
+    with serving(str(tiny), "--workers", "2") as serve:
+        until(lambda: len(serve.members()) > 3, 60.0, "nothing started")
+        serve.interrupt()
+        assert serve.end() == 0
+        assert serve.stdout == []
+        assert "stopped\n" in serve.stderr
+        serve.assert_nothing_is_left()
+
+
+def test_a_start_that_fails_says_why_and_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "broken"))
+    (folder / "tokenizer.json").write_text("{")
+    with serving(str(folder)) as serve:
+        assert serve.end() == 1
+        assert serve.stdout == []
+        assert serve.stderr[-1].startswith("error: router: ")
+        serve.assert_nothing_is_left()
+
+
+@contextmanager
+def running_ray(temp: Path) -> Iterator[str]:
+    """A Ray of somebody else, on loopback; HOST:PORT."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = f"--head --block --port {port} --node-ip-address 127.0.0.1 --num-cpus 4 --include-dashboard false"
+    ray = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", *flags.split(), "--temp-dir", str(temp)],
+        env={**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until(lambda: raylet_of(ray) is not None, 60.0, "no Ray started")
+        yield f"127.0.0.1:{port}"
+    finally:
+        processes = [psutil.Process(ray.pid), *psutil.Process(ray.pid).children(recursive=True)]
+        ray.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        for process in alive:
+            process.kill()
+        ray.wait(10)
+
+
+def raylet_of(ray: subprocess.Popen[bytes]) -> psutil.Process | None:
+    children = psutil.Process(ray.pid).children(recursive=True)
+    return next((child for child in children if child.name() == "raylet"), None)
+
+
+def test_a_ray_that_was_joined_stays_and_ours_are_gone(tiny: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp", ignore_cleanup_errors=True) as temp:
+        with running_ray(Path(temp)) as address, serving(str(tiny), "--address", address) as serve:
+            serve.wait_ready()
+            ours = [psutil.Process(process["pid"]) for process in serve.status()["topology"]["processes"]]
+            second = subprocess.run(
+                [*MOESAIC, "serve", str(tiny), "--address", address, "--http-port", "0", "--grpc-port", "0"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert second.returncode == 2
+            assert "Moesaic serves on this Ray already" in second.stderr
+            assert all(process.is_running() for process in ours)
+            serve.interrupt()
+            assert serve.end() == 0
+            until(lambda: not any(map(alive, ours)), 10.0, "our processes stayed")
+            command = [*MOESAIC, "stop", "--address", address]
+            stopped = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert stopped.stdout == "stopped 0 processes\n"
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,109 @@
+"""The blueprint: what is started for some settings, a model and some nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import write_mixtral
+
+from cluster.blueprint import PlannedProcess, check_counts, draw_blueprint
+from cluster.placement import Node
+from cluster.processes import ControllerSpec, ExpertWorkerSpec, GatewaySpec, RouterSpec
+from moesaic.checkpoint import open_checkpoint
+from moesaic.errors import InvalidArgument
+from moesaic.families import MoeModel, describe_model
+from moesaic.settings import Settings, load_settings
+
+HOME = Node("home", "10.0.0.1", num_cpus=8, num_gpus=0)
+OTHER = Node("other", "10.0.0.2", num_cpus=16, num_gpus=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> MoeModel:
+    return describe_model(open_checkpoint(write_mixtral(tmp_path_factory.mktemp("tiny"))))
+
+
+def blueprint(model: MoeModel, settings: Settings, *nodes: Node) -> tuple[PlannedProcess, ...]:
+    return draw_blueprint(settings, Path("/models/tiny"), model, nodes or (HOME,), "home")
+
+
+def settings(**flags: Any) -> Settings:
+    return load_settings(**flags)
+
+
+def specs(processes: tuple[PlannedProcess, ...], kind: type) -> list[Any]:
+    return [process.spec for process in processes if isinstance(process.spec, kind)]
+
+
+def test_there_is_one_controller_one_router_one_gateway_and_the_workers(model: MoeModel) -> None:
+    processes = blueprint(model, settings(cluster={"workers": 3}))
+    assert [process.spec.name for process in processes] == [
+        "router",
+        "controller",
+        "expert-worker-0",
+        "expert-worker-1",
+        "expert-worker-2",
+        "gateway",
+    ]
+
+
+def test_the_workers_hold_every_expert_and_the_controller_knows_which(model: MoeModel) -> None:
+    processes = blueprint(model, settings(cluster={"workers": 3}))
+    workers = specs(processes, ExpertWorkerSpec)
+    (controller,) = specs(processes, ControllerSpec)
+    assert sum(len(worker.experts) for worker in workers) == model.num_layers * model.num_slots
+    members = {member.name: member for member in controller.cluster.members}
+    assert {worker.name: worker.experts for worker in workers} == {
+        name: members[name].experts for name in controller.cluster.workers
+    }
+    assert (controller.cluster.num_layers, controller.cluster.num_slots) == (
+        model.num_layers,
+        model.num_slots,
+    )
+
+
+def test_public_addresses_and_names_come_from_the_settings(model: MoeModel) -> None:
+    processes = blueprint(
+        model,
+        settings(host="0.0.0.0", http_port=1, grpc_port=2, served_model_name="mine", engine={"threads": 3}),
+    )
+    (router,), (gateway,) = specs(processes, RouterSpec), specs(processes, GatewaySpec)
+    assert (router.host, router.port, router.served_name, router.engine.threads) == ("0.0.0.0", 2, "mine", 3)
+    assert (gateway.host, gateway.port) == ("0.0.0.0", 1)
+
+
+def test_without_a_name_the_folder_names_the_model(model: MoeModel) -> None:
+    (router,) = specs(blueprint(model, settings()), RouterSpec)
+    assert router.served_name == "tiny"
+
+
+def test_router_and_gateway_stay_on_the_node_of_the_command(model: MoeModel) -> None:
+    processes = blueprint(model, settings(cluster={"workers": 2}), HOME, OTHER)
+    assert {process.spec.name: process.seat.node.id for process in processes if process.pinned} == {
+        "router": "home",
+        "gateway": "home",
+    }
+
+
+def test_workers_run_on_a_gpu_where_there_is_one_and_share_the_cores_of_their_node(model: MoeModel) -> None:
+    workers = specs(blueprint(model, settings(cluster={"workers": 3}), HOME, OTHER), ExpertWorkerSpec)
+    assert [(worker.device, worker.settings.threads) for worker in workers] == [
+        ("cpu", 4),
+        ("cuda", 16),
+        ("cpu", 4),
+    ]
+
+
+def test_a_tiny_model_takes_no_more_workers_than_it_has_experts(model: MoeModel) -> None:
+    nodes = [Node(str(index), f"10.0.0.{index}", 4, 0) for index in range(20)]
+    processes = draw_blueprint(settings(), Path("/models/tiny"), model, nodes, "3")
+    assert len(specs(processes, ExpertWorkerSpec)) == model.num_layers * model.num_slots
+
+
+def test_a_number_of_workers_that_cannot_be_is_refused_before_anything_runs(model: MoeModel) -> None:
+    with pytest.raises(InvalidArgument, match="9 workers for 8 experts: at most 8") as refused:
+        check_counts(settings(cluster={"workers": 9}), model)
+    assert refused.value.field == "workers"
+    check_counts(settings(), model)
