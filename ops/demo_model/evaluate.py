@@ -161,12 +161,13 @@ def main() -> None:
     report = measure(args.model, args.corpus)
     print_tables(report)
     if args.report:
-        text = json.dumps(report, indent=1)
-        (args.report / "report.json").write_text(text + "\n")
         log = args.report / "loss.csv"
         if log.exists():
             with log.open(newline="") as file:
-                (args.report / "loss.svg").write_text(loss_curve(list(csv.DictReader(file))))
+                rows = list(csv.DictReader(file))
+            report["training"] = {name: float(value) for name, value in rows[-1].items()}
+            (args.report / "loss.svg").write_text(loss_curve(rows))
+        (args.report / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

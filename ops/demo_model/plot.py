@@ -7,6 +7,14 @@ COLOURS = ("#4269d0", "#efb118", "#ff725c", "#3ca951", "#a463f2", "#9c6b4e")
 NOT_CURVES = ("step", "tokens", "seconds", "balance")
 
 
+def spread(heights: dict[str, float], gap: float = 14) -> dict[str, float]:
+    """Labels moved down until none covers the one above."""
+    placed: dict[str, float] = {}
+    for name in sorted(heights, key=heights.__getitem__):
+        placed[name] = max(heights[name], max(placed.values(), default=-gap) + gap)
+    return placed
+
+
 def loss_curve(rows: list[dict[str, str]]) -> str:
     names = [name for name in rows[0] if name not in NOT_CURVES]
     tokens = [int(row["tokens"]) / 1e6 for row in rows]
@@ -38,12 +46,13 @@ def loss_curve(rows: list[dict[str, str]]) -> str:
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
         "million tokens seen (loss in nats per token)</text>"
     )
+    labels = spread({name: y(values[-1]) for name, values in losses.items()})
     for name, colour in zip(names, COLOURS, strict=False):
         points = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in zip(tokens, losses[name], strict=True))
         dash = ' stroke-dasharray="4 3"' if name == "train_loss" else ""
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>'
-            f'<text x="{WIDTH - RIGHT + 6}" y="{y(losses[name][-1]) + 4:.1f}" fill="{colour}">'
+            f'<text x="{WIDTH - RIGHT + 6}" y="{labels[name] + 4:.1f}" fill="{colour}">'
             f"{name.replace('_', ' ')}</text>"
         )
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -33,13 +33,11 @@ def is_free(address: str) -> bool:
 
 async def answer_while_stopping(serve: Serve) -> int:
     """Asks for an answer, stops the cluster in the middle of it, and counts its tokens."""
-    num_tokens = 0
     async with Client(serve.grpc) as client:
-        async for token in client.generate([5, 17], max_tokens=200, ignore_eos=True, timeout_s=60):
-            if not num_tokens:
-                serve.interrupt()
-            num_tokens += len(token.token_ids)
-    return num_tokens
+        tokens = client.generate([5, 17], max_tokens=200, ignore_eos=True, timeout_s=60)
+        first = await anext(tokens)
+        serve.interrupt()
+        return len(first.token_ids) + sum([len(token.token_ids) async for token in tokens])
 
 
 def test_ctrl_c_lets_running_answers_end_and_leaves_nothing(tiny: Path) -> None:
@@ -103,25 +101,28 @@ def raylet_of(ray: subprocess.Popen[bytes]) -> psutil.Process | None:
 
 
 def test_a_ray_that_was_joined_stays_and_ours_are_gone(tiny: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp", ignore_cleanup_errors=True) as temp:
-        with running_ray(Path(temp)) as address, serving(str(tiny), "--address", address) as serve:
-            serve.wait_ready()
-            ours = [psutil.Process(process["pid"]) for process in serve.status()["topology"]["processes"]]
-            second = subprocess.run(
-                [*MOESAIC, "serve", str(tiny), "--address", address, "--http-port", "0", "--grpc-port", "0"],
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-            assert second.returncode == 2
-            assert "Moesaic serves on this Ray already" in second.stderr
-            assert all(process.is_running() for process in ours)
-            serve.interrupt()
-            assert serve.end() == 0
-            until(lambda: not any(map(alive, ours)), 10.0, "our processes stayed")
-            command = [*MOESAIC, "stop", "--address", address]
-            stopped = subprocess.run(command, capture_output=True, text=True, timeout=60)
-            assert stopped.stdout == "stopped 0 processes\n"
+    with (
+        tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp", ignore_cleanup_errors=True) as temp,
+        running_ray(Path(temp)) as address,
+        serving(str(tiny), "--address", address) as serve,
+    ):
+        serve.wait_ready()
+        ours = [psutil.Process(process["pid"]) for process in serve.status()["topology"]["processes"]]
+        second = subprocess.run(
+            [*MOESAIC, "serve", str(tiny), "--address", address, "--http-port", "0", "--grpc-port", "0"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert second.returncode == 2
+        assert "Moesaic serves on this Ray already" in second.stderr
+        assert all(process.is_running() for process in ours)
+        serve.interrupt()
+        assert serve.end() == 0
+        until(lambda: not any(map(alive, ours)), 10.0, "our processes stayed")
+        command = [*MOESAIC, "stop", "--address", address]
+        stopped = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert stopped.stdout == "stopped 0 processes\n"
 
 
 def alive(process: psutil.Process) -> bool:

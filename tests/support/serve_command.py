@@ -11,7 +11,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,22 +25,19 @@ START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 40.0
 # Ray's processes learn of each other's end by looking; its agents look once a second.
 AFTERMATH_S = 15.0
-MARK = "TEST_CLUSTER"
 
 
 class Serve:
-    """One `moesaic serve` in a process group of its own; every process that it starts inherits its mark."""
+    """One `moesaic serve` in a session of its own, by which everything that it starts can be told."""
 
-    def __init__(self, *arguments: str, temp: Path, env: dict[str, str] | None = None) -> None:
-        self.mark = uuid.uuid4().hex
+    def __init__(self, *arguments: str, temp: Path) -> None:
         self.temp = temp
-        environment = {**os.environ, MARK: self.mark, "TMPDIR": str(temp), **(env or {})}
         self.popen = subprocess.Popen(
             [*MOESAIC, "serve", "--http-port", "0", "--grpc-port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env={**os.environ, "TMPDIR": str(temp)},
             start_new_session=True,
         )
         self.stdout: list[str] = []
@@ -100,9 +96,9 @@ class Serve:
 
     def _is_member(self, process: psutil.Process) -> bool:
         try:
-            mark = process.environ().get(MARK)
-            return mark == self.mark and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            in_session = os.getsid(process.pid) == self.popen.pid
+            return in_session and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, ProcessLookupError):
             return False
 
 
@@ -116,10 +112,10 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str | Callable[
 
 
 @contextmanager
-def serving(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Serve]:
+def serving(*arguments: str) -> Iterator[Serve]:
     """Ended whatever happens; a short path, for Ray puts sockets below it."""
     with tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp", ignore_cleanup_errors=True) as temp:
-        serve = Serve(*arguments, temp=Path(temp), env=env)
+        serve = Serve(*arguments, temp=Path(temp))
         try:
             yield serve
         finally:
