@@ -32,13 +32,14 @@ class ReplicaPool:
         self._lock = threading.Lock()
         self._revision = -1
         self._links: dict[str, WorkerLink] = {}
+        # The same, ordered by worker name; replaced as a whole, so that readers need no lock.
+        self._ordered: tuple[WorkerLink, ...] = ()
         self._shunned_until: dict[str, float] = {}
 
     @property
     def links(self) -> tuple[WorkerLink, ...]:
         """All links, ordered by worker name."""
-        with self._lock:
-            return tuple(sorted(self._links.values(), key=lambda link: link.replica.worker))
+        return self._ordered
 
     def update(self, table: RoutingTable) -> None:
         """Takes a newer table; an older one is ignored."""
@@ -50,6 +51,7 @@ class ReplicaPool:
             gone = [self._links.pop(key) for key in self._links.keys() - wanted.keys()]
             for incarnation in wanted.keys() - self._links.keys():
                 self._links[incarnation] = self._connect(wanted[incarnation])
+            self._ordered = tuple(sorted(self._links.values(), key=lambda link: link.replica.worker))
         for link in gone:
             link.close()
 
@@ -76,14 +78,10 @@ class ReplicaPool:
         """Remembers that a call to this replica just failed."""
         self._shunned_until[link.replica.incarnation] = self._clock() + SHUN_S
 
-    def missing(self, epoch: Epoch) -> list[ExpertAddress]:
+    def missing(self, epoch: Epoch) -> list[tuple[ExpertAddress, bytes]]:
         """Experts of the epoch that no replica holds."""
-        links = self.links
-        return [
-            address
-            for address, digest in epoch.versions.items()
-            if not any(link.replica.holds(address, digest) for link in links)
-        ]
+        held = {held for link in self.links for held in link.replica.versions.items()}
+        return [expert for expert in epoch.versions.items() if expert not in held]
 
     def close(self) -> None:
         for link in self.links:
