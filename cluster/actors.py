@@ -7,6 +7,7 @@ inside the functions, as it reads at import from the environment that a local Ra
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import os
@@ -39,6 +40,7 @@ CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 10.0
 KILL_PERIOD_S = 0.05
+LOSS_PERIOD_S = 1.0
 
 # Of itself Ray would try for a quarter of an hour.
 _JOIN_ENVIRONMENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "10"}
@@ -119,6 +121,10 @@ class RayPeers:
                 raise Unavailable(f"{name} is not there") from error
         return self._handles[name]
 
+    def remember(self, name: str, handle: Any) -> None:
+        """What `handle` would look up."""
+        self._handles[name] = handle
+
     async def _call(self, name: str, reference: Any, timeout_s: float) -> Any:
         from ray.exceptions import ActorDiedError, RayError
 
@@ -145,6 +151,7 @@ class RayCluster:
     @classmethod
     def connect(cls, settings: Settings, *, num_processes: int) -> Self:
         """Joins the Ray that `cluster.address` names, or starts one."""
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its core would tell of every connection that ends
         logs = Logging(settings.log_level, settings.otlp_endpoint)
         if settings.cluster.address is not None:
             return cls.join(settings.cluster.address, logs)
@@ -157,6 +164,7 @@ class RayCluster:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.pop("RAY_AUTH_MODE", None)  # left to itself, Ray asks for the token
         folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
+        os.environ["TMPDIR"] = str(folder)  # whatever a library leaves in a temporary folder goes with it
         cluster = cls(logs, temp_folder=folder)
         try:
             cluster._connect(
@@ -217,17 +225,23 @@ class RayCluster:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         node_id = process.seat.node.id
-        ray.remote(HostActor).options(
-            name=process.spec.name,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=-1,
-            max_task_retries=0,
-            # A Ray of our own has nobody to share its cores with.
-            num_cpus=0 if self._local else process.num_cpus,
-            num_gpus=process.seat.num_gpus,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=not process.pinned),
-        ).remote(process.spec, self._logs)
+        name = process.spec.name
+        handle = (
+            ray.remote(HostActor)
+            .options(
+                name=name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                max_restarts=-1,
+                max_task_retries=0,
+                # A Ray of our own has nobody to share its cores with.
+                num_cpus=0 if self._local else process.num_cpus,
+                num_gpus=process.seat.num_gpus,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=not process.pinned),
+            )
+            .remote(process.spec, self._logs)
+        )
+        self.peers.remember(name, handle)
 
     async def kill(self, names: Iterable[str]) -> None:
         """Ends processes for good, and returns when a joined Ray has buried them; a local one takes them with it."""
@@ -235,15 +249,26 @@ class RayCluster:
             return
         await asyncio.gather(*(self._kill(name) for name in names))
 
+    async def lost(self) -> None:
+        """Returns when the Ray that was started here has died; never for a joined one, which heals by itself."""
+        raylets = [child for child in psutil.Process().children() if self._local and child.name() == "raylet"]
+        while all(map(_is_alive, raylets)):
+            await asyncio.sleep(LOSS_PERIOD_S)
+
     def close(self) -> None:
         """Leaves Ray; a local one ends, with everything that it started."""
         import ray
 
-        own = psutil.Process().children(recursive=True) if self._local else []
-        ray.shutdown()
-        if self._temp_folder is not None:
-            _end(own)
-            shutil.rmtree(self._temp_folder, ignore_errors=True)
+        if self._temp_folder is None:
+            ray.shutdown()
+            return
+        own = psutil.Process().children(recursive=True)
+        if _has_head(own):
+            ray.shutdown()
+        else:
+            atexit.unregister(ray.shutdown)
+        _end(own)
+        shutil.rmtree(self._temp_folder, ignore_errors=True)
 
     @property
     def _local(self) -> bool:
@@ -251,7 +276,10 @@ class RayCluster:
 
     def _connect(self, **options: Any) -> None:
         import ray
+        from ray._private import utils
 
+        # Ray would take SIGTERM for itself and answer it by leaving its own start half done.
+        utils.set_sigterm_handler = lambda handler: None
         ray.init(namespace=NAMESPACE, log_to_driver=True, logging_level=logging.ERROR, **options)
 
     async def _kill(self, name: str) -> None:
@@ -262,7 +290,7 @@ class RayCluster:
             for _ in range(int(END_TIMEOUT_S / KILL_PERIOD_S)):
                 await self.peers.report(name, seen=0, hold_s=0.0)
                 await asyncio.sleep(KILL_PERIOD_S)
-            log.error("a process outlived its end", extra={"fields": {"process": name}})
+            log.error("%s outlived its end", name)
 
 
 def _own_address() -> str:
@@ -319,13 +347,26 @@ def _probe(address: str) -> str:
     return host
 
 
+def _has_head(processes: Iterable[psutil.Process]) -> bool:
+    """Whether Ray's head lives: without it ray.shutdown would block this process for minutes."""
+    return any(_is_alive(process) and process.name() == "gcs_server" for process in processes)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _end(processes: Iterable[psutil.Process]) -> None:
-    """Waits for processes that were told to end; kills those that do not."""
-    _, alive = psutil.wait_procs(list(processes), timeout=END_TIMEOUT_S / 2)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=END_TIMEOUT_S / 2)
+    """Sees to it that processes are gone, also those of a start that broke off, which nobody has told to end."""
+    alive = [process for process in processes if _is_alive(process)]
+    for ask in (psutil.Process.terminate, psutil.Process.kill):
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                ask(process)
+        _, alive = psutil.wait_procs(alive, timeout=END_TIMEOUT_S / 2)
 
 
 def _first_line(error: Exception) -> str:

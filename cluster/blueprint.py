@@ -44,9 +44,9 @@ def check_counts(settings: Settings, model: MoeModel) -> None:
 
 
 def draw_blueprint(
-    settings: Settings, folder: Path, model: MoeModel, nodes: Sequence[Node], home: str
+    settings: Settings, folder: Path, name: str, model: MoeModel, nodes: Sequence[Node], home: str
 ) -> tuple[PlannedProcess, ...]:
-    """All processes of a cluster on `nodes`, of which the command runs on the one with id `home`.
+    """All processes that serve the model in `folder` as `name`; the command runs on the node with id `home`.
 
     Raises InvalidArgument with field `workers`, `replicas` or `device`.
     """
@@ -57,13 +57,13 @@ def draw_blueprint(
     router_seat = seat_router(nodes, seats, settings.device, home=home)
     quiet_seat = Seat(router_seat.node, num_gpus=0.0, threads=1)
     cluster = Cluster(
-        model=folder.resolve().name,
+        model=folder.name,
         num_layers=model.num_layers,
         num_slots=model.num_slots,
         members=_members(workers, router_seat),
     )
     return (
-        PlannedProcess(_router(settings, folder, router_seat), router_seat, num_cpus=1, pinned=True),
+        PlannedProcess(_router(settings, folder, name, router_seat), router_seat, num_cpus=1, pinned=True),
         PlannedProcess(ControllerSpec(cluster), quiet_seat, num_cpus=0, pinned=False),
         *workers,
         PlannedProcess(_gateway(settings), quiet_seat, num_cpus=0, pinned=True),
@@ -94,10 +94,10 @@ def _workers(
     )
 
 
-def _router(settings: Settings, folder: Path, seat: Seat) -> RouterSpec:
+def _router(settings: Settings, folder: Path, name: str, seat: Seat) -> RouterSpec:
     return RouterSpec(
         model=folder,
-        served_name=settings.served_model_name or folder.resolve().name,
+        served_name=name,
         host=settings.host,
         port=settings.grpc_port,
         device=_device(seat),

@@ -84,7 +84,7 @@ def serve(
 @app.command()
 def demo(
     prompt: Annotated[str | None, typer.Option(help="What the model goes on from.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 120,
+    max_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 110,
     workers: Annotated[int, typer.Option(help="Expert workers.", min=1)] = 4,
     as_json: Json = False,
 ) -> None:

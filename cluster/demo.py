@@ -29,8 +29,8 @@ from moesaic.errors import from_rpc_error
 from moesaic.settings import load_settings
 from moesaic.v1 import control_pb2, expert_pb2, expert_pb2_grpc
 
-DEFAULT_PROMPT = "SCENE I. A room in the castle.\n"
-SAMPLING: GenerateOptions = {"temperature": 0.7, "top_p": 0.95, "seed": 7}
+DEFAULT_PROMPT = "ROMEO:\n"
+SAMPLING: GenerateOptions = {"temperature": 0.7, "top_p": 0.9, "seed": 3}
 ASK_TIMEOUT_S = 5.0
 
 

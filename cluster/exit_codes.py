@@ -27,8 +27,6 @@ def exit_with_code(*, as_json: bool) -> Iterator[None]:
         raise typer.Exit(FAILED if error.field is None else BAD_INPUT) from error
     except StopRequested:
         print("stopped", file=sys.stderr)
-    except SystemExit as stop:  # Ray's own answer to SIGTERM while it starts
-        raise typer.Exit(0) from stop
 
 
 def _line(error: MoesaicError, *, as_json: bool) -> str:

@@ -96,11 +96,12 @@ class Launcher:
                     topology = await self._look() or topology
                     show(topology)
                     _refuse_failed(topology)
+                peers = self._starter.peers
+                endpoints = Endpoints(http=await peers.address(GATEWAY), grpc=await peers.address(ROUTER))
         except TimeoutError as error:
             raise Unavailable(f"not ready after {timeout_s:.0f} s: {_waiting_for(topology)}") from error
         self._ready = True
-        addresses = {process.name: process.address for process in topology.processes}
-        return Endpoints(http=addresses[GATEWAY], grpc=addresses[ROUTER])
+        return endpoints
 
     async def stop(self, force: asyncio.Event) -> None:
         """Ends all processes; running requests may end before, unless `force` is set."""
@@ -123,7 +124,7 @@ class Launcher:
         try:
             await self._starter.peers.stop(name, drain_s)
         except Unavailable as error:
-            log.warning("could not drain", extra={"fields": {"process": name, "reason": error.message}})
+            log.warning("%s could not drain: %s", name, error.message)
 
     async def _look(self) -> Topology | None:
         """The controller's view; None while it does not answer."""

@@ -28,3 +28,10 @@ def find_model(source: str) -> Path:
         raise CheckpointError(
             f"model: {source} is neither in the local cache nor to be had from the hub", field="model"
         ) from error
+
+
+def name_model(source: str) -> str:
+    """What the API calls a model by default: ORG/NAME of the hub, whose snapshots lie under hashes, or the folder's name."""
+    if source.startswith(HUB_PREFIX):
+        return source.removeprefix(HUB_PREFIX)
+    return Path(source).resolve().name

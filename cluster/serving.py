@@ -6,6 +6,7 @@ output carries the ready line and nothing else; whatever Ray prints goes to stde
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
@@ -14,6 +15,7 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -21,12 +23,16 @@ from cluster.blueprint import check_counts, draw_blueprint
 from cluster.launcher import Endpoints, Launcher
 from cluster.load_progress import LoadProgress
 from cluster.milestones import Milestones
+from cluster.model_source import find_model, name_model
 from cluster.stop_signals import StopSignals
 from moesaic.checkpoint import open_checkpoint
-from moesaic.errors import InvalidArgument
+from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings
 from moesaic.v1 import control_pb2
+
+if TYPE_CHECKING:
+    from cluster.actors import RayCluster
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 # Controller, router and gateway.
@@ -35,9 +41,10 @@ NUM_OTHER_PROCESSES = 3
 
 @dataclass(frozen=True, slots=True)
 class CheckedModel:
-    """A folder whose files are whole and whose config fits its tensors."""
+    """A folder whose files are whole and whose config fits its tensors, and its name in the API."""
 
     folder: Path
+    name: str
     shape: MoeModel
 
 
@@ -46,10 +53,11 @@ def check_model(settings: Settings) -> CheckedModel:
 
     Raises CheckpointError, or InvalidArgument when it cannot be spread as the settings say.
     """
-    folder = Path(settings.model) if settings.model is not None else DEMO_MODEL
+    source = settings.model or str(DEMO_MODEL)
+    folder = find_model(source).resolve()
     shape = describe_model(open_checkpoint(folder))
     check_counts(settings, shape)
-    return CheckedModel(folder.resolve(), shape)
+    return CheckedModel(folder, settings.served_model_name or name_model(source), shape)
 
 
 @contextlib.asynccontextmanager
@@ -61,7 +69,6 @@ async def running_cluster(
     signals: StopSignals,
 ) -> AsyncIterator[Endpoints]:
     """A cluster that answers, until the context is left. Raises StopRequested when a signal comes before it does, Unavailable when it cannot."""
-    from cluster.actors import RayCluster  # ray takes its time: a wrong flag is told before
 
     def show(topology: control_pb2.GetTopologyResponse) -> None:
         milestones.look(topology)
@@ -69,13 +76,9 @@ async def running_cluster(
 
     milestones.reach("input checked")
     with contextlib.redirect_stdout(sys.stderr):
-        ray = RayCluster.connect(
-            settings, num_processes=NUM_OTHER_PROCESSES + (settings.cluster.workers or 1)
-        )
-        milestones.reach("Ray runs")
-        signals.install()
-        try:
-            processes = draw_blueprint(settings, model.folder, model.shape, ray.nodes(), ray.home)
+        async with _connected(settings, signals) as ray:
+            milestones.reach("Ray runs")
+            processes = draw_blueprint(settings, model.folder, model.name, model.shape, ray.nodes(), ray.home)
             launcher = Launcher(ray, processes, settings)
             try:
                 launcher.submit()
@@ -85,8 +88,29 @@ async def running_cluster(
                 yield endpoints
             finally:
                 await launcher.stop(signals.force)
-        finally:
-            ray.close()
+
+
+@contextlib.asynccontextmanager
+async def _connected(settings: Settings, signals: StopSignals) -> AsyncIterator[RayCluster]:
+    """A Ray to start processes on. Stops everything and raises Unavailable when it dies meanwhile."""
+    from cluster.actors import RayCluster  # ray takes its time: a wrong flag is told before
+
+    ray = RayCluster.connect(settings, num_processes=NUM_OTHER_PROCESSES + (settings.cluster.workers or 1))
+    watch = asyncio.create_task(_stop_when_lost(ray, signals))
+    try:
+        yield ray
+    finally:
+        lost = watch.done()
+        watch.cancel()
+        ray.close()
+        if lost:
+            raise Unavailable("Ray has died, and every process of the cluster with it")
+
+
+async def _stop_when_lost(ray: RayCluster, signals: StopSignals) -> None:
+    await ray.lost()
+    signals.stop.set()
+    signals.force.set()
 
 
 async def serve(settings: Settings, model: CheckedModel, *, as_json: bool) -> None:

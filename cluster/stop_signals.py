@@ -30,8 +30,7 @@ class StopSignals:
         self._before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
-        self.install()
+        self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
     def __exit__(
@@ -39,11 +38,6 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def install(self) -> None:
-        """Takes the signals; to be called again after Ray, which takes SIGTERM for itself."""
-        for number in _SIGNALS:
-            signal.signal(number, self._receive)
 
     async def unless_stopped(self, work: Coroutine[Any, Any, _R]) -> _R:
         """The result of `work`; cancels it and raises StopRequested when the signal comes first."""

@@ -70,6 +70,15 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(tiny: Path, tmp_path: Pa
         serve.assert_nothing_is_left()
 
 
+def test_when_its_ray_dies_the_command_says_so_and_leaves_nothing(tiny: Path) -> None:
+    with serving(str(tiny)) as serve:
+        serve.wait_ready()
+        next(process for process in serve.members() if process.name() == "raylet").kill()
+        assert serve.end() == 1
+        assert serve.stderr[-1].startswith("error: Ray has died")
+        serve.assert_nothing_is_left()
+
+
 @contextmanager
 def running_ray(temp: Path) -> Iterator[str]:
     """A Ray of somebody else, on loopback; HOST:PORT."""

@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> MoeModel:
 
 
 def blueprint(model: MoeModel, settings: Settings, *nodes: Node) -> tuple[PlannedProcess, ...]:
-    return draw_blueprint(settings, Path("/models/tiny"), model, nodes or (HOME,), "home")
+    return draw_blueprint(settings, Path("/models/tiny"), "mine", model, nodes or (HOME,), "home")
 
 
 def settings(**flags: Any) -> Settings:
@@ -67,16 +67,11 @@ def test_the_workers_hold_every_expert_and_the_controller_knows_which(model: Moe
 def test_public_addresses_and_names_come_from_the_settings(model: MoeModel) -> None:
     processes = blueprint(
         model,
-        settings(host="0.0.0.0", http_port=1, grpc_port=2, served_model_name="mine", engine={"threads": 3}),
+        settings(host="0.0.0.0", http_port=1, grpc_port=2, engine={"threads": 3}),
     )
     (router,), (gateway,) = specs(processes, RouterSpec), specs(processes, GatewaySpec)
     assert (router.host, router.port, router.served_name, router.engine.threads) == ("0.0.0.0", 2, "mine", 3)
     assert (gateway.host, gateway.port) == ("0.0.0.0", 1)
-
-
-def test_without_a_name_the_folder_names_the_model(model: MoeModel) -> None:
-    (router,) = specs(blueprint(model, settings()), RouterSpec)
-    assert router.served_name == "tiny"
 
 
 def test_router_and_gateway_stay_on_the_node_of_the_command(model: MoeModel) -> None:
@@ -98,7 +93,7 @@ def test_workers_run_on_a_gpu_where_there_is_one_and_share_the_cores_of_their_no
 
 def test_a_tiny_model_takes_no_more_workers_than_it_has_experts(model: MoeModel) -> None:
     nodes = [Node(str(index), f"10.0.0.{index}", 4, 0) for index in range(20)]
-    processes = draw_blueprint(settings(), Path("/models/tiny"), model, nodes, "3")
+    processes = draw_blueprint(settings(), Path("/models/tiny"), "mine", model, nodes, "3")
     assert len(specs(processes, ExpertWorkerSpec)) == model.num_layers * model.num_slots
 
 

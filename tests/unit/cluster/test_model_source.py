@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from cluster.model_source import find_model
+from cluster.model_source import find_model, name_model
 from moesaic.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -40,3 +40,10 @@ def test_what_cannot_be_had_is_an_error_of_the_model(source: str) -> None:
     with pytest.raises(CheckpointError) as refused:
         find_model(source)
     assert refused.value.field == "model"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("hf://tiny/mixtral", "tiny/mixtral"), ("/models/tiny/", "tiny"), ("models/a", "a")]
+)
+def test_a_model_is_called_by_its_hub_name_or_its_folder(source: str, name: str) -> None:
+    assert name_model(source) == name
