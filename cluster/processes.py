@@ -10,6 +10,8 @@ import asyncio
 import importlib
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +30,8 @@ CONTROLLER = "controller"
 ROUTER = "router"
 GATEWAY = "gateway"
 
+READY_PERIOD_S = 0.1
+READY_TIMEOUT_S = 5.0
 # Revisions of a controller that was restarted n times begin at n of these: always above those before it.
 _REVISIONS_PER_START = 1 << 32
 
@@ -203,22 +207,38 @@ class _HostedRouter:
 
 
 class _HostedGateway:
-    """A gateway serves as soon as it listens; whether the model is ready, it answers itself."""
+    """A gateway serves once it has found a router that does: before, it answers requests with 503."""
 
     loaded_bytes = 0
     total_bytes = 0
 
     def __init__(self, server: GatewayServer) -> None:
         self._server = server
+        self._address = ""
 
     async def start(self) -> str:
-        return await self._server.start()
+        self._address = await self._server.start()
+        return self._address
 
     async def load(self) -> None:
-        return None
+        while not await asyncio.to_thread(_says_ready, self._address):
+            await asyncio.sleep(READY_PERIOD_S)
 
     async def stop(self, drain_s: float) -> None:
         await self._server.stop(drain_s)
+
+
+def _says_ready(address: str) -> bool:
+    """What the gateway at HOST:PORT answers to GET /ready."""
+    connection = HTTPConnection(address, timeout=READY_TIMEOUT_S)
+    try:
+        # By a name that a gateway answers to wherever it listens.
+        connection.request("GET", "/ready", headers={"Host": "localhost"})
+        return connection.getresponse().status == HTTPStatus.OK
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 async def _import(module: str) -> None:
