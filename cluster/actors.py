@@ -51,6 +51,8 @@ _LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _LOCAL_ENVIRONMENT = {
     # Ray's default makes way for everything else on the machine; here its processes are the service.
     "RAY_worker_niceness": "0",
+    # Nothing leaves the machine.
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
@@ -152,7 +154,7 @@ class RayCluster:
     def connect(cls, settings: Settings, *, num_processes: int) -> Self:
         """Joins the Ray that `cluster.address` names, or starts one."""
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its core would tell of every connection that ends
-        logs = Logging(settings.log_level, settings.otlp_endpoint)
+        logs = Logging(telemetry.choose_log_level(settings.log_level), settings.otlp_endpoint)
         if settings.cluster.address is not None:
             return cls.join(settings.cluster.address, logs)
         return cls.local(logs, num_processes=num_processes)

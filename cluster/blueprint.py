@@ -38,7 +38,8 @@ class PlannedProcess:
 
 
 def check_counts(settings: Settings, model: MoeModel) -> None:
-    """Whether the model can be spread as asked, before anything runs. Raises InvalidArgument."""
+    """Whether the model can be served and spread as asked, before anything runs. Raises InvalidArgument."""
+    model.context_length(settings.engine.max_model_len)
     if settings.cluster.workers is not None:
         place_experts(model.num_layers, model.num_slots, settings.cluster.workers, settings.cluster.replicas)
 

@@ -28,9 +28,7 @@ def main(
     """Serves HTTP until SIGTERM or Ctrl-C, then lets running requests end."""
     try:
         settings = load_settings(config, host=host, http_port=port, gateway={"allowed_hosts": allowed_host})
-        telemetry.configure(
-            "moesaic-gateway", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level
-        )
+        telemetry.configure("gateway", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
         asyncio.run(_serve(router, settings))
     except MoesaicError as error:
         print(f"error: {error.message}", file=sys.stderr)

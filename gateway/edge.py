@@ -185,7 +185,7 @@ def _log(scope: Scope, record: Record) -> None:
         "prompt_tokens": record.prompt_tokens,
         "completion_tokens": record.completion_tokens,
     }
-    level = logging.DEBUG if scope["path"] in _PROBES and record.status == 200 else logging.INFO
+    level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
     log.log(level, "request", extra={"fields": {k: v for k, v in fields.items() if v is not None}})
 
 

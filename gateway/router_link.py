@@ -52,6 +52,7 @@ class RouterLink:
         self._address = ""
         self._channel: grpc.aio.Channel | None = None
         self._serving = False
+        self._has_served = False
         self._closing = False
         # The last problem that was logged: one line for each, not one for each look.
         self._problem = ""
@@ -210,6 +211,7 @@ class RouterLink:
         if serving != self._serving:
             log.info("router serves" if serving else "router does not serve")
             self._problem = ""
+            self._has_served = True
         self._serving = serving
 
     def _report(self, error: Exception) -> None:
@@ -217,7 +219,9 @@ class RouterLink:
             error.code().name if isinstance(error, grpc.RpcError) else f"{type(error).__name__}: {error}"
         )
         if problem != self._problem:
-            log.warning("no connection to a router", extra={"fields": {"problem": problem}})
+            # Nobody answers while a cluster starts: only the loss of a router is worth a warning.
+            level = logging.WARNING if self._has_served else logging.INFO
+            log.log(level, "no connection to a router", extra={"fields": {"problem": problem}})
         self._problem = problem
 
 

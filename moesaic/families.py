@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from moesaic.checkpoint import CONFIG_FILE, Checkpoint
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, InvalidArgument
 
 # Shapes: D hidden_size, F inner_size, E num_slots, V vocab_size, H query heads, G key/value heads, d head_dim.
 
@@ -93,6 +93,14 @@ class MoeModel:
         """[F, D] of gate and up, [D, F] of down."""
         shape = (self.inner_size, self.hidden_size)
         return shape if weight != "down" else shape[::-1]
+
+    def context_length(self, wanted: int | None) -> int:
+        """The longest sequence to serve. Raises InvalidArgument for more than the model was made for."""
+        if wanted is not None and wanted > self.max_model_len:
+            raise InvalidArgument(
+                f"max_model_len: the model's context has {self.max_model_len} tokens", field="max_model_len"
+            )
+        return wanted or self.max_model_len
 
     def expert_weights(self, layer: int, slot: int) -> dict[str, WeightSlice]:
         """Where "gate", "up" and "down" of one expert lie."""

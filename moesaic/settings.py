@@ -96,7 +96,8 @@ class Settings(_Group):
     host: str = "127.0.0.1"
     http_port: int = Field(8000, ge=0, le=65535)
     grpc_port: int = Field(50051, ge=0, le=65535)
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    # Absent: WARNING where a person watches (stderr is a terminal), else INFO.
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
     otlp_endpoint: str | None = Field(
         None, validation_alias=AliasChoices("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT")
     )

@@ -51,11 +51,16 @@ def current_traceparent() -> str:
     return dict(inject()).get("traceparent", "")
 
 
-def configure(service: str, *, otlp_endpoint: str | None, log_level: str = "INFO") -> None:
+def choose_log_level(wanted: str | None) -> str:
+    """Without a wish, a person at a terminal gets warnings and a log file gets everything of note."""
+    return wanted or ("WARNING" if sys.stderr.isatty() else "INFO")
+
+
+def configure(service: str, *, otlp_endpoint: str | None, log_level: str | None = None) -> None:
     """Sets up this process: JSON logs always, an OTLP exporter when there is an endpoint. Call once, at its start."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service))
-    logging.basicConfig(level=log_level, handlers=[handler], force=True)
+    logging.basicConfig(level=choose_log_level(log_level), handlers=[handler], force=True)
     if otlp_endpoint:
         _configure_tracing(service)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import psutil
 import torch
 
 from moesaic.checkpoint import open_checkpoint
+from moesaic.errors import InvalidArgument
 from moesaic.families import MoeModel, describe_model
 from moesaic.manifest import Epoch
 from moesaic.settings import Device, DType, EngineSettings
@@ -21,6 +23,8 @@ from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 from router.scheduler import Limits
 from router.text import Text, load_text
+
+log = logging.getLogger(__name__)
 
 # Without a setting the cache holds one sequence of full length, at least this much, at most this share of the memory.
 MIN_CACHE_BYTES = 256 << 20
@@ -69,7 +73,7 @@ class Parts:
 
 
 def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Parts:
-    """Reads all but the expert weights. Raises CheckpointError."""
+    """Reads all but the expert weights. Raises CheckpointError, InvalidArgument."""
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     checkpoint = open_checkpoint(config.model)
@@ -86,9 +90,10 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         clock=clock,
     )
     blocks = _block_pool(config.engine, shape, dtype)
+    num_positions = blocks.num_blocks * blocks.block_tokens
     cache = KVCache(
         num_layers=shape.num_layers,
-        num_positions=blocks.num_blocks * blocks.block_tokens,
+        num_positions=num_positions,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         dtype=dtype,
@@ -103,11 +108,7 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         blocks=blocks,
         dispatcher=dispatcher,
         clock=clock,
-        max_model_len=min(
-            config.engine.max_model_len or shape.max_model_len,
-            shape.max_model_len,
-            blocks.num_blocks * blocks.block_tokens,
-        ),
+        max_model_len=_max_model_len(config.engine, shape, num_positions),
     )
 
 
@@ -116,8 +117,24 @@ def _block_pool(settings: EngineSettings, shape: MoeModel, dtype: torch.dtype) -
     if settings.kv_cache_mib is not None:
         cache_bytes = settings.kv_cache_mib << 20
     else:
-        one_sequence = token_bytes * min(settings.max_model_len or shape.max_model_len, shape.max_model_len)
+        one_sequence = token_bytes * shape.context_length(settings.max_model_len)
         most = int(psutil.virtual_memory().available * MAX_CACHE_SHARE)
         cache_bytes = min(max(MIN_CACHE_BYTES, one_sequence), most)
     num_blocks = max(1, cache_bytes // (token_bytes * settings.kv_block_tokens))
     return BlockPool(num_blocks, settings.kv_block_tokens)
+
+
+def _max_model_len(settings: EngineSettings, shape: MoeModel, num_positions: int) -> int:
+    """What model and cache allow. A length that was asked for is served or refused, never cut."""
+    longest = shape.context_length(settings.max_model_len)
+    if longest <= num_positions:
+        return longest
+    if settings.max_model_len is not None:
+        raise InvalidArgument(
+            f"max_model_len: the KV cache holds {num_positions} tokens; raise engine.kv_cache_mib",
+            field="max_model_len",
+        )
+    log.warning(
+        "the KV cache is shorter than the context", extra={"fields": {"max_model_len": num_positions}}
+    )
+    return num_positions
