@@ -12,23 +12,23 @@ from collections.abc import Collection, Sequence
 from moesaic.errors import InvalidArgument
 from moesaic.v1 import common_pb2
 
-ITEM_BYTES: dict[common_pb2.DType, int] = {
+ITEM_BYTES: dict[common_pb2.Dtype, int] = {
     common_pb2.DTYPE_FLOAT32: 4,
     common_pb2.DTYPE_BFLOAT16: 2,
     common_pb2.DTYPE_FLOAT16: 2,
 }
 
 
-def dtype_name(dtype: common_pb2.DType) -> str:
+def dtype_name(dtype: common_pb2.Dtype) -> str:
     """`DTYPE_BFLOAT16` -> `bfloat16`."""
-    return common_pb2.DType.Name(dtype).removeprefix("DTYPE_").lower()
+    return common_pb2.Dtype.Name(dtype).removeprefix("DTYPE_").lower()
 
 
 def check_tensor(
     tensor: common_pb2.Tensor,
     *,
     field: str,
-    dtypes: Collection[common_pb2.DType],
+    dtypes: Collection[common_pb2.Dtype],
     shape: Sequence[int | None],
 ) -> None:
     """Raises InvalidArgument unless the tensor has one of `dtypes`, `shape` (None: any extent) and just its bytes."""

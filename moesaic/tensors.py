@@ -18,12 +18,12 @@ from moesaic.v1 import common_pb2
 if TYPE_CHECKING:
     from moesaic.settings import Device, DType
 
-TORCH_DTYPES: dict[common_pb2.DType, torch.dtype] = {
+TORCH_DTYPES: dict[common_pb2.Dtype, torch.dtype] = {
     common_pb2.DTYPE_FLOAT32: torch.float32,
     common_pb2.DTYPE_BFLOAT16: torch.bfloat16,
     common_pb2.DTYPE_FLOAT16: torch.float16,
 }
-WIRE_DTYPES: dict[torch.dtype, common_pb2.DType] = {
+WIRE_DTYPES: dict[torch.dtype, common_pb2.Dtype] = {
     torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()
 }
 

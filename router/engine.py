@@ -143,6 +143,9 @@ class Engine:
                     self._step(chunks)
                 if not self._live:
                     self._scheduler.check_integrity()
+        except Exception:
+            # Outside a step only a bug comes here: health turns false, and whoever waits is told below.
+            log.exception("the engine died")
         finally:
             self._abandon()
 

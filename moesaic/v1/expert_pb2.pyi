@@ -97,10 +97,10 @@ class DescribeResponse(_message.Message):
     model: str
     hidden_size: int
     experts: _containers.RepeatedCompositeFieldContainer[_common_pb2.ExpertVersion]
-    dtypes: _containers.RepeatedScalarFieldContainer[_common_pb2.DType]
+    dtypes: _containers.RepeatedScalarFieldContainer[_common_pb2.Dtype]
     weight_bytes: int
     device: str
-    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertVersion, _Mapping]]] = ..., dtypes: _Optional[_Iterable[_Union[_common_pb2.DType, str]]] = ..., weight_bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertVersion, _Mapping]]] = ..., dtypes: _Optional[_Iterable[_Union[_common_pb2.Dtype, str]]] = ..., weight_bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
 
 class GetWorkerStatsRequest(_message.Message):
     __slots__ = ()

@@ -244,6 +244,24 @@ def test_an_unexpected_error_fails_its_batch_and_the_loop_goes_on(harness: Harne
     assert collect(harness.submit("b", (1, 2)))[0] == expected_tokens((1, 2), 8)
 
 
+def test_an_engine_that_dies_says_so_and_answers_whoever_waits(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def break_down() -> None:
+        raise RuntimeError("a bug outside a step")
+
+    monkeypatch.setattr(harness.engine._scheduler, "schedule", break_down)
+    events = harness.submit("a", (1,))
+    harness.engine.start()
+    _, end = collect(events)
+    assert isinstance(end, Failed) and isinstance(end.error, Unavailable)
+    harness.engine.stop(WAIT_S)
+    assert not harness.engine.alive
+    assert "the engine died" in caplog.text
+    with pytest.raises(Unavailable):
+        harness.submit("b", (1,))
+
+
 def test_stopping_answers_everybody_and_admits_nobody(harness: Harness) -> None:
     events = harness.submit("a", (1,), max_tokens=100_000)
     harness.engine.start()
