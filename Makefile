@@ -28,9 +28,10 @@ check: $(STAMP)  ## style, types, import rules, fresh stubs, forbidden calls
 test: $(STAMP)
 	$(BIN)/pytest
 
-bench: $(STAMP)  ## memory per process and cold start; rewrites nothing
+bench: $(STAMP)  ## memory of every process, cold start, workers on one host; prints, rewrites nothing
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/cold_start.py
+	$(BIN)/python benchmarks/workers.py
 
 protos: $(STAMP)  ## regenerate moesaic/v1 from protos/
 	ops/gen_protos.sh
