@@ -59,7 +59,8 @@ class ProcessWatch:
         self._drop(address)
         channel = rpc.aio_channel(address)
         try:
-            health, answer = await asyncio.wait_for(_ask(channel), DESCRIBE_TIMEOUT_S)
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                health, answer = await _ask(channel)
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             await channel.close()
             raise Unavailable(f"{address} does not answer") from error
