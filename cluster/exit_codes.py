@@ -12,9 +12,6 @@ import typer
 from cluster.stop_signals import StopRequested
 from moesaic.errors import MoesaicError
 
-FAILED = 1
-BAD_INPUT = 2
-
 
 @contextmanager
 def exit_with_code(*, as_json: bool) -> Iterator[None]:
@@ -23,8 +20,7 @@ def exit_with_code(*, as_json: bool) -> Iterator[None]:
         yield
     except MoesaicError as error:
         print(_line(error, as_json=as_json), file=sys.stderr)
-        # Whatever names a field is for the caller to mend.
-        raise typer.Exit(FAILED if error.field is None else BAD_INPUT) from error
+        raise typer.Exit(error.exit_code) from error
     except StopRequested:
         print("stopped", file=sys.stderr)
 

@@ -43,7 +43,7 @@ def serve(
         asyncio.run(_serve(_worker_config(settings, name, experts, port), settings.cluster.drain_timeout_s))
     except MoesaicError as error:
         typer.echo(f"error: {error.message}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(error.exit_code) from None
     finally:
         telemetry.flush()
 

@@ -32,7 +32,7 @@ def main(
         asyncio.run(_serve(router, settings))
     except MoesaicError as error:
         print(f"error: {error.message}", file=sys.stderr)
-        raise typer.Exit(2) from error
+        raise typer.Exit(error.exit_code) from error
     finally:
         telemetry.flush()
 

@@ -49,8 +49,8 @@ def main(
         served_name = settings.served_model_name or model.resolve().name
         asyncio.run(_serve(settings, model, served_name, _view(model, worker or [], control)))
     except MoesaicError as error:
-        typer.echo(f"router: {error.message}", err=True)
-        raise typer.Exit(2) from error
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(error.exit_code) from error
 
 
 def _view(model: Path, workers: list[str], control: str | None) -> ClusterView:

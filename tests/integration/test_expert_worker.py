@@ -156,7 +156,7 @@ def test_a_worker_that_cannot_serve_says_why_in_one_line(
         timeout=60,
         check=False,
     )
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert not run.stdout
     (line,) = run.stderr.splitlines()
     assert line.startswith(f"error: {message}")
