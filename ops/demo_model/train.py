@@ -317,7 +317,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model from scratch.")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt, one per domain")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--state", type=Path, default=Path("build/demo_model"))
+    parser.add_argument(
+        "--state", type=Path, default=Path("build/demo_model"), help="folder to resume from and save to"
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=70, help="wall clock to spend")
     length.add_argument("--steps", type=int, help="exactly so many steps instead")
