@@ -114,9 +114,10 @@ def _load(
 def _read_dense(
     checkpoint: Checkpoint, shape: MoeModel, dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
+    experts = shape.expert_tensors
     by_file: dict[Any, list[str]] = {}
     for name, entry in checkpoint.tensors.items():
-        if name not in shape.expert_tensors and not name.endswith("rotary_emb.inv_freq"):
+        if name not in experts and not name.endswith("rotary_emb.inv_freq"):
             by_file.setdefault(entry.file, []).append(name)
     tensors: dict[str, torch.Tensor] = {}
     for file, names in by_file.items():

@@ -55,6 +55,8 @@ class RouterServer:
         self._clock = PhaseClock()
         self._pool = ReplicaPool()
         self._epoch: asyncio.Future[Epoch] | None = None
+        # Whether the newest routing table holds every expert of the epoch.
+        self._covered = False
         self._parts: Parts | None = None
         self._engine: Engine | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -85,7 +87,7 @@ class RouterServer:
             ) from error
         self._door.service = self._service(self._parts, engine, epoch)
         await self._server.set_serving(True)
-        self._tasks.append(asyncio.create_task(self._keep_health_true(engine, epoch)))
+        self._tasks.append(asyncio.create_task(self._keep_health_true(engine)))
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new requests, lets running ones end within `drain_s` seconds, then stops everything."""
@@ -110,19 +112,20 @@ class RouterServer:
     async def _follow(self, first_epoch: asyncio.Future[Epoch]) -> None:
         async for snapshot in self._view.watch():
             self._pool.update(snapshot.table)
-            if snapshot.epoch is None:
-                continue
-            if not first_epoch.done():
+            if snapshot.epoch is not None and not first_epoch.done():
                 first_epoch.set_result(snapshot.epoch)
-            elif snapshot.epoch.id != first_epoch.result().id:
+            if not first_epoch.done():
+                continue
+            self._covered = not self._pool.missing(first_epoch.result())
+            if snapshot.epoch is not None and snapshot.epoch.id != first_epoch.result().id:
                 log.error("the cluster serves another epoch than this router: restart it")
 
-    async def _keep_health_true(self, engine: Engine, epoch: Epoch) -> None:
+    async def _keep_health_true(self, engine: Engine) -> None:
         """Not serving while the engine is dead or an expert is nowhere; serving again when all are back."""
         serving = True
         while True:
             await asyncio.sleep(HEALTH_PERIOD_S)
-            healthy = engine.alive and not self._pool.missing(epoch)
+            healthy = engine.alive and self._covered
             if healthy != serving:
                 serving = healthy
                 log.warning("health changed", extra={"fields": {"serving": serving}})

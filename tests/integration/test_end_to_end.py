@@ -12,10 +12,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.processes import Process, running_gateway, running_router, running_workers
 
 import cluster
-from moesaic import Client, SyncClient
+from moesaic import Client, SyncClient, rpc
 from moesaic.errors import InvalidArgument, MoesaicError, NotFound, Unavailable
 
 DEMO_MODEL = Path(cluster.__file__).parent / "demo_model"
@@ -248,6 +249,7 @@ async def test_without_a_replica_a_lost_worker_is_a_clear_error_and_its_return_i
             with pytest.raises(Unavailable) as lost:
                 await client.complete("Now is the winter", max_tokens=50, temperature=0)
             assert "layer" in lost.value.message and "127.0.0.1" not in lost.value.message
+            await health_becomes(router, health_pb2.HealthCheckResponse.NOT_SERVING)
             port = workers[1].address.rpartition(":")[2]
             back = Process(
                 "expert_worker",
@@ -271,5 +273,14 @@ async def test_without_a_replica_a_lost_worker_is_a_clear_error_and_its_return_i
                         assert time.monotonic() < deadline
                         await asyncio.sleep(0.1)
                 assert len(answer.token_ids) == 5
+                await health_becomes(router, health_pb2.HealthCheckResponse.SERVING)
             finally:
                 back.stop()
+
+
+async def health_becomes(router: Process, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    """Returns when the router's health says so; fails the test when it does not in time."""
+    async with rpc.aio_channel(router.address) as channel, asyncio.timeout(20.0):
+        async for answer in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+            if answer.status == status:
+                return
