@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moesaic.answer import FINISH_REASONS
 from moesaic.errors import DataLoss
 from moesaic.v1 import inference_pb2 as pb
-
-_FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class Answer:
         index = prompt_number * self._num_choices + message.index
         is_first = index not in self._completion_tokens
         self._completion_tokens[index] = self._completion_tokens.get(index, 0) + len(message.token_ids)
-        finish_reason = _FINISH_REASONS.get(message.finish_reason)
+        finish_reason = FINISH_REASONS.get(message.finish_reason)
         if finish_reason is not None:
             self._completion_tokens[index] = message.usage.completion_tokens
             self._unfinished.discard(index)

@@ -14,7 +14,8 @@ from moesaic.v1 import inference_pb2 as pb
 
 FinishReason = Literal["stop", "length"]
 
-_FINISH_REASONS: dict[int, FinishReason] = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+# The words that both clients and the OpenAI API use.
+FINISH_REASONS: dict[int, FinishReason] = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class Token:
             token_ids=tuple(response.token_ids),
             logprobs=tuple(map(TokenLogprob.from_pb, response.logprobs)),
             index=response.index,
-            finish_reason=_FINISH_REASONS.get(response.finish_reason),
+            finish_reason=FINISH_REASONS.get(response.finish_reason),
             stop=response.stop or None,
             usage=Usage(usage.prompt_tokens, usage.completion_tokens) if response.HasField("usage") else None,
             timing=Timing(timing.queued_s, timing.first_token_s, timing.total_s)
