@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import random
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 # Controller, router and gateway.
 NUM_OTHER_PROCESSES = 3
+# Above the ports that Ray gives its workers and below those that Linux hands out by itself: while the processes start,
+# neither takes one of these away.
+QUIET_PORTS = range(20_000, 32_768)
+NUM_CANDIDATES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +152,20 @@ def with_ports(settings: Settings) -> Settings:
 
 
 def _bind(field: str, host: str, port: int, probes: contextlib.ExitStack) -> int:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        probe = probes.enter_context(socket.socket(family, kind, protocol))
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
-    except OSError as error:
-        problem = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-        raise InvalidArgument(f"{field}: {host}:{port} {problem}", field=field) from error
-    bound: int = probe.getsockname()[1]
-    return bound
+    """Binds the port, or for 0 one that is free and stays so until its server takes it; returns it."""
+    refusal: OSError | None = None
+    for candidate in [port] if port else random.sample(QUIET_PORTS, NUM_CANDIDATES):
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[
+                0
+            ]
+            probe = probes.enter_context(socket.socket(family, kind, protocol))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return candidate
+        except OSError as error:
+            refusal = error
+    assert refusal is not None
+    in_use = refusal.errno == errno.EADDRINUSE
+    problem = "is in use" if in_use else f"cannot be used: {refusal.strerror}"
+    raise InvalidArgument(f"{field}: {host}:{port} {problem}", field=field) from refusal
