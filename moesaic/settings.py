@@ -22,6 +22,13 @@ from moesaic.errors import InvalidArgument
 Device = Literal["auto", "cpu", "cuda"]
 # auto: bfloat16 on CUDA when the checkpoint is bfloat16, else float32.
 DType = Literal["auto", "float32", "bfloat16"]
+# How an expert's weights are held. auto: the compute type; int8 and int4 lose some precision (docs/performance.md).
+ExpertDType = Literal["auto", "fp32", "bf16", "int8", "int4"]
+# Rows on the wire. auto: the compute type, so nothing is lost; float8 and int8 carry a scale a row and lose some.
+WireDType = Literal["auto", "float32", "bfloat16", "float8", "int8"]
+# lean: our own decoder where the family is one that it knows; stock: the modules of transformers.
+Decoder = Literal["auto", "lean", "stock"]
+Switch = Literal["auto", "off"]
 
 
 class _Group(BaseModel):
@@ -47,6 +54,19 @@ class EngineSettings(_Group):
     # The longest a layer waits for one answer of a worker before it tries the next replica.
     call_timeout_s: float = Field(30.0, gt=0)
     threads: int | None = Field(None, ge=1)
+    decoder: Decoder = "auto"
+    prefix_cache: bool = True
+    # How much longer than an undisturbed one a decode step may take because prompts are read beside it.
+    max_stall: float = Field(1.8, gt=1.0)
+    # Two micro-batches in flight where the engine measures that it wins.
+    overlap: Switch = "auto"
+    wire_dtype: WireDType = "auto"
+    # rows: bit-exact under any placement; sum: workers add up, fewer bytes, the last bits depend on placement.
+    combine: Literal["rows", "sum"] = "rows"
+    # The same-host lane to a worker, where both ends agree and it is measured faster than gRPC.
+    lane: Switch = "auto"
+    # A sequence's tokens do not depend on its batch mates. Slower; router and workers must agree.
+    batch_invariant: bool = False
 
 
 class WorkerSettings(_Group):
@@ -57,6 +77,11 @@ class WorkerSettings(_Group):
     # Rows of `hidden` that one call may carry.
     max_call_rows: int = Field(16384, ge=1)
     threads: int | None = Field(None, ge=1)
+    expert_dtype: ExpertDType = "auto"
+    # The longest that a call waits for others of its layer to share a pass with; alone it never waits.
+    max_merge_wait_ms: float = Field(2.0, ge=0)
+    lane: Switch = "auto"
+    batch_invariant: bool = False
 
 
 class GatewaySettings(_Group):
@@ -74,6 +99,8 @@ class ClusterSettings(_Group):
 
     # Absent: one a node and GPU.
     workers: int | None = Field(None, ge=1, le=64)
+    # Routers behind the gateway, sharing the workers.
+    routers: int = Field(1, ge=1, le=64)
     # Copies of every expert.
     replicas: int = Field(1, ge=1)
     # Ray address to join. Absent: a local Ray on loopback.

@@ -11,7 +11,6 @@ Shapes: T tokens, D hidden size, K experts per token; an assignment is one (toke
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,56 +51,107 @@ class _Call:
 
 
 class Dispatcher:
-    """Computes MoE layers through a replica pool. Belongs to the engine's thread.
-
-    `begin` opens a step; afterwards `failed` says which tokens of the step have no valid output, and why.
-    """
+    """Computes MoE layers through a replica pool. Belongs to the engine's thread."""
 
     def __init__(self, pool: ReplicaPool, clock: PhaseClock, *, call_timeout_s: float) -> None:
         self._pool = pool
         self._clock = clock
         self._call_timeout_s = call_timeout_s
-        self.failed: dict[int, MoesaicError] = {}
 
-    def begin(self, epoch: Epoch, *, deadline_s: float, context: Context | None = None) -> None:
+    def begin(self, epoch: Epoch, *, deadline_s: float, context: Context | None = None) -> DispatchStep:
         """Opens a step of `epoch` that may take until `deadline_s` (monotonic); its spans belong to `context`."""
-        self.failed = {}
+        return DispatchStep(
+            self._pool,
+            self._clock,
+            epoch,
+            deadline_s=deadline_s,
+            call_timeout_s=self._call_timeout_s,
+            context=context,
+        )
+
+
+@dataclass(slots=True)
+class LayerCall:
+    """One layer of a micro-batch in flight: what was asked, and who was asked for it."""
+
+    layer: int
+    hidden: torch.Tensor  # [T, D]
+    weights: torch.Tensor  # [T, K]
+    rows: torch.Tensor  # [T * K, D], filled by the answers
+    shares: list[Share]
+    calls: list[_Call]
+    # Workers that were asked, by slot.
+    tried: dict[int, set[str]]
+    errors: dict[int, MoesaicError]
+    wave_ends_s: float = 0.0
+
+
+class DispatchStep:
+    """The layers of one micro-batch. `send` and `receive` every layer in order; several micro-batches may be in
+    flight at once. Afterwards `failed` says which of its tokens have no valid output, and why."""
+
+    def __init__(
+        self,
+        pool: ReplicaPool,
+        clock: PhaseClock,
+        epoch: Epoch,
+        *,
+        deadline_s: float,
+        call_timeout_s: float,
+        context: Context | None,
+    ) -> None:
+        self._pool = pool
+        self._clock = clock
         self._epoch = epoch
         self._deadline_s = deadline_s
+        self._call_timeout_s = call_timeout_s
         self._context = context
         # Workers that did not answer in this step: waiting for them again in every layer would add up.
         self._silent: set[str] = set()
+        self.failed: dict[int, MoesaicError] = {}
 
     def compute(
         self, layer: int, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """hidden [T, D], slots and weights [T, K] -> [T, D]. Never raises for a worker's sake: see `failed`."""
-        rows = hidden.new_zeros(slots.numel(), hidden.shape[1])
+        """hidden [T, D], slots and weights [T, K] -> [T, D]."""
+        return self.receive(self.send(layer, hidden, slots, weights))
+
+    def send(self, layer: int, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> LayerCall:
+        """Sends a layer to its workers without waiting for any."""
         shares = group_by_slot(slots)
-        tried: dict[int, set[str]] = {share.slot: set() for share in shares}
-        errors: dict[int, MoesaicError] = {}
-        for _ in range(MAX_ATTEMPTS):
-            self._wave(layer, hidden, shares, rows, tried, errors)
-            shares = [share for share in shares if share.slot in errors]
-            if not shares:
+        call = LayerCall(
+            layer,
+            hidden,
+            weights,
+            rows=hidden.new_zeros(slots.numel(), hidden.shape[1]),
+            shares=shares,
+            calls=[],
+            tried={share.slot: set() for share in shares},
+            errors={},
+        )
+        self._send_wave(call)
+        return call
+
+    def receive(self, call: LayerCall) -> torch.Tensor:
+        """Waits for a layer, [T, D]. Never raises for a worker's sake: see `failed`."""
+        self._collect(call)
+        for _ in range(MAX_ATTEMPTS - 1):
+            if not call.errors:
                 break
-        for share in shares:
-            self.failed.update(dict.fromkeys(share.tokens.tolist(), errors[share.slot]))
+            call.shares = [share for share in call.shares if share.slot in call.errors]
+            self._send_wave(call)
+            self._collect(call)
+        for share in call.shares:
+            if share.slot in call.errors:
+                self.failed.update(dict.fromkeys(share.tokens.tolist(), call.errors[share.slot]))
         started = time.perf_counter()
-        combined = combine(rows.view(*slots.shape, -1), weights)
+        combined = combine(call.rows.view(*call.weights.shape, -1), call.weights)
         self._clock.add("combine", time.perf_counter() - started)
         return combined
 
-    def _wave(
-        self,
-        layer: int,
-        hidden: torch.Tensor,
-        shares: Sequence[Share],
-        rows: torch.Tensor,
-        tried: dict[int, set[str]],
-        errors: dict[int, MoesaicError],
-    ) -> None:
-        """Asks one replica for every share and fills `rows` [T * K, D]; `errors` says which slots lack an answer."""
+    def _send_wave(self, call: LayerCall) -> None:
+        """Asks one replica for every share; `errors` says which slots have none to ask."""
+        layer, hidden, shares, tried, errors = call.layer, call.hidden, call.shares, call.tried, call.errors
         started = time.perf_counter()
         by_link: dict[WorkerLink, list[Share]] = {}
         for share in shares:
@@ -111,12 +161,11 @@ class Dispatcher:
             else:
                 tried[share.slot].add(link.replica.worker)
                 by_link.setdefault(link, []).append(share)
-        wave_ends_s = min(self._deadline_s, time.monotonic() + self._call_timeout_s)
-        calls = [
-            self._send(link, layer, hidden, tuple(group), wave_ends_s) for link, group in by_link.items()
+        call.wave_ends_s = min(self._deadline_s, time.monotonic() + self._call_timeout_s)
+        call.calls = [
+            self._send(link, layer, hidden, tuple(group), call.wave_ends_s) for link, group in by_link.items()
         ]
         self._clock.add("encode", time.perf_counter() - started)
-        self._collect(layer, calls, rows, errors, wave_ends_s)
 
     def _pick(self, layer: int, slot: int, tried: set[str]) -> WorkerLink | None:
         address = ExpertAddress(layer, slot)
@@ -165,18 +214,12 @@ class Dispatcher:
             telemetry.SPAN_DISPATCH, self._context, trace.SpanKind.CLIENT, attributes
         )
 
-    def _collect(
-        self,
-        layer: int,
-        calls: Sequence[_Call],
-        rows: torch.Tensor,
-        errors: dict[int, MoesaicError],
-        wave_ends_s: float,
-    ) -> None:
+    def _collect(self, wave: LayerCall) -> None:
         """Waits for the calls of a wave; a failed one puts its slots into `errors`, a good one takes them out."""
+        layer, rows, errors, wave_ends_s = wave.layer, wave.rows, wave.errors, wave.wave_ends_s
         started = time.perf_counter()
         queue_us = compute_us = 0
-        for call in calls:
+        for call in wave.calls:
             try:
                 response = call.link.receive(call.pending, max(0.0, wave_ends_s - time.monotonic()))
                 self._take(call, response, rows)
@@ -192,7 +235,7 @@ class Dispatcher:
         worker_s = (queue_us + compute_us) / 1e6
         self._clock.add("worker queue", queue_us / 1e6)
         self._clock.add("worker compute", compute_us / 1e6)
-        self._clock.add("wait", max(0.0, time.perf_counter() - started - worker_s))
+        self._clock.add("wire", max(0.0, time.perf_counter() - started - worker_s))
 
     def _take(self, call: _Call, response: expert_pb2.ComputeResponse, rows: torch.Tensor) -> None:
         """Checks an answer (epoch, versions, shape, finite) and puts its rows where their assignments are."""

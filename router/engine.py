@@ -20,10 +20,10 @@ from moesaic.errors import DeadlineExceeded, InternalError, MoesaicError, Overlo
 from moesaic.manifest import Epoch
 from router import sampler
 from router.batch import PackedBatch, pack
-from router.dispatcher import Dispatcher
+from router.dispatcher import Dispatcher, DispatchStep
 from router.kv_cache import BlockPool, KVCache
 from router.live import LiveSequence, Reading
-from router.model import RouterModel
+from router.model import MicroBatch, RouterModel
 from router.phases import INSIDE_FORWARD, PhaseClock
 from router.scheduler import Chunk, Limits, Scheduler
 from router.sequence import Failed, Finished, SampledToken, SequenceRequest
@@ -182,36 +182,41 @@ class Engine:
                 live.read(chunk, first_row)
                 for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True)
             ]
-            logits = self._forward(batch, readings)
-            self._deliver(self._whole(readings), logits)
+            started = time.perf_counter()
+            experts, logits = self._forward(batch, readings)
+            self._deliver(self._whole(readings, experts), logits)
+            self._scheduler.observe(chunks, time.perf_counter() - started)
         except Exception:
             log.exception("a step failed")
             for live in lives:
                 self._fail(live, InternalError("internal error"))
         self._steps += 1
 
-    def _forward(self, batch: PackedBatch, readings: list[Reading]) -> dict[int, torch.Tensor]:
+    def _forward(
+        self, batch: PackedBatch, readings: list[Reading]
+    ) -> tuple[DispatchStep, dict[int, torch.Tensor]]:
         """Runs the model and gives the logits [V] of every wanted row."""
         for reading in readings:
             reading.live.note_step()
-        self._dispatcher.begin(
+        experts = self._dispatcher.begin(
             self._epoch,
             deadline_s=max(reading.live.request.deadline_s for reading in readings),
             context=_traced(readings),
         )
         rows = [row for reading in readings for row in reading.wanted]
         started, inside_s = time.perf_counter(), self._clock.total(INSIDE_FORWARD)
-        logits = self._model.forward(batch, self._cache, torch.tensor(rows, dtype=torch.long))
+        part = MicroBatch(batch, torch.tensor(rows, dtype=torch.long), experts)
+        logits = self._model.forward((part,), self._cache)
         inside_s = self._clock.total(INSIDE_FORWARD) - inside_s
         self._clock.add("dense", time.perf_counter() - started - inside_s)
-        return dict(zip(rows, logits, strict=True))
+        return experts, dict(zip(rows, logits, strict=True))
 
-    def _whole(self, readings: list[Reading]) -> list[Reading]:
+    def _whole(self, readings: list[Reading], experts: DispatchStep) -> list[Reading]:
         """Fails the sequences for which an expert was missing; the others have their chunk in the cache now."""
         whole = []
         for reading in readings:
             error = next(
-                (self._dispatcher.failed[row] for row in reading.rows if row in self._dispatcher.failed),
+                (experts.failed[row] for row in reading.rows if row in experts.failed),
                 None,
             )
             if error is not None:
@@ -219,7 +224,7 @@ class Engine:
                 continue
             before = reading.live.sequence.num_prompt_tokens - reading.chunk.start
             self._prompt_tokens += max(0, min(reading.chunk.num_tokens, before))
-            reading.live.sequence.num_computed = reading.chunk.end
+            self._scheduler.advance(reading.chunk)
             whole.append(reading)
         return whole
 

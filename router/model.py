@@ -8,7 +8,8 @@ Shapes: T tokens, D hidden size, K experts per token, N rows whose logits are wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from moesaic.errors import CheckpointError
 from moesaic.families import MoeModel
 from router import attention
 from router.batch import PackedBatch
+from router.dispatcher import DispatchStep
 from router.gate import Gate
 from router.kv_cache import KVCache
 from router.phases import PhaseClock
@@ -31,8 +33,17 @@ EXPERTS_NAME = "moesaic_remote"
 ComputeExperts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one pass through the layers works on: a batch, the rows of it whose logits are wanted, its experts."""
+
+    batch: PackedBatch
+    rows: torch.Tensor  # [N]
+    experts: DispatchStep
+
+
 class RouterModel:
-    """Attention, gates, norms, embeddings and head of one model; what experts compute comes from `compute_experts`."""
+    """Attention, gates, norms, embeddings and head of one model; what experts compute comes from elsewhere."""
 
     def __init__(
         self,
@@ -41,7 +52,6 @@ class RouterModel:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        compute_experts: ComputeExperts,
         clock: PhaseClock,
     ) -> None:
         self.device = device
@@ -49,7 +59,8 @@ class RouterModel:
         self._model = _build(checkpoint, dtype)
         _load(self._model, checkpoint, shape, dtype, device)
         _replace_gates(self._model, shape, clock)
-        _attach_experts(self._model, compute_experts)
+        _attach_experts(self._model, self._compute_experts)
+        self._experts: DispatchStep | None = None
         self.window = shape.sliding_window
 
     @property
@@ -62,18 +73,27 @@ class RouterModel:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: PackedBatch, cache: KVCache, rows: torch.Tensor) -> torch.Tensor:
-        """Runs a step, writes the cache, and gives the logits [N, V] of `rows` [N] of the batch."""
-        step = attention.AttentionStep(batch, cache, self._clock)
+    def forward(self, parts: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
+        """Runs a step, writes the cache, and gives the logits [N, V] of the wanted rows, part by part."""
+        return torch.cat([self._forward(part, cache) for part in parts])
+
+    def _forward(self, part: MicroBatch, cache: KVCache) -> torch.Tensor:
+        self._experts = part.experts
         output = self._model(
-            input_ids=batch.token_ids,
-            position_ids=batch.positions,
+            input_ids=part.batch.token_ids,
+            position_ids=part.batch.positions,
             use_cache=False,
-            logits_to_keep=rows,
-            step=step,
+            logits_to_keep=part.rows,
+            step=attention.AttentionStep(part.batch, cache, self._clock),
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _compute_experts(
+        self, layer: int, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        assert self._experts is not None
+        return self._experts.compute(layer, hidden, slots, weights)
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:

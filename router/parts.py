@@ -86,7 +86,6 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         shape,
         dtype=dtype,
         device=device,
-        compute_experts=dispatcher.compute,
         clock=clock,
     )
     blocks = _block_pool(config.engine, shape, dtype)

@@ -10,9 +10,12 @@ PHASES = (
     "attention",
     "gate",
     "encode",
-    "wait",
+    "wire",
+    "worker decode",
     "worker queue",
     "worker compute",
+    "worker encode",
+    "decode",
     "combine",
     "dense",
     "sample",
@@ -20,13 +23,13 @@ PHASES = (
 )
 
 # Measured inside the model's forward by the three seams; what is left of it is "dense".
-INSIDE_FORWARD = ("attention", "gate", "encode", "wait", "worker queue", "worker compute", "combine")
+INSIDE_FORWARD = PHASES[PHASES.index("attention") : PHASES.index("dense")]
 
 
 class PhaseClock:
     """Written by the engine's thread alone; read as a snapshot by anyone.
 
-    `wait` is what the router waited beyond the slowest worker's own time: encoding there, wire and decoding.
+    `wire` is what the router waited beyond the slowest worker's own time, which is in the `worker` phases.
     `dense` is the rest of the model: projections, norms, embeddings, the head.
     """
 

@@ -103,6 +103,13 @@ class Scheduler:
             budget -= chunks[-1].num_tokens
         return tuple(chunks)
 
+    def advance(self, chunk: Chunk) -> None:
+        """The chunk's keys and values are in the cache now."""
+        chunk.sequence.num_computed = chunk.end
+
+    def observe(self, chunks: tuple[Chunk, ...], seconds: float) -> None:
+        """How long a step took."""
+
     def check_integrity(self) -> None:
         self._pool.check_integrity(sequence.blocks for sequence in (*self.running, *self.waiting))
 

@@ -39,6 +39,11 @@ class ExpertServiceStub:
                 request_serializer=moesaic_dot_v1_dot_expert__pb2.ComputeRequest.SerializeToString,
                 response_deserializer=moesaic_dot_v1_dot_expert__pb2.ComputeResponse.FromString,
                 _registered_method=True)
+        self.OpenLane = channel.unary_unary(
+                '/moesaic.v1.ExpertService/OpenLane',
+                request_serializer=moesaic_dot_v1_dot_expert__pb2.OpenLaneRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_expert__pb2.OpenLaneResponse.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/moesaic.v1.ExpertService/Describe',
                 request_serializer=moesaic_dot_v1_dot_expert__pb2.DescribeRequest.SerializeToString,
@@ -57,6 +62,13 @@ class ExpertServiceServicer:
     def Compute(self, request_iterator, context):
         """One long-lived stream per router and worker. Answers may come in another order than the calls;
         call_id pairs them. A refused call is answered with its error, the stream goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenLane(self, request, context):
+        """Asks for a faster way in beside this service, for a caller on the same host. An empty answer means none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +95,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Compute,
                     request_deserializer=moesaic_dot_v1_dot_expert__pb2.ComputeRequest.FromString,
                     response_serializer=moesaic_dot_v1_dot_expert__pb2.ComputeResponse.SerializeToString,
+            ),
+            'OpenLane': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenLane,
+                    request_deserializer=moesaic_dot_v1_dot_expert__pb2.OpenLaneRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_expert__pb2.OpenLaneResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -122,6 +139,33 @@ class ExpertService:
             '/moesaic.v1.ExpertService/Compute',
             moesaic_dot_v1_dot_expert__pb2.ComputeRequest.SerializeToString,
             moesaic_dot_v1_dot_expert__pb2.ComputeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenLane(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moesaic.v1.ExpertService/OpenLane',
+            moesaic_dot_v1_dot_expert__pb2.OpenLaneRequest.SerializeToString,
+            moesaic_dot_v1_dot_expert__pb2.OpenLaneResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amoesaic/v1/inference.proto\x12\nmoesaic.v1\x1a\x1cgoogle/protobuf/struct.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xc1\x01\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.moesaic.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x12\x30\n\x0ftemplate_kwargs\x18\x04 \x01(\x0b\x32\x17.google.protobuf.StructB\x18\n\x16_add_generation_prompt\"\x96\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12=\n\nlogit_bias\x18\r \x03(\x0b\x32).moesaic.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x05\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x06\x88\x01\x01\x12\x12\n\nignore_eos\x18\x10 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\x07\x88\x01\x01\x12\x1e\n\x16include_stop_in_output\x18\x12 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokens\"\x8c\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.moesaic.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x05 \x01(\x0b\x32\x10.moesaic.v1.ChatH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.moesaic.v1.SamplingParams\x12\t\n\x01n\x18\x07 \x01(\r\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\">\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x8b\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.moesaic.v1.Alternative\x12\x13\n\x0btoken_bytes\x18\x05 \x01(\x0c\x42\n\n\x08_logprob\"Y\n\nPromptInfo\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12*\n\x08logprobs\x18\x02 \x03(\x0b\x32\x18.moesaic.v1.TokenLogprob\x12\x0c\n\x04text\x18\x03 \x01(\t\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"B\n\x06Timing\x12\x10\n\x08queued_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\xcd\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12&\n\x06prompt\x18\x04 \x01(\x0b\x32\x16.moesaic.v1.PromptInfo\x12\r\n\x05index\x18\x05 \x01(\r\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12*\n\x08logprobs\x18\x08 \x03(\x0b\x32\x18.moesaic.v1.TokenLogprob\x12/\n\rfinish_reason\x18\t \x01(\x0e\x32\x18.moesaic.v1.FinishReason\x12\x0c\n\x04stop\x18\n \x01(\t\x12 \n\x05usage\x18\x0b \x01(\x0b\x32\x11.moesaic.v1.Usage\x12\"\n\x06timing\x18\x0c \x01(\x0b\x32\x12.moesaic.v1.Timing\"\x94\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.moesaic.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"L\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xbb\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x13\n\x0bnum_experts\x18\x07 \x01(\r\x12\x1d\n\x15num_experts_per_token\x18\x08 \x01(\r\x12\r\n\x05\x65poch\x18\t \x01(\t\x12\x15\n\rhas_tokenizer\x18\n \x01(\x08\x12\x19\n\x11has_chat_template\x18\x0b \x01(\x08\x12\x15\n\reos_token_ids\x18\x0c \x03(\r\x12\x0f\n\x07\x63reated\x18\r \x01(\x03\x12\x17\n\x0f\x63ontrol_address\x18\x0e \x01(\t\"\x17\n\x15GetRouterStatsRequest\"+\n\tPhaseTime\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\xa2\x01\n\rWorkerTraffic\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\x04\x12\x14\n\x0c\x66\x61iled_calls\x18\x06 \x01(\x04\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x08 \x01(\x04\"\xd1\x02\n\x16GetRouterStatsResponse\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x04\x12\x19\n\x11running_sequences\x18\x04 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x06 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x07 \x01(\r\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\x12%\n\x06phases\x18\t \x03(\x0b\x32\x15.moesaic.v1.PhaseTime\x12*\n\x07workers\x18\n \x03(\x0b\x32\x19.moesaic.v1.WorkerTraffic\x12\x16\n\x0eresident_bytes\x18\x0b \x01(\x04\x12\x10\n\x08uptime_s\x18\x0c \x01(\x01*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9b\x03\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.moesaic.v1.GenerateRequest\x1a\x1c.moesaic.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.moesaic.v1.TokenizeRequest\x1a\x1c.moesaic.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.moesaic.v1.DetokenizeRequest\x1a\x1e.moesaic.v1.DetokenizeResponse\x12Q\n\x0cGetModelInfo\x12\x1f.moesaic.v1.GetModelInfoRequest\x1a .moesaic.v1.GetModelInfoResponse\x12W\n\x0eGetRouterStats\x12!.moesaic.v1.GetRouterStatsRequest\x1a\".moesaic.v1.GetRouterStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amoesaic/v1/inference.proto\x12\nmoesaic.v1\x1a\x1cgoogle/protobuf/struct.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xc1\x01\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.moesaic.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x12\x30\n\x0ftemplate_kwargs\x18\x04 \x01(\x0b\x32\x17.google.protobuf.StructB\x18\n\x16_add_generation_prompt\"\x96\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12=\n\nlogit_bias\x18\r \x03(\x0b\x32).moesaic.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x05\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x06\x88\x01\x01\x12\x12\n\nignore_eos\x18\x10 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\x07\x88\x01\x01\x12\x1e\n\x16include_stop_in_output\x18\x12 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokens\"\x9c\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.moesaic.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x05 \x01(\x0b\x32\x10.moesaic.v1.ChatH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.moesaic.v1.SamplingParams\x12\t\n\x01n\x18\x07 \x01(\r\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\x0e\n\x06tenant\x18\t \x01(\tB\x08\n\x06promptB\x15\n\x13_add_special_tokens\">\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x8b\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.moesaic.v1.Alternative\x12\x13\n\x0btoken_bytes\x18\x05 \x01(\x0c\x42\n\n\x08_logprob\"Y\n\nPromptInfo\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12*\n\x08logprobs\x18\x02 \x03(\x0b\x32\x18.moesaic.v1.TokenLogprob\x12\x0c\n\x04text\x18\x03 \x01(\t\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"B\n\x06Timing\x12\x10\n\x08queued_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\xcd\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12&\n\x06prompt\x18\x04 \x01(\x0b\x32\x16.moesaic.v1.PromptInfo\x12\r\n\x05index\x18\x05 \x01(\r\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12*\n\x08logprobs\x18\x08 \x03(\x0b\x32\x18.moesaic.v1.TokenLogprob\x12/\n\rfinish_reason\x18\t \x01(\x0e\x32\x18.moesaic.v1.FinishReason\x12\x0c\n\x04stop\x18\n \x01(\t\x12 \n\x05usage\x18\x0b \x01(\x0b\x32\x11.moesaic.v1.Usage\x12\"\n\x06timing\x18\x0c \x01(\x0b\x32\x12.moesaic.v1.Timing\"\x94\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.moesaic.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"L\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xbb\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x13\n\x0bnum_experts\x18\x07 \x01(\r\x12\x1d\n\x15num_experts_per_token\x18\x08 \x01(\r\x12\r\n\x05\x65poch\x18\t \x01(\t\x12\x15\n\rhas_tokenizer\x18\n \x01(\x08\x12\x19\n\x11has_chat_template\x18\x0b \x01(\x08\x12\x15\n\reos_token_ids\x18\x0c \x03(\r\x12\x0f\n\x07\x63reated\x18\r \x01(\x03\x12\x17\n\x0f\x63ontrol_address\x18\x0e \x01(\t\"\x17\n\x15GetRouterStatsRequest\"+\n\tPhaseTime\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\xdf\x01\n\rWorkerTraffic\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\x04\x12\x14\n\x0c\x66\x61iled_calls\x18\x06 \x01(\x04\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x08 \x01(\x04\x12\x11\n\ttransport\x18\t \x01(\t\x12\x13\n\x0b\x63\x61ll_p50_us\x18\n \x01(\r\x12\x13\n\x0b\x63\x61ll_p99_us\x18\x0b \x01(\r\"\xa4\x03\n\x16GetRouterStatsResponse\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x04\x12\x19\n\x11running_sequences\x18\x04 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x06 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x07 \x01(\r\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\x12%\n\x06phases\x18\t \x03(\x0b\x32\x15.moesaic.v1.PhaseTime\x12*\n\x07workers\x18\n \x03(\x0b\x32\x19.moesaic.v1.WorkerTraffic\x12\x16\n\x0eresident_bytes\x18\x0b \x01(\x04\x12\x10\n\x08uptime_s\x18\x0c \x01(\x01\x12\x1c\n\x14prefix_lookup_tokens\x18\r \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x0e \x01(\x04\x12\x18\n\x10overlapped_steps\x18\x0f \x01(\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9b\x03\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.moesaic.v1.GenerateRequest\x1a\x1c.moesaic.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.moesaic.v1.TokenizeRequest\x1a\x1c.moesaic.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.moesaic.v1.DetokenizeRequest\x1a\x1e.moesaic.v1.DetokenizeResponse\x12Q\n\x0cGetModelInfo\x12\x1f.moesaic.v1.GetModelInfoRequest\x1a .moesaic.v1.GetModelInfoResponse\x12W\n\x0eGetRouterStats\x12!.moesaic.v1.GetRouterStatsRequest\x1a\".moesaic.v1.GetRouterStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3285
-  _globals['_FINISHREASON']._serialized_end=3380
+  _globals['_FINISHREASON']._serialized_start=3475
+  _globals['_FINISHREASON']._serialized_end=3570
   _globals['_TOKENIDS']._serialized_start=72
   _globals['_TOKENIDS']._serialized_end=95
   _globals['_CHATMESSAGE']._serialized_start=97
@@ -47,39 +47,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=838
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=886
   _globals['_GENERATEREQUEST']._serialized_start=1019
-  _globals['_GENERATEREQUEST']._serialized_end=1287
-  _globals['_ALTERNATIVE']._serialized_start=1289
-  _globals['_ALTERNATIVE']._serialized_end=1351
-  _globals['_TOKENLOGPROB']._serialized_start=1354
-  _globals['_TOKENLOGPROB']._serialized_end=1493
-  _globals['_PROMPTINFO']._serialized_start=1495
-  _globals['_PROMPTINFO']._serialized_end=1584
-  _globals['_USAGE']._serialized_start=1586
-  _globals['_USAGE']._serialized_end=1643
-  _globals['_TIMING']._serialized_start=1645
-  _globals['_TIMING']._serialized_end=1711
-  _globals['_GENERATERESPONSE']._serialized_start=1714
-  _globals['_GENERATERESPONSE']._serialized_end=2047
-  _globals['_TOKENIZEREQUEST']._serialized_start=2050
-  _globals['_TOKENIZEREQUEST']._serialized_end=2198
-  _globals['_TOKENIZERESPONSE']._serialized_start=2200
-  _globals['_TOKENIZERESPONSE']._serialized_end=2276
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2278
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2331
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2333
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2367
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2369
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2390
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2393
-  _globals['_GETMODELINFORESPONSE']._serialized_end=2708
-  _globals['_GETROUTERSTATSREQUEST']._serialized_start=2710
-  _globals['_GETROUTERSTATSREQUEST']._serialized_end=2733
-  _globals['_PHASETIME']._serialized_start=2735
-  _globals['_PHASETIME']._serialized_end=2778
-  _globals['_WORKERTRAFFIC']._serialized_start=2781
-  _globals['_WORKERTRAFFIC']._serialized_end=2943
-  _globals['_GETROUTERSTATSRESPONSE']._serialized_start=2946
-  _globals['_GETROUTERSTATSRESPONSE']._serialized_end=3283
-  _globals['_INFERENCESERVICE']._serialized_start=3383
-  _globals['_INFERENCESERVICE']._serialized_end=3794
+  _globals['_GENERATEREQUEST']._serialized_end=1303
+  _globals['_ALTERNATIVE']._serialized_start=1305
+  _globals['_ALTERNATIVE']._serialized_end=1367
+  _globals['_TOKENLOGPROB']._serialized_start=1370
+  _globals['_TOKENLOGPROB']._serialized_end=1509
+  _globals['_PROMPTINFO']._serialized_start=1511
+  _globals['_PROMPTINFO']._serialized_end=1600
+  _globals['_USAGE']._serialized_start=1602
+  _globals['_USAGE']._serialized_end=1689
+  _globals['_TIMING']._serialized_start=1691
+  _globals['_TIMING']._serialized_end=1757
+  _globals['_GENERATERESPONSE']._serialized_start=1760
+  _globals['_GENERATERESPONSE']._serialized_end=2093
+  _globals['_TOKENIZEREQUEST']._serialized_start=2096
+  _globals['_TOKENIZEREQUEST']._serialized_end=2244
+  _globals['_TOKENIZERESPONSE']._serialized_start=2246
+  _globals['_TOKENIZERESPONSE']._serialized_end=2322
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2324
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2377
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2379
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2413
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2415
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2436
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2439
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2754
+  _globals['_GETROUTERSTATSREQUEST']._serialized_start=2756
+  _globals['_GETROUTERSTATSREQUEST']._serialized_end=2779
+  _globals['_PHASETIME']._serialized_start=2781
+  _globals['_PHASETIME']._serialized_end=2824
+  _globals['_WORKERTRAFFIC']._serialized_start=2827
+  _globals['_WORKERTRAFFIC']._serialized_end=3050
+  _globals['_GETROUTERSTATSRESPONSE']._serialized_start=3053
+  _globals['_GETROUTERSTATSRESPONSE']._serialized_end=3473
+  _globals['_INFERENCESERVICE']._serialized_start=3573
+  _globals['_INFERENCESERVICE']._serialized_end=3984
 # @@protoc_insertion_point(module_scope)

@@ -16,6 +16,7 @@ from moesaic.manifest import Epoch
 from moesaic.settings import EngineSettings
 from router.batch import pack
 from router.cluster_view import NamedWorkers, Snapshot
+from router.model import MicroBatch
 from router.parts import Parts, RouterConfig, load_parts
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
@@ -50,14 +51,16 @@ class LocalRouter:
                 window=parts.model.window,
                 device=parts.model.device,
             )
-            parts.dispatcher.begin(self._epoch, deadline_s=time.monotonic() + 30)
-            logits = parts.model.forward(batch, parts.cache, torch.arange(batch.num_tokens))
-            assert not parts.dispatcher.failed, parts.dispatcher.failed
+            experts = parts.dispatcher.begin(self._epoch, deadline_s=time.monotonic() + 30)
+            part = MicroBatch(batch, torch.arange(batch.num_tokens), experts)
+            logits = parts.model.forward((part,), parts.cache)
+            assert not experts.failed, experts.failed
             for chunk, first in zip(chunks, batch.first_rows, strict=True):
                 sequence = chunk.sequence
                 own = logits[first : first + chunk.num_tokens]
                 rows[sequence.sequence_id] += own
-                ends, sequence.num_computed = chunk.reaches_end, chunk.end
+                ends = chunk.reaches_end
+                scheduler.advance(chunk)
                 if ends and len(sequence.output) < num_new:
                     sequence.append(int(own[-1].argmax()))
                 elif ends:

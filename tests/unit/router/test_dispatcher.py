@@ -13,7 +13,7 @@ from hypothesis import given
 from support.fake_links import Answer, FakeLink, failing, make_epoch, make_pool, spoiled
 
 from moesaic.errors import DeadlineExceeded, Overloaded, Unavailable
-from router.dispatcher import Dispatcher, combine, group_by_slot
+from router.dispatcher import Dispatcher, DispatchStep, combine, group_by_slot
 from router.phases import PhaseClock
 
 NUM_SLOTS = 4
@@ -31,18 +31,18 @@ def dispatch(
     hidden: torch.Tensor = HIDDEN,
     slots: torch.Tensor = SLOTS,
     weights: torch.Tensor = WEIGHTS,
-) -> tuple[torch.Tensor, Dispatcher, dict[str, FakeLink]]:
+) -> tuple[torch.Tensor, DispatchStep, dict[str, FakeLink]]:
     epoch = make_epoch(1, NUM_SLOTS)
     pool, links = make_pool(epoch, workers, answers)
     dispatcher = Dispatcher(pool, PhaseClock(), call_timeout_s=5.0)
-    dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0)
-    return dispatcher.compute(0, hidden, slots, weights), dispatcher, links
+    step = dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0)
+    return step.compute(0, hidden, slots, weights), step, links
 
 
 def test_the_layer_equals_the_weighted_sum_of_its_experts() -> None:
-    output, dispatcher, _ = dispatch({"a": range(2), "b": range(2, 4)})
+    output, step, _ = dispatch({"a": range(2), "b": range(2, 4)})
     torch.testing.assert_close(output, EXPECTED)
-    assert not dispatcher.failed
+    assert not step.failed
 
 
 def test_one_message_goes_to_each_worker_and_holds_each_token_once() -> None:
@@ -92,41 +92,39 @@ def test_any_placement_gives_the_very_same_bits(boundaries: list[int], seed: int
 )
 def test_a_replica_answers_in_place_of_one_that_fails(broken: Answer) -> None:
     workers = {"a": range(2), "b": range(2, 4), "b2": range(2, 4)}
-    output, dispatcher, links = dispatch(workers, {"b": broken})
+    output, step, links = dispatch(workers, {"b": broken})
     torch.testing.assert_close(output, EXPECTED)
-    assert not dispatcher.failed
+    assert not step.failed
     assert len(links["b"].requests) == len(links["b2"].requests) == 1
 
 
 def test_without_a_replica_only_the_tokens_of_the_failed_worker_fail() -> None:
-    output, dispatcher, links = dispatch(
-        {"a": range(3), "b": range(3, 4)}, {"b": failing(Unavailable("gone"))}
-    )
-    assert set(dispatcher.failed) == {1, 2}  # the tokens that slot 3 should compute
-    assert all(isinstance(error, Unavailable) for error in dispatcher.failed.values())
+    output, step, links = dispatch({"a": range(3), "b": range(3, 4)}, {"b": failing(Unavailable("gone"))})
+    assert set(step.failed) == {1, 2}  # the tokens that slot 3 should compute
+    assert all(isinstance(error, Unavailable) for error in step.failed.values())
     torch.testing.assert_close(output[[0, 3]], EXPECTED[[0, 3]])
     assert len(links["b"].requests) == 1, "it is not asked again"
 
 
 def test_the_error_says_what_happened_and_not_where() -> None:
-    _, dispatcher, _ = dispatch({"a": range(4)}, {"a": failing(TimeoutError())})
-    assert {type(error) for error in dispatcher.failed.values()} == {DeadlineExceeded}
-    assert dispatcher.failed[0].message == "layer 0: an expert worker did not answer in time"
+    _, step, _ = dispatch({"a": range(4)}, {"a": failing(TimeoutError())})
+    assert {type(error) for error in step.failed.values()} == {DeadlineExceeded}
+    assert step.failed[0].message == "layer 0: an expert worker did not answer in time"
 
 
 def test_an_expert_that_nobody_holds_is_an_error_for_its_tokens() -> None:
-    _, dispatcher, _ = dispatch({"a": range(3)})
-    assert set(dispatcher.failed) == {1, 2}
-    assert dispatcher.failed[1].reason == "NO_REPLICA"
+    _, step, _ = dispatch({"a": range(3)})
+    assert set(step.failed) == {1, 2}
+    assert step.failed[1].reason == "NO_REPLICA"
 
 
 def test_a_silent_worker_is_waited_for_once_a_step_not_once_a_layer() -> None:
     epoch = make_epoch(3, NUM_SLOTS)
     pool, links = make_pool(epoch, {"a": range(4)}, {"a": failing(TimeoutError())})
     dispatcher = Dispatcher(pool, PhaseClock(), call_timeout_s=5.0)
-    dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0)
+    step = dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0)
     for layer in range(3):
-        dispatcher.compute(layer, HIDDEN, SLOTS, WEIGHTS)
+        step.compute(layer, HIDDEN, SLOTS, WEIGHTS)
     assert len(links["a"].requests) == 1
 
 

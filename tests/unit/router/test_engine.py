@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import pytest
@@ -22,11 +22,10 @@ from moesaic.errors import (
     Overloaded,
     Unavailable,
 )
-from router.batch import PackedBatch
 from router.dispatcher import Dispatcher
 from router.engine import Engine
 from router.kv_cache import BlockPool, KVCache
-from router.model import RouterModel
+from router.model import MicroBatch, RouterModel
 from router.phases import PhaseClock
 from router.scheduler import Limits
 from router.sequence import (
@@ -52,10 +51,14 @@ class CountingModel:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.on_forward: Callable[[PackedBatch], None] = lambda batch: None
+        self.on_forward: Callable[[MicroBatch], None] = lambda part: None
 
-    def forward(self, batch: PackedBatch, cache: KVCache, rows: torch.Tensor) -> torch.Tensor:
-        self.on_forward(batch)
+    def forward(self, parts: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
+        return torch.cat([self._forward(part, cache) for part in parts])
+
+    def _forward(self, part: MicroBatch, cache: KVCache) -> torch.Tensor:
+        self.on_forward(part)
+        batch = part.batch
         ids = batch.token_ids[0].float().view(-1, 1, 1)
         cache.write(0, batch.cache_positions, ids, ids)
         stored = cache.keys[0].flatten()
@@ -65,7 +68,7 @@ class CountingModel:
         for chunk in batch.prefill:
             visible = stored[chunk.positions] * chunk.visible
             sums[chunk.first_row : chunk.first_row + chunk.num_tokens] = visible.sum(1)
-        return torch.nn.functional.one_hot(sums[rows].long() % VOCABULARY, VOCABULARY).float()
+        return torch.nn.functional.one_hot(sums[part.rows].long() % VOCABULARY, VOCABULARY).float()
 
 
 def expected_tokens(prompt: tuple[int, ...], count: int) -> list[int]:
@@ -177,7 +180,7 @@ def test_the_prompt_is_scored_once_even_in_chunks(harness: Harness) -> None:
 def test_a_cancelled_sequence_frees_its_blocks_and_says_nothing_more(harness: Harness) -> None:
     running, release = threading.Event(), threading.Event()
 
-    def hold(batch: PackedBatch) -> None:
+    def hold(part: MicroBatch) -> None:
         running.set()
         release.wait(WAIT_S)
 
@@ -218,10 +221,10 @@ def test_one_more_than_the_queue_holds_is_refused_with_a_time_to_retry() -> None
 def test_tokens_that_lack_an_expert_fail_their_own_sequence_only(harness: Harness) -> None:
     lost: MoesaicError = Unavailable("layer 0: an expert worker failed")
 
-    def lose_the_first(batch: PackedBatch) -> None:
-        for chunk, row in zip(batch.chunks, batch.first_rows, strict=True):
+    def lose_the_first(part: MicroBatch) -> None:
+        for chunk, row in zip(part.batch.chunks, part.batch.first_rows, strict=True):
             if chunk.sequence.sequence_id == "unlucky":
-                harness.dispatcher.failed[row] = lost
+                part.experts.failed[row] = lost
 
     harness.model.on_forward = lose_the_first
     unlucky, lucky = harness.submit("unlucky", (1, 2)), harness.submit("lucky", (3, 4))
@@ -232,8 +235,8 @@ def test_tokens_that_lack_an_expert_fail_their_own_sequence_only(harness: Harnes
 
 
 def test_an_unexpected_error_fails_its_batch_and_the_loop_goes_on(harness: Harness) -> None:
-    def fail_once(batch: PackedBatch) -> None:
-        harness.model.on_forward = lambda batch: None
+    def fail_once(part: MicroBatch) -> None:
+        harness.model.on_forward = lambda part: None
         raise RuntimeError("a bug")
 
     harness.model.on_forward = fail_once

@@ -25,7 +25,6 @@ def load(folder: Path) -> RouterModel:
         describe_model(checkpoint),
         dtype=torch.float32,
         device=torch.device("cpu"),
-        compute_experts=lambda layer, hidden, slots, weights: hidden,
         clock=PhaseClock(),
     )
 
