@@ -29,10 +29,8 @@ check: $(STAMP)  ## style, types, import rules, fresh stubs, forbidden calls
 test: $(STAMP)
 	$(BIN)/pytest
 
-bench: $(STAMP)  ## memory of every process, cold start, workers on one host; prints, rewrites nothing
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/cold_start.py
-	$(BIN)/python benchmarks/workers.py
+bench: $(STAMP)  ## the standard set; rewrites docs/performance.md. QUICK=1: do the programs work? ONLY=decode,lane
+	$(BIN)/python benchmarks/suite.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 protos: $(STAMP)  ## regenerate moesaic/v1 from protos/
 	ops/gen_protos.sh

@@ -1,26 +1,56 @@
 """From the command to the first token: `moesaic demo` on the built-in model, several times, with its own breakdown.
 
-Run: python benchmarks/cold_start.py [--runs 5]
+Run: python benchmarks/cold_start.py [--rounds 5]
 """
 
 from __future__ import annotations
 
 import statistics
-from typing import Annotated
+from collections.abc import Mapping
 
 import typer
 from demo_run import run_demo
+from harness import options
+from harness.result import Figure, Table, conclude
+from harness.turns import progress
 
 
-def main(runs: Annotated[int, typer.Option(min=1, max=20)] = 5) -> None:
-    """Prints a table of medians."""
-    reports = [run_demo("--max-tokens", "1")["milestones_s"] for _ in range(runs)]
-    print(f"{runs} runs of `moesaic demo --max-tokens 1`, seconds: median (min to max)")
-    print("| from the start of the command to | s |")
-    print("| --- | ---: |")
-    for milestone in reports[0]:
-        values = [report[milestone] for report in reports]
-        print(f"| {milestone} | {statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f}) |")
+def main(
+    rounds: options.Rounds = 5, out: options.Out = options.RESULTS, quick: options.Quick = False
+) -> None:
+    """Measures, prints, and writes cold_start.json."""
+    reports: list[Mapping[str, float]] = []
+    for number in range(1 if quick else rounds):
+        reports.append(run_demo("--max-tokens", "1")["milestones_s"])
+        progress(f"cold start: {number + 1} of {rounds}")
+    last = list(reports[0])[-1]
+    seconds = [report[last] for report in reports]
+    conclude(
+        "cold_start",
+        out,
+        figures=[
+            Figure(
+                "cold-start",
+                "from the command to the first token",
+                statistics.median(seconds),
+                "s",
+                min(seconds),
+                max(seconds),
+            )
+        ],
+        tables=[
+            Table(
+                "",
+                ("from the start of the command to", "s"),
+                tuple((name, _spread([report[name] for report in reports])) for name in reports[0]),
+            )
+        ],
+        quick=quick,
+    )
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 if __name__ == "__main__":

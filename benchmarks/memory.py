@@ -1,16 +1,14 @@
 """Resident memory of every process against its share of the weights.
 
 A checkpoint much larger than one worker's share is served by real processes; a tiny one by processes of the same kind
-gives the overhead that has nothing to do with weights (interpreter, torch, gRPC). Prints the table of
-docs/performance.md. Run: python benchmarks/memory.py [--workers 4]
+gives the overhead that has nothing to do with weights (interpreter, torch, gRPC). Run: python benchmarks/memory.py
+[--workers 4]
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +16,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from harness import options
+from harness.result import Table, conclude
+from harness.serving import Setup, serve
 from random_checkpoint import Shape, write_checkpoint
 
 from moesaic import Client, rpc
@@ -37,68 +38,54 @@ class Row:
     peak: int
 
 
-def main(workers: Annotated[int, typer.Option(min=1, max=8)] = 4) -> None:
-    """Measures and prints."""
+def main(
+    workers: Annotated[int, typer.Option(min=1, max=8)] = 4,
+    model: options.Model = None,
+    out: options.Out = options.RESULTS,
+    quick: options.Quick = False,
+) -> None:
+    """Measures, prints, and writes memory.json."""
+    large = options.checkpoint(model, quick)
     with tempfile.TemporaryDirectory() as folder:
         bare = measure(write_checkpoint(Path(folder, "tiny"), TINY), 1)
-        model = write_checkpoint(Path(folder, "large"), Shape())
-        size = sum(file.stat().st_size for file in model.iterdir())
-        rows = measure(model, workers)
+    rows = measure(large, workers)
     overhead = {row.name.split("-")[0]: row.resident for row in bare}
-    print(
-        f"checkpoint {size / MIB:,.0f} MiB (bfloat16), {workers} workers; a request of 256 + 32 tokens was served"
+    size = sum(file.stat().st_size for file in large.glob("*.safetensors"))
+    conclude(
+        "memory",
+        out,
+        figures=[],
+        tables=[
+            Table(
+                "",
+                (
+                    "process",
+                    "weights MiB",
+                    "resident MiB",
+                    "resident - weights",
+                    "bare process MiB",
+                    "peak MiB",
+                ),
+                tuple(_cells(row, overhead[row.name.split("-")[0]]) for row in rows),
+            )
+        ],
+        notes=[
+            f"checkpoint {size / MIB:,.0f} MiB (bfloat16), {workers} workers; a request of 256 + 32 tokens was served"
+        ],
+        quick=quick,
     )
-    print("| process | weights MiB | resident MiB | resident - weights | bare process MiB | peak MiB |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in rows:
-        cells = (
-            row.weights,
-            row.resident,
-            row.resident - row.weights,
-            overhead[row.name.split("-")[0]],
-            row.peak,
-        )
-        print(f"| {row.name} | " + " | ".join(f"{cell / MIB:,.0f}" for cell in cells) + " |")
 
 
 def measure(model: Path, workers: int) -> list[Row]:
     """Serves one request of the model and reads every process's memory."""
-    shares = [f"{8 * index // workers}-{8 * (index + 1) // workers - 1}" for index in range(workers)]
-    flags = ["--model", str(model), "--dtype", "bfloat16"]
-    processes: list[subprocess.Popen[str]] = []
-    try:
-        processes += [
-            start("expert_worker", *flags, "--experts", share, "--name", f"worker-{index}")
-            for index, share in enumerate(shares)
-        ]
-        addresses = [wait_ready(process) for process in processes]
-        named = [flag for address in addresses for flag in ("--worker", address)]
-        processes.append(start("router", *flags, "--port", "0", *named))
-        target = wait_ready(processes[-1])
-        held = asyncio.run(exercise(target, addresses))
+    with serve(Setup(model, workers=workers, settings={"dtype": "bfloat16"})) as site:
+        held = asyncio.run(exercise(site.router, site.workers))
         dense = sum(file.stat().st_size for file in model.glob("*.safetensors")) - sum(held)
-        names = [*(f"worker-{index}" for index in range(workers)), "router-0"]
+        weights = (*held, dense)
         return [
-            Row(name, weights, *resident_and_peak(process.pid))
-            for name, weights, process in zip(names, [*held, dense], processes, strict=True)
+            Row(name, size, *resident_and_peak(pid))
+            for (name, pid), size in zip(site.processes.items(), weights, strict=True)
         ]
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(30)
-
-
-def start(module: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
-
-
-def wait_ready(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    match = re.search(r"grpc=(\S+)", process.stdout.readline())
-    if match is None:
-        raise SystemExit("a process did not become ready: its log is above")
-    return match[1]
 
 
 async def exercise(router: str, workers: Sequence[str]) -> list[int]:
@@ -120,6 +107,11 @@ def resident_and_peak(pid: int) -> tuple[int, int]:
     status = Path(f"/proc/{pid}/status").read_text()
     values = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", status))
     return int(values["VmRSS"]) << 10, int(values["VmHWM"]) << 10
+
+
+def _cells(row: Row, bare: int) -> tuple[str, ...]:
+    cells = (row.weights, row.resident, row.resident - row.weights, bare, row.peak)
+    return (row.name, *(f"{cell / MIB:,.0f}" for cell in cells))
 
 
 if __name__ == "__main__":

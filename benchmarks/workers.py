@@ -1,43 +1,67 @@
-"""What several workers on one host cost: the demo's answer with one worker and with four, in turn.
+"""What several workers on one host cost a person: the demo's answer with one worker and with four, in turn.
 
-Run: python benchmarks/workers.py [--pairs 5]
+Run: python benchmarks/workers.py [--rounds 5]
 """
 
 from __future__ import annotations
 
-import statistics
-from typing import Annotated, Any
+from functools import partial
+from typing import Any
 
 import typer
 from demo_run import run_demo
+from harness import options
+from harness.result import Figure, Table, conclude
+from harness.turns import Rules, Side, Turns, take_turns
+
+ONE, FOUR = "one worker", "four workers"
 
 
-def main(pairs: Annotated[int, typer.Option(min=1, max=20)] = 5) -> None:
-    """Prints medians and the ratio pair by pair."""
-    runs = [(run_demo("--workers", "1"), run_demo("--workers", "4")) for _ in range(pairs)]
-    one, four = ([speed(report) for report in side] for side in zip(*runs, strict=True))
-    ratios = [a / b for a, b in zip(one, four, strict=True)]
-    print(f"{pairs} pairs, tokens per second: one worker {median(one)}, four workers {median(four)}")
-    print(f"one over four, pair by pair: {median(ratios, 2)} ({min(ratios):.2f} to {max(ratios):.2f})")
-    print("| phase, ms a token | one worker | four workers |")
-    print("| --- | ---: | ---: |")
-    for phase in runs[0][0]["phases_s"]:
-        cells = [
-            median([per_token_ms(report, phase) for report in side], 2) for side in zip(*runs, strict=True)
-        ]
-        print(f"| {phase} | {cells[0]} | {cells[1]} |")
+def main(
+    rounds: options.Rounds = 5, out: options.Out = options.RESULTS, quick: options.Quick = False
+) -> None:
+    """Measures, prints, and writes workers.json."""
+    # Ray's daemons look like strangers, so that nothing here is ever quiet: no round is taken again.
+    rules = Rules(rounds=1 if quick else rounds, retries=0, settle_s=0.0 if quick else 5.0)
+    turns = take_turns(
+        (
+            Side(ONE, partial(run_demo, "--workers", "1")),
+            Side(FOUR, partial(run_demo, "--workers", "4")),
+        ),
+        rules,
+        "workers",
+    )
+    ratio = turns.ratio(ONE, FOUR, speed)
+    conclude(
+        "workers",
+        out,
+        figures=[
+            Figure("demo-workers", "one worker over four", ratio.value, "x", ratio.low, ratio.high),
+        ],
+        tables=[
+            Table(
+                "",
+                ("", ONE, FOUR),
+                (
+                    ("tokens per second", *(f"{turns.median(side, speed):.0f}" for side in (ONE, FOUR))),
+                    *(_phase_row(turns, phase) for phase in turns.rounds[0][ONE]["phases_s"]),
+                ),
+            )
+        ],
+        notes=["phases in ms a token, all layers"],
+        quick=quick,
+    )
 
 
 def speed(report: dict[str, Any]) -> float:
     return float(report["answer"]["tokens_per_s"])
 
 
-def per_token_ms(report: dict[str, Any], phase: str) -> float:
-    return 1000 * float(report["phases_s"][phase]) / int(report["answer"]["num_tokens"])
+def _phase_row(turns: Turns[dict[str, Any]], phase: str) -> tuple[str, ...]:
+    def per_token_ms(report: dict[str, Any]) -> float:
+        return 1000 * float(report["phases_s"][phase]) / int(report["answer"]["num_tokens"])
 
-
-def median(values: list[float], digits: int = 0) -> str:
-    return f"{statistics.median(values):.{digits}f}"
+    return (phase, *(f"{turns.median(side, per_token_ms):.2f}" for side in (ONE, FOUR)))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,32 @@
 """Settings, a model and the nodes of a cluster -> the processes to start, each with its seat. Pure.
 
-The router comes first: of all processes it takes longest to start.
+The routers come first: of all processes they take longest to start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.controller import Cluster, Member
-from cluster.placement import MAX_WORKERS, Node, Seat, place_experts, seat_router, seat_workers
+from cluster.placement import MAX_WORKERS, Node, Seat, place_experts, seat_routers, seat_workers
 from cluster.processes import (
     CONTROLLER,
     GATEWAY,
-    ROUTER,
     ControllerSpec,
     ExpertWorkerSpec,
     GatewaySpec,
     ProcessSpec,
     RouterSpec,
+    router_names,
 )
+from expert_worker.config import WorkerConfig
+from gateway.config import GatewayConfig
 from moesaic.families import MoeModel
 from moesaic.settings import Device, Settings
 from moesaic.v1 import control_pb2
+from router.config import RouterConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,31 @@ def draw_blueprint(
     """
     replicas = settings.cluster.replicas
     at_most = min(MAX_WORKERS, model.num_layers * model.num_slots * replicas)
-    seats = seat_workers(nodes, settings.cluster.workers, settings.device, home=home, at_most=at_most)
+    num_routers = settings.cluster.routers
+    seats = seat_workers(
+        nodes,
+        settings.cluster.workers,
+        settings.device,
+        home=home,
+        num_routers=num_routers,
+        at_most=at_most,
+    )
     workers = _workers(settings, folder, model, seats)
-    router_seat = seat_router(nodes, seats, settings.device, home=home)
-    quiet_seat = Seat(router_seat.node, num_gpus=0.0, threads=1)
+    router_seats = seat_routers(nodes, seats, num_routers, settings.device, home=home)
+    routers = _routers(settings, folder, name, router_seats)
+    quiet_seat = Seat(router_seats[0].node, num_gpus=0.0, threads=1)
     cluster = Cluster(
         model=folder.name,
         num_layers=model.num_layers,
         num_slots=model.num_slots,
-        members=_members(workers, router_seat),
+        members=(
+            Member(CONTROLLER, control_pb2.PROCESS_ROLE_CONTROLLER),
+            Member(GATEWAY, control_pb2.PROCESS_ROLE_GATEWAY),
+            *_members((*routers, *workers)),
+        ),
     )
     return (
-        PlannedProcess(_router(settings, folder, name, router_seat), router_seat, num_cpus=1, pinned=True),
+        *routers,
         PlannedProcess(ControllerSpec(cluster), quiet_seat, num_cpus=0, pinned=False),
         *workers,
         PlannedProcess(_gateway(settings), quiet_seat, num_cpus=0, pinned=True),
@@ -78,14 +94,18 @@ def _workers(
     return tuple(
         PlannedProcess(
             ExpertWorkerSpec(
-                name=f"expert-worker-{index}",
-                model=folder,
-                experts=experts,
-                device=_device(seat),
-                dtype=settings.dtype,
-                settings=settings.worker.model_copy(
-                    update={"threads": settings.worker.threads or seat.threads}
-                ),
+                WorkerConfig(
+                    name=f"expert-worker-{index}",
+                    model=folder,
+                    experts=experts,
+                    host=seat.node.address,
+                    port=0,
+                    device=_device(seat),
+                    dtype=settings.dtype,
+                    settings=settings.worker.model_copy(
+                        update={"threads": settings.worker.threads or seat.threads}
+                    ),
+                )
             ),
             seat,
             num_cpus=1,
@@ -95,37 +115,46 @@ def _workers(
     )
 
 
-def _router(settings: Settings, folder: Path, name: str, seat: Seat) -> RouterSpec:
-    return RouterSpec(
+def _routers(
+    settings: Settings, folder: Path, served_name: str, seats: Sequence[Seat]
+) -> tuple[PlannedProcess, ...]:
+    """The first has the public address and keeps it; the others are known to the gateway alone and may move."""
+    return tuple(
+        _router(settings, folder, served_name, name, seat, is_public=index == 0)
+        for index, (name, seat) in enumerate(zip(router_names(len(seats)), seats, strict=True))
+    )
+
+
+def _router(
+    settings: Settings, folder: Path, served_name: str, name: str, seat: Seat, *, is_public: bool
+) -> PlannedProcess:
+    config = RouterConfig(
         model=folder,
-        served_name=name,
-        host=settings.host,
-        port=settings.grpc_port,
+        served_name=served_name,
+        host=settings.host if is_public else seat.node.address,
+        port=settings.grpc_port if is_public else 0,
         device=_device(seat),
         dtype=settings.dtype,
         engine=settings.engine.model_copy(update={"threads": settings.engine.threads or seat.threads}),
-        start_timeout_s=settings.cluster.start_timeout_s,
     )
+    spec = RouterSpec(name, config, is_public, settings.cluster.start_timeout_s)
+    return PlannedProcess(spec, seat, num_cpus=1, pinned=is_public)
 
 
 def _gateway(settings: Settings) -> GatewaySpec:
-    return GatewaySpec(host=settings.host, port=settings.http_port, settings=settings.gateway)
+    config = GatewayConfig(settings.host, settings.http_port, settings.gateway)
+    return GatewaySpec(config, router_names(settings.cluster.routers))
 
 
-def _members(workers: Sequence[PlannedProcess], router_seat: Seat) -> tuple[Member, ...]:
-    held = (
-        Member(
-            worker.spec.name, control_pb2.PROCESS_ROLE_EXPERT_WORKER, worker.spec.experts, worker.spec.device
-        )
-        for worker in workers
-        if isinstance(worker.spec, ExpertWorkerSpec)
-    )
-    return (
-        Member(CONTROLLER, control_pb2.PROCESS_ROLE_CONTROLLER),
-        Member(GATEWAY, control_pb2.PROCESS_ROLE_GATEWAY),
-        Member(ROUTER, control_pb2.PROCESS_ROLE_ROUTER, device=_device(router_seat)),
-        *held,
-    )
+def _members(processes: Sequence[PlannedProcess]) -> Iterator[Member]:
+    for process in processes:
+        match process.spec:
+            case ExpertWorkerSpec(config):
+                yield Member(
+                    config.name, control_pb2.PROCESS_ROLE_EXPERT_WORKER, config.experts, config.device
+                )
+            case RouterSpec(name, config):
+                yield Member(name, control_pb2.PROCESS_ROLE_ROUTER, device=config.device)
 
 
 def _device(seat: Seat) -> Device:

@@ -1,10 +1,12 @@
-"""The `moesaic` command: the entry point, which says clearly what is missing when only the client is installed."""
+"""The `moesaic` command: the entry point, which says clearly what is missing where not everything is installed."""
 
 from __future__ import annotations
 
 import sys
 
 OWN_PACKAGES = frozenset({"cluster", "expert_worker", "gateway", "moesaic", "router"})
+# What only `moesaic bench` needs.
+BENCH_PACKAGES = frozenset({"aiohttp", "matplotlib"})
 
 
 def main() -> None:
@@ -19,7 +21,8 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package in OWN_PACKAGES:
             raise
-        print(f"error: the command needs {package}: pip install 'moesaic[serve]'", file=sys.stderr)
+        extra = "bench" if package in BENCH_PACKAGES else "serve"
+        print(f"error: the command needs {package}: pip install 'moesaic[{extra}]'", file=sys.stderr)
         sys.exit(1)
 
 

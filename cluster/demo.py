@@ -76,15 +76,18 @@ class _Counters:
     phases_s: dict[str, float]
 
 
-async def run_demo(prompt: str | None, *, max_tokens: int, workers: int, as_json: bool) -> None:
+async def run_demo(prompt: str | None, *, max_tokens: int, workers: int, routers: int, as_json: bool) -> None:
     """Raises InvalidArgument for more workers than experts, Unavailable when the cluster cannot start."""
     settings = load_settings(
-        http_port=0, grpc_port=0, log_level="ERROR", cluster={"workers": workers, "replicas": 1}
+        http_port=0,
+        grpc_port=0,
+        log_level="ERROR",
+        cluster={"workers": workers, "routers": routers, "replicas": 1},
     )
     model, settings = check_model(settings), with_ports(settings)
     out = Console(file=sys.stdout, highlight=False)
     if not as_json:
-        _print_opening(out, model, workers)
+        _print_opening(out, model, workers, routers)
     milestones = Milestones()
     with StopSignals() as signals:
         progress = LoadProgress(Console(stderr=True, quiet=as_json))
@@ -213,12 +216,13 @@ def _share(
     )
 
 
-def _print_opening(out: Console, model: CheckedModel, workers: int) -> None:
+def _print_opening(out: Console, model: CheckedModel, workers: int, routers: int) -> None:
     shape = model.shape
     num_experts = shape.num_layers * shape.num_slots
+    holds_none = "the router holds" if routers == 1 else f"the {routers} routers hold"
     out.print(
         f"[bold]Moesaic[/]: {shape.num_layers} layers of {shape.num_slots} experts, {shape.gate.top_k} a token. "
-        f"{workers} worker processes hold the {num_experts} experts; the router holds none.\n"
+        f"{workers} worker processes hold the {num_experts} experts; {holds_none} none.\n"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import grpc
 
 from cluster.blueprint import PlannedProcess
-from cluster.processes import CONTROLLER, GATEWAY, ROUTER, Peers
+from cluster.processes import CONTROLLER, GATEWAY, Peers, router_names
 from moesaic import rpc
 from moesaic.errors import FailedPrecondition, MoesaicError, Unavailable
 from moesaic.settings import Settings
@@ -54,7 +54,7 @@ class ProcessStarter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Where a cluster answers, as HOST:PORT."""
+    """Where a cluster answers, as HOST:PORT. `grpc` is the first router's."""
 
     http: str
     grpc: str
@@ -69,6 +69,7 @@ class Launcher:
         self._starter = starter
         self._processes = processes
         self._settings = settings
+        self._routers = router_names(settings.cluster.routers)
         self._names: list[str] = []
         self._ready = False
 
@@ -97,7 +98,9 @@ class Launcher:
                     show(topology)
                     _refuse_failed(topology)
                 peers = self._starter.peers
-                endpoints = Endpoints(http=await peers.address(GATEWAY), grpc=await peers.address(ROUTER))
+                endpoints = Endpoints(
+                    http=await peers.address(GATEWAY), grpc=await peers.address(self._routers[0])
+                )
         except TimeoutError as error:
             raise Unavailable(f"not ready after {timeout_s:.0f} s: {_waiting_for(topology)}") from error
         self._ready = True
@@ -116,9 +119,11 @@ class Launcher:
     async def _drain(self, drain_s: float) -> None:
         """From the outside in: whoever is stopped first has nobody left who asks."""
         await self._stop_process(GATEWAY, drain_s)
-        await self._stop_process(ROUTER, drain_s)
-        rest = [name for name in self._names if name not in (GATEWAY, ROUTER)]
-        await asyncio.gather(*(self._stop_process(name, 0.0) for name in rest))
+        await self._stop_all(self._routers, drain_s)
+        await self._stop_all([name for name in self._names if name not in (GATEWAY, *self._routers)], 0.0)
+
+    async def _stop_all(self, names: Iterable[str], drain_s: float) -> None:
+        await asyncio.gather(*(self._stop_process(name, drain_s) for name in names))
 
     async def _stop_process(self, name: str, drain_s: float) -> None:
         try:

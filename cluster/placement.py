@@ -1,4 +1,4 @@
-"""Who holds what: the experts of each worker, and the node of each worker. Pure functions.
+"""Who holds what and sits where: the experts of each worker, the nodes of workers and routers. Pure functions.
 
 Per layer, every worker gets a quota: the even share, or its share by weight. Quotas laid end to end around the circle
 of the layer's slots give every slot its copies and no worker the same expert twice, so that losing one worker never
@@ -34,7 +34,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Where one worker runs, and its share of that node."""
+    """Where one worker or router runs, and its share of that node."""
 
     node: Node
     num_gpus: float
@@ -71,27 +71,53 @@ def place_experts(
 
 
 def seat_workers(
-    nodes: Sequence[Node], num_workers: int | None, device: Device, *, home: str, at_most: int = MAX_WORKERS
+    nodes: Sequence[Node],
+    num_workers: int | None,
+    device: Device,
+    *,
+    home: str,
+    num_routers: int = 1,
+    at_most: int = MAX_WORKERS,
 ) -> tuple[Seat, ...]:
     """The node, GPU share and threads of each worker.
 
     A node offers one place per GPU, or one when it has none or `device` is cpu. None workers: one in each place, up to
-    `at_most`; otherwise they go around the places. On the node with id `home` the router takes part in the GPUs, but
-    not in the cores: it rests while workers compute.
+    `at_most`; otherwise they go around the places. Routers take part in the GPUs of their nodes, but not in the
+    cores: a router rests while workers compute for it.
     """
     places = _places(nodes, device)
     if not places:
         raise InvalidArgument("device: no node of the cluster has a GPU", field="device")
     count = min(len(places), at_most) if num_workers is None else num_workers
     seated = [places[index % len(places)] for index in range(count)]
-    return tuple(_seat(node, seated.count(node), device, home) for node in seated)
+    routers = _router_nodes(nodes, num_routers, device, home)
+    return tuple(
+        Seat(
+            node,
+            _gpu_share(node, seated.count(node) + routers.count(node), device),
+            threads=_thread_share(node, seated.count(node)),
+        )
+        for node in seated
+    )
 
 
-def seat_router(nodes: Sequence[Node], workers: Sequence[Seat], device: Device, *, home: str) -> Seat:
-    """The router runs on `home` with all its cores, and shares a GPU there with the workers."""
-    node = next(node for node in nodes if node.id == home)
-    seat = _seat(node, sum(worker.node == node for worker in workers), device, home)
-    return Seat(node=node, num_gpus=seat.num_gpus, threads=node.num_cpus)
+def seat_routers(
+    nodes: Sequence[Node], workers: Sequence[Seat], num_routers: int, device: Device, *, home: str
+) -> tuple[Seat, ...]:
+    """The node, GPU share and threads of each router: the first on `home`, the others around the nodes like it.
+
+    Routers of one node share its cores with each other, not with the workers there.
+    """
+    seated = _router_nodes(nodes, num_routers, device, home)
+    held = [worker.node for worker in workers]
+    return tuple(
+        Seat(
+            node,
+            _gpu_share(node, held.count(node) + seated.count(node), device),
+            threads=_thread_share(node, seated.count(node)),
+        )
+        for node in seated
+    )
 
 
 def _check_counts(num_experts: int, num_workers: int, replicas: int) -> None:
@@ -153,17 +179,31 @@ def _places(nodes: Sequence[Node], device: Device) -> list[Node]:
     """One entry per place, the first place of every node before the second of any."""
     places: list[tuple[int, Node]] = []
     for node in nodes:
-        if device != "cpu" and node.num_gpus:
+        if _uses_gpu(node, device):
             places += [(gpu, node) for gpu in range(node.num_gpus)]
         elif device != "cuda":
             places.append((0, node))
     return [node for _, node in sorted(places, key=lambda place: place[0])]
 
 
-def _seat(node: Node, num_workers: int, device: Device, home: str) -> Seat:
-    """One of `num_workers` equal seats on a node: equal, so that Ray can pack the shares of its GPUs in any order."""
-    num_gpus = 0.0
-    if device != "cpu" and node.num_gpus:
-        num_tenants = num_workers + (1 if node.id == home else 0)
-        num_gpus = _GPU_SHARES // math.ceil(num_tenants / node.num_gpus) / _GPU_SHARES
-    return Seat(node, num_gpus, threads=max(1, node.num_cpus // max(1, num_workers)))
+def _router_nodes(nodes: Sequence[Node], num_routers: int, device: Device, home: str) -> list[Node]:
+    """Nodes with a GPU or nodes without, as `home` is: routers of two kinds would not give the same tokens."""
+    first = next(node for node in nodes if node.id == home)
+    others = [node for node in nodes if node != first and _uses_gpu(node, device) == _uses_gpu(first, device)]
+    alike = [first, *others]
+    return [alike[index % len(alike)] for index in range(num_routers)]
+
+
+def _uses_gpu(node: Node, device: Device) -> bool:
+    return device != "cpu" and node.num_gpus > 0
+
+
+def _gpu_share(node: Node, num_tenants: int, device: Device) -> float:
+    """Equal for all tenants of a node, so that Ray can pack the shares of its GPUs in any order."""
+    if not _uses_gpu(node, device):
+        return 0.0
+    return _GPU_SHARES // math.ceil(num_tenants / node.num_gpus) / _GPU_SHARES
+
+
+def _thread_share(node: Node, num_processes: int) -> int:
+    return max(1, node.num_cpus // num_processes)

@@ -9,31 +9,36 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.control_service import ControlServer
 from cluster.controller import Cluster, Controller
 from cluster.process_host import HostedServer, ProcessReport
 from cluster.process_watch import ProcessWatch
-from moesaic.manifest import ExpertAddress
-from moesaic.settings import Device, DType, EngineSettings, GatewaySettings, WorkerSettings
+from expert_worker.config import WorkerConfig
+from gateway.config import GatewayConfig
+from router.config import RouterConfig
 
 if TYPE_CHECKING:
     from gateway.server import GatewayServer
     from router.server import RouterServer
 
 CONTROLLER = "controller"
-ROUTER = "router"
 GATEWAY = "gateway"
 
 READY_PERIOD_S = 0.1
 READY_TIMEOUT_S = 5.0
 # Revisions of a controller that was restarted n times begin at n of these: always above those before it.
 _REVISIONS_PER_START = 1 << 32
+
+
+def router_names(num_routers: int) -> tuple[str, ...]:
+    """The routers of a cluster; the first is the one with the public gRPC address."""
+    return tuple(f"router-{index}" for index in range(num_routers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,41 +54,31 @@ class ControllerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWorkerSpec:
-    """One expert worker and its share of the model."""
+    """One expert worker. It listens at the address of the node that it finds itself on."""
 
-    name: str
-    model: Path
-    experts: frozenset[ExpertAddress]
-    device: Device
-    dtype: DType
-    settings: WorkerSettings
+    config: WorkerConfig
+
+    @property
+    def name(self) -> str:
+        return self.config.name
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
-    """The router and its public address."""
+    """One router. `is_public`: at the address of its config; else, like a worker, at that of its node."""
 
-    model: Path
-    served_name: str
-    host: str
-    port: int
-    device: Device
-    dtype: DType
-    engine: EngineSettings
+    name: str
+    config: RouterConfig
+    is_public: bool
     start_timeout_s: float
-
-    @property
-    def name(self) -> str:
-        return ROUTER
 
 
 @dataclass(frozen=True, slots=True)
 class GatewaySpec:
-    """The gateway and its public address."""
+    """The gateway, and the names of the routers behind it."""
 
-    host: str
-    port: int
-    settings: GatewaySettings
+    config: GatewayConfig
+    routers: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -143,46 +138,27 @@ async def make_server(spec: ProcessSpec, around: Surroundings) -> HostedServer:
 
 async def _make_expert_worker(spec: ExpertWorkerSpec, around: Surroundings) -> HostedServer:
     await _import("expert_worker.server")
-    from expert_worker.server import WorkerConfig, WorkerServer
+    from expert_worker.server import WorkerServer
 
-    return WorkerServer(
-        WorkerConfig(
-            name=spec.name,
-            model=spec.model,
-            experts=spec.experts,
-            host=around.node,
-            port=0,
-            device=spec.device,
-            dtype=spec.dtype,
-            settings=spec.settings,
-        )
-    )
+    return WorkerServer(replace(spec.config, host=around.node))
 
 
 async def _make_router(spec: RouterSpec, around: Surroundings) -> HostedServer:
     await _import("router.server")
     from router.cluster_view import ControlWatch
-    from router.server import RouterConfig, RouterServer
+    from router.server import RouterServer
 
-    config = RouterConfig(
-        model=spec.model,
-        served_name=spec.served_name,
-        host=spec.host,
-        port=spec.port,
-        device=spec.device,
-        dtype=spec.dtype,
-        engine=spec.engine,
-    )
+    config = spec.config if spec.is_public else replace(spec.config, host=around.node)
     view = ControlWatch(lambda: around.peers.address(CONTROLLER))
     return _HostedRouter(RouterServer(config, view), spec.start_timeout_s)
 
 
 async def _make_gateway(spec: GatewaySpec, around: Surroundings) -> HostedServer:
     await _import("gateway.server")
-    from gateway.server import GatewayConfig, GatewayServer
+    from gateway.server import GatewayServer
 
-    config = GatewayConfig(host=spec.host, port=spec.port, settings=spec.settings)
-    return _HostedGateway(GatewayServer(config, lambda: around.peers.address(ROUTER)))
+    routers = {name: partial(around.peers.address, name) for name in spec.routers}
+    return _HostedGateway(GatewayServer(spec.config, routers))
 
 
 class _HostedRouter:
@@ -249,8 +225,8 @@ async def _import(module: str) -> None:
 def _threads(spec: ProcessSpec) -> int | None:
     match spec:
         case ExpertWorkerSpec():
-            return spec.settings.threads
+            return spec.config.settings.threads
         case RouterSpec():
-            return spec.engine.threads
+            return spec.config.engine.threads
         case _:
             return None

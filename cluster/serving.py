@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from cluster.actors import RayCluster
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
-# Controller, router and gateway.
-NUM_OTHER_PROCESSES = 3
+# Controller and gateway.
+NUM_OTHER_PROCESSES = 2
 # Above the ports that Ray gives its workers and below those that Linux hands out by itself: while the processes start,
 # neither takes one of these away.
 QUIET_PORTS = range(20_000, 32_768)
@@ -100,7 +100,8 @@ async def _connected(settings: Settings, signals: StopSignals) -> AsyncIterator[
     """A Ray to start processes on. Stops everything and raises Unavailable when it dies meanwhile."""
     from cluster.actors import RayCluster  # ray takes its time: a wrong flag is told before
 
-    ray = RayCluster.connect(settings, num_processes=NUM_OTHER_PROCESSES + (settings.cluster.workers or 1))
+    num_processes = NUM_OTHER_PROCESSES + settings.cluster.routers + (settings.cluster.workers or 1)
+    ray = RayCluster.connect(settings, num_processes=num_processes)
     watch = asyncio.create_task(_stop_when_lost(ray, signals))
     try:
         yield ray

@@ -1,12 +1,15 @@
-"""`moesaic status`: one router and the controller that it follows, as tables.
+"""`moesaic status`: one router, the controller that it follows and the routers beside it, as tables.
 
-The router knows its traffic, the controller the processes; a router whose workers were named by hand has no controller,
+A router knows its traffic, the controller the processes; a router whose workers were named by hand has no controller,
 and then its own view of them is all there is.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import grpc
@@ -16,7 +19,8 @@ from rich.table import Table
 from cluster.json_output import plain
 from cluster.router_client import router_client
 from cluster.tables import count, new_table, state_text
-from moesaic import rpc
+from moesaic import Client, rpc
+from moesaic.errors import MoesaicError
 from moesaic.v1 import control_pb2, control_pb2_grpc, inference_pb2
 
 TIMEOUT_S = 5.0
@@ -24,13 +28,15 @@ TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """What router and controller say of themselves. `topology`: None without a controller that answers."""
+    """What routers and controller say of themselves. `topology`: None without a controller that answers."""
 
     router: str
     model: inference_pb2.GetModelInfoResponse
     stats: inference_pb2.GetRouterStatsResponse
     topology: control_pb2.GetTopologyResponse | None
     problem: str
+    # Of all routers of the cluster, by name; one that does not answer is left out.
+    routers: Mapping[str, inference_pb2.GetRouterStatsResponse]
 
 
 async def run_status(target: str, *, as_json: bool) -> None:
@@ -47,15 +53,15 @@ async def ask_status(target: str) -> ClusterStatus:
         model = await client.model_info(timeout_s=TIMEOUT_S)
         stats = await client.router_stats(timeout_s=TIMEOUT_S)
     if not model.control_address:
-        return ClusterStatus(target, model, stats, None, "")
+        return ClusterStatus(target, model, stats, None, "", {"router": stats})
     try:
         topology = await ask_topology(model.control_address)
     except grpc.aio.AioRpcError:
         problem = (
             f"the controller at {model.control_address} does not answer: only the router's view is shown"
         )
-        return ClusterStatus(target, model, stats, None, problem)
-    return ClusterStatus(target, model, stats, topology, "")
+        return ClusterStatus(target, model, stats, None, problem, {"router": stats})
+    return ClusterStatus(target, model, stats, topology, "", await _ask_routers(topology))
 
 
 async def ask_topology(control_address: str) -> control_pb2.GetTopologyResponse:
@@ -68,11 +74,29 @@ async def ask_topology(control_address: str) -> control_pb2.GetTopologyResponse:
         return answer
 
 
+async def _ask_routers(
+    topology: control_pb2.GetTopologyResponse,
+) -> dict[str, inference_pb2.GetRouterStatsResponse]:
+    routers = [it for it in topology.processes if it.role == control_pb2.PROCESS_ROLE_ROUTER and it.address]
+    answers = await asyncio.gather(*(_ask_router(router.address) for router in routers))
+    return {router.name: stats for router, stats in zip(routers, answers, strict=True) if stats is not None}
+
+
+async def _ask_router(address: str) -> inference_pb2.GetRouterStatsResponse | None:
+    """None when it does not answer: the controller's view says why."""
+    try:
+        async with Client(address) as client:
+            return await client.router_stats(timeout_s=TIMEOUT_S)
+    except MoesaicError:
+        return None
+
+
 def _plain(status: ClusterStatus) -> dict[str, object]:
     return {
         "router": status.router,
         "model": plain(status.model),
         "stats": plain(status.stats),
+        "routers": {name: plain(stats) for name, stats in status.routers.items()},
         "topology": plain(status.topology) if status.topology else None,
         "problem": status.problem or None,
     }
@@ -85,21 +109,28 @@ def _print(status: ClusterStatus, console: Console) -> None:
         f"{model.num_layers} layers of {model.num_experts} experts, {model.num_experts_per_token} a token; "
         f"context {model.max_model_len}; up {stats.uptime_s:.0f} s"
     )
-    console.print(
-        f"{stats.running_sequences} running, {stats.waiting_sequences} waiting; "
-        f"KV {stats.kv_blocks_used} of {stats.kv_blocks_total} blocks; "
-        f"{count(stats.generated_tokens)} tokens generated"
-    )
+    if len(status.routers) <= 1:
+        console.print(
+            f"{stats.running_sequences} running, {stats.waiting_sequences} waiting; "
+            f"KV {stats.kv_blocks_used} of {stats.kv_blocks_total} blocks; "
+            f"{count(stats.generated_tokens)} tokens generated"
+        )
     console.print()
-    console.print(_processes(status.topology, stats) if status.topology else _traffic(stats))
+    console.print(_processes(status.topology, status.routers) if status.topology else _traffic(stats))
+    if len(status.routers) > 1:
+        console.print()
+        console.print(_routers(status.routers))
     for remark in _remarks(status):
         console.print(remark, style="yellow", markup=False)
 
 
 def _processes(
-    topology: control_pb2.GetTopologyResponse, stats: inference_pb2.GetRouterStatsResponse
+    topology: control_pb2.GetTopologyResponse,
+    routers: Mapping[str, inference_pb2.GetRouterStatsResponse],
 ) -> Table:
-    rows = {traffic.worker: traffic.rows for traffic in stats.workers}
+    rows = Counter[str]()
+    for stats in routers.values():
+        rows.update({traffic.worker: traffic.rows for traffic in stats.workers})
     table = new_table("process", "state", "address", ">experts", ">rows", ">restarts")
     for process in topology.processes:
         table.add_row(
@@ -109,6 +140,19 @@ def _processes(
             str(len(process.experts) or ""),
             count(rows[process.name]) if process.name in rows else "",
             str(process.restarts),
+        )
+    return table
+
+
+def _routers(routers: Mapping[str, inference_pb2.GetRouterStatsResponse]) -> Table:
+    table = new_table("router", ">running", ">waiting", ">KV blocks", ">tokens generated")
+    for name, stats in routers.items():
+        table.add_row(
+            name,
+            count(stats.running_sequences),
+            count(stats.waiting_sequences),
+            f"{stats.kv_blocks_used} of {stats.kv_blocks_total}",
+            count(stats.generated_tokens),
         )
     return table
 

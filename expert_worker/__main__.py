@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from expert_worker.assignment import parse_experts
-from expert_worker.server import WorkerConfig, WorkerServer
+from expert_worker.config import WorkerConfig
+from expert_worker.server import WorkerServer
 from moesaic import telemetry
 from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument, MoesaicError
@@ -30,15 +31,31 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 0,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    expert_dtype: Annotated[
+        str | None, typer.Option(help="auto, fp32, bf16, int8 or int4; auto: as --dtype says.")
+    ] = None,
+    batch_invariant: Annotated[
+        bool | None,
+        typer.Option(
+            "--batch-invariant", help="A row's answer does not depend on the rows beside it. Slower."
+        ),
+    ] = None,
+    lane: Annotated[
+        str | None, typer.Option(help="auto or off: a faster way than gRPC to routers on this host.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of this worker in the cluster.")] = "worker-0",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in YAML.")] = None,
 ) -> None:
     """Serves some experts of a model until SIGTERM; prints `ready grpc=HOST:PORT` when they are loaded."""
     try:
-        settings = load_settings(
-            config, model=model, host=host, device=device, dtype=dtype, worker={"threads": threads}
-        )
+        worker = {
+            "threads": threads,
+            "expert_dtype": expert_dtype,
+            "batch_invariant": batch_invariant,
+            "lane": lane,
+        }
+        settings = load_settings(config, model=model, host=host, device=device, dtype=dtype, worker=worker)
         telemetry.configure(name, otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
         asyncio.run(_serve(_worker_config(settings, name, experts, port), settings.cluster.drain_timeout_s))
     except MoesaicError as error:

@@ -1,7 +1,8 @@
 """One compute thread owns the device; calls wait for it in a bounded queue.
 
 The thread takes the oldest call together with every other waiting call of its layer, so that concurrent callers share
-one grouped pass. A full queue refuses at once, a call whose caller stopped waiting is dropped unstarted, and a failing
+one grouped pass. It reads the lanes itself and answers from where it computes: on one host, no hand-over lies between
+a call and its pass. A full queue refuses at once, a call whose caller stopped waiting is dropped unstarted, and a failing
 pass fails its own calls only. A heartbeat from this very thread tells whether the worker still computes.
 """
 
@@ -11,13 +12,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from expert_worker.call import Call
+from expert_worker.call_queue import CallQueue, Computed, Ticket
+from expert_worker.inbox import Inbox, Source
 from moesaic.errors import DeadlineExceeded, InternalError, MoesaicError, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
@@ -30,33 +32,12 @@ RETRY_AFTER_S = 0.1
 ComputeCalls = Callable[[Sequence[Call]], Sequence[Tensor | MoesaicError]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Computed:
-    """A call's output and where its time went."""
-
-    output: Tensor
-    queue_s: float
-    compute_s: float
-
-
 @dataclass(frozen=True, slots=True)
 class BatcherStats:
     """Counters since the start. A pass may serve several calls; `busy_s` is the time spent in passes."""
 
     passes: int = 0
     busy_s: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Ticket:
-    """A call in the queue and who waits for it."""
-
-    call: Call
-    answer: asyncio.Future[Computed]
-    queued_s: float
-
-
-_Results = Sequence[tuple[_Ticket, Computed | MoesaicError]]
 
 
 class Batcher:
@@ -76,20 +57,47 @@ class Batcher:
         self._max_pass_rows = max_pass_rows
         self._hang_limit_s = hang_limit_s
         self._clock = clock
-        self._waiting: deque[_Ticket] = deque()
-        self._changed = threading.Condition()
+        self._waiting = CallQueue()
+        self._lock = threading.Lock()
+        self._inbox: Inbox
         self._stopping = False
         self._computing = False
         self._heartbeat_s = clock()
+        # Since when the thread has time for the lanes: what was sent before waited for it.
+        self.listening_since_s = self._heartbeat_s
         self._passes = 0
         self._busy_s = 0.0
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="expert-compute", daemon=True)
 
     def start(self) -> None:
-        """Call it in the event loop that `submit` will be awaited in."""
-        self._loop = asyncio.get_running_loop()
+        self._inbox = Inbox()
         self._thread.start()
+
+    def attach(self, source: Source) -> None:
+        """From now on the compute thread reads this source, and closes it at its end."""
+        self._inbox.add(source)
+
+    def detach(self, source: Source) -> None:
+        """Call it on the compute thread, before the source closes."""
+        self._inbox.remove(source)
+
+    def offer(self, ticket: Ticket) -> None:
+        """Queues a call. Raises Overloaded when the queue is full and Unavailable after `stop`."""
+        with self._lock:
+            if self._stopping or not self._thread.is_alive():
+                raise Unavailable("the worker does not compute", retry_after_s=RETRY_AFTER_S)
+            if len(self._waiting) >= self._max_queued_calls:
+                raise Overloaded(
+                    f"{self._max_queued_calls} calls are waiting already", retry_after_s=RETRY_AFTER_S
+                )
+            self._waiting.add(ticket)
+        if threading.current_thread() is not self._thread:
+            self._inbox.ring()
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """A caller that went away gives its place in the queue free."""
+        with self._lock:
+            self._waiting.remove(ticket)
 
     async def submit(self, call: Call) -> Computed:
         """Waits for the call's output.
@@ -97,130 +105,127 @@ class Batcher:
         Raises Overloaded when the queue is full, Unavailable after `stop`, DeadlineExceeded when the caller's time is
         over, InvalidArgument for rows that are not finite, InternalError when the pass failed.
         """
-        ticket = _Ticket(call, asyncio.get_running_loop().create_future(), self._clock())
-        self._queue(ticket)
+        ticket = _AwaitedTicket(call, self._clock())
+        self.offer(ticket)
         try:
             async with asyncio.timeout_at(call.deadline_s):
-                return await ticket.answer
+                return await ticket.computed
         except TimeoutError:
             raise DeadlineExceeded("the caller's time is over") from None
         finally:
-            self._unqueue(ticket)
+            self.withdraw(ticket)
 
     def is_healthy(self) -> bool:
         """False when the compute thread died, or has work and does not come round."""
         if not self._thread.is_alive():
             return False
-        has_work = self._computing or bool(self._waiting)
-        return not has_work or self._clock() - self._heartbeat_s < self._hang_limit_s
+        return self.is_idle() or self._clock() - self._heartbeat_s < self._hang_limit_s
+
+    def is_idle(self) -> bool:
+        """Whether no call waits or is computed."""
+        return not self._computing and not len(self._waiting)
 
     def stats(self) -> BatcherStats:
         return BatcherStats(self._passes, self._busy_s)
 
     async def stop(self, timeout_s: float) -> bool:
         """Refuses new calls, fails the waiting ones, and waits for the running pass; False when it does not end."""
-        with self._changed:
+        with self._lock:
             self._stopping = True
-            abandoned = list(self._waiting)
-            self._waiting.clear()
-            self._changed.notify()
-        _set_results([(ticket, Unavailable("the worker stops")) for ticket in abandoned])
-        if self._loop is not None:
+            abandoned = self._waiting.clear()
+        for ticket in abandoned:
+            ticket.answer(Unavailable("the worker stops"))
+        if self._thread.ident is not None:
+            self._inbox.ring()
             await asyncio.to_thread(self._thread.join, timeout_s)
         return not self._thread.is_alive()
 
-    def _queue(self, ticket: _Ticket) -> None:
-        with self._changed:
-            if self._stopping or not self._thread.is_alive():
-                raise Unavailable("the worker does not compute", retry_after_s=RETRY_AFTER_S)
-            if len(self._waiting) >= self._max_queued_calls:
-                raise Overloaded(
-                    f"{self._max_queued_calls} calls are waiting already", retry_after_s=RETRY_AFTER_S
-                )
-            self._waiting.append(ticket)
-            self._changed.notify()
-
-    def _unqueue(self, ticket: _Ticket) -> None:
-        """A caller that went away gives its place in the queue free."""
-        with self._changed:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-
     def _run(self) -> None:
-        while (tickets := self._next_pass()) is not None:
-            if tickets:
-                self._resolve(self._compute_pass(tickets))
+        try:
+            while not self._stopping:
+                self._listen()
+                if tickets := self._next_pass():
+                    self._compute_pass(tickets)
+                    self._computing = False
+        finally:
+            self._inbox.close()
 
-    def _next_pass(self) -> list[_Ticket] | None:
-        """The oldest call and the waiting ones of its layer; empty now and then while idle, None at the end."""
-        with self._changed:
-            self._computing = False
+    def _listen(self) -> None:
+        """Takes the calls that the lanes bring; waits for one while there is nothing to do."""
+        self.listening_since_s = self._heartbeat_s = self._clock()
+        for source in self._inbox.wait(0.0 if len(self._waiting) else HEARTBEAT_S):
+            self._read_safely(source)
+
+    def _next_pass(self) -> list[Ticket]:
+        """The oldest call and the waiting ones of its layer."""
+        with self._lock:
             self._heartbeat_s = self._clock()
-            if not self._waiting and not self._stopping:
-                self._changed.wait(HEARTBEAT_S)
-                self._heartbeat_s = self._clock()
-            if self._stopping:
-                return None
-            tickets = _take_pass(self._waiting, self._max_pass_rows)
+            tickets = self._waiting.next_pass(self._max_pass_rows)
+            self._waiting.take(tickets)
             self._computing = bool(tickets)
             return tickets
 
-    def _compute_pass(self, tickets: Sequence[_Ticket]) -> _Results:
+    def _compute_pass(self, tickets: Sequence[Ticket]) -> None:
         start_s = self._clock()
-        # Nobody waits for the others any more: `submit` has told their callers, or is about to.
-        live = [ticket for ticket in tickets if ticket.call.deadline_s > start_s and not ticket.answer.done()]
+        live: list[Ticket] = []
+        for ticket in tickets:
+            if ticket.call.deadline_s <= start_s:
+                ticket.answer(DeadlineExceeded("the caller's time was over in the queue"))
+            elif ticket.wanted:
+                live.append(ticket)
         if not live:
-            return []
+            return
         outputs = self._compute_safely([ticket.call for ticket in live])
-        compute_s = self._clock() - start_s
+        ended_s = self._clock()
         self._passes += 1
-        self._busy_s += compute_s
-        return [
-            (
-                ticket,
+        self._busy_s += ended_s - start_s
+        for ticket, output in zip(live, outputs, strict=True):
+            ticket.answer(
                 output
                 if isinstance(output, MoesaicError)
-                else Computed(output, start_s - ticket.queued_s, compute_s),
+                else Computed(output, start_s - ticket.queued_s, ended_s - start_s, ended_s)
             )
-            for ticket, output in zip(live, outputs, strict=True)
-        ]
+
+    def _read_safely(self, source: Source) -> None:
+        """Whatever goes wrong with a source ends that source, and never this thread."""
+        try:
+            source.read()
+        except Exception:
+            log.exception("a source of calls failed")
+            source.close()
 
     def _compute_safely(self, calls: Sequence[Call]) -> Sequence[Tensor | MoesaicError]:
-        """The one broad except of this thread: whatever goes wrong in a pass is logged and answered."""
+        """Whatever goes wrong in a pass is logged and answered."""
         try:
             return self._compute_calls(calls)
         except Exception:
             log.exception("a pass failed", extra={"fields": {"layer": calls[0].layer, "calls": len(calls)}})
             return [InternalError("internal error") for _ in calls]
 
-    def _resolve(self, results: _Results) -> None:
-        """Hands all results of a pass to the event loop with one wake-up."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(_set_results, results)
 
+class _AwaitedTicket:
+    """A call that a task of the event loop awaits."""
 
-def _take_pass(waiting: deque[_Ticket], max_rows: int) -> list[_Ticket]:
-    """Removes the oldest call and, in order, the calls of its layer that fit beside it."""
-    if not waiting:
-        return []
-    first = waiting.popleft()
-    taken, left, num_rows = [first], [], first.call.num_rows
-    for ticket in waiting:
-        if ticket.call.layer == first.call.layer and num_rows + ticket.call.num_rows <= max_rows:
-            num_rows += ticket.call.num_rows
-            taken.append(ticket)
-        else:
-            left.append(ticket)
-    waiting.clear()
-    waiting.extend(left)
-    return taken
+    def __init__(self, call: Call, queued_s: float) -> None:
+        self.call = call
+        self.caller = id(self)
+        self.queued_s = queued_s
+        self._loop = asyncio.get_running_loop()
+        self.computed: asyncio.Future[Computed] = self._loop.create_future()
 
+    @property
+    def wanted(self) -> bool:
+        return not self.computed.done()
 
-def _set_results(results: _Results) -> None:
-    for ticket, result in results:
-        if ticket.answer.done():  # the caller went away
-            continue
+    def answer(self, result: Computed | MoesaicError) -> None:
+        # The loop may have ended together with whoever waited.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._set, result)
+
+    def _set(self, result: Computed | MoesaicError) -> None:
+        if self.computed.done():  # the caller went away
+            return
         if isinstance(result, MoesaicError):
-            ticket.answer.set_exception(result)
+            self.computed.set_exception(result)
         else:
-            ticket.answer.set_result(result)
+            self.computed.set_result(result)

@@ -4,12 +4,16 @@ Everything that a message can have wrong is found here, before any computing, ex
 them is work for the compute thread.
 """
 
-# Shapes: D hidden size, R rows of `hidden`, n rows of one expert.
+# Shapes: D hidden size, R rows of `hidden`, n rows of one expert, N rows of all.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +26,11 @@ from moesaic.codec import check_tensor
 from moesaic.errors import DeadlineExceeded, InvalidArgument
 from moesaic.families import MoeModel
 from moesaic.manifest import ExpertAddress
-from moesaic.tensors import TORCH_DTYPES, from_wire
+from moesaic.tensors import WIRE_ROWS, decode_rows, view_rows
 from moesaic.v1 import expert_pb2
+from moesaic.wire import Framed
 
-ROW_DTYPES = tuple(TORCH_DTYPES)
+ROW_DTYPES = tuple(WIRE_ROWS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,82 +42,117 @@ class ExpertRows:
     weights: Tensor | None  # [n] float32, for a weighted sum
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One layer's work for one batch of one caller. With `combine_sum` one row per row of `hidden` comes back,
     else one per (row, expert), expert by expert."""
 
     layer: int
-    hidden: Tensor  # [R, D], read-only
+    hidden: Tensor  # [R, D], to be read only
     groups: tuple[ExpertRows, ...]
     combine_sum: bool
     deadline_s: float
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """(row, expert) pairs to compute."""
-        return sum(len(group.rows) for group in self.groups)
+        return sum(group.rows.numel() for group in self.groups)
 
 
 def read_call(
-    request: expert_pb2.ComputeRequest, *, model: MoeModel, store: ExpertStore, max_rows: int, now_s: float
+    framed: Framed[expert_pb2.ComputeRequest],
+    *,
+    model: MoeModel,
+    store: ExpertStore,
+    max_rows: int,
+    now_s: float,
 ) -> Call:
-    """Checks a request and resolves its experts.
+    """Checks a request and resolves its experts. `now_s` is when the caller's time began.
 
     Raises InvalidArgument for a wrong message, FailedPrecondition for an expert or version that is not held,
     DeadlineExceeded when the caller does not wait any more.
     """
+    request = framed.message
+    layer, hidden, combine = request.layer, request.hidden, request.combine
     if request.timeout_ms == 0:
         raise DeadlineExceeded("the caller's time was over on arrival")
-    if request.layer >= model.num_layers:
+    if layer >= model.num_layers:
         raise InvalidArgument(f"layer must be below {model.num_layers}", field="layer")
-    if request.combine not in (expert_pb2.COMBINE_ROWS, expert_pb2.COMBINE_SUM):
+    if combine not in (expert_pb2.COMBINE_ROWS, expert_pb2.COMBINE_SUM):
         raise InvalidArgument("combine must be COMBINE_ROWS or COMBINE_SUM", field="combine")
-    check_tensor(request.hidden, field="hidden", dtypes=ROW_DTYPES, shape=(None, model.hidden_size))
-    num_rows = request.hidden.shape[0]
+    check_tensor(
+        hidden,
+        field="hidden",
+        dtypes=ROW_DTYPES,
+        shape=(None, model.hidden_size),
+        num_bytes=framed.data.nbytes,
+    )
+    num_rows = hidden.shape[0]
     if not 1 <= num_rows <= max_rows:
         raise InvalidArgument(f"hidden must have 1 to {max_rows} rows", field="hidden.shape")
-    _check_slots(request.experts)
-    combine_sum = request.combine == expert_pb2.COMBINE_SUM
-    groups = tuple(
-        _read_group(group, f"experts[{i}]", request.layer, num_rows, combine_sum, store)
-        for i, group in enumerate(request.experts)
-    )
-    deadline_s = now_s + request.timeout_ms / 1000
-    return Call(request.layer, from_wire(request.hidden), groups, combine_sum, deadline_s)
+    combine_sum = combine == expert_pb2.COMBINE_SUM
+    groups = _read_groups(request.experts, layer, num_rows, combine_sum, store)
+    rows = decode_rows(hidden, view_rows(hidden, framed.data))
+    return Call(layer, rows, groups, combine_sum, now_s + request.timeout_ms / 1000)
 
 
-def _check_slots(experts: Sequence[expert_pb2.ExpertRows]) -> None:
+def _read_groups(
+    groups: Sequence[expert_pb2.ExpertRows], layer: int, num_rows: int, combine_sum: bool, store: ExpertStore
+) -> tuple[ExpertRows, ...]:
+    """All groups at once: what numpy does costs by the call, not by the row."""
+    slots, experts = set[int](), []
+    rows, weights, ends = [], [], [0]
+    for i, group in enumerate(groups):
+        slot = group.slot
+        if slot in slots:
+            raise InvalidArgument("experts must name each slot once", field="experts")
+        slots.add(slot)
+        experts.append(store.get(ExpertAddress(layer, slot), group.version, field=f"experts[{i}].version"))
+        part = group.rows[:]
+        rows.extend(part)
+        ends.append(len(rows))
+        weights.extend(group.weights[:])
+        if len(weights) != (len(rows) if combine_sum else 0):
+            _refuse(i, "weights", "hold one weight per row with COMBINE_SUM, else none")
+        if not part or part[-1] >= num_rows:
+            _refuse_rows(i, num_rows)
     if not experts:
         raise InvalidArgument("experts must not be empty", field="experts")
-    if len({group.slot for group in experts}) < len(experts):
-        raise InvalidArgument("experts must name each slot once", field="experts")
-
-
-def _read_group(
-    group: expert_pb2.ExpertRows, field: str, layer: int, num_rows: int, combine_sum: bool, store: ExpertStore
-) -> ExpertRows:
-    expert = store.get(ExpertAddress(layer, group.slot), group.version, field=f"{field}.version")
-    rows = np.fromiter(group.rows, np.int64, len(group.rows))
-    _check_rows(rows, num_rows, f"{field}.rows")
-    if len(group.weights) != (len(rows) if combine_sum else 0):
-        raise InvalidArgument(
-            f"{field}.weights must hold one weight per row with COMBINE_SUM, else none",
-            field=f"{field}.weights",
+    joined = np.array(rows, np.int64)
+    if len(rows) > len(experts):
+        _check_ascending(joined, ends, num_rows)
+    weighted = _read_weights(weights, ends) if combine_sum else None
+    return tuple(
+        ExpertRows(
+            expert,
+            torch.from_numpy(joined[start:end]),
+            None if weighted is None else torch.from_numpy(weighted[start:end]),
         )
-    weights = _read_weights(group, f"{field}.weights") if combine_sum else None
-    return ExpertRows(expert, torch.from_numpy(rows), weights)
+        for expert, (start, end) in zip(experts, pairwise(ends), strict=True)
+    )
 
 
-def _read_weights(group: expert_pb2.ExpertRows, field: str) -> Tensor:
-    weights = np.fromiter(group.weights, np.float32, len(group.weights))
-    if not np.isfinite(weights).all():
-        raise InvalidArgument(f"{field} must be finite", field=field)
-    return torch.from_numpy(weights)
+def _check_ascending(joined: npt.NDArray[np.int64], ends: Sequence[int], num_rows: int) -> None:
+    """`joined` holds the rows of all groups, those of group i from ends[i] to ends[i + 1]."""
+    rises = joined[1:] > joined[:-1]
+    # Between two groups the rows begin anew.
+    rises[np.array(ends[1:-1], np.intp) - 1] = True
+    if not rises.all():
+        _refuse_rows(bisect_right(ends, int(rises.argmin())) - 1, num_rows)
 
 
-def _check_rows(rows: npt.NDArray[np.int64], num_rows: int, field: str) -> None:
-    if not len(rows):
-        raise InvalidArgument(f"{field} must not be empty", field=field)
-    if rows[-1] >= num_rows or (rows[1:] <= rows[:-1]).any():
-        raise InvalidArgument(f"{field} must be ascending indices below {num_rows}", field=field)
+def _read_weights(weights: Sequence[float], ends: Sequence[int]) -> npt.NDArray[np.float32]:
+    joined = np.array(weights, np.float32)
+    finite = np.isfinite(joined)
+    if not finite.all():
+        _refuse(bisect_right(ends, int(finite.argmin())) - 1, "weights", "be finite")
+    return joined
+
+
+def _refuse_rows(i: int, num_rows: int) -> NoReturn:
+    _refuse(i, "rows", f"hold one or more ascending indices below {num_rows}")
+
+
+def _refuse(i: int, name: str, must: str) -> NoReturn:
+    field = f"experts[{i}].{name}"
+    raise InvalidArgument(f"{field} must {must}", field=field)

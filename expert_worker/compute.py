@@ -1,20 +1,22 @@
 """One pass: several calls of one layer computed together.
 
 Rows that different callers send to the same expert go through one multiplication, and every caller gets back its own.
-A call whose rows hold NaN or infinity is refused alone; the others go on.
+A call whose rows hold NaN or infinity is refused alone; the others go on. Most passes hold one call with a few rows, so
+what is done around the products is counted in torch calls: one to gather the rows, one to join or to add up the answers.
 """
 
-# Shapes: D hidden size, R rows of a call's `hidden`, n rows of one expert in one call.
+# Shapes: D hidden size, R rows of a call's `hidden`, n rows of one expert in one call, N rows of all experts.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from expert_worker.call import Call
+from expert_worker.call import Call, ExpertRows
+from expert_worker.device import to_device, to_host
 from expert_worker.expert import Expert, compute_experts
 from moesaic.errors import InvalidArgument, MoesaicError
 
@@ -22,50 +24,80 @@ from moesaic.errors import InvalidArgument, MoesaicError
 def compute_calls(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
     """For every call its output, in the dtype of its rows and on the CPU, or why it is refused.
 
-    Output: [sum of n, D], expert by expert, or [R, D] summed in fp32 in the order of the call's experts.
+    Output: [N, D], expert by expert, or [R, D] summed in fp32 in the order of the call's experts.
     """
     refused = {i: error for i, call in enumerate(calls) if (error := _check_finite(call.hidden)) is not None}
     accepted = [call for i, call in enumerate(calls) if i not in refused]
-    combined = iter(_compute(accepted) if accepted else ())
-    return [refused[i] if i in refused else next(combined) for i in range(len(calls))]
+    answers = iter(to_host(_compute(accepted)))
+    return [refused[i] if i in refused else next(answers) for i in range(len(calls))]
 
 
 def _check_finite(hidden: Tensor) -> MoesaicError | None:
-    # Two numbers tell: the extremes of a tensor with NaN are NaN.
-    if all(extreme.isfinite().item() for extreme in torch.aminmax(hidden)):
+    # A sum is finite only if every number is; finite numbers may still add up to more than float32 holds.
+    if math.isfinite(hidden.sum(dtype=torch.float32).item()) or bool(hidden.isfinite().all()):
         return None
     return InvalidArgument("hidden must be finite", field="hidden.data")
 
 
 def _compute(calls: Sequence[Call]) -> list[Tensor]:
-    parts: dict[Expert, list[Tensor]] = defaultdict(list)
+    """For every call its answer, on the device."""
+    if not calls:
+        return []
+    if len(calls) == 1:
+        (call,) = calls
+        rows = _join_rows(call)
+        experts = [group.expert for group in call.groups]
+        counts = [len(group.rows) for group in call.groups]
+        return [_answer(call, rows, compute_experts(experts, _gather(call.hidden, rows, experts[0]), counts))]
+    return _compute_merged(calls)
+
+
+def _compute_merged(calls: Sequence[Call]) -> list[Tensor]:
+    """Expert by expert, and for each expert call by call."""
+    groups: dict[Expert, list[tuple[ExpertRows, Tensor]]] = {}
+    first_row = 0
     for call in calls:
-        device = call.groups[0].expert.down.device
-        hidden = call.hidden.to(device)
         for group in call.groups:
-            parts[group.expert].append(hidden.index_select(0, group.rows.to(device)))
-    experts = list(parts)
-    rows = [_join(parts[expert], expert.down.dtype) for expert in experts]
-    outputs = {
-        expert: iter(torch.split(output, [len(part) for part in parts[expert]]))
-        for expert, output in zip(experts, compute_experts(experts, rows), strict=True)
-    }
-    # Every expert's parts were joined in the order of the calls, so each call takes the next one.
-    return [_combine(call, [next(outputs[group.expert]) for group in call.groups]) for call in calls]
+            groups.setdefault(group.expert, []).append((group, group.rows + first_row))
+        first_row += len(call.hidden)
+    experts = list(groups)
+    ordered = [entry for expert in experts for entry in groups[expert]]
+    hidden = torch.cat([call.hidden.to(experts[0].dtype) for call in calls])
+    gathered = _gather(hidden, torch.cat([rows for _, rows in ordered]), experts[0])
+    counts = [sum(len(rows) for _, rows in groups[expert]) for expert in experts]
+    computed = compute_experts(experts, gathered, counts).split([len(rows) for _, rows in ordered])
+    outputs = {group: output for (group, _), output in zip(ordered, computed, strict=True)}
+    return [
+        _answer(call, _join_rows(call), torch.cat([outputs[group] for group in call.groups]))
+        for call in calls
+    ]
 
 
-def _join(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).to(dtype)
+def _join_rows(call: Call) -> Tensor:
+    """[N]: for every row to compute the row of `hidden` that it is."""
+    rows = [group.rows for group in call.groups]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _combine(call: Call, outputs: Sequence[Tensor]) -> Tensor:
-    """One call's answer from the outputs [n, D] of its groups."""
+def _gather(hidden: Tensor, rows: Tensor, expert: Expert) -> Tensor:
+    """[N, D] on the device and in the dtype of the experts."""
+    moved = to_device(hidden, expert.device).to(expert.dtype)
+    return moved.index_select(0, to_device(rows, expert.device))
+
+
+def _answer(call: Call, rows: Tensor, outputs: Tensor) -> Tensor:
+    """One call's answer from the outputs [N, D] of its experts, which are its own to overwrite."""
     if not call.combine_sum:
-        return torch.cat(list(outputs)).to(call.hidden.dtype).cpu()
-    device = outputs[0].device
-    total = torch.zeros(call.hidden.shape, dtype=torch.float32, device=device)
-    for group, output in zip(call.groups, outputs, strict=True):
-        assert group.weights is not None
-        weights = group.weights.to(device)
-        total.index_add_(0, group.rows.to(device), output.float() * weights[:, None])
-    return total.to(call.hidden.dtype).cpu()
+        return outputs.to(call.hidden.dtype)
+    weights = torch.cat([group.weights for group in call.groups if group.weights is not None])
+    weighted = outputs.float().mul_(to_device(weights, outputs.device)[:, None])
+    total = torch.zeros(call.hidden.shape, dtype=torch.float32, device=outputs.device)
+    return _add_rows(total, to_device(rows, outputs.device), weighted).to(call.hidden.dtype)
+
+
+def _add_rows(total: Tensor, rows: Tensor, addends: Tensor) -> Tensor:
+    """Adds each row to the one it belongs to, in their order, in place."""
+    if total.device.type == "cuda":
+        # There index_add_ adds in whatever order the device comes to it; this one sorts first.
+        return total.index_put_((rows,), addends, accumulate=True)
+    return total.index_add_(0, rows, addends)

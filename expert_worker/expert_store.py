@@ -59,5 +59,5 @@ class ExpertStore:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights in memory, in the compute dtype."""
+        """Bytes of weights in memory, as they are held: packed, or quantised with their scales."""
         return sum(held.expert.num_bytes for held in self._held.values())

@@ -1,8 +1,8 @@
 """From a checkpoint to experts in memory: only the slices of this worker, one expert at a time.
 
-Each expert's bytes are hashed into its version exactly as they lie on disk, checked to be finite, and copied in the
-compute dtype. The files are mapped for one expert only, so that neither they nor a second copy of the share ever count
-in this process's memory.
+Each expert's bytes are hashed into its version exactly as they lie on disk, checked to be finite, and laid out or
+quantised as they will be read. The files are mapped for one expert only, so that neither they nor a second copy of the
+share ever count in this process's memory.
 """
 
 # Shapes: D hidden size, F inner size.
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from expert_worker.expert import Expert, can_stack, empty_experts
+from expert_worker.expert import ExpertForm, ExpertStack, can_stack, empty_stack, make_expert
 from expert_worker.expert_store import HeldExpert
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError
@@ -26,34 +26,41 @@ from moesaic.manifest import ExpertAddress, VersionHasher
 
 
 def load_experts(
-    checkpoint: Checkpoint,
-    model: MoeModel,
-    addresses: Iterable[ExpertAddress],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    checkpoint: Checkpoint, model: MoeModel, addresses: Iterable[ExpertAddress], form: ExpertForm
 ) -> Iterator[tuple[ExpertAddress, HeldExpert]]:
     """Loads the experts in order of layer and slot. Raises CheckpointError that names the tensor at fault."""
-    stacked = can_stack(device, dtype, hidden_size=model.hidden_size, inner_size=model.inner_size)
+    sizes = {"hidden_size": model.hidden_size, "inner_size": model.inner_size}
+    stacked = can_stack(form, **sizes)
     for _, layer_addresses in groupby(sorted(addresses), key=lambda address: address.layer):
         group = list(layer_addresses)
-        experts = empty_experts(
-            len(group),
-            hidden_size=model.hidden_size,
-            inner_size=model.inner_size,
-            activation=model.activation,
-            device=device,
-            dtype=dtype,
-            stacked=stacked,
-        )
-        for address, expert in zip(group, experts, strict=True):
-            yield address, HeldExpert(_fill(expert, checkpoint, model, address), expert)
+        stack = empty_stack(len(group), form=form, **sizes) if stacked else None
+        for index, address in enumerate(group):
+            yield address, _load_expert(checkpoint, model, address, form, stack, index)
 
 
-def _fill(expert: Expert, checkpoint: Checkpoint, model: MoeModel, address: ExpertAddress) -> bytes:
-    """Copies the weights of one expert into its memory; returns its version."""
-    gate, up = expert.gate_up.chunk(2)
-    targets = {"gate": gate, "up": up, "down": expert.down}
+def _load_expert(
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    address: ExpertAddress,
+    form: ExpertForm,
+    stack: ExpertStack | None,
+    index: int,
+) -> HeldExpert:
+    if stack is not None:
+        gate_up, down = stack.gate_up[index], stack.down[index]
+    else:
+        shapes = (2 * model.inner_size, model.hidden_size), (model.hidden_size, model.inner_size)
+        gate_up, down = (torch.empty(shape, device=form.device, dtype=form.dtype) for shape in shapes)
+    version = _fill(gate_up, down, checkpoint, model, address)
+    return HeldExpert(version, make_expert(gate_up, down, model.activation, form, stack, index))
+
+
+def _fill(
+    gate_up: Tensor, down: Tensor, checkpoint: Checkpoint, model: MoeModel, address: ExpertAddress
+) -> bytes:
+    """Copies the weights of one expert, gate above up; returns its version."""
+    gate, up = gate_up.chunk(2)
+    targets = {"gate": gate, "up": up, "down": down}
     hasher = VersionHasher(f"swiglu {model.activation}", model.dtype)
     with ExitStack() as files:
         for weight, where in model.expert_weights(address.layer, address.slot).items():

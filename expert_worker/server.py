@@ -13,16 +13,15 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import grpc
 import torch
 
+from expert_worker import allocator
 from expert_worker.batcher import Batcher
 from expert_worker.call import Call, ExpertRows
 from expert_worker.compute import compute_calls
-from expert_worker.expert import Expert
+from expert_worker.config import WorkerConfig
+from expert_worker.expert import Expert, ExpertForm, choose_form
 from expert_worker.expert_store import ExpertStore
 from expert_worker.loader import load_experts
 from expert_worker.service import SERVICE, ExpertService, LoadedModel
@@ -31,9 +30,7 @@ from moesaic.checkpoint import Checkpoint, open_checkpoint
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
 from moesaic.manifest import ExpertAddress
-from moesaic.settings import Device, DType, WorkerSettings
 from moesaic.tensors import choose_device, choose_dtype
-from moesaic.v1 import expert_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +40,6 @@ WARM_UP_TIMEOUT_S = 60.0
 MAX_CONCURRENT_RPCS = 256
 # After the drain only the goodbye of each stream is left to send.
 GOODBYE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """One worker: its share of the model, its address, its device."""
-
-    name: str
-    model: Path
-    experts: frozenset[ExpertAddress]
-    host: str
-    port: int
-    device: Device
-    dtype: DType
-    settings: WorkerSettings
 
 
 class WorkerServer:
@@ -74,9 +57,10 @@ class WorkerServer:
             max_call_rows=settings.max_call_rows,
             # Twice the queue, so that a caller that floods is refused before it is only slowed down.
             max_stream_calls=2 * settings.max_queued_calls,
+            lane=settings.lane == "auto",
         )
         self._server = rpc.Server(
-            {SERVICE: self._add_servicer},
+            {SERVICE: self._service.add_to},
             max_message_bytes=rpc.DATA_MESSAGE_BYTES,
             max_concurrent_rpcs=MAX_CONCURRENT_RPCS,
         )
@@ -117,6 +101,7 @@ class WorkerServer:
         await self._server.set_serving(False)
         drained = await self._service.drain(drain_s)
         stopped = await self._batcher.stop(GOODBYE_S)
+        self._service.close()
         await self._server.stop(GOODBYE_S)
         if not (drained and stopped):
             log.warning("calls were cut off", extra={"fields": {"drain_s": drain_s}})
@@ -124,9 +109,6 @@ class WorkerServer:
     async def wait(self) -> None:
         """Returns after `stop`."""
         await self._server.wait()
-
-    def _add_servicer(self, server: grpc.aio.Server) -> None:
-        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._service, server)
 
     def _load(self) -> LoadedModel:
         config = self._config
@@ -136,22 +118,27 @@ class WorkerServer:
         checkpoint = open_checkpoint(config.model)
         model = describe_model(checkpoint)
         _check_experts(config.experts, model)
+        form = self._choose_form(device, model)
         self.total_bytes = len(config.experts) * model.expert_bytes
         start_s = time.monotonic()
+        allocator.return_freed_memory()
         try:
-            store = self._load_store(checkpoint, model, device)
+            store = self._load_store(checkpoint, model, form)
         except torch.OutOfMemoryError as error:
             raise FailedPrecondition(
                 f"experts: {self.total_bytes} bytes do not fit into the device's free memory",
                 field="experts",
                 reason="OUT_OF_MEMORY",
             ) from error
+        finally:
+            allocator.keep_freed_memory()
         log.info(
             "experts loaded",
             extra={
                 "fields": {
                     "experts": len(config.experts),
                     "bytes": self.loaded_bytes,
+                    "held_bytes": store.weight_bytes,
                     "seconds": round(time.monotonic() - start_s, 3),
                     "device": str(device),
                 }
@@ -159,12 +146,20 @@ class WorkerServer:
         )
         return LoadedModel(config.model.name, model, str(device), store, self._batcher)
 
-    def _load_store(self, checkpoint: Checkpoint, model: MoeModel, device: torch.device) -> ExpertStore:
+    def _choose_form(self, device: torch.device, model: MoeModel) -> ExpertForm:
+        settings = self._config.settings
+        return choose_form(
+            settings.expert_dtype,
+            device,
+            choose_dtype(self._config.dtype, device, model.dtype),
+            hidden_size=model.hidden_size,
+            inner_size=model.inner_size,
+            batch_invariant=settings.batch_invariant,
+        )
+
+    def _load_store(self, checkpoint: Checkpoint, model: MoeModel, form: ExpertForm) -> ExpertStore:
         store = ExpertStore()
-        dtype = choose_dtype(self._config.dtype, device, model.dtype)
-        for address, held in load_experts(
-            checkpoint, model, self._config.experts, device=device, dtype=dtype
-        ):
+        for address, held in load_experts(checkpoint, model, self._config.experts, form):
             if self._stopping.is_set():
                 raise Unavailable("stopped while loading")
             store.add(address, held)

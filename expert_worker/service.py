@@ -1,4 +1,4 @@
-"""ExpertService: decode, check, submit, encode. The model and the threads are elsewhere.
+"""ExpertService: calls in, answers out. What a call means is the desk's business, computing is the batcher's.
 
 A stream carries many calls at once, bounded; each is answered in-band, with rows or with its own error, and a refused
 call never ends the stream. While the worker drains, new calls are refused and every call taken before is answered.
@@ -9,29 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import psutil
 
 from expert_worker.batcher import Batcher, BatcherStats
-from expert_worker.call import ROW_DTYPES, read_call
+from expert_worker.call import ROW_DTYPES, Call
+from expert_worker.call_queue import Computed
+from expert_worker.desk import RETRY_AFTER_S, CallDesk, OpenCall, Request, Response
 from expert_worker.expert_store import ExpertStore
-from moesaic import telemetry
-from moesaic.errors import InternalError, MoesaicError, Unavailable, to_status
+from expert_worker.lane import Lanes
+from moesaic import wire
+from moesaic.errors import DeadlineExceeded, MoesaicError, Unavailable
 from moesaic.families import MoeModel
 from moesaic.manifest import versions_to_proto
-from moesaic.tensors import to_wire
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 SERVICE = "moesaic.v1.ExpertService"
-RETRY_AFTER_S = 0.5
-
-Answer = Callable[[expert_pb2.ComputeRequest], Awaitable[expert_pb2.ComputeResponse]]
+DRAIN_PERIOD_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +49,51 @@ class LoadedModel:
 class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
     """The servicer of one worker. Until `serve` it answers Unavailable, and so it does after `drain`."""
 
-    def __init__(self, *, worker: str, incarnation: str, max_call_rows: int, max_stream_calls: int) -> None:
+    def __init__(
+        self, *, worker: str, incarnation: str, max_call_rows: int, max_stream_calls: int, lane: bool
+    ) -> None:
         self._worker = worker
         self._incarnation = incarnation
-        self._max_call_rows = max_call_rows
         self._max_stream_calls = max_stream_calls
+        self._desk = CallDesk(worker=worker, max_call_rows=max_call_rows)
+        self._lane_desk = CallDesk(worker=worker, max_call_rows=max_call_rows)
+        self._lanes = Lanes(self._lane_desk, incarnation=incarnation) if lane else None
         self._loaded: LoadedModel | None = None
         self._warm_up = BatcherStats()
         self._streams: set[_CallStream] = set()
         self._draining = False
         self._start_s = time.monotonic()
-        self._calls = self._rows = self._refused_calls = 0
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the methods. Compute takes and gives its tensors as views, with serialisers of our own."""
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self, server)
+        compute = grpc.stream_stream_rpc_method_handler(
+            self.Compute,
+            request_deserializer=wire.decode_request,
+            response_serializer=wire.encode_response,
+        )
+        server.add_registered_method_handlers(SERVICE, {"Compute": compute})
 
     def serve(self, loaded: LoadedModel) -> None:
         """From now on calls are answered; what the batcher did before was warming up and is not counted."""
         self._loaded = loaded
         self._warm_up = loaded.batcher.stats()
+        for desk in (self._desk, self._lane_desk):
+            desk.open(loaded.model, loaded.store)
+        if self._lanes is not None:
+            self._lanes.open(loaded.batcher)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new calls, answers those taken before, then ends all streams; False when the time ran out."""
         self._draining = True
+        for desk in (self._desk, self._lane_desk):
+            desk.close()
         streams = list(self._streams)
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(*(stream.answered() for stream in streams))
+                while self._lanes is not None and self._lanes.num_in_flight:
+                    await asyncio.sleep(DRAIN_PERIOD_S)
         except TimeoutError:
             return False
         finally:
@@ -79,11 +101,9 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
                 stream.end()
         return True
 
-    async def Compute(
-        self, requests: AsyncIterator[expert_pb2.ComputeRequest], context: Any
-    ) -> AsyncIterator[expert_pb2.ComputeResponse]:
-        self._ready()
-        stream = _CallStream(self._answer, self._max_stream_calls)
+    async def Compute(self, requests: AsyncIterator[Request], context: Any) -> AsyncIterator[Response]:
+        batcher = self._ready().batcher
+        stream = _CallStream(self._desk, batcher, self._max_stream_calls)
         self._streams.add(stream)
         try:
             async with aclosing(stream.responses(requests)) as responses:
@@ -93,6 +113,13 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
             self._streams.discard(stream)
         if self._draining:
             raise Unavailable("the worker is draining", retry_after_s=RETRY_AFTER_S)
+
+    async def OpenLane(
+        self, request: expert_pb2.OpenLaneRequest, context: Any
+    ) -> expert_pb2.OpenLaneResponse:
+        self._ready()
+        path = "" if self._lanes is None else self._lanes.path_for(request.host_id, request.lane_version)
+        return expert_pb2.OpenLaneResponse(socket_path=path, incarnation=self._incarnation)
 
     async def Describe(
         self, request: expert_pb2.DescribeRequest, context: Any
@@ -112,10 +139,12 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
     async def GetWorkerStats(
         self, request: expert_pb2.GetWorkerStatsRequest, context: Any
     ) -> expert_pb2.GetWorkerStatsResponse:
+        desks = (self._desk, self._lane_desk)
         stats = expert_pb2.GetWorkerStatsResponse(
-            calls=self._calls,
-            rows=self._rows,
-            refused_calls=self._refused_calls,
+            calls=sum(desk.calls for desk in desks),
+            rows=sum(desk.rows for desk in desks),
+            refused_calls=sum(desk.refused_calls for desk in desks),
+            lane_calls=self._lane_desk.calls,
             uptime_s=time.monotonic() - self._start_s,
             resident_bytes=psutil.Process().memory_info().rss,
         )
@@ -125,6 +154,11 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
             stats.busy_s = batcher.busy_s - self._warm_up.busy_s
         return stats
 
+    def close(self) -> None:
+        """Leaves nothing behind in the file system. Call it when the batcher has stopped."""
+        if self._lanes is not None:
+            self._lanes.close()
+
     def _ready(self) -> LoadedModel:
         if self._draining:
             raise Unavailable("the worker is draining", retry_after_s=RETRY_AFTER_S)
@@ -132,64 +166,21 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
             raise Unavailable("the worker is loading", retry_after_s=RETRY_AFTER_S)
         return self._loaded
 
-    async def _answer(self, request: expert_pb2.ComputeRequest) -> expert_pb2.ComputeResponse:
-        """The response to one call; never raises."""
-        try:
-            with _compute_span(request, self._worker):
-                return await self._compute(request)
-        except MoesaicError as error:
-            refusal = error
-        except Exception:
-            log.exception("a call failed", extra={"fields": {"layer": request.layer}})
-            refusal = InternalError("internal error")
-        self._refused_calls += 1
-        return expert_pb2.ComputeResponse(
-            call_id=request.call_id, epoch=request.epoch, error=to_status(refusal)
-        )
-
-    async def _compute(self, request: expert_pb2.ComputeRequest) -> expert_pb2.ComputeResponse:
-        start_s = time.monotonic()
-        loaded = self._ready()
-        call = read_call(
-            request,
-            model=loaded.model,
-            store=loaded.store,
-            max_rows=self._max_call_rows,
-            now_s=start_s,
-        )
-        decoded_s = time.monotonic()
-        computed = await loaded.batcher.submit(call)
-        computed_s = time.monotonic()
-        output = to_wire(computed.output)
-        self._calls += 1
-        self._rows += call.num_rows
-        return expert_pb2.ComputeResponse(
-            call_id=request.call_id,
-            epoch=request.epoch,
-            versions=[group.version for group in request.experts],
-            output=output,
-            timing=expert_pb2.ComputeTiming(
-                decode_us=_us(decoded_s - start_s),
-                queue_us=_us(computed.queue_s),
-                compute_us=_us(computed.compute_s),
-                encode_us=_us(time.monotonic() - computed_s),
-            ),
-        )
-
 
 class _CallStream:
     """The calls of one stream: at most `limit` of them are read and not yet written back."""
 
-    def __init__(self, answer: Answer, limit: int) -> None:
-        self._answer = answer
+    def __init__(self, desk: CallDesk, batcher: Batcher, limit: int) -> None:
+        self._desk = desk
+        self._batcher = batcher
         self._places = asyncio.Semaphore(limit)
-        self._running: set[asyncio.Task[None]] = set()
+        self._in_flight: set[_StreamTicket] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         # Bounded by the places; None ends the stream.
-        self._responses: asyncio.Queue[expert_pb2.ComputeResponse | None] = asyncio.Queue()
+        self._responses: asyncio.Queue[Response | None] = asyncio.Queue()
 
-    async def responses(
-        self, requests: AsyncIterator[expert_pb2.ComputeRequest]
-    ) -> AsyncGenerator[expert_pb2.ComputeResponse, None]:
+    async def responses(self, requests: AsyncIterator[Request]) -> AsyncGenerator[Response, None]:
         """Answers in the order in which they are ready, until the caller has ended its side and has them all."""
         reader = asyncio.create_task(self._read(requests))
         try:
@@ -199,48 +190,86 @@ class _CallStream:
             if reader.done():
                 await reader
         finally:
-            for task in (reader, *self._running):
-                task.cancel()
+            reader.cancel()
+            for ticket in list(self._in_flight):
+                self._drop(ticket)
 
     async def answered(self) -> None:
         """Returns when every call taken so far has its response queued."""
-        if running := list(self._running):
-            await asyncio.wait(running)
+        await self._idle.wait()
 
     def end(self) -> None:
         """Lets `responses` end after the responses that are queued."""
         self._responses.put_nowait(None)
 
-    async def _read(self, requests: AsyncIterator[expert_pb2.ComputeRequest]) -> None:
+    def settle(self, ticket: _StreamTicket, result: Computed | MoesaicError) -> None:
+        """Answers a call once: what comes second, the result or the end of the caller's time, changes nothing."""
+        if ticket in self._in_flight:
+            self._forget(ticket)
+            self._responses.put_nowait(self._desk.answer(ticket.taken, result))
+
+    def expire(self, ticket: _StreamTicket) -> None:
+        """The caller's time is over."""
+        self._batcher.withdraw(ticket)
+        self.settle(ticket, DeadlineExceeded("the caller's time is over"))
+
+    async def _read(self, requests: AsyncIterator[Request]) -> None:
         try:
             async for request in requests:
                 await self._places.acquire()
-                task = asyncio.create_task(self._respond(request))
-                self._running.add(task)
-                task.add_done_callback(self._running.discard)
+                self._begin(request)
             await self.answered()
         finally:
             self.end()
 
-    async def _respond(self, request: expert_pb2.ComputeRequest) -> None:
-        self._responses.put_nowait(await self._answer(request))
+    def _begin(self, request: Request) -> None:
+        taken = self._desk.take(request)
+        if not isinstance(taken, OpenCall):
+            self._responses.put_nowait(taken)
+            return
+        ticket = _StreamTicket(self, taken)
+        self._in_flight.add(ticket)
+        self._idle.clear()
+        try:
+            self._batcher.offer(ticket)
+        except MoesaicError as error:
+            self.settle(ticket, error)
+
+    def _drop(self, ticket: _StreamTicket) -> None:
+        """Its caller went away."""
+        self._forget(ticket)
+        self._batcher.withdraw(ticket)
+        self._desk.drop(ticket.taken)
+
+    def _forget(self, ticket: _StreamTicket) -> None:
+        ticket.wanted = False
+        ticket.timer.cancel()
+        self._in_flight.discard(ticket)
+        if not self._in_flight:
+            self._idle.set()
 
 
-def _compute_span(request: expert_pb2.ComputeRequest, worker: str) -> AbstractContextManager[object]:
-    """A child of the caller's span, or nothing when the caller records none."""
-    if not request.traceparent:
-        return nullcontext()
-    return telemetry.TRACER.start_as_current_span(
-        telemetry.SPAN_COMPUTE,
-        context=telemetry.extract([("traceparent", request.traceparent)]),
-        attributes={
-            telemetry.LAYER: request.layer,
-            telemetry.ROWS: sum(len(group.rows) for group in request.experts),
-            telemetry.WORKER: worker,
-            telemetry.EPOCH: request.epoch,
-        },
-    )
+class _StreamTicket:
+    """A call of a stream: its answer goes back to the event loop."""
 
+    def __init__(self, stream: _CallStream, taken: OpenCall) -> None:
+        self._stream = stream
+        self._loop = asyncio.get_running_loop()
+        self.taken = taken
+        self.caller = id(stream)
+        self.wanted = True
+        # The caller hears of the end of its time even from a worker that hangs.
+        self.timer = self._loop.call_at(taken.call.deadline_s, stream.expire, self)
 
-def _us(seconds: float) -> int:
-    return max(0, round(seconds * 1e6))
+    @property
+    def call(self) -> Call:
+        return self.taken.call
+
+    @property
+    def queued_s(self) -> float:
+        return self.taken.taken_s
+
+    def answer(self, result: Computed | MoesaicError) -> None:
+        # The loop may have ended together with whoever waited.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stream.settle, self, result)

@@ -1,23 +1,25 @@
-"""`python -m gateway --router HOST:PORT`: the OpenAI API in front of one router, started by hand."""
+"""`python -m gateway --router HOST:PORT`: the OpenAI API in front of one router or several, started by hand."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gateway.server import GatewayConfig, GatewayServer
+from gateway.config import GatewayConfig
+from gateway.server import GatewayServer
 from moesaic import telemetry
 from moesaic.errors import MoesaicError
 from moesaic.settings import Settings, load_settings
 
 
 def main(
-    router: Annotated[str, typer.Option(help="HOST:PORT of the router.")],
+    router: Annotated[list[str], typer.Option(help="HOST:PORT of a router. Repeatable.")],
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
     allowed_host: Annotated[
@@ -37,15 +39,18 @@ def main(
         telemetry.flush()
 
 
-async def _serve(router: str, settings: Settings) -> None:
-    async def resolve_router() -> str:
-        return router
-
-    server = GatewayServer(GatewayConfig(settings.host, settings.http_port, settings.gateway), resolve_router)
+async def _serve(routers: list[str], settings: Settings) -> None:
+    config = GatewayConfig(settings.host, settings.http_port, settings.gateway)
+    server = GatewayServer(config, {address: partial(_itself, address) for address in routers})
     stopping = _stop_signal()
-    print(f"listening http={await server.start()} router={router}", flush=True)
+    print(f"listening http={await server.start()} router={','.join(routers)}", flush=True)
     await stopping.wait()
     await server.stop(settings.cluster.drain_timeout_s)
+
+
+async def _itself(address: str) -> str:
+    """The lookup of a router whose address was given by hand."""
+    return address
 
 
 def _stop_signal() -> asyncio.Event:

@@ -40,6 +40,8 @@ class Answer:
         self._prompts: dict[int, pb.PromptInfo] = {}
         # Of every choice that has begun.
         self._completion_tokens: dict[int, int] = {}
+        # Of every prompt that has a finished choice: the fewest that any of its choices found in the cache.
+        self._cached_tokens: dict[int, int] = {}
 
     @property
     def prompt_tokens(self) -> int:
@@ -48,6 +50,11 @@ class Answer:
     @property
     def completion_tokens(self) -> int:
         return sum(self._completion_tokens.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were not computed for this request. Its choices share their prompt: that is no hit."""
+        return sum(self._cached_tokens.values())
 
     def add(self, prompt_number: int, message: pb.GenerateResponse) -> Piece | None:
         """Takes a message in; None when it held the prompt alone."""
@@ -62,6 +69,8 @@ class Answer:
         finish_reason = FINISH_REASONS.get(message.finish_reason)
         if finish_reason is not None:
             self._completion_tokens[index] = message.usage.completion_tokens
+            cached = message.usage.cached_prompt_tokens
+            self._cached_tokens[prompt_number] = min(cached, self._cached_tokens.get(prompt_number, cached))
             self._unfinished.discard(index)
         return Piece(
             index=index,

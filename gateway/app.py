@@ -23,7 +23,7 @@ from gateway.edge import Record, record_of
 from gateway.errors import HttpError
 from gateway.renderers import ChatRenderer, CompletionRenderer, Identity, Renderer
 from gateway.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from gateway.router_link import RouterLink
+from gateway.routers import Routers
 from gateway.streaming import DONE, EventStream, error_event, event, unless_gone
 from moesaic.errors import Cancelled, InternalError, MoesaicError, NotFound, Unavailable
 from moesaic.v1 import inference_pb2 as pb
@@ -70,8 +70,8 @@ class JsonRoute(APIRoute):
         return handle_strictly
 
 
-def build_app(link: RouterLink, *, max_body_bytes: int, timeout_s: float) -> FastAPI:
-    """The application over one router. `timeout_s`: the deadline of a generation."""
+def build_app(routers: Routers, *, max_body_bytes: int, timeout_s: float) -> FastAPI:
+    """The application over some routers. `timeout_s`: the deadline of a generation."""
     app = FastAPI(
         title="Moesaic",
         version=moesaic.__version__,
@@ -82,32 +82,32 @@ def build_app(link: RouterLink, *, max_body_bytes: int, timeout_s: float) -> Fas
         # Spans are made at the edge: the framework's own would record bodies that do not validate.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    for router in (_generation(link, timeout_s), _tokens(link), _models(link), _state(link)):
-        app.include_router(router)
+    for routes in (_generation(routers, timeout_s), _tokens(routers), _models(routers), _state(routers)):
+        app.include_router(routes)
     _handle_errors(app, max_body_bytes)
     return app
 
 
-def _generation(link: RouterLink, timeout_s: float) -> APIRouter:
+def _generation(routers: Routers, timeout_s: float) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/v1/completions", response_model=replies.CompletionReply)
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await _answer(request, link, CompletionRenderer(body, _identity(request)), timeout_s)
+        return await _answer(request, routers, CompletionRenderer(body, _identity(request)), timeout_s)
 
     @routes.post("/v1/chat/completions", response_model=replies.ChatReply)
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
-        return await _answer(request, link, ChatRenderer(body, _identity(request)), timeout_s)
+        return await _answer(request, routers, ChatRenderer(body, _identity(request)), timeout_s)
 
     return routes
 
 
-def _tokens(link: RouterLink) -> APIRouter:
+def _tokens(routers: Routers) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/tokenize", response_model_exclude_unset=True)
     async def tokenize(request: Request, body: TokenizeRequest) -> replies.TokenizeReply:
-        tokens = await link.tokenize(body.call(), record_of(request).request_id)
+        tokens = await routers.tokenize(body.call(), record_of(request).request_id)
         strings = {"token_strs": list(tokens.tokens)} if body.return_token_strs else {}
         return replies.TokenizeReply(
             count=len(tokens.token_ids),
@@ -118,22 +118,22 @@ def _tokens(link: RouterLink) -> APIRouter:
 
     @routes.post("/detokenize")
     async def detokenize(request: Request, body: DetokenizeRequest) -> replies.DetokenizeReply:
-        text = await link.detokenize(body.call(), record_of(request).request_id)
+        text = await routers.detokenize(body.call(), record_of(request).request_id)
         return replies.DetokenizeReply(prompt=text.text)
 
     return routes
 
 
-def _models(link: RouterLink) -> APIRouter:
+def _models(routers: Routers) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/v1/models")
     async def models(request: Request) -> replies.ModelList:
-        return replies.ModelList(object="list", data=[await _model(link, request)])
+        return replies.ModelList(object="list", data=[await _model(routers, request)])
 
     @routes.get("/v1/models/{model_id:path}")
     async def model(request: Request, model_id: str) -> replies.Model:
-        served = await _model(link, request)
+        served = await _model(routers, request)
         if served.id != model_id:
             raise NotFound("no such model", field="model", reason="MODEL_NOT_FOUND")
         return served
@@ -141,13 +141,13 @@ def _models(link: RouterLink) -> APIRouter:
     return routes
 
 
-def _state(link: RouterLink) -> APIRouter:
+def _state(routers: Routers) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/health", response_class=Response)
     @routes.get("/ready", response_class=Response)
     async def ready() -> Response:
-        _check_serving(link)
+        _check_serving(routers)
         return Response()
 
     @routes.get("/version")
@@ -157,15 +157,15 @@ def _state(link: RouterLink) -> APIRouter:
     return routes
 
 
-def _check_serving(link: RouterLink) -> None:
-    if not link.serving:
+def _check_serving(routers: Routers) -> None:
+    if not routers.serving:
         raise Unavailable("no router serves at the moment", reason="NOT_READY")
 
 
-async def _model(link: RouterLink, request: Request) -> replies.Model:
+async def _model(routers: Routers, request: Request) -> replies.Model:
     """A model is listed only while it can be used: clients take the list for a sign of life."""
-    _check_serving(link)
-    info = await link.model_info(record_of(request).request_id)
+    _check_serving(routers)
+    info = await routers.model_info(record_of(request).request_id)
     return replies.Model(
         id=info.model,
         object="model",
@@ -179,11 +179,11 @@ def _identity(request: Request) -> Identity:
     return Identity(record_of(request).request_id, int(time.time()))
 
 
-async def _answer(request: Request, link: RouterLink, renderer: Renderer, timeout_s: float) -> Response:
+async def _answer(request: Request, routers: Routers, renderer: Renderer, timeout_s: float) -> Response:
     record = record_of(request)
     calls = renderer.calls()
     answer = Answer(len(calls), renderer.request.num_choices)
-    pieces = _pieces(record, renderer, answer, link.generate(calls, record.request_id))
+    pieces = _pieces(record, renderer, answer, routers.generate(calls, record.request_id))
     if not renderer.request.stream:
         return await unless_gone(request, _whole(renderer, answer, pieces))
     # An error before the first token still has a status of its own.

@@ -194,6 +194,7 @@ def _usage(answer: Answer) -> replies.Usage:
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,
         total_tokens=answer.prompt_tokens + answer.completion_tokens,
+        prompt_tokens_details=replies.PromptTokensDetails(cached_tokens=answer.cached_tokens),
     )
 
 

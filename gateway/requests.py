@@ -33,6 +33,7 @@ DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
 MAX_STOPS = 16
 MAX_MESSAGES = 4096
+MAX_SALT_CHARS = 256
 
 # The type of an error about a combination of fields; its context names the one to blame.
 COMBINATION = "combination"
@@ -155,6 +156,8 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
+    # Whose request it is: cached prefixes are found by the same salt alone, and salts share the router fairly.
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     # Taken for bookkeeping by clients; it changes nothing.
     user: str | None = None
 
@@ -228,6 +231,7 @@ class CompletionRequest(GenerationBody):
             sampling=sampling,
             n=self.num_choices,
             add_special_tokens=self.add_special_tokens,
+            tenant=self.cache_salt,
         )
         if isinstance(prompt, str):
             call.text = prompt
@@ -338,7 +342,15 @@ class ChatCompletionRequest(GenerationBody, ChatFields):
             sampling.max_tokens = limit
         if self.logprobs:
             sampling.logprobs = self.top_logprobs or 0
-        return [pb.GenerateRequest(model=self.model, chat=self.chat(), sampling=sampling, n=self.num_choices)]
+        return [
+            pb.GenerateRequest(
+                model=self.model,
+                chat=self.chat(),
+                sampling=sampling,
+                n=self.num_choices,
+                tenant=self.cache_salt,
+            )
+        ]
 
 
 class TokenizeTextRequest(Body):

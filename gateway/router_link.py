@@ -1,4 +1,4 @@
-"""The gateway's end of the line to a router: where it is, whether it serves, and calls with deadlines.
+"""The gateway's end of the line to one router: where it is, whether it serves, and calls with deadlines.
 
 One task follows the router: it looks the address up, watches grpc.health.v1 there, and looks again when the stream
 breaks or the router does not serve. An address is never remembered beyond that; calls take the newest channel.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 import grpc
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 SERVICE = "moesaic.v1.InferenceService"
 UNARY_TIMEOUT_S = 30.0
-# Prompts of one request that are at the router at once; the others wait here, not in its queue.
-MAX_PARALLEL_PROMPTS = 32
+# The reason of the error when a call did not reach its router or was cut off from it.
+ROUTER_UNREACHABLE = "ROUTER_UNREACHABLE"
 
 _RESOLVE_TIMEOUT_S = 10.0
 _RETRY_S = 0.3
@@ -33,20 +33,21 @@ _RETRY_S = 0.3
 _LOOK_AGAIN_S = 2.0
 # The longest that one watch of a serving router lasts; then it is looked up anew.
 _WATCH_S = 60.0
-_QUEUED_MESSAGES = 64
 # What the caller hears where gRPC itself failed: its own words would name addresses.
 _TRANSPORT_MESSAGES: dict[type[MoesaicError], str] = {
     errors.DeadlineExceeded: "the request did not end within the time it had",
     errors.Overloaded: "the request or its answer is larger than a message may be",
 }
 
-_Numbered = tuple[int, pb.GenerateResponse]
+ResolveRouter = Callable[[], Awaitable[str]]
 
 
 class RouterLink:
-    """Calls to the router that `resolve_router` names at the moment."""
+    """Calls to the router that `resolve_router` finds at the moment."""
 
-    def __init__(self, resolve_router: Callable[[], Awaitable[str]], *, timeout_s: float) -> None:
+    def __init__(self, name: str, resolve_router: ResolveRouter, *, timeout_s: float) -> None:
+        """`name`: for the log. `timeout_s`: the longest that a call lasts."""
+        self._name = name
         self._resolve_router = resolve_router
         self._timeout_s = timeout_s
         self._address = ""
@@ -65,8 +66,13 @@ class RouterLink:
         """Whether the router says that it serves, as far as the watch knows."""
         return self._serving
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is an address to call, be the router well or not."""
+        return self._channel is not None
+
     def start(self) -> None:
-        self._follower = asyncio.create_task(self._follow(), name="router-link")
+        self._follower = asyncio.create_task(self._follow(), name=f"link-{self._name}")
 
     async def close(self) -> None:
         """Ends the watch, and with Unavailable every call that still runs."""
@@ -81,32 +87,16 @@ class RouterLink:
             await channel.close()
 
     async def generate(
-        self, calls: Sequence[pb.GenerateRequest], request_id: str
-    ) -> AsyncGenerator[_Numbered, None]:
-        """The messages of all calls as they come, each with the number of its call.
-
-        The first error ends them all; closing the generator cancels what still runs.
-        """
-        queue: asyncio.Queue[_Numbered | Exception | None] = asyncio.Queue(_QUEUED_MESSAGES)
-        places = asyncio.Semaphore(MAX_PARALLEL_PROMPTS)
-        pumps = []
-        for number, call in enumerate(calls):
-            call.request_id = request_id if len(calls) == 1 else f"{request_id[:120]}-{number}"
-            pumps.append(asyncio.create_task(self._pump(number, call, places, queue)))
-        try:
-            num_running = len(pumps)
-            while num_running:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    num_running -= 1
-                else:
-                    yield item
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+        self, request: pb.GenerateRequest, *, timeout_s: float
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """The messages of one call as they come; closing the generator cancels it."""
+        with _errors_of_ours():
+            call = self._stub().Generate(request, timeout=timeout_s, metadata=_metadata(request.request_id))
+            try:
+                async for response in call:
+                    yield response
+            finally:
+                call.cancel()
 
     async def tokenize(self, request: pb.TokenizeRequest, request_id: str) -> pb.TokenizeResponse:
         with _errors_of_ours():
@@ -128,36 +118,6 @@ class RouterLink:
                 pb.GetModelInfoRequest(), timeout=UNARY_TIMEOUT_S, metadata=_metadata(request_id)
             )
         return response
-
-    async def _pump(
-        self,
-        number: int,
-        request: pb.GenerateRequest,
-        places: asyncio.Semaphore,
-        queue: asyncio.Queue[_Numbered | Exception | None],
-    ) -> None:
-        """Moves one call's messages into the queue, and then None or the error that ended it."""
-        try:
-            async with places:
-                with _errors_of_ours():
-                    await self._drain(number, request, queue)
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    async def _drain(
-        self,
-        number: int,
-        request: pb.GenerateRequest,
-        queue: asyncio.Queue[_Numbered | Exception | None],
-    ) -> None:
-        call = self._stub().Generate(request, timeout=self._timeout_s, metadata=_metadata(request.request_id))
-        try:
-            async for response in call:
-                await queue.put((number, response))
-        finally:
-            call.cancel()
 
     def _stub(self) -> InferenceServiceStub:
         if self._channel is None:
@@ -209,7 +169,8 @@ class RouterLink:
 
     def _set_serving(self, serving: bool) -> None:
         if serving != self._serving:
-            log.info("router serves" if serving else "router does not serve")
+            message = "router serves" if serving else "router does not serve"
+            log.info(message, extra={"fields": {"router": self._name}})
             self._problem = ""
             self._has_served = True
         self._serving = serving
@@ -221,7 +182,8 @@ class RouterLink:
         if problem != self._problem:
             # Nobody answers while a cluster starts: only the loss of a router is worth a warning.
             level = logging.WARNING if self._has_served else logging.INFO
-            log.log(level, "no connection to a router", extra={"fields": {"problem": problem}})
+            fields = {"router": self._name, "problem": problem}
+            log.log(level, "no connection to a router", extra={"fields": fields})
         self._problem = problem
 
 
@@ -247,7 +209,7 @@ def _without_internals(error: grpc.RpcError) -> MoesaicError:
         return known
     if type(known) in _TRANSPORT_MESSAGES:
         return type(known)(_TRANSPORT_MESSAGES[type(known)])
-    return Unavailable("the router cannot be reached", reason="ROUTER_UNREACHABLE")
+    return Unavailable("the router cannot be reached", reason=ROUTER_UNREACHABLE)
 
 
 def _metadata(request_id: str) -> list[tuple[str, str]]:

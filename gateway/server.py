@@ -6,17 +6,17 @@ import asyncio
 import ipaddress
 import math
 import socket
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import uvicorn
 
 from gateway.app import build_app
+from gateway.config import GatewayConfig
 from gateway.edge import Edge
-from gateway.router_link import RouterLink
+from gateway.router_link import ResolveRouter
+from gateway.routers import Routers
 from moesaic.errors import InvalidArgument, Unavailable
-from moesaic.settings import GatewaySettings
 
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Longer than clients keep idle connections, so that they close first and never write into a closing one.
@@ -27,29 +27,20 @@ _FAREWELL_S = 2.0
 _BACKLOG = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class GatewayConfig:
-    """Where the gateway listens, and its bounds."""
-
-    host: str
-    port: int
-    settings: GatewaySettings
-
-
 class GatewayServer:
-    """The HTTP side of one router, which `resolve_router` finds (HOST:PORT, or MoesaicError while there is none)."""
+    """The HTTP side of some routers by name, each with what finds it (HOST:PORT, or MoesaicError while there is none)."""
 
-    def __init__(self, config: GatewayConfig, resolve_router: Callable[[], Awaitable[str]]) -> None:
+    def __init__(self, config: GatewayConfig, resolvers: Mapping[str, ResolveRouter]) -> None:
         self._config = config
-        self._link = RouterLink(resolve_router, timeout_s=config.settings.request_timeout_s)
-        self._http = _Uvicorn(_uvicorn_config(config, self._link))
+        self._routers = Routers(resolvers, timeout_s=config.settings.request_timeout_s)
+        self._http = _Uvicorn(_uvicorn_config(config, self._routers))
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
         """Listens and returns HOST:PORT (a free port for 0). Raises InvalidArgument when the port is taken."""
         listener = _listen(self._config.host, self._config.port)
         self._serving = asyncio.create_task(self._http.serve(sockets=[listener]), name="gateway-http")
-        self._link.start()
+        self._routers.start()
         try:
             await self._started(self._serving)
         except BaseException:
@@ -72,7 +63,7 @@ class GatewayServer:
         self._http.config.timeout_graceful_shutdown = math.ceil(drain_s + _FAREWELL_S)
         self._http.should_exit = True
         await asyncio.wait({self._serving}, timeout=drain_s)
-        await self._link.close()
+        await self._routers.close()
         await self.wait()
 
     async def wait(self) -> None:
@@ -89,9 +80,9 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def _uvicorn_config(config: GatewayConfig, link: RouterLink) -> uvicorn.Config:
+def _uvicorn_config(config: GatewayConfig, routers: Routers) -> uvicorn.Config:
     max_body_bytes = config.settings.max_body_mib << 20
-    app = build_app(link, max_body_bytes=max_body_bytes, timeout_s=config.settings.request_timeout_s)
+    app = build_app(routers, max_body_bytes=max_body_bytes, timeout_s=config.settings.request_timeout_s)
     return uvicorn.Config(
         Edge(app, max_body_bytes=max_body_bytes, allowed_hosts=_allowed_hosts(config)),
         http="h11",

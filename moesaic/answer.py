@@ -71,6 +71,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    # Prompt tokens whose keys and values were in the prefix cache.
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,9 @@ class Token:
             index=response.index,
             finish_reason=FINISH_REASONS.get(response.finish_reason),
             stop=response.stop or None,
-            usage=Usage(usage.prompt_tokens, usage.completion_tokens) if response.HasField("usage") else None,
+            usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens)
+            if response.HasField("usage")
+            else None,
             timing=Timing(timing.queued_s, timing.first_token_s, timing.total_s)
             if response.HasField("timing")
             else None,

@@ -62,10 +62,19 @@ class GenerateOptions(TypedDict, total=False):
     template_kwargs: Mapping[str, Any] | None
     # Empty or absent: the model that the router serves.
     model: str | None
+    # Who asks: tenants share the router fairly and never each other's cached prefixes.
+    tenant: str | None
 
 
 _PROMPT_OPTIONS = frozenset(
-    {"add_special_tokens", "add_generation_prompt", "continue_final_message", "template_kwargs", "model"}
+    {
+        "add_special_tokens",
+        "add_generation_prompt",
+        "continue_final_message",
+        "template_kwargs",
+        "model",
+        "tenant",
+    }
 )
 
 
@@ -302,7 +311,13 @@ def _generate_request(
         raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
     given = {name: value for name, value in options.items() if value is not None}
     request = pb.GenerateRequest(request_id=request_id or "", sampling=_sampling(given))
-    _set(request, n=n, model=given.get("model", ""), add_special_tokens=given.get("add_special_tokens"))
+    _set(
+        request,
+        n=n,
+        model=given.get("model", ""),
+        add_special_tokens=given.get("add_special_tokens"),
+        tenant=given.get("tenant", ""),
+    )
     if isinstance(prompt, str):
         request.text = prompt
     elif prompt and isinstance(prompt[0], Mapping):

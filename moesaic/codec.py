@@ -16,7 +16,12 @@ ITEM_BYTES: dict[common_pb2.Dtype, int] = {
     common_pb2.DTYPE_FLOAT32: 4,
     common_pb2.DTYPE_BFLOAT16: 2,
     common_pb2.DTYPE_FLOAT16: 2,
+    common_pb2.DTYPE_INT8: 1,
+    common_pb2.DTYPE_FLOAT8_E4M3: 1,
 }
+# Their rows have one float32 scale each.
+SCALED_DTYPES = (common_pb2.DTYPE_INT8, common_pb2.DTYPE_FLOAT8_E4M3)
+SCALE_BYTES = 4
 
 
 def dtype_name(dtype: common_pb2.Dtype) -> str:
@@ -30,8 +35,10 @@ def check_tensor(
     field: str,
     dtypes: Collection[common_pb2.Dtype],
     shape: Sequence[int | None],
+    num_bytes: int | None = None,
 ) -> None:
-    """Raises InvalidArgument unless the tensor has one of `dtypes`, `shape` (None: any extent) and just its bytes."""
+    """Raises InvalidArgument unless the tensor has one of `dtypes`, `shape` (None: any extent), just its bytes
+    (`num_bytes`, where its data are not in the message) and, if its dtype has scales, one for each row."""
     if tensor.dtype not in dtypes:
         expected = ", ".join(dtype_name(dtype) for dtype in dtypes)
         raise InvalidArgument(f"{field}.dtype must be one of: {expected}", field=f"{field}.dtype")
@@ -40,8 +47,23 @@ def check_tensor(
     ):
         expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
         raise InvalidArgument(f"{field}.shape must be [{expected}]", field=f"{field}.shape")
-    num_bytes = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
-    if len(tensor.data) != num_bytes:
+    wanted_bytes = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    if (len(tensor.data) if num_bytes is None else num_bytes) != wanted_bytes:
         raise InvalidArgument(
-            f"{field}.data must hold {num_bytes} bytes for its shape and dtype", field=f"{field}.data"
+            f"{field}.data must hold {wanted_bytes} bytes for its shape and dtype", field=f"{field}.data"
         )
+    _check_scales(tensor, f"{field}.scales")
+
+
+def _check_scales(tensor: common_pb2.Tensor, field: str) -> None:
+    num_rows = tensor.shape[0] if tensor.dtype in SCALED_DTYPES else 0
+    if len(tensor.scales) != num_rows * SCALE_BYTES:
+        raise InvalidArgument(
+            f"{field} must hold one float32 per row for int8 and float8, else nothing", field=field
+        )
+    if not num_rows:
+        return
+    scales = memoryview(tensor.scales).cast("f")
+    # One that is not finite shows in the sum, whatever `min` makes of it.
+    if not (min(scales) > 0 and math.isfinite(sum(scales))):
+        raise InvalidArgument(f"{field} must be finite and above zero", field=field)

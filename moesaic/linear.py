@@ -1,38 +1,272 @@
-"""A weight matrix in the form in which it is read: `Linear` maps rows [n, in] to rows [n, out].
+"""A weight matrix in the form in which it is read: `Linear` maps rows [n, I] to rows [n, O].
 
-On a CPU a matrix that is only ever read is laid out once for oneDNN, which otherwise does so again in every call. Shared
-by experts and by the router's own projections, so that one file decides how a product is computed.
+Shared by experts and by the router's own projections, so that one file decides how a product is computed. The choice
+follows from device, dtype, form and width alone, and never from a timing: every process of one kind of machine gives
+the same bits. On a CPU a float matrix is laid out once for oneDNN, which otherwise does so again in every call; there
+the bits of a row depend neither on where its memory lies nor on its place among the rows.
+
+Whether a row's bits depend on how many others share the call is a matter of the kernel (one row alone is often another
+one). `batch_invariant` settles it: all products then have the same number of rows, filled up with zeros.
 """
 
-# Shapes: n rows, I inputs, O outputs.
+# Shapes: n rows, I inputs, O outputs, G groups of inputs.
 
 from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.errors import InvalidArgument
+
+log = logging.getLogger(__name__)
+
+# float: as it comes. int8: a scale an output, rows quantised one by one, sums exact. int4: a scale and a zero a group.
+WeightForm = Literal["float", "int8", "int4"]
+
+# Rows of every product that is batch-invariant. Fewer waste less on a single row, more read the weight less often.
+ROW_TILE = 16
+# Inputs that share a scale in int4.
+INT4_GROUP = 32
+# What the int4 kernel asks of the number of outputs.
+_INT4_OUTPUTS = 16
+
+_ALIGN_BYTES = 64
+# Of a weight that is quantised, so that no second one in full precision comes to be.
+_ROWS_AT_ONCE = 1024
+# int8 rows lie around this value, as the kernels read unsigned ones.
+_ROW_ZERO = 128
+_TINY = 1e-30
+
+
+class _Product(Protocol):
+    """rows [n, I] in `dtype` -> [n, O] in fresh memory of the same dtype."""
+
+    dtype: torch.dtype
+    num_bytes: int
+
+    def __call__(self, rows: Tensor) -> Tensor: ...
+
 
 class Linear:
-    """weight [O, I], no bias."""
+    """weight [O, I], no bias. Raises InvalidArgument for a form that cannot hold such a weight here."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, form: WeightForm = "float", *, batch_invariant: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
-        self.num_bytes = weight.nbytes
-        self._packed = _pack(weight)
-        self._weight = None if self._packed is not None else weight
+        self.device = weight.device
+        check_form(form, weight.device, self.in_features, self.out_features)
+        self._product = _choose_product(weight, form)
+        # Sums of whole numbers are exact whatever their order.
+        self._in_tiles = batch_invariant and not isinstance(self._product, _Int8)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, and the dtype of its outputs."""
+        return self._product.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight as it is held, not counting what a layout fills up."""
+        return self._product.num_bytes
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """rows [n, I] in the weight's dtype -> [n, O]."""
-        if self._packed is None:
-            return F.linear(rows, self._weight)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+        """rows [n, I] of any float dtype -> [n, O] in fresh memory."""
+        rows = rows.to(self.dtype)
+        return _by_tiles(self._product, rows) if self._in_tiles else self._product(rows)
+
+
+def check_form(form: WeightForm, device: torch.device, in_features: int, out_features: int) -> None:
+    """Raises InvalidArgument unless such a weight can be held so on this device."""
+    if form != "int4":
+        return
+    if in_features % INT4_GROUP or out_features % _INT4_OUTPUTS:
+        raise InvalidArgument(
+            f"int4 needs inputs in multiples of {INT4_GROUP} and outputs in multiples of {_INT4_OUTPUTS}, "
+            f"the model has {in_features} and {out_features}"
+        )
+    if device.type != "cpu" or not _int4_works():
+        raise InvalidArgument(f"int4 is not computed on this {device.type}")
+
+
+def _choose_product(weight: Tensor, form: WeightForm) -> _Product:
+    on_cpu = weight.device.type == "cpu"
+    if form == "int4":
+        return _Int4(weight)
+    if form == "int8":
+        return _Int8(weight) if on_cpu and _int8_works(weight.shape[1]) else _WidenedInt8(weight)
+    return _Packed(weight) if on_cpu and _packing_works(weight.dtype, weight.shape[1]) else _Plain(weight)
+
+
+def _by_tiles(product: _Product, rows: Tensor) -> Tensor:
+    """As many products of the same shape as the rows need: what surrounds a row never changes its kernel."""
+    num_rows = len(rows)
+    num_tiles = -(-num_rows // ROW_TILE)
+    if num_rows < num_tiles * ROW_TILE:
+        filled = rows.new_zeros(num_tiles * ROW_TILE, rows.shape[1])
+        filled[:num_rows] = rows
+        rows = filled
+    outputs = [product(tile) for tile in rows.split(ROW_TILE)]
+    return (outputs[0] if num_tiles == 1 else torch.cat(outputs))[:num_rows]
+
+
+class _Plain:
+    """The weight as it is: on CUDA, and where oneDNN is not to be had."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.dtype = weight.dtype
+        self.num_bytes = weight.nbytes
+        self._weight = weight
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        # The last bits of this product depend on the alignment of its operands.
+        if rows.device.type == "cpu" and rows.data_ptr() % _ALIGN_BYTES:
+            rows = rows.clone()
+        return F.linear(rows, self._weight)
+
+
+class _Packed:
+    """In oneDNN's own layout."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.dtype = weight.dtype
+        self.num_bytes = weight.nbytes
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        product: Tensor = self._multiply(rows, self._weight, None, "none", [], "")
         return product
 
 
-def _pack(weight: Tensor) -> Tensor | None:
-    """The weight in oneDNN's own layout, or None where that is not to be had."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return None
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    return packed
+class _Int8:
+    """Both sides in 8 bits, for CPUs that multiply such: a scale an output and a scale a row."""
+
+    dtype = torch.float32
+
+    def __init__(self, weight: Tensor) -> None:
+        quantised, self._scales = _quantise_int8(weight)
+        self.num_bytes = quantised.nbytes + self._scales.nbytes
+        self._zeros = torch.zeros(len(quantised), dtype=torch.int32)
+        self._weight = torch.ops.onednn.qlinear_prepack(quantised, None)
+        self._multiply = torch.ops.onednn.qlinear_pointwise.default
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        scales = rows.abs().amax(-1, keepdim=True).mul_(1 / 127).clamp_min_(_TINY)
+        # Truncating after the half is added rounds.
+        quantised = (rows / scales).add_(_ROW_ZERO + 0.5).to(torch.uint8)
+        product: Tensor = self._multiply(
+            *(quantised, 1.0, _ROW_ZERO),
+            *(self._weight, self._scales, self._zeros),
+            *(None, 1.0, 0, torch.float32, "none", [], ""),
+        )
+        return product.mul_(scales)
+
+
+class _WidenedInt8:
+    """Only held in 8 bits, and widened for every product: on CUDA, and on CPUs without 8-bit products."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.dtype = weight.dtype
+        self._weight, scales = _quantise_int8(weight)
+        self._scales = scales.to(weight.dtype)
+        self.num_bytes = self._weight.nbytes + self._scales.nbytes
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        # Whole numbers up to 127 are exact in every float dtype.
+        return _Plain(self._weight.to(self.dtype))(rows).mul_(self._scales)
+
+
+class _Int4:
+    """Weights of 4 bits, widened inside the kernel, which computes in bfloat16."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, weight: Tensor) -> None:
+        quantised, self._scales_and_zeros = _quantise_int4(weight)
+        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantised, 1)
+        self.num_bytes = self._weight.nbytes + self._scales_and_zeros.nbytes
+        self._multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        product: Tensor = self._multiply(rows, self._weight, INT4_GROUP, self._scales_and_zeros)
+        return product
+
+
+def _quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [O, I] and float32 scales [O]."""
+    largest = torch.maximum(weight.amax(1), weight.amin(1).neg_()).float()
+    scales = largest.mul_(1 / 127).clamp_min_(_TINY)
+    quantised = torch.empty_like(weight, dtype=torch.int8)
+    for part, of, scale in zip(*(x.split(_ROWS_AT_ONCE) for x in (quantised, weight, scales)), strict=True):
+        part.copy_((of / scale[:, None]).round_())
+    return quantised, scales
+
+
+def _quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 [O, I] of 0 to 15, and bfloat16 [G, O, 2]: the scale of a group and the value of its 8."""
+    quantised = torch.empty_like(weight, dtype=torch.int32)
+    scales_and_zeros = []
+    for part, of in zip(quantised.split(_ROWS_AT_ONCE), weight.split(_ROWS_AT_ONCE), strict=True):
+        groups = of.float().unflatten(1, (-1, INT4_GROUP))
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        # Rounded to what is held first, so that the steps allow for it.
+        scale = ((high - low) / 15).clamp_min_(_TINY).bfloat16()
+        zero = (low + 8 * scale.float()).bfloat16()
+        steps = (groups - zero.float()).div_(scale.float()).round_().add_(8).clamp_(0, 15)
+        part.copy_(steps.flatten(1))
+        scales_and_zeros.append(torch.cat((scale, zero), -1))
+    return quantised, torch.cat(scales_and_zeros).transpose(0, 1).contiguous()
+
+
+# The packed products are not a documented part of torch, so each is tried, once a process, dtype and width, on a small
+# weight before anything relies on it. The weight is always the same one, and so is the verdict.
+
+_PROBE_OUTPUTS = 64
+_PROBE_ROWS = (1, 3, ROW_TILE)
+
+
+@lru_cache
+def _packing_works(dtype: torch.dtype, in_features: int) -> bool:
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    return dtype in (torch.float32, torch.bfloat16) and _agrees(_Packed, dtype, in_features, tolerance)
+
+
+@lru_cache
+def _int8_works(in_features: int) -> bool:
+    # What rounding to 8 bits costs; a CPU whose sums of 8-bit products overflow is far off.
+    return _agrees(_Int8, torch.float32, in_features, 3e-2)
+
+
+@lru_cache
+def _int4_works() -> bool:
+    return _agrees(_Int4, torch.float32, 4 * INT4_GROUP, 3e-1)
+
+
+def _agrees(
+    kind: type[_Packed | _Int8 | _Int4], dtype: torch.dtype, in_features: int, tolerance: float
+) -> bool:
+    """Whether the kernel is there and its error, relative to the plain product's norm, is within `tolerance`."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(_PROBE_OUTPUTS, in_features, generator=generator)
+    weight[0] = 1
+    try:
+        product = kind(weight.to(dtype))
+        for num_rows in _PROBE_ROWS:
+            rows = torch.randn(num_rows, in_features, generator=generator)
+            # Largest against largest: where sums of 8-bit products overflow, these do.
+            rows[-1] = 1
+            expected = F.linear(rows, weight)
+            error = (product(rows.to(product.dtype)).float() - expected).norm() / expected.norm()
+            if not error <= tolerance:
+                raise RuntimeError(f"relative error {error:.3g}")
+    except (RuntimeError, AttributeError, TypeError) as error:
+        log.warning(
+            "a kernel is not usable here, plain products take its place",
+            extra={"fields": {"kernel": kind.__name__.strip("_").lower(), "why": str(error)[:200]}},
+        )
+        return False
+    return True

@@ -1,9 +1,11 @@
 """Between torch tensors and the wire, and which device and dtype a process computes in. The only module of this package
 that may import torch.
 
-Encoding copies once (into the message); decoding makes a view of the message's bytes, which is read-only by nature:
-whoever wants to write copies first.
+Encoding makes rows whose bytes are the data, decoding a view of the bytes that came, which is read-only by nature:
+whoever wants to write copies first. Rows of int8 and float8 travel with one float32 scale each.
 """
+
+# Shapes: R rows, D their width.
 
 from __future__ import annotations
 
@@ -23,27 +25,84 @@ TORCH_DTYPES: dict[common_pb2.Dtype, torch.dtype] = {
     common_pb2.DTYPE_BFLOAT16: torch.bfloat16,
     common_pb2.DTYPE_FLOAT16: torch.float16,
 }
-WIRE_DTYPES: dict[torch.dtype, common_pb2.Dtype] = {
-    torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()
+# Element types of rows on the wire; those beyond TORCH_DTYPES come with a scale a row.
+WIRE_ROWS: dict[common_pb2.Dtype, torch.dtype] = TORCH_DTYPES | {
+    common_pb2.DTYPE_INT8: torch.int8,
+    common_pb2.DTYPE_FLOAT8_E4M3: torch.float8_e4m3fn,
 }
+WIRE_DTYPES: dict[torch.dtype, common_pb2.Dtype] = {
+    torch_dtype: dtype for dtype, torch_dtype in WIRE_ROWS.items()
+}
+# The largest element of a scaled row.
+LARGEST: dict[common_pb2.Dtype, float] = {common_pb2.DTYPE_INT8: 127.0, common_pb2.DTYPE_FLOAT8_E4M3: 448.0}
+# A row that has nothing larger is a row of zeros: its scale would lose its precision, and then be zero.
+SMALLEST_EXTREME = 1e-30
+
+
+def encode_rows(rows: torch.Tensor, dtype: common_pb2.Dtype) -> tuple[common_pb2.Tensor, torch.Tensor]:
+    """Rows [R, D] of any device as `dtype` puts them on the wire: the header, without data, and the contiguous CPU rows
+    whose bytes (`data_of`) the data are. Rows that are so already are not copied."""
+    wire, scales = narrow(rows.detach(), dtype)
+    wire = wire.cpu().contiguous()
+    return header_of(wire, scales), wire
+
+
+def narrow(rows: torch.Tensor, dtype: common_pb2.Dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """rows [R, D] in a dtype of the wire, and scales [R] in float32 where it has some.
+
+    A row that is not finite has a scale that is not: its elements may turn into any number, so the scale is what the
+    other side checks."""
+    if dtype in TORCH_DTYPES:
+        return rows.to(TORCH_DTYPES[dtype]), None
+    rows = rows.float()
+    extreme = rows.abs().amax(dim=1)
+    # A little less than what just fits, so that the largest number does not become infinite on its way back.
+    scales = extreme * ((1 - 2**-22) / LARGEST[dtype])
+    scales = torch.where(extreme < SMALLEST_EXTREME, 1.0, scales)
+    scaled = (rows / scales[:, None]).clamp_(-LARGEST[dtype], LARGEST[dtype])
+    if dtype == common_pb2.DTYPE_INT8:
+        scaled.round_()
+    return scaled.to(WIRE_ROWS[dtype]), scales
+
+
+def header_of(rows: torch.Tensor, scales: torch.Tensor | None = None) -> common_pb2.Tensor:
+    """The message of a tensor in a dtype of the wire, without its data."""
+    header = common_pb2.Tensor(dtype=WIRE_DTYPES[rows.dtype], shape=rows.shape)
+    if scales is not None:
+        header.scales = scales.cpu().numpy().tobytes()
+    return header
+
+
+def data_of(rows: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return rows.view(torch.uint8).numpy().data.cast("B") if rows.numel() else memoryview(b"")
+
+
+def view_rows(header: common_pb2.Tensor, data: memoryview) -> torch.Tensor:
+    """Rows in a dtype of the wire, a read-only view of `data`. Check the header first (`codec.check_tensor`)."""
+    shape, dtype = tuple(header.shape), WIRE_ROWS[header.dtype]
+    return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+
+
+def decode_rows(header: common_pb2.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The numbers that the rows of a checked header stand for: as they are, or float32 where they have scales."""
+    if header.dtype in TORCH_DTYPES:
+        return rows
+    scales = torch.frombuffer(header.scales, dtype=torch.float32).to(rows.device)
+    return rows.float() * scales[:, None]
 
 
 def to_wire(tensor: torch.Tensor) -> common_pb2.Tensor:
-    """A tensor of any device as a message. A dtype without a wire form is a KeyError: a bug of the caller."""
-    rows = tensor.detach().cpu().contiguous()
-    return common_pb2.Tensor(
-        dtype=WIRE_DTYPES[rows.dtype],
-        shape=list(rows.shape),
-        data=rows.view(torch.uint8).numpy().tobytes(),
-    )
+    """A tensor of any device as one message, data included. A dtype without a wire form is a KeyError."""
+    header, rows = encode_rows(tensor, WIRE_DTYPES[tensor.dtype])
+    header.data = bytes(data_of(rows))
+    return header
 
 
 def from_wire(message: common_pb2.Tensor) -> torch.Tensor:
     """A read-only view of the message's bytes. Check the message first (`codec.check_tensor`)."""
-    shape, dtype = tuple(message.shape), TORCH_DTYPES[message.dtype]
     # Every access to the field copies it: one access.
-    data = message.data
-    return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+    return view_rows(message, memoryview(message.data))
 
 
 def choose_device(device: Device) -> torch.device:

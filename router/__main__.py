@@ -15,6 +15,7 @@ from moesaic.errors import InvalidArgument, MoesaicError
 from moesaic.families import describe_model
 from moesaic.settings import Settings, load_settings
 from router.cluster_view import ClusterView, ControlWatch, NamedWorkers
+from router.config import RouterConfig
 
 if TYPE_CHECKING:
     from router.server import RouterServer
@@ -32,6 +33,30 @@ def main(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="auto, lean or stock: our own decoder, or the modules of transformers."),
+    ] = None,
+    wire_dtype: Annotated[
+        str | None, typer.Option(help="Rows on the wire: auto, float32, bfloat16, float8 or int8.")
+    ] = None,
+    combine: Annotated[
+        str | None,
+        typer.Option(help="rows, or sum: workers add up, fewer bytes, placement shows in last bits."),
+    ] = None,
+    lane: Annotated[
+        str | None, typer.Option(help="auto or off: a faster way than gRPC to workers on this host.")
+    ] = None,
+    overlap: Annotated[
+        str | None, typer.Option(help="auto or off: two micro-batches in flight where that wins.")
+    ] = None,
+    batch_invariant: Annotated[
+        bool | None,
+        typer.Option(
+            "--batch-invariant", help="A sequence's tokens do not depend on its batch mates. Slower."
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
 ) -> None:
     """Serves a model whose experts are served elsewhere."""
@@ -44,7 +69,16 @@ def main(
             grpc_port=port,
             device=device,
             dtype=dtype,
-            engine={"max_model_len": max_model_len},
+            engine={
+                "max_model_len": max_model_len,
+                "threads": threads,
+                "decoder": decoder,
+                "wire_dtype": wire_dtype,
+                "combine": combine,
+                "lane": lane,
+                "overlap": overlap,
+                "batch_invariant": batch_invariant,
+            },
         )
         served_name = settings.served_model_name or model.resolve().name
         asyncio.run(_serve(settings, model, served_name, _view(model, worker or [], control)))
@@ -71,7 +105,7 @@ def _view(model: Path, workers: list[str], control: str | None) -> ClusterView:
 
 async def _serve(settings: Settings, model: Path, served_name: str, view: ClusterView) -> None:
     # Heavy: torch and transformers. A wrong flag is told before.
-    from router.server import RouterConfig, RouterServer
+    from router.server import RouterServer
 
     telemetry.configure("router", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
     server = RouterServer(

@@ -1,107 +1,71 @@
-"""Paged attention, the first of the three seams: the model's attention over the engine's own KV blocks.
+"""Paged attention: the rows of a packed batch over the engine's own KV blocks.
 
-`transformers` calls `paged_attention` for every layer with the rotated queries, keys and values of the packed batch;
-the step's `AttentionStep` reaches it as a keyword argument of the model's forward.
+Heads that share keys stand where tokens usually do, so no key is ever repeated in memory.
 
-Shapes: T tokens, H query heads, G key/value heads, R = H / G query heads per key/value head, d head size; B, L, Q, C as
+Shapes: T tokens, H query heads, G key/value heads, R = H / G query heads per key/value head, d head size; n, L, Q, C as
 in batch.py.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from router.batch import DecodeGroup, PackedBatch, PrefillChunk
 from router.kv_cache import KVCache
-from router.phases import PhaseClock
 
-NAME = "moesaic_paged"
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionStep:
-    """What attention needs to know of the step."""
-
-    batch: PackedBatch
-    cache: KVCache
-    clock: PhaseClock
+# With fewer rows the bits of a CPU's product depend on where its operands, and the buffers of its threads, lie in memory.
+_FEWEST_INVARIANT = 4
 
 
-def paged_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    step: AttentionStep,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """query [1, H, T, d], key and value [1, G, T, d] -> ([1, T, H, d], None). Masks are the batch's own."""
-    started = time.perf_counter()
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    batch, cache = step.batch, step.cache
-    cache.write(layer, batch.cache_positions, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    queries = query[0].transpose(0, 1)
-    output = torch.empty_like(queries)
-    keys, values = cache.keys[layer], cache.values[layer]
-    if batch.decode is not None:
-        output[batch.decode.rows] = _decode(queries, keys, values, batch.decode, scaling)
+def attend(
+    layer: int, queries: torch.Tensor, batch: PackedBatch, cache: KVCache, scaling: float
+) -> torch.Tensor:
+    """queries [T, H, d] -> [T, H * d]; the batch's own keys and values are in the cache already."""
+    if len(batch.decode) == 1 and not batch.prefill:
+        (group,) = batch.decode
+        if isinstance(group.rows, slice):
+            return _decode(layer, queries, group, cache, scaling)
+    num_tokens, num_heads, head_dim = queries.shape
+    output = queries.new_empty(num_tokens, num_heads * head_dim)
+    for group in batch.decode:
+        output[group.rows] = _decode(layer, queries[group.rows], group, cache, scaling)
     for chunk in batch.prefill:
-        rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
-        output[rows] = _prefill(queries[rows], keys, values, chunk, scaling)
-    step.clock.add("attention", time.perf_counter() - started)
-    return output[None], None
+        output[chunk.rows] = _prefill(layer, queries[chunk.rows], chunk, cache, scaling)
+    return output
 
 
 def _decode(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    group: DecodeGroup,
-    scaling: float,
+    layer: int, queries: torch.Tensor, group: DecodeGroup, cache: KVCache, scaling: float
 ) -> torch.Tensor:
-    """One token of each sequence, [B, H, d]: the heads that share keys stand where tokens usually do."""
-    picked = queries[group.rows]
-    num_sequences, num_heads, head_dim = picked.shape
+    """One token of each context: [n, H, d] -> [n, H * d]."""
+    num_rows, num_heads, head_dim = queries.shape
+    keys, values = cache.read(layer, group.contexts, group.span)  # [n or 1, G, L, d]
+    if len(keys) != num_rows:
+        keys, values = keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1)
+    queries = queries.view(num_rows, keys.shape[1], -1, head_dim)  # [n, G, R, d]
+    num_shared = queries.shape[2]
+    if group.invariant:
+        queries = functional.pad(queries, (0, 0, 0, max(0, _FEWEST_INVARIANT - num_shared)))
     attended = functional.scaled_dot_product_attention(
-        picked.view(num_sequences, keys.shape[1], -1, head_dim),  # [B, G, R, d]
-        keys[group.positions].transpose(1, 2),  # [B, G, L, d]
-        values[group.positions].transpose(1, 2),
-        attn_mask=group.visible[:, None, None, :],
-        scale=scaling,
-    )
-    return attended.reshape(num_sequences, num_heads, head_dim)
+        queries, keys, values, attn_mask=group.mask, scale=scaling
+    )[:, :, :num_shared]
+    return attended.reshape(num_rows, num_heads * head_dim)
 
 
 def _prefill(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    chunk: PrefillChunk,
-    scaling: float,
+    layer: int, queries: torch.Tensor, chunk: PrefillChunk, cache: KVCache, scaling: float
 ) -> torch.Tensor:
-    """Several tokens of one sequence, [Q, H, d]."""
+    """Several tokens of one context: [Q, H, d] -> [Q, H * d]."""
     num_tokens, num_heads, head_dim = queries.shape
+    keys, values = cache.read(layer, chunk.contexts, chunk.span)  # [1, G, C, d]
     num_shared = num_heads // keys.shape[1]
     attended = functional.scaled_dot_product_attention(
-        queries.transpose(0, 1).reshape(-1, num_shared * num_tokens, head_dim),  # [G, R * Q, d]
-        keys[chunk.positions].transpose(0, 1),  # [G, C, d]
-        values[chunk.positions].transpose(0, 1),
-        attn_mask=chunk.visible.repeat(num_shared, 1),
+        queries.unflatten(1, (-1, num_shared)).permute(1, 2, 0, 3),  # [G, R, Q, d]
+        keys.transpose(0, 1).expand(-1, num_shared, -1, -1),
+        values.transpose(0, 1).expand(-1, num_shared, -1, -1),
+        attn_mask=chunk.mask,
+        is_causal=chunk.mask is None,
         scale=scaling,
     )
-    return attended.reshape(num_heads, num_tokens, head_dim).transpose(0, 1)
-
-
-def register() -> None:
-    """Makes the seam known to transformers; masks are built per chunk, so the model builds none."""
-    AttentionInterface.register(NAME, paged_attention)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+    return attended.permute(2, 0, 1, 3).reshape(num_tokens, num_heads * head_dim)

@@ -1,7 +1,8 @@
 """One Generate call inside the router: its continuations and their sequences in the engine.
 
-The engine reports on its own thread and never waits: events hop onto the event loop into a queue that max_tokens bounds,
-however slowly the client reads. Whatever ends a call cancels every sequence that it still has in the engine.
+The engine reports on its own thread and never waits: events reach the event loop through a mailbox (mailbox.py) and wait
+in a queue that max_tokens bounds, however slowly the client reads. Whatever ends a call cancels every sequence that it
+still has in the engine.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from opentelemetry import context as trace_context
@@ -18,6 +21,7 @@ from opentelemetry import trace
 from moesaic import telemetry
 from moesaic.errors import DeadlineExceeded
 from router.continuation import Continuation
+from router.mailbox import Mailbox
 from router.prompt import Prompt
 from router.sequence import Failed, PromptScored, SequenceEvent, SequenceRequest
 
@@ -46,15 +50,23 @@ class Call:
         prompt: Prompt,
         continuations: Sequence[Continuation],
         deadline_s: float,
+        *,
+        tenant: str,
+        mailbox: Mailbox,
     ) -> None:
         self.prompt = prompt
         self.continuations = continuations
         self.deadline_s = deadline_s
         self._engine = engine
         self._request_id = request_id
-        self._loop = asyncio.get_running_loop()
+        self._tenant = tenant
+        self._mailbox = mailbox
         # Holds at most max_tokens events and a few more of every continuation.
-        self._events: asyncio.Queue[tuple[Continuation, SequenceEvent]] = asyncio.Queue()
+        self._events: deque[tuple[Continuation, SequenceEvent]] = deque()
+        # Of the one who waits for the next event.
+        self._waiter: asyncio.Future[None] | None = None
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(deadline_s - time.monotonic(), self._expire)
         # The prompt's scores go out first: what other continuations report until then waits here.
         self._before_scores: list[tuple[Continuation, SequenceEvent]] | None = (
             [] if self.scores_prompt else None
@@ -80,8 +92,9 @@ class Call:
                     prompt=self.prompt.token_ids,
                     sampling=continuation.params,
                     deadline_s=self.deadline_s,
-                    on_event=self._reporter(continuation),
+                    on_event=partial(self._mailbox.put, self._take, continuation),
                     trace=trace_of_call,
+                    tenant=self._tenant,
                 )
             )
             self._in_engine.add(continuation.sequence_id)
@@ -90,7 +103,9 @@ class Call:
     async def next_event(self) -> tuple[Continuation, SequenceEvent]:
         """The next event of a continuation that is not finished. Raises DeadlineExceeded."""
         while True:
-            continuation, event = await self._queued_event()
+            while not self._events:
+                await self._wait()
+            continuation, event = self._events.popleft()
             if not continuation.finished:
                 return continuation, event
 
@@ -105,6 +120,7 @@ class Call:
 
     def cancel(self) -> None:
         """Ends whatever is still in the engine."""
+        self._timer.cancel()
         while self._in_engine:
             self._engine.cancel(self._in_engine.pop())
 
@@ -133,32 +149,30 @@ class Call:
                 }
             )
 
-    async def _queued_event(self) -> tuple[Continuation, SequenceEvent]:
-        try:
-            async with asyncio.timeout(self.deadline_s - time.monotonic()):
-                return await self._events.get()
-        except TimeoutError:
-            raise DeadlineExceeded(f"deadline passed after {self._num_tokens} tokens") from None
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _expire(self) -> None:
+        self._put(
+            self.continuations[0],
+            Failed(DeadlineExceeded(f"deadline passed after {self._num_tokens} tokens")),
+        )
 
     @property
     def _num_tokens(self) -> int:
         return sum(continuation.num_tokens for continuation in self.continuations)
 
-    def _reporter(self, continuation: Continuation) -> Callable[[SequenceEvent], None]:
-        def report(event: SequenceEvent) -> None:
-            try:
-                self._loop.call_soon_threadsafe(self._take, continuation, event)
-            except RuntimeError:  # the event loop is closed: the process ends, and nobody is left to tell
-                log.debug("an event came after the end of the event loop")
-
-        return report
-
     def _take(self, continuation: Continuation, event: SequenceEvent) -> None:
         if self._before_scores is not None and not isinstance(event, PromptScored | Failed):
             self._before_scores.append((continuation, event))
             return
-        self._events.put_nowait((continuation, event))
+        self._put(continuation, event)
         if self._before_scores is not None and isinstance(event, PromptScored):
-            for held in self._before_scores:
-                self._events.put_nowait(held)
+            self._events.extend(self._before_scores)
             self._before_scores = None
+
+    def _put(self, continuation: Continuation, event: SequenceEvent) -> None:
+        self._events.append((continuation, event))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -63,6 +63,7 @@ class Continuation:
         self._clock = clock
         self._admitted_s = clock()
         self._queued_s = 0.0
+        self._num_cached = 0
         self._first_token_s: float | None = None
 
     def message(self, **fields: Any) -> inference_pb2.GenerateResponse:
@@ -73,6 +74,7 @@ class Continuation:
 
     def on_started(self, event: Started) -> None:
         self._queued_s = event.queued_s
+        self._num_cached = event.num_cached
 
     def on_token(self, token: SampledToken) -> list[inference_pb2.GenerateResponse]:
         """The token's own message, and the last one when a stop string is complete."""
@@ -115,7 +117,9 @@ class Continuation:
             finish_reason=_FINISH_REASONS[reason],
             stop=stop,
             usage=inference_pb2.Usage(
-                prompt_tokens=self._num_prompt_tokens, completion_tokens=self.num_tokens
+                prompt_tokens=self._num_prompt_tokens,
+                completion_tokens=self.num_tokens,
+                cached_prompt_tokens=self._num_cached,
             ),
             timing=inference_pb2.Timing(
                 queued_s=timing.queued_s, first_token_s=timing.first_token_s, total_s=timing.total_s

@@ -5,85 +5,114 @@ The answers are combined by slot rank (the gate's best expert first) in float32,
 of arrival can reach the sum. What a worker failed to answer is asked of another replica, once; a token that still lacks
 an expert is reported as failed, and only its own sequence pays.
 
-Shapes: T tokens, D hidden size, K experts per token; an assignment is one (token, rank) pair, numbered token * K + rank.
+With `combine_sum` a worker adds up what its experts say of a token, and the partial sums are added in the order of the
+calls: fewer bytes come back, and placement reaches the last bits.
 """
+
+# Shapes: T tokens, D hidden size, K experts per token; an assignment is one (token, rank) pair, numbered token * K + rank.
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from opentelemetry import trace
 from opentelemetry.context import Context
+from torch import Tensor
 
 from moesaic import telemetry
 from moesaic.codec import check_tensor
-from moesaic.errors import DataLoss, DeadlineExceeded, InvalidArgument, MoesaicError, Overloaded, Unavailable
+from moesaic.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    MoesaicError,
+    Overloaded,
+    Unavailable,
+)
 from moesaic.manifest import Epoch, ExpertAddress
-from moesaic.tensors import WIRE_DTYPES, from_wire, to_wire
-from moesaic.v1 import expert_pb2
+from moesaic.tensors import WIRE_DTYPES, decode_rows, header_of, narrow
+from moesaic.v1 import common_pb2, expert_pb2
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
+from router.slot_order import Part, SlotOrder
+from router.staging import Staging, staging_for
+from router.transport import Answer
 from router.worker_link import PendingCall, WorkerLink
 
 MAX_ATTEMPTS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """The assignments of one slot in a layer, and the tokens they belong to; both ascending."""
+class DispatchRules:
+    """How rows travel."""
 
-    slot: int
-    assignments: torch.Tensor  # [n]
-    tokens: torch.Tensor  # [n]
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One message to one worker."""
-
-    link: WorkerLink
-    shares: tuple[Share, ...]
-    versions: tuple[bytes, ...]
-    pending: PendingCall
-    span: trace.Span
+    # The longest that a layer waits for one answer before it tries the next replica.
+    call_timeout_s: float
+    # None: the dtype that the model computes in, so that nothing is lost.
+    wire_dtype: common_pb2.Dtype | None = None
+    # Workers add up what their experts say of a token.
+    combine_sum: bool = False
 
 
 class Dispatcher:
     """Computes MoE layers through a replica pool. Belongs to the engine's thread."""
 
-    def __init__(self, pool: ReplicaPool, clock: PhaseClock, *, call_timeout_s: float) -> None:
+    def __init__(self, pool: ReplicaPool, clock: PhaseClock, rules: DispatchRules) -> None:
         self._pool = pool
         self._clock = clock
-        self._call_timeout_s = call_timeout_s
+        self._rules = rules
 
     def begin(self, epoch: Epoch, *, deadline_s: float, context: Context | None = None) -> DispatchStep:
         """Opens a step of `epoch` that may take until `deadline_s` (monotonic); its spans belong to `context`."""
         return DispatchStep(
-            self._pool,
-            self._clock,
-            epoch,
-            deadline_s=deadline_s,
-            call_timeout_s=self._call_timeout_s,
-            context=context,
+            self._pool, self._clock, self._rules, epoch, deadline_s=deadline_s, context=context
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One message to one worker."""
+
+    link: WorkerLink
+    part: Part
+    versions: list[bytes]
+    pending: PendingCall
+    span: trace.Span
+    # COMBINE_SUM only: what came back, [R, D].
+    sums: Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
 class LayerCall:
-    """One layer of a micro-batch in flight: what was asked, and who was asked for it."""
+    """One layer of a micro-batch in flight: what was asked, who was asked for it, and what came back."""
 
     layer: int
-    hidden: torch.Tensor  # [T, D]
-    weights: torch.Tensor  # [T, K]
-    rows: torch.Tensor  # [T * K, D], filled by the answers
-    shares: list[Share]
-    calls: list[_Call]
-    # Workers that were asked, by slot.
-    tried: dict[int, set[str]]
-    errors: dict[int, MoesaicError]
+    hidden: Tensor  # [T, D], must not change before `receive`
+    weights: Tensor  # [T, K]
+    staging: Staging
+    order: SlotOrder
+    # What travels, in host memory.
+    wire: Tensor  # [T, D]
+    scales: Tensor | None  # [T]
+    sum_weights: npt.NDArray[np.float32] | None  # [T * K], COMBINE_SUM only
+    # Where answers land, COMBINE_ROWS only.
+    rows: Tensor | None  # [T * K, D]
+    # The calls of the newest wave, and all that were answered well.
+    wave: list[_Call] = field(default_factory=list)
+    answered: list[_Call] = field(default_factory=list)
     wave_ends_s: float = 0.0
+    # By place in `order`: why it has no rows, and the workers that failed to send them.
+    errors: dict[int, MoesaicError] = field(default_factory=dict)
+    tried: defaultdict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
 
 
 class DispatchStep:
@@ -94,116 +123,114 @@ class DispatchStep:
         self,
         pool: ReplicaPool,
         clock: PhaseClock,
+        rules: DispatchRules,
         epoch: Epoch,
         *,
         deadline_s: float,
-        call_timeout_s: float,
         context: Context | None,
     ) -> None:
         self._pool = pool
         self._clock = clock
+        self._rules = rules
         self._epoch = epoch
         self._deadline_s = deadline_s
-        self._call_timeout_s = call_timeout_s
         self._context = context
         # Workers that did not answer in this step: waiting for them again in every layer would add up.
         self._silent: set[str] = set()
         self.failed: dict[int, MoesaicError] = {}
 
-    def compute(
-        self, layer: int, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def compute(self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         """hidden [T, D], slots and weights [T, K] -> [T, D]."""
         return self.receive(self.send(layer, hidden, slots, weights))
 
-    def send(self, layer: int, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> LayerCall:
+    def send(self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor) -> LayerCall:
         """Sends a layer to its workers without waiting for any."""
-        shares = group_by_slot(slots)
-        call = LayerCall(
-            layer,
-            hidden,
-            weights,
-            rows=hidden.new_zeros(slots.numel(), hidden.shape[1]),
-            shares=shares,
-            calls=[],
-            tried={share.slot: set() for share in shares},
-            errors={},
-        )
-        self._send_wave(call)
+        started_s = time.perf_counter()
+        call = self._open(layer, hidden, slots, weights)
+        self._send_wave(call, range(len(call.order.slots)))
+        self._clock.add("encode", time.perf_counter() - started_s)
         return call
 
-    def receive(self, call: LayerCall) -> torch.Tensor:
+    def receive(self, call: LayerCall) -> Tensor:
         """Waits for a layer, [T, D]. Never raises for a worker's sake: see `failed`."""
-        self._collect(call)
+        total = self._collect(call)
         for _ in range(MAX_ATTEMPTS - 1):
             if not call.errors:
                 break
-            call.shares = [share for share in call.shares if share.slot in call.errors]
-            self._send_wave(call)
-            self._collect(call)
-        for share in call.shares:
-            if share.slot in call.errors:
-                self.failed.update(dict.fromkeys(share.tokens.tolist(), call.errors[share.slot]))
-        started = time.perf_counter()
-        combined = combine(call.rows.view(*call.weights.shape, -1), call.weights)
-        self._clock.add("combine", time.perf_counter() - started)
-        return combined
+            started_s = time.perf_counter()
+            self._send_wave(call, sorted(call.errors))
+            self._clock.add("encode", time.perf_counter() - started_s)
+            total = self._collect(call)
+        for place, error in call.errors.items():
+            self.failed.update(dict.fromkeys(call.order.tokens_of(place), error))
+        return total.to(call.hidden.dtype)
 
-    def _send_wave(self, call: LayerCall) -> None:
-        """Asks one replica for every share; `errors` says which slots have none to ask."""
-        layer, hidden, shares, tried, errors = call.layer, call.hidden, call.shares, call.tried, call.errors
-        started = time.perf_counter()
-        by_link: dict[WorkerLink, list[Share]] = {}
-        for share in shares:
-            link = self._pick(layer, share.slot, tried[share.slot])
+    def _open(self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor) -> LayerCall:
+        """Everything that is the same for all workers."""
+        staging = staging_for(hidden.device)
+        wire, scales = narrow(hidden, self._rules.wire_dtype or WIRE_DTYPES[hidden.dtype])
+        optional = (scales, weights if self._rules.combine_sum else None)
+        wire, slots, *others = staging.to_host([wire, slots, *(one for one in optional if one is not None)])
+        sum_weights = others.pop().numpy().ravel() if self._rules.combine_sum else None
+        rows = None
+        if sum_weights is None:
+            dtype = wire.dtype if scales is None else torch.float32
+            rows = staging.empty((slots.numel(), hidden.shape[1]), dtype)
+        return LayerCall(
+            layer=layer,
+            hidden=hidden,
+            weights=weights,
+            staging=staging,
+            order=SlotOrder.of(slots),
+            wire=wire,
+            scales=others.pop() if others else None,
+            sum_weights=sum_weights,
+            rows=rows,
+        )
+
+    def _send_wave(self, call: LayerCall, places: Iterable[int]) -> None:
+        """Asks one replica for every one of `places`; `errors` says for which there is none to ask."""
+        by_link: dict[WorkerLink, tuple[list[int], list[bytes]]] = {}
+        for place in places:
+            address = ExpertAddress(call.layer, call.order.slots[place])
+            version = self._epoch.versions[address]
+            exclude = self._silent | call.tried[place] if call.errors else self._silent
+            link = self._pool.pick(address, version, exclude=exclude)
             if link is None:
-                errors.setdefault(share.slot, _no_replica(layer, share.slot))
-            else:
-                tried[share.slot].add(link.replica.worker)
-                by_link.setdefault(link, []).append(share)
-        call.wave_ends_s = min(self._deadline_s, time.monotonic() + self._call_timeout_s)
-        call.calls = [
-            self._send(link, layer, hidden, tuple(group), call.wave_ends_s) for link, group in by_link.items()
+                call.errors.setdefault(place, _no_replica(address))
+                continue
+            its_places, its_versions = by_link.setdefault(link, ([], []))
+            its_places.append(place)
+            its_versions.append(version)
+        call.wave_ends_s = min(self._deadline_s, time.monotonic() + self._rules.call_timeout_s)
+        call.wave = [
+            self._send(call, link, call.order.part(its_places), its_versions)
+            for link, (its_places, its_versions) in by_link.items()
         ]
-        self._clock.add("encode", time.perf_counter() - started)
 
-    def _pick(self, layer: int, slot: int, tried: set[str]) -> WorkerLink | None:
-        address = ExpertAddress(layer, slot)
-        return self._pool.pick(address, self._epoch.versions[address], exclude=tried | self._silent)
-
-    def _send(
-        self,
-        link: WorkerLink,
-        layer: int,
-        hidden: torch.Tensor,
-        shares: tuple[Share, ...],
-        wave_ends_s: float,
-    ) -> _Call:
-        tokens = torch.cat([share.tokens for share in shares]).unique()
-        versions = tuple(self._epoch.versions[ExpertAddress(layer, share.slot)] for share in shares)
+    def _send(self, call: LayerCall, link: WorkerLink, part: Part, versions: list[bytes]) -> _Call:
+        wire, scales = call.wire, call.scales
+        if part.tokens is not None:
+            tokens = torch.from_numpy(part.tokens)
+            wire = wire.index_select(0, tokens)
+            scales = None if scales is None else scales.index_select(0, tokens)
+        weights = None if call.sum_weights is None else call.sum_weights[part.assignments].tolist()
         request = expert_pb2.ComputeRequest(
             epoch=self._epoch.id,
-            layer=layer,
-            hidden=to_wire(hidden if len(tokens) == len(hidden) else hidden[tokens]),
-            experts=[
-                expert_pb2.ExpertRows(
-                    slot=share.slot,
-                    version=version,
-                    rows=torch.searchsorted(tokens, share.tokens).tolist(),
-                )
-                for share, version in zip(shares, versions, strict=True)
-            ],
-            combine=expert_pb2.COMBINE_ROWS,
-            timeout_ms=1 + int(1000 * max(0.0, wave_ends_s - time.monotonic())),
+            layer=call.layer,
+            hidden=header_of(wire, scales),
+            experts=_expert_rows(part, versions, weights),
+            combine=expert_pb2.COMBINE_ROWS if weights is None else expert_pb2.COMBINE_SUM,
+            timeout_ms=1 + int(1000 * max(0.0, call.wave_ends_s - time.monotonic())),
         )
-        span = self._span(link, layer, len(tokens))
-        with trace.use_span(span):
-            request.traceparent = telemetry.current_traceparent()
-        return _Call(link, shares, versions, link.send(request), span)
+        span: trace.Span = trace.INVALID_SPAN
+        if self._context is not None:
+            span = self._start_span(self._context, link, call.layer, len(wire))
+            with trace.use_span(span):
+                request.traceparent = telemetry.current_traceparent()
+        return _Call(link, part, versions, link.send(request, wire), span)
 
-    def _span(self, link: WorkerLink, layer: int, num_rows: int) -> trace.Span:
-        if self._context is None:
-            return trace.INVALID_SPAN
+    def _start_span(self, context: Context, link: WorkerLink, layer: int, num_rows: int) -> trace.Span:
         attributes: dict[str, str | int] = {
             telemetry.LAYER: layer,
             telemetry.ROWS: num_rows,
@@ -211,80 +238,166 @@ class DispatchStep:
             telemetry.EPOCH: self._epoch.id,
         }
         return telemetry.TRACER.start_span(
-            telemetry.SPAN_DISPATCH, self._context, trace.SpanKind.CLIENT, attributes
+            telemetry.SPAN_DISPATCH, context, trace.SpanKind.CLIENT, attributes
         )
 
-    def _collect(self, wave: LayerCall) -> None:
-        """Waits for the calls of a wave; a failed one puts its slots into `errors`, a good one takes them out."""
-        layer, rows, errors, wave_ends_s = wave.layer, wave.rows, wave.errors, wave.wave_ends_s
-        started = time.perf_counter()
-        queue_us = compute_us = 0
-        for call in wave.calls:
+    def _collect(self, call: LayerCall) -> Tensor:
+        """Waits for a wave and adds up everything that has landed, [T, D] float32. A call that failed puts its places
+        into `errors`, a good one takes them out."""
+        slowest = expert_pb2.ComputeTiming()
+        waited_s = decode_s = 0.0
+        for asked in call.wave:
+            started_s = time.perf_counter()
             try:
-                response = call.link.receive(call.pending, max(0.0, wave_ends_s - time.monotonic()))
-                self._take(call, response, rows)
-                for share in call.shares:
-                    errors.pop(share.slot, None)
-                queue_us = max(queue_us, response.timing.queue_us)
-                compute_us = max(compute_us, response.timing.compute_us)
+                answer = asked.link.receive(asked.pending, max(0.0, call.wave_ends_s - time.monotonic()))
             except (MoesaicError, TimeoutError) as error:
-                self._note_failure(call, error)
-                errors.update({share.slot: _failure(layer, error) for share in call.shares})
-            finally:
-                call.span.end()
-        worker_s = (queue_us + compute_us) / 1e6
-        self._clock.add("worker queue", queue_us / 1e6)
-        self._clock.add("worker compute", compute_us / 1e6)
-        self._clock.add("wire", max(0.0, time.perf_counter() - started - worker_s))
+                waited_s += time.perf_counter() - started_s
+                self._note_failure(call, asked, error)
+                _end_span(asked.span, error)
+                continue
+            arrived_s = time.perf_counter()
+            waited_s += arrived_s - started_s
+            slowest = max(slowest, answer.response.timing, key=_busy_us)
+            self._take(call, asked, answer)
+            decode_s += time.perf_counter() - arrived_s
+        self._note_times(slowest, waited_s, decode_s)
+        started_s = time.perf_counter()
+        total = self._add_up(call)
+        self._clock.add("combine", time.perf_counter() - started_s)
+        return total
 
-    def _take(self, call: _Call, response: expert_pb2.ComputeResponse, rows: torch.Tensor) -> None:
-        """Checks an answer (epoch, versions, shape, finite) and puts its rows where their assignments are."""
-        if response.epoch != self._epoch.id or tuple(response.versions) != call.versions:
+    def _take(self, call: LayerCall, asked: _Call, answer: Answer) -> None:
+        """Checks an answer (epoch, versions, dtype, shape) and puts its rows where they belong."""
+        try:
+            self._check(call, asked, answer)
+        except DataLoss as error:
+            self._note_failure(call, asked, error)
+            _end_span(asked.span, error)
+            return
+        rows = decode_rows(answer.response.output, answer.output)
+        if call.rows is None:
+            asked.sums = call.staging.empty((len(rows), rows.shape[1]), torch.float32).copy_(rows)
+        else:
+            call.rows.index_copy_(0, torch.from_numpy(asked.part.assignments), rows)
+        call.answered.append(asked)
+        _end_span(asked.span)
+        if call.errors:
+            for place in asked.part.places:
+                call.errors.pop(place, None)
+
+    def _check(self, call: LayerCall, asked: _Call, answer: Answer) -> None:
+        response, part = answer.response, asked.part
+        if response.epoch != self._epoch.id or list(response.versions) != asked.versions:
             raise DataLoss("the worker computed with another version", reason="WRONG_VERSION")
-        assignments = torch.cat([share.assignments for share in call.shares])
+        num_rows = len(part.assignments) if call.rows is not None else part.num_tokens
         try:
             check_tensor(
                 response.output,
                 field="output",
-                dtypes=(WIRE_DTYPES[rows.dtype],),
-                shape=(len(assignments), rows.shape[1]),
+                dtypes=(WIRE_DTYPES[call.wire.dtype],),
+                shape=(num_rows, call.wire.shape[1]),
+                num_bytes=answer.output.nbytes,
             )
         except InvalidArgument as error:
             raise DataLoss(f"the worker's answer is malformed: {error.message}") from error
-        output = from_wire(response.output).to(rows.device)
-        if not torch.isfinite(output).all():
-            raise DataLoss("the worker's answer is not finite", reason="NOT_FINITE")
-        rows[assignments] = output
 
-    def _note_failure(self, call: _Call, error: MoesaicError | TimeoutError) -> None:
-        self._pool.shun(call.link)
+    def _add_up(self, call: LayerCall) -> Tensor:
+        """[T, D] float32, of whatever has landed; finite wherever the experts' own sums are."""
+        total = self._sum(call)
+        # One look at all rows: whatever is not finite among them shows in the sum of all.
+        if not math.isfinite(total.sum().item()) and self._blame(call):
+            total = self._sum(call)
+        return total
+
+    def _sum(self, call: LayerCall) -> Tensor:
+        to_device = call.staging.to_device
+        if call.rows is not None:
+            for place in call.errors:
+                # What never landed must not reach other tokens: attention multiplies it by zero.
+                call.rows.index_fill_(0, torch.from_numpy(call.order.assignments_of(place)), 0)
+            return combine(to_device(call.rows).view(*call.weights.shape, -1), call.weights)
+        total = torch.zeros(call.hidden.shape, dtype=torch.float32, device=call.hidden.device)
+        for asked in call.answered:
+            assert asked.sums is not None
+            sums, tokens = to_device(asked.sums), asked.part.tokens
+            if tokens is None:
+                total += sums
+            else:
+                total.index_add_(0, torch.from_numpy(tokens).to(total.device), sums)
+        return total
+
+    def _blame(self, call: LayerCall) -> bool:
+        """Takes back what is not finite; whether there was any: sums of finite rows may overflow."""
+        found = False
+        for asked in list(call.answered):
+            rows = asked.sums
+            if rows is None:
+                assert call.rows is not None
+                rows = call.rows.index_select(0, torch.from_numpy(asked.part.assignments))
+            if not torch.isfinite(rows).all():
+                found = True
+                call.answered.remove(asked)
+                self._note_failure(
+                    call, asked, DataLoss("the worker's answer is not finite", reason="NOT_FINITE")
+                )
+        return found
+
+    def _note_failure(self, call: LayerCall, asked: _Call, error: MoesaicError | TimeoutError) -> None:
+        worker = asked.link.replica.worker
+        self._pool.shun(asked.link)
         if not isinstance(error, Overloaded):
-            self._silent.add(call.link.replica.worker)
-        call.span.set_status(trace.StatusCode.ERROR, type(error).__name__)
+            self._silent.add(worker)
+        for place in asked.part.places:
+            call.errors[place] = _failure(call.layer, error)
+            call.tried[place].add(worker)
+
+    def _note_times(self, slowest: expert_pb2.ComputeTiming, waited_s: float, decode_s: float) -> None:
+        self._clock.add("worker decode", slowest.decode_us / 1e6)
+        self._clock.add("worker queue", slowest.queue_us / 1e6)
+        self._clock.add("worker compute", slowest.compute_us / 1e6)
+        self._clock.add("worker encode", slowest.encode_us / 1e6)
+        self._clock.add("wire", max(0.0, waited_s - _busy_us(slowest) / 1e6))
+        self._clock.add("decode", decode_s)
 
 
-def group_by_slot(slots: torch.Tensor) -> list[Share]:
-    """slots [T, K] -> one share for every slot that is used, by slot."""
-    num_ranks = slots.shape[1]
-    ordered, assignments = slots.flatten().cpu().sort(stable=True)
-    used, counts = ordered.unique_consecutive(return_counts=True)
+def combine(rows: Tensor, weights: Tensor) -> Tensor:
+    """rows [T, K, D], weights [T, K] float32 -> [T, D] float32, rank by rank."""
+    total = rows[:, 0] * weights[:, :1]
+    for rank in range(1, rows.shape[1]):
+        total += rows[:, rank] * weights[:, rank : rank + 1]
+    return total
+
+
+def _expert_rows(
+    part: Part, versions: Sequence[bytes], weights: Sequence[float] | None
+) -> list[expert_pb2.ExpertRows]:
+    ends = list(itertools.accumulate(part.counts))
     return [
-        Share(slot, part, part // num_ranks)
-        for slot, part in zip(used.tolist(), assignments.split(counts.tolist()), strict=True)
+        expert_pb2.ExpertRows(
+            slot=slot,
+            version=version,
+            rows=part.rows[end - count : end],
+            weights=None if weights is None else weights[end - count : end],
+        )
+        for slot, version, count, end in zip(part.slots, versions, part.counts, ends, strict=True)
     ]
 
 
-def combine(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """rows [T, K, D], weights [T, K] -> [T, D]: rank by rank in float32, then back to the rows' dtype."""
-    total = rows[:, 0].float() * weights[:, :1]
-    for rank in range(1, rows.shape[1]):
-        total += rows[:, rank].float() * weights[:, rank : rank + 1]
-    return total.to(rows.dtype)
+def _end_span(span: trace.Span, error: Exception | None = None) -> None:
+    if error is not None:
+        span.set_status(trace.StatusCode.ERROR, type(error).__name__)
+    span.end()
 
 
-def _no_replica(layer: int, slot: int) -> MoesaicError:
+def _busy_us(timing: expert_pb2.ComputeTiming) -> int:
+    return timing.decode_us + timing.queue_us + timing.compute_us + timing.encode_us
+
+
+def _no_replica(address: ExpertAddress) -> MoesaicError:
     return Unavailable(
-        f"layer {layer} slot {slot} has no replica left", reason="NO_REPLICA", retry_after_s=1.0
+        f"layer {address.layer} slot {address.slot} has no replica left",
+        reason="NO_REPLICA",
+        retry_after_s=1.0,
     )
 
 
@@ -294,4 +407,9 @@ def _failure(layer: int, error: MoesaicError | TimeoutError) -> MoesaicError:
         return DeadlineExceeded(f"layer {layer}: an expert worker did not answer in time")
     if isinstance(error, Overloaded):
         return Overloaded(f"layer {layer}: an expert worker is overloaded", retry_after_s=error.retry_after_s)
+    if isinstance(error, InvalidArgument) and error.field == "hidden.dtype":
+        return FailedPrecondition(
+            f"layer {layer}: an expert worker does not take rows in this engine.wire_dtype",
+            reason="WIRE_DTYPE",
+        )
     return Unavailable(f"layer {layer}: an expert worker failed", reason="EXPERT_FAILED", retry_after_s=1.0)

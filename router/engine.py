@@ -1,6 +1,6 @@
 """The loop of a router: take what came in, choose a batch, run it, sample, report. One thread owns all of it.
 
-Callers of other threads only put commands into an inbox. Every sequence ends with exactly one Finished or Failed, or
+Callers of other threads only put commands into an inbox; nobody on the engine's thread waits for those who listen. Every sequence ends with exactly one Finished or Failed, or
 silently when it was cancelled; whatever the end, its KV blocks are free at once.
 """
 
@@ -10,22 +10,23 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from opentelemetry import trace
-from opentelemetry.context import Context
 
 from moesaic.errors import DeadlineExceeded, InternalError, MoesaicError, Overloaded, Unavailable
 from moesaic.manifest import Epoch
 from router import sampler
-from router.batch import PackedBatch, pack
-from router.dispatcher import Dispatcher, DispatchStep
-from router.kv_cache import BlockPool, KVCache
+from router.batch import pack
+from router.chunk import Chunk
+from router.dispatcher import Dispatcher
+from router.kv_cache import KVCache
 from router.live import LiveSequence, Reading
 from router.model import MicroBatch, RouterModel
+from router.overlap import Overlap, halves
 from router.phases import INSIDE_FORWARD, PhaseClock
-from router.scheduler import Chunk, Limits, Scheduler
+from router.scheduler import Scheduler, count
 from router.sequence import Failed, Finished, SampledToken, SequenceRequest
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ class EngineStats:
     kv_blocks_used: int
     kv_blocks_total: int
     preemptions: int
+    prefix_lookup_tokens: int
+    prefix_hit_tokens: int
+    overlapped_steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,29 +61,29 @@ class Engine:
         self,
         model: RouterModel,
         cache: KVCache,
-        pool: BlockPool,
+        scheduler: Scheduler,
         dispatcher: Dispatcher,
         clock: PhaseClock,
         *,
         epoch: Epoch,
-        limits: Limits,
+        overlap: Overlap | None,
         max_waiting: int,
     ) -> None:
         self._model = model
         self._cache = cache
-        self._pool = pool
+        self._scheduler = scheduler
         self._dispatcher = dispatcher
         self._clock = clock
         self._epoch = epoch
-        self._max_open = limits.max_running + max_waiting
-        self._scheduler = Scheduler(limits, pool)
+        self._overlap = overlap
+        self._max_open = scheduler.limits.max_running + max_waiting
         self._live: dict[str, LiveSequence] = {}
         # Bounded by `_max_open`: whoever is not admitted puts nothing in.
         self._inbox: queue.SimpleQueue[SequenceRequest | _Cancel | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._num_open = 0
         self._stopping = False
-        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._steps = self._overlapped_steps = self._prompt_tokens = self._generated_tokens = 0
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -121,15 +125,19 @@ class Engine:
         self._thread.join(timeout_s)
 
     def stats(self) -> EngineStats:
+        prefixes = self._scheduler.prefixes
         return EngineStats(
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
-            kv_blocks_used=self._pool.num_used,
-            kv_blocks_total=self._pool.num_blocks,
+            kv_blocks_used=self._scheduler.pool.num_used,
+            kv_blocks_total=self._scheduler.pool.num_blocks,
             preemptions=self._scheduler.num_preemptions,
+            prefix_lookup_tokens=0 if prefixes is None else prefixes.num_looked_up,
+            prefix_hit_tokens=0 if prefixes is None else prefixes.num_hit,
+            overlapped_steps=self._overlapped_steps,
         )
 
     def _loop(self) -> None:
@@ -171,74 +179,76 @@ class Engine:
     def _step(self, chunks: tuple[Chunk, ...]) -> None:
         """One batch: forward, then what each sequence gets from it. An unexpected error fails this batch alone."""
         lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
+        started = time.perf_counter()
+        splits = self._overlap is not None and self._overlap.decide(*count(chunks))
         try:
-            batch = pack(
-                chunks,
-                block_tokens=self._pool.block_tokens,
-                window=self._model.window,
-                device=self._model.device,
-            )
-            readings = [
-                live.read(chunk, first_row)
-                for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True)
-            ]
-            started = time.perf_counter()
-            experts, logits = self._forward(batch, readings)
-            self._deliver(self._whole(readings, experts), logits)
-            self._scheduler.observe(chunks, time.perf_counter() - started)
+            parts, readings = self._pack(halves(chunks) if splits else (chunks,))
+            logits = self._forward(parts)
+            self._deliver(self._whole(readings), logits)
         except Exception:
             log.exception("a step failed")
             for live in lives:
                 self._fail(live, InternalError("internal error"))
+        else:
+            if not any(part.experts.failed for part in parts):
+                self._observe(chunks, splits, time.perf_counter() - started)
         self._steps += 1
+        self._overlapped_steps += splits
 
-    def _forward(
-        self, batch: PackedBatch, readings: list[Reading]
-    ) -> tuple[DispatchStep, dict[int, torch.Tensor]]:
-        """Runs the model and gives the logits [V] of every wanted row."""
-        for reading in readings:
-            reading.live.note_step()
-        experts = self._dispatcher.begin(
-            self._epoch,
-            deadline_s=max(reading.live.request.deadline_s for reading in readings),
-            context=_traced(readings),
-        )
-        rows = [row for reading in readings for row in reading.wanted]
+    def _pack(self, parts: Iterable[tuple[Chunk, ...]]) -> tuple[list[MicroBatch], list[Reading]]:
+        """The step's micro-batches, and what each of their chunks wants of them."""
+        started = time.perf_counter()
+        batches: list[MicroBatch] = []
+        readings: list[Reading] = []
+        num_logits = 0
+        for chunks in parts:
+            lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
+            experts = self._dispatcher.begin(
+                self._epoch,
+                deadline_s=max(live.request.deadline_s for live in lives),
+                # The first recorded trace of the batch: one set of spans for all its sequences, or none.
+                context=next((live.trace for live in lives if live.trace is not None), None),
+            )
+            batch = pack(chunks, self._model.layout)
+            rows: list[int] = []
+            for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True):
+                live.note_step(chunk)
+                readings.append(live.read(chunk, first_row, num_logits + len(rows), experts.failed))
+                rows += readings[-1].wanted
+            num_logits += len(rows)
+            batches.append(MicroBatch(batch, torch.tensor(rows, dtype=torch.long), experts))
+        self._clock.add("schedule", time.perf_counter() - started)
+        return batches, readings
+
+    def _forward(self, parts: Sequence[MicroBatch]) -> torch.Tensor:
+        """Runs the model and gives the logits [N, V] of the wanted rows, part by part."""
         started, inside_s = time.perf_counter(), self._clock.total(INSIDE_FORWARD)
-        part = MicroBatch(batch, torch.tensor(rows, dtype=torch.long), experts)
-        logits = self._model.forward((part,), self._cache)
+        logits = self._model.forward(parts, self._cache)
         inside_s = self._clock.total(INSIDE_FORWARD) - inside_s
         self._clock.add("dense", time.perf_counter() - started - inside_s)
-        return experts, dict(zip(rows, logits, strict=True))
+        return logits
 
-    def _whole(self, readings: list[Reading], experts: DispatchStep) -> list[Reading]:
-        """Fails the sequences for which an expert was missing; the others have their chunk in the cache now."""
-        whole = []
+    def _whole(self, readings: list[Reading]) -> list[Reading]:
+        """Fails the sequences for which an expert was missing; the others have their chunks in the cache now."""
         for reading in readings:
-            error = next(
-                (experts.failed[row] for row in reading.rows if row in experts.failed),
-                None,
-            )
+            error = reading.error
             if error is not None:
                 self._fail(reading.live, error)
-                continue
+        whole = [reading for reading in readings if self._is_live(reading)]
+        for reading in whole:
             before = reading.live.sequence.num_prompt_tokens - reading.chunk.start
             self._prompt_tokens += max(0, min(reading.chunk.num_tokens, before))
             self._scheduler.advance(reading.chunk)
-            whole.append(reading)
         return whole
 
-    def _deliver(self, readings: list[Reading], logits: dict[int, torch.Tensor]) -> None:
+    def _deliver(self, readings: list[Reading], logits: torch.Tensor) -> None:
         """Scores prompts, samples next tokens, reports them and ends what is finished."""
         started = time.perf_counter()
-        readings = [reading for reading in readings if self._score(reading, logits)]
+        for reading in readings:
+            self._score(reading, logits)
+        readings = [reading for reading in readings if self._is_live(reading)]
         drawing = [reading for reading in readings if reading.samples]
-        tokens: list[SampledToken | MoesaicError] = []
-        if drawing:
-            tokens = sampler.sample(
-                torch.stack([logits[reading.rows[-1]] for reading in drawing]),
-                [reading.live.sampling for reading in drawing],
-            )
+        tokens = self._sample(drawing, logits)
         self._clock.add("sample", time.perf_counter() - started)
         started = time.perf_counter()
         for reading in readings:
@@ -246,33 +256,55 @@ class Engine:
                 self._end_if(reading.live, reading.live.reach_end_of_prompt())
         for reading, token in zip(drawing, tokens, strict=True):
             if isinstance(token, MoesaicError):
-                self._fail(reading.live, token)
+                self._reject(reading.live, token)
             else:
                 self._generated_tokens += 1
                 self._end_if(reading.live, reading.live.take_token(token))
         self._clock.add("deliver", time.perf_counter() - started)
 
-    def _score(self, reading: Reading, logits: dict[int, torch.Tensor]) -> bool:
-        """Scores the prompt's tokens of a chunk, where they are wanted. False: it failed, and its sequence with it."""
-        if not reading.scored:
-            return True
-        rows = torch.stack([logits[row] for row in reading.scored])
+    def _score(self, reading: Reading, logits: torch.Tensor) -> None:
+        """Scores the prompt's tokens of a chunk, where they are wanted."""
+        if not reading.scored or not self._is_live(reading):
+            return
         num_top = reading.live.request.sampling.prompt_logprobs or 0
         try:
-            reading.live.take_scores(sampler.score(rows, reading.targets, num_top))
+            scores = sampler.score(logits[reading.scored_logits], reading.targets, num_top)
         except MoesaicError as error:
-            self._fail(reading.live, error)
-            return False
-        return True
+            self._reject(reading.live, error)
+        else:
+            reading.live.take_scores(scores)
+
+    def _sample(self, readings: list[Reading], logits: torch.Tensor) -> list[SampledToken | MoesaicError]:
+        """The next token of each sequence."""
+        if not readings:
+            return []
+        wanted = [reading.last_logit for reading in readings]
+        rows = logits if len(wanted) == len(logits) else logits[wanted]
+        return sampler.sample(rows, [reading.live.sampling for reading in readings])
+
+    def _observe(self, chunks: tuple[Chunk, ...], splits: bool, seconds: float) -> None:
+        """Tells those who learn from steps how long this one took."""
+        self._scheduler.observe(chunks, seconds)
+        if self._overlap is not None:
+            self._overlap.observe(*count(chunks), split=splits, seconds=seconds)
+
+    def _is_live(self, reading: Reading) -> bool:
+        return reading.live.request.sequence_id in self._live
 
     def _end_if(self, live: LiveSequence, finished: Finished | None) -> None:
         if finished is not None:
             self._end(live)
             live.request.on_event(finished)
 
+    def _reject(self, live: LiveSequence, error: MoesaicError) -> None:
+        """Fails a sequence whose values are wrong: nobody else shall find them in the cache."""
+        self._scheduler.distrust(live.sequence)
+        self._fail(live, error)
+
     def _fail(self, live: LiveSequence, error: MoesaicError) -> None:
-        self._end(live)
-        live.request.on_event(Failed(error))
+        if live.request.sequence_id in self._live:
+            self._end(live)
+            live.request.on_event(Failed(error))
 
     def _end(self, live: LiveSequence) -> None:
         """Forgets a sequence; its blocks are free before anybody hears of its end."""
@@ -295,12 +327,3 @@ class Engine:
 
 def _stopping() -> MoesaicError:
     return Unavailable("the router is stopping", reason="STOPPING", retry_after_s=1.0)
-
-
-def _traced(readings: list[Reading]) -> Context | None:
-    """The first recorded trace of the batch: one set of spans for all its sequences, or none."""
-    for reading in readings:
-        context = reading.live.request.trace
-        if context is not None and trace.get_current_span(context).is_recording():
-            return context
-    return None

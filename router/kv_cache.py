@@ -1,14 +1,19 @@
-"""Keys and values in blocks: a pool that counts, a table per sequence, one pair of tensors per layer.
+"""Keys and values in blocks: a pool that counts, a table per sequence, one tensor per layer.
 
-The pool is pure bookkeeping and can prove itself: every block is either free or owned by exactly one sequence.
+The pool is pure bookkeeping and can prove itself: every block is free, used by one or more sequences, or kept. A kept
+block is full of keys and values that have a name (see prefix_cache.py) and no user; the pool takes it when it needs
+room, the one that was used longest ago first.
 
 Shapes: S cache positions (blocks x block_tokens), G key/value heads, d head size, T tokens of a batch.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+import math
+import mmap
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,21 +23,28 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """Free list over `num_blocks` blocks of `block_tokens` positions."""
+    """`num_blocks` blocks of `block_tokens` positions, with the number of their users."""
 
     def __init__(self, num_blocks: int, block_tokens: int) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         # Lowest numbers first, so that a short test and a long day touch the same memory.
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._users = [0] * num_blocks
+        # Named blocks without a user, the one that was used longest ago first.
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._names: dict[int, bytes] = {}
+        self._named: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that can be given away, kept ones included."""
+        return len(self._free) + len(self._kept)
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+        """Blocks that some sequence uses."""
+        return self.num_blocks - self.num_free
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks `num_tokens` positions need."""
@@ -41,51 +53,142 @@ class BlockPool:
     def extend(self, blocks: list[int], num_tokens: int) -> None:
         """Grows a sequence's table to hold `num_tokens` positions. Raises OutOfBlocks and then changes nothing."""
         missing = self.blocks_for(num_tokens) - len(blocks)
-        if missing > len(self._free):
+        if missing > self.num_free:
             raise OutOfBlocks
         for _ in range(missing):
-            blocks.append(self._free.pop())
+            block = self._free.pop() if self._free else self._evict()
+            self._users[block] = 1
+            blocks.append(block)
 
     def release(self, blocks: list[int]) -> None:
-        """Takes all blocks of a sequence back and empties its table."""
-        self._free.extend(reversed(blocks))
+        """Lets go of all blocks of a sequence and empties its table."""
+        # The last first: of a chain that nobody uses, the end goes before what it hangs on.
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                self._put_away(block)
         blocks.clear()
 
-    def check_integrity(self, tables: Iterable[list[int]]) -> None:
-        """Asserts that free and owned blocks add up to the pool, each exactly once."""
-        owners = Counter(self._free)
-        for table in tables:
-            owners.update(table)
-        wrong = {block: n for block, n in owners.items() if n != 1}
-        assert not wrong and len(owners) == self.num_blocks, (
-            f"KV blocks do not add up: {len(owners)} of {self.num_blocks}, owned more than once: {sorted(wrong)}"
+    def name(self, block: int, name: bytes) -> None:
+        """What a used block holds from now on. The first block of a name stays the one that is found by it."""
+        if name not in self._named and block not in self._names:
+            self._names[block] = name
+            self._named[name] = block
+
+    def share(self, name: bytes) -> int | None:
+        """The block of that name, with one more user; None if there is none."""
+        block = self._named.get(name)
+        if block is not None:
+            self._kept.pop(block, None)
+            self._users[block] += 1
+        return block
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """These used blocks are not found by name any more; whoever uses them goes on."""
+        for block in blocks:
+            self._unname(block)
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """Asserts that every block is free, kept or used, by just as many tables as it has users."""
+        used = Counter(block for table in tables for block in table)
+        where = Counter(self._free)
+        where.update(self._kept.keys())
+        where.update(used.keys())
+        wrong = {block for block, places in where.items() if places != 1}
+        wrong |= {block for block, users in enumerate(self._users) if users != used[block]}
+        assert not wrong and len(where) == self.num_blocks, (
+            f"KV blocks do not add up: {len(where)} of {self.num_blocks}, wrong: {sorted(wrong)}"
         )
+        nameless = self._kept.keys() - self._names.keys()
+        assert not nameless and self._named == {name: block for block, name in self._names.items()}, (
+            "names of KV blocks do not add up"
+        )
+        assert self._names.keys().isdisjoint(self._free), "a free KV block has a name"
+
+    def _put_away(self, block: int) -> None:
+        if block in self._names:
+            self._kept[block] = None
+        else:
+            self._free.append(block)
+
+    def _evict(self) -> int:
+        block, _ = self._kept.popitem(last=False)
+        self._unname(block)
+        return block
+
+    def _unname(self, block: int) -> None:
+        name = self._names.pop(block, None)
+        if name is not None:
+            del self._named[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """Where the keys and values of `count` contexts lie, `num_blocks` blocks of each."""
+
+    count: int
+    num_blocks: int
+    # The blocks of all of them, [count * num_blocks]; or the first block of a single one that lies in a row.
+    blocks: torch.Tensor | int
 
 
 class KVCache:
-    """The tensors: per layer, keys and values of every position, [S, G, d]."""
+    """The tensors: per layer, keys and values of every position side by side, [S, 2, G, d]."""
 
     def __init__(
         self,
         *,
         num_layers: int,
-        num_positions: int,
+        num_blocks: int,
+        block_tokens: int,
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_positions, num_kv_heads, head_dim)
-        # Not initialised: memory is taken from the machine when it is first written.
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._block_tokens = block_tokens
+        self._token_shape = (2, num_kv_heads, head_dim)
+        shape = (num_blocks * block_tokens, *self._token_shape)
+        self._layers = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        # The same memory in the three forms in which it is used.
+        self._rows = [layer.flatten(1) for layer in self._layers]  # [S, 2 * G * d]
+        self._blocks = [layer.view(num_blocks, -1) for layer in self._layers]
+        self._heads = [layer.permute(1, 2, 0, 3)[:, None] for layer in self._layers]  # [2, 1, G, S, d]
+        self._gathered = torch.empty(0, dtype=dtype, device=device)
 
-    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores keys and values [T, G, d] at cache positions [T]."""
-        self.keys[layer].index_copy_(0, positions, keys)
-        self.values[layer].index_copy_(0, positions, values)
+    def write(self, layer: int, positions: torch.Tensor, rows: torch.Tensor) -> None:
+        """Stores rows [T, 2 * G * d], keys before values, at cache positions [T]."""
+        self._rows[layer].index_copy_(0, positions, rows)
+
+    def read(self, layer: int, contexts: Contexts, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of n contexts, [n, G, L, d] each: `span` of their positions. Good until the next read."""
+        if isinstance(contexts.blocks, int):
+            first = contexts.blocks * self._block_tokens
+            keys, values = self._heads[layer][..., first + span.start : first + span.stop, :].unbind()
+        else:
+            copied = self._copy(self._blocks[layer], contexts.blocks)
+            shape = (contexts.count, contexts.num_blocks * self._block_tokens, *self._token_shape)
+            keys, values = copied.view(shape).permute(2, 0, 3, 1, 4)[..., span, :].unbind()
+        return keys, values
+
+    def _copy(self, blocks: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """These blocks one behind the other, in memory that every layer and step uses again."""
+        num_items = len(wanted) * blocks.shape[1]
+        if self._gathered.numel() < num_items:
+            self._gathered = blocks.new_empty(num_items)
+        copied = self._gathered[:num_items].view(len(wanted), -1)
+        return torch.index_select(blocks, 0, wanted, out=copied)
 
     @staticmethod
     def token_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one token takes over all layers."""
         return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros: what is masked is still multiplied, so it must be finite. On a CPU they take no memory before they are
+    written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from moesaic.errors import MoesaicError
+from router.chunk import Chunk, Sequence
 from router.sampler import SamplingState, make_generator
-from router.scheduler import Chunk, Sequence
 from router.sequence import (
     Finished,
     FinishReason,
@@ -25,36 +30,53 @@ class LiveSequence:
 
     def __init__(self, request: SequenceRequest) -> None:
         self.request = request
-        self.sequence = Sequence(request.sequence_id, list(request.prompt), len(request.prompt))
         params = request.sampling
+        self.sequence = Sequence(
+            request.sequence_id,
+            list(request.prompt),
+            len(request.prompt),
+            tenant=request.tenant,
+            reads_all=params.prompt_logprobs is not None,
+        )
         self.sampling = SamplingState(
             params=params,
             prompt=request.prompt,
             output=self.sequence.output,
             generator=make_generator(params),
         )
+        # The context that its layers' spans belong to, if anybody records them.
+        self.trace = request.trace if _is_recorded(request.trace) else None
         self._admitted_s = time.monotonic()
         self._first_step_s: float | None = None
         self._first_token_s: float | None = None
         # Of the prompt's tokens from the second on; a preempted sequence does not score them again.
         self._prompt_logprobs: list[TokenLogprobs] = []
 
-    def read(self, chunk: Chunk, first_row: int) -> Reading:
-        """What this sequence wants of a batch in which its chunk starts at `first_row`."""
-        scored = range(0)
-        if self.request.sampling.prompt_logprobs is not None:
+    def read(
+        self, chunk: Chunk, first_row: int, first_logit: int, failed: Mapping[int, MoesaicError]
+    ) -> Reading:
+        """What this sequence wants of a micro-batch in which its chunk starts at `first_row`."""
+        num_scored = first_scored = 0
+        if self.sequence.reads_all:
             # The row of position p scores the token at p + 1.
             first = max(chunk.start, len(self._prompt_logprobs))
             last = min(chunk.end, self.sequence.num_prompt_tokens - 1)
-            scored = range(first_row + first - chunk.start, first_row + max(first, last) - chunk.start)
-        samples = chunk.reaches_end and self.request.sampling.max_tokens > 0
-        return Reading(self, chunk, range(first_row, first_row + chunk.num_tokens), scored, samples)
+            first_scored, num_scored = first - chunk.start, max(0, last - first)
+        return Reading(
+            live=self,
+            chunk=chunk,
+            rows=range(first_row, first_row + chunk.num_tokens),
+            scored=range(first_row + first_scored, first_row + first_scored + num_scored),
+            samples=chunk.reaches_end and self.request.sampling.max_tokens > 0,
+            first_logit=first_logit,
+            failed=failed,
+        )
 
-    def note_step(self) -> None:
-        """Remembers and reports when the first step began."""
+    def note_step(self, chunk: Chunk) -> None:
+        """Remembers and reports when the first step began, and where: what lies before it was in the cache."""
         if self._first_step_s is None:
             self._first_step_s = time.monotonic()
-            self.request.on_event(Started(self._first_step_s - self._admitted_s))
+            self.request.on_event(Started(self._first_step_s - self._admitted_s, chunk.start))
 
     def take_scores(self, scores: list[TokenLogprobs]) -> None:
         """Collects log probabilities of the prompt's tokens."""
@@ -88,9 +110,13 @@ class LiveSequence:
         return Finished(reason, stop_token_id, timing)
 
 
+def _is_recorded(context: Context | None) -> bool:
+    return context is not None and trace.get_current_span(context).is_recording()
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The rows of a batch that belong to one sequence, and those among them whose logits it wants."""
+    """The rows of a micro-batch that belong to one sequence, and those among them whose logits it wants."""
 
     live: LiveSequence
     chunk: Chunk
@@ -99,13 +125,33 @@ class Reading:
     scored: range
     # Whether the last row predicts a new token.
     samples: bool
+    # Where the wanted rows begin among the logits of the step.
+    first_logit: int
+    # The micro-batch's rows that have no valid output, known after the forward.
+    failed: Mapping[int, MoesaicError]
 
     @property
     def wanted(self) -> list[int]:
-        return [*self.scored, *self.rows[-1:]] if self.samples else [*self.scored]
+        return [*self.scored, self.rows[-1]] if self.samples else [*self.scored]
+
+    @property
+    def last_logit(self) -> int:
+        """Where the row that predicts a new token stands among the logits of the step."""
+        return self.first_logit + len(self.scored)
+
+    @property
+    def scored_logits(self) -> slice:
+        return slice(self.first_logit, self.last_logit)
 
     @property
     def targets(self) -> list[int]:
         """The tokens that `scored` scores."""
         first = self.chunk.start + self.scored.start - self.rows.start + 1
         return self.live.sequence.tokens[first : first + len(self.scored)]
+
+    @property
+    def error(self) -> MoesaicError | None:
+        """Why its rows have no valid output, if they have none."""
+        if not self.failed:
+            return None
+        return next((self.failed[row] for row in self.rows if row in self.failed), None)

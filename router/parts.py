@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -13,35 +12,37 @@ from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument
 from moesaic.families import MoeModel, describe_model
 from moesaic.manifest import Epoch
-from moesaic.settings import Device, DType, EngineSettings
+from moesaic.settings import EngineSettings
 from moesaic.tensors import choose_device, choose_dtype
-from router.dispatcher import Dispatcher
+from moesaic.v1 import common_pb2
+from router.batch import Layout
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher, DispatchRules
 from router.engine import Engine
 from router.kv_cache import BlockPool, KVCache
 from router.model import RouterModel
+from router.model_loader import load_model
+from router.overlap import Overlap
+from router.pace import Pace
 from router.phases import PhaseClock
+from router.prefix_cache import PrefixCache
 from router.replica_pool import ReplicaPool
-from router.scheduler import Limits
+from router.scheduler import Limits, Scheduler
 from router.text import Text, load_text
 
 log = logging.getLogger(__name__)
 
+# Rows on the wire, by setting; `auto` is what the model computes in.
+WIRE_DTYPES: dict[str, common_pb2.Dtype] = {
+    "float32": common_pb2.DTYPE_FLOAT32,
+    "bfloat16": common_pb2.DTYPE_BFLOAT16,
+    "float8": common_pb2.DTYPE_FLOAT8_E4M3,
+    "int8": common_pb2.DTYPE_INT8,
+}
+
 # Without a setting the cache holds one sequence of full length, at least this much, at most this share of the memory.
 MIN_CACHE_BYTES = 256 << 20
 MAX_CACHE_SHARE = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class RouterConfig:
-    """What a router has to be told."""
-
-    model: Path
-    served_name: str
-    host: str
-    port: int
-    device: Device
-    dtype: DType
-    engine: EngineSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,22 @@ class Parts:
 
     def engine(self, epoch: Epoch) -> Engine:
         """An engine for sequences of `epoch`, not started."""
+        settings = self.settings
+        scheduler = Scheduler(
+            Limits(settings.max_batch_tokens, settings.max_running_sequences),
+            self.blocks,
+            prefixes=PrefixCache(self.blocks, epoch.id) if settings.prefix_cache else None,
+            pace=Pace(max_batch_tokens=settings.max_batch_tokens, max_stall=settings.max_stall),
+        )
         return Engine(
             self.model,
             self.cache,
-            self.blocks,
+            scheduler,
             self.dispatcher,
             self.clock,
             epoch=epoch,
-            limits=Limits(self.settings.max_batch_tokens, self.settings.max_running_sequences),
-            max_waiting=self.settings.max_waiting_sequences,
+            overlap=Overlap() if settings.overlap == "auto" else None,
+            max_waiting=settings.max_waiting_sequences,
         )
 
 
@@ -80,19 +88,27 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
     shape = describe_model(checkpoint)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, shape.dtype)
-    dispatcher = Dispatcher(pool, clock, call_timeout_s=config.engine.call_timeout_s)
-    model = RouterModel(
+    dispatcher = Dispatcher(pool, clock, _dispatch_rules(config.engine))
+    blocks = _block_pool(config.engine, shape, dtype)
+    max_model_len = _max_model_len(config.engine, shape, blocks.num_blocks * blocks.block_tokens)
+    model = load_model(
         checkpoint,
         shape,
-        dtype=dtype,
-        device=device,
+        Layout(
+            block_tokens=blocks.block_tokens,
+            window=shape.sliding_window,
+            device=device,
+            dtype=dtype,
+            invariant=config.engine.batch_invariant,
+        ),
+        decoder=config.engine.decoder,
+        num_positions=max_model_len,
         clock=clock,
     )
-    blocks = _block_pool(config.engine, shape, dtype)
-    num_positions = blocks.num_blocks * blocks.block_tokens
     cache = KVCache(
         num_layers=shape.num_layers,
-        num_positions=num_positions,
+        num_blocks=blocks.num_blocks,
+        block_tokens=blocks.block_tokens,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         dtype=dtype,
@@ -107,7 +123,15 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         blocks=blocks,
         dispatcher=dispatcher,
         clock=clock,
-        max_model_len=_max_model_len(config.engine, shape, num_positions),
+        max_model_len=max_model_len,
+    )
+
+
+def _dispatch_rules(settings: EngineSettings) -> DispatchRules:
+    return DispatchRules(
+        call_timeout_s=settings.call_timeout_s,
+        wire_dtype=WIRE_DTYPES.get(settings.wire_dtype),
+        combine_sum=settings.combine == "sum",
     )
 
 

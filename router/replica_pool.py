@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from moesaic.manifest import Epoch, ExpertAddress
 from moesaic.routing_table import Replica, RoutingTable
@@ -32,8 +33,9 @@ class ReplicaPool:
         self._lock = threading.Lock()
         self._revision = -1
         self._links: dict[str, WorkerLink] = {}
-        # The same, ordered by worker name; replaced as a whole, so that readers need no lock.
+        # The same, ordered by worker name, and by what they hold; replaced as a whole, so that readers need no lock.
         self._ordered: tuple[WorkerLink, ...] = ()
+        self._holders: Mapping[tuple[ExpertAddress, bytes], tuple[WorkerLink, ...]] = {}
         self._shunned_until: dict[str, float] = {}
 
     @property
@@ -52,6 +54,7 @@ class ReplicaPool:
             for incarnation in wanted.keys() - self._links.keys():
                 self._links[incarnation] = self._connect(wanted[incarnation])
             self._ordered = tuple(sorted(self._links.values(), key=lambda link: link.replica.worker))
+            self._holders = _by_expert(self._ordered)
         for link in gone:
             link.close()
 
@@ -59,19 +62,18 @@ class ReplicaPool:
         self, address: ExpertAddress, digest: bytes, *, exclude: Collection[str] = ()
     ) -> WorkerLink | None:
         """The link to call for an expert version, none of the workers in `exclude`; None when nobody holds it."""
+        holders = self._holders.get((address, digest), ())
+        if exclude:
+            holders = tuple(link for link in holders if link.replica.worker not in exclude)
+        if len(holders) <= 1:
+            return holders[0] if holders else None
         now = self._clock()
-        holders = [
-            link
-            for link in self.links
-            if link.replica.worker not in exclude and link.replica.holds(address, digest)
-        ]
         return min(
             holders,
             key=lambda link: (
                 self._shunned_until.get(link.replica.incarnation, 0.0) > now,
                 link.num_in_flight,
             ),
-            default=None,
         )
 
     def shun(self, link: WorkerLink) -> None:
@@ -80,9 +82,18 @@ class ReplicaPool:
 
     def missing(self, epoch: Epoch) -> list[tuple[ExpertAddress, bytes]]:
         """Experts of the epoch that no replica holds."""
-        held = {held for link in self.links for held in link.replica.versions.items()}
-        return [expert for expert in epoch.versions.items() if expert not in held]
+        holders = self._holders
+        return [expert for expert in epoch.versions.items() if expert not in holders]
 
     def close(self) -> None:
         for link in self.links:
             link.close()
+
+
+def _by_expert(links: Sequence[WorkerLink]) -> Mapping[tuple[ExpertAddress, bytes], tuple[WorkerLink, ...]]:
+    """Who holds an expert version, in the order of `links`."""
+    holders: defaultdict[tuple[ExpertAddress, bytes], list[WorkerLink]] = defaultdict(list)
+    for link in links:
+        for expert in link.replica.versions.items():
+            holders[expert].append(link)
+    return {expert: tuple(those) for expert, those in holders.items()}

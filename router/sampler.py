@@ -24,6 +24,10 @@ from router.sequence import SampledToken, SamplingParams, TokenLogprobs
 # Positions of a prompt that are scored at once: bounds the memory of [T, V] intermediates.
 _SCORED_ROWS = 64
 _LOW_32_BITS = 0xFFFFFFFF
+# Candidates that are ranked for min-p and top-p before all of them are.
+_WIDTHS = (128, 2048)
+# How many more a ranking looks at, for equal scores.
+_SPARE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
     """
     assert logits.dim() == 2 and logits.shape[0] == len(states)
     scores = logits.float()
-    finite = torch.isfinite(scores).all(dim=-1).tolist()
+    finite = _finite(scores)
     if not all(finite):
         good = [row for row, is_finite in enumerate(finite) if is_finite]
         scores, states = scores[good], [states[row] for row in good]
@@ -65,10 +69,16 @@ def score(logits: Tensor, targets: Sequence[int], num_top: int) -> list[TokenLog
     scored: list[TokenLogprobs] = []
     for start in range(0, len(targets), _SCORED_ROWS):
         rows = logits[start : start + _SCORED_ROWS].float()
-        if not torch.isfinite(rows).all():
+        if not all(_finite(rows)):
             raise _not_finite()
         scored += _token_logprobs(rows, targets[start : start + _SCORED_ROWS], num_top)
     return scored
+
+
+def _finite(scores: Tensor) -> list[bool]:
+    """scores [N, V] -> whether all of a row is finite. Its extremes tell: a NaN is both of them."""
+    extremes = torch.stack((scores.amax(dim=-1), scores.amin(dim=-1)))
+    return [bool(is_finite) for is_finite in torch.isfinite(extremes).all(dim=0).tolist()]
 
 
 def _not_finite() -> DataLoss:
@@ -186,9 +196,39 @@ def _choose_group(kind: _Kind, scores: Tensor, states: Sequence[SamplingState]) 
         return _ids(scores.argmax(dim=-1))
     if kind is _Kind.PLAIN:
         return _ids(_draw(_weights(scores, states), states))
-    width = max(state.params.top_k for state in states) if kind is _Kind.NARROW else scores.shape[1]
-    candidates = _ranked(scores, width)
-    weights = _filtered(_weights(scores.gather(1, candidates), states), states)
+    if kind is _Kind.WIDE:
+        return _choose_wide(scores, states)
+    candidates = _ranked(scores, max(state.params.top_k for state in states))
+    weights = _weights(scores.gather(1, candidates), states)
+    return _pick(candidates, _filtered(weights, states), states)
+
+
+def _choose_wide(scores: Tensor, states: Sequence[SamplingState]) -> list[int]:
+    """Ranks no more candidates than min-p and top-p may leave: a few as a rule, all of them where a row is flat."""
+    weights = _weights(scores, states)
+    total = _left_by_min_p(weights, states).cumsum(dim=-1)[:, -1:]
+    chosen = [0] * len(states)
+    rows = list(range(len(states)))
+    for width in (*_WIDTHS, scores.shape[1]):
+        some = slice(None) if len(rows) == len(states) else rows
+        candidates = _ranked(scores[some], min(width, scores.shape[1]))
+        ranked = weights[some].gather(1, candidates)
+        kept = _filtered(ranked, [states[row] for row in rows], total[some])
+        # Where the lightest candidate is left out, so is all that is lighter.
+        is_all = [width >= scores.shape[1] or weight == 0 for weight in kept[:, -1].tolist()]
+        done = [place for place, complete in enumerate(is_all) if complete]
+        if done:
+            members = [states[rows[place]] for place in done]
+            for place, token_id in zip(done, _pick(candidates[done], kept[done], members), strict=True):
+                chosen[rows[place]] = token_id
+        rows = [row for row, complete in zip(rows, is_all, strict=True) if not complete]
+        if not rows:
+            break
+    return chosen
+
+
+def _pick(candidates: Tensor, weights: Tensor, states: Sequence[SamplingState]) -> list[int]:
+    """candidates and weights [M, K] -> one candidate of each row."""
     return _ids(candidates.gather(1, _draw(weights, states).unsqueeze(1)).squeeze(1))
 
 
@@ -202,24 +242,32 @@ def _weights(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
     In float64: a temperature near zero stays finite, and a sum over a large vocabulary loses nothing.
     """
     temperature = _column([state.params.temperature for state in states], scores.device)
-    wide = scores.double()
-    return ((wide - wide.amax(dim=-1, keepdim=True)) / temperature).exp()
+    wide = scores.double()  # a copy: the rest is in place, a vocabulary is large
+    return wide.sub_(wide.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
 
 
-def _filtered(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
+def _filtered(weights: Tensor, states: Sequence[SamplingState], total: Tensor | None = None) -> Tensor:
     """Top-k, min-p, top-p over ranked candidates. weights [M, K], heaviest first -> [M, K] with zeros.
 
     Top-p keeps the fewest candidates whose share of what top-k and min-p left reaches it, and always the first.
+    `total` [M, 1] is the mass of all that these left, where the candidates may be only the heaviest part of it.
     """
     num_candidates = weights.shape[1]
     top_k = _column([state.params.top_k or num_candidates for state in states], weights.device)
-    min_p = _column([state.params.min_p for state in states], weights.device)
     top_p = _column([state.params.top_p for state in states], weights.device)
     rank = torch.arange(num_candidates, device=weights.device)
-    kept = weights * ((rank < top_k) & (weights >= min_p))
+    kept = _left_by_min_p(weights, states) * (rank < top_k)
     mass = kept.cumsum(dim=-1)
     mass_before = torch.nn.functional.pad(mass[:, :-1], (1, 0))
-    return kept * (mass_before < top_p * mass[:, -1:])
+    total = mass[:, -1:] if total is None else total
+    return kept * ((mass_before < top_p * total) | (top_p == 1))
+
+
+def _left_by_min_p(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """weights [M, K] -> [M, K] with zeros where min-p leaves a token out."""
+    if not any(state.params.min_p for state in states):
+        return weights
+    return weights * (weights >= _column([state.params.min_p for state in states], weights.device))
 
 
 def _draw(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -247,11 +295,25 @@ def _column(values: Sequence[float], device: torch.device) -> Tensor:
 def _ranked(scores: Tensor, num: int) -> Tensor:
     """Ids of the `num` highest of scores [M, V] -> [M, num], highest first; equal scores by id, lowest first.
 
-    One exact top-k over integers that hold the score's order above and the id below.
+    A plain top-k of a few more leaves little to put in order, unless equal scores reach beyond it.
     """
+    width = num + _SPARE
+    if width >= scores.shape[1]:
+        return _ranked_of(scores, torch.arange(scores.shape[1], device=scores.device), num)
+    values, ids = scores.topk(width, dim=-1)
+    ranked = _ranked_of(values, ids, num)
+    tied = values[:, num - 1] == values[:, -1]
+    if tied.any():
+        everything = torch.arange(scores.shape[1], device=scores.device)
+        ranked[tied] = _ranked_of(scores[tied], everything, num)
+    return ranked
+
+
+def _ranked_of(scores: Tensor, ids: Tensor, num: int) -> Tensor:
+    """The same of scores [M, W] that belong to `ids` ([M, W] or [W]): one exact top-k over integers that hold the
+    score's order above and the id below."""
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes one zero of the two
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    ids = torch.arange(scores.shape[1], device=scores.device)
     keys = (order << 32) | (_LOW_32_BITS - ids)
     return _LOW_32_BITS - (keys.topk(num, dim=-1).values & _LOW_32_BITS)
 
@@ -261,6 +323,10 @@ def _token_logprobs(scores: Tensor, targets: Sequence[int], num_top: int) -> lis
     logprobs = scores.log_softmax(dim=-1)
     target = torch.tensor(targets, dtype=torch.long, device=scores.device).unsqueeze(1)
     of_target = logprobs.gather(1, target).squeeze(1).tolist()
+    if num_top == 0:
+        return [
+            TokenLogprobs(token_id, logprob, ()) for token_id, logprob in zip(targets, of_target, strict=True)
+        ]
     # Ranked by score, which tells apart what rounding makes equal among log probabilities.
     top = _ranked(scores, min(num_top, scores.shape[1]))
     pairs = zip(top.tolist(), logprobs.gather(1, top).tolist(), strict=True)

@@ -1,58 +1,23 @@
 """Chooses what the next step runs. No tensors, no clock, no I/O: the same calls give the same batches.
 
 Running sequences come first, those that decode before those that still read their prompt; what is left of the token
-budget goes to chunks of prompts, in order of arrival. When the KV pool runs dry the newest sequence gives its blocks
-back and starts over later from its own tokens: it loses time, never a token.
+budget goes to chunks of prompts, beside sequences that decode no more than `pace.py` allows. Waiting sequences are
+admitted in the order of `fair_queue.py`. When the KV pool runs dry the newest sequence gives its blocks back and starts
+over later from its own tokens: it loses time, never a token.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+from router.chunk import Chunk, Sequence
+from router.fair_queue import FairQueue
 from router.kv_cache import BlockPool, OutOfBlocks
+from router.pace import Pace
+from router.prefix_cache import PrefixCache
 
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """The scheduler's half of a request: how many tokens there are, how many are computed, which blocks are held."""
-
-    sequence_id: str
-    # Prompt and generated tokens.
-    tokens: list[int]
-    num_prompt_tokens: int
-    # Leading tokens whose keys and values are in the cache.
-    num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    # The generated tokens alone.
-    output: list[int] = field(default_factory=list)
-
-    @property
-    def num_pending(self) -> int:
-        return len(self.tokens) - self.num_computed
-
-    def append(self, token_id: int) -> None:
-        self.tokens.append(token_id)
-        self.output.append(token_id)
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive tokens of one sequence: [start, start + num_tokens)."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
-
-    @property
-    def reaches_end(self) -> bool:
-        """Whether the chunk's last row predicts a new token."""
-        return self.end == len(self.sequence.tokens)
+__all__ = ["Chunk", "Limits", "Scheduler", "Sequence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,68 +29,131 @@ class Limits:
 
 
 class Scheduler:
-    """Two queues over one block pool."""
+    """What runs and what waits, over one block pool. Without `prefixes` nothing is shared; without `pace` a step reads
+    as much of prompts as fits into it."""
 
-    def __init__(self, limits: Limits, pool: BlockPool) -> None:
-        self._limits = limits
-        self._pool = pool
-        self.waiting: deque[Sequence] = deque()
+    def __init__(
+        self,
+        limits: Limits,
+        pool: BlockPool,
+        *,
+        prefixes: PrefixCache | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.prefixes = prefixes
+        self._pace = pace
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence wherever it is and frees its blocks."""
+        """Forgets a sequence wherever it is and lets go of its blocks."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        self._pool.release(sequence.blocks)
+        self.pool.release(sequence.blocks)
 
     def schedule(self) -> tuple[Chunk, ...]:
         """The next batch: at most `max_batch_tokens` tokens, blocks for all of them held."""
         chunks: list[Chunk] = []
-        budget = self._limits.max_batch_tokens
-        for sequence in sorted(self.running, key=lambda running: running.num_pending > 1):
-            # A sequence earlier in this very loop may have taken this one's blocks.
-            if budget > 0 and sequence in self.running and self._make_room(sequence, budget, chunks):
-                chunks.append(_chunk(sequence, budget))
-                budget -= chunks[-1].num_tokens
-        for sequence in self._admit():
-            if budget == 0 or not self._fits(sequence):
-                break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            chunks.append(_chunk(sequence, budget))
-            self._pool.extend(sequence.blocks, chunks[-1].end)
-            budget -= chunks[-1].num_tokens
+        decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
+        budget = self._extend(chunks, decoding, self.limits.max_batch_tokens)
+        if self._pace is not None:
+            budget = min(budget, self._pace.budget(len(chunks)))
+        reading = [sequence for sequence in self.running if sequence.num_pending > 1]
+        budget = self._extend(chunks, reading, budget)
+        self._admit(chunks, budget)
         return tuple(chunks)
 
     def advance(self, chunk: Chunk) -> None:
         """The chunk's keys and values are in the cache now."""
-        chunk.sequence.num_computed = chunk.end
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.end
+        if self.prefixes is not None:
+            self.prefixes.add(sequence, chunk.start)
+        if chunk.reaches_end:
+            self.waiting.charge(sequence.tenant, 1)
+
+    def distrust(self, sequence: Sequence) -> None:
+        """What a sequence left in the cache is not to be used again."""
+        self.pool.forget(sequence.blocks)
 
     def observe(self, chunks: tuple[Chunk, ...], seconds: float) -> None:
         """How long a step took."""
+        if self._pace is not None:
+            self._pace.observe(*count(chunks), seconds)
 
     def check_integrity(self) -> None:
-        self._pool.check_integrity(sequence.blocks for sequence in (*self.running, *self.waiting))
+        self.pool.check_integrity(sequence.blocks for sequence in (*self.running, *self.waiting))
 
-    def _admit(self) -> Iterator[Sequence]:
-        while self.waiting and len(self.running) < self._limits.max_running:
-            yield self.waiting[0]
+    def _extend(self, chunks: list[Chunk], sequences: list[Sequence], budget: int) -> int:
+        """Gives running sequences their next chunks; what is left of the budget."""
+        preemptions = self.num_preemptions
+        for sequence in sequences:
+            if budget <= 0:
+                break
+            # A sequence earlier in this very loop may have taken this one's blocks.
+            has_place = self.num_preemptions == preemptions or sequence in self.running
+            if has_place and self._make_room(sequence, budget, chunks):
+                chunks.append(_chunk(sequence, budget))
+                budget -= chunks[-1].num_tokens
+        return budget
 
-    def _fits(self, sequence: Sequence) -> bool:
-        # Room for the whole of it, not just its first chunk: else two long prompts starve each other.
-        return self._pool.blocks_for(len(sequence.tokens)) <= self._pool.num_free
+    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+        """Gives places to waiting sequences, as long as there are places, tokens and blocks."""
+        if not self.waiting or budget <= 0 or len(self.running) >= self.limits.max_running:
+            return
+        promised = self._promised(self.running)
+        for sequence in self.waiting:
+            if budget <= 0 or len(self.running) >= self.limits.max_running:
+                break
+            blocks = [] if self.prefixes is None else self.prefixes.take(sequence)
+            if self._is_promised(sequence, len(blocks), promised):
+                self.pool.release(blocks)
+                continue
+            # Room for the whole of it, not just its first chunk: else two long prompts starve each other.
+            if self.pool.blocks_for(len(sequence.tokens)) - len(blocks) > self.pool.num_free:
+                self.pool.release(blocks)
+                break
+            self._place(sequence, blocks)
+            chunks.append(_chunk(sequence, budget))
+            self.pool.extend(sequence.blocks, chunks[-1].end)
+            budget -= chunks[-1].num_tokens
+            promised |= self._promised([sequence])
+
+    def _place(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Makes a waiting sequence a running one that begins behind the shared `blocks`."""
+        sequence.blocks = blocks
+        sequence.num_computed = len(blocks) * self.pool.block_tokens
+        if self.prefixes is not None and not sequence.output:
+            self.prefixes.count(sequence, len(blocks))
+        self.waiting.admit(sequence)
+        self.running.append(sequence)
+
+    def _promised(self, sequences: Iterable[Sequence]) -> set[bytes]:
+        """Names of the blocks that these sequences are about to compute, of those that still read their prompts."""
+        return {
+            name
+            for sequence in sequences
+            if sequence.num_pending > 1
+            for name in sequence.names[sequence.num_computed // self.pool.block_tokens :]
+        }
+
+    def _is_promised(self, sequence: Sequence, num_shared: int, promised: set[bytes]) -> bool:
+        """Whether another sequence is computing the next block of this one: to wait for it costs less than both."""
+        return not sequence.reads_all and any(name in promised for name in sequence.names[num_shared:][:1])
 
     def _make_room(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> bool:
         """Takes the blocks for the next chunk, from the newest sequences if need be. False: it lost its own place."""
         while True:
             try:
-                self._pool.extend(sequence.blocks, _chunk(sequence, budget).end)
+                self.pool.extend(sequence.blocks, _chunk(sequence, budget).end)
                 return True
             except OutOfBlocks:
                 newest = self._newest_idle(chunks)
@@ -140,10 +168,21 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._pool.release(sequence.blocks)
+        self.pool.release(sequence.blocks)
         sequence.num_computed = 0
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
+
+
+def count(chunks: Iterable[Chunk]) -> tuple[int, int]:
+    """Sequences that decode, and tokens of prompts. A prompt's single last token is as cheap as a decoded one."""
+    num_decoding = num_prompt_tokens = 0
+    for chunk in chunks:
+        if chunk.num_tokens == 1:
+            num_decoding += 1
+        else:
+            num_prompt_tokens += chunk.num_tokens
+    return num_decoding, num_prompt_tokens
 
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:

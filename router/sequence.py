@@ -79,9 +79,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The first step of a sequence begins, `queued_s` seconds after its admission."""
+    """The first step of a sequence begins, `queued_s` seconds after its admission. Its first `num_cached` tokens were
+    in the prefix cache."""
 
     queued_s: float
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,8 @@ class SequenceRequest:
     """One continuation to compute.
 
     `on_event` is called on the engine's thread, in order; it must neither block nor raise. `deadline_s` is a time of
-    the monotonic clock. `trace` is the context that the layers' spans belong to.
+    the monotonic clock. `trace` is the context that the layers' spans belong to. `tenant` is whom it is for: see
+    fair_queue.py and prefix_cache.py.
     """
 
     sequence_id: str
@@ -132,3 +135,4 @@ class SequenceRequest:
     deadline_s: float
     on_event: Callable[[SequenceEvent], None]
     trace: Context | None = None
+    tenant: str = ""

@@ -17,17 +17,18 @@ import psutil
 from moesaic import rpc
 from moesaic.errors import Unavailable
 from moesaic.manifest import Epoch
+from moesaic.routing_table import Replica
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.cluster_view import ClusterView
+from router.config import RouterConfig
 from router.engine import Engine
-from router.parts import Parts, RouterConfig, load_parts
+from router.lane_link import open_lane
+from router.parts import Parts, load_parts
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 from router.sequence import Failed, SamplingParams, SequenceEvent, SequenceRequest, TokenGenerated
 from router.service import InferenceService, ModelFacts
 from router.worker_link import WorkerLink
-
-__all__ = ["RouterConfig", "RouterServer"]
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +54,16 @@ class RouterServer:
             }
         )
         self._clock = PhaseClock()
-        self._pool = ReplicaPool()
+        self._pool = ReplicaPool(connect=self._connect)
         self._epoch: asyncio.Future[Epoch] | None = None
         # Whether the newest routing table holds every expert of the epoch.
         self._covered = False
         self._parts: Parts | None = None
         self._engine: Engine | None = None
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _connect(self, replica: Replica) -> WorkerLink:
+        return WorkerLink(replica, open_lane=open_lane if self._config.engine.lane == "auto" else None)
 
     async def start(self) -> str:
         """Binds the port and begins to follow the cluster. Returns HOST:PORT."""
@@ -169,6 +173,9 @@ class RouterServer:
             workers=[_traffic(link) for link in self._pool.links],
             resident_bytes=psutil.Process().memory_info().rss,
             uptime_s=time.monotonic() - self._started_s,
+            prefix_lookup_tokens=stats.prefix_lookup_tokens,
+            prefix_hit_tokens=stats.prefix_hit_tokens,
+            overlapped_steps=stats.overlapped_steps,
         )
 
 
@@ -240,4 +247,7 @@ def _traffic(link: WorkerLink) -> inference_pb2.WorkerTraffic:
         failed_calls=link.traffic.failed_calls,
         sent_bytes=link.traffic.sent_bytes,
         received_bytes=link.traffic.received_bytes,
+        transport=link.traffic.transport,
+        call_p50_us=link.traffic.latency_us(0.5),
+        call_p99_us=link.traffic.latency_us(0.99),
     )

@@ -21,6 +21,7 @@ from moesaic.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavaila
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.call import Call, Engine
 from router.continuation import Continuation, prompt_message
+from router.mailbox import Mailbox
 from router.prompt import read_prompt, tokenize
 from router.sampling_params import (
     ModelLimits,
@@ -32,6 +33,7 @@ from router.sampling_params import (
 from router.sequence import Failed, Finished, PromptScored, Started, TokenGenerated, TokenLogprobs
 from router.text import Text
 
+MAX_TENANT_CHARS = 256
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Work on larger messages goes to a thread, so that it does not hold up the streams of others.
 _LARGE_BYTES = 16 << 10
@@ -58,7 +60,8 @@ class ModelFacts:
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
-    """moesaic.v1.InferenceService for one model. Errors are MoesaicErrors; moesaic.rpc makes statuses of them."""
+    """moesaic.v1.InferenceService for one model. Errors are MoesaicErrors; moesaic.rpc makes statuses of them. Made on
+    the event loop that serves it."""
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._epoch = epoch
         self._control_address = control_address
         self._request_timeout_s = request_timeout_s
+        self._mailbox = Mailbox()
         self._draining = False
 
     def drain(self) -> None:
@@ -163,6 +167,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         request_id = _request_id(request, context)
         deadline_s = _deadline_s(context, self._request_timeout_s)
         n = num_continuations(request.n)
+        if len(request.tenant) > MAX_TENANT_CHARS:
+            raise InvalidArgument(f"tenant: must be at most {MAX_TENANT_CHARS} characters", field="tenant")
         prompt = await _off_loop(
             request.ByteSize() > _LARGE_BYTES, lambda: read_prompt(request, self._text, self._limits)
         )
@@ -183,7 +189,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             )
             for index in range(n)
         ]
-        return Call(self._engine, request_id, prompt, continuations, deadline_s)
+        return Call(
+            self._engine,
+            request_id,
+            prompt,
+            continuations,
+            deadline_s,
+            tenant=request.tenant,
+            mailbox=self._mailbox,
+        )
 
     async def _responses(self, call: Call) -> AsyncIterator[inference_pb2.GenerateResponse]:
         if not call.scores_prompt:

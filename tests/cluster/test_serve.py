@@ -93,11 +93,11 @@ def test_http_and_grpc_give_the_same_answer(served: Serve) -> None:
 def test_the_status_shows_every_process_ready_and_who_holds_what(served: Serve) -> None:
     status = served.status()
     processes = {process["name"]: process for process in status["topology"]["processes"]}
-    assert set(processes) == {"controller", "gateway", "router", "expert-worker-0", "expert-worker-1"}
+    assert set(processes) == {"controller", "gateway", "router-0", "expert-worker-0", "expert-worker-1"}
     assert {process["state"] for process in processes.values()} == {"ready"}
     held = [len(processes[f"expert-worker-{index}"]["experts"]) for index in range(2)]
     assert held == [4, 4]
-    assert processes["router"]["address"] == served.grpc
+    assert processes["router-0"]["address"] == served.grpc
     assert status["topology"]["epoch"] == status["model"]["epoch"]
 
 
@@ -168,5 +168,5 @@ def test_without_the_controller_serving_goes_on_and_it_finds_its_way_back(served
 
 def test_a_killed_router_comes_back_at_the_address_of_the_ready_line(served: Serve) -> None:
     expected = generate(served)
-    os.kill(served.process("router")["pid"], signal.SIGKILL)
+    os.kill(served.process("router-0")["pid"], signal.SIGKILL)
     assert generate_again(served) == expected

@@ -8,11 +8,13 @@ from concurrent import futures
 
 import grpc
 import pytest
+import torch
 
 from moesaic.errors import Overloaded, Unavailable, to_status
 from moesaic.routing_table import Replica
+from moesaic.tensors import header_of
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
-from router.worker_link import WorkerLink
+from router.worker_link import PendingCall, WorkerLink
 
 WAIT_S = 10.0
 
@@ -25,7 +27,9 @@ class Worker(expert_pb2_grpc.ExpertServiceServicer):
     ) -> Iterator[expert_pb2.ComputeResponse]:
         held: list[expert_pb2.ComputeResponse] = []
         for request in requests:
-            response = expert_pb2.ComputeResponse(call_id=request.call_id, epoch=request.epoch)
+            response = expert_pb2.ComputeResponse(
+                call_id=request.call_id, epoch=request.epoch, output=request.hidden
+            )
             if request.layer == 0:
                 yield response
                 yield from held
@@ -33,6 +37,7 @@ class Worker(expert_pb2_grpc.ExpertServiceServicer):
             elif request.layer == 1:
                 held.append(response)
             elif request.layer == 2:
+                response.ClearField("output")
                 response.error.CopyFrom(to_status(Overloaded("full", retry_after_s=0.5)))
                 yield response
             elif request.layer == 4:
@@ -61,45 +66,48 @@ def link(server: tuple[grpc.Server, int]) -> Iterator[WorkerLink]:
     made.close()
 
 
-def call(layer: int, epoch: str = "") -> expert_pb2.ComputeRequest:
-    return expert_pb2.ComputeRequest(layer=layer, epoch=epoch)
+ROWS = torch.arange(6.0).view(2, 3)
+
+
+def send(link: WorkerLink, layer: int, epoch: str = "") -> PendingCall:
+    return link.send(expert_pb2.ComputeRequest(layer=layer, epoch=epoch, hidden=header_of(ROWS)), ROWS)
 
 
 def test_answers_find_their_calls_in_whatever_order_they_come(link: WorkerLink) -> None:
-    slow, quick = link.send(call(1, "slow")), link.send(call(0, "quick"))
-    assert link.receive(quick, WAIT_S).epoch == "quick"
-    assert link.receive(slow, WAIT_S).epoch == "slow"
+    slow, quick = send(link, 1, "slow"), send(link, 0, "quick")
+    assert link.receive(quick, WAIT_S).response.epoch == "quick"
+    assert link.receive(slow, WAIT_S).response.epoch == "slow"
     assert link.connected and link.num_in_flight == 0
 
 
 def test_a_refusal_is_raised_with_its_details_and_the_stream_goes_on(link: WorkerLink) -> None:
     with pytest.raises(Overloaded) as refused:
-        link.receive(link.send(call(2)), WAIT_S)
+        link.receive(send(link, 2), WAIT_S)
     assert refused.value.retry_after_s == 0.5
-    assert link.receive(link.send(call(0)), WAIT_S)
+    assert link.receive(send(link, 0), WAIT_S)
 
 
 def test_a_late_answer_is_dropped(link: WorkerLink) -> None:
-    late = link.send(call(1))
+    late = send(link, 1)
     with pytest.raises(TimeoutError):
         link.receive(late, 0.05)
     assert link.num_in_flight == 0
-    link.receive(link.send(call(0)), WAIT_S)  # brings the late answer along, for nobody
+    link.receive(send(link, 0), WAIT_S)  # brings the late answer along, for nobody
     assert link.traffic.failed_calls == 1
 
 
 def test_a_broken_stream_fails_what_is_in_flight_and_the_next_call_opens_a_new_one(link: WorkerLink) -> None:
-    waiting, breaking = link.send(call(3)), link.send(call(4))
+    waiting, breaking = send(link, 3), send(link, 4)
     for lost in (waiting, breaking):
         with pytest.raises(Unavailable):
             link.receive(lost, WAIT_S)
-    assert link.receive(link.send(call(0)), WAIT_S)
+    assert link.receive(send(link, 0), WAIT_S)
 
 
 def test_a_worker_that_died_is_noticed_at_once_and_found_again(
     server: tuple[grpc.Server, int], link: WorkerLink
 ) -> None:
-    waiting = link.send(call(3))
+    waiting = send(link, 3)
     server[0].stop(0).wait(WAIT_S)
     with pytest.raises(Unavailable):
         link.receive(waiting, WAIT_S)
@@ -108,7 +116,7 @@ def test_a_worker_that_died_is_noticed_at_once_and_found_again(
         answered = threading.Event()
         for _ in range(50):
             try:
-                link.receive(link.send(call(0)), WAIT_S)
+                link.receive(send(link, 0), WAIT_S)
                 answered.set()
                 break
             except Unavailable:
@@ -121,4 +129,4 @@ def test_a_worker_that_died_is_noticed_at_once_and_found_again(
 def test_a_closed_link_refuses(link: WorkerLink) -> None:
     link.close()
     with pytest.raises(Unavailable):
-        link.receive(link.send(call(0)), WAIT_S)
+        link.receive(send(link, 0), WAIT_S)

@@ -17,6 +17,7 @@ from support.local_router import local_router
 from support.processes import running_workers
 
 LOGITS_TOLERANCE = 1e-4
+DECODERS = ("lean", "stock")
 
 # Shares of 8 slots in 2 layers: one worker, even and uneven numbers, layers apart, one worker an expert.
 PLACEMENTS = {
@@ -31,8 +32,9 @@ PLACEMENTS = {
 
 @pytest.mark.shared
 @pytest.mark.parametrize("layout", ["hf_v4", "hf_v5_fused"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_goldens_give_the_reference_and_the_very_same_bits_for_every_placement(
-    shared: Path, layout: str
+    shared: Path, layout: str, decoder: str
 ) -> None:
     golden = shared / "goldens" / "mixtral"
     inputs = load_file(golden / "inputs.safetensors")["input_ids"].tolist()
@@ -41,7 +43,7 @@ def test_goldens_give_the_reference_and_the_very_same_bits_for_every_placement(
     for name, shares in PLACEMENTS.items():
         with (
             running_workers(golden / layout, shares) as workers,
-            local_router(golden / layout, [worker.address for worker in workers]) as router,
+            local_router(golden / layout, [worker.address for worker in workers], decoder=decoder) as router,
         ):
             logits, tokens = router.run(inputs, num_new=12)
             alone = router.run(inputs[:1], num_new=12)
@@ -107,17 +109,37 @@ def test_ten_mixed_requests_at_once_and_one_alone_equal_transformers(
     prompts = mixed_prompts(10)
     expected = reference(overrides, prompts, 6)
     shares = uneven_shares(2, overrides.get("num_local_experts", 4), num_workers)
-    with (
-        running_workers(folder, shares) as workers,
-        local_router(folder, [worker.address for worker in workers]) as router,
-    ):
-        together = router.run(prompts, num_new=6, max_batch_tokens=64)
-        alone = router.run(prompts[-1:], num_new=6)
+    runs = []
+    with running_workers(folder, shares) as workers:
+        for decoder in DECODERS:
+            with local_router(folder, [worker.address for worker in workers], decoder=decoder) as router:
+                runs.append((router.run(prompts, num_new=6, max_batch_tokens=64), expected))
+                runs.append((router.run(prompts[-1:], num_new=6), expected[-1:]))
 
-    for (logits, tokens), references in ((together, expected), (alone, expected[-1:])):
+    for (logits, tokens), references in runs:
         for rows, output, (expected_rows, expected_tokens) in zip(logits, tokens, references, strict=True):
             assert output == expected_tokens
             torch.testing.assert_close(rows, expected_rows, atol=LOGITS_TOLERANCE, rtol=0)
+
+
+def test_batch_invariant_logits_are_the_same_bits_alone_or_with_others_whole_or_in_chunks(
+    random_model: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, overrides = random_model
+    prompts = mixed_prompts(10)
+    shares = uneven_shares(2, overrides.get("num_local_experts", 4), 2)
+    with (
+        running_workers(folder, shares, "--batch-invariant") as workers,
+        local_router(folder, [worker.address for worker in workers], batch_invariant=True) as router,
+    ):
+        together, _ = router.run(prompts, num_new=6)
+        in_sevens, _ = router.run(prompts, num_new=6, max_batch_tokens=7)
+        alone = [router.run([prompt], num_new=6)[0][0] for prompt in prompts[3::3]]
+        last_in_sevens, _ = router.run(prompts[-1:], num_new=6, max_batch_tokens=7)
+
+    assert all(torch.equal(*pair) for pair in zip(together, in_sevens, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(together[3::3], alone, strict=True))
+    assert torch.equal(together[-1], last_in_sevens[0])
 
 
 def uneven_shares(num_layers: int, num_slots: int, num_workers: int) -> list[str]:

@@ -5,8 +5,8 @@ Expert (layer, slot) multiplies a row by slot + 1, so that expected results are 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -14,30 +14,40 @@ import torch
 from moesaic.errors import MoesaicError
 from moesaic.manifest import Epoch, ExpertAddress
 from moesaic.routing_table import Replica, RoutingTable
-from moesaic.tensors import from_wire, to_wire
+from moesaic.tensors import decode_rows, encode_rows
 from moesaic.v1 import expert_pb2
 from router.replica_pool import ReplicaPool
+from router.transport import Answer
 from router.worker_link import PendingCall, Traffic, WorkerLink
 
-Answer = Callable[[expert_pb2.ComputeRequest], expert_pb2.ComputeResponse]
+Answerer = Callable[[expert_pb2.ComputeRequest, torch.Tensor], Answer]
 
 
-def scaled_rows(request: expert_pb2.ComputeRequest) -> expert_pb2.ComputeResponse:
-    """The right answer: each expert's rows times slot + 1."""
-    hidden = from_wire(request.hidden)
-    parts = [hidden[list(expert.rows)] * (expert.slot + 1) for expert in request.experts]
-    return expert_pb2.ComputeResponse(
+def scaled_rows(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> Answer:
+    """The right answer: each expert's rows times slot + 1, in the way that the request asks for."""
+    rows = decode_rows(request.hidden, hidden)
+    parts = [rows[list(expert.rows)] * (expert.slot + 1) for expert in request.experts]
+    if request.combine == expert_pb2.COMBINE_SUM:
+        output = torch.zeros_like(rows)
+        for expert, part in zip(request.experts, parts, strict=True):
+            output[list(expert.rows)] += part * torch.tensor(expert.weights)[:, None]
+    else:
+        output = torch.cat(parts)
+    header, wire = encode_rows(output, request.hidden.dtype)
+    response = expert_pb2.ComputeResponse(
         call_id=request.call_id,
         epoch=request.epoch,
         versions=[expert.version for expert in request.experts],
-        output=to_wire(torch.cat(parts)),
+        output=header,
+        timing=expert_pb2.ComputeTiming(decode_us=1, queue_us=2, compute_us=3, encode_us=4),
     )
+    return Answer(response, wire)
 
 
 class FakeLink(WorkerLink):
     """Answers when it is asked to receive: with `answer`, or by raising what `answer` raises."""
 
-    def __init__(self, replica: Replica, answer: Answer = scaled_rows) -> None:
+    def __init__(self, replica: Replica, answer: Answerer = scaled_rows) -> None:
         self.replica = replica
         self.traffic = Traffic()
         self.answer = answer
@@ -52,39 +62,42 @@ class FakeLink(WorkerLink):
     def num_in_flight(self) -> int:
         return 0
 
-    def send(self, request: expert_pb2.ComputeRequest) -> PendingCall:
+    def send(self, request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> PendingCall:
         request.call_id = len(self.requests) + 1
         self.requests.append(request)
-        return PendingCall(request.call_id, Future())
+        return PendingCall(request, hidden, None, time.perf_counter())
 
-    def receive(self, call: PendingCall, timeout_s: float) -> expert_pb2.ComputeResponse:
-        return self.answer(self.requests[call.call_id - 1])
+    def receive(self, call: PendingCall, timeout_s: float) -> Answer:
+        return self.answer(call.request, call.hidden)
 
     def close(self) -> None:
         self.closed = True
 
 
-def failing(error: MoesaicError | TimeoutError) -> Answer:
+def failing(error: MoesaicError | TimeoutError) -> Answerer:
     """A worker that never gives an answer."""
 
-    def answer(_: expert_pb2.ComputeRequest) -> expert_pb2.ComputeResponse:
+    def answer(_request: expert_pb2.ComputeRequest, _hidden: torch.Tensor) -> Answer:
         raise error
 
     return answer
 
 
-def spoiled(**changes: Any) -> Answer:
-    """A worker whose answers have fields replaced."""
+def spoiled(**changes: Any) -> Answerer:
+    """A worker whose answers have fields replaced; `output` is a function of the right rows."""
 
-    def answer(request: expert_pb2.ComputeRequest) -> expert_pb2.ComputeResponse:
-        response = scaled_rows(request)
+    def answer(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> Answer:
+        right = scaled_rows(request, hidden)
+        response, output = right.response, right.output
         response.MergeFrom(expert_pb2.ComputeResponse(epoch=changes.get("epoch", "")))
         if "versions" in changes:
             del response.versions[:]
             response.versions.extend(changes["versions"])
         if "output" in changes:
-            response.output.CopyFrom(to_wire(changes["output"](from_wire(response.output))))
-        return response
+            rows = changes["output"](decode_rows(response.output, output))
+            header, output = encode_rows(rows, changes.get("dtype", response.output.dtype))
+            response.output.CopyFrom(header)
+        return Answer(response, output)
 
     return answer
 
@@ -105,7 +118,7 @@ def make_epoch(num_layers: int, num_slots: int) -> Epoch:
 
 
 def make_pool(
-    epoch: Epoch, workers: Mapping[str, range], answers: Mapping[str, Answer] | None = None
+    epoch: Epoch, workers: Mapping[str, range], answers: Mapping[str, Answerer] | None = None
 ) -> tuple[ReplicaPool, dict[str, FakeLink]]:
     """A pool over fake workers; `workers` says which slots (of every layer) each one holds."""
     links: dict[str, FakeLink] = {}

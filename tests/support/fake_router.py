@@ -44,6 +44,8 @@ class FakeRouter(InferenceServiceServicer):
     silent_after: int | None = None
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     metadata: list[dict[str, str]] = field(default_factory=list)
+    # Seconds that each request had when it came.
+    time_left_s: list[float | None] = field(default_factory=list)
     num_running: int = 0
     max_running: int = 0
     num_cancelled: int = 0
@@ -60,6 +62,7 @@ class FakeRouter(InferenceServiceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
         self.metadata.append({key: str(value) for key, value in context.invocation_metadata() or ()})
+        self.time_left_s.append(context.time_remaining())
         self.num_running += 1
         self.max_running = max(self.max_running, self.num_running)
         try:

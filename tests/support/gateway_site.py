@@ -15,7 +15,8 @@ import openai
 import pytest
 from support.fake_router import FakeRouter, RunningRouter, running
 
-from gateway.server import GatewayConfig, GatewayServer
+from gateway.config import GatewayConfig
+from gateway.server import GatewayServer
 from moesaic import errors
 from moesaic.settings import GatewaySettings
 
@@ -49,7 +50,7 @@ async def gateway_for(
         return address
 
     settings = settings or GatewaySettings(max_body_mib=1)
-    gateway = GatewayServer(GatewayConfig(host, 0, settings), resolve_router)
+    gateway = GatewayServer(GatewayConfig(host, 0, settings), {"router": resolve_router})
     listening = await gateway.start()
     try:
         yield gateway, listening

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +17,9 @@ from moesaic.manifest import Epoch
 from moesaic.settings import EngineSettings
 from router.batch import pack
 from router.cluster_view import NamedWorkers, Snapshot
+from router.config import RouterConfig
 from router.model import MicroBatch
-from router.parts import Parts, RouterConfig, load_parts
+from router.parts import Parts, load_parts
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 from router.scheduler import Limits, Scheduler
@@ -45,12 +47,7 @@ class LocalRouter:
         for sequence in open_sequences:
             scheduler.add(sequence)
         while chunks := scheduler.schedule():
-            batch = pack(
-                chunks,
-                block_tokens=parts.blocks.block_tokens,
-                window=parts.model.window,
-                device=parts.model.device,
-            )
+            batch = pack(chunks, parts.model.layout)
             experts = parts.dispatcher.begin(self._epoch, deadline_s=time.monotonic() + 30)
             part = MicroBatch(batch, torch.arange(batch.num_tokens), experts)
             logits = parts.model.forward((part,), parts.cache)
@@ -69,8 +66,8 @@ class LocalRouter:
 
 
 @contextmanager
-def local_router(model: Path, addresses: Sequence[str]) -> Iterator[LocalRouter]:
-    """A router of this process over the workers at `addresses`."""
+def local_router(model: Path, addresses: Sequence[str], **engine: Any) -> Iterator[LocalRouter]:
+    """A router of this process over the workers at `addresses`, with these settings of the engine."""
     shape = describe_model(open_checkpoint(model))
     view = NamedWorkers(addresses, model=model.name, num_layers=shape.num_layers, num_slots=shape.num_slots)
     snapshot = asyncio.run(_first(view))
@@ -84,7 +81,7 @@ def local_router(model: Path, addresses: Sequence[str]) -> Iterator[LocalRouter]
         port=0,
         device="cpu",
         dtype="float32",
-        engine=EngineSettings(threads=1),
+        engine=EngineSettings(**{"threads": 1, **engine}),
     )
     try:
         yield LocalRouter(load_parts(config, pool, PhaseClock()), snapshot.epoch)

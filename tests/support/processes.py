@@ -79,13 +79,13 @@ class Process:
 
 
 @contextmanager
-def running_workers(model: Path, shares: Sequence[str]) -> Iterator[list[Process]]:
+def running_workers(model: Path, shares: Sequence[str], *arguments: str) -> Iterator[list[Process]]:
     """One worker process for every share, started side by side; `--experts` syntax, one thread each."""
     workers = [
         Process(
             "expert_worker",
             *("--model", str(model), "--experts", share, "--name", f"worker-{index}"),
-            *("--threads", "1"),
+            *("--threads", "1", *arguments),
         )
         for index, share in enumerate(shares)
     ]

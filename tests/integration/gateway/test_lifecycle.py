@@ -16,7 +16,8 @@ import pytest
 from support.fake_router import FakeRouter, running
 from support.gateway_site import Site, events, gateway_for, request_lines, until, until_status
 
-from gateway.server import GatewayConfig, GatewayServer
+from gateway.config import GatewayConfig
+from gateway.server import GatewayServer
 from moesaic import errors
 from moesaic.settings import GatewaySettings
 
@@ -93,7 +94,7 @@ async def test_a_router_that_comes_back_elsewhere_is_found() -> None:
     async def resolve_router() -> str:
         return addresses[-1]
 
-    gateway = GatewayServer(GatewayConfig("127.0.0.1", 0, GatewaySettings()), resolve_router)
+    gateway = GatewayServer(GatewayConfig("127.0.0.1", 0, GatewaySettings()), {"router": resolve_router})
     address = await gateway.start()
     body = {"prompt": "ab", "max_tokens": 2}
     try:
@@ -138,7 +139,7 @@ async def test_a_port_in_use_is_an_error_that_says_so() -> None:
             return "127.0.0.1:1"
 
         with pytest.raises(errors.InvalidArgument, match="in use") as caught:
-            await GatewayServer(config, resolve_router).start()
+            await GatewayServer(config, {"router": resolve_router}).start()
     assert (caught.value.field, caught.value.reason) == ("port", "PORT_IN_USE")
 
 

@@ -15,6 +15,7 @@ from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings, load_settings
+from moesaic.v1 import control_pb2
 
 HOME = Node("home", "10.0.0.1", num_cpus=8, num_gpus=0)
 OTHER = Node("other", "10.0.0.2", num_cpus=16, num_gpus=1)
@@ -33,6 +34,10 @@ def settings(**flags: Any) -> Settings:
     return load_settings(**flags)
 
 
+def configs(processes: tuple[PlannedProcess, ...], kind: type) -> list[Any]:
+    return [spec.config for spec in specs(processes, kind)]
+
+
 def specs(processes: tuple[PlannedProcess, ...], kind: type) -> list[Any]:
     return [process.spec for process in processes if isinstance(process.spec, kind)]
 
@@ -40,7 +45,7 @@ def specs(processes: tuple[PlannedProcess, ...], kind: type) -> list[Any]:
 def test_there_is_one_controller_one_router_one_gateway_and_the_workers(model: MoeModel) -> None:
     processes = blueprint(model, settings(cluster={"workers": 3}))
     assert [process.spec.name for process in processes] == [
-        "router",
+        "router-0",
         "controller",
         "expert-worker-0",
         "expert-worker-1",
@@ -51,7 +56,7 @@ def test_there_is_one_controller_one_router_one_gateway_and_the_workers(model: M
 
 def test_the_workers_hold_every_expert_and_the_controller_knows_which(model: MoeModel) -> None:
     processes = blueprint(model, settings(cluster={"workers": 3}))
-    workers = specs(processes, ExpertWorkerSpec)
+    workers = configs(processes, ExpertWorkerSpec)
     (controller,) = specs(processes, ControllerSpec)
     assert sum(len(worker.experts) for worker in workers) == model.num_layers * model.num_slots
     members = {member.name: member for member in controller.cluster.members}
@@ -69,7 +74,7 @@ def test_public_addresses_and_names_come_from_the_settings(model: MoeModel) -> N
         model,
         settings(host="0.0.0.0", http_port=1, grpc_port=2, engine={"threads": 3}),
     )
-    (router,), (gateway,) = specs(processes, RouterSpec), specs(processes, GatewaySpec)
+    (router,), (gateway,) = configs(processes, RouterSpec), configs(processes, GatewaySpec)
     assert (router.host, router.port, router.served_name, router.engine.threads) == ("0.0.0.0", 2, "mine", 3)
     assert (gateway.host, gateway.port) == ("0.0.0.0", 1)
 
@@ -77,13 +82,39 @@ def test_public_addresses_and_names_come_from_the_settings(model: MoeModel) -> N
 def test_router_and_gateway_stay_on_the_node_of_the_command(model: MoeModel) -> None:
     processes = blueprint(model, settings(cluster={"workers": 2}), HOME, OTHER)
     assert {process.spec.name: process.seat.node.id for process in processes if process.pinned} == {
-        "router": "home",
+        "router-0": "home",
         "gateway": "home",
     }
 
 
+def test_several_routers_are_all_known_to_the_gateway_and_the_controller(model: MoeModel) -> None:
+    processes = blueprint(model, settings(cluster={"routers": 3, "workers": 2}))
+    names = ("router-0", "router-1", "router-2")
+    (gateway,), (controller,) = specs(processes, GatewaySpec), specs(processes, ControllerSpec)
+    assert tuple(router.name for router in specs(processes, RouterSpec)) == gateway.routers == names
+    members = {member.name: member.role for member in controller.cluster.members}
+    assert {members[name] for name in names} == {control_pb2.PROCESS_ROLE_ROUTER}
+
+
+def test_only_the_first_router_has_the_public_address_and_may_not_move(model: MoeModel) -> None:
+    processes = blueprint(
+        model, settings(host="0.0.0.0", grpc_port=2, device="cpu", cluster={"routers": 3}), HOME, OTHER
+    )
+    routers = [process for process in processes if isinstance(process.spec, RouterSpec)]
+    assert [(it.pinned, it.spec.is_public) for it in routers] == [
+        (True, True),
+        (False, False),
+        (False, False),
+    ]
+    assert [(it.host, it.port) for it in configs(processes, RouterSpec)] == [
+        ("0.0.0.0", 2),
+        ("10.0.0.2", 0),
+        ("10.0.0.1", 0),
+    ]
+
+
 def test_workers_run_on_a_gpu_where_there_is_one_and_share_the_cores_of_their_node(model: MoeModel) -> None:
-    workers = specs(blueprint(model, settings(cluster={"workers": 3}), HOME, OTHER), ExpertWorkerSpec)
+    workers = configs(blueprint(model, settings(cluster={"workers": 3}), HOME, OTHER), ExpertWorkerSpec)
     assert [(worker.device, worker.settings.threads) for worker in workers] == [
         ("cpu", 4),
         ("cuda", 16),

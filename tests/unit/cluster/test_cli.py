@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from cluster import cli, serving
 from cluster.commands import app
 from moesaic import __version__
+from moesaic.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,8 @@ def test_a_missing_config_file_is_told(tiny: Path) -> None:
         (("--device", "tpu"), "device"),
         (("--dtype", "int3"), "dtype"),
         (("--workers", "0"), "cluster.workers"),
+        (("--routers", "65"), "cluster.routers"),
+        (("--expert-dtype", "int3"), "worker.expert_dtype"),
         (("--http-port", "70000"), "http_port"),
     ],
 )
@@ -124,6 +127,22 @@ def test_a_value_out_of_bounds_is_told_with_its_setting(
     tiny: Path, arguments: tuple[str, ...], says: str
 ) -> None:
     assert refused("serve", str(tiny), *arguments).startswith(f"error: {says}: ")
+
+
+def test_what_flags_say_reaches_routers_and_workers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Settings] = []
+
+    async def serve(settings: Settings, model: object, *, as_json: bool) -> None:
+        served.append(settings)
+
+    monkeypatch.setattr(serving, "serve", serve)
+    flags = ("--routers", "3", "--expert-dtype", "int8", "--batch-invariant")
+    ports = ("--http-port", "0", "--grpc-port", "0")
+    result = CliRunner().invoke(app, ["serve", str(tiny), *flags, *ports])
+    assert result.exit_code == 0, result.output
+    (settings,) = served
+    assert (settings.cluster.routers, settings.worker.expert_dtype) == (3, "int8")
+    assert settings.engine.batch_invariant and settings.worker.batch_invariant
 
 
 def test_with_json_an_error_is_json_too(tiny: Path) -> None:

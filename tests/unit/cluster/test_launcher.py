@@ -21,9 +21,10 @@ from moesaic.settings import Settings, load_settings
 from moesaic.v1 import control_pb2 as pb
 from moesaic.v1 import control_pb2_grpc
 
-NAMES = ("router", "controller", "expert-worker-0", "gateway")
+NAMES = ("router-0", "router-1", "controller", "expert-worker-0", "gateway")
 READY = {
-    "router": "127.0.0.1:2",
+    "router-0": "127.0.0.1:2",
+    "router-1": "127.0.0.1:5",
     "controller": "127.0.0.1:3",
     "expert-worker-0": "127.0.0.1:4",
     "gateway": "127.0.0.1:1",
@@ -106,7 +107,7 @@ def planned() -> list[PlannedProcess]:
 
 
 def settings(timeout_s: float) -> Settings:
-    return load_settings(cluster={"start_timeout_s": timeout_s, "drain_timeout_s": 3.0})
+    return load_settings(cluster={"start_timeout_s": timeout_s, "drain_timeout_s": 3.0, "routers": 2})
 
 
 def topology(**changes: dict[str, Any]) -> pb.GetTopologyResponse:
@@ -130,7 +131,7 @@ async def test_all_processes_are_asked_for_at_once() -> None:
 
 
 async def test_it_is_ready_when_all_processes_are_and_shows_what_it_sees_meanwhile() -> None:
-    loading = topology(router={"state": pb.PROCESS_STATE_LOADING})
+    loading = topology(router_1={"state": pb.PROCESS_STATE_LOADING})
     seen: list[pb.GetTopologyResponse] = []
     async with launched(loading, loading, topology()) as (launcher, _):
         assert await launcher.wait_ready(seen.append) == Endpoints(http="127.0.0.1:1", grpc="127.0.0.1:2")
@@ -145,9 +146,9 @@ async def test_a_process_that_failed_ends_the_wait_with_its_reason() -> None:
 
 
 async def test_a_process_that_keeps_dying_ends_the_wait() -> None:
-    dying = topology(router={"state": pb.PROCESS_STATE_PENDING, "restarts": 3})
+    dying = topology(router_0={"state": pb.PROCESS_STATE_PENDING, "restarts": 3})
     async with launched(dying) as (launcher, _):
-        with pytest.raises(Unavailable, match="router: its process died 3 times while it started"):
+        with pytest.raises(Unavailable, match="router-0: its process died 3 times while it started"):
             await launcher.wait_ready(show)
 
 
@@ -169,13 +170,14 @@ async def test_ending_drains_from_the_outside_in_and_kills_what_was_started() ->
     async with launched(topology()) as (launcher, starter):
         await launcher.wait_ready(show)
         await launcher.stop(asyncio.Event())
-    assert starter.stopped[:2] == [("gateway", 3.0), ("router", 3.0)]
-    assert sorted(starter.stopped[2:]) == [("controller", 0.0), ("expert-worker-0", 0.0)]
+    assert starter.stopped[0] == ("gateway", 3.0)
+    assert sorted(starter.stopped[1:3]) == [("router-0", 3.0), ("router-1", 3.0)]
+    assert sorted(starter.stopped[3:]) == [("controller", 0.0), ("expert-worker-0", 0.0)]
     assert tuple(starter.killed) == NAMES
 
 
 async def test_a_start_that_failed_is_not_drained() -> None:
-    async with launched(topology(router={"state": pb.PROCESS_STATE_FAILED})) as (launcher, starter):
+    async with launched(topology(router_0={"state": pb.PROCESS_STATE_FAILED})) as (launcher, starter):
         with pytest.raises(Unavailable):
             await launcher.wait_ready(show)
         await launcher.stop(asyncio.Event())
@@ -195,7 +197,7 @@ async def test_force_cuts_the_drain_short() -> None:
 
 
 async def test_a_ray_that_serves_already_is_left_alone() -> None:
-    starter = PlayedStarter([topology()], taken=("router",))
+    starter = PlayedStarter([topology()], taken=("router-0",))
     launcher = Launcher(starter, planned(), settings(1.0))
     with pytest.raises(FailedPrecondition) as refused:
         launcher.submit()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import MAX_WORKERS, Node, place_experts, seat_router, seat_workers
+from cluster.placement import MAX_WORKERS, Node, place_experts, seat_routers, seat_workers
 from moesaic.errors import InvalidArgument
 from moesaic.manifest import ExpertAddress
 
@@ -132,19 +132,32 @@ def test_workers_on_one_gpu_share_it_with_the_router() -> None:
     node = Node("c", "127.0.0.1", num_cpus=4, num_gpus=1)
     seats = seat_workers([node], 3, "cuda", home="c")
     assert [seat.num_gpus for seat in seats] == [0.25, 0.25, 0.25]
-    assert seat_router([node], seats, "cuda", home="c").num_gpus == 0.25
+    assert [router.num_gpus for router in seat_routers([node], seats, 1, "cuda", home="c")] == [0.25]
 
 
 def test_shares_of_gpus_are_equal_on_a_node_so_that_any_packing_fits() -> None:
-    seats = seat_workers([GPU_NODE], 4, "cuda", home="b")
-    shares = [seat.num_gpus for seat in seats] + [seat_router([GPU_NODE], seats, "cuda", home="b").num_gpus]
-    assert shares == [0.3333] * 5
+    workers = seat_workers([GPU_NODE], 4, "cuda", home="b", num_routers=2)
+    routers = seat_routers([GPU_NODE], workers, 2, "cuda", home="b")
+    assert [seat.num_gpus for seat in (*workers, *routers)] == [0.3333] * 6
 
 
-def test_the_router_runs_at_home_with_all_its_cores() -> None:
+def test_a_router_runs_at_home_with_all_its_cores() -> None:
     seats = seat_workers([CPU_NODE, GPU_NODE], 4, "cpu", home="a")
-    router = seat_router([CPU_NODE, GPU_NODE], seats, "cpu", home="a")
+    (router,) = seat_routers([CPU_NODE, GPU_NODE], seats, 1, "cpu", home="a")
     assert (router.node.id, router.num_gpus, router.threads) == ("a", 0, 8)
+
+
+def test_routers_go_around_the_nodes_from_home_and_share_their_cores_with_each_other() -> None:
+    seats = seat_workers([CPU_NODE, GPU_NODE], 4, "cpu", home="b", num_routers=3)
+    routers = seat_routers([CPU_NODE, GPU_NODE], seats, 3, "cpu", home="b")
+    assert [(seat.node.id, seat.threads) for seat in routers] == [("b", 8), ("a", 8), ("b", 8)]
+
+
+@pytest.mark.parametrize(("home", "nodes"), [("a", ["a", "d", "a"]), ("b", ["b", "b", "b"])])
+def test_all_routers_compute_on_the_kind_of_device_that_home_has(home: str, nodes: list[str]) -> None:
+    other = Node("d", "10.0.0.4", num_cpus=8, num_gpus=0)
+    routers = seat_routers([CPU_NODE, GPU_NODE, other], [], 3, "auto", home=home)
+    assert [seat.node.id for seat in routers] == nodes
 
 
 def test_the_default_stays_within_the_number_of_experts() -> None:

@@ -48,12 +48,18 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def status() -> ClusterStatus:
+def status(num_routers: int = 1) -> ClusterStatus:
     stats = inference_pb2.GetRouterStatsResponse(
-        workers=[inference_pb2.WorkerTraffic(worker="expert-worker-63", rows=1234567)]
+        workers=[inference_pb2.WorkerTraffic(worker="expert-worker-63", rows=1234567)],
+        running_sequences=1024,
+        waiting_sequences=256,
+        kv_blocks_used=123456,
+        kv_blocks_total=1234567,
+        generated_tokens=1 << 40,
     )
     model = inference_pb2.GetModelInfoResponse(model="tiny", epoch="0123456789abcdef", family="mixtral")
-    return ClusterStatus("127.0.0.1:50051", model, stats, TOPOLOGY, "")
+    routers = {f"router-{index}": stats for index in range(num_routers)}
+    return ClusterStatus("127.0.0.1:50051", model, stats, TOPOLOGY, "", routers)
 
 
 def test_the_status_fits_eighty_columns_and_says_why_a_process_is_away() -> None:
@@ -63,6 +69,15 @@ def test_the_status_fits_eighty_columns_and_says_why_a_process_is_away() -> None
     assert max(map(len, text.splitlines())) <= 80
     assert "1,234,567" in text
     assert "expert-worker-63: its connection broke" in text
+
+
+def test_the_status_of_several_routers_adds_up_what_they_sent_and_fits_eighty_columns() -> None:
+    console = terminal()
+    _print(status(num_routers=3), console)
+    text = written(console)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "3,703,701" in text
+    assert text.count("123456 of 1234567") == 3
 
 
 def test_the_demo_fits_eighty_columns() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.checkpoints import write_mixtral
 
+from expert_worker.expert import ExpertForm
 from expert_worker.expert_store import ExpertStore
 from expert_worker.loader import load_experts
 from moesaic.checkpoint import open_checkpoint
@@ -32,7 +33,7 @@ def store(folder: Path, model: MoeModel) -> ExpertStore:
     store = ExpertStore()
     addresses = [ExpertAddress(layer, slot) for layer in range(2) for slot in range(3)]
     for address, held in load_experts(
-        open_checkpoint(folder), model, addresses, device=torch.device("cpu"), dtype=torch.float32
+        open_checkpoint(folder), model, addresses, ExpertForm(torch.device("cpu"), torch.float32)
     ):
         store.add(address, held)
     return store

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from expert_worker.batcher import Batcher, Computed
+from expert_worker.batcher import Batcher
 from expert_worker.call import Call, ExpertRows
+from expert_worker.call_queue import Computed
 from expert_worker.expert import Expert
 from moesaic.errors import (
     DeadlineExceeded,
@@ -22,8 +23,9 @@ from moesaic.errors import (
     Overloaded,
     Unavailable,
 )
+from moesaic.linear import Linear
 
-EXPERT = Expert(torch.empty(0), torch.empty(0), "silu")
+EXPERT = Expert(Linear(torch.zeros(2, 1)), Linear(torch.zeros(1, 1)), "silu")
 
 
 def call(tag: float, *, layer: int = 0, num_rows: int = 1, timeout_s: float = 10.0) -> Call:

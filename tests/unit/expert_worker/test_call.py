@@ -15,6 +15,7 @@ from moesaic.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
 from moesaic.families import MoeModel
 from moesaic.tensors import to_wire
 from moesaic.v1 import common_pb2, expert_pb2
+from moesaic.wire import decode_request
 
 Edit = Callable[[expert_pb2.ComputeRequest], Any]
 
@@ -26,7 +27,9 @@ def request_of_two(store: ExpertStore) -> expert_pb2.ComputeRequest:
 
 @pytest.fixture
 def read(store: ExpertStore, model: MoeModel) -> Callable[[expert_pb2.ComputeRequest], Call]:
-    return lambda request: read_call(request, model=model, store=store, max_rows=8, now_s=100.0)
+    return lambda request: read_call(
+        decode_request(request.SerializeToString()), model=model, store=store, max_rows=8, now_s=100.0
+    )
 
 
 def test_a_good_request_becomes_a_call(

@@ -9,23 +9,34 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import Layout, write_mixtral
 from support.expert_calls import ReferenceExperts
+from torch import Tensor
 
+from expert_worker.expert import ExpertForm
 from expert_worker.expert_store import HeldExpert
 from expert_worker.loader import load_experts
 from moesaic.checkpoint import SINGLE_FILE, open_checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families import describe_model
+from moesaic.linear import Linear
 from moesaic.manifest import ExpertAddress
 
 ALL = [ExpertAddress(layer, slot) for layer in range(2) for slot in range(4)]
 
 
+CPU = torch.device("cpu")
+FLOAT32 = ExpertForm(CPU, torch.float32)
+
+
 def load(
-    folder: Path, addresses: list[ExpertAddress], dtype: torch.dtype = torch.float32
+    folder: Path, addresses: list[ExpertAddress], form: ExpertForm = FLOAT32
 ) -> dict[ExpertAddress, HeldExpert]:
     checkpoint = open_checkpoint(folder)
-    model = describe_model(checkpoint)
-    return dict(load_experts(checkpoint, model, addresses, device=torch.device("cpu"), dtype=dtype))
+    return dict(load_experts(checkpoint, describe_model(checkpoint), addresses, form))
+
+
+def weight_of(linear: Linear) -> Tensor:
+    """The matrix that it multiplies by, in whatever layout it lies: every row of the identity picks a column."""
+    return linear(torch.eye(linear.in_features)).T
 
 
 def mapped_files() -> list[str]:
@@ -41,8 +52,8 @@ def test_an_expert_holds_the_very_weights_of_the_checkpoint(tmp_path: Path, layo
     write_mixtral(tmp_path, layout=layout, max_shard_size=20_000)
     reference = ReferenceExperts(tmp_path)
     for (layer, slot), held in load(tmp_path, [ExpertAddress(1, 2), ExpertAddress(0, 3)]).items():
-        gate, up = held.expert.gate_up.chunk(2)
-        for name, weight in (("gate", gate), ("up", up), ("down", held.expert.down)):
+        gate, up = weight_of(held.expert.gate_up).chunk(2)
+        for name, weight in (("gate", gate), ("up", up), ("down", weight_of(held.expert.down))):
             assert torch.equal(weight, reference.weight(layer, slot, name))
 
 
@@ -71,10 +82,27 @@ def test_other_weights_and_another_dtype_are_other_versions(tmp_path: Path) -> N
 def test_the_version_is_that_of_the_file_and_not_of_the_compute_dtype(tmp_path: Path) -> None:
     write_mixtral(tmp_path, dtype=torch.bfloat16)
     address = ExpertAddress(0, 0)
-    wide, narrow = (load(tmp_path, [address], dtype)[address] for dtype in (torch.float32, torch.bfloat16))
+    wide, narrow = (
+        load(tmp_path, [address], ExpertForm(CPU, dtype))[address]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     assert wide.version == narrow.version
-    assert wide.expert.down.dtype == torch.float32
-    assert torch.equal(wide.expert.down, narrow.expert.down.float())
+    assert (wide.expert.dtype, narrow.expert.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(weight_of(wide.expert.down), weight_of(narrow.expert.down).float())
+
+
+def test_quantised_experts_keep_their_version_and_take_less_memory(tmp_path: Path) -> None:
+    write_mixtral(tmp_path, dtype=torch.bfloat16, intermediate_size=64)
+    address = ExpertAddress(0, 0)
+    plain, eight, four = (
+        load(tmp_path, [address], ExpertForm(CPU, torch.float32, weights))[address]
+        for weights in ("float", "int8", "int4")
+    )
+    assert plain.version == eight.version == four.version
+    num_weights = 3 * 32 * 64
+    assert plain.expert.num_bytes == 4 * num_weights
+    assert eight.expert.num_bytes == num_weights + 4 * (2 * 64 + 32)
+    assert four.expert.num_bytes == num_weights // 2 + 4 * num_weights // 32
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -96,7 +124,7 @@ def test_a_file_that_vanished_after_the_check_is_refused_by_name(tmp_path: Path)
     model = describe_model(checkpoint)
     (tmp_path / SINGLE_FILE).unlink()
     with pytest.raises(CheckpointError) as caught:
-        list(load_experts(checkpoint, model, ALL, device=torch.device("cpu"), dtype=torch.float32))
+        list(load_experts(checkpoint, model, ALL, FLOAT32))
     assert caught.value.field == SINGLE_FILE
 
 
@@ -108,9 +136,7 @@ def test_no_file_stays_mapped(tmp_path: Path) -> None:
 
 def test_one_expert_is_loaded_at_a_time(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_mixtral(tmp_path))
-    loading = load_experts(
-        checkpoint, describe_model(checkpoint), reversed(ALL), device=torch.device("cpu"), dtype=torch.float32
-    )
+    loading = load_experts(checkpoint, describe_model(checkpoint), reversed(ALL), FLOAT32)
     assert [next(loading)[0] for _ in range(2)] == ALL[:2]
     loading.close()
 
@@ -123,4 +149,5 @@ def test_the_reference_layouts_give_the_same_versions(shared: Path) -> None:
     )
     assert {a: held.version for a, held in classic.items()} == {a: held.version for a, held in fused.items()}
     for address in addresses:
-        assert torch.equal(classic[address].expert.gate_up, fused[address].expert.gate_up)
+        one, other = classic[address].expert, fused[address].expert
+        assert torch.equal(weight_of(one.gate_up), weight_of(other.gate_up))

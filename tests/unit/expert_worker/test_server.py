@@ -13,7 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expert_worker import server as server_module
 from expert_worker.batcher import Batcher
-from expert_worker.server import WorkerConfig, WorkerServer
+from expert_worker.config import WorkerConfig
+from expert_worker.server import WorkerServer
 from expert_worker.service import SERVICE
 from moesaic import rpc
 from moesaic.errors import CheckpointError, InvalidArgument, Unavailable

@@ -20,6 +20,7 @@ from torch import Tensor
 from expert_worker.batcher import Batcher
 from expert_worker.call import Call
 from expert_worker.compute import compute_calls
+from expert_worker.desk import CallDesk
 from expert_worker.expert_store import ExpertStore
 from expert_worker.service import SERVICE, ExpertService, LoadedModel, _CallStream
 from moesaic import rpc, telemetry
@@ -27,6 +28,7 @@ from moesaic.errors import MoesaicError, from_rpc_error, from_status
 from moesaic.families import MoeModel
 from moesaic.tensors import from_wire, to_wire
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
+from moesaic.wire import Framed
 
 HIDDEN = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
 Stream = Any
@@ -59,15 +61,11 @@ class Worker:
     def __init__(self, model: MoeModel, store: ExpertStore) -> None:
         self.gate = Gate()
         self.batcher = Batcher(self.gate, max_queued_calls=4, max_pass_rows=64)
-        self.service = ExpertService(worker="w", incarnation="i", max_call_rows=64, max_stream_calls=8)
-        self._loaded = LoadedModel("tiny", model, "cpu", store, self.batcher)
-        self._server = rpc.Server(
-            {
-                SERVICE: lambda server: expert_pb2_grpc.add_ExpertServiceServicer_to_server(
-                    self.service, server
-                )
-            },
+        self.service = ExpertService(
+            worker="w", incarnation="i", max_call_rows=64, max_stream_calls=8, lane=True
         )
+        self._loaded = LoadedModel("tiny", model, "cpu", store, self.batcher)
+        self._server = rpc.Server({SERVICE: self.service.add_to})
 
     async def start(self) -> str:
         self.batcher.start()
@@ -79,6 +77,7 @@ class Worker:
     async def stop(self) -> None:
         self.gate.open.set()
         await self.batcher.stop(5)
+        self.service.close()
         await self._server.stop(0)
 
 
@@ -91,8 +90,8 @@ async def worker(model: MoeModel, store: ExpertStore) -> AsyncIterator[Worker]:
 
 @pytest.fixture
 async def channel(worker: Worker) -> AsyncIterator[grpc.aio.Channel]:
-    worker.serve()
     async with rpc.aio_channel(await worker.start()) as channel:
+        worker.serve()
         yield channel
 
 
@@ -237,19 +236,19 @@ async def test_a_full_queue_is_refused_in_band_with_a_time_to_retry(
 async def test_a_caller_that_reads_nothing_is_not_read_from_for_ever() -> None:
     taken = 0
 
-    async def requests() -> AsyncIterator[expert_pb2.ComputeRequest]:
+    async def requests() -> AsyncIterator[Framed[expert_pb2.ComputeRequest]]:
         nonlocal taken
         for taken in range(1, 101):
-            yield expert_pb2.ComputeRequest(call_id=taken)
+            yield Framed(expert_pb2.ComputeRequest(call_id=taken), memoryview(b""))
 
-    async def answer(request: expert_pb2.ComputeRequest) -> expert_pb2.ComputeResponse:
-        return expert_pb2.ComputeResponse(call_id=request.call_id)
-
-    responses = _CallStream(answer, limit=5).responses(requests())
+    desk = CallDesk(worker="w", max_call_rows=64)  # it never opens: every call is refused
+    batcher = Batcher(compute_calls, max_queued_calls=4, max_pass_rows=64)
+    responses = _CallStream(desk, batcher, limit=5).responses(requests())
     first = await anext(responses)
     await asyncio.sleep(0.02)
     assert taken <= 6
-    assert [first.call_id, *[response.call_id async for response in responses]] == list(range(1, 101))
+    rest = [response.message.call_id async for response in responses]
+    assert [first.message.call_id, *rest] == list(range(1, 101))
 
 
 async def test_a_caller_that_hangs_up_leaves_no_call_behind(
@@ -272,7 +271,7 @@ async def test_describe_tells_what_is_held(stub: Any, store: ExpertStore, model:
     assert described.weight_bytes == 6 * model.expert_bytes
     held = {(expert.address.layer, expert.address.slot): expert.digest for expert in described.experts}
     assert held == store.versions()
-    assert len(described.dtypes) == 3
+    assert len(described.dtypes) == 5
 
 
 async def test_statistics_count_what_was_computed_and_what_was_refused(

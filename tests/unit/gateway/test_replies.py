@@ -58,7 +58,12 @@ def test_a_completion_is_its_chunks_put_together() -> None:
     assert "prompt_token_ids" not in chunks[1]["choices"][0]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, "stop"]
     assert (whole["id"], whole["epoch"], whole["object"]) == ("cmpl-r1", "e", "text_completion")
-    assert whole["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert whole["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 2,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert all("usage" not in chunk for chunk in chunks)
 
 
@@ -71,6 +76,16 @@ def test_usage_is_counted_per_prompt_and_over_all_choices() -> None:
         answer.add(prompt, token(4, index=1, end=True))
     answer.check_complete()
     assert (answer.prompt_tokens, answer.completion_tokens) == (4, 8)
+
+
+def test_cached_tokens_are_those_that_no_choice_had_to_compute() -> None:
+    answer = Answer(2, 2)
+    for prompt, cached in ((0, (16, 48)), (1, (0, 32))):
+        for index in (1, 0):
+            message = token(1, index=index, end=True)
+            message.usage.cached_prompt_tokens = cached[index]
+            answer.add(prompt, message)
+    assert answer.cached_tokens == 16
 
 
 def test_choices_are_numbered_prompt_by_prompt() -> None:

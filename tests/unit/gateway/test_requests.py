@@ -50,6 +50,12 @@ def test_each_prompt_is_a_call_of_its_own(prompt: object, expected: list[object]
     assert {(call.model, call.n, call.add_special_tokens) for call in calls} == {("m", 2, False)}
 
 
+def test_a_cache_salt_is_the_tenant_of_every_call() -> None:
+    calls = [*completion(prompt=["a", "b"], cache_salt="blue").calls(), *chat(cache_salt="blue").calls()]
+    assert [call.tenant for call in calls] == ["blue"] * 3
+    assert completion().calls()[0].tenant == ""
+
+
 def test_sampling_fields_reach_the_router_under_their_own_names() -> None:
     (call,) = completion(
         temperature=0,

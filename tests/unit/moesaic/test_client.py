@@ -81,6 +81,7 @@ async def test_options_arrive_and_absent_ones_stay_absent(client: Client, router
         seed=None,
         model="fake",
         add_special_tokens=False,
+        tenant="blue",
         request_id="mine-1",
     )
     (request,) = router.router.requests
@@ -91,6 +92,7 @@ async def test_options_arrive_and_absent_ones_stay_absent(client: Client, router
     )
     assert dict(sampling.logit_bias) == {97: -1.5}
     assert request.HasField("add_special_tokens") and not request.add_special_tokens
+    assert request.tenant == "blue"
     assert router.router.metadata[0]["x-request-id"] == "mine-1" == request.request_id
 
 

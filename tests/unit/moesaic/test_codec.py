@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.codec import ITEM_BYTES, check_tensor, dtype_name
+from moesaic.codec import ITEM_BYTES, SCALED_DTYPES, check_tensor, dtype_name
 from moesaic.errors import InvalidArgument
-from moesaic.tensors import TORCH_DTYPES, from_wire, to_wire
+from moesaic.tensors import TORCH_DTYPES, WIRE_ROWS, from_wire, to_wire
 from moesaic.v1 import common_pb2
 
 F32 = common_pb2.DTYPE_FLOAT32
@@ -52,8 +54,9 @@ def test_the_bytes_are_little_endian() -> None:
 
 
 def test_every_wire_dtype_has_a_size_and_a_torch_dtype() -> None:
-    assert ITEM_BYTES.keys() == TORCH_DTYPES.keys()
-    assert all(TORCH_DTYPES[dtype].itemsize == size for dtype, size in ITEM_BYTES.items())
+    assert ITEM_BYTES.keys() == WIRE_ROWS.keys()
+    assert set(SCALED_DTYPES) == WIRE_ROWS.keys() - TORCH_DTYPES.keys()
+    assert all(WIRE_ROWS[dtype].itemsize == size for dtype, size in ITEM_BYTES.items())
     assert dtype_name(common_pb2.DTYPE_BFLOAT16) == "bfloat16"
 
 
@@ -85,3 +88,29 @@ def test_a_wrong_byte_count_is_refused_by_field(num_bytes: int) -> None:
 def test_a_shape_far_larger_than_its_bytes_is_refused_without_allocating() -> None:
     message = common_pb2.Tensor(dtype=F32, shape=[2**32 - 1, 3], data=bytes(4))
     assert refusal(message).field == "hidden.data"
+
+
+def test_the_bytes_may_be_counted_by_whoever_holds_them() -> None:
+    header = common_pb2.Tensor(dtype=F32, shape=[2, 3])
+    check_tensor(header, field="hidden", dtypes=(F32,), shape=(None, 3), num_bytes=24)
+    assert refusal(header, num_bytes=23).field == "hidden.data"
+
+
+@pytest.mark.parametrize("dtype", SCALED_DTYPES)
+@pytest.mark.parametrize(
+    "scales", [(), (1.0,), (1.0, 0.0), (1.0, -1.0), (float("nan"), 1.0), (1.0, float("inf")), (1.0, 1.0, 1.0)]
+)
+def test_scales_are_one_a_row_and_finite_and_above_zero(
+    dtype: common_pb2.Dtype, scales: tuple[float, ...]
+) -> None:
+    raw = struct.pack(f"<{len(scales)}f", *scales)
+    message = common_pb2.Tensor(dtype=dtype, shape=[2, 3], data=bytes(6), scales=raw)
+    assert refusal(message, dtypes=SCALED_DTYPES).field == "hidden.scales"
+    message.scales = struct.pack("<2f", 1.0, 2.0)
+    check_tensor(message, field="hidden", dtypes=SCALED_DTYPES, shape=(None, 3))
+
+
+def test_scales_beside_rows_that_need_none_are_refused() -> None:
+    message = to_wire(torch.zeros(2, 3))
+    message.scales = bytes(8)
+    assert refusal(message).field == "hidden.scales"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 import torch
 
-from router.attention import AttentionStep, paged_attention
-from router.batch import pack
+from router.attention import attend
+from router.batch import Layout, pack
+from router.chunk import Sequence
 from router.kv_cache import BlockPool, KVCache
-from router.phases import PhaseClock
-from router.scheduler import Limits, Scheduler, Sequence
+from router.scheduler import Limits, Scheduler
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 
@@ -34,7 +32,11 @@ def plain_attention(
 
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("budget", [7, 64])
-def test_packed_chunks_over_blocks_equal_plain_attention(window: int | None, budget: int) -> None:
+@pytest.mark.parametrize("invariant", [False, True])
+def test_packed_chunks_over_blocks_equal_plain_attention(
+    window: int | None, budget: int, invariant: bool
+) -> None:
+    layout = Layout(4, window, torch.device("cpu"), torch.float32, invariant)
     generator = torch.Generator().manual_seed(0)
     lengths = {"short": 3, "one": 1, "long": 19}
     inputs = {
@@ -47,7 +49,8 @@ def test_packed_chunks_over_blocks_equal_plain_attention(window: int | None, bud
     pool = BlockPool(16, 4)
     cache = KVCache(
         num_layers=1,
-        num_positions=64,
+        num_blocks=16,
+        block_tokens=4,
         num_kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         dtype=torch.float32,
@@ -59,24 +62,15 @@ def test_packed_chunks_over_blocks_equal_plain_attention(window: int | None, bud
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in lengths}
 
     while chunks := scheduler.schedule():
-        batch = pack(chunks, block_tokens=4, window=window, device=torch.device("cpu"))
+        batch = pack(chunks, layout)
         query, key, value = (
-            torch.cat([inputs[c.sequence.sequence_id][part][c.start : c.end] for c in chunks]).transpose(
-                0, 1
-            )[None]
+            torch.cat([inputs[c.sequence.sequence_id][part][c.start : c.end] for c in chunks])
             for part in range(3)
         )
-        attended, _ = paged_attention(
-            cast(Any, SimpleNamespace(layer_idx=0)),
-            query,
-            key,
-            value,
-            None,
-            scaling=1 / math.sqrt(HEAD_DIM),
-            step=AttentionStep(batch, cache, PhaseClock()),
-        )
+        cache.write(0, batch.cache_positions, torch.cat((key, value), dim=1).flatten(1))
+        attended = attend(0, query, batch, cache, 1 / math.sqrt(HEAD_DIM)).view(-1, HEADS, HEAD_DIM)
         for chunk, first in zip(chunks, batch.first_rows, strict=True):
-            outputs[chunk.sequence.sequence_id].append(attended[0, first : first + chunk.num_tokens])
+            outputs[chunk.sequence.sequence_id].append(attended[first : first + chunk.num_tokens])
             chunk.sequence.num_computed = chunk.end
             if chunk.reaches_end and len(chunk.sequence.output) < 4:
                 chunk.sequence.append(0)

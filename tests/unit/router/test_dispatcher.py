@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from support.fake_links import Answer, FakeLink, failing, make_epoch, make_pool, spoiled
+from support.fake_links import Answerer, FakeLink, failing, make_epoch, make_pool, spoiled
 
-from moesaic.errors import DeadlineExceeded, Overloaded, Unavailable
-from router.dispatcher import Dispatcher, DispatchStep, combine, group_by_slot
+from moesaic.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Overloaded, Unavailable
+from moesaic.v1 import common_pb2, expert_pb2
+from router.dispatcher import Dispatcher, DispatchRules, DispatchStep, combine
 from router.phases import PhaseClock
 
 NUM_SLOTS = 4
@@ -26,15 +28,17 @@ EXPECTED = HIDDEN * (WEIGHTS * (SLOTS + 1)).sum(dim=1, keepdim=True)
 
 def dispatch(
     workers: Mapping[str, range],
-    answers: Mapping[str, Answer] | None = None,
+    answers: Mapping[str, Answerer] | None = None,
     *,
     hidden: torch.Tensor = HIDDEN,
     slots: torch.Tensor = SLOTS,
     weights: torch.Tensor = WEIGHTS,
+    clock: PhaseClock | None = None,
+    **rules: Any,
 ) -> tuple[torch.Tensor, DispatchStep, dict[str, FakeLink]]:
     epoch = make_epoch(1, NUM_SLOTS)
     pool, links = make_pool(epoch, workers, answers)
-    dispatcher = Dispatcher(pool, PhaseClock(), call_timeout_s=5.0)
+    dispatcher = Dispatcher(pool, clock or PhaseClock(), DispatchRules(call_timeout_s=5.0, **rules))
     step = dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0)
     return step.compute(0, hidden, slots, weights), step, links
 
@@ -85,12 +89,12 @@ def test_any_placement_gives_the_very_same_bits(boundaries: list[int], seed: int
         spoiled(epoch="another"),
         spoiled(versions=[b"x" * 32, b"y" * 32]),
         spoiled(output=lambda rows: rows[:-1]),
-        spoiled(output=lambda rows: rows.to(torch.bfloat16)),
+        spoiled(output=lambda rows: rows, dtype=common_pb2.DTYPE_BFLOAT16),
         spoiled(output=lambda rows: rows.clone().fill_(float("nan"))),
     ],
     ids=["gone", "late", "full", "epoch", "versions", "shape", "dtype", "nan"],
 )
-def test_a_replica_answers_in_place_of_one_that_fails(broken: Answer) -> None:
+def test_a_replica_answers_in_place_of_one_that_fails(broken: Answerer) -> None:
     workers = {"a": range(2), "b": range(2, 4), "b2": range(2, 4)}
     output, step, links = dispatch(workers, {"b": broken})
     torch.testing.assert_close(output, EXPECTED)
@@ -121,23 +125,130 @@ def test_an_expert_that_nobody_holds_is_an_error_for_its_tokens() -> None:
 def test_a_silent_worker_is_waited_for_once_a_step_not_once_a_layer() -> None:
     epoch = make_epoch(3, NUM_SLOTS)
     pool, links = make_pool(epoch, {"a": range(4)}, {"a": failing(TimeoutError())})
-    dispatcher = Dispatcher(pool, PhaseClock(), call_timeout_s=5.0)
+    dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0))
     step = dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0)
     for layer in range(3):
         step.compute(layer, HIDDEN, SLOTS, WEIGHTS)
     assert len(links["a"].requests) == 1
 
 
-def test_shares_are_ordered_by_slot_and_keep_token_order() -> None:
-    shares = group_by_slot(torch.tensor([[3, 1], [1, 0]]))
-    assert [(share.slot, share.tokens.tolist(), share.assignments.tolist()) for share in shares] == [
-        (0, [1], [3]),
-        (1, [0, 1], [1, 2]),
-        (3, [0], [0]),
+@pytest.mark.parametrize("combine_sum", [False, True], ids=["rows", "sum"])
+def test_combining_accumulates_in_float32_whatever_the_rows_are(combine_sum: bool) -> None:
+    # 256 + 1 + 1 is 256 in the arithmetic of bfloat16; expert s multiplies by s + 1.
+    hidden = torch.tensor([[1.0]], dtype=torch.bfloat16)
+    workers = {str(slot): range(slot, slot + 1) for slot in range(3)}
+    output, _, _ = dispatch(
+        workers,
+        hidden=hidden,
+        slots=torch.tensor([[0, 1, 2]]),
+        weights=torch.tensor([[256.0, 0.5, 1 / 3]]),
+        combine_sum=combine_sum,
+    )
+    assert output.dtype == torch.bfloat16 and output.item() == 258.0
+
+
+def test_combining_goes_rank_by_rank() -> None:
+    rows = torch.tensor([[[1e8], [1.0], [-1e8]]])
+    assert combine(rows, torch.ones(1, 3)).item() == 0.0  # 1 is lost in 1e8, as the order says
+    assert combine(rows[:, [0, 2, 1]], torch.ones(1, 3)).item() == 1.0
+
+
+def test_sums_of_workers_equal_the_layer_and_bring_one_row_a_token_back() -> None:
+    output, step, links = dispatch({"a": range(2), "b": range(2, 4)}, combine_sum=True)
+    torch.testing.assert_close(output, EXPECTED)
+    assert not step.failed
+    (to_a,) = links["a"].requests
+    assert to_a.combine == expert_pb2.COMBINE_SUM
+    torch.testing.assert_close(
+        [list(expert.weights) for expert in to_a.experts], [[0.75, 0.9], [0.25, 0.6]], rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("combine_sum", [False, True], ids=["rows", "sum"])
+def test_a_failed_worker_is_replaced_in_either_way_of_combining(combine_sum: bool) -> None:
+    workers = {"a": range(2), "b": range(2, 4), "b2": range(2, 4)}
+    for broken in (failing(Unavailable("gone")), spoiled(output=lambda rows: rows * float("inf"))):
+        output, step, _ = dispatch(workers, {"b": broken}, combine_sum=combine_sum)
+        torch.testing.assert_close(output, EXPECTED)
+        assert not step.failed
+
+
+@pytest.mark.parametrize("combine_sum", [False, True], ids=["rows", "sum"])
+def test_rows_that_are_not_finite_are_blamed_on_their_worker_and_never_used(combine_sum: bool) -> None:
+    nan = spoiled(output=lambda rows: rows * float("nan"))
+    output, step, _ = dispatch({"a": range(2), "b": range(2, 4)}, {"b": nan}, combine_sum=combine_sum)
+    assert set(step.failed) == {1, 2, 3}
+    assert {error.reason for error in step.failed.values()} == {"EXPERT_FAILED"}
+    assert output.isfinite().all()
+    torch.testing.assert_close(output[0], EXPECTED[0])
+
+
+def test_sums_that_overflow_are_nobodys_fault() -> None:
+    hidden = torch.full((1, 3), torch.finfo(torch.float32).max / 2)
+    output, step, _ = dispatch(
+        {"a": range(4)}, hidden=hidden, slots=torch.tensor([[0, 1]]), weights=torch.ones(1, 2)
+    )
+    assert not step.failed and output.isinf().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (common_pb2.DTYPE_BFLOAT16, 0.02),
+        (common_pb2.DTYPE_INT8, 0.02),
+        (common_pb2.DTYPE_FLOAT8_E4M3, 0.1),
+    ],
+)
+@pytest.mark.parametrize("combine_sum", [False, True], ids=["rows", "sum"])
+def test_rows_travel_in_the_dtype_of_the_wire_and_come_back_in_that_of_the_model(
+    dtype: common_pb2.Dtype, tolerance: float, combine_sum: bool
+) -> None:
+    workers = {"a": range(2), "b": range(2, 4)}
+    output, step, links = dispatch(workers, wire_dtype=dtype, combine_sum=combine_sum)
+    assert not step.failed and output.dtype == HIDDEN.dtype
+    assert {request.hidden.dtype for link in links.values() for request in link.requests} == {dtype}
+    torch.testing.assert_close(output, EXPECTED, rtol=tolerance, atol=tolerance)
+
+
+def test_quantised_rows_that_are_not_finite_are_seen_by_their_scales() -> None:
+    broken = spoiled(output=lambda rows: rows * float("nan"))
+    output, step, _ = dispatch(
+        {"a": range(4), "b": range(4)}, {"a": broken}, wire_dtype=common_pb2.DTYPE_INT8
+    )
+    assert not step.failed
+    torch.testing.assert_close(output, EXPECTED, rtol=0.02, atol=0.02)
+
+
+def test_a_worker_that_does_not_take_the_dtype_of_the_wire_is_a_clear_error() -> None:
+    refusing = failing(InvalidArgument("hidden.dtype must be one of: float32", field="hidden.dtype"))
+    _, step, _ = dispatch({"a": range(4)}, {"a": refusing}, wire_dtype=common_pb2.DTYPE_INT8)
+    assert isinstance(step.failed[0], FailedPrecondition)
+    assert "engine.wire_dtype" in step.failed[0].message
+
+
+def test_two_micro_batches_may_be_in_flight() -> None:
+    epoch = make_epoch(2, NUM_SLOTS)
+    pool, _ = make_pool(epoch, {"a": range(2), "b": range(2, 4)})
+    dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0))
+    halves = [slice(0, 2), slice(2, 4)]
+    steps = [dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0) for _ in halves]
+    for layer in range(2):
+        calls = [
+            step.send(layer, HIDDEN[half], SLOTS[half], WEIGHTS[half])
+            for step, half in zip(steps, halves, strict=True)
+        ]
+        outputs = [step.receive(call) for step, call in zip(steps, calls, strict=True)]
+        torch.testing.assert_close(torch.cat(outputs), EXPECTED)
+
+
+def test_the_time_of_the_slowest_worker_is_told_apart_from_the_wire() -> None:
+    clock = PhaseClock()
+    dispatch({"a": range(2), "b": range(2, 4)}, clock=clock)
+    seconds = clock.snapshot()
+    assert [round(1e6 * seconds[f"worker {part}"]) for part in ("decode", "queue", "compute", "encode")] == [
+        1,
+        2,
+        3,
+        4,
     ]
-
-
-def test_combining_accumulates_in_float32_whatever_the_rows_are() -> None:
-    rows = torch.tensor([[[256.0], [1.0], [1.0]]], dtype=torch.bfloat16)
-    combined = combine(rows, torch.ones(1, 3))
-    assert combined.dtype == torch.bfloat16 and combined.item() == 258.0  # 256 in bf16 arithmetic
+    assert all(seconds[phase] > 0 for phase in ("encode", "decode", "combine"))

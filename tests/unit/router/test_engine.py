@@ -16,18 +16,22 @@ import torch
 from support.fake_links import make_epoch, make_pool
 
 from moesaic.errors import (
+    DataLoss,
     DeadlineExceeded,
     InternalError,
     MoesaicError,
     Overloaded,
     Unavailable,
 )
-from router.dispatcher import Dispatcher
+from router.batch import Layout
+from router.dispatcher import Dispatcher, DispatchRules
 from router.engine import Engine
-from router.kv_cache import BlockPool, KVCache
+from router.kv_cache import BlockPool, Contexts, KVCache
 from router.model import MicroBatch, RouterModel
+from router.overlap import Overlap
 from router.phases import PhaseClock
-from router.scheduler import Limits
+from router.prefix_cache import PrefixCache
+from router.scheduler import Limits, Scheduler
 from router.sequence import (
     Failed,
     Finished,
@@ -47,8 +51,7 @@ WAIT_S = 10.0
 class CountingModel:
     """Keeps each token id in the cache, so that the sum over a context is what its blocks really hold."""
 
-    window = None
-    device = torch.device("cpu")
+    layout = Layout(block_tokens=4, window=None, device=torch.device("cpu"), dtype=torch.float32)
 
     def __init__(self) -> None:
         self.on_forward: Callable[[MicroBatch], None] = lambda part: None
@@ -59,15 +62,12 @@ class CountingModel:
     def _forward(self, part: MicroBatch, cache: KVCache) -> torch.Tensor:
         self.on_forward(part)
         batch = part.batch
-        ids = batch.token_ids[0].float().view(-1, 1, 1)
-        cache.write(0, batch.cache_positions, ids, ids)
-        stored = cache.keys[0].flatten()
+        cache.write(0, batch.cache_positions, batch.token_ids[0].float()[:, None].expand(-1, 2))
         sums = torch.empty(batch.num_tokens)
-        if batch.decode is not None:
-            sums[batch.decode.rows] = (stored[batch.decode.positions] * batch.decode.visible).sum(1)
-        for chunk in batch.prefill:
-            visible = stored[chunk.positions] * chunk.visible
-            sums[chunk.first_row : chunk.first_row + chunk.num_tokens] = visible.sum(1)
+        for chunk, first_row in zip(batch.chunks, batch.first_rows, strict=True):
+            blocks = torch.tensor(chunk.sequence.blocks)
+            stored, _ = cache.read(0, Contexts(1, len(blocks), blocks), slice(0, chunk.end))
+            sums[first_row : first_row + chunk.num_tokens] = stored.flatten().cumsum(0)[chunk.start :]
         return torch.nn.functional.one_hot(sums[part.rows].long() % VOCABULARY, VOCABULARY).float()
 
 
@@ -81,36 +81,56 @@ def expected_tokens(prompt: tuple[int, ...], count: int) -> list[int]:
 class Harness:
     """An engine over the counting model, and what its sequences reported."""
 
-    def __init__(self, *, num_blocks: int = 64, limits: Limits | None = None, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        limits: Limits | None = None,
+        max_waiting: int = 64,
+        overlap: Overlap | None = None,
+    ) -> None:
         self.model = CountingModel()
         self.blocks = BlockPool(num_blocks, 4)
+        self.scheduler = Scheduler(
+            limits or Limits(max_batch_tokens=16, max_running=8),
+            self.blocks,
+            prefixes=PrefixCache(self.blocks, "epoch"),
+        )
         epoch = make_epoch(1, 2)
         pool, _ = make_pool(epoch, {"a": range(2)})
-        self.dispatcher = Dispatcher(pool, PhaseClock(), call_timeout_s=1.0)
+        self.dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=1.0))
         self.engine = Engine(
             cast(RouterModel, self.model),
             KVCache(
                 num_layers=1,
-                num_positions=num_blocks * 4,
+                num_blocks=num_blocks,
+                block_tokens=4,
                 num_kv_heads=1,
                 head_dim=1,
                 dtype=torch.float32,
                 device=torch.device("cpu"),
             ),
-            self.blocks,
+            self.scheduler,
             self.dispatcher,
             PhaseClock(),
             epoch=epoch,
-            limits=limits or Limits(max_batch_tokens=16, max_running=8),
+            overlap=overlap,
             max_waiting=max_waiting,
         )
 
     def submit(
-        self, name: str, prompt: tuple[int, ...], *, timeout_s: float = WAIT_S, **sampling: Any
+        self,
+        name: str,
+        prompt: tuple[int, ...],
+        *,
+        timeout_s: float = WAIT_S,
+        tenant: str = "",
+        **sampling: Any,
     ) -> queue.SimpleQueue[SequenceEvent]:
         events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})
-        self.engine.submit(SequenceRequest(name, prompt, params, time.monotonic() + timeout_s, events.put))
+        deadline_s = time.monotonic() + timeout_s
+        self.engine.submit(SequenceRequest(name, prompt, params, deadline_s, events.put, tenant=tenant))
         return events
 
 
@@ -253,7 +273,7 @@ def test_an_engine_that_dies_says_so_and_answers_whoever_waits(
     def break_down() -> None:
         raise RuntimeError("a bug outside a step")
 
-    monkeypatch.setattr(harness.engine._scheduler, "schedule", break_down)
+    monkeypatch.setattr(harness.scheduler, "schedule", break_down)
     events = harness.submit("a", (1,))
     harness.engine.start()
     _, end = collect(events)
@@ -273,3 +293,105 @@ def test_stopping_answers_everybody_and_admits_nobody(harness: Harness) -> None:
     assert isinstance(end, Failed) and isinstance(end.error, Unavailable)
     with pytest.raises(Unavailable):
         harness.submit("b", (1,))
+
+
+def test_a_prompt_that_was_read_before_is_not_read_again_and_says_so(harness: Harness) -> None:
+    prompt = tuple(range(1, 12))
+    harness.engine.start()
+    first = harness.submit("a", prompt)
+    assert first.get(timeout=WAIT_S) == Started(pytest.approx(0, abs=WAIT_S), 0)
+    assert collect(first)[0] == expected_tokens(prompt, 8)
+    second = harness.submit("b", prompt)
+    assert second.get(timeout=WAIT_S) == Started(pytest.approx(0, abs=WAIT_S), 8)
+    assert collect(second)[0] == expected_tokens(prompt, 8)
+    stats = harness.engine.stats()
+    assert (stats.prefix_lookup_tokens, stats.prefix_hit_tokens) == (22, 8)
+    assert stats.prompt_tokens == 11 + 3
+
+
+def test_a_step_that_lacks_an_expert_leaves_nothing_in_the_cache(harness: Harness) -> None:
+    prompt = tuple(range(1, 12))
+
+    def lose_the_last(part: MicroBatch) -> None:
+        part.experts.failed[part.batch.num_tokens - 1] = Unavailable("layer 0: an expert worker failed")
+
+    harness.model.on_forward = lose_the_last
+    harness.engine.start()
+    _, end = collect(harness.submit("a", prompt))
+    assert isinstance(end, Failed)
+    harness.model.on_forward = lambda part: None
+    assert collect(harness.submit("b", prompt))[0] == expected_tokens(prompt, 8)
+    assert harness.engine.stats().prefix_hit_tokens == 0
+
+
+def test_values_that_are_not_finite_are_not_found_by_anybody_else(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = tuple(range(1, 12))
+    forward = harness.model.forward
+    monkeypatch.setattr(harness.model, "forward", lambda *args: forward(*args) * torch.nan)
+    harness.engine.start()
+    _, end = collect(harness.submit("a", prompt))
+    assert isinstance(end, Failed) and isinstance(end.error, DataLoss)
+    monkeypatch.undo()
+    assert collect(harness.submit("b", prompt))[0] == expected_tokens(prompt, 8)
+    assert harness.engine.stats().prefix_hit_tokens == 0
+
+
+class AlwaysSplit(Overlap):
+    """Two micro-batches whenever there are two tokens."""
+
+    def decide(self, num_decoding: int, num_prompt_tokens: int) -> bool:
+        return num_decoding + num_prompt_tokens > 1
+
+
+def test_two_micro_batches_give_what_one_gives() -> None:
+    harness = Harness(overlap=AlwaysSplit())
+    prompts = [tuple(range(1, 2 + 3 * index)) for index in range(12)]
+    waiting = [harness.submit(str(i), prompt) for i, prompt in enumerate(prompts)]
+    scored = harness.submit("scored", tuple(range(1, 40)), max_tokens=2, prompt_logprobs=0)
+    harness.engine.start()
+    for prompt, events in zip(prompts, waiting, strict=True):
+        assert collect(events)[0] == expected_tokens(prompt, 8)
+    assert isinstance(scored.get(timeout=WAIT_S), Started)
+    scores = scored.get(timeout=WAIT_S)
+    assert isinstance(scores, PromptScored)
+    assert [entry.token_id for entry in scores.logprobs] == list(range(2, 40))
+    assert collect(scored)[0] == expected_tokens(tuple(range(1, 40)), 2)
+    assert harness.engine.stats().overlapped_steps > 0
+    harness.engine.stop(WAIT_S)
+    assert harness.blocks.num_used == 0
+
+
+@pytest.mark.parametrize("part_number", [0, 1])
+def test_a_prompt_that_was_cut_in_two_fails_once_whichever_part_lacks_an_expert(part_number: int) -> None:
+    harness = Harness(overlap=AlwaysSplit())
+    parts: list[MicroBatch] = []
+
+    def lose_one(part: MicroBatch) -> None:
+        parts.append(part)
+        if len(parts) - 1 == part_number:
+            part.experts.failed[0] = Unavailable("layer 0: an expert worker failed")
+
+    harness.model.on_forward = lose_one
+    events = harness.submit("a", tuple(range(1, 12)))
+    harness.engine.start()
+    _, end = collect(events)
+    harness.engine.stop(WAIT_S)
+    assert isinstance(end, Failed) and isinstance(end.error, Unavailable)
+    assert events.empty() and harness.blocks.num_used == 0
+
+
+def test_preempted_sequences_of_several_tenants_are_exact_beside_what_is_cached() -> None:
+    harness = Harness(num_blocks=8, limits=Limits(max_batch_tokens=16, max_running=8))
+    prompts = [(1, 2, 3, 4, 5, index % 2) for index in range(8)]
+    harness.engine.start()
+    waiting = [
+        harness.submit(str(i), prompt, tenant="ab"[i % 2], max_tokens=16) for i, prompt in enumerate(prompts)
+    ]
+    for prompt, events in zip(prompts, waiting, strict=True):
+        assert collect(events)[0] == expected_tokens(prompt, 16)
+    assert harness.engine.stats().preemptions > 0
+    harness.engine.stop(WAIT_S)
+    assert harness.blocks.num_used == 0
+    harness.scheduler.check_integrity()

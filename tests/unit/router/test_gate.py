@@ -8,8 +8,9 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from moesaic.families import GateRule
-from router.gate import Gate, assign
+from router.gate import assign
 from router.phases import PhaseClock
+from router.stock_decoder import Gate
 
 MIXTRAL = GateRule(top_k=2, renormalise=True)
 
@@ -36,3 +37,14 @@ def test_the_gate_equals_the_one_of_transformers(top_k: int) -> None:
     hidden = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
     for mine, reference in zip(ours(hidden), theirs(hidden), strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("num_experts", [2, 8, 128])
+def test_many_tokens_are_assigned_as_each_alone_ties_included(num_experts: int) -> None:
+    logits = torch.randn(3000, num_experts, generator=torch.Generator().manual_seed(0)).mul(2).round()
+    rule = GateRule(top_k=2, renormalise=True)
+    together = assign(logits, rule)
+    alone = [assign(row[None], rule) for row in logits[:200]]
+    assert torch.equal(together.slots[:200], torch.cat([one.slots for one in alone]))
+    assert torch.equal(together.weights[:200], torch.cat([one.weights for one in alone]))
+    assert (together.slots[:, 0] < num_experts).all()

@@ -14,24 +14,34 @@ from support.checkpoints import random_mixtral, write_mixtral
 from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families import describe_model
+from moesaic.settings import Decoder
+from router.batch import Layout
 from router.model import RouterModel
+from router.model_loader import load_model
 from router.phases import PhaseClock
 
+NUM_POSITIONS = 256
 
-def load(folder: Path) -> RouterModel:
+
+def load(folder: Path, decoder: Decoder = "auto") -> RouterModel:
     checkpoint = open_checkpoint(folder)
-    return RouterModel(
+    return load_model(
         checkpoint,
         describe_model(checkpoint),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        Layout(block_tokens=16, window=None, device=torch.device("cpu"), dtype=torch.float32),
+        decoder=decoder,
+        num_positions=NUM_POSITIONS,
         clock=PhaseClock(),
     )
 
 
 @pytest.mark.parametrize("layout", ["classic", "fused"])
+@pytest.mark.parametrize("decoder", ["lean", "stock"])
 def test_expert_tensors_never_enter_the_router(
-    tmp_path: Path, layout: Literal["classic", "fused"], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    layout: Literal["classic", "fused"],
+    decoder: Literal["lean", "stock"],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = write_mixtral(tmp_path, layout=layout)
     shape = describe_model(open_checkpoint(folder))
@@ -55,23 +65,39 @@ def test_expert_tensors_never_enter_the_router(
             tensor: torch.Tensor = self._opened.get_tensor(name)
             return tensor
 
-    monkeypatch.setattr("router.model.safe_open", Recording)
-    model = load(folder)
+    monkeypatch.setattr("router.dense_tensors.safe_open", Recording)
+    model = load(folder, decoder)
 
     dense_bytes = sum(
         parameter.nbytes for name, parameter in random_mixtral().named_parameters() if ".experts." not in name
     )
-    rotary_bytes = 2 * shape.head_dim // 2 * 4  # frequencies are computed, twice: as they are, as they were
+    half = shape.head_dim // 2
+    rotary_bytes = {
+        "stock": 2 * half * 4,  # frequencies are computed, twice: as they are, as they were
+        "lean": NUM_POSITIONS * half * 8,  # cosine and sine of every position
+    }[decoder]
     assert model.weight_bytes == dense_bytes + rotary_bytes
     assert not set(read) & shape.expert_tensors
     assert len(read) == len(set(read))
 
 
-def test_tied_embeddings_are_held_once(tmp_path: Path) -> None:
-    untied = load(write_mixtral(tmp_path / "untied"))
-    tied = load(write_mixtral(tmp_path / "tied", tie_word_embeddings=True))
+def test_tied_embeddings_are_held_once_unless_the_head_wants_them_in_another_form(tmp_path: Path) -> None:
+    untied = write_mixtral(tmp_path / "untied")
+    tied = write_mixtral(tmp_path / "tied", tie_word_embeddings=True)
     embedding_bytes = 96 * 32 * 4
-    assert untied.weight_bytes - tied.weight_bytes == embedding_bytes
+    assert load(untied, "stock").weight_bytes - load(tied, "stock").weight_bytes == embedding_bytes
+    assert load(untied, "lean").weight_bytes == load(tied, "lean").weight_bytes
+
+
+def test_a_tensor_that_is_no_part_of_the_model_is_named(tmp_path: Path) -> None:
+    folder = write_mixtral(tmp_path)
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, file)
+    for decoder in ("lean", "stock"):
+        with pytest.raises(CheckpointError, match=r"q_proj\.bias"):
+            load(folder, decoder)
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from support.checkpoints import write_mixtral
 
 from moesaic.errors import InvalidArgument
 from moesaic.settings import EngineSettings
-from router.parts import Parts, RouterConfig, load_parts
+from router.config import RouterConfig
+from router.parts import Parts, load_parts
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 

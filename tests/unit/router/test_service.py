@@ -24,7 +24,7 @@ from moesaic.errors import DataLoss, Overloaded, Unavailable, from_rpc_error
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1 import inference_pb2_grpc
 from router import service as service_module
-from router.sequence import Failed, PromptScored
+from router.sequence import Failed, PromptScored, Started
 from router.service import InferenceService, ModelFacts
 from router.text import Text, load_text
 
@@ -131,6 +131,17 @@ async def test_the_prompt_comes_first_then_one_message_per_token_then_the_end(ri
     assert not any(response.HasField("prompt") for response in tokens)
     assert all(r.finish_reason == pb.FINISH_REASON_UNSPECIFIED and not r.HasField("usage") for r in tokens)
     assert rig.engine.cancelled == []
+
+
+async def test_the_tenant_reaches_the_engine_and_cached_tokens_the_usage(text: Text) -> None:
+    async with serving(FakeEngine(lambda request: [Started(0.1, 16), token(5), finished()]), text) as rig:
+        request = ask(max_tokens=1)
+        request.tenant = "blue"
+        assert last_of(await rig.generate(request)).usage.cached_prompt_tokens == 16
+        assert [sequence.tenant for sequence in rig.engine.requests] == ["blue"]
+        request.tenant = "x" * 257
+        error = await rig.error(request)
+        assert error.code == grpc.StatusCode.INVALID_ARGUMENT and error.field == "tenant"
 
 
 async def test_the_request_id_is_taken_from_the_field_then_the_metadata_then_drawn(rig: Rig) -> None:

@@ -1,0 +1,66 @@
+"""The options that every benchmark has, and what follows from `--quick`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from random_checkpoint import Shape, write_checkpoint
+
+from harness.turns import Rules
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+Out = Annotated[Path, typer.Option(help="Folder for the result's JSON.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A small model and few repetitions: does it run, not what it shows.")
+]
+Rounds = Annotated[int, typer.Option(min=1, max=50, help="Rounds in which every side has its turn.")]
+Model = Annotated[
+    Path | None,
+    typer.Option(help="Checkpoint; absent: a random Mixtral, made once and kept in the temporary folder."),
+]
+
+STANDARD = Shape()
+SMALL = Shape(hidden=256, inner=512, layers=4, heads=8, kv_heads=4, vocabulary=4096)
+DEMO_MODEL = Path(__file__).resolve().parents[2] / "cluster" / "demo_model"
+
+
+def rules(rounds: int, quick: bool) -> Rules:
+    """A smoke run neither waits for quiet nor repeats."""
+    return Rules(rounds=min(rounds, 2), retries=0, settle_s=0.0) if quick else Rules(rounds=rounds)
+
+
+def checkpoint(model: Path | None, quick: bool) -> Path:
+    """The folder to serve: the one named, or the random one, written if it is not there yet."""
+    if model is not None:
+        return model
+    folder = Path(tempfile.gettempdir(), "bench_model_small" if quick else "bench_model")
+    if not (folder / "model.safetensors.index.json").exists():
+        # Whole or not at all: another benchmark may look for it at the same time.
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        write_checkpoint(unfinished, SMALL if quick else STANDARD)
+        unfinished.rename(folder)
+    return folder
+
+
+def read_shape(model: Path) -> Shape:
+    """The sizes of a Mixtral checkpoint. SystemExit for another family."""
+    config = json.loads((model / "config.json").read_text())
+    if config["model_type"] != "mixtral":
+        raise SystemExit("these benchmarks count the bytes of a Mixtral; --model is something else")
+    return Shape(
+        hidden=config["hidden_size"],
+        inner=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        experts=config["num_local_experts"],
+        experts_per_token=config["num_experts_per_tok"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        vocabulary=config["vocab_size"],
+        context=config["max_position_embeddings"],
+    )

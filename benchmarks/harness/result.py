@@ -1,0 +1,148 @@
+"""What a benchmark found: figures, tables, raw numbers, and the machine they come from. JSON on disk, a table in the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from harness.machine import Machine, describe_machine
+from harness.targets import BY_KEY
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number. A `key` of targets.py makes it a judged one; `low` and `high` are the range over the rounds."""
+
+    key: str
+    name: str
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    # Rounds that were kept although the machine was not quiet.
+    disturbed: int = 0
+
+    @property
+    def verdict(self) -> str:
+        target = BY_KEY.get(self.key)
+        return "reported" if target is None else target.verdict(self.value)
+
+    @property
+    def text(self) -> str:
+        """`1.23 (1.10 to 1.31)`."""
+        spread = (
+            "" if self.low is None or self.high is None else f" ({_short(self.low)} to {_short(self.high)})"
+        )
+        unit = "" if self.unit == "x" else f" {self.unit}"
+        return f"{_short(self.value)}{unit}{spread}{' †' if self.disturbed else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """For people; the first column is text, the others are numbers as text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def markdown(self) -> str:
+        rule = ("---", *["---:"] * (len(self.header) - 1))
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.header, rule, *self.rows)]
+        return "\n".join([*([self.title, ""] if self.title else []), *lines])
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run of one program."""
+
+    name: str
+    figures: tuple[Figure, ...]
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...]
+    # Raw measurements for whoever computes further; plain JSON values.
+    data: Mapping[str, Any]
+    quick: bool
+    command: str
+    finished: str
+    machine: Machine
+
+    def save(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{self.name}.json"
+        file.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        return file
+
+    @classmethod
+    def load(cls, file: Path) -> Self:
+        raw = json.loads(file.read_text())
+        return cls(
+            **{
+                **raw,
+                "figures": tuple(Figure(**figure) for figure in raw["figures"]),
+                "tables": tuple(
+                    Table(table["title"], tuple(table["header"]), tuple(map(tuple, table["rows"])))
+                    for table in raw["tables"]
+                ),
+                "notes": tuple(raw["notes"]),
+                "machine": Machine(**raw["machine"]),
+            }
+        )
+
+    def show(self) -> None:
+        """Prints what was found."""
+        for table in self.tables:
+            print(f"{table.markdown}\n")
+        for figure in self.figures:
+            target = BY_KEY.get(figure.key)
+            bound = (
+                ""
+                if target is None
+                else f"; must {target.must:g}, excellent {target.excellent:g}: {figure.verdict}"
+            )
+            print(f"{figure.name}: {figure.text}{bound}")
+        for note in self.notes:
+            print(f"note: {note}")
+
+
+def conclude(
+    name: str,
+    out: Path,
+    *,
+    figures: Sequence[Figure],
+    tables: Sequence[Table] = (),
+    notes: Sequence[str] = (),
+    data: Mapping[str, Any] | None = None,
+    quick: bool = False,
+) -> Result:
+    """Puts a result together, prints it and writes it to `out`/NAME.json."""
+    marked = [*notes]
+    if any(figure.disturbed for figure in figures):
+        marked.append("† some rounds were kept although more than a tenth of a core went elsewhere.")
+    result = Result(
+        name,
+        tuple(figures),
+        tuple(tables),
+        tuple(marked),
+        data or {},
+        quick,
+        shlex.join(["python", *sys.argv]),
+        time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        describe_machine(),
+    )
+    result.show()
+    print(f"written to {result.save(out)}", file=sys.stderr)
+    return result
+
+
+def _short(value: float) -> str:
+    """Three digits that matter."""
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 100 or value == 0 else f"{value:.1f}" if size >= 20 else f"{value:.2f}"

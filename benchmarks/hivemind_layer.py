@@ -1,0 +1,166 @@
+"""One MoE layer against hivemind's RemoteMixtureOfExperts: 8 SwiGLU experts 1024/3584, top-2, f32, over loopback.
+
+Both sides: two worker processes of four experts and one thread each, and a client that gates, sends, waits and combines,
+with rows of their own in every call. Ours is the router's dispatcher over real gRPC (no lane).
+
+Needs an environment with hivemind (`--python`). Its processes live in a network namespace of their own, which takes the
+rights to make one. Run: python benchmarks/hivemind_layer.py --python ENVIRONMENT/bin/python
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import statistics
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from harness import options
+from harness.result import Figure, Table, conclude
+from harness.serving import Served, Setup, serve
+from harness.turns import Side, take_turns
+
+from moesaic.families import GateRule
+from router.cluster_view import NamedWorkers, Snapshot
+from router.dispatcher import Dispatcher
+from router.gate import assign
+from router.phases import PhaseClock
+from router.replica_pool import ReplicaPool
+
+SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
+# A namespace with nothing but loopback; whatever runs inside ends with it.
+NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
+LOOPBACK = ("sh", "-c", 'ip link set lo up; exec "$@"', "sh")
+START_TIMEOUT_S = 180.0
+CALLS, WARM_UP_CALLS = 12, 3
+OURS, THEIRS = "ours", "hivemind"
+
+
+class HivemindLayer:
+    """The peer's process: a number of tokens in, milliseconds of each call out."""
+
+    def __init__(self, python: Path) -> None:
+        self._process = subprocess.Popen(
+            [*NAMESPACE, *LOOPBACK, str(python), str(SIDE)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.pid = self._process.pid
+        self._answer()
+
+    def measure(self, tokens: int) -> float:
+        """Median milliseconds of a call."""
+        assert self._process.stdin is not None
+        print(tokens, file=self._process.stdin, flush=True)
+        return statistics.median(self._answer()["ms"])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+
+    def _answer(self) -> dict[str, list[float]]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("hivemind's side ended: run peers/hivemind_side.py by hand to see why")
+        answer: dict[str, list[float]] = json.loads(line)
+        return answer
+
+
+class OurLayer:
+    """Layer 0 of a served model, from this process."""
+
+    def __init__(self, served: Served, model: Path) -> None:
+        self._shape = options.read_shape(model)
+        view = NamedWorkers(
+            served.workers, model=model.name, num_layers=self._shape.layers, num_slots=self._shape.experts
+        )
+        snapshot = asyncio.run(_first(view))
+        assert snapshot.epoch is not None
+        self._epoch = snapshot.epoch
+        self._pool = ReplicaPool()
+        self._pool.update(snapshot.table)
+        self._dispatcher = Dispatcher(self._pool, PhaseClock(), call_timeout_s=30.0)
+        self._gate = torch.randn(self._shape.experts, self._shape.hidden) / self._shape.hidden**0.5
+        self._rule = GateRule(top_k=self._shape.experts_per_token, renormalise=True)
+
+    @torch.inference_mode()
+    def measure(self, tokens: int) -> float:
+        """Median milliseconds of a call."""
+        times = []
+        for _ in range(WARM_UP_CALLS + CALLS):
+            rows = torch.randn(tokens, self._shape.hidden)
+            started_s = time.perf_counter()
+            assignment = assign(torch.nn.functional.linear(rows, self._gate), self._rule)
+            step = self._dispatcher.begin(self._epoch, deadline_s=time.monotonic() + 30.0)
+            step.compute(0, rows, assignment.slots, assignment.weights)
+            times.append(1000 * (time.perf_counter() - started_s))
+            assert not step.failed
+        return statistics.median(times[WARM_UP_CALLS:])
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def main(
+    python: Annotated[Path, typer.Option(help="Interpreter of an environment with hivemind.", exists=True)],
+    rounds: options.Rounds = 5,
+    model: options.Model = None,
+    out: options.Out = options.RESULTS,
+    quick: options.Quick = False,
+) -> None:
+    """Measures, prints, and writes hivemind_layer.json."""
+    folder = options.checkpoint(model, quick)
+    torch.set_num_threads(1)
+    setup = Setup(folder, workers=2, settings={"engine.lane": "off"})
+    figures, rows = [], []
+    with (
+        serve(setup) as served,
+        contextlib.closing(OurLayer(served, folder)) as ours,
+        contextlib.closing(HivemindLayer(python)) as theirs,
+    ):
+        for tokens in (1, 16):
+            turns = take_turns(
+                [
+                    Side(THEIRS, partial(theirs.measure, tokens)),
+                    Side(OURS, partial(ours.measure, tokens), served.pids),
+                ],
+                options.rules(rounds, quick),
+                f"hivemind, {tokens} tokens",
+            )
+            faster = turns.ratio(THEIRS, OURS, float)
+            figures.append(
+                Figure(
+                    f"hivemind-{tokens}",
+                    f"one MoE layer over hivemind's, {tokens} tokens",
+                    *(faster.value, "x", faster.low, faster.high),
+                    sum(turns.disturbed),
+                )
+            )
+            medians = [turns.median(side, float) for side in (THEIRS, OURS)]
+            rows.append((str(tokens), *(f"{ms:.1f}" for ms in medians), f"{faster.value:.1f}"))
+    conclude(
+        "hivemind_layer",
+        out,
+        figures=figures,
+        tables=[Table("", ("tokens", "hivemind ms", "ours ms", "ratio"), tuple(rows))],
+        quick=quick,
+    )
+
+
+async def _first(view: NamedWorkers) -> Snapshot:
+    async for snapshot in view.watch():
+        return snapshot
+    raise AssertionError("a view never ends")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,159 @@
+"""What lies between router and worker in place, layer by layer; and what the router itself costs over its byte floor.
+
+Overhead per layer = (the router's wait for a layer - the time the slowest worker computed) / layers, out of the router's own
+account while streams decode: it holds the transport, the worker's decoding, queueing and encoding, and the switches
+between processes. Time the router spends encoding and decoding is not waiting; it is shown beside it.
+
+The router's own time is a step's time in which it does not wait. Its floor: the bytes of router weights that a step of
+one token reads (fp32), over the memory bandwidth measured with the same threads in the same round.
+
+Run: python benchmarks/overhead.py [--batches 1,4,16] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+from harness import options
+from harness.bandwidth import measure_bandwidth
+from harness.result import Figure, Table, conclude
+from harness.serving import Setup, serve
+from harness.turns import Side, Turns, take_turns
+from harness.weights import router_parameters
+from harness.workload import Decoded, Phases, Prompt, decode, random_prompts
+
+STEPS = {1: 48, 4: 24, 16: 16}
+TRANSPORTS = {"gRPC": "off", "lane": "auto"}
+OWN_SHARE = ("encode", "decode", "combine")
+
+
+@dataclass(frozen=True, slots=True)
+class Spell:
+    """A spell of decoding; with one stream also the memory's bytes per second, measured right after it."""
+
+    decoded: Decoded
+    bandwidth: float
+
+    @property
+    def phases(self) -> Phases:
+        return self.decoded.phases
+
+
+def main(
+    batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,4,16",
+    rounds: options.Rounds = 5,
+    model: options.Model = None,
+    out: options.Out = options.RESULTS,
+    quick: options.Quick = False,
+) -> None:
+    """Measures, prints, and writes overhead.json."""
+    folder = options.checkpoint(model, quick)
+    shape = options.read_shape(folder)
+    floor_bytes = 4 * router_parameters(shape)
+    threads = len(psutil.Process().cpu_affinity())
+    with serve(_setup(folder, "off")) as grpc_site, serve(_setup(folder, "auto")) as lane_site:
+        sites = dict(zip(TRANSPORTS, (grpc_site, lane_site), strict=True))
+        by_batch: dict[int, Turns[Spell]] = {}
+        for batch in map(int, batches.split(",")):
+            prompts = random_prompts(batch, 32, shape.vocabulary, seed=batch)
+            steps = 6 if quick else STEPS.get(batch, 16)
+            by_batch[batch] = take_turns(
+                (
+                    Side(name, partial(_spell, site.router, prompts, steps, threads), site.pids)
+                    for name, site in sites.items()
+                ),
+                options.rules(rounds, quick),
+                f"overhead, batch {batch}",
+            )
+    figures = [
+        *(_overhead(by_batch[batch], name, batch, shape.layers) for batch in by_batch for name in sites),
+        *([_floor(by_batch[1], floor_bytes)] if 1 in by_batch else []),
+    ]
+    phases = tuple(by_batch[max(by_batch)].rounds[0]["gRPC"].phases.seconds)
+    conclude(
+        "overhead",
+        out,
+        figures=figures,
+        tables=[
+            _layer_table(by_batch, shape.layers),
+            *(_phase_table(turns, batch, phases) for batch, turns in by_batch.items()),
+        ],
+        notes=[f"the router reads {floor_bytes / 1e6:,.0f} MB of its own weights in a step of one token"],
+        quick=quick,
+    )
+
+
+def _setup(folder: Path, lane: str) -> Setup:
+    return Setup(folder, settings={"engine.lane": lane})
+
+
+def _spell(router: str, prompts: Sequence[Prompt], steps: int, threads: int) -> Spell:
+    decoded = decode(router, prompts, steps)
+    return Spell(decoded, measure_bandwidth(threads) if len(prompts) == 1 else 0.0)
+
+
+def _overhead(turns: Turns[Spell], transport: str, batch: int, layers: int) -> Figure:
+    values = turns.values(transport, lambda spell: 1000 * spell.phases.overhead_s / layers)
+    return Figure(
+        f"overhead-{transport.lower()}" if batch == 1 else f"overhead-{transport.lower()}-b{batch}",
+        f"overhead per layer, {transport}, batch {batch}",
+        turns.median(transport, lambda spell: 1000 * spell.phases.overhead_s / layers),
+        "ms",
+        min(values),
+        max(values),
+        sum(turns.disturbed),
+    )
+
+
+def _floor(turns: Turns[Spell], floor_bytes: int) -> Figure:
+    def over_floor(spell: Spell) -> float:
+        return spell.phases.router_s / (floor_bytes / spell.bandwidth)
+
+    values = turns.values("gRPC", over_floor)
+    return Figure(
+        "router-floor",
+        "router time of a step of one token over its byte floor",
+        turns.median("gRPC", over_floor),
+        "x",
+        min(values),
+        max(values),
+        sum(turns.disturbed),
+    )
+
+
+def _layer_table(by_batch: dict[int, Turns[Spell]], layers: int) -> Table:
+    parts = ("wire", "worker decode", "worker queue", "worker encode")
+
+    def row(turns: Turns[Spell], batch: int, name: str) -> tuple[str, ...]:
+        def ms(*phases: str) -> str:
+            return f"{turns.median(name, lambda s: 1000 * s.phases.per_step_s(*phases) / layers):.2f}"
+
+        return (f"{batch}, {name}", ms(*parts), *map(ms, parts), ms("worker compute"), ms(*OWN_SHARE))
+
+    return Table(
+        "ms a layer while decoding, one worker",
+        ("batch, transport", "overhead", *parts, "worker compute", "router's encode + decode + combine"),
+        tuple(row(turns, batch, name) for batch, turns in by_batch.items() for name in TRANSPORTS),
+    )
+
+
+def _phase_table(turns: Turns[Spell], batch: int, phases: Sequence[str]) -> Table:
+    def ms(name: str, phase: str) -> str:
+        return f"{turns.median(name, lambda spell: 1000 * spell.phases.per_step_s(phase)):.2f}"
+
+    sums = (f"{turns.median(name, lambda spell: 1000 * spell.phases.step_s):.1f}" for name in TRANSPORTS)
+    return Table(
+        f"ms a step, batch {batch}",
+        ("phase", *TRANSPORTS),
+        (*((phase, *(ms(name, phase) for name in TRANSPORTS)) for phase in phases), ("all", *sums)),
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

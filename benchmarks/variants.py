@@ -1,0 +1,321 @@
+"""Our own settings against each other, in turn: what each costs or wins in tokens per second.
+
+  placement   2 and 4 workers on this host, and the same-host lane, against one worker over gRPC
+  invariance  batch-invariant mode against the default
+  wire        rows on the wire in bfloat16, float8 and int8 against float32, with what is lost
+  overlap     two micro-batches in flight where the engine finds that they win, against never
+  tracing     1 % of traces sampled, to a collector that takes everything, against no tracing
+
+Run: python benchmarks/variants.py placement [--batches 1,4,16] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from harness import options
+from harness.collector import collecting
+from harness.likeness import compare_scores
+from harness.result import Figure, Table, conclude
+from harness.serving import Served, Setup, serve
+from harness.turns import Rules, Side, Turns, take_turns
+from harness.workload import (
+    Decoded,
+    FirstToken,
+    Phases,
+    Request,
+    decode,
+    first_token,
+    random_prompts,
+    run_load,
+    score,
+)
+
+STEPS = {1: 32, 4: 24, 16: 16}
+PREFILL_TOKENS = 512
+ON_GRPC = {"engine.lane": "off"}
+SAMPLING = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.01"}
+
+
+class Group(StrEnum):
+    """What is compared."""
+
+    placement = "placement"
+    invariance = "invariance"
+    wire = "wire"
+    overlap = "overlap"
+    tracing = "tracing"
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One measurement of one variant."""
+
+    tokens_per_s: float
+    phases: Phases | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A plain setup and its variants, by name."""
+
+    plain: tuple[str, Setup]
+    variants: Mapping[str, Setup]
+    batches: tuple[int, ...] = (1, 4, 16)
+    prefill: bool = True
+    lossy: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def main(
+    group: Annotated[Group, typer.Argument(help="What is compared.")],
+    batches: Annotated[str | None, typer.Option(help="Batch sizes, comma-separated.")] = None,
+    rounds: options.Rounds = 5,
+    model: options.Model = None,
+    out: options.Out = options.RESULTS,
+    quick: options.Quick = False,
+) -> None:
+    """Measures, prints, and writes GROUP.json."""
+    folder = options.checkpoint(model, quick)
+    rules = options.rules(rounds, quick)
+    if group is Group.tracing:
+        _trace(folder, rules, out, quick)
+        return
+    comparison = COMPARISONS[group](folder)
+    if batches is not None:
+        comparison = replace(comparison, batches=tuple(map(int, batches.split(","))))
+    _compare(group, comparison, rules, out, quick)
+
+
+def _placement(folder: Path) -> Comparison:
+    return Comparison(
+        ("1 worker, gRPC", Setup(folder, settings=ON_GRPC)),
+        {
+            "1 worker, lane": Setup(folder, settings={"engine.lane": "auto"}),
+            "2 workers, gRPC": Setup(folder, workers=2, settings=ON_GRPC),
+            "4 workers, gRPC": Setup(folder, workers=4, settings=ON_GRPC),
+        },
+    )
+
+
+def _invariance(folder: Path) -> Comparison:
+    both = {"engine.batch_invariant": "true", "worker.batch_invariant": "true"}
+    return Comparison(
+        ("default", Setup(folder, settings=ON_GRPC)),
+        {"batch-invariant": Setup(folder, settings=ON_GRPC | both)},
+    )
+
+
+def _wire(folder: Path) -> Comparison:
+    return Comparison(
+        ("float32", Setup(folder, settings=ON_GRPC | {"engine.wire_dtype": "float32"})),
+        {
+            dtype: Setup(folder, settings=ON_GRPC | {"engine.wire_dtype": dtype})
+            for dtype in ("bfloat16", "float8", "int8")
+        },
+        lossy=True,
+    )
+
+
+def _overlap(folder: Path) -> Comparison:
+    return Comparison(
+        ("off", Setup(folder, settings=ON_GRPC | {"engine.overlap": "off"})),
+        {"auto": Setup(folder, settings=ON_GRPC | {"engine.overlap": "auto"})},
+        batches=(16,),
+    )
+
+
+COMPARISONS: Mapping[Group, Callable[[Path], Comparison]] = {
+    Group.placement: _placement,
+    Group.invariance: _invariance,
+    Group.wire: _wire,
+    Group.overlap: _overlap,
+}
+
+
+def _compare(group: Group, comparison: Comparison, rules: Rules, out: Path, quick: bool) -> None:
+    shape = options.read_shape(comparison.plain[1].model)
+    plain, setup = comparison.plain
+    figures: list[Figure] = []
+    rows: list[tuple[str, ...]] = []
+    losses: list[tuple[str, ...]] = []
+    points: list[dict[str, Any]] = []
+    with serve(setup, shape.experts) as base:
+        if comparison.lossy:
+            texts = random_prompts(4, 32 if quick else 256, shape.vocabulary, seed=99)
+            exact = score(base.router, texts)
+        for name, variant in comparison.variants.items():
+            with serve(variant, shape.experts) as other:
+                sites = {plain: base, name: other}
+                for what, measures in _workloads(comparison, sites, shape.vocabulary, quick).items():
+                    turns = take_turns(
+                        [Side(key, measure, sites[key].pids) for key, measure in measures.items()],
+                        rules,
+                        f"{name}, {what}",
+                    )
+                    figures.append(
+                        _figure(f"{group}-{name}-{what}", f"{name} over {plain}, {what}", turns, name, plain)
+                    )
+                    rows.append(_row(turns, name, plain, what))
+                    points += _points(turns, name, variant.workers, what)
+                if comparison.lossy:
+                    losses.append((name, *compare_scores(exact, score(other.router, texts)).cells))
+    conclude(
+        str(group),
+        out,
+        figures=figures,
+        tables=[
+            Table(
+                "",
+                ("variant", plain, "variant", "ratio", "bytes a token", "variant"),
+                tuple(rows),
+            ),
+            *(
+                [Table("", ("variant", "mean error", "largest", "perplexity ratio"), tuple(losses))]
+                if losses
+                else []
+            ),
+        ],
+        notes=["tokens per second; bytes a token: both ways, all layers"],
+        data={"points": points, "shape": shape.config},
+        quick=quick,
+    )
+
+
+def _workloads(
+    comparison: Comparison, sites: Mapping[str, Served], vocabulary: int, quick: bool
+) -> dict[str, dict[str, Callable[[], Speed]]]:
+    """What is measured, by its name: one callable a site."""
+    work: dict[str, dict[str, Callable[[], Speed]]] = {}
+    for batch in comparison.batches:
+        prompts = random_prompts(batch, 32, vocabulary, seed=batch)
+        steps = 6 if quick else STEPS.get(batch, 16)
+        work[f"batch {batch}"] = {
+            name: partial(_decode, site.router, prompts, steps) for name, site in sites.items()
+        }
+    if comparison.prefill:
+        fresh = iter(random_prompts(1000, PREFILL_TOKENS, vocabulary, seed=7))
+        work[f"prefill {PREFILL_TOKENS}"] = {
+            name: partial(_prefill, site.router, fresh) for name, site in sites.items()
+        }
+    return work
+
+
+def _decode(router: str, prompts: Sequence[tuple[int, ...]], steps: int) -> Speed:
+    decoded: Decoded = decode(router, prompts, steps)
+    return Speed(decoded.tokens_per_s, decoded.phases)
+
+
+def _prefill(router: str, fresh: Any) -> Speed:
+    first: FirstToken = first_token(router, next(fresh))
+    return Speed(PREFILL_TOKENS / first.seconds, replace(first.phases, tokens=PREFILL_TOKENS))
+
+
+def _trace(folder: Path, rules: Rules, out: Path, quick: bool) -> None:
+    """Tracing is a matter of requests, so requests are what is measured: 24 short ones, 8 at a time."""
+    vocabulary = options.read_shape(folder).vocabulary
+    requests = [Request(prompt, 16) for prompt in random_prompts(8 if quick else 24, 32, vocabulary, seed=24)]
+    names = "off", "1 % sampled"
+    with ExitStack() as stack:
+        collector = stack.enter_context(collecting())
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, **SAMPLING}
+        settings = ON_GRPC | {"engine.prefix_cache": "false"}
+        sites = {
+            names[0]: stack.enter_context(serve(Setup(folder, settings=settings))),
+            names[1]: stack.enter_context(serve(Setup(folder, settings=settings, environment=environment))),
+        }
+        turns = take_turns(
+            [Side(name, partial(_load, site.router, requests), site.pids) for name, site in sites.items()],
+            rules,
+            "tracing",
+        )
+    off, on = (turns.median(name, _speed) for name in names)
+    conclude(
+        "tracing",
+        out,
+        figures=[
+            _figure(
+                "tracing", "tokens/s with 1 % of traces sampled over tracing off", turns, names[1], names[0]
+            )
+        ],
+        tables=[Table("", ("tracing", "tokens/s"), ((names[0], f"{off:.1f}"), (names[1], f"{on:.1f}")))],
+        notes=[f"the collector got {collector.exports} exports"],
+        quick=quick,
+    )
+
+
+def _load(router: str, requests: Sequence[Request]) -> Speed:
+    return Speed(run_load(router, requests, 8).tokens_per_s)
+
+
+def _figure(key: str, title: str, turns: Turns[Speed], name: str, plain: str) -> Figure:
+    ratio = turns.ratio(name, plain, _speed)
+    return Figure(
+        key.lower().replace(", ", "-").replace(" ", "-"),
+        title,
+        ratio.value,
+        "x",
+        ratio.low,
+        ratio.high,
+        sum(turns.disturbed),
+    )
+
+
+def _row(turns: Turns[Speed], name: str, plain: str, what: str) -> tuple[str, ...]:
+    ratio = turns.ratio(name, plain, _speed)
+
+    def size(side: str) -> str:
+        return f"{turns.median(side, lambda speed: _phases(speed).bytes_per_token):,.0f}"
+
+    return (
+        f"{name}, {what}",
+        f"{turns.median(plain, _speed):.1f}",
+        f"{turns.median(name, _speed):.1f}",
+        f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
+        size(plain),
+        size(name),
+    )
+
+
+def _points(turns: Turns[Speed], name: str, workers: int, what: str) -> list[dict[str, Any]]:
+    """What the scaling model is fitted to: decoding alone, where every step is alike."""
+    if not what.startswith("batch "):
+        return []
+    rows = int(what.removeprefix("batch "))
+
+    def median(of: Callable[[Phases], float]) -> float:
+        return turns.median(name, lambda speed: of(_phases(speed)))
+
+    return [
+        {
+            "variant": name,
+            "experts": "fp32",
+            "workers": workers,
+            "rows": rows,
+            "step_s": turns.median(name, lambda speed: rows / speed.tokens_per_s),
+            "compute_s": median(lambda phases: phases.compute_s),
+            "overhead_s": median(lambda phases: phases.overhead_s),
+            "router_s": median(lambda phases: phases.router_s),
+            "bytes": median(lambda phases: phases.bytes_per_token) * rows,
+        }
+    ]
+
+
+def _phases(speed: Speed) -> Phases:
+    assert speed.phases is not None
+    return speed.phases
+
+
+def _speed(speed: Speed) -> float:
+    return speed.tokens_per_s
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,122 @@
+"""From what clients saw to the figures of a table. Pure.
+
+TTFT, the time to the first token, counts from when a request was *due*: with arrivals that do not wait for answers, a
+late sender must not make the server look fast. Inter-token latency is the gap between tokens of one request; tokens
+that come in one piece have gaps of zero between them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One request, in seconds since the run began. `error`: what went wrong, empty when nothing did."""
+
+    due_s: float
+    end_s: float
+    prompt_tokens: int
+    # When each token came.
+    token_times_s: tuple[float, ...]
+    token_ids: tuple[int, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """In milliseconds; None without a single value."""
+
+    p50_ms: float | None
+    p99_ms: float | None
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Percentiles:
+        if not seconds:
+            return cls(None, None)
+        values = sorted(seconds)
+        return cls(1000 * percentile(values, 0.50), 1000 * percentile(values, 0.99))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSummary:
+    """A run in figures. Tokens of requests that failed later are counted too: they were produced."""
+
+    requests: int
+    failed_requests: int
+    # How often each error came.
+    errors: dict[str, int]
+    seconds: float
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    requests_per_s: float
+    ttft: Percentiles
+    inter_token: Percentiles
+
+    @classmethod
+    def of(cls, records: Sequence[RequestRecord]) -> LoadSummary:
+        """From the moment the first request was due to the end of the last. Requests that failed give no latency."""
+        good = [record for record in records if not record.error]
+        seconds = max(record.end_s for record in records) - min(record.due_s for record in records)
+        output = sum(len(record.token_times_s) for record in records)
+        prompt = sum(record.prompt_tokens for record in records if record.token_times_s)
+        return cls(
+            requests=len(records),
+            failed_requests=len(records) - len(good),
+            errors=dict(Counter(record.error for record in records if record.error)),
+            seconds=seconds,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            output_tokens_per_s=_per(output, seconds),
+            total_tokens_per_s=_per(output + prompt, seconds),
+            requests_per_s=_per(len(good), seconds),
+            ttft=Percentiles.of([record.token_times_s[0] - record.due_s for record in good]),
+            inter_token=Percentiles.of([gap for record in good for gap in _gaps(record.token_times_s)]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WaveSummary:
+    """Requests of one length that began together: what a batch of a plain loop over the model can be compared with."""
+
+    # Until every request had its first token.
+    prefill_s: float
+    # While all of them were decoding; None when the first ended before the last began.
+    decode_tokens_per_s: float | None
+    # From the start to the last token.
+    output_tokens_per_s: float
+
+    @classmethod
+    def of(cls, records: Sequence[RequestRecord]) -> WaveSummary:
+        """`records`: none failed."""
+        start_s = min(record.due_s for record in records)
+        times = [record.token_times_s for record in records]
+        from_s, until_s = max(each[0] for each in times), min(each[-1] for each in times)
+        in_between = sum(from_s < at_s <= until_s for each in times for at_s in each)
+        last_s = max(each[-1] for each in times)
+        return cls(
+            prefill_s=from_s - start_s,
+            decode_tokens_per_s=_per(in_between, until_s - from_s) if until_s > from_s else None,
+            output_tokens_per_s=_per(sum(map(len, times)), last_s - start_s),
+        )
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The value below which `share` of the ordered, non-empty values lie, between two of them where it falls there."""
+    position = share * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+def _gaps(times_s: Sequence[float]) -> list[float]:
+    return [later - earlier for earlier, later in pairwise(times_s)]
+
+
+def _per(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds > 0 else 0.0

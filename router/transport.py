@@ -1,0 +1,65 @@
+"""The ways to a worker: what a gRPC stream and a same-host lane have in common."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from moesaic.codec import ITEM_BYTES
+from moesaic.errors import DataLoss, from_status
+from moesaic.tensors import view_rows
+from moesaic.v1 import expert_pb2
+from moesaic.wire import Framed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What a worker answered. `output` is a read-only view of its rows in the dtype of the wire, unchecked beyond its
+    byte count, and may be overwritten by the next call on this transport: whoever keeps it copies."""
+
+    response: expert_pb2.ComputeResponse
+    output: Tensor
+
+
+class Transport(Protocol):
+    """Many calls in flight to one worker. One thread sends and receives; `num_in_flight`, `broken` and `close` are for
+    any thread."""
+
+    @property
+    def broken(self) -> bool:
+        """Once true, always true: every call in flight fails, and another transport has to be opened."""
+        ...
+
+    @property
+    def num_in_flight(self) -> int:
+        """Calls sent and neither answered nor given up."""
+        ...
+
+    def send(self, request: expert_pb2.ComputeRequest, hidden: Tensor) -> None:
+        """Sends a call, named by its `call_id`, without waiting. `hidden` holds the contiguous CPU rows whose dtype,
+        shape and scales the request names; they must not change before the answer came. Never raises for the worker's
+        sake: where a call cannot be sent, `receive` says so."""
+        ...
+
+    def receive(self, call_id: int, timeout_s: float) -> Answer:
+        """Waits for an answer. Raises what the worker answered, DataLoss for a malformed answer, Unavailable when the
+        transport broke, or TimeoutError after `timeout_s`: the late answer is dropped then."""
+        ...
+
+    def close(self) -> None:
+        """Fails the calls in flight."""
+        ...
+
+
+def read_answer(framed: Framed[expert_pb2.ComputeResponse]) -> Answer:
+    """Raises what the worker answered in place of rows, DataLoss for rows that are no tensor."""
+    response, data = framed.message, framed.data
+    if response.HasField("error"):
+        raise from_status(response.error)
+    item_bytes = ITEM_BYTES.get(response.output.dtype, 0)
+    if not item_bytes or math.prod(response.output.shape) * item_bytes != data.nbytes:
+        raise DataLoss("the worker's answer is malformed: its bytes are not those of its dtype and shape")
+    return Answer(response, view_rows(response.output, data))

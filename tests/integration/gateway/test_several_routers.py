@@ -1,0 +1,190 @@
+"""Several routers behind one gateway: who gets which request, and what becomes of requests when one of them goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import httpx
+import pytest
+from support.fake_router import FakeRouter, RunningRouter, running
+from support.gateway_site import events, until, until_status
+
+from gateway.config import GatewayConfig
+from gateway.server import GatewayServer
+from moesaic import errors
+from moesaic.settings import GatewaySettings
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A gateway in front of several fake routers."""
+
+    gateway: GatewayServer
+    links: list[RunningRouter]
+    http: httpx.AsyncClient
+
+    @property
+    def routers(self) -> list[FakeRouter]:
+        return [link.router for link in self.links]
+
+    async def complete(self, prompt: str, **body: Any) -> httpx.Response:
+        return await self.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 2, **body})
+
+    def counts(self) -> list[int]:
+        return [len(router.requests) for router in self.routers]
+
+
+@asynccontextmanager
+async def site_of(*routers: FakeRouter, settings: GatewaySettings | None = None) -> AsyncIterator[Site]:
+    async with AsyncExitStack() as stack:
+        links = [await stack.enter_async_context(running(router)) for router in routers]
+        gateway = GatewayServer(
+            GatewayConfig("127.0.0.1", 0, settings or GatewaySettings()),
+            {f"router-{index}": partial(_itself, link.address) for index, link in enumerate(links)},
+        )
+        address = await gateway.start()
+        stack.push_async_callback(gateway.stop, 0)
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://{address}", timeout=10))
+        await until_status(http, "/ready", 200)
+        await until(lambda: all(link.serving for link in gateway._routers._links.values()))
+        yield Site(gateway, links, http)
+
+
+async def _itself(address: str) -> str:
+    return address
+
+
+def two() -> tuple[FakeRouter, FakeRouter]:
+    return FakeRouter(), FakeRouter()
+
+
+async def test_requests_at_once_are_shared_out_evenly() -> None:
+    async with site_of(*two()) as site:
+        for router in site.routers:
+            router.pace_s = 0.05
+        await asyncio.gather(*(site.complete(f"{index} bottles") for index in range(12)))
+        assert site.counts() == [6, 6]
+
+
+async def test_the_prompts_of_one_request_are_shared_out_too() -> None:
+    async with site_of(*two()) as site:
+        prompts = [f"{index} bottles" for index in range(8)]
+        reply = await site.http.post("/v1/completions", json={"prompt": prompts, "max_tokens": 2})
+        assert [choice["text"] for choice in reply.json()["choices"]] == [prompt[:2] for prompt in prompts]
+        assert site.counts() == [4, 4]
+
+
+async def test_prompts_that_begin_alike_meet_the_same_router() -> None:
+    async with site_of(*two()) as site:
+        for index in range(6):
+            await site.complete("x" * 100, max_tokens=1 + index)
+            await site.complete(f"another {index}")
+        shared = [sum(request.text == "x" * 100 for request in it.requests) for it in site.routers]
+        assert sorted(shared) == [0, 6]
+
+
+async def test_the_gateway_is_ready_as_long_as_one_router_serves() -> None:
+    async with site_of(*two()) as site:
+        first, second = site.links
+        await first.set_serving(False)
+        await until(lambda: not site.gateway._routers._links["router-0"].serving)
+        assert (await site.http.get("/health")).status_code == 200
+        assert [(await site.complete(f"{index}")).status_code for index in range(4)] == [200] * 4
+        assert site.counts() == [0, 4]
+        await second.set_serving(False)
+        await until_status(site.http, "/health", 503)
+        await first.set_serving(True)
+        await until_status(site.http, "/health", 200)
+
+
+async def test_a_request_that_its_router_never_began_is_answered_by_another_when_that_one_dies() -> None:
+    async with site_of(*two()) as site:
+        for router in site.routers:
+            router.silent_after = 0
+        asked = asyncio.create_task(site.complete("ab"))
+        await until(lambda: sum(site.counts()) == 1)
+        dying = site.counts().index(1)
+        site.routers[1 - dying].silent_after = None
+        await site.links[dying].kill()
+        reply = await asked
+        assert (reply.status_code, reply.json()["choices"][0]["text"]) == (200, "ab")
+        assert site.counts() == [1, 1]
+
+
+async def test_an_answer_that_has_begun_ends_with_its_router() -> None:
+    async with site_of(*two()) as site:
+        for router in site.routers:
+            router.silent_after = 1
+        asked = asyncio.create_task(site.complete("ab", stream=True))
+        await until(lambda: sum(site.counts()) == 1)
+        await asyncio.sleep(0.05)
+        await site.links[site.counts().index(1)].kill()
+        chunks = events((await asked).text)
+        assert chunks[0]["choices"][0]["text"] == "a"
+        assert chunks[-1]["error"]["code"] == "router_unreachable"
+        assert sum(site.counts()) == 1
+
+
+async def test_after_the_death_of_a_router_new_requests_are_answered_at_once() -> None:
+    async with site_of(*two()) as site:
+        await site.links[0].kill()
+        replies = [await site.complete(f"{index} bottles") for index in range(6)]
+        assert [reply.status_code for reply in replies] == [200] * 6
+        assert (await site.http.get("/health")).status_code == 200
+        assert (await site.http.get("/v1/models")).status_code == 200
+        assert (await site.http.post("/tokenize", json={"prompt": "ab"})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        errors.Unavailable("the router is draining", reason="DRAINING"),
+        errors.Overloaded("too many requests wait", reason="QUEUE_FULL"),
+    ],
+)
+async def test_a_router_that_takes_no_more_sends_its_request_to_another(refusal: Exception) -> None:
+    async with site_of(FakeRouter(error=refusal), FakeRouter()) as site:
+        replies = [await site.complete(f"{index} bottles") for index in range(8)]
+        assert [reply.status_code for reply in replies] == [200] * 8
+        assert len(site.routers[0].requests) > 0
+
+
+async def test_two_refusals_are_enough() -> None:
+    full = errors.Overloaded("too many requests wait", reason="QUEUE_FULL")
+    async with site_of(*(FakeRouter(error=full) for _ in range(3))) as site:
+        assert (await site.complete("ab")).status_code == 429
+        assert sum(site.counts()) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidArgument("temperature must be in [0, 2]", field="temperature"),
+        errors.Unavailable("layer 3: no worker holds an expert that is needed"),
+        errors.InternalError("internal error"),
+    ],
+)
+async def test_what_every_router_would_say_is_said_by_one(error: Exception) -> None:
+    async with site_of(FakeRouter(error=error), FakeRouter(error=error)) as site:
+        assert (await site.complete("ab")).status_code in (400, 500, 503)
+        assert sum(site.counts()) == 1
+
+
+async def test_a_second_try_has_only_the_time_that_is_left() -> None:
+    async with site_of(*two(), settings=GatewaySettings(request_timeout_s=8.0)) as site:
+        for router in site.routers:
+            router.silent_after = 0
+        asked = asyncio.create_task(site.complete("ab"))
+        await until(lambda: sum(site.counts()) == 1)
+        dying = site.counts().index(1)
+        await asyncio.sleep(0.3)
+        site.routers[1 - dying].silent_after = None
+        await site.links[dying].kill()
+        assert (await asked).status_code == 200
+        (left_s,) = site.routers[1 - dying].time_left_s
+        assert left_s is not None and left_s <= 7.7
