@@ -101,9 +101,14 @@ def _windows(folder: Path, model: Any, text: str | None) -> torch.Tensor:
         torch.manual_seed(0)
         start = torch.full((NUM_WINDOWS, 1), model.config.bos_token_id or 0)
         return model.generate(
-            start, do_sample=True, min_length=WINDOW_TOKENS, max_length=WINDOW_TOKENS, pad_token_id=0
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            min_length=WINDOW_TOKENS,
+            max_length=WINDOW_TOKENS,
+            pad_token_id=0,
         )
-    token_ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])
+    token_ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text, verbose=False)["input_ids"])
     windows = token_ids[: len(token_ids) // WINDOW_TOKENS * WINDOW_TOKENS].view(-1, WINDOW_TOKENS)
     return windows[:: max(1, len(windows) // NUM_WINDOWS)][:NUM_WINDOWS]
 
@@ -125,7 +130,8 @@ def _compare(
             (
                 float((got - want).abs().max()),
                 float((got - want).abs().mean()),
-                float(F.kl_div(likely, wanted, reduction="batchmean", log_target=True)),
+                # Rounding may leave less than nothing of a very small one.
+                max(0.0, float(F.kl_div(likely, wanted, reduction="batchmean", log_target=True))),
                 float((got.argmax(-1) == want.argmax(-1)).float().mean()),
                 float(F.nll_loss(likely[:-1], tokens[1:])),
             )

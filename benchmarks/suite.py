@@ -38,7 +38,6 @@ class Program:
 STANDARD = (
     Program("kernels", ("expert_kernels.py",)),
     Program("transport", ("transport.py",)),
-    Program("lane", ("lane.py",)),
     Program("decode", ("decode.py",)),
     Program("prefill", ("prefill.py",)),
     Program("overhead", ("overhead.py",)),
@@ -49,12 +48,12 @@ STANDARD = (
     Program("soak", ("soak.py",)),
     Program("placement", ("variants.py", "placement", "--rounds", "3")),
     Program("invariance", ("variants.py", "invariance", "--rounds", "3")),
-    Program("wire", ("variants.py", "wire", "--rounds", "3", "--batches", "1,16")),
+    Program("wire", ("variants.py", "wire", "--rounds", "3", "--batches", "16")),
     Program("overlap", ("variants.py", "overlap")),
-    Program("routers", ("routers.py", "--rounds", "3")),
+    Program("routers", ("routers.py", "--rounds", "3", "--routers", "1,2")),
     Program("memory", ("memory.py",)),
-    Program("cold_start", ("cold_start.py",)),
-    Program("workers", ("workers.py",)),
+    Program("cold_start", ("cold_start.py", "--rounds", "3")),
+    Program("workers", ("workers.py", "--rounds", "3")),
     # Last: it is fitted to what the others found.
     Program("scaling", ("scaling.py",)),
 )

@@ -177,6 +177,7 @@ async def _look_at_the_machine(console: Console) -> float:
         console.print(
             f"warning: other programs use {share:.0%} of this machine's CPU time: figures will be too low",
             style="yellow",
+            soft_wrap=True,
         )
     return share
 
@@ -232,12 +233,12 @@ class _Run:
 
     async def row(self, level: Level, progress: BenchProgress) -> Row:
         """One row of the table, after a warm-up that is not counted."""
-        await self._warm_up(level.streams or WARM_UP_STREAMS, level.label, progress)
+        await self._warm_up(level.streams or WARM_UP_STREAMS, level.title, progress)
         requests = self._requests(self._plan.num_requests(level), level.label)
         before = await self._observer.observe()
         cpu_s, start_s = time.process_time(), time.perf_counter()
         records = await self._load(
-            level, requests, progress.counted(level.label, len(requests), self._api.send)
+            level, requests, progress.counted(level.title, len(requests), self._api.send)
         )
         cpu_s, elapsed_s = time.process_time() - cpu_s, time.perf_counter() - start_s
         after = await self._observer.observe()

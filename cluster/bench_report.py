@@ -31,6 +31,10 @@ class Level:
     def label(self) -> str:
         return str(self.streams) if self.rate is None else f"{self.rate:g}/s"
 
+    @property
+    def title(self) -> str:
+        return f"{self.streams} at once" if self.rate is None else f"{self.rate:g} a second"
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

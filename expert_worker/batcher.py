@@ -20,6 +20,7 @@ from torch import Tensor
 from expert_worker.call import Call
 from expert_worker.call_queue import CallQueue, Computed, Ticket
 from expert_worker.inbox import Inbox, Source
+from expert_worker.merge_wait import MergeWait
 from moesaic.errors import DeadlineExceeded, InternalError, MoesaicError, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Batcher:
         *,
         max_queued_calls: int,
         max_pass_rows: int,
+        max_merge_wait_s: float = 0.0,
         hang_limit_s: float = HANG_LIMIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -58,6 +60,8 @@ class Batcher:
         self._hang_limit_s = hang_limit_s
         self._clock = clock
         self._waiting = CallQueue()
+        # Both belong to the lock.
+        self._merge_wait = MergeWait(max_merge_wait_s)
         self._lock = threading.Lock()
         self._inbox: Inbox
         self._stopping = False
@@ -91,13 +95,15 @@ class Batcher:
                     f"{self._max_queued_calls} calls are waiting already", retry_after_s=RETRY_AFTER_S
                 )
             self._waiting.add(ticket)
+            self._merge_wait.came(ticket.caller, ticket.call.layer, self._clock())
         if threading.current_thread() is not self._thread:
             self._inbox.ring()
 
     def withdraw(self, ticket: Ticket) -> None:
         """A caller that went away gives its place in the queue free."""
         with self._lock:
-            self._waiting.remove(ticket)
+            if self._waiting.remove(ticket):
+                self._merge_wait.left(ticket.caller, self._clock())
 
     async def submit(self, call: Call) -> Computed:
         """Waits for the call's output.
@@ -142,28 +148,44 @@ class Batcher:
 
     def _run(self) -> None:
         try:
+            wait_s = HEARTBEAT_S
             while not self._stopping:
-                self._listen()
-                if tickets := self._next_pass():
+                self._listen(wait_s)
+                tickets, wait_s = self._next_pass()
+                if tickets:
                     self._compute_pass(tickets)
                     self._computing = False
         finally:
             self._inbox.close()
 
-    def _listen(self) -> None:
-        """Takes the calls that the lanes bring; waits for one while there is nothing to do."""
+    def _listen(self, wait_s: float) -> None:
+        """Takes the calls that the lanes bring; waits for the first at most so long."""
         self.listening_since_s = self._heartbeat_s = self._clock()
-        for source in self._inbox.wait(0.0 if len(self._waiting) else HEARTBEAT_S):
+        for source in self._inbox.wait(wait_s):
             self._read_safely(source)
 
-    def _next_pass(self) -> list[Ticket]:
-        """The oldest call and the waiting ones of its layer."""
+    def _next_pass(self) -> tuple[list[Ticket], float]:
+        """The oldest call and the waiting ones of its layer, or none while it is worth to wait for more of them;
+        and how long there is nothing else to do."""
         with self._lock:
-            self._heartbeat_s = self._clock()
+            now_s = self._heartbeat_s = self._clock()
             tickets = self._waiting.next_pass(self._max_pass_rows)
+            if not tickets:
+                return [], HEARTBEAT_S
+            wait_s = self._worth_waiting_s(tickets, now_s)
+            if wait_s > 0:
+                return [], wait_s
             self._waiting.take(tickets)
-            self._computing = bool(tickets)
-            return tickets
+            self._computing = True
+            return tickets, 0.0 if len(self._waiting) else HEARTBEAT_S
+
+    def _worth_waiting_s(self, tickets: Sequence[Ticket], now_s: float) -> float:
+        """How long a pass had better wait for other callers. With other layers in the queue it never does."""
+        if len(tickets) < len(self._waiting):
+            return 0.0
+        first = tickets[0]
+        callers = {ticket.caller for ticket in tickets}
+        return self._merge_wait.until(first.call.layer, callers, first.queued_s, now_s) - now_s
 
     def _compute_pass(self, tickets: Sequence[Ticket]) -> None:
         start_s = self._clock()
@@ -173,18 +195,26 @@ class Batcher:
                 ticket.answer(DeadlineExceeded("the caller's time was over in the queue"))
             elif ticket.wanted:
                 live.append(ticket)
-        if not live:
-            return
-        outputs = self._compute_safely([ticket.call for ticket in live])
+        outputs = self._compute_safely([ticket.call for ticket in live]) if live else ()
         ended_s = self._clock()
-        self._passes += 1
-        self._busy_s += ended_s - start_s
+        self._note(tickets, len(live), ended_s - start_s, ended_s)
         for ticket, output in zip(live, outputs, strict=True):
             ticket.answer(
                 output
                 if isinstance(output, MoesaicError)
                 else Computed(output, start_s - ticket.queued_s, ended_s - start_s, ended_s)
             )
+
+    def _note(self, tickets: Sequence[Ticket], num_calls: int, seconds: float, now_s: float) -> None:
+        """Keeps the books of a pass. Before its answers go out: the next calls follow on their heels."""
+        if num_calls:
+            self._passes += 1
+            self._busy_s += seconds
+        with self._lock:
+            if num_calls:
+                self._merge_wait.passed(num_calls, seconds)
+            for ticket in tickets:
+                self._merge_wait.left(ticket.caller, now_s)
 
     def _read_safely(self, source: Source) -> None:
         """Whatever goes wrong with a source ends that source, and never this thread."""

@@ -63,10 +63,12 @@ class CallQueue:
     def add(self, ticket: Ticket) -> None:
         self._waiting.append(ticket)
 
-    def remove(self, ticket: Ticket) -> None:
-        """Gives its place free, if it still has one."""
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
+    def remove(self, ticket: Ticket) -> bool:
+        """Gives its place free; False when it has none any more."""
+        if ticket not in self._waiting:
+            return False
+        self._waiting.remove(ticket)
+        return True
 
     def clear(self) -> list[Ticket]:
         """Empties the queue; returns what was in it."""

@@ -68,6 +68,7 @@ class WorkerServer:
             compute_calls,
             max_queued_calls=settings.max_queued_calls,
             max_pass_rows=settings.max_call_rows,
+            max_merge_wait_s=settings.max_merge_wait_ms / 1000,
         )
         self._stopping = threading.Event()
         self._health: asyncio.Task[None] | None = None

@@ -110,6 +110,8 @@ class LayerCall:
     wave: list[_Call] = field(default_factory=list)
     answered: list[_Call] = field(default_factory=list)
     wave_ends_s: float = 0.0
+    # Of the micro-batch, those that the rows of `hidden` are; None: all.
+    tokens: Sequence[int] | None = None
     # By place in `order`: why it has no rows, and the workers that failed to send them.
     errors: dict[int, MoesaicError] = field(default_factory=dict)
     tried: defaultdict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -143,10 +145,20 @@ class DispatchStep:
         """hidden [T, D], slots and weights [T, K] -> [T, D]."""
         return self.receive(self.send(layer, hidden, slots, weights))
 
-    def send(self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor) -> LayerCall:
-        """Sends a layer to its workers without waiting for any."""
+    def send(
+        self,
+        layer: int,
+        hidden: Tensor,
+        slots: Tensor,
+        weights: Tensor,
+        *,
+        tokens: Sequence[int] | None = None,
+    ) -> LayerCall:
+        """Sends a layer to its workers without waiting for any. `tokens` says which of the micro-batch's tokens the
+        rows of `hidden` are; None: all of them."""
         started_s = time.perf_counter()
         call = self._open(layer, hidden, slots, weights)
+        call.tokens = tokens
         self._send_wave(call, range(len(call.order.slots)))
         self._clock.add("encode", time.perf_counter() - started_s)
         return call
@@ -162,7 +174,10 @@ class DispatchStep:
             self._clock.add("encode", time.perf_counter() - started_s)
             total = self._collect(call)
         for place, error in call.errors.items():
-            self.failed.update(dict.fromkeys(call.order.tokens_of(place), error))
+            failed = call.order.tokens_of(place)
+            if call.tokens is not None:
+                failed = [call.tokens[row] for row in failed]
+            self.failed.update(dict.fromkeys(failed, error))
         return total.to(call.hidden.dtype)
 
     def _open(self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor) -> LayerCall:

@@ -183,6 +183,8 @@ class Engine:
         splits = self._overlap is not None and self._overlap.decide(*count(chunks))
         try:
             parts, readings = self._pack(halves(chunks) if splits else (chunks,))
+            for reading in readings:
+                reading.live.note_step(reading.chunk)
             logits = self._forward(parts)
             self._deliver(self._whole(readings), logits)
         except Exception:
@@ -200,7 +202,6 @@ class Engine:
         started = time.perf_counter()
         batches: list[MicroBatch] = []
         readings: list[Reading] = []
-        num_logits = 0
         for chunks in parts:
             lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
             experts = self._dispatcher.begin(
@@ -210,12 +211,12 @@ class Engine:
                 context=next((live.trace for live in lives if live.trace is not None), None),
             )
             batch = pack(chunks, self._model.layout)
+            first_logit = sum(len(earlier.rows) for earlier in batches)
             rows: list[int] = []
             for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True):
-                live.note_step(chunk)
-                readings.append(live.read(chunk, first_row, num_logits + len(rows), experts.failed))
-                rows += readings[-1].wanted
-            num_logits += len(rows)
+                reading = live.read(chunk, first_row, first_logit + len(rows), experts.failed)
+                rows += reading.wanted
+                readings.append(reading)
             batches.append(MicroBatch(batch, torch.tensor(rows, dtype=torch.long), experts))
         self._clock.add("schedule", time.perf_counter() - started)
         return batches, readings

@@ -52,6 +52,8 @@ class _Flight:
     part: MicroBatch
     hidden: torch.Tensor  # [T, D]
     turns: torch.Tensor  # [T, 1, d / 2], complex: how far each position turns each pair
+    # Of the tokens, those that `hidden` still has; None: all.
+    tokens: list[int] | None = None
     call: LayerCall | None = None
 
     def land(self) -> None:
@@ -59,6 +61,16 @@ class _Flight:
         if self.call is not None:
             self.hidden += self.part.experts.receive(self.call)
             self.call = None
+
+    def keep_wanted(self, attended: torch.Tensor) -> torch.Tensor:
+        """In the last layer keys and values are written, and nothing looks any more at tokens without wanted logits.
+        Drops those, also of `attended`."""
+        rows = self.part.rows.tolist()
+        if rows != list(range(len(attended))):
+            self.tokens = rows
+            index = self.part.rows.to(attended.device)
+            self.hidden, attended = self.hidden[index], attended[index]
+        return attended
 
 
 class LeanDecoder:
@@ -93,11 +105,9 @@ class LeanDecoder:
             for flight in flights:
                 flight.land()
                 self._run(index, layer, flight, cache)
-        wanted = []
         for flight in flights:
             flight.land()
-            wanted.append(flight.hidden[flight.part.rows.to(self.layout.device)])
-        hidden = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
+        hidden = flights[0].hidden if len(flights) == 1 else torch.cat([flight.hidden for flight in flights])
         return self._head(self._normed(hidden, self._norm))
 
     def _start(self, part: MicroBatch) -> _Flight:
@@ -106,15 +116,21 @@ class LeanDecoder:
 
     def _run(self, index: int, layer: _Layer, flight: _Flight, cache: KVCache) -> None:
         """A layer up to its experts, which are asked and not waited for."""
-        hidden = flight.hidden
-        qkv = layer.qkv(self._normed(hidden, layer.attention_norm))
+        qkv = layer.qkv(self._normed(flight.hidden, layer.attention_norm))
         attended = self._attend(index, qkv, flight, cache)
+        if index == len(self._layers) - 1:
+            attended = flight.keep_wanted(attended)
+            if not len(attended):
+                return
+        hidden = flight.hidden
         hidden += layer.output(attended)
         normed = self._normed(hidden, layer.experts_norm)
         started = time.perf_counter()
         assignment = assign(layer.gate(normed), self._shape.gate)
         self._clock.add("gate", time.perf_counter() - started)
-        flight.call = flight.part.experts.send(index, normed, assignment.slots, assignment.weights)
+        flight.call = flight.part.experts.send(
+            index, normed, assignment.slots, assignment.weights, tokens=flight.tokens
+        )
 
     def _attend(self, index: int, qkv: torch.Tensor, flight: _Flight, cache: KVCache) -> torch.Tensor:
         """qkv [T, (H + 2 G) * d] -> [T, H * d]; turns queries and keys where they are."""

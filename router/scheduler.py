@@ -17,8 +17,6 @@ from router.kv_cache import BlockPool, OutOfBlocks
 from router.pace import Pace
 from router.prefix_cache import PrefixCache
 
-__all__ = ["Chunk", "Limits", "Scheduler", "Sequence"]
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:

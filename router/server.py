@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -36,6 +37,9 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_nam
 HEALTH_PERIOD_S = 0.25
 DRAIN_POLL_S = 0.02
 ENGINE_STOP_S = 5.0
+# How long the event loop may hold the interpreter while the engine's thread waits for it. Python's own 5 ms are as much
+# as all tokens of a step take to be streamed, and the engine would lose them in every step.
+SWITCH_INTERVAL_S = 0.0005
 
 
 class RouterServer:
@@ -83,6 +87,7 @@ class RouterServer:
             async with asyncio.timeout(timeout_s):
                 epoch = await asyncio.shield(self._epoch)
                 self._engine = engine = self._parts.engine(epoch)
+                sys.setswitchinterval(SWITCH_INTERVAL_S)
                 engine.start()
                 await _pass_one_token(engine, timeout_s)
         except TimeoutError as error:

@@ -66,7 +66,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(tiny: Path, tmp_path: Pa
     with serving(str(folder)) as serve:
         assert serve.end() == 1
         assert serve.stdout == []
-        assert serve.stderr[-1].startswith("error: router: ")
+        assert serve.stderr[-1].startswith("error: router-0: ")
         serve.assert_nothing_is_left()
 
 

@@ -87,6 +87,49 @@ def test_a_process_survives_wrong_calls_and_ends_cleanly_on_sigterm(tmp_path: Pa
     assert "Traceback" not in worker.log
 
 
+@pytest.mark.parametrize(
+    ("arguments", "bits", "error"),
+    [
+        (["--expert-dtype", "bf16"], 16, 0.01),
+        (["--dtype", "bfloat16", "--expert-dtype", "fp32"], 32, 1e-6),
+        (["--expert-dtype", "int8"], 8, 0.05),
+        (["--dtype", "bfloat16", "--expert-dtype", "int8"], 8, 0.05),
+        (["--expert-dtype", "int4"], 4, 0.25),
+    ],
+)
+def test_experts_in_fewer_bits_take_less_memory_and_answer_in_the_dtype_of_the_rows(
+    tmp_path: Path, arguments: list[str], bits: int, error: float
+) -> None:
+    write_mixtral(tmp_path, hidden_size=64, intermediate_size=128)
+    hidden = torch.randn(7, 64, generator=torch.Generator().manual_seed(3))
+    rows = {2: [0, 3, 6], 1: [1]}
+    with running_workers(tmp_path, ["all"], *arguments) as (worker,), connected(worker) as stub:
+        described = stub.Describe(expert_pb2.DescribeRequest(), timeout=10)
+        response = compute(stub, compute_request(hidden, rows, held_versions(stub)))
+    weights = 2 * 4 * 3 * 64 * 128
+    # Scales are the rest; in int4 they are many.
+    assert weights * bits // 8 <= described.weight_bytes <= weights * (bits + 1.5) / 8
+    output = from_wire(response.output)
+    assert output.dtype == torch.float32
+    expected = ReferenceExperts(tmp_path).rows(0, hidden, rows)
+    assert (output - expected).norm() / expected.norm() < error
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp32", "bf16", "int8", "int4"])
+def test_a_batch_invariant_worker_gives_a_row_the_same_bits_in_any_call(
+    tmp_path: Path, expert_dtype: str
+) -> None:
+    write_mixtral(tmp_path, hidden_size=64, intermediate_size=1056, num_local_experts=2)
+    hidden = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
+    arguments = ["--expert-dtype", expert_dtype, "--batch-invariant"]
+    with running_workers(tmp_path, ["all"], *arguments) as (worker,), connected(worker) as stub:
+        versions = held_versions(stub)
+        together = from_wire(compute(stub, compute_request(hidden, {1: list(range(40))}, versions)).output)
+        for row in (0, 7, 15, 16, 39):
+            alone = compute(stub, compute_request(hidden[row : row + 1], {1: [0]}, versions))
+            assert torch.equal(from_wire(alone.output)[0], together[row])
+
+
 def test_calls_that_run_when_sigterm_comes_are_answered(tmp_path: Path) -> None:
     """Enough work is queued that the signal finds the compute thread in the middle of it."""
     write_mixtral(tmp_path, hidden_size=256, intermediate_size=2048, num_local_experts=2, num_hidden_layers=1)
@@ -143,6 +186,8 @@ def test_a_process_holds_its_share_and_little_more(tmp_path: Path, layout: Layou
         (["--model", "{tmp}/nowhere"], "model: no such folder"),
         (["--model", "{tmp}/tiny", "--experts", "0-9"], "experts: the model has 4 slots"),
         (["--model", "{tmp}/tiny", "--device", "tpu"], "device"),
+        (["--model", "{tmp}/tiny", "--expert-dtype", "int4"], "expert_dtype: int4 needs"),
+        (["--model", "{tmp}/tiny", "--expert-dtype", "int3"], "worker.expert_dtype"),
     ],
 )
 def test_a_worker_that_cannot_serve_says_why_in_one_line(

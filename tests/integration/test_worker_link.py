@@ -10,17 +10,20 @@ import grpc
 import pytest
 import torch
 
-from moesaic.errors import Overloaded, Unavailable, to_status
+from moesaic.errors import DataLoss, Overloaded, Unavailable, to_status
 from moesaic.routing_table import Replica
 from moesaic.tensors import header_of
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
+from router.lane_trial import COMPARED_CALLS, WARM_UP_CALLS
+from router.transport import Answer
 from router.worker_link import PendingCall, WorkerLink
 
 WAIT_S = 10.0
 
 
 class Worker(expert_pb2_grpc.ExpertServiceServicer):
-    """Answers by layer: 0 at once, 1 after the next call, 2 with a refusal, 3 never, 4 by breaking the stream."""
+    """Answers by layer: 0 at once, 1 after the next call, 2 with a refusal, 3 never, 4 by breaking the stream, 5 with
+    rows that are cut short."""
 
     def Compute(
         self, requests: Iterator[expert_pb2.ComputeRequest], context: grpc.ServicerContext
@@ -39,6 +42,9 @@ class Worker(expert_pb2_grpc.ExpertServiceServicer):
             elif request.layer == 2:
                 response.ClearField("output")
                 response.error.CopyFrom(to_status(Overloaded("full", retry_after_s=0.5)))
+                yield response
+            elif request.layer == 5:
+                response.output.data = response.output.data[:-1]
                 yield response
             elif request.layer == 4:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "going away")
@@ -130,3 +136,88 @@ def test_a_closed_link_refuses(link: WorkerLink) -> None:
     link.close()
     with pytest.raises(Unavailable):
         link.receive(send(link, 0), WAIT_S)
+
+
+class FakeLane:
+    """A lane that answers in the test, until it breaks."""
+
+    def __init__(self) -> None:
+        self.broken = self.closed = False
+        self.num_in_flight = 0
+        self.num_answered = 0
+
+    def send(self, request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> None:
+        self._request, self._hidden = request, hidden
+
+    def receive(self, call_id: int, timeout_s: float) -> Answer:
+        if self.broken:
+            raise Unavailable("the lane broke")
+        self.num_answered += 1
+        response = expert_pb2.ComputeResponse(call_id=call_id, epoch="lane", output=self._request.hidden)
+        return Answer(response, self._hidden)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def lane() -> FakeLane:
+    return FakeLane()
+
+
+@pytest.fixture
+def lane_link(server: tuple[grpc.Server, int], lane: FakeLane) -> Iterator[WorkerLink]:
+    opened = threading.Event()
+
+    def open_lane(_stub: object, incarnation: str) -> FakeLane:
+        opened.set()
+        assert incarnation == "a-1"
+        return lane
+
+    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", {}), open_lane=open_lane)
+    made.receive(send(made, 0), WAIT_S)  # a lane is asked for once the worker has answered
+    assert opened.wait(WAIT_S)
+    yield made
+    made.close()
+    assert lane.closed
+
+
+def call_until_chosen(link: WorkerLink, lane: FakeLane) -> None:
+    """The fake lane waits for nothing, so the trial ends with it."""
+    for _ in range(500):
+        link.receive(send(link, 0), WAIT_S)
+        if lane.num_answered > 2 * (WARM_UP_CALLS + COMPARED_CALLS):
+            return
+    raise AssertionError("the lane was never chosen")
+
+
+def test_calls_go_over_the_lane_once_it_was_measured_faster(lane_link: WorkerLink, lane: FakeLane) -> None:
+    call_until_chosen(lane_link, lane)
+    assert lane_link.traffic.transport == "lane"
+    assert lane_link.receive(send(lane_link, 0), WAIT_S).response.epoch == "lane"
+
+
+def test_a_call_whose_lane_breaks_is_answered_over_grpc_and_so_are_the_next(
+    lane_link: WorkerLink, lane: FakeLane
+) -> None:
+    call_until_chosen(lane_link, lane)
+    in_flight = send(lane_link, 0, "first")
+    lane.broken = True
+    assert lane_link.receive(in_flight, WAIT_S).response.epoch == "first"
+    assert lane_link.receive(send(lane_link, 0, "second"), WAIT_S).response.epoch == "second"
+    assert lane_link.traffic.transport == "grpc" and lane_link.traffic.failed_calls == 0
+
+
+def test_the_latency_of_the_last_calls_is_known(link: WorkerLink) -> None:
+    assert link.traffic.latency_us(0.5) == 0
+    for _ in range(5):
+        link.receive(send(link, 0), WAIT_S)
+    assert 0 < link.traffic.latency_us(0.5) <= link.traffic.latency_us(0.99)
+    assert (
+        link.traffic.calls == 5 and link.traffic.sent_bytes == link.traffic.received_bytes == 5 * ROWS.nbytes
+    )
+
+
+def test_an_answer_whose_bytes_are_not_those_of_its_shape_is_data_loss(link: WorkerLink) -> None:
+    with pytest.raises(DataLoss):
+        link.receive(send(link, 5), WAIT_S)

@@ -16,6 +16,7 @@ from moesaic.families import describe_model
 from moesaic.manifest import Epoch
 from moesaic.settings import EngineSettings
 from router.batch import pack
+from router.chunk import Sequence as ScheduledSequence
 from router.cluster_view import NamedWorkers, Snapshot
 from router.config import RouterConfig
 from router.model import MicroBatch
@@ -23,7 +24,6 @@ from router.parts import Parts, load_parts
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 from router.scheduler import Limits, Scheduler
-from router.scheduler import Sequence as ScheduledSequence
 
 
 class LocalRouter:

@@ -154,7 +154,7 @@ async def test_a_process_that_keeps_dying_ends_the_wait() -> None:
 
 async def test_too_long_a_start_says_who_is_missing() -> None:
     waiting = topology(expert_worker_0={"state": pb.PROCESS_STATE_PENDING, "detail": "no GPU is free"})
-    async with launched(waiting, timeout_s=0.4) as (launcher, _):
+    async with launched(waiting, timeout_s=1.5) as (launcher, _):
         with pytest.raises(Unavailable, match=r"expert-worker-0 is PENDING \(no GPU is free\)"):
             await launcher.wait_ready(show)
 

@@ -93,6 +93,31 @@ def test_sums_and_rows_of_two_callers_share_a_pass(store: ExpertStore) -> None:
         torch.testing.assert_close(output, outputs([call])[0], atol=1e-6, rtol=1e-6)
 
 
+def test_merged_callers_get_their_rows_in_the_order_of_their_own_experts(store: ExpertStore) -> None:
+    calls = [
+        make_call(store, random_hidden(5), {0: [0, 4], 2: [1, 2]}),
+        make_call(store, random_hidden(4, seed=1), {2: [3], 1: [0, 1], 0: [0, 2]}),
+        make_call(store, random_hidden(1, seed=2), {1: [0]}),
+    ]
+    for output, call in zip(outputs(calls), calls, strict=True):
+        torch.testing.assert_close(output, outputs([call])[0], atol=1e-6, rtol=1e-6)
+
+
+def test_callers_may_send_rows_of_different_dtypes_into_one_pass(store: ExpertStore) -> None:
+    wide = make_call(store, random_hidden(3), {0: [0, 2]})
+    narrow = make_call(store, random_hidden(2, seed=1).bfloat16(), {0: [1], 1: [0]})
+    first, second = outputs([wide, narrow])
+    assert (first.dtype, second.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(first, outputs([wide])[0], atol=1e-6, rtol=1e-6)
+
+
+def test_a_pass_does_not_write_into_the_rows_of_its_callers(store: ExpertStore) -> None:
+    hidden = random_hidden(2)
+    before = hidden.clone()
+    outputs([make_call(store, hidden, {0: [0, 1]}, weights={0: [2.0, 3.0]})])
+    assert torch.equal(hidden, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_output_has_the_dtype_of_the_rows(store: ExpertStore, dtype: torch.dtype) -> None:
     hidden = random_hidden(3).to(dtype)
@@ -115,6 +140,12 @@ def test_rows_that_are_not_finite_fail_their_own_call_alone(
     refused, answered = compute_calls([make_call(store, hidden, {1: [0]}), good])
     assert isinstance(refused, InvalidArgument) and refused.field == "hidden.data"
     assert isinstance(answered, Tensor) and torch.equal(answered, outputs([good])[0])
+
+
+def test_finite_rows_whose_sum_is_not_are_computed(store: ExpertStore) -> None:
+    hidden = torch.full((2, 32), 3e38)
+    (output,) = compute_calls([make_call(store, hidden, {0: [0]})])
+    assert isinstance(output, Tensor)
 
 
 def test_a_pass_of_refused_calls_alone_computes_nothing(store: ExpertStore) -> None:

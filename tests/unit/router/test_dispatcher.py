@@ -110,6 +110,13 @@ def test_without_a_replica_only_the_tokens_of_the_failed_worker_fail() -> None:
     assert len(links["b"].requests) == 1, "it is not asked again"
 
 
+def test_failures_are_told_by_the_tokens_that_the_rows_are() -> None:
+    _, step, _ = dispatch({"a": range(3)})
+    step.failed.clear()
+    step.receive(step.send(0, HIDDEN, SLOTS, WEIGHTS, tokens=[10, 20, 30, 40]))
+    assert set(step.failed) == {20, 30}
+
+
 def test_the_error_says_what_happened_and_not_where() -> None:
     _, step, _ = dispatch({"a": range(4)}, {"a": failing(TimeoutError())})
     assert {type(error) for error in step.failed.values()} == {DeadlineExceeded}

@@ -35,13 +35,21 @@ class LocalExperts:
 
     def __init__(self, name: str = "", log: list[str] | None = None) -> None:
         self.failed: dict[int, Any] = {}
+        self.tokens: Items[int] | None = None
         self._name = name
         self._log = log if log is not None else []
 
     def send(
-        self, layer: int, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        tokens: Items[int] | None = None,
     ) -> tuple[int, torch.Tensor]:
         self._log.append(f"send {self._name}{layer}")
+        self.tokens = tokens
         return layer, hidden * (weights * (1 + slots)).sum(1, keepdim=True)
 
     def receive(self, call: tuple[int, torch.Tensor]) -> torch.Tensor:
@@ -151,6 +159,20 @@ def test_of_two_parts_one_is_with_the_experts_while_the_other_is_here(tmp_path: 
     assert ", ".join(log) == sends_and_receives
     alone = torch.cat([harness.run([Chunk(sequence, 0, 6)]) for sequence in (a, b)])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+def test_the_last_experts_get_only_the_tokens_whose_logits_are_wanted(tmp_path: Path) -> None:
+    harness = Harness(write_mixtral(tmp_path), "lean")
+    sequence = harness.sequence("a", prompt(9))
+    every = harness.part([Chunk(sequence, 0, 9)])
+    logits = harness.model.forward([every], harness.cache)
+    for rows in ([8], [2, 5], []):
+        log: list[str] = []
+        experts = LocalExperts(log=log)
+        some = MicroBatch(every.batch, torch.tensor(rows, dtype=torch.long), cast(DispatchStep, experts))
+        torch.testing.assert_close(harness.model.forward([some], harness.cache), logits[rows])
+        assert log == ["send 0", "receive 0"] + ["send 1", "receive 1"] * bool(rows)
+        assert (experts.tokens or []) == rows
 
 
 @pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from router.chunk import Sequence
 from router.kv_cache import BlockPool
 from router.pace import MIN_CHUNK, Pace
-from router.scheduler import Limits, Scheduler, Sequence
+from router.scheduler import Limits, Scheduler
 
 
 class Machine:

@@ -6,8 +6,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from router.chunk import Chunk, Sequence
 from router.kv_cache import BlockPool, OutOfBlocks
-from router.scheduler import Chunk, Limits, Scheduler, Sequence
+from router.scheduler import Limits, Scheduler
 
 
 def make_sequence(name: str, num_tokens: int) -> Sequence:

@@ -1,0 +1,77 @@
+"""An expert worker whose experts return their rows: the product's own service and batcher around no computing at all.
+
+Prints `ready HOST:PORT` and runs until its standard input ends. Holds slots FIRST to LAST - 1 of one layer; a version is
+`identity_version(slot)`.
+
+Run by other benchmarks: python benchmarks/peers/identity_worker.py NAME HIDDEN FIRST LAST
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from expert_worker.batcher import Batcher
+from expert_worker.call import Call
+from expert_worker.expert import Expert
+from expert_worker.expert_store import ExpertStore, HeldExpert
+from expert_worker.service import SERVICE, ExpertService, LoadedModel
+from moesaic import rpc
+from moesaic.errors import MoesaicError
+from moesaic.families import MoeModel
+from moesaic.manifest import ExpertAddress
+
+MAX_ROWS = 16384
+
+
+def identity_version(slot: int) -> bytes:
+    return slot.to_bytes(2, "big") * 16
+
+
+def return_rows(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
+    return [_weigh(call) if call.combine_sum else _repeat(call) for call in calls]
+
+
+def _repeat(call: Call) -> Tensor:
+    return call.hidden.index_select(0, torch.cat([group.rows for group in call.groups]))
+
+
+def _weigh(call: Call) -> Tensor:
+    weights = torch.zeros(len(call.hidden))
+    for group in call.groups:
+        assert group.weights is not None
+        weights.index_add_(0, group.rows, group.weights)
+    return (call.hidden * weights[:, None]).to(call.hidden.dtype)
+
+
+async def main(name: str, hidden: int, first: int, last: int) -> None:
+    service = ExpertService(
+        worker=name, incarnation=f"{name}-1", max_call_rows=MAX_ROWS, max_stream_calls=64, lane=True
+    )
+    batcher = Batcher(return_rows, max_queued_calls=64, max_pass_rows=MAX_ROWS)
+    store = ExpertStore()
+    expert = cast(Expert, object())  # never looked into
+    for slot in range(first, last):
+        store.add(ExpertAddress(0, slot), HeldExpert(identity_version(slot), expert))
+    server = rpc.Server({SERVICE: service.add_to}, max_message_bytes=rpc.DATA_MESSAGE_BYTES)
+    port = await server.start("127.0.0.1", 0)
+    batcher.start()
+    model = cast(MoeModel, SimpleNamespace(num_layers=1, hidden_size=hidden))
+    service.serve(LoadedModel("identity", model, "cpu", store, batcher))
+    await server.set_serving(True)
+    print(f"ready 127.0.0.1:{port}", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await batcher.stop(5.0)
+    service.close()
+    await server.stop(1.0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    asyncio.run(main(sys.argv[1], *map(int, sys.argv[2:5])))
