@@ -1,7 +1,8 @@
 """One MoE layer against hivemind's RemoteMixtureOfExperts: 8 SwiGLU experts 1024/3584, top-2, f32, over loopback.
 
-Both sides: two worker processes of four experts and one thread each, and a client that gates, sends, waits and combines,
-with rows of their own in every call. Ours is the router's dispatcher over real gRPC (no lane).
+Both sides: one worker process with all threads, and two that share them out; a client that gates, sends, waits and
+combines, with rows of their own in every call. Ours is the router's dispatcher over real gRPC (no lane). Judged is our one
+worker against the faster of theirs.
 
 Needs an environment with hivemind (`--python`). Its processes live in a network namespace of their own, which takes the
 rights to make one. Run: python benchmarks/hivemind_layer.py --python ENVIRONMENT/bin/python
@@ -15,6 +16,7 @@ import json
 import statistics
 import subprocess
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +30,7 @@ from harness.turns import Side, take_turns
 
 from moesaic.families import GateRule
 from router.cluster_view import NamedWorkers, Snapshot
-from router.dispatcher import Dispatcher
+from router.dispatcher import Dispatcher, DispatchRules
 from router.gate import assign
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
@@ -39,15 +41,15 @@ NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-pro
 LOOPBACK = ("sh", "-c", 'ip link set lo up; exec "$@"', "sh")
 START_TIMEOUT_S = 180.0
 CALLS, WARM_UP_CALLS = 12, 3
-OURS, THEIRS = "ours", "hivemind"
+WORKERS = (1, 2)
 
 
 class HivemindLayer:
     """The peer's process: a number of tokens in, milliseconds of each call out."""
 
-    def __init__(self, python: Path) -> None:
+    def __init__(self, python: Path, workers: int) -> None:
         self._process = subprocess.Popen(
-            [*NAMESPACE, *LOOPBACK, str(python), str(SIDE)],
+            [*NAMESPACE, *LOOPBACK, str(python), str(SIDE), str(workers)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -88,7 +90,7 @@ class OurLayer:
         self._epoch = snapshot.epoch
         self._pool = ReplicaPool()
         self._pool.update(snapshot.table)
-        self._dispatcher = Dispatcher(self._pool, PhaseClock(), call_timeout_s=30.0)
+        self._dispatcher = Dispatcher(self._pool, PhaseClock(), DispatchRules(call_timeout_s=30.0))
         self._gate = torch.randn(self._shape.experts, self._shape.hidden) / self._shape.hidden**0.5
         self._rule = GateRule(top_k=self._shape.experts_per_token, renormalise=True)
 
@@ -119,24 +121,27 @@ def main(
 ) -> None:
     """Measures, prints, and writes hivemind_layer.json."""
     folder = options.checkpoint(model, quick)
+    # As hivemind's client: idle threads of this process would only take the workers' cores.
     torch.set_num_threads(1)
-    setup = Setup(folder, workers=2, settings={"engine.lane": "off"})
     figures, rows = [], []
-    with (
-        serve(setup) as served,
-        contextlib.closing(OurLayer(served, folder)) as ours,
-        contextlib.closing(HivemindLayer(python)) as theirs,
-    ):
+    with ExitStack() as stack:
+        ours, theirs, pids = {}, {}, {}
+        for workers in WORKERS:
+            served = stack.enter_context(serve(Setup(folder, workers=workers)))
+            pids[workers] = served.pids
+            ours[workers] = stack.enter_context(contextlib.closing(OurLayer(served, folder)))
+            theirs[workers] = stack.enter_context(contextlib.closing(HivemindLayer(python, workers)))
         for tokens in (1, 16):
             turns = take_turns(
                 [
-                    Side(THEIRS, partial(theirs.measure, tokens)),
-                    Side(OURS, partial(ours.measure, tokens), served.pids),
+                    *(Side(_theirs(n), partial(theirs[n].measure, tokens)) for n in WORKERS),
+                    *(Side(_ours(n), partial(ours[n].measure, tokens), pids[n]) for n in WORKERS),
                 ],
                 options.rules(rounds, quick),
                 f"hivemind, {tokens} tokens",
             )
-            faster = turns.ratio(THEIRS, OURS, float)
+            fastest = min(map(_theirs, WORKERS), key=lambda side: turns.median(side, float))
+            faster = turns.ratio(fastest, _ours(1), float)
             figures.append(
                 Figure(
                     f"hivemind-{tokens}",
@@ -145,15 +150,27 @@ def main(
                     sum(turns.disturbed),
                 )
             )
-            medians = [turns.median(side, float) for side in (THEIRS, OURS)]
-            rows.append((str(tokens), *(f"{ms:.1f}" for ms in medians), f"{faster.value:.1f}"))
+            names = [*map(_theirs, WORKERS), *map(_ours, WORKERS)]
+            rows.append((str(tokens), *(f"{turns.median(name, float):.1f}" for name in names)))
     conclude(
         "hivemind_layer",
         out,
         figures=figures,
-        tables=[Table("", ("tokens", "hivemind ms", "ours ms", "ratio"), tuple(rows))],
+        tables=[
+            Table(
+                "Milliseconds a layer.", ("tokens", *map(_theirs, WORKERS), *map(_ours, WORKERS)), tuple(rows)
+            )
+        ],
         quick=quick,
     )
+
+
+def _theirs(workers: int) -> str:
+    return f"hivemind, {workers} server{'s' if workers > 1 else ''}"
+
+
+def _ours(workers: int) -> str:
+    return f"ours, {workers} worker{'s' if workers > 1 else ''}"
 
 
 async def _first(view: NamedWorkers) -> Snapshot:

@@ -69,7 +69,9 @@ class LlamaCpp:
 
 def main(
     build: Annotated[Path, typer.Option(help="Folder of llama-bench and ggml-rpc-server.", exists=True)],
-    gguf: Annotated[Path, typer.Option(help="The model, f32, as written by peers/write_gguf.py.", exists=True)],
+    gguf: Annotated[
+        Path, typer.Option(help="The model, f32, as written by peers/write_gguf.py.", exists=True)
+    ],
     rounds: options.Rounds = 5,
     model: options.Model = None,
     out: options.Out = options.RESULTS,

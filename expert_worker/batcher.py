@@ -96,7 +96,7 @@ class Batcher:
                 )
             self._waiting.add(ticket)
             self._merge_wait.came(ticket.caller, ticket.call.layer, self._clock())
-        if threading.current_thread() is not self._thread:
+        if threading.get_ident() != self._thread.ident:
             self._inbox.ring()
 
     def withdraw(self, ticket: Ticket) -> None:

@@ -14,6 +14,7 @@ one). `batch_invariant` settles it: all products then have the same number of ro
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -30,6 +31,9 @@ WeightForm = Literal["float", "int8", "int4"]
 
 # Rows of every product that is batch-invariant. Fewer waste less on a single row, more read the weight less often.
 ROW_TILE = 16
+# oneDNN keeps megabytes for every number of rows that it has ever seen, and never gives them back: so a product has
+# one of these numbers of rows, filled up with zeros, and more rows are several products.
+ROW_COUNTS = (*(1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64), *(80, 96, 112, 128, 160, 192, 224, 256))
 # Inputs that share a scale in int4.
 INT4_GROUP = 32
 # What the int4 kernel asks of the number of outputs.
@@ -48,6 +52,8 @@ class _Product(Protocol):
 
     dtype: torch.dtype
     num_bytes: int
+    # The numbers of rows that it should be called with; empty: any.
+    row_counts: tuple[int, ...]
 
     def __call__(self, rows: Tensor) -> Tensor: ...
 
@@ -61,7 +67,8 @@ class Linear:
         check_form(form, weight.device, self.in_features, self.out_features)
         self._product = _choose_product(weight, form)
         # Sums of whole numbers are exact whatever their order.
-        self._in_tiles = batch_invariant and not isinstance(self._product, _Int8)
+        in_tiles = batch_invariant and not isinstance(self._product, _Int8)
+        self._row_counts = (ROW_TILE,) if in_tiles else self._product.row_counts
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +83,9 @@ class Linear:
     def __call__(self, rows: Tensor) -> Tensor:
         """rows [n, I] of any float dtype -> [n, O] in fresh memory."""
         rows = rows.to(self.dtype)
-        return _by_tiles(self._product, rows) if self._in_tiles else self._product(rows)
+        return (
+            _with_counts(self._product, rows, self._row_counts) if self._row_counts else self._product(rows)
+        )
 
 
 def check_form(form: WeightForm, device: torch.device, in_features: int, out_features: int) -> None:
@@ -101,20 +110,23 @@ def _choose_product(weight: Tensor, form: WeightForm) -> _Product:
     return _Packed(weight) if on_cpu and _packing_works(weight.dtype, weight.shape[1]) else _Plain(weight)
 
 
-def _by_tiles(product: _Product, rows: Tensor) -> Tensor:
-    """As many products of the same shape as the rows need: what surrounds a row never changes its kernel."""
+def _with_counts(product: _Product, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The product of any number of rows, where every single one has one of the `counts`, which ascend."""
     num_rows = len(rows)
-    num_tiles = -(-num_rows // ROW_TILE)
-    if num_rows < num_tiles * ROW_TILE:
-        filled = rows.new_zeros(num_tiles * ROW_TILE, rows.shape[1])
-        filled[:num_rows] = rows
-        rows = filled
-    outputs = [product(tile) for tile in rows.split(ROW_TILE)]
-    return (outputs[0] if num_tiles == 1 else torch.cat(outputs))[:num_rows]
+    if num_rows > counts[-1]:
+        return torch.cat([_with_counts(product, part, counts) for part in rows.split(counts[-1])])
+    count = counts[bisect_left(counts, num_rows)]
+    if num_rows == count:
+        return product(rows)
+    filled = rows.new_zeros(count, rows.shape[1])
+    filled[:num_rows] = rows
+    return product(filled)[:num_rows]
 
 
 class _Plain:
     """The weight as it is: on CUDA, and where oneDNN is not to be had."""
+
+    row_counts: tuple[int, ...] = ()
 
     def __init__(self, weight: Tensor) -> None:
         self.dtype = weight.dtype
@@ -131,6 +143,8 @@ class _Plain:
 class _Packed:
     """In oneDNN's own layout."""
 
+    row_counts = ROW_COUNTS
+
     def __init__(self, weight: Tensor) -> None:
         self.dtype = weight.dtype
         self.num_bytes = weight.nbytes
@@ -146,6 +160,7 @@ class _Int8:
     """Both sides in 8 bits, for CPUs that multiply such: a scale an output and a scale a row."""
 
     dtype = torch.float32
+    row_counts = ROW_COUNTS
 
     def __init__(self, weight: Tensor) -> None:
         quantised, self._scales = _quantise_int8(weight)
@@ -169,6 +184,8 @@ class _Int8:
 class _WidenedInt8:
     """Only held in 8 bits, and widened for every product: on CUDA, and on CPUs without 8-bit products."""
 
+    row_counts: tuple[int, ...] = ()
+
     def __init__(self, weight: Tensor) -> None:
         self.dtype = weight.dtype
         self._weight, scales = _quantise_int8(weight)
@@ -184,6 +201,7 @@ class _Int4:
     """Weights of 4 bits, widened inside the kernel, which computes in bfloat16."""
 
     dtype = torch.bfloat16
+    row_counts: tuple[int, ...] = ()
 
     def __init__(self, weight: Tensor) -> None:
         quantised, self._scales_and_zeros = _quantise_int4(weight)

@@ -92,19 +92,6 @@ def decode_rows(header: common_pb2.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return rows.float() * scales[:, None]
 
 
-def to_wire(tensor: torch.Tensor) -> common_pb2.Tensor:
-    """A tensor of any device as one message, data included. A dtype without a wire form is a KeyError."""
-    header, rows = encode_rows(tensor, WIRE_DTYPES[tensor.dtype])
-    header.data = bytes(data_of(rows))
-    return header
-
-
-def from_wire(message: common_pb2.Tensor) -> torch.Tensor:
-    """A read-only view of the message's bytes. Check the message first (`codec.check_tensor`)."""
-    # Every access to the field copies it: one access.
-    return view_rows(message, memoryview(message.data))
-
-
 def choose_device(device: Device) -> torch.device:
     """auto: CUDA where there is one. Raises InvalidArgument for CUDA where there is none."""
     if device == "cuda" and not torch.cuda.is_available():

@@ -319,8 +319,7 @@ class DispatchStep:
     def _add_up(self, call: LayerCall) -> Tensor:
         """[T, D] float32, of whatever has landed; finite wherever the experts' own sums are."""
         total = self._sum(call)
-        # One look at all rows: whatever is not finite among them shows in the sum of all.
-        if not math.isfinite(total.sum().item()) and self._blame(call):
+        if not _looks_finite(call, total) and self._blame(call):
             total = self._sum(call)
         return total
 
@@ -373,6 +372,15 @@ class DispatchStep:
         self._clock.add("worker encode", slowest.encode_us / 1e6)
         self._clock.add("wire", max(0.0, waited_s - _busy_us(slowest) / 1e6))
         self._clock.add("decode", decode_s)
+
+
+def _looks_finite(call: LayerCall, total: Tensor) -> bool:
+    """One look at all rows: whatever is not finite among them shows in their sum. On a GPU they are looked at where
+    they landed, while it adds them up: a look at `total` would wait for it."""
+    if total.device.type == "cpu":
+        return math.isfinite(total.sum().item())
+    landed = [call.rows] if call.rows is not None else [asked.sums for asked in call.answered]
+    return all(math.isfinite(rows.sum().item()) for rows in landed if rows is not None)
 
 
 def combine(rows: Tensor, weights: Tensor) -> Tensor:

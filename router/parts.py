@@ -89,7 +89,7 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, shape.dtype)
     dispatcher = Dispatcher(pool, clock, _dispatch_rules(config.engine))
-    blocks = _block_pool(config.engine, shape, dtype)
+    blocks = _block_pool(config.engine, shape, dtype, device)
     max_model_len = _max_model_len(config.engine, shape, blocks.num_blocks * blocks.block_tokens)
     model = load_model(
         checkpoint,
@@ -135,16 +135,25 @@ def _dispatch_rules(settings: EngineSettings) -> DispatchRules:
     )
 
 
-def _block_pool(settings: EngineSettings, shape: MoeModel, dtype: torch.dtype) -> BlockPool:
+def _block_pool(
+    settings: EngineSettings, shape: MoeModel, dtype: torch.dtype, device: torch.device
+) -> BlockPool:
     token_bytes = KVCache.token_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     if settings.kv_cache_mib is not None:
         cache_bytes = settings.kv_cache_mib << 20
     else:
         one_sequence = token_bytes * shape.context_length(settings.max_model_len)
-        most = int(psutil.virtual_memory().available * MAX_CACHE_SHARE)
+        most = int(_free_bytes(device) * MAX_CACHE_SHARE)
         cache_bytes = min(max(MIN_CACHE_BYTES, one_sequence), most)
     num_blocks = max(1, cache_bytes // (token_bytes * settings.kv_block_tokens))
     return BlockPool(num_blocks, settings.kv_block_tokens)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of the memory that the cache will lie in."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def _max_model_len(settings: EngineSettings, shape: MoeModel, num_positions: int) -> int:

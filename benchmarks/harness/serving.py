@@ -34,6 +34,8 @@ class Setup:
     settings: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     gateway: bool = False
+    # The program of a worker, for one that makes its experts by itself.
+    worker_module: str = "expert_worker"
     # Of each worker; absent: the cores shared out.
     worker_threads: int | None = None
 
@@ -72,7 +74,7 @@ def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
         start = _Starter(stack, setup.variables)
         pids = {
             f"worker-{index}": start(
-                "expert_worker",
+                setup.worker_module,
                 *(*model, "--experts", share, "--name", f"worker-{index}"),
                 *("--port", "0", "--threads", str(threads)),
             )

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -51,10 +51,17 @@ class TransformersPeer:
 
 
 @contextmanager
-def transformers_peer(model: Path, threads: int) -> Iterator[TransformersPeer]:
-    environment = {key: value for key, value in os.environ.items() if key not in _OURS_ALONE}
+def transformers_peer(
+    model: Path,
+    threads: int,
+    side: Path = SIDE,
+    arguments: Sequence[str] = (),
+    variables: Mapping[str, str] = os.environ,
+) -> Iterator[TransformersPeer]:
+    """`arguments` are those that another `side` than the ordinary one has beyond its own."""
+    environment = {key: value for key, value in variables.items() if key not in _OURS_ALONE}
     process = subprocess.Popen(
-        [sys.executable, str(SIDE), str(model), "--threads", str(threads)],
+        [sys.executable, str(side), str(model), "--threads", str(threads), *arguments],
         env={**environment, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
-"""hivemind's side of `hivemind_layer.py`: two servers of four SwiGLU experts each, one thread each, and a client.
+"""hivemind's side of `hivemind_layer.py`: servers that share eight SwiGLU experts and the cores, and a client.
 
-Runs in an environment that has hivemind, not Moesaic, and in a network namespace of its own. Reads the number of tokens
+Usage: python hivemind_side.py SERVERS. Runs in an environment that has hivemind, not Moesaic, and in a network namespace of its own. Reads the number of tokens
 of a measurement from every line of its input and answers with a line of JSON: milliseconds of each call.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 from typing import Any
@@ -18,7 +19,7 @@ from hivemind.moe.server import Server
 from hivemind.moe.server.layers.custom_experts import register_expert_class
 from torch import nn
 
-HIDDEN, INNER, EXPERTS, TOP_K, SERVERS = 1024, 3584, 8, 2, 2
+HIDDEN, INNER, EXPERTS, TOP_K = 1024, 3584, 8, 2
 CALLS = 12
 WARM_UP_CALLS = 3
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -38,10 +39,10 @@ class SwiGlu(nn.Module):
         return self.down(nn.functional.silu(gate) * up)
 
 
-def serve(index: int, peers: list[str], ready: Any) -> None:
+def serve(index: int, servers: int, peers: list[str], ready: Any) -> None:
     """One server process with its share of the experts."""
-    torch.set_num_threads(1)
-    share = EXPERTS // SERVERS
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // servers))
+    share = EXPERTS // servers
     Server.create(
         expert_uids=[f"expert.{slot}" for slot in range(index * share, (index + 1) * share)],
         expert_cls="swiglu",
@@ -57,14 +58,15 @@ def serve(index: int, peers: list[str], ready: Any) -> None:
     time.sleep(24 * 3600)
 
 
-def main() -> None:
+def main(num_servers: int) -> None:
     torch.set_num_threads(1)
     dht = DHT(start=True, host_maddrs=[LOOPBACK])
     peers = [str(address) for address in dht.get_visible_maddrs()]
-    events = [multiprocessing.Event() for _ in range(SERVERS)]
+    events = [multiprocessing.Event() for _ in range(num_servers)]
     # Not daemons: a server starts processes of its own.
     servers = [
-        multiprocessing.Process(target=serve, args=(i, peers, event)) for i, event in enumerate(events)
+        multiprocessing.Process(target=serve, args=(i, num_servers, peers, event))
+        for i, event in enumerate(events)
     ]
     try:
         for server in servers:
@@ -100,4 +102,4 @@ def answer(message: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

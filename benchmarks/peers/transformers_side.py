@@ -42,8 +42,8 @@ CHOICES = tuple(
 class Model:
     """The model, and the choice found for every batch shape."""
 
-    def __init__(self, folder: Path) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    def __init__(self, model: Any) -> None:
+        self._model = model
         self._best: dict[tuple[int, int], Choice] = {}
 
     def choose(self, batch: int, prompt_length: int, for_prefill: bool) -> dict[str, Any]:
@@ -89,11 +89,13 @@ class Model:
             for _ in range(steps):
                 logits = self._model(tokens[-1][:, None], past_key_values=cache, use_cache=True).logits
                 tokens.append(logits[:, -1].argmax(-1))
+        # On a GPU nothing is there before it is read.
+        token_ids = torch.stack(tokens, dim=1).tolist()
         seconds = time.perf_counter() - start
         return {
             "seconds": seconds,
             "tokens_per_s": len(prompts) * steps / seconds,
-            "token_ids": torch.stack(tokens, dim=1).tolist(),
+            "token_ids": token_ids,
         }
 
     def _prefill(
@@ -101,7 +103,7 @@ class Model:
     ) -> tuple[float, torch.Tensor, Any]:
         """Seconds to the first token, that token [batch], and the cache with `room` for more."""
         self._model.set_experts_implementation(choice.experts)
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=self._model.device)
         start = time.perf_counter()
         config = self._model.config
         with torch.inference_mode():
@@ -112,18 +114,29 @@ class Model:
             )
             logits = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             token = logits[:, -1].argmax(-1)
+        token.tolist()  # on a GPU it is there only now
         return time.perf_counter() - start, token, cache
 
     def _gather_bytes(self) -> int:
-        """Weights that one token's experts of a layer have in float32."""
+        """Weights that one token's experts of a layer have."""
         config = self._model.config
-        return int(4 * 3 * config.num_experts_per_tok * config.hidden_size * config.intermediate_size)
+        return int(
+            self._model.dtype.itemsize
+            * 3
+            * config.num_experts_per_tok
+            * config.hidden_size
+            * config.intermediate_size
+        )
 
 
 def main(model: Path, threads: Annotated[int, typer.Option(min=1)]) -> None:
     """Answers commands until its input ends."""
     torch.set_num_threads(threads)
-    side = Model(model)
+    answer_commands(Model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()))
+
+
+def answer_commands(side: Model) -> None:
+    """Answers commands until the input ends; the first line says that it may begin."""
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "choose": side.choose,
         "decode": side.decode,

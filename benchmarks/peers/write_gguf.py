@@ -29,7 +29,9 @@ def main(folder: Path, out: Path) -> None:
     writer.add_tensor("output_norm.weight", read("model.norm.weight").numpy())
     writer.add_tensor("output.weight", read("lm_head.weight").numpy())
     for layer in range(config["num_hidden_layers"]):
-        write_layer(writer, config, layer, lambda name, layer=layer: read(f"model.layers.{layer}.{name}.weight"))
+        write_layer(
+            writer, config, layer, lambda name, layer=layer: read(f"model.layers.{layer}.{name}.weight")
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -16,12 +16,12 @@ import torch
 from support.checkpoints import write_mixtral
 from support.expert_calls import compute_request
 from support.processes import Process, running_router, running_workers
+from support.wire_tensors import from_wire
 
 from moesaic import lane, rpc
 from moesaic.client import SyncClient
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.manifest import ExpertAddress, versions_from_proto
-from moesaic.tensors import from_wire
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from router.lane_link import LaneLink, open_lane
 

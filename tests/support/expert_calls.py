@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from support.wire_tensors import to_wire
 from torch import Tensor
 
 from moesaic.checkpoint import open_checkpoint
 from moesaic.families import describe_model
 from moesaic.manifest import ExpertAddress
-from moesaic.tensors import to_wire
 from moesaic.v1 import expert_pb2
 
 

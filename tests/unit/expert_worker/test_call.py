@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from support.expert_calls import compute_request
+from support.wire_tensors import to_wire
 
 from expert_worker.call import Call, read_call
 from expert_worker.expert_store import ExpertStore
 from moesaic.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, MoesaicError
 from moesaic.families import MoeModel
-from moesaic.tensors import to_wire
 from moesaic.v1 import common_pb2, expert_pb2
 from moesaic.wire import decode_request
 

@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support.expert_calls import ReferenceExperts, compute_request
+from support.wire_tensors import from_wire, to_wire
 from torch import Tensor
 
 from expert_worker.batcher import Batcher
@@ -26,7 +27,6 @@ from expert_worker.service import SERVICE, ExpertService, LoadedModel, _CallStre
 from moesaic import rpc, telemetry
 from moesaic.errors import MoesaicError, from_rpc_error, from_status
 from moesaic.families import MoeModel
-from moesaic.tensors import from_wire, to_wire
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from moesaic.wire import Framed
 

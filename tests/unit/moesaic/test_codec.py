@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.wire_tensors import from_wire, to_wire
 
 from moesaic.codec import ITEM_BYTES, SCALED_DTYPES, check_tensor, dtype_name
 from moesaic.errors import InvalidArgument
-from moesaic.tensors import TORCH_DTYPES, WIRE_ROWS, from_wire, to_wire
+from moesaic.tensors import TORCH_DTYPES, WIRE_ROWS
 from moesaic.v1 import common_pb2
 
 F32 = common_pb2.DTYPE_FLOAT32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.wire_tensors import from_wire, to_wire
 
 from moesaic.codec import SCALED_DTYPES, check_tensor
 from moesaic.errors import InvalidArgument
@@ -13,8 +14,6 @@ from moesaic.tensors import (
     data_of,
     decode_rows,
     encode_rows,
-    from_wire,
-    to_wire,
     view_rows,
 )
 from moesaic.v1 import common_pb2

@@ -1,0 +1,459 @@
+"""Mixtral 8x7B's full shape on one GPU, random weights made on the device: decode and prefill, ours against `transformers` and
+against what the memory allows.
+
+Ours: a router and one worker, processes started by hand, on the same GPU, over gRPC and over the same-host lane. Theirs: a
+process of its own with its fastest experts, cache and, unless `--no-compile`, its compiled `generate`. A GPU holds one copy
+of the experts, so ours ends before theirs begins; gRPC and lane take turns. Both sides compute with the very same weights,
+so their tokens may be compared. No expert is ever written: the checkpoint's files have holes (harness/sparse_checkpoint.py).
+
+The floor of a decode step: bytes read under uniform routing (harness/floors.py) over the device's bytes a second, measured
+in the same run by a large copy and a large sum. The floor of a prompt: that, or its products over the measured rate.
+
+Run: PYTHONPATH=. python benchmarks/h200.py [--batches 1,16,64] [--prefill 2048] [--no-compile]
+Rehearse without a GPU: python benchmarks/h200.py --device cpu --quick
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from harness import options
+from harness.floors import decode_bytes, prefill_floor_s, token_cache_bytes
+from harness.result import Figure, Table, conclude
+from harness.serving import Served, Setup, serve
+from harness.sparse_checkpoint import write_sparse_checkpoint
+from harness.transformers_peer import TransformersPeer, transformers_peer
+from harness.turns import Side, Turns, progress, take_turns
+from harness.workload import Decoded, FirstToken, Prompt, decode, first_token, random_prompts
+from random_checkpoint import Shape
+
+HERE = Path(__file__).resolve().parent
+PEERS = HERE / "peers"
+# Where the programs that this one starts find the product and the benchmarks' own modules.
+MODULES = {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+GRPC, LANE = "gRPC", "lane"
+PROMPT_TOKENS = 32
+STEPS = 48
+# Positions of the cache for every stream: its prompt, and what is written while the others begin and are watched.
+CACHE_TOKENS = 512
+PROBE_TIMEOUT_S = 300.0
+ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+OVERHEAD = ("wire", "worker decode", "worker queue", "worker encode")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is asked for."""
+
+    shape: Shape
+    device: str
+    batches: tuple[int, ...]
+    prefill: int
+    steps: int
+    rounds: int
+    quick: bool
+    compiles: bool
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.device == "cuda" else "float32"
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    def prompts(self, batch: int) -> list[Prompt]:
+        return random_prompts(batch, PROMPT_TOKENS, self.shape.vocabulary, seed=batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What the device gives."""
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float
+    passes: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """By batch, and of the prompt: both transports in turn."""
+
+    decode: Mapping[int, Turns[Decoded]]
+    prefill: Turns[FirstToken]
+
+
+@dataclass(frozen=True, slots=True)
+class Theirs:
+    """The best way of `transformers` for every shape, and its answers."""
+
+    choices: Mapping[str, str]
+    decode: Mapping[int, Sequence[Mapping[str, Any]]]
+    prefill_s: Sequence[float]
+
+    def step_s(self, batch: int) -> float:
+        return statistics.median(batch / answer["tokens_per_s"] for answer in self.decode[batch])
+
+
+def main(
+    batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,16,64",
+    prefill: Annotated[int, typer.Option(min=2, help="Length of the long prompt.")] = 2048,
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a rehearsal.")] = "cuda",
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the model has.")] = None,
+    compiles: Annotated[
+        bool,
+        typer.Option("--compile/--no-compile", help="Whether transformers may compile: minutes a batch."),
+    ] = True,
+    rounds: options.Rounds = 5,
+    out: options.Out = options.RESULTS,
+    quick: options.Quick = False,
+) -> None:
+    """Measures, prints, and writes h200.json."""
+    run = Run(
+        shape=_shape(layers, quick),
+        device=device,
+        batches=tuple(map(int, batches.split(","))),
+        prefill=min(prefill, 64) if quick else prefill,
+        steps=6 if quick else STEPS,
+        rounds=min(rounds, 2) if quick else rounds,
+        quick=quick,
+        compiles=compiles and device == "cuda",
+    )
+    probe = _probe(run)
+    progress(f"{probe.name}: {probe.bytes_per_s / 1e9:,.0f} GB/s, {probe.flops_per_s / 1e12:,.1f} TFLOP/s")
+    with _checkpoint(run.shape) as folder:
+        ours = _measure_ours(run, folder)
+        theirs = _measure_theirs(run, folder)
+    conclude(
+        "h200",
+        out,
+        figures=[*_decode_figures(run, ours, theirs), *_prefill_figures(ours, theirs)],
+        tables=[
+            _decode_table(run, probe, ours, theirs),
+            _prefill_table(run, probe, ours, theirs),
+            _layer_table(run, ours),
+            *(_phase_table(batch, ours.decode[batch]) for batch in run.batches),
+            _pass_table(run, probe),
+        ],
+        notes=_notes(run, probe),
+        data={
+            "probe": {"bytes_per_s": probe.bytes_per_s, "flops_per_s": probe.flops_per_s},
+            "passes": list(probe.passes),
+            "choices": dict(theirs.choices),
+            "shape": run.shape.config,
+        },
+        quick=quick,
+    )
+
+
+def mixtral(layers: int) -> Shape:
+    """Mixtral 8x7B, with a context that the long prompt fits into."""
+    return Shape(hidden=4096, inner=14336, layers=layers, heads=32, kv_heads=8, context=4096)
+
+
+def _shape(layers: int | None, quick: bool) -> Shape:
+    return options.SMALL if quick else mixtral(layers or 32)
+
+
+def _probe(run: Run) -> Probe:
+    """In a process of its own, whose memory is free again when it ends."""
+    shape = run.shape
+    sizes = map(str, (shape.hidden, shape.inner, shape.experts, shape.experts_per_token))
+    done = subprocess.run(
+        [sys.executable, str(PEERS / "device_probe.py"), run.device, *sizes],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=PROBE_TIMEOUT_S,
+        env={**os.environ, **MODULES},
+    )
+    return Probe(**json.loads(done.stdout.splitlines()[-1]))
+
+
+@contextmanager
+def _checkpoint(shape: Shape) -> Iterator[Path]:
+    """3 GB of a full-sized model are really written."""
+    folder = Path(tempfile.mkdtemp(prefix="bench_sparse_"))
+    try:
+        progress(f"writing the dense weights to {folder}")
+        yield write_sparse_checkpoint(folder / "model", shape)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _setup(run: Run, folder: Path) -> Setup:
+    """How our processes are started: bounds that suit the GPU, and the benchmarks' own modules at hand."""
+    shape = run.shape
+    cache_tokens = max(max(run.batches) * CACHE_TOKENS, 2 * shape.context)
+    settings = {
+        "device": run.device,
+        "dtype": run.dtype,
+        "engine.max_batch_tokens": str(max(512, run.prefill)),
+        "engine.max_running_sequences": str(max(64, *run.batches)),
+        "engine.kv_cache_mib": str(1 + (cache_tokens * token_cache_bytes(shape, run.item_bytes) >> 20)),
+    }
+    return Setup(folder, settings=settings, environment=MODULES, worker_module="peers.random_worker")
+
+
+def _measure_ours(run: Run, folder: Path) -> Ours:
+    fresh = _fresh_prompts(run)
+    with ExitStack() as stack:
+        progress("ours: making the experts on the device")
+        setup = _setup(run, folder)
+        without_lane = replace(setup, settings={**setup.settings, "engine.lane": "off"})
+        first = stack.enter_context(serve(without_lane, run.shape.experts))
+        second = stack.enter_context(serve(replace(setup, shared_workers=first.workers), run.shape.experts))
+        sites = {GRPC: first, LANE: second}
+        rules = options.rules(run.rounds, run.quick)
+
+        def turns(measure: Callable[[Served], Any], label: str) -> Turns[Any]:
+            for site in sites.values():
+                measure(site)
+            # The worker is busy in every turn; only the other router must be idle.
+            sides = [
+                Side(name, partial(measure, site), (site.processes["router"],))
+                for name, site in sites.items()
+            ]
+            return take_turns(sides, rules, f"ours, {label}")
+
+        by_batch = {
+            batch: turns(lambda site, batch=batch: _decode(run, site, batch), f"batch {batch}")
+            for batch in run.batches
+        }
+        prefill = turns(lambda site: first_token(site.router, next(fresh)), f"prompt of {run.prefill}")
+    return Ours(by_batch, prefill)
+
+
+def _decode(run: Run, site: Served, batch: int) -> Decoded:
+    return decode(site.router, run.prompts(batch), run.steps)
+
+
+def _fresh_prompts(run: Run) -> Iterator[Prompt]:
+    """Never the same again: no prefix is in a cache."""
+    for seed in count(1000):
+        yield from random_prompts(1, run.prefill, run.shape.vocabulary, seed=seed)
+
+
+def _measure_theirs(run: Run, folder: Path) -> Theirs:
+    arguments = (
+        *("--device", run.device, "--dtype", run.dtype),
+        "--compile" if run.compiles else "--no-compile",
+    )
+    threads = len(psutil.Process().cpu_affinity())
+    side = PEERS / "device_side.py"
+    fresh = _fresh_prompts(run)
+    choices: dict[str, str] = {}
+    by_batch: dict[int, list[dict[str, Any]]] = {}
+    progress("transformers: making the model on the device")
+    with transformers_peer(folder, threads, side, arguments, {**os.environ, **MODULES}) as peer:
+        for batch in run.batches:
+            choices[str(batch)] = _choose(peer, batch, PROMPT_TOKENS, for_prefill=False)
+            by_batch[batch] = [peer.decode(run.prompts(batch), run.steps) for _ in range(run.rounds)]
+        choices["prefill"] = _choose(peer, 1, run.prefill, for_prefill=True)
+        prefill_s = [float(peer.prefill(next(fresh))["seconds"]) for _ in range(run.rounds)]
+    return Theirs(choices, by_batch, prefill_s)
+
+
+def _choose(peer: TransformersPeer, batch: int, length: int, *, for_prefill: bool) -> str:
+    chosen = peer.choose(batch, length, for_prefill=for_prefill)
+    tried = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in chosen["seconds"].items())
+    progress(f"transformers, batch {batch}: {chosen['choice']} of {tried}")
+    return str(chosen["choice"])
+
+
+def _step_s(turns: Turns[Decoded], name: str, batch: int) -> float:
+    return turns.median(name, lambda decoded: batch / decoded.tokens_per_s)
+
+
+def _decode_floor_s(run: Run, probe: Probe, batch: int) -> float:
+    context = PROMPT_TOKENS + run.steps
+    return decode_bytes(run.shape, batch, context, run.item_bytes) / probe.bytes_per_s
+
+
+def _decode_figures(run: Run, ours: Ours, theirs: Theirs) -> Iterator[Figure]:
+    for batch in run.batches:
+        for name in (GRPC, LANE):
+            step_s = theirs.step_s(batch)
+            ratios = [
+                step_s * speed / batch for speed in ours.decode[batch].values(name, lambda d: d.tokens_per_s)
+            ]
+            yield Figure(
+                f"h200-decode-{name.lower()}-b{batch}",
+                f"decode over transformers, {name}, batch {batch}",
+                statistics.median(ratios),
+                "x",
+                min(ratios),
+                max(ratios),
+                sum(ours.decode[batch].disturbed),
+            )
+
+
+def _prefill_figures(ours: Ours, theirs: Theirs) -> Iterator[Figure]:
+    theirs_s = statistics.median(theirs.prefill_s)
+    for name in (GRPC, LANE):
+        ratios = [theirs_s / seconds for seconds in ours.prefill.values(name, lambda f: f.seconds)]
+        yield Figure(
+            f"h200-prefill-{name.lower()}",
+            f"prefill over transformers, {name}",
+            statistics.median(ratios),
+            "x",
+            min(ratios),
+            max(ratios),
+            sum(ours.prefill.disturbed),
+        )
+
+
+def _decode_table(run: Run, probe: Probe, ours: Ours, theirs: Theirs) -> Table:
+    def row(batch: int) -> tuple[str, ...]:
+        turns = ours.decode[batch]
+        floor_s, theirs_s = _decode_floor_s(run, probe, batch), theirs.step_s(batch)
+        steps_s = [_step_s(turns, name, batch) for name in (GRPC, LANE)]
+        best_s = min(steps_s)
+        return (
+            str(batch),
+            f"{1000 * floor_s:.2f}",
+            *(f"{1000 * step_s:.2f}" for step_s in steps_s),
+            f"{1000 * theirs_s:.2f}",
+            theirs.choices[str(batch)],
+            f"{batch / best_s:,.0f}",
+            f"{batch / theirs_s:,.0f}",
+            f"{floor_s / best_s:.0%}",
+            f"{floor_s / theirs_s:.0%}",
+            f"{_same_tokens(turns.rounds[0][GRPC], theirs.decode[batch][0]):.0%}",
+        )
+
+    return Table(
+        "Decode, ms a step",
+        (
+            *("batch", "floor", "gRPC", "lane", "transformers", "with"),
+            *("ours tokens/s", "theirs tokens/s", "ours of the floor", "theirs of the floor", "same tokens"),
+        ),
+        tuple(map(row, run.batches)),
+    )
+
+
+def _same_tokens(ours: Decoded, theirs: Mapping[str, Any]) -> float:
+    """Share of equal tokens, from the first on, over the length that both wrote."""
+    pairs = [
+        mine == other
+        for of_ours, of_theirs in zip(ours.token_ids, theirs["token_ids"], strict=True)
+        for mine, other in zip(of_ours, of_theirs, strict=False)
+    ]
+    return sum(pairs) / len(pairs)
+
+
+def _prefill_table(run: Run, probe: Probe, ours: Ours, theirs: Theirs) -> Table:
+    floor_s = prefill_floor_s(
+        run.shape,
+        run.prefill,
+        run.item_bytes,
+        bytes_per_s=probe.bytes_per_s,
+        flops_per_s=probe.flops_per_s,
+    )
+    ours_s = [ours.prefill.median(name, lambda first: first.seconds) for name in (GRPC, LANE)]
+    theirs_s = statistics.median(theirs.prefill_s)
+    return Table(
+        "Time to the first token, ms",
+        ("prompt", "floor", "gRPC", "lane", "transformers", "with", "ours tokens/s", "theirs tokens/s"),
+        (
+            (
+                str(run.prefill),
+                *(f"{1000 * seconds:.1f}" for seconds in (floor_s, *ours_s, theirs_s)),
+                theirs.choices["prefill"],
+                *(f"{run.prefill / seconds:,.0f}" for seconds in (min(ours_s), theirs_s)),
+            ),
+        ),
+    )
+
+
+def _layer_table(run: Run, ours: Ours) -> Table:
+    def row(batch: int, name: str) -> tuple[str, ...]:
+        def us(*phases: str) -> str:
+            per_layer = ours.decode[batch].median(
+                name, lambda d: 1e6 * d.phases.per_step_s(*phases) / run.shape.layers
+            )
+            return f"{per_layer:.0f}"
+
+        own = ("encode", "decode", "combine")
+        return (f"{batch}, {name}", us(*OVERHEAD), *map(us, OVERHEAD), us("worker compute"), us(*own))
+
+    return Table(
+        "µs a layer while decoding",
+        (
+            "batch, transport",
+            "overhead",
+            *OVERHEAD,
+            "worker compute",
+            "router's encode + decode + combine",
+        ),
+        tuple(row(batch, name) for batch in run.batches for name in (GRPC, LANE)),
+    )
+
+
+def _phase_table(batch: int, turns: Turns[Decoded]) -> Table:
+    def ms(name: str, phase: str) -> str:
+        return f"{turns.median(name, lambda decoded: 1000 * decoded.phases.per_step_s(phase)):.2f}"
+
+    phases = tuple(turns.rounds[0][GRPC].phases.seconds)
+    sums = (f"{turns.median(name, lambda d: 1000 * d.phases.step_s):.2f}" for name in (GRPC, LANE))
+    return Table(
+        f"ms a step, batch {batch}",
+        ("phase", GRPC, LANE),
+        (*((phase, *(ms(name, phase) for name in (GRPC, LANE))) for phase in phases), ("all", *sums)),
+    )
+
+
+def _pass_table(run: Run, probe: Probe) -> Table:
+    """The worker's own kernels on one layer, without any process around them."""
+    expert_bytes = 3 * run.shape.hidden * run.shape.inner * run.item_bytes
+
+    def row(measured: Mapping[str, Any]) -> tuple[str, ...]:
+        grouped_s = measured["grouped_s"]
+        return (
+            str(measured["tokens"]),
+            str(measured["experts"]),
+            f"{1e6 * measured['experts'] * expert_bytes / probe.bytes_per_s:.0f}",
+            f"{1e6 * measured['apart_s']:.0f}",
+            "" if grouped_s is None else f"{1e6 * grouped_s:.0f}",
+        )
+
+    return Table(
+        "Experts of one layer, µs a pass",
+        ("tokens", "distinct experts", "byte floor", "one after another", "grouped"),
+        tuple(map(row, probe.passes)),
+    )
+
+
+def _notes(run: Run, probe: Probe) -> list[str]:
+    shape = run.shape
+    return [
+        f"{probe.name}: {probe.bytes_per_s / 1e9:,.0f} GB/s (the better of a copy and a sum), "
+        f"{probe.flops_per_s / 1e12:,.1f} TFLOP/s ({run.dtype} product), both measured in this run",
+        f"hidden {shape.hidden}, inner {shape.inner}, {shape.layers} layers, {shape.experts} experts top-"
+        f"{shape.experts_per_token}, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocabulary}, {run.dtype}; "
+        f"prompts of {PROMPT_TOKENS} tokens, random weights, the same on both sides",
+        "on a GPU a phase is the host's time in it: what was launched earlier is paid where the host next waits, "
+        "which for attention, gate and the dense products is `encode`",
+        "`same tokens`: greedy tokens equal to those of transformers; in bfloat16 a random model has near ties, "
+        "and after one that falls otherwise the rest differs",
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,72 @@
+"""A pass on a device of fake tensors: no operation mixes it with the host or looks at a number, and the grouped kernel takes
+the strides that it is given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from expert_worker import compute, expert
+from expert_worker.call import Call, ExpertRows
+from expert_worker.expert import ExpertForm, empty_stack, make_expert
+
+# Not the host, and without numbers. In a build of torch without CUDA a fake `cuda` cannot even be indexed.
+DEVICE = torch.device("meta")
+HIDDEN, INNER = 32, 64
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In place of pinned memory plain copies, which are noted: the only ways to the device and back."""
+    noted: list[str] = []
+
+    def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+        noted.append("to device")
+        return tensor.to(device)
+
+    def to_host(tensors: list[Tensor]) -> list[Tensor]:
+        noted.append("to host")
+        return [tensor.to("cpu") for tensor in tensors]
+
+    monkeypatch.setattr(compute, "to_device", to_device)
+    monkeypatch.setattr(expert, "to_device", to_device)
+    monkeypatch.setattr(compute, "to_host", to_host)
+    # Rows are looked at on the host, where they are numbers.
+    monkeypatch.setattr(compute, "_check_finite", lambda hidden: None)
+    return noted
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("combine_sum", [False, True])
+@pytest.mark.parametrize("slots", [[(0, 2)], [(2, 0), (1, 2)]])
+def test_a_pass_stays_on_the_device_and_comes_back_once(
+    copies: list[str], grouped: bool, combine_sum: bool, slots: list[tuple[int, ...]]
+) -> None:
+    with FakeTensorMode():
+        form = ExpertForm(DEVICE, torch.bfloat16)
+        stack = empty_stack(3, hidden_size=HIDDEN, inner_size=INNER, form=form)
+        experts = [
+            make_expert(gate_up, down, "silu", form, stack if grouped else None, index)
+            for index, (gate_up, down) in enumerate(zip(stack.gate_up, stack.down, strict=True))
+        ]
+        calls = [
+            Call(
+                layer=0,
+                hidden=torch.empty(4, HIDDEN, dtype=torch.bfloat16),
+                groups=tuple(
+                    ExpertRows(experts[slot], torch.tensor([0, 3]), torch.ones(2) if combine_sum else None)
+                    for slot in of_call
+                ),
+                combine_sum=combine_sum,
+                deadline_s=0.0,
+            )
+            for of_call in slots
+        ]
+        answers = compute.compute_calls(calls)
+    assert all(
+        isinstance(answer, Tensor) and (answer.device.type, answer.shape) == ("cpu", (4, HIDDEN))
+        for answer in answers
+    )
+    assert copies.count("to host") == 1 and copies[-1] == "to host"

@@ -1,0 +1,124 @@
+"""What a GPU would punish, seen without one: on a device of fake tensors no operation may mix that device with the host, and
+nothing may look at a number, which on a GPU waits for all that was launched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from support.checkpoints import write_mixtral
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+)
+
+from moesaic.checkpoint import Checkpoint, open_checkpoint
+from moesaic.families import describe_model
+from router import lean_decoder
+from router.batch import Layout, pack
+from router.chunk import Chunk, Sequence
+from router.dispatcher import DispatchStep, combine
+from router.kv_cache import BlockPool, KVCache
+from router.model import MicroBatch
+from router.model_loader import load_model
+from router.phases import PhaseClock
+
+# Not the host, and without numbers. In a build of torch without CUDA a fake `cuda` cannot even be indexed.
+DEVICE = torch.device("meta")
+BLOCK_TOKENS = 4
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeTensorMode]:
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+class DeviceExperts:
+    """A DispatchStep that never leaves the device."""
+
+    def __init__(self) -> None:
+        self.failed: dict[int, Any] = {}
+
+    def send(
+        self, layer: int, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, **_: Any
+    ) -> Any:
+        assert {tensor.device for tensor in (hidden, slots, weights)} == {DEVICE}
+        assert weights.dtype == torch.float32
+        return hidden, slots, weights
+
+    def receive(self, call: Any) -> torch.Tensor:
+        hidden, slots, weights = call
+        return combine(hidden[:, None].expand(-1, slots.shape[1], -1), weights).to(hidden.dtype)
+
+
+class WantedRows:
+    """A tensor of the host, whose numbers are known where no others are."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self._rows = rows
+
+    def tolist(self) -> list[int]:
+        return self._rows
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        return torch.tensor(self._rows).to(device)
+
+
+def test_the_stand_in_for_a_gpu_refuses_what_a_gpu_punishes(fake: FakeTensorMode) -> None:
+    on_device = torch.ones(3, device=DEVICE)
+    with pytest.raises(FakeTensorDeviceMismatchError):
+        on_device + torch.ones(3)
+    with pytest.raises(DataDependentOutputException):
+        on_device.sum().item()
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_whole_step_stays_on_the_device_and_waits_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invariant: bool, window: int | None, dtype: torch.dtype
+) -> None:
+    checkpoint = open_checkpoint(write_mixtral(tmp_path / "model"))
+    shape = describe_model(checkpoint)
+    monkeypatch.setattr(lean_decoder, "read_dense", _read_nothing)
+    wanted = cast(torch.Tensor, WantedRows([8, 9, 15, 16, 17]))
+    # What torch.tensor makes on `meta` is no fake yet.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layout = Layout(BLOCK_TOKENS, window, DEVICE, dtype, invariant)
+        model = load_model(checkpoint, shape, layout, decoder="lean", num_positions=64, clock=PhaseClock())
+        cache = KVCache(
+            num_layers=shape.num_layers,
+            num_blocks=64,
+            block_tokens=BLOCK_TOKENS,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=dtype,
+            device=DEVICE,
+        )
+        # A prompt, one that decodes, the end of a prompt, and two that decode beside it.
+        batch = pack(_chunks((0, 9), (5, 1), (4, 6), (11, 1), (12, 1)), layout)
+        experts = cast(DispatchStep, DeviceExperts())
+        logits = model.forward([MicroBatch(batch, wanted, experts)], cache)
+    assert logits.device == DEVICE and logits.shape == (5, shape.vocab_size)
+
+
+def _chunks(*spans: tuple[int, int]) -> tuple[Chunk, ...]:
+    pool = BlockPool(64, BLOCK_TOKENS)
+    chunks = []
+    for number, (start, num_tokens) in enumerate(spans):
+        sequence = Sequence(str(number), list(range(1, 20)), 19)
+        pool.extend(sequence.blocks, start + num_tokens)
+        chunks.append(Chunk(sequence, start, num_tokens))
+    return tuple(chunks)
+
+
+def _read_nothing(
+    checkpoint: Checkpoint, names: frozenset[str], *, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in sorted(names):
+        yield name, torch.empty(checkpoint.tensors[name].shape, dtype=dtype, device=device)
