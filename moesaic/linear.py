@@ -33,7 +33,7 @@ WeightForm = Literal["float", "int8", "int4"]
 ROW_TILE = 16
 # oneDNN keeps megabytes for every number of rows that it has ever seen, and never gives them back: so a product has
 # one of these numbers of rows, filled up with zeros, and more rows are several products.
-ROW_COUNTS = (*(1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64), *(80, 96, 112, 128, 160, 192, 224, 256))
+ROW_COUNTS: tuple[int, ...] = (*(1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64), *(80, 96, 112, 128, 160, 192, 224, 256))
 # Inputs that share a scale in int4.
 INT4_GROUP = 32
 # What the int4 kernel asks of the number of outputs.
@@ -143,7 +143,7 @@ class _Plain:
 class _Packed:
     """In oneDNN's own layout."""
 
-    row_counts = ROW_COUNTS
+    row_counts: tuple[int, ...] = ROW_COUNTS
 
     def __init__(self, weight: Tensor) -> None:
         self.dtype = weight.dtype
@@ -160,7 +160,7 @@ class _Int8:
     """Both sides in 8 bits, for CPUs that multiply such: a scale an output and a scale a row."""
 
     dtype = torch.float32
-    row_counts = ROW_COUNTS
+    row_counts: tuple[int, ...] = ROW_COUNTS
 
     def __init__(self, weight: Tensor) -> None:
         quantised, self._scales = _quantise_int8(weight)

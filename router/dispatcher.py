@@ -13,6 +13,7 @@ calls: fewer bytes come back, and placement reaches the last bits.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -87,6 +88,8 @@ class _Call:
     versions: list[bytes]
     pending: PendingCall
     span: trace.Span
+    # Whether it was waited for.
+    landed: bool = False
     # COMBINE_SUM only: what came back, [R, D].
     sums: Tensor | None = None
 
@@ -139,6 +142,7 @@ class DispatchStep:
         self._context = context
         # Workers that did not answer in this step: waiting for them again in every layer would add up.
         self._silent: set[str] = set()
+        self._in_flight: list[LayerCall] = []
         self.failed: dict[int, MoesaicError] = {}
 
     def compute(self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -159,6 +163,7 @@ class DispatchStep:
         started_s = time.perf_counter()
         call = self._open(layer, hidden, slots, weights)
         call.tokens = tokens
+        self._in_flight.append(call)
         self._send_wave(call, range(len(call.order.slots)))
         self._clock.add("encode", time.perf_counter() - started_s)
         return call
@@ -178,7 +183,15 @@ class DispatchStep:
             if call.tokens is not None:
                 failed = [call.tokens[row] for row in failed]
             self.failed.update(dict.fromkeys(failed, error))
+        self._in_flight.remove(call)
         return total.to(call.hidden.dtype)
+
+    def abandon(self) -> None:
+        """Gives up what is still in flight, so that links need not keep a place for its answers."""
+        for asked in (asked for call in self._in_flight for asked in call.wave if not asked.landed):
+            with contextlib.suppress(MoesaicError, TimeoutError):
+                asked.link.receive(asked.pending, 0.0)
+            asked.span.end()
 
     def _open(self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor) -> LayerCall:
         """Everything that is the same for all workers."""
@@ -218,10 +231,9 @@ class DispatchStep:
             its_places.append(place)
             its_versions.append(version)
         call.wave_ends_s = min(self._deadline_s, time.monotonic() + self._rules.call_timeout_s)
-        call.wave = [
-            self._send(call, link, call.order.part(its_places), its_versions)
-            for link, (its_places, its_versions) in by_link.items()
-        ]
+        call.wave = []
+        for link, (its_places, its_versions) in by_link.items():
+            call.wave.append(self._send(call, link, call.order.part(its_places), its_versions))
 
     def _send(self, call: LayerCall, link: WorkerLink, part: Part, versions: list[bytes]) -> _Call:
         wire, scales = call.wire, call.scales
@@ -263,6 +275,7 @@ class DispatchStep:
         waited_s = decode_s = 0.0
         for asked in call.wave:
             started_s = time.perf_counter()
+            asked.landed = True
             try:
                 answer = asked.link.receive(asked.pending, max(0.0, call.wave_ends_s - time.monotonic()))
             except (MoesaicError, TimeoutError) as error:

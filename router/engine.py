@@ -181,6 +181,7 @@ class Engine:
         lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
         started = time.perf_counter()
         splits = self._overlap is not None and self._overlap.decide(*count(chunks))
+        parts: list[MicroBatch] = []
         try:
             parts, readings = self._pack(halves(chunks) if splits else (chunks,))
             for reading in readings:
@@ -189,6 +190,8 @@ class Engine:
             self._deliver(self._whole(readings), logits)
         except Exception:
             log.exception("a step failed")
+            for part in parts:
+                part.experts.abandon()
             for live in lives:
                 self._fail(live, InternalError("internal error"))
         else:

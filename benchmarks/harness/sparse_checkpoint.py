@@ -76,22 +76,25 @@ def _write(
     file: Path, dense: Mapping[str, Size], holes: Mapping[str, Size], generator: torch.Generator
 ) -> None:
     """The holes lie behind everything that is written."""
-    entries = dict(_entries({**dense, **holes}))
-    header = json.dumps(entries).encode()
+    sizes = {**dense, **holes}
+    header = json.dumps(dict(_entries(sizes))).encode()
     with file.open("wb") as out:
         out.write(len(header).to_bytes(_LENGTH_BYTES, "little") + header)
         for size in dense.values():
             out.write(_random(size, generator).view(torch.uint8).numpy().data)
-        end = max(entry["data_offsets"][1] for entry in entries.values())
-        out.truncate(_LENGTH_BYTES + len(header) + end)
+        out.truncate(_LENGTH_BYTES + len(header) + sum(map(_num_bytes, sizes.values())))
 
 
-def _entries(sizes: Mapping[str, Size]) -> Iterator[tuple[str, dict[str, list[int]]]]:
+def _entries(sizes: Mapping[str, Size]) -> Iterator[tuple[str, dict[str, object]]]:
     start = 0
     for name, size in sizes.items():
-        end = start + math.prod(size) * _ITEM_BYTES
-        yield name, {"dtype": "BF16", "shape": list(size), "data_offsets": [start, end]}  # type: ignore[dict-item]
+        end = start + _num_bytes(size)
+        yield name, {"dtype": "BF16", "shape": size, "data_offsets": (start, end)}
         start = end
+
+
+def _num_bytes(size: Size) -> int:
+    return _ITEM_BYTES * math.prod(size)
 
 
 def _random(size: Size, generator: torch.Generator) -> torch.Tensor:

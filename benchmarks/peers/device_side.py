@@ -6,6 +6,7 @@ which on a GPU compiles the decode step into CUDA graphs by itself.
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,8 +39,14 @@ class DeviceModel(Model):
         if for_prefill or not self._compiles or batch * self._gather_bytes() > GENERATE_GATHER_BYTES:
             return chosen
         ids = torch.randint(0, self._model.config.vocab_size, (batch, prompt_length)).tolist()
-        self._generate(ids)  # compiles
-        step_s = self._generate(ids)["seconds"] / GENERATED
+        try:
+            self._generate(ids)  # compiles
+            step_s = self._generate(ids)["seconds"] / GENERATED
+        except (
+            Exception
+        ) as error:  # a compiler has a hundred ways to fail, and the other ways are known by now
+            print(f"generate with batch {batch} failed: {error}", file=sys.stderr)
+            return chosen
         if step_s < min(chosen["seconds"].values()):
             self._generates.add(batch)
             chosen["choice"] = COMPILED

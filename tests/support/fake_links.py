@@ -52,6 +52,7 @@ class FakeLink(WorkerLink):
         self.traffic = Traffic()
         self.answer = answer
         self.requests: list[expert_pb2.ComputeRequest] = []
+        self.received: list[int] = []
         self.closed = False
 
     @property
@@ -68,6 +69,7 @@ class FakeLink(WorkerLink):
         return PendingCall(request, hidden, None, time.perf_counter())
 
     def receive(self, call: PendingCall, timeout_s: float) -> Answer:
+        self.received.append(call.request.call_id)
         return self.answer(call.request, call.hidden)
 
     def close(self) -> None:

@@ -1,5 +1,5 @@
-"""A pass on a device of fake tensors: no operation mixes it with the host or looks at a number, and the grouped kernel takes
-the strides that it is given."""
+"""A pass on a GPU, mostly seen without one: on a device of fake tensors no operation mixes that device with the host or looks
+at a number, and the grouped kernel takes the strides that it is given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from expert_worker import compute, expert
 from expert_worker.call import Call, ExpertRows
-from expert_worker.expert import ExpertForm, empty_stack, make_expert
+from expert_worker.expert import ExpertForm, ExpertStack, compute_experts, empty_stack, make_expert
 
 # Not the host, and without numbers. In a build of torch without CUDA a fake `cuda` cannot even be indexed.
 DEVICE = torch.device("meta")
@@ -70,3 +70,25 @@ def test_a_pass_stays_on_the_device_and_comes_back_once(
         for answer in answers
     )
     assert copies.count("to host") == 1 and copies[-1] == "to host"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("counts", [[1, 0, 1, 0], [0, 0, 0, 5], [3, 17, 1, 64]])
+def test_the_grouped_kernel_of_a_gpu_agrees_with_one_product_after_another(counts: list[int]) -> None:
+    form = ExpertForm(torch.device("cuda"), torch.bfloat16)
+    stack = empty_stack(4, hidden_size=256, inner_size=512, form=form)
+    generator = torch.Generator("cuda").manual_seed(0)
+    for weight in (stack.gate_up, stack.down):
+        weight.normal_(0.0, weight.shape[2] ** -0.5, generator=generator)
+    rows = torch.randn(sum(counts), 256, device="cuda", generator=generator).bfloat16()
+
+    def computed(of_stack: ExpertStack | None) -> Tensor:
+        experts = [
+            make_expert(stack.gate_up[slot], stack.down[slot], "silu", form, of_stack, slot)
+            for slot, count in enumerate(counts)
+            if count
+        ]
+        return compute_experts(experts, rows, [count for count in counts if count]).float()
+
+    apart = computed(None)
+    assert (computed(stack) - apart).norm() <= 2e-2 * apart.norm()

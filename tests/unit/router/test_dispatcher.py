@@ -139,6 +139,18 @@ def test_a_silent_worker_is_waited_for_once_a_step_not_once_a_layer() -> None:
     assert len(links["a"].requests) == 1
 
 
+def test_what_is_abandoned_in_flight_is_given_up_once() -> None:
+    epoch = make_epoch(2, NUM_SLOTS)
+    pool, links = make_pool(epoch, {"a": range(2), "b": range(2, 4)})
+    dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0))
+    step = dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0)
+    step.compute(0, HIDDEN, SLOTS, WEIGHTS)
+    step.send(1, HIDDEN, SLOTS, WEIGHTS)
+    step.abandon()
+    for link in links.values():
+        assert link.received == [request.call_id for request in link.requests]
+
+
 @pytest.mark.parametrize("combine_sum", [False, True], ids=["rows", "sum"])
 def test_combining_accumulates_in_float32_whatever_the_rows_are(combine_sum: bool) -> None:
     # 256 + 1 + 1 is 256 in the arithmetic of bfloat16; expert s multiplies by s + 1.

@@ -1,4 +1,4 @@
-"""What a GPU would punish, seen without one: on a device of fake tensors no operation may mix that device with the host, and
+"""What a GPU would punish, mostly seen without one: on a device of fake tensors no operation may mix that device with the host, and
 nothing may look at a number, which on a GPU waits for all that was launched."""
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from router.kv_cache import BlockPool, KVCache
 from router.model import MicroBatch
 from router.model_loader import load_model
 from router.phases import PhaseClock
+from router.staging import staging_for
 
 # Not the host, and without numbers. In a build of torch without CUDA a fake `cuda` cannot even be indexed.
 DEVICE = torch.device("meta")
@@ -105,6 +106,22 @@ def test_a_whole_step_stays_on_the_device_and_waits_for_nothing(
         experts = cast(DispatchStep, DeviceExperts())
         logits = model.forward([MicroBatch(batch, wanted, experts)], cache)
     assert logits.device == DEVICE and logits.shape == (5, shape.vocab_size)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_rows_reach_the_host_whole_and_go_back_as_they_landed() -> None:
+    device = torch.device("cuda")
+    staging = staging_for(device)
+    for seed in range(20):  # pinned memory is used again and again
+        rows = torch.full((512, 4096), float(seed), device=device) @ torch.eye(4096, device=device)
+        slots = torch.arange(2048, device=device).view(512, 4)[:, :2]
+        on_host, of_slots = staging.to_host([rows, slots])
+        assert (on_host == seed).all() and of_slots.is_contiguous() and torch.equal(of_slots, slots.cpu())
+        landed = staging.empty((512, 4096), torch.float32).copy_(on_host + 1)
+        back = staging.to_device(landed)
+        del landed
+        staging.empty((512, 4096), torch.float32).zero_()
+        assert (back == seed + 1).all()
 
 
 def _chunks(*spans: tuple[int, int]) -> tuple[Chunk, ...]:
