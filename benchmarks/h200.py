@@ -68,6 +68,7 @@ class Run:
     rounds: int
     quick: bool
     compiles: bool
+    combine: str
 
     @property
     def dtype(self) -> str:
@@ -120,6 +121,9 @@ def main(
         bool,
         typer.Option("--compile/--no-compile", help="Whether transformers may compile: minutes a batch."),
     ] = True,
+    combine: Annotated[
+        str, typer.Option(help="engine.combine: rows, or sum for fewer bytes on the way back.")
+    ] = "rows",
     rounds: options.Rounds = 5,
     out: options.Out = options.RESULTS,
     quick: options.Quick = False,
@@ -134,6 +138,7 @@ def main(
         rounds=min(rounds, 2) if quick else rounds,
         quick=quick,
         compiles=compiles and device == "cuda",
+        combine=combine,
     )
     probe = _probe(run)
     progress(f"{probe.name}: {probe.bytes_per_s / 1e9:,.0f} GB/s, {probe.flops_per_s / 1e12:,.1f} TFLOP/s")
@@ -204,6 +209,7 @@ def _setup(run: Run, folder: Path) -> Setup:
     settings = {
         "device": run.device,
         "dtype": run.dtype,
+        "engine.combine": run.combine,
         "engine.max_batch_tokens": str(max(512, run.prefill)),
         "engine.max_running_sequences": str(max(64, *run.batches)),
         "engine.kv_cache_mib": str(1 + (cache_tokens * token_cache_bytes(shape, run.item_bytes) >> 20)),
@@ -446,7 +452,7 @@ def _notes(run: Run, probe: Probe) -> list[str]:
         f"{probe.name}: {probe.bytes_per_s / 1e9:,.0f} GB/s (the better of a copy and a sum), "
         f"{probe.flops_per_s / 1e12:,.1f} TFLOP/s ({run.dtype} product), both measured in this run",
         f"hidden {shape.hidden}, inner {shape.inner}, {shape.layers} layers, {shape.experts} experts top-"
-        f"{shape.experts_per_token}, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocabulary}, {run.dtype}; "
+        f"{shape.experts_per_token}, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocabulary}, {run.dtype}, combine: {run.combine}; "
         f"prompts of {PROMPT_TOKENS} tokens, random weights, the same on both sides",
         "on a GPU a phase is the host's time in it: what was launched earlier is paid where the host next waits, "
         "which for attention, gate and the dense products is `encode`",

@@ -34,7 +34,9 @@ def compute_calls(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
 
 def _check_finite(hidden: Tensor) -> MoesaicError | None:
     # A sum is finite only if every number is; finite numbers may still add up to more than float32 holds.
-    if math.isfinite(hidden.sum(dtype=torch.float32).item()) or bool(hidden.isfinite().all()):
+    # A dtype of its own is named where the sum would not fit: it costs a copy of all rows.
+    dtype = torch.float32 if hidden.dtype == torch.float16 else None
+    if math.isfinite(hidden.sum(dtype=dtype).item()) or bool(hidden.isfinite().all()):
         return None
     return InvalidArgument("hidden must be finite", field="hidden.data")
 

@@ -92,7 +92,9 @@ class GrpcStream:
             for answer in self._answers:
                 self._inbox.put(answer)
         except grpc.RpcError as broken:
-            error = from_rpc_error(broken)
+            # A server that stops at once cancels its calls; to us, too, that is a worker that went away.
+            if broken.code() is not grpc.StatusCode.CANCELLED:
+                error = from_rpc_error(broken)
         finally:
             self.broken = True
             self._outbox.put(None)
