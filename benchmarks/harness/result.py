@@ -15,6 +15,8 @@ from typing import Any, Self
 from harness.machine import Machine, describe_machine
 from harness.targets import BY_KEY
 
+_ROOT = Path(__file__).resolve().parents[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -133,13 +135,22 @@ def conclude(
         tuple(marked),
         data or {},
         quick,
-        shlex.join(["python", *sys.argv]),
+        _typed(sys.argv),
         time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         describe_machine(),
     )
     result.show()
     print(f"written to {result.save(out)}", file=sys.stderr)
     return result
+
+
+def _typed(arguments: Sequence[str]) -> str:
+    """The command as one would type it in the checkout, without where its result went; of other folders only names."""
+    words = [word.removeprefix(f"{_ROOT}/") for word in arguments]
+    if "--out" in words:
+        place = words.index("--out")
+        del words[place : place + 2]
+    return shlex.join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in words)])
 
 
 def _short(value: float) -> str:
