@@ -33,7 +33,10 @@ WeightForm = Literal["float", "int8", "int4"]
 ROW_TILE = 16
 # oneDNN keeps megabytes for every number of rows that it has ever seen, and never gives them back: so a product has
 # one of these numbers of rows, filled up with zeros, and more rows are several products.
-ROW_COUNTS: tuple[int, ...] = (*(1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64), *(80, 96, 112, 128, 160, 192, 224, 256))
+ROW_COUNTS: tuple[int, ...] = (
+    *(1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64),
+    *(80, 96, 112, 128, 160, 192, 224, 256),
+)
 # Inputs that share a scale in int4.
 INT4_GROUP = 32
 # What the int4 kernel asks of the number of outputs.

@@ -1,7 +1,8 @@
 """How many prompt tokens are read beside sequences that decode, so that their next tokens are not long in coming.
 
 Learned from the steps themselves: what a step takes with nothing but decoding sequences, and what each prompt token
-adds to it. A mixed step may take `max_stall` times an undisturbed one. Pure: seconds come in as numbers.
+adds to it. A mixed step may take `max_stall` times an undisturbed one while one prompt is read, and more where many wait for
+few: small chunks read slowly, and then those who wait lose more than those who are served. Pure: seconds come in as numbers.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ class Pace:
         self._undisturbed: dict[int, deque[float]] = {}
         self._token_s: float | None = None
 
-    def budget(self, num_decoding: int) -> int:
-        """Prompt tokens that a step may read beside `num_decoding` sequences that decode."""
+    def budget(self, num_decoding: int, num_unread: int = 1) -> int:
+        """Prompt tokens that a step may read beside `num_decoding` sequences, where `num_unread` prompts are not read yet."""
         room = self._max_batch_tokens - num_decoding
         if num_decoding == 0:
             return room
         step_s = self._step_s(num_decoding)
         if step_s is None or self._token_s is None:
             return min(room, MIN_CHUNK)
-        affordable = int((self._max_stall - 1) * step_s / self._token_s)
+        crowd = 1 + max(0, num_unread - 1) / num_decoding
+        affordable = int((self._max_stall * crowd - 1) * step_s / self._token_s)
         return min(room, max(MIN_CHUNK, affordable))
 
     def observe(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:

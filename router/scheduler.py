@@ -62,9 +62,9 @@ class Scheduler:
         chunks: list[Chunk] = []
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         budget = self._extend(chunks, decoding, self.limits.max_batch_tokens)
-        if self._pace is not None:
-            budget = min(budget, self._pace.budget(len(chunks)))
         reading = [sequence for sequence in self.running if sequence.num_pending > 1]
+        if self._pace is not None:
+            budget = min(budget, self._pace.budget(len(chunks), len(reading) + len(self.waiting)))
         budget = self._extend(chunks, reading, budget)
         self._admit(chunks, budget)
         return tuple(chunks)

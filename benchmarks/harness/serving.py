@@ -21,6 +21,10 @@ STOP_TIMEOUT_S = 30.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# As cluster/processes.py sets them: threads that wait hardly spin.
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """How a model is served. `settings` are keys of moesaic/settings.py, for example {"engine.lane": "off"}."""
@@ -41,9 +45,9 @@ class Setup:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of every process: the settings, and threads that wait without spinning."""
+        """The environment of every process: the settings, and threads that wait as in a cluster."""
         named = {f"MOESAIC_{key.upper().replace('.', '__')}": value for key, value in self.settings.items()}
-        return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **named, **self.environment}
+        return {**os.environ, **PASSIVE, **named, **self.environment}
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,20 @@ def test_a_mixed_step_takes_what_it_may_and_no_more() -> None:
     assert 1.7 < stalled <= 1.8
 
 
+def test_the_more_wait_for_few_the_larger_the_chunks() -> None:
+    pace, machine = (
+        Pace(max_batch_tokens=512, max_stall=1.8),
+        Machine(fixed_s=0.06, decode_s=0.005, prompt_s=0.001),
+    )
+    learn(pace, machine, *[(8, 0)] * 5, (0, 512))
+    for _ in range(20):
+        learn(pace, machine, (8, pace.budget(8)))
+    calm = pace.budget(8)
+    assert pace.budget(8, num_unread=1) == calm
+    assert calm < pace.budget(8, num_unread=4) < pace.budget(8, num_unread=8)
+    assert pace.budget(8, num_unread=56) == 504
+
+
 def test_a_first_step_price_that_hides_a_fixed_cost_is_corrected_soon() -> None:
     pace = Pace(max_batch_tokens=512, max_stall=1.8)
     for _ in range(5):
