@@ -24,7 +24,7 @@ END_TIMEOUT_S = 10.0
 # An answer holds every token id of a batch.
 MAX_LINE_BYTES = 64 << 20
 # Ours are set for processes that share the cores in turn; the other side has its own best.
-NOT_INHERITED = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+NOT_INHERITED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True)

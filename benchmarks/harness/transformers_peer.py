@@ -13,7 +13,7 @@ from typing import IO, Any
 
 SIDE = Path(__file__).resolve().parents[1] / "peers" / "transformers_side.py"
 # Set for our processes because they share the cores; `transformers` has the machine to itself, and waits as it likes.
-_OURS_ALONE = ("OMP_WAIT_POLICY",)
+_OURS_ALONE = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 class TransformersPeer:
