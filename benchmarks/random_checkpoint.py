@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +26,21 @@ class Shape:
     kv_heads: int = 4
     vocabulary: int = 32_000
     context: int = 4096
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """The sizes in a Mixtral's config.json, that of `config` as well."""
+        return cls(
+            hidden=config["hidden_size"],
+            inner=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            experts=config["num_local_experts"],
+            experts_per_token=config["num_experts_per_tok"],
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            vocabulary=config["vocab_size"],
+            context=config["max_position_embeddings"],
+        )
 
     @property
     def config(self) -> dict[str, object]:

@@ -123,16 +123,7 @@ def main(
 
 def model_shape(config: dict[str, Any]) -> ModelShape:
     """Of the checkpoint that was measured: float32 weights and rows."""
-    shape = Shape(
-        hidden=config["hidden_size"],
-        inner=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        experts=config["num_local_experts"],
-        experts_per_token=config["num_experts_per_tok"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        vocabulary=config["vocab_size"],
-    )
+    shape = Shape.of(config)
     return ModelShape(
         "measured",
         shape.layers,

@@ -53,14 +53,4 @@ def read_shape(model: Path) -> Shape:
     config = json.loads((model / "config.json").read_text())
     if config["model_type"] != "mixtral":
         raise SystemExit("these benchmarks count the bytes of a Mixtral; --model is something else")
-    return Shape(
-        hidden=config["hidden_size"],
-        inner=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        experts=config["num_local_experts"],
-        experts_per_token=config["num_experts_per_tok"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        vocabulary=config["vocab_size"],
-        context=config["max_position_embeddings"],
-    )
+    return Shape.of(config)
