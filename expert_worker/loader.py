@@ -38,6 +38,17 @@ def load_experts(
             yield address, _load_expert(checkpoint, model, address, form, stack, index)
 
 
+def expert_memory(
+    model: MoeModel, form: ExpertForm, stack: ExpertStack | None, index: int
+) -> tuple[Tensor, Tensor]:
+    """Where the weights of an expert are put, [2F, D] and [D, F]: its entry of the stack, or memory of its own."""
+    if stack is not None:
+        return stack.gate_up[index], stack.down[index]
+    shapes = (2 * model.inner_size, model.hidden_size), (model.hidden_size, model.inner_size)
+    gate_up, down = (torch.empty(shape, device=form.device, dtype=form.dtype) for shape in shapes)
+    return gate_up, down
+
+
 def _load_expert(
     checkpoint: Checkpoint,
     model: MoeModel,
@@ -46,11 +57,7 @@ def _load_expert(
     stack: ExpertStack | None,
     index: int,
 ) -> HeldExpert:
-    if stack is not None:
-        gate_up, down = stack.gate_up[index], stack.down[index]
-    else:
-        shapes = (2 * model.inner_size, model.hidden_size), (model.hidden_size, model.inner_size)
-        gate_up, down = (torch.empty(shape, device=form.device, dtype=form.dtype) for shape in shapes)
+    gate_up, down = expert_memory(model, form, stack, index)
     version = _fill(gate_up, down, checkpoint, model, address)
     return HeldExpert(version, make_expert(gate_up, down, model.activation, form, stack, index))
 

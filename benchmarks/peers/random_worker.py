@@ -13,7 +13,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from harness.random_experts import fill_expert
 
@@ -21,6 +20,7 @@ from expert_worker.assignment import parse_experts
 from expert_worker.config import WorkerConfig
 from expert_worker.expert import ExpertForm, ExpertStack, can_stack, empty_stack, make_expert
 from expert_worker.expert_store import ExpertStore, HeldExpert
+from expert_worker.loader import expert_memory
 from expert_worker.server import WorkerServer
 from moesaic import telemetry
 from moesaic.checkpoint import Checkpoint, open_checkpoint
@@ -50,11 +50,7 @@ class RandomWorker(WorkerServer):
 def _make(
     model: MoeModel, address: ExpertAddress, form: ExpertForm, stack: ExpertStack | None, index: int
 ) -> HeldExpert:
-    if stack is not None:
-        gate_up, down = stack.gate_up[index], stack.down[index]
-    else:
-        shapes = (2 * model.inner_size, model.hidden_size), (model.hidden_size, model.inner_size)
-        gate_up, down = (torch.empty(shape, device=form.device, dtype=form.dtype) for shape in shapes)
+    gate_up, down = expert_memory(model, form, stack, index)
     fill_expert(gate_up, down, *address)
     # Nobody reads 90 GB back to name them by their content.
     version = hashlib.sha256(f"random {address.layer}.{address.slot}".encode()).digest()
