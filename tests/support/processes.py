@@ -25,7 +25,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **(env or {})},
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONFAULTHANDLER": "1", **(env or {})},
         )
         self._log: list[str] = []
         # A pipe that nobody reads fills up and stops its writer.
@@ -59,14 +59,16 @@ class Process:
         self._popen.wait(STOP_TIMEOUT_S)
 
     def stop(self) -> int:
-        """SIGTERM, and its exit code."""
+        """SIGTERM, and its exit code. A process that does not end is aborted, and the failure shows the stacks of its threads."""
         if self._popen.poll() is None:
             self._popen.send_signal(signal.SIGTERM)
         try:
             code = self._popen.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self.kill()
-            raise
+            self._popen.send_signal(signal.SIGABRT)
+            self._popen.wait(STOP_TIMEOUT_S)
+            self._reader.join(STOP_TIMEOUT_S)
+            raise AssertionError(f"still running {STOP_TIMEOUT_S} s after SIGTERM:\n{self.log}") from None
         self._reader.join(STOP_TIMEOUT_S)
         for pipe in (self._popen.stdout, self._popen.stderr):
             if pipe is not None:
