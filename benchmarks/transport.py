@@ -3,7 +3,8 @@
 1. Encodings of a call: a plain protobuf `bytes` field, ours (moesaic/wire.py: the same bytes on the wire, one copy less each
    time), and raw bytes without any message; alone, and echoed by another process over one gRPC stream, TCP and unix.
 2. A wave: 8 KiB to each of four workers and back, through dispatcher, links and the workers' own service, whose experts
-   return their rows; over gRPC and over the lane, against four processes that echo over bare unix sockets.
+   return their rows; over gRPC and over the lane, against four processes that echo over bare unix sockets. Reported with it:
+   four processes that echo raw bytes over gRPC streams, the least that any such wave costs in Python.
 3. A layer call of 64 rows x 2048 bfloat16, top 8 of 128, two such workers, combine: sum.
 
 Run: python benchmarks/transport.py [--rounds 5] [--part encodings|wave|layer]
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import grpc
 import torch
 import typer
 from harness import options
@@ -148,9 +150,9 @@ def _round_trip_table(folder: Path, rules: Rules, quick: bool) -> Table:
                 [
                     Side(
                         f"{name}, {encoding}",
-                        partial(_echo, exchange, encoding, request, memoryview(data), repeats),
+                        partial(_echo, stream, encoding, request, memoryview(data), repeats),
                     )
-                    for (name, encoding), exchange in streams.items()
+                    for (name, encoding), stream in streams.items()
                 ],
                 rules,
                 f"echo, {label}",
@@ -169,36 +171,45 @@ def _round_trip_table(folder: Path, rules: Rules, quick: bool) -> Table:
     )
 
 
-@contextmanager
-def _echo_stream(target: str, method: str) -> Iterator[Callable[[bytes], bytes]]:
+class _EchoStream:
     """Bytes out, bytes back."""
-    outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def __init__(self, channel: grpc.Channel, method: str) -> None:
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._answers: Iterator[bytes] = channel.stream_stream(f"/Echo/{method}")(
+            iter(self._outbox.get, None)
+        )
+
+    def send(self, raw: bytes | None) -> None:
+        """None: the last."""
+        self._outbox.put(raw)
+
+    def receive(self) -> bytes:
+        return next(self._answers)
+
+
+@contextmanager
+def _echo_stream(target: str, method: str) -> Iterator[_EchoStream]:
     channel = rpc.channel(target)
-    answers = channel.stream_stream(f"/Echo/{method}")(iter(outbox.get, None))
-
-    def exchange(raw: bytes) -> bytes:
-        outbox.put(raw)
-        answer: bytes = next(answers)
-        return answer
-
+    stream = _EchoStream(channel, method)
     try:
-        yield exchange
+        yield stream
     finally:
-        outbox.put(None)
+        stream.send(None)
         channel.close()
 
 
 def _echo(
-    exchange: Callable[[bytes], bytes],
+    stream: _EchoStream,
     encoding: str,
     request: expert_pb2.ComputeRequest,
     data: memoryview,
     repeats: int,
 ) -> Seconds:
     def once() -> None:
+        stream.send(_encode(encoding, request, data))
         # The answer holds the rows in another field; what it costs to read is the same.
-        raw = exchange(_encode(encoding, request, data))
-        _decode_answer(encoding, raw)
+        _decode_answer(encoding, stream.receive())
 
     return _median_s(once, repeats)
 
@@ -221,8 +232,18 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
         sockets = [
             stack.enter_context(_echo_socket(f"{folder}/{i}", hidden.nbytes)) for i in range(WAVE_WORKERS)
         ]
+        streams = [
+            stack.enter_context(
+                _echo_stream(
+                    f"127.0.0.1:{stack.enter_context(_peer('echo.py', 'grpc', '127.0.0.1:0'))[-1]}", "Raw"
+                )
+            )
+            for _ in range(WAVE_WORKERS)
+        ]
+        frame = bytes(hidden.nbytes)
         sides: dict[str, Callable[[], Seconds]] = {
-            "bare sockets": partial(_socket_waves, sockets, bytes(hidden.nbytes), repeats)
+            "bare sockets": partial(_socket_waves, sockets, frame, repeats),
+            "bare gRPC": partial(_stream_waves, streams, frame, repeats),
         }
         workers = stack.enter_context(_identity_workers(WAVE_WORKERS, WAVE_HIDDEN, WAVE_WORKERS))
         for name in ("gRPC", "lane"):
@@ -233,7 +254,15 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
             sides[name] = partial(_median_s, compute, repeats)
         turns = take_turns((Side(name, side) for name, side in sides.items()), rules, "wave")
     bare_us = 1e6 * turns.median("bare sockets", _same)
-    figures = [Figure("", "one wave of 8 KiB to 4 processes over bare unix sockets", bare_us, "us")]
+    figures = [
+        Figure("", "one wave of 8 KiB to 4 processes over bare unix sockets", bare_us, "us"),
+        Figure(
+            "",
+            "the same wave of raw bytes over bare gRPC streams, over bare unix sockets",
+            turns.ratio("bare gRPC", "bare sockets", _same).value,
+            "x",
+        ),
+    ]
     for name in ("gRPC", "lane"):
         over = turns.ratio(name, "bare sockets", _same)
         figures += [
@@ -266,6 +295,16 @@ def _socket_waves(sockets: Sequence[socket.socket], frame: bytes, repeats: int) 
             one.sendall(frame)
         for one in sockets:
             read_frame(one, answer)
+
+    return _median_s(wave, repeats)
+
+
+def _stream_waves(streams: Sequence[_EchoStream], frame: bytes, repeats: int) -> Seconds:
+    def wave() -> None:
+        for one in streams:
+            one.send(frame)
+        for one in streams:
+            one.receive()
 
     return _median_s(wave, repeats)
 
