@@ -58,31 +58,24 @@ def measure_errors(folder: Path, text: str | None) -> list[Error]:
     for expert_dtype in EXPERT_DTYPES:
         experts = _load(checkpoint, shape, expert_dtype)
         for index, layer in enumerate(model.get_decoder().layers):
-            layer.mlp.experts.held = {slot: experts[index, slot] for slot in range(shape.num_slots)}
+            layer.mlp.experts.held = {
+                slot: experts[ExpertAddress(index, slot)] for slot in range(shape.num_slots[index])
+            }
         model.set_experts_implementation(NAME)
         held = sum(expert.num_bytes for expert in experts.values()) / len(experts)
         errors.append(_compare(expert_dtype, held, _logits(model, windows), expected, windows))
     return errors
 
 
-def _load(
-    checkpoint: Checkpoint, shape: MoeModel, expert_dtype: ExpertDType
-) -> dict[tuple[int, int], Expert]:
-    addresses = [
-        ExpertAddress(layer, slot) for layer in range(shape.num_layers) for slot in range(shape.num_slots)
-    ]
+def _load(checkpoint: Checkpoint, shape: MoeModel, expert_dtype: ExpertDType) -> Experts:
     form = choose_form(
         expert_dtype,
         torch.device("cpu"),
         torch.float32,
-        hidden_size=shape.hidden_size,
-        inner_size=shape.inner_size,
+        (experts.module for experts in shape.experts.values()),
         batch_invariant=False,
     )
-    return {
-        (address.layer, address.slot): held.expert
-        for address, held in load_experts(checkpoint, shape, addresses, form)
-    }
+    return {address: held.expert for address, held in load_experts(checkpoint, shape, shape.addresses, form)}
 
 
 def _compute(module: Any, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ from harness.result import Table, conclude
 from torch import Tensor
 
 from expert_worker import allocator
-from expert_worker.expert import ExpertForm, compute_experts, empty_stack, make_expert
+from expert_worker.expert import ExpertForm, ExpertWeights, compute_experts, empty_weights, make_expert
+from moesaic.families.model import ExpertModule
 from moesaic.linear import ROW_TILE
 
 # Shapes: n rows, D hidden size, F inner size.
@@ -43,6 +44,10 @@ class Weights:
 
     gate_up: Tensor  # [2F, D]
     down: Tensor  # [D, F]
+
+    @property
+    def module(self) -> ExpertModule:
+        return ExpertModule(*self.down.shape, "silu")
 
     def plain(self, rows: Tensor) -> Tensor:
         gate, up = F.linear(rows, self.gate_up).chunk(2, dim=-1)
@@ -143,11 +148,10 @@ def _grouped(dtype: torch.dtype) -> Callable[[Weights], tuple[Compute, int]]:
 
     def copy(weights: Weights) -> tuple[Compute, int]:
         form = ExpertForm(torch.device("cpu"), dtype)
-        hidden, inner = weights.down.shape
-        stack = empty_stack(1, hidden_size=hidden, inner_size=inner, form=form)
-        stack.gate_up[0] = weights.gate_up
+        stack = empty_weights(weights.module, form, 1)
+        stack.up[0] = weights.gate_up
         stack.down[0] = weights.down
-        expert = make_expert(stack.gate_up[0], stack.down[0], "silu", form, stack)
+        expert = make_expert(stack[0], weights.module, form, stack)
         return lambda rows: compute_experts([expert], rows, [len(rows)]), expert.num_bytes
 
     return copy
@@ -159,7 +163,7 @@ def _product(form: ExpertForm) -> Callable[[Weights], tuple[Compute, int]]:
     def copy(weights: Weights) -> tuple[Compute, int]:
         # Copies: an expert may keep what it is made from.
         gate_up, down = (weight.to(form.dtype, copy=True) for weight in (weights.gate_up, weights.down))
-        expert = make_expert(gate_up, down, "silu", form)
+        expert = make_expert(ExpertWeights(gate_up, down), weights.module, form)
         return expert, expert.num_bytes
 
     return copy

@@ -28,7 +28,9 @@ from harness.result import Figure, Table, conclude
 from harness.serving import Served, Setup, serve
 from harness.turns import Side, take_turns
 
-from moesaic.families import GateRule
+from moesaic.checkpoint import open_checkpoint
+from moesaic.families import describe_model
+from moesaic.families.model import GateRule
 from router.cluster_view import NamedWorkers, Snapshot
 from router.dispatcher import Dispatcher, DispatchRules
 from router.gate import assign
@@ -82,9 +84,8 @@ class OurLayer:
 
     def __init__(self, served: Served, model: Path) -> None:
         self._shape = options.read_shape(model)
-        view = NamedWorkers(
-            served.workers, model=model.name, num_layers=self._shape.layers, num_slots=self._shape.experts
-        )
+        experts = describe_model(open_checkpoint(model)).addresses
+        view = NamedWorkers(served.workers, model=model.name, experts=experts)
         snapshot = asyncio.run(_first(view))
         assert snapshot.epoch is not None
         self._epoch = snapshot.epoch

@@ -90,7 +90,8 @@ def print_report(report: BenchReport, out: Console) -> None:
         rows = report.rows[first : first + COLUMNS]
         _section(out, _phase_table(rows))
         _section(out, _step_table(rows))
-        _section(out, _worker_table(rows))
+        if rows[0].profile.workers:
+            _section(out, _worker_table(rows))
     for duel in report.duels:
         _section(out, _duel_table(duel))
         out.print(_duel_note(duel), markup=False)

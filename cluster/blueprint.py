@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.controller import Cluster, Member
-from cluster.placement import MAX_WORKERS, Node, Seat, place_experts, seat_routers, seat_workers
+from cluster.placement import MAX_WORKERS, Node, Seat, layer_loads, place_experts, seat_routers, seat_workers
 from cluster.processes import (
     CONTROLLER,
     GATEWAY,
@@ -44,7 +44,7 @@ def check_counts(settings: Settings, model: MoeModel) -> None:
     """Whether the model can be served and spread as asked, before anything runs. Raises InvalidArgument."""
     model.context_length(settings.engine.max_model_len)
     if settings.cluster.workers is not None:
-        place_experts(model.num_layers, model.num_slots, settings.cluster.workers, settings.cluster.replicas)
+        place_experts(layer_loads(model), settings.cluster.workers, settings.cluster.replicas)
 
 
 def draw_blueprint(
@@ -55,7 +55,7 @@ def draw_blueprint(
     Raises InvalidArgument with field `workers`, `replicas` or `device`.
     """
     replicas = settings.cluster.replicas
-    at_most = min(MAX_WORKERS, model.num_layers * model.num_slots * replicas)
+    at_most = min(MAX_WORKERS, len(model.addresses) * replicas)
     num_routers = settings.cluster.routers
     seats = seat_workers(
         nodes,
@@ -71,8 +71,7 @@ def draw_blueprint(
     quiet_seat = Seat(router_seats[0].node, num_gpus=0.0, threads=1)
     cluster = Cluster(
         model=folder.name,
-        num_layers=model.num_layers,
-        num_slots=model.num_slots,
+        experts=frozenset(model.addresses),
         members=(
             Member(CONTROLLER, control_pb2.PROCESS_ROLE_CONTROLLER),
             Member(GATEWAY, control_pb2.PROCESS_ROLE_GATEWAY),
@@ -90,7 +89,10 @@ def draw_blueprint(
 def _workers(
     settings: Settings, folder: Path, model: MoeModel, seats: Sequence[Seat]
 ) -> tuple[PlannedProcess, ...]:
-    placement = place_experts(model.num_layers, model.num_slots, len(seats), settings.cluster.replicas)
+    """None where the router holds the whole model."""
+    if not seats:
+        return ()
+    placement = place_experts(layer_loads(model), len(seats), settings.cluster.replicas)
     return tuple(
         PlannedProcess(
             ExpertWorkerSpec(
@@ -105,6 +107,7 @@ def _workers(
                     settings=settings.worker.model_copy(
                         update={"threads": settings.worker.threads or seat.threads}
                     ),
+                    dense_layers=settings.dense_layers,
                 )
             ),
             seat,
@@ -136,6 +139,7 @@ def _router(
         device=_device(seat),
         dtype=settings.dtype,
         engine=settings.engine.model_copy(update={"threads": settings.engine.threads or seat.threads}),
+        dense_layers=settings.dense_layers,
     )
     spec = RouterSpec(name, config, is_public, settings.cluster.start_timeout_s)
     return PlannedProcess(spec, seat, num_cpus=1, pinned=is_public)

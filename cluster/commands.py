@@ -27,6 +27,10 @@ Router = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="The ro
 Address = Annotated[
     str | None, typer.Option(metavar="HOST:PORT|auto", help="The Ray to join.", show_default="a local one")
 ]
+DenseLayers = Annotated[
+    str | None,
+    typer.Option(help="auto, router or experts: who computes layers without a gate."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -43,7 +47,7 @@ def version(
 @app.command()
 def serve(
     model: Annotated[
-        str | None, typer.Argument(help="Hugging Face folder.", show_default="the demo model")
+        str | None, typer.Argument(help="Folder of a model.", show_default="the demo model")
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Expert workers.", show_default="one per node and GPU")
@@ -52,6 +56,7 @@ def serve(
     replicas: Annotated[int | None, typer.Option(help="Copies of every expert.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    dense_layers: DenseLayers = None,
     expert_dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16, int8 or int4.")] = None,
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="Tokens do not depend on what else is in the batch.")
@@ -75,6 +80,7 @@ def serve(
             model=model,
             device=device,
             dtype=dtype,
+            dense_layers=dense_layers,
             http_port=http_port,
             grpc_port=grpc_port,
             host=host,
@@ -85,6 +91,23 @@ def serve(
         )
         checked = serving.check_model(settings)
         asyncio.run(serving.serve(serving.with_ports(settings), checked, as_json=as_json))
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder of a model.", show_default="the demo model")
+    ] = None,
+    dense_layers: DenseLayers = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a model's folder, what it takes, and whether it will serve."""
+    with exit_with_code(as_json=as_json):
+        from cluster.inspect import run_inspect
+        from moesaic.settings import load_settings
+
+        settings = load_settings(model=model, dense_layers=dense_layers)
+        run_inspect(settings.model, settings.dense_layers, as_json=as_json)
 
 
 @app.command()
@@ -152,9 +175,25 @@ def stop(address: Address = None, as_json: Json = False) -> None:
 
 
 @app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="A model whose weights are pickles: .pth, .pt or .bin.")],
+    out: Annotated[
+        Path, typer.Argument(help="The Hugging Face folder to write; goes on with one that was begun.")
+    ],
+    shard_mib: Annotated[int, typer.Option(help="Size of its files of weights, in MiB.", min=1)] = 4096,
+    as_json: Json = False,
+) -> None:
+    """Write a model of pickles as an ordinary Hugging Face folder, in safetensors."""
+    with exit_with_code(as_json=as_json):
+        from cluster.convert import run_convert
+
+        run_convert(folder, out, shard_mib=shard_mib, as_json=as_json)
+
+
+@app.command()
 def bench(
     model: Annotated[
-        str | None, typer.Argument(help="Hugging Face folder.", show_default="the demo model")
+        str | None, typer.Argument(help="Folder of a model.", show_default="the demo model")
     ] = None,
     url: Annotated[
         str | None,

@@ -38,11 +38,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What is wanted: the model's shape and the processes that serve it."""
+    """What is wanted: the model's experts and the processes that serve it."""
 
     model: str
-    num_layers: int
-    num_slots: int
+    experts: frozenset[ExpertAddress]
     members: tuple[Member, ...]
 
     @property
@@ -192,9 +191,7 @@ class Controller:
         self._problem = ""
         try:
             versions = merge_versions(
-                [replica.versions for replica in self._replicas.values()],
-                num_layers=self._cluster.num_layers,
-                num_slots=self._cluster.num_slots,
+                [replica.versions for replica in self._replicas.values()], self._cluster.experts
             )
         except FailedPrecondition as error:
             if error.reason != "EXPERTS_MISSING":  # workers that are not there yet are no problem

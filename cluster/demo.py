@@ -218,10 +218,11 @@ def _share(
 
 def _print_opening(out: Console, model: CheckedModel, workers: int, routers: int) -> None:
     shape = model.shape
-    num_experts = shape.num_layers * shape.num_slots
+    num_experts = len(shape.addresses)
+    layer = shape.experts[0]  # all are alike
     holds_none = "the router holds" if routers == 1 else f"the {routers} routers hold"
     out.print(
-        f"[bold]Moesaic[/]: {shape.num_layers} layers of {shape.num_slots} experts, {shape.gate.top_k} a token. "
+        f"[bold]Moesaic[/]: {shape.num_layers} layers of {layer.num_slots} experts, {layer.top_k} a token. "
         f"{workers} worker processes hold the {num_experts} experts; {holds_none} none.\n"
     )
 

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from moesaic.errors import CheckpointError
 
+# Served where no model is named.
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+
 HUB_PREFIX = "hf://"
 # Weights, config, tokenizer and chat template; never code, never pickles.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*"]
 
 
 def find_model(source: str) -> Path:

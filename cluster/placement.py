@@ -2,18 +2,21 @@
 
 Per layer, every worker gets a quota: the even share, or its share by weight. Quotas laid end to end around the circle
 of the layer's slots give every slot its copies and no worker the same expert twice, so that losing one worker never
-takes two copies of an expert. What a layer cannot split evenly is made up for in the next, so totals stay even too.
+takes two copies of an expert. What a layer cannot split evenly is made up for in the next, so that bytes stay even too:
+the layers of a dense model, of one expert each, go around the workers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from typing import NamedTuple
 
 from moesaic.errors import InvalidArgument
+from moesaic.families import MoeModel
 from moesaic.manifest import ExpertAddress
 from moesaic.settings import Device
 
@@ -41,9 +44,23 @@ class Seat:
     threads: int
 
 
+class LayerLoad(NamedTuple):
+    """What one layer has to be placed."""
+
+    num_slots: int
+    # Of one expert.
+    num_bytes: int
+
+
+def layer_loads(model: MoeModel) -> dict[int, LayerLoad]:
+    """Every layer that has experts."""
+    return {
+        layer: LayerLoad(num_slots, model.expert_bytes(layer)) for layer, num_slots in model.num_slots.items()
+    }
+
+
 def place_experts(
-    num_layers: int,
-    num_slots: int,
+    layers: Mapping[int, LayerLoad],
     num_workers: int,
     replicas: int = 1,
     weights: Sequence[float] | None = None,
@@ -51,18 +68,24 @@ def place_experts(
     """The experts of each worker.
 
     Every expert is on exactly `replicas` different workers. Without `weights` the workers' numbers differ by at most
-    one, in every layer and in all; with them they follow the weights as far as whole experts allow, and no worker is
-    left empty. Raises InvalidArgument with field `workers`, `replicas` or `weights`.
+    one in every layer, and their bytes by at most one expert in all; with them both follow the weights as far as whole
+    experts allow. No worker is left empty. Raises InvalidArgument with field `workers`, `replicas` or `weights`.
     """
-    _check_counts(num_layers * num_slots, num_workers, replicas)
-    shares = _shares(num_slots, num_workers, replicas, weights)
+    _check_counts(sum(load.num_slots for load in layers.values()), num_workers, replicas)
+    wanted = [Fraction(1)] * num_workers if weights is None else _checked(weights, num_workers)
     held: list[set[ExpertAddress]] = [set() for _ in range(num_workers)]
-    for layer in range(num_layers):
-        quotas = _quotas(shares, [len(experts) for experts in held], layer + 1)
+    # What a worker's bytes lack to its share of the layers so far.
+    behind = [Fraction(0)] * num_workers
+    # What is large comes first, so that what is small can make up for it.
+    for layer, load in sorted(layers.items(), key=lambda item: -item[1].num_bytes):
+        shares = _shares(load.num_slots, replicas, wanted)
+        behind = [bytes_ + share * load.num_bytes for bytes_, share in zip(behind, shares, strict=True)]
+        quotas = _quotas(shares, behind, load.num_bytes)
+        behind = [bytes_ - quota * load.num_bytes for bytes_, quota in zip(behind, quotas, strict=True)]
         position = 0
         for experts, quota in zip(held, quotas, strict=True):
             experts.update(
-                ExpertAddress(layer, index % num_slots) for index in range(position, position + quota)
+                ExpertAddress(layer, index % load.num_slots) for index in range(position, position + quota)
             )
             position += quota
     if empty := [index for index, experts in enumerate(held) if not experts]:
@@ -123,6 +146,8 @@ def seat_routers(
 def _check_counts(num_experts: int, num_workers: int, replicas: int) -> None:
     if not 1 <= num_workers <= MAX_WORKERS:
         raise InvalidArgument(f"workers: must be in [1, {MAX_WORKERS}]", field="workers")
+    if not num_experts:
+        raise InvalidArgument("workers: the model has no experts for one to hold", field="workers")
     if replicas < 1:
         raise InvalidArgument("replicas: must be at least 1", field="replicas")
     if replicas > num_workers:
@@ -137,23 +162,6 @@ def _check_counts(num_experts: int, num_workers: int, replicas: int) -> None:
         )
 
 
-def _shares(
-    num_slots: int, num_workers: int, replicas: int, weights: Sequence[float] | None
-) -> list[Fraction]:
-    """Each worker's exact share of one layer, by weight, capped at one copy of every expert."""
-    exact = [Fraction(1)] * num_workers if weights is None else _checked(weights, num_workers)
-    shares = [Fraction(0)] * num_workers
-    open_workers, left = set(range(num_workers)), Fraction(num_slots * replicas)
-    while open_workers:
-        total = sum(exact[worker] for worker in open_workers)
-        full = {worker for worker in open_workers if left * exact[worker] > num_slots * total}
-        for worker in full or open_workers:
-            shares[worker] = Fraction(num_slots) if full else left * exact[worker] / total
-        open_workers -= full or open_workers
-        left -= num_slots * len(full)
-    return shares
-
-
 def _checked(weights: Sequence[float], num_workers: int) -> list[Fraction]:
     if len(weights) != num_workers:
         raise InvalidArgument(f"weights: must name all {num_workers} workers", field="weights")
@@ -162,15 +170,28 @@ def _checked(weights: Sequence[float], num_workers: int) -> list[Fraction]:
     return [Fraction(weight) for weight in weights]
 
 
-def _quotas(shares: Sequence[Fraction], held: Sequence[int], num_layers: int) -> list[int]:
-    """Whole numbers for the next layer: each share rounded down, or up for whoever is furthest behind its share."""
+def _shares(num_slots: int, replicas: int, wanted: Sequence[Fraction]) -> list[Fraction]:
+    """Each worker's exact share of one layer in experts, by weight, capped at one copy of every expert."""
+    shares = [Fraction(0)] * len(wanted)
+    open_workers, left = set(range(len(wanted))), Fraction(num_slots * replicas)
+    while open_workers:
+        total = sum(wanted[worker] for worker in open_workers)
+        full = {worker for worker in open_workers if left * wanted[worker] > num_slots * total}
+        for worker in full or open_workers:
+            shares[worker] = Fraction(num_slots) if full else left * wanted[worker] / total
+        open_workers -= full or open_workers
+        left -= num_slots * len(full)
+    return shares
+
+
+def _quotas(shares: Sequence[Fraction], behind: Sequence[Fraction], expert_bytes: int) -> list[int]:
+    """Whole numbers for one layer: each share rounded down, or up for whoever would be furthest behind in bytes."""
     quotas = [math.floor(share) for share in shares]
     can_round_up = [worker for worker, share in enumerate(shares) if share > quotas[worker]]
-    behind = sorted(
-        can_round_up,
-        key=lambda worker: (held[worker] + quotas[worker] - shares[worker] * num_layers, worker),
+    furthest_first = sorted(
+        can_round_up, key=lambda worker: (quotas[worker] * expert_bytes - behind[worker], worker)
     )
-    for worker in islice(behind, int(sum(shares)) - sum(quotas)):
+    for worker in islice(furthest_first, int(sum(shares)) - sum(quotas)):
         quotas[worker] += 1
     return quotas
 

@@ -24,7 +24,7 @@ from cluster.blueprint import check_counts, draw_blueprint
 from cluster.launcher import Endpoints, Launcher
 from cluster.load_progress import LoadProgress
 from cluster.milestones import Milestones
-from cluster.model_source import find_model, name_model
+from cluster.model_source import DEMO_MODEL, find_model, name_model
 from cluster.stop_signals import StopSignals
 from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument, Unavailable
@@ -35,7 +35,6 @@ from moesaic.v1 import control_pb2
 if TYPE_CHECKING:
     from cluster.actors import RayCluster
 
-DEMO_MODEL = Path(__file__).parent / "demo_model"
 # Controller and gateway.
 NUM_OTHER_PROCESSES = 2
 # Above the ports that Ray gives its workers and below those that Linux hands out by itself: while the processes start,
@@ -60,7 +59,7 @@ def check_model(settings: Settings) -> CheckedModel:
     """
     source = settings.model or str(DEMO_MODEL)
     folder = find_model(source).resolve()
-    shape = describe_model(open_checkpoint(folder))
+    shape = describe_model(open_checkpoint(folder), settings.dense_layers)
     check_counts(settings, shape)
     return CheckedModel(folder, settings.served_model_name or name_model(source), shape)
 

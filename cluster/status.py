@@ -106,7 +106,7 @@ def _print(status: ClusterStatus, console: Console) -> None:
     model, stats = status.model, status.stats
     console.print(f"[bold]{model.model}[/] ({model.family}), epoch {model.epoch}, router {status.router}")
     console.print(
-        f"{model.num_layers} layers of {model.num_experts} experts, {model.num_experts_per_token} a token; "
+        f"{model.num_layers} layers{_experts(model)}; "
         f"context {model.max_model_len}; up {stats.uptime_s:.0f} s"
     )
     if len(status.routers) <= 1:
@@ -115,13 +115,25 @@ def _print(status: ClusterStatus, console: Console) -> None:
             f"KV {stats.kv_blocks_used} of {stats.kv_blocks_total} blocks; "
             f"{count(stats.generated_tokens)} tokens generated"
         )
-    console.print()
-    console.print(_processes(status.topology, status.routers) if status.topology else _traffic(stats))
+    if status.topology is not None:
+        console.print()
+        console.print(_processes(status.topology, status.routers))
+    elif stats.workers:
+        console.print()
+        console.print(_traffic(stats))
     if len(status.routers) > 1:
         console.print()
         console.print(_routers(status.routers))
     for remark in _remarks(status):
         console.print(remark, style="yellow", markup=False)
+
+
+def _experts(model: inference_pb2.GetModelInfoResponse) -> str:
+    """Of the layer that has most; none where the router computes the whole model."""
+    if not model.num_experts:
+        return ""
+    experts = "1 expert" if model.num_experts == 1 else f"{model.num_experts} experts"
+    return f" of {experts}, {model.num_experts_per_token} a token"
 
 
 def _processes(

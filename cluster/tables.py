@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich import box
 from rich.table import Table
 
@@ -33,6 +35,18 @@ def state_text(state: control_pb2.ProcessState) -> str:
 def count(number: int) -> str:
     """12345 -> 12,345."""
     return f"{number:,}"
+
+
+def amount(number: int) -> str:
+    """46702792704 -> 46.7 B: three digits, in thousands, millions or billions."""
+    value, unit = float(number), ""
+    for larger in ("K", "M", "B"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    if not unit:
+        return str(number)
+    return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}"
 
 
 def size(num_bytes: int) -> str:

@@ -86,8 +86,9 @@ def draw_look(look: Look) -> RenderableType:
     heading = Text.assemble(
         (model.model, "bold"), f"  epoch {model.epoch}  router {look.target}", overflow="ellipsis"
     )
-    parts: list[RenderableType] = [heading, _totals(activity), Text(), _router_table(activity), Text()]
-    parts.append(_worker_table(activity))
+    parts: list[RenderableType] = [heading, _totals(activity), Text(), _router_table(activity)]
+    if activity.workers:
+        parts += [Text(), _worker_table(activity)]
     parts += [Text(remark, style="yellow") for remark in _remarks(look)]
     if look.lost:
         return Group(Styled(Group(*parts), "dim"), Text(), Text(look.lost, style="bold red"))

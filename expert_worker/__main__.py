@@ -23,7 +23,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Option(help="Hugging Face folder.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of a model.")] = None,
     experts: Annotated[
         str, typer.Option(help="[LAYERS:]SLOTS, comma-separated: 0-3, or 0:0-7,1:2; all for everything.")
     ] = "all",
@@ -31,6 +31,9 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 0,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    dense_layers: Annotated[
+        str | None, typer.Option(help="auto, router or experts: who computes layers without a gate.")
+    ] = None,
     expert_dtype: Annotated[
         str | None, typer.Option(help="auto, fp32, bf16, int8 or int4; auto: as --dtype says.")
     ] = None,
@@ -55,7 +58,15 @@ def serve(
             "batch_invariant": batch_invariant,
             "lane": lane,
         }
-        settings = load_settings(config, model=model, host=host, device=device, dtype=dtype, worker=worker)
+        settings = load_settings(
+            config,
+            model=model,
+            host=host,
+            device=device,
+            dtype=dtype,
+            dense_layers=dense_layers,
+            worker=worker,
+        )
         telemetry.configure(name, otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
         asyncio.run(_serve(_worker_config(settings, name, experts, port), settings.cluster.drain_timeout_s))
     except MoesaicError as error:
@@ -68,16 +79,17 @@ def serve(
 def _worker_config(settings: Settings, name: str, experts: str, port: int) -> WorkerConfig:
     if settings.model is None:
         raise InvalidArgument("model: is missing", field="model")
-    model = describe_model(open_checkpoint(settings.model))
+    model = describe_model(open_checkpoint(settings.model), settings.dense_layers)
     return WorkerConfig(
         name=name,
         model=Path(settings.model),
-        experts=parse_experts(experts, num_layers=model.num_layers, num_slots=model.num_slots),
+        experts=parse_experts(experts, model.num_slots),
         host=settings.host,
         port=port,
         device=settings.device,
         dtype=settings.dtype,
         settings=settings.worker,
+        dense_layers=settings.dense_layers,
     )
 
 

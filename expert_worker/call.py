@@ -76,8 +76,8 @@ def read_call(
     layer, hidden, combine = request.layer, request.hidden, request.combine
     if request.timeout_ms == 0:
         raise DeadlineExceeded("the caller's time was over on arrival")
-    if layer >= model.num_layers:
-        raise InvalidArgument(f"layer must be below {model.num_layers}", field="layer")
+    if layer not in model.experts:
+        raise InvalidArgument(f"layer {layer} has no experts", field="layer")
     if combine not in (expert_pb2.COMBINE_ROWS, expert_pb2.COMBINE_SUM):
         raise InvalidArgument("combine must be COMBINE_ROWS or COMBINE_SUM", field="combine")
     check_tensor(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moesaic.families.model import DenseLayers
 from moesaic.manifest import ExpertAddress
 from moesaic.settings import Device, DType, WorkerSettings
 
@@ -21,3 +22,4 @@ class WorkerConfig:
     device: Device
     dtype: DType
     settings: WorkerSettings
+    dense_layers: DenseLayers = "auto"

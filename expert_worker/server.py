@@ -25,6 +25,7 @@ from expert_worker.expert import Expert, ExpertForm, choose_form
 from expert_worker.expert_store import ExpertStore
 from expert_worker.loader import load_experts
 from expert_worker.service import SERVICE, ExpertService, LoadedModel
+from expert_worker.stored_weight import stored_bytes
 from moesaic import rpc
 from moesaic.checkpoint import Checkpoint, open_checkpoint
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
@@ -117,10 +118,12 @@ class WorkerServer:
             torch.set_num_threads(config.settings.threads)
         device = choose_device(config.device)
         checkpoint = open_checkpoint(config.model)
-        model = describe_model(checkpoint)
+        model = describe_model(checkpoint, config.dense_layers)
         _check_experts(config.experts, model)
         form = self._choose_form(device, model)
-        self.total_bytes = len(config.experts) * model.expert_bytes
+        self.total_bytes = sum(
+            stored_bytes(checkpoint, model.experts[address.layer], address) for address in config.experts
+        )
         start_s = time.monotonic()
         allocator.return_freed_memory()
         try:
@@ -153,18 +156,19 @@ class WorkerServer:
             settings.expert_dtype,
             device,
             choose_dtype(self._config.dtype, device, model.dtype),
-            hidden_size=model.hidden_size,
-            inner_size=model.inner_size,
+            (model.experts[layer].module for layer in {address.layer for address in self._config.experts}),
             batch_invariant=settings.batch_invariant,
         )
 
     def _load_store(self, checkpoint: Checkpoint, model: MoeModel, form: ExpertForm) -> ExpertStore:
         store = ExpertStore()
-        for address, held in load_experts(checkpoint, model, self._config.experts, form):
+        for address, held in load_experts(
+            checkpoint, model, self._config.experts, form, stopping=self._stopping
+        ):
             if self._stopping.is_set():
                 raise Unavailable("stopped while loading")
             store.add(address, held)
-            self.loaded_bytes += model.expert_bytes
+            self.loaded_bytes += stored_bytes(checkpoint, model.experts[address.layer], address)
         return store
 
     async def _watch_health(self) -> None:
@@ -181,10 +185,9 @@ class WorkerServer:
 def _check_experts(experts: frozenset[ExpertAddress], model: MoeModel) -> None:
     if not experts:
         raise InvalidArgument("experts: the worker was given none", field="experts")
-    if any(not (0 <= layer < model.num_layers and 0 <= slot < model.num_slots) for layer, slot in experts):
-        raise InvalidArgument(
-            f"experts: the model has {model.num_layers} layers of {model.num_slots} slots", field="experts"
-        )
+    if unknown := sorted(experts.difference(model.addresses)):
+        layer, slot = unknown[0]
+        raise InvalidArgument(f"experts: the model has no slot {slot} in layer {layer}", field="experts")
 
 
 def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[Call]:

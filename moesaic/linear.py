@@ -62,13 +62,21 @@ class _Product(Protocol):
 
 
 class Linear:
-    """weight [O, I], no bias. Raises InvalidArgument for a form that cannot hold such a weight here."""
+    """weight [O, I] and bias [O], if there is one. Raises InvalidArgument for a form that cannot hold such a weight here."""
 
-    def __init__(self, weight: Tensor, form: WeightForm = "float", *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        form: WeightForm = "float",
+        bias: Tensor | None = None,
+        *,
+        batch_invariant: bool = False,
+    ) -> None:
         self.out_features, self.in_features = weight.shape
         self.device = weight.device
         check_form(form, weight.device, self.in_features, self.out_features)
         self._product = _choose_product(weight, form)
+        self._bias = None if bias is None else bias.to(self._product.dtype)
         # Sums of whole numbers are exact whatever their order.
         in_tiles = batch_invariant and not isinstance(self._product, _Int8)
         self._row_counts = (ROW_TILE,) if in_tiles else self._product.row_counts
@@ -80,15 +88,17 @@ class Linear:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weight as it is held, not counting what a layout fills up."""
-        return self._product.num_bytes
+        """Bytes of weight and bias as they are held, not counting what a layout fills up."""
+        return self._product.num_bytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows [n, I] of any float dtype -> [n, O] in fresh memory."""
         rows = rows.to(self.dtype)
-        return (
+        product = (
             _with_counts(self._product, rows, self._row_counts) if self._row_counts else self._product(rows)
         )
+        # One addition a number, whatever its neighbours: it changes nothing about who gets which bits.
+        return product if self._bias is None else product.add_(self._bias)
 
 
 def check_form(form: WeightForm, device: torch.device, in_features: int, out_features: int) -> None:

@@ -8,7 +8,7 @@ processes that agree on the epoch's id agree on the whole model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,9 +69,9 @@ class Epoch:
 
 
 def merge_versions(
-    held: Iterable[Mapping[ExpertAddress, bytes]], *, num_layers: int, num_slots: int
+    held: Iterable[Mapping[ExpertAddress, bytes]], wanted: Collection[ExpertAddress]
 ) -> dict[ExpertAddress, bytes]:
-    """One version for every (layer, slot) out of what the workers hold.
+    """One version for each of the model's experts, which are `wanted`, out of what the workers hold.
 
     Raises FailedPrecondition where replicas disagree or a slot is held by nobody.
     """
@@ -83,14 +83,13 @@ def merge_versions(
                     f"workers hold different versions of layer {address.layer} slot {address.slot}",
                     reason="VERSIONS_DISAGREE",
                 )
-    wanted = {ExpertAddress(layer, slot) for layer in range(num_layers) for slot in range(num_slots)}
-    if missing := sorted(wanted - versions.keys()):
+    if missing := sorted(set(wanted) - versions.keys()):
         first = missing[0]
         raise FailedPrecondition(
             f"{len(missing)} experts are held by no worker, first: layer {first.layer} slot {first.slot}",
             reason="EXPERTS_MISSING",
         )
-    if extra := sorted(versions.keys() - wanted):
+    if extra := sorted(versions.keys() - set(wanted)):
         first = extra[0]
         raise FailedPrecondition(
             f"workers hold experts that the model does not have, first: layer {first.layer} slot {first.slot}",

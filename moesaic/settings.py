@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from moesaic.errors import InvalidArgument
+from moesaic.families.model import DenseLayers
 
 Device = Literal["auto", "cpu", "cuda"]
 # auto: bfloat16 on CUDA when the checkpoint is bfloat16, else float32.
@@ -114,12 +115,14 @@ class ClusterSettings(_Group):
 class Settings(_Group):
     """Everything that can be set."""
 
-    # A Hugging Face folder. Absent: the demo model inside the package.
+    # A folder of a model, or hf://ORG/NAME. Absent: the demo model inside the package.
     model: str | None = None
     # The name in the API. Absent: the folder's name.
     served_model_name: str | None = None
     device: Device = "auto"
     dtype: DType = "auto"
+    # Who computes the layers that have no gate. auto: workers where the model has no other experts, else the router.
+    dense_layers: DenseLayers = "auto"
     host: str = "127.0.0.1"
     http_port: int = Field(8000, ge=0, le=65535)
     grpc_port: int = Field(50051, ge=0, le=65535)

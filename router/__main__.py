@@ -12,7 +12,7 @@ import typer
 from moesaic import telemetry
 from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument, MoesaicError
-from moesaic.families import describe_model
+from moesaic.families import DenseLayers, describe_model
 from moesaic.settings import Settings, load_settings
 from router.cluster_view import ClusterView, ControlWatch, NamedWorkers
 from router.config import RouterConfig
@@ -32,6 +32,9 @@ def main(
     port: Annotated[int | None, typer.Option(help="0: any free port.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    dense_layers: Annotated[
+        str | None, typer.Option(help="auto, router or experts: who computes layers without a gate.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     decoder: Annotated[
@@ -69,6 +72,7 @@ def main(
             grpc_port=port,
             device=device,
             dtype=dtype,
+            dense_layers=dense_layers,
             engine={
                 "max_model_len": max_model_len,
                 "threads": threads,
@@ -81,26 +85,29 @@ def main(
             },
         )
         served_name = settings.served_model_name or model.resolve().name
-        asyncio.run(_serve(settings, model, served_name, _view(model, worker or [], control)))
+        view = _view(model, settings.dense_layers, worker or [], control)
+        asyncio.run(_serve(settings, model, served_name, view))
     except MoesaicError as error:
         typer.echo(f"error: {error.message}", err=True)
         raise typer.Exit(error.exit_code) from error
 
 
-def _view(model: Path, workers: list[str], control: str | None) -> ClusterView:
-    if bool(workers) == bool(control):
-        raise InvalidArgument("name either workers (--worker) or a controller (--control)", field="worker")
+def _view(model: Path, dense_layers: DenseLayers, workers: list[str], control: str | None) -> ClusterView:
+    """A model without experts needs neither."""
+    either = "name either workers (--worker) or a controller (--control)"
     if control is not None:
+        if workers:
+            raise InvalidArgument(either, field="worker")
         address = control
 
         async def resolve() -> str:
             return address
 
         return ControlWatch(resolve)
-    shape = describe_model(open_checkpoint(model))
-    return NamedWorkers(
-        workers, model=model.resolve().name, num_layers=shape.num_layers, num_slots=shape.num_slots
-    )
+    experts = describe_model(open_checkpoint(model), dense_layers).addresses
+    if experts and not workers:
+        raise InvalidArgument(either, field="worker")
+    return NamedWorkers(workers, model=model.resolve().name, experts=experts)
 
 
 async def _serve(settings: Settings, model: Path, served_name: str, view: ClusterView) -> None:
@@ -117,6 +124,7 @@ async def _serve(settings: Settings, model: Path, served_name: str, view: Cluste
             device=settings.device,
             dtype=settings.dtype,
             engine=settings.engine,
+            dense_layers=settings.dense_layers,
         ),
         view,
     )

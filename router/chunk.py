@@ -24,6 +24,10 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     # Names of its leading full blocks, as far as anybody asked (see prefix_cache.py).
     names: list[bytes] = field(default_factory=list)
+    # The slot of its recurrent state while it runs, where the model has one (see state_cache.py).
+    state: int | None = None
+    # How many tokens are computed, multiples of a block, when that state is worth a copy: chunks end there.
+    marks: tuple[int, ...] = ()
 
     @property
     def num_pending(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ import grpc
 
 from moesaic import rpc
 from moesaic.errors import FailedPrecondition, MoesaicError
-from moesaic.manifest import Epoch, merge_versions, versions_from_proto
+from moesaic.manifest import Epoch, ExpertAddress, merge_versions, versions_from_proto
 from moesaic.routing_table import Replica, RoutingTable
 from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc
 
@@ -77,13 +77,15 @@ class ControlWatch:
 
 
 class NamedWorkers:
-    """Asks the workers at fixed addresses what they hold, again and again."""
+    """Asks the workers at fixed addresses what they hold, again and again.
 
-    def __init__(self, addresses: Sequence[str], *, model: str, num_layers: int, num_slots: int) -> None:
+    `experts` are those of the model; one that has none needs no workers.
+    """
+
+    def __init__(self, addresses: Sequence[str], *, model: str, experts: Collection[ExpertAddress]) -> None:
         self._addresses = tuple(addresses)
         self._model = model
-        self._num_layers = num_layers
-        self._num_slots = num_slots
+        self._experts = frozenset(experts)
 
     @property
     def control_address(self) -> str:
@@ -111,11 +113,7 @@ class NamedWorkers:
 
     def _epoch(self, replicas: tuple[Replica, ...]) -> Epoch | None:
         try:
-            versions = merge_versions(
-                (replica.versions for replica in replicas),
-                num_layers=self._num_layers,
-                num_slots=self._num_slots,
-            )
+            versions = merge_versions((replica.versions for replica in replicas), self._experts)
         except FailedPrecondition as error:
             log.info("the model is not complete yet", extra={"fields": {"reason": error.reason}})
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moesaic.families.model import DenseLayers
 from moesaic.settings import Device, DType, EngineSettings
 
 
@@ -19,3 +20,4 @@ class RouterConfig:
     device: Device
     dtype: DType
     engine: EngineSettings
+    dense_layers: DenseLayers = "auto"

@@ -1,88 +1,99 @@
-"""What the lean decoder has to know of a checkpoint: the names of its tensors and the constants of its arithmetic.
+"""What the lean decoder has to know of a checkpoint: which parameters it may have, and the constants of its arithmetic.
 
-A family is data here, as in moesaic/families.py. Whatever of a config might change the arithmetic and is not known is
+A family is data here, as in moesaic/families. Whatever of a config might change the arithmetic and is not known is
 refused by name: the stock decoder serves such a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from moesaic.checkpoint import CONFIG_FILE, Checkpoint
 from moesaic.errors import Unsupported
-from moesaic.families import MoeModel
+from moesaic.families.model import Attention, GateRule, MoeModel
 
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
 
-@dataclass(frozen=True, slots=True)
-class LayerTensors:
-    """Names of the tensors of one layer."""
+# Parameters of a layer, behind `layer_prefix`.
+ATTENTION_NORM = "input_layernorm.weight"
+EXPERTS_NORM = "post_attention_layernorm.weight"
+# Queries, keys and values each have a weight, and may have a bias.
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUTPUT = "self_attn.o_proj.weight"
+# Norms of queries and of keys, over each head or over all of them: their length says which.
+QUERY_NORM = "self_attn.q_norm.weight"
+KEY_NORM = "self_attn.k_norm.weight"
+GATE = "mlp.gate.weight"
+# A gated MLP: the whole of a layer without experts, or what every token gets beside them, weighted by a sigmoid.
+MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+SHARED_MLP = (
+    "mlp.shared_expert.gate_proj.weight",
+    "mlp.shared_expert.up_proj.weight",
+    "mlp.shared_expert.down_proj.weight",
+)
+SHARED_GATE = "mlp.shared_expert_gate.weight"
 
-    attention_norm: str
-    query: str
-    key: str
-    value: str
-    output: str
-    experts_norm: str
-    gate: str
+_ENDS = frozenset({EMBEDDING, NORM, HEAD})
+_KNOWN = frozenset({
+    ATTENTION_NORM, EXPERTS_NORM, OUTPUT, QUERY_NORM, KEY_NORM, GATE, SHARED_GATE, *MLP, *SHARED_MLP,
+    *(f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")),
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayout:
-    """A pre-norm decoder: RMSNorm, rotary attention without biases, RMSNorm, experts; then RMSNorm and the head."""
+    """A pre-norm decoder: RMSNorm, rotary attention, RMSNorm, experts or an MLP; then RMSNorm and the head."""
 
-    embedding: str
-    layers: tuple[LayerTensors, ...]
-    norm: str
-    # The embedding itself where both are tied.
-    head: str
     norm_eps: float
     rope_theta: float
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Every tensor that is read."""
-        layers = (name for layer in self.layers for name in astuple(layer))
-        return frozenset((self.embedding, self.norm, self.head, *layers))
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """`gates` has the names that the gate goes by, the first of them that is there counts."""
+    """Constants that a config may leave out, and what else the family's arithmetic hangs on."""
 
-    gates: tuple[str, ...]
     norm_eps: float
     rope_theta: float
     # Keys of the config with the only value that each may have, beside those of `_HARMLESS`.
     fixed: Mapping[str, Any]
 
 
+_PLAIN = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None}
+
 _FAMILIES = {
-    "mixtral": _Family(
-        gates=("model.layers.{}.block_sparse_moe.gate.weight", "model.layers.{}.mlp.gate.weight"),
-        norm_eps=1e-5,
-        rope_theta=1e6,
-        fixed={"hidden_act": "silu", "attention_bias": False, "rope_scaling": None},
-    ),
+    "mixtral": _Family(norm_eps=1e-5, rope_theta=1e6, fixed=_PLAIN),
+    "mistral": _Family(norm_eps=1e-6, rope_theta=1e4, fixed=_PLAIN),
+    "qwen2_moe": _Family(norm_eps=1e-6, rope_theta=1e4, fixed=_PLAIN),
+    "qwen3_moe": _Family(norm_eps=1e-6, rope_theta=1e4, fixed=_PLAIN),
+    "olmoe": _Family(norm_eps=1e-5, rope_theta=1e4, fixed=_PLAIN | {"clip_qkv": None}),
 }
 
-# What families.py reads, what this module reads, and what has no part in a forward pass that trains nothing.
+# What moesaic/families reads, what this module reads, and what has no part in a forward pass that trains nothing.
 _HARMLESS = frozenset({
-    "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id", "head_dim",
-    "hidden_size", "id2label", "initializer_range", "intermediate_size", "label2id", "max_position_embeddings",
-    "model_type", "num_attention_heads", "num_experts", "num_experts_per_tok", "num_hidden_layers",
-    "num_key_value_heads", "num_local_experts", "output_attentions", "output_hidden_states",
-    "output_router_logits", "pad_token_id", "return_dict", "rms_norm_eps", "rope_parameters", "rope_theta",
-    "router_aux_loss_coef", "router_jitter_noise", "sliding_window", "tie_word_embeddings", "torch_dtype",
-    "transformers_version", "use_cache", "vocab_size",
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "decoder_sparse_step", "dtype",
+    "eos_token_id", "head_dim", "hidden_size", "id2label", "initializer_range", "intermediate_size", "label2id",
+    "layer_types", "max_position_embeddings", "max_window_layers", "mlp_only_layers", "model_type",
+    "moe_intermediate_size", "norm_topk_prob", "num_attention_heads", "num_experts", "num_experts_per_tok",
+    "num_hidden_layers", "num_key_value_heads", "num_local_experts", "output_attentions", "output_hidden_states",
+    "output_router_logits", "pad_token_id", "qkv_bias", "return_dict", "rms_norm_eps", "rope_parameters",
+    "rope_theta", "router_aux_loss_coef", "router_jitter_noise", "shared_expert_intermediate_size",
+    "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+    "use_sliding_window", "vocab_size",
 })  # fmt: skip
 
 
-def describe_decoder(checkpoint: Checkpoint, shape: MoeModel) -> DecoderLayout:
-    """Raises Unsupported that names the config key which the lean decoder does not know."""
+def layer_prefix(layer: int) -> str:
+    return f"model.layers.{layer}."
+
+
+def describe_decoder(checkpoint: Checkpoint, model: MoeModel) -> DecoderLayout:
+    """Raises Unsupported that names what the lean decoder does not know: a config key or a parameter."""
     config = checkpoint.config
-    family = _FAMILIES.get(shape.family)
+    family = _FAMILIES.get(model.family)
     if family is None:
         raise _unknown("model_type")
     for key, value in config.items():
@@ -90,31 +101,35 @@ def describe_decoder(checkpoint: Checkpoint, shape: MoeModel) -> DecoderLayout:
             continue
         if key not in family.fixed or value != family.fixed[key]:
             raise _unknown(key)
-    if shape.head_dim % 2:
-        raise _unknown("head_dim")
-    gate = next(name for name in family.gates if name.format(0) in checkpoint.tensors)
-    tied = config.get("tie_word_embeddings", False)
+    _check_layers(model)
     return DecoderLayout(
-        embedding="model.embed_tokens.weight",
-        layers=tuple(_layer(index, gate.format(index)) for index in range(shape.num_layers)),
-        norm="model.norm.weight",
-        head="model.embed_tokens.weight" if tied else "lm_head.weight",
         norm_eps=_number(config, "rms_norm_eps", family.norm_eps),
         rope_theta=_rope_theta(config, family.rope_theta),
     )
 
 
-def _layer(index: int, gate: str) -> LayerTensors:
-    prefix = f"model.layers.{index}."
-    return LayerTensors(
-        attention_norm=prefix + "input_layernorm.weight",
-        query=prefix + "self_attn.q_proj.weight",
-        key=prefix + "self_attn.k_proj.weight",
-        value=prefix + "self_attn.v_proj.weight",
-        output=prefix + "self_attn.o_proj.weight",
-        experts_norm=prefix + "post_attention_layernorm.weight",
-        gate=gate,
-    )
+def _check_layers(model: MoeModel) -> None:
+    known = {layer_prefix(layer) + name for layer in range(model.num_layers) for name in _KNOWN}
+    if strangers := model.dense.keys() - known - _ENDS:
+        raise _unknown(f"parameter {min(strangers)}")
+    for mixer in model.mixers:
+        if not isinstance(mixer, Attention) or mixer.chunk is not None or mixer.sinks or mixer.head_dim % 2:
+            raise _unknown("kind of attention")
+        if (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim) != _heads(model):
+            raise _unknown("change of heads between layers")
+    for experts in model.experts.values():
+        if experts.gate is not None and not _is_plain(experts.gate):
+            raise _unknown("kind of gate")
+
+
+def _heads(model: MoeModel) -> tuple[int, int, int]:
+    mixer = model.mixers[0]
+    assert isinstance(mixer, Attention)
+    return mixer.num_heads, mixer.num_kv_heads, mixer.head_dim
+
+
+def _is_plain(rule: GateRule) -> bool:
+    return not (rule.biased or rule.selection_bias) and rule.weighs == "output"
 
 
 def _rope_theta(config: Mapping[str, Any], default: float) -> float:
@@ -134,8 +149,8 @@ def _number(values: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def _unknown(key: str) -> Unsupported:
+def _unknown(what: str) -> Unsupported:
     return Unsupported(
-        f"engine.decoder: the lean decoder does not know this {key} of {CONFIG_FILE}; use stock",
+        f"engine.decoder: the lean decoder does not know this {what} of {CONFIG_FILE}; use stock",
         field="engine.decoder",
     )

@@ -200,16 +200,18 @@ class DispatchStep:
         optional = (scales, weights if self._rules.combine_sum else None)
         wire, slots, *others = staging.to_host([wire, slots, *(one for one in optional if one is not None)])
         sum_weights = others.pop().numpy().ravel() if self._rules.combine_sum else None
-        rows = None
+        order, rows = SlotOrder.of(slots), None
         if sum_weights is None:
             dtype = wire.dtype if scales is None else torch.float32
             rows = staging.empty((slots.numel(), hidden.shape[1]), dtype)
+            if len(order.empty):
+                rows.index_fill_(0, torch.from_numpy(order.empty), 0)
         return LayerCall(
             layer=layer,
             hidden=hidden,
             weights=weights,
             staging=staging,
-            order=SlotOrder.of(slots),
+            order=order,
             wire=wire,
             scales=others.pop() if others else None,
             sum_weights=sum_weights,

@@ -227,6 +227,8 @@ class Engine:
     def _forward(self, parts: Sequence[MicroBatch]) -> torch.Tensor:
         """Runs the model and gives the logits [N, V] of the wanted rows, part by part."""
         started, inside_s = time.perf_counter(), self._clock.total(INSIDE_FORWARD)
+        if self._scheduler.states is not None and self._cache.states is not None:
+            self._cache.states.apply(self._scheduler.states.take_copies())
         logits = self._model.forward(parts, self._cache)
         inside_s = self._clock.total(INSIDE_FORWARD) - inside_s
         self._clock.add("dense", time.perf_counter() - started - inside_s)

@@ -1,6 +1,10 @@
 """The gate of a layer: scores every expert for every token and keeps the best, by the family's rule as data.
 
-Shapes: T tokens, E experts (slots), K experts per token.
+A mask takes slots out of a layer: what is left is scored, grouped and weighted as though the others had never been
+there, so that nothing of them reaches any weight. Where fewer are left than a token may have, the ranks behind them
+are empty: NO_SLOT, with weight zero, and nobody is asked for them.
+
+Shapes: T tokens, E experts (slots), K experts per token, G groups.
 """
 
 from __future__ import annotations
@@ -9,7 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from moesaic.families import GateRule
+from moesaic.families.model import GateRule, Groups
+
+# The slot of a rank that nobody computes.
+NO_SLOT = -1
 
 # From this many scores on it is faster to find the best of a row than to sort all of it.
 _SORTED_SCORES = 2048
@@ -23,24 +30,111 @@ class Assignment(NamedTuple):
     slots: torch.Tensor  # [T, K], int64
 
 
-def assign(logits: torch.Tensor, rule: GateRule) -> Assignment:
-    """Softmax over all slots [T, E] in float32, the top k of them, the lowest slot first where scores tie."""
-    scores = logits.float().softmax(dim=-1)
-    weights, slots = _best(scores, rule.top_k)
+def assign(
+    logits: torch.Tensor,
+    rule: GateRule,
+    *,
+    selection_bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> Assignment:
+    """Applies the rule to logits [T, E] in float32, the lowest slot first where choices tie.
+
+    `selection_bias` [E] takes part in the choice alone. `mask`, bool [E] or [T, E], says which slots may be chosen.
+    """
+    logits = logits.float()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if rule.weight == "sparse_mixer":
+        weights, slots = _sparse_mixer(logits, rule)
+    else:
+        scores = _scores(logits, rule)
+        choice = _choice(logits, scores, rule, selection_bias, masked=mask is not None)
+        best, slots = _best(choice, rule.top_k)
+        weights = _weights(logits, scores, slots, rule)
+        if mask is not None or rule.groups is not None:
+            slots, weights = _empty(best == -torch.inf, slots, weights)
     if rule.renormalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return Assignment(weights, slots)
+        total = weights.sum(dim=-1, keepdim=True) + rule.epsilon
+        weights = weights / (total if mask is None else total.masked_fill(total == 0, 1))
+    return Assignment(weights if rule.scale == 1 else weights * rule.scale, slots)
 
 
-def _best(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _scores(logits: torch.Tensor, rule: GateRule) -> torch.Tensor:
+    if rule.score == "softmax":
+        return logits.softmax(dim=-1)
+    return logits.sigmoid() if rule.score == "sigmoid" else logits
+
+
+def _weights(logits: torch.Tensor, scores: torch.Tensor, slots: torch.Tensor, rule: GateRule) -> torch.Tensor:
+    """Of the chosen slots [T, K], before any of the sum and the scale."""
+    if rule.weight == "score":
+        return scores.gather(1, slots)
+    chosen = logits.gather(1, slots)
+    return chosen.softmax(dim=-1) if rule.weight == "softmax" else chosen.sigmoid()
+
+
+def _choice(
+    logits: torch.Tensor,
+    scores: torch.Tensor,
+    rule: GateRule,
+    selection_bias: torch.Tensor | None,
+    *,
+    masked: bool,
+) -> torch.Tensor:
+    """What the best are chosen by, [T, E]; minus infinity where a slot cannot be."""
+    choice = scores if selection_bias is None else scores + selection_bias.float()
+    if masked:
+        choice = choice.masked_fill(logits == -torch.inf, -torch.inf)
+    return choice if rule.groups is None else _within_groups(choice, rule.groups)
+
+
+def _within_groups(choice: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Leaves the kept groups. A group counts with its best slots, or with those that it has; without any, not at all."""
+    grouped = choice.unflatten(1, (groups.count, -1))  # [T, G, E / G]
+    best = grouped.topk(groups.best, dim=-1).values
+    totals = best.masked_fill(best == -torch.inf, 0).sum(dim=-1)
+    totals = totals.masked_fill(best[..., 0] == -torch.inf, -torch.inf)
+    kept = _best(totals, groups.keep)[1]
+    dropped = torch.ones_like(totals, dtype=torch.bool).scatter_(1, kept, value=False)
+    left: torch.Tensor = grouped.masked_fill(dropped[..., None], -torch.inf).flatten(1)
+    return left
+
+
+def _sparse_mixer(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """One slot after the other: the best that is left, weighted by the softmax over those of the rest that are near it.
+    How near is measured against the logits as they were."""
+    left = logits
+    weights, slots = [], []
+    for _ in range(rule.top_k):
+        slot = left.argmax(dim=-1, keepdim=True)
+        best = left.gather(1, slot)
+        far = (best - logits) / logits.abs().clamp(min=best) > 2 * rule.jitter
+        weights.append(left.masked_fill(far, -torch.inf).softmax(dim=-1).gather(1, slot))
+        slots.append(slot.masked_fill(best == -torch.inf, NO_SLOT))
+        left = left.scatter(1, slot, -torch.inf)
+    chosen = torch.cat(slots, dim=1)
+    return torch.cat(weights, dim=1).masked_fill(chosen == NO_SLOT, 0), chosen
+
+
+def _empty(
+    missing: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where there is nothing left to choose, no slot and no weight."""
+    return slots.masked_fill(missing, NO_SLOT), weights.masked_fill(missing, 0)
+
+
+def _best(choice: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each row [T, E] and where they are, [T, K] both."""
     # torch.topk promises no order among equals: a stable sort does, and so do keys of which no two are equal.
-    if scores.numel() <= _SORTED_SCORES:
-        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+    if choice.numel() <= _SORTED_SCORES:
+        ranked, order = choice.sort(dim=-1, descending=True, stable=True)
         return ranked[:, :top_k], order[:, :top_k]
-    last_slot = scores.shape[1] - 1
-    backwards = torch.arange(last_slot, -1, -1, device=scores.device)
-    # Floats from zero up are ordered as their bits are.
-    keys = scores.view(torch.int32).long().bitwise_left_shift_(_SCORE_BITS).bitwise_or_(backwards)
+    last_slot = choice.shape[1] - 1
+    backwards = torch.arange(last_slot, -1, -1, device=choice.device)
+    # Floats from zero up are ordered as their bits are, those below in reverse. Minus zero plus zero is zero.
+    bits = (choice + 0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = bits.long().bitwise_left_shift_(_SCORE_BITS).bitwise_or_(backwards)
     best = keys.topk(top_k, dim=-1).values
     slots = last_slot - (best & ((1 << _SCORE_BITS) - 1))
-    return (best >> _SCORE_BITS).int().view(torch.float32), slots
+    return choice.gather(1, slots), slots

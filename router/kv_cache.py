@@ -17,6 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from moesaic.families.model import Attention, Hyena, LatentAttention, Mixer
+from router.state_cache import StateCache
+
 
 class OutOfBlocks(Exception):
     """The pool cannot give that many blocks; the scheduler makes room."""
@@ -132,44 +135,58 @@ class Contexts:
     blocks: torch.Tensor | int
 
 
+@dataclass(frozen=True, slots=True)
+class _LayerCache:
+    """The memory of one layer in the three forms in which it is used. A part is keys, values, or both at once."""
+
+    rows: torch.Tensor  # [S, parts * G * d]
+    blocks: torch.Tensor  # [blocks, block_tokens * parts * G * d]
+    heads: torch.Tensor  # [parts, 1, G, S, d]
+    token_shape: tuple[int, int, int]  # parts, G, d
+
+
 class KVCache:
-    """The tensors: per layer, keys and values of every position side by side, [S, 2, G, d]."""
+    """The tensors: per layer, what its mixer keeps of every position. Attention: keys and values side by side. Latent
+    attention: one vector that is both. Layers with a recurrent state have nothing here."""
 
     def __init__(
         self,
+        mixers: Sequence[Mixer],
         *,
-        num_layers: int,
         num_blocks: int,
         block_tokens: int,
-        num_kv_heads: int,
-        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        states: StateCache | None = None,
     ) -> None:
+        # Of layers that have a recurrent state in place of keys and values.
+        self.states = states
         self._block_tokens = block_tokens
-        self._token_shape = (2, num_kv_heads, head_dim)
-        shape = (num_blocks * block_tokens, *self._token_shape)
-        self._layers = [_zeros(shape, dtype, device) for _ in range(num_layers)]
-        # The same memory in the three forms in which it is used.
-        self._rows = [layer.flatten(1) for layer in self._layers]  # [S, 2 * G * d]
-        self._blocks = [layer.view(num_blocks, -1) for layer in self._layers]
-        self._heads = [layer.permute(1, 2, 0, 3)[:, None] for layer in self._layers]  # [2, 1, G, S, d]
+        self._layers = {
+            layer: _layer_cache(shape, num_blocks, block_tokens, dtype, device)
+            for layer, mixer in enumerate(mixers)
+            if (shape := _token_shape(mixer)) is not None
+        }
         self._gathered = torch.empty(0, dtype=dtype, device=device)
 
     def write(self, layer: int, positions: torch.Tensor, rows: torch.Tensor) -> None:
-        """Stores rows [T, 2 * G * d], keys before values, at cache positions [T]."""
-        self._rows[layer].index_copy_(0, positions, rows)
+        """Stores rows [T, parts * G * d], keys before values, at cache positions [T]."""
+        self._layers[layer].rows.index_copy_(0, positions, rows)
 
     def read(self, layer: int, contexts: Contexts, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of n contexts, [n, G, L, d] each: `span` of their positions. Good until the next read."""
+        """Keys and values of n contexts, [n, G, L, d] each: `span` of their positions. Good until the next read.
+
+        Of latent attention both are the same [n, 1, L, d].
+        """
+        cached = self._layers[layer]
         if isinstance(contexts.blocks, int):
             first = contexts.blocks * self._block_tokens
-            keys, values = self._heads[layer][..., first + span.start : first + span.stop, :].unbind()
+            parts = cached.heads[..., first + span.start : first + span.stop, :].unbind()
         else:
-            copied = self._copy(self._blocks[layer], contexts.blocks)
-            shape = (contexts.count, contexts.num_blocks * self._block_tokens, *self._token_shape)
-            keys, values = copied.view(shape).permute(2, 0, 3, 1, 4)[..., span, :].unbind()
-        return keys, values
+            copied = self._copy(cached.blocks, contexts.blocks)
+            shape = (contexts.count, contexts.num_blocks * self._block_tokens, *cached.token_shape)
+            parts = copied.view(shape).permute(2, 0, 3, 1, 4)[..., span, :].unbind()
+        return parts[0], parts[-1]
 
     def _copy(self, blocks: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """These blocks one behind the other, in memory that every layer and step uses again."""
@@ -180,9 +197,34 @@ class KVCache:
         return torch.index_select(blocks, 0, wanted, out=copied)
 
     @staticmethod
-    def token_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    def token_bytes(mixers: Iterable[Mixer], dtype: torch.dtype) -> int:
         """Bytes that one token takes over all layers."""
-        return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+        shapes = (_token_shape(mixer) for mixer in mixers)
+        return sum(math.prod(shape) for shape in shapes if shape is not None) * dtype.itemsize
+
+
+def _token_shape(mixer: Mixer) -> tuple[int, int, int] | None:
+    """What a layer keeps of a token: parts, heads, size of a head. None: nothing."""
+    match mixer:
+        case Attention():
+            return 2, mixer.num_kv_heads, mixer.head_dim
+        case LatentAttention():
+            return 1, 1, mixer.latent_dim + mixer.rotary_dim
+        case Hyena():
+            return None
+
+
+def _layer_cache(
+    token_shape: tuple[int, int, int],
+    num_blocks: int,
+    block_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _LayerCache:
+    tensor = _zeros((num_blocks * block_tokens, *token_shape), dtype, device)
+    return _LayerCache(
+        tensor.flatten(1), tensor.view(num_blocks, -1), tensor.permute(1, 2, 0, 3)[:, None], token_shape
+    )
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -12,9 +12,10 @@ from typing import Protocol
 
 import torch
 
-from router.batch import Layout, PackedBatch
+from router.batch import PackedBatch
 from router.dispatcher import DispatchStep
 from router.kv_cache import KVCache
+from router.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)

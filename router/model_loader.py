@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InvalidArgument, Unsupported
-from moesaic.families import MoeModel
+from moesaic.families.model import MoeModel
+from moesaic.families.stripedhyena import FAMILY
 from moesaic.settings import Decoder
-from router.batch import Layout
 from router.decoder_layout import DecoderLayout, describe_decoder
+from router.layout import Layout
 from router.lean_decoder import LeanDecoder
 from router.model import RouterModel
 from router.phases import PhaseClock
+from router.striped_hyena import StripedHyena
 
 
 def load_model(
     checkpoint: Checkpoint,
-    shape: MoeModel,
+    model: MoeModel,
     layout: Layout,
     *,
     decoder: Decoder,
@@ -26,17 +28,22 @@ def load_model(
 
     Raises CheckpointError; Unsupported where the lean decoder is wanted and does not know the model.
     """
-    described = _describe(checkpoint, shape, layout, decoder)
+    if model.family == FAMILY:
+        if decoder == "stock" or layout.invariant:
+            field = "engine.decoder" if decoder == "stock" else "engine.batch_invariant"
+            raise Unsupported(f"{field}: not to be had of a {FAMILY}", field=field)
+        return StripedHyena(checkpoint, model, layout, num_positions=num_positions, clock=clock)
+    described = _describe(checkpoint, model, layout, decoder)
     if described is not None:
-        return LeanDecoder(checkpoint, shape, described, layout, num_positions=num_positions, clock=clock)
+        return LeanDecoder(checkpoint, model, described, layout, num_positions=num_positions, clock=clock)
     # Heavy: the modelling code of transformers is 90 MiB that a lean router does without.
     from router.stock_decoder import StockDecoder
 
-    return StockDecoder(checkpoint, shape, layout, clock=clock)
+    return StockDecoder(checkpoint, model, layout, num_positions=num_positions, clock=clock)
 
 
 def _describe(
-    checkpoint: Checkpoint, shape: MoeModel, layout: Layout, decoder: Decoder
+    checkpoint: Checkpoint, model: MoeModel, layout: Layout, decoder: Decoder
 ) -> DecoderLayout | None:
     """None: stock."""
     if decoder == "stock":
@@ -46,7 +53,7 @@ def _describe(
             )
         return None
     try:
-        return describe_decoder(checkpoint, shape)
+        return describe_decoder(checkpoint, model)
     except Unsupported:
         if decoder == "lean" or layout.invariant:
             raise

@@ -11,15 +11,16 @@ import torch
 from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument
 from moesaic.families import MoeModel, describe_model
+from moesaic.families.model import Hyena
 from moesaic.manifest import Epoch
 from moesaic.settings import EngineSettings
 from moesaic.tensors import choose_device, choose_dtype
 from moesaic.v1 import common_pb2
-from router.batch import Layout
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher, DispatchRules
 from router.engine import Engine
 from router.kv_cache import BlockPool, KVCache
+from router.layout import Layout
 from router.model import RouterModel
 from router.model_loader import load_model
 from router.overlap import Overlap
@@ -28,6 +29,7 @@ from router.phases import PhaseClock
 from router.prefix_cache import PrefixCache
 from router.replica_pool import ReplicaPool
 from router.scheduler import Limits, Scheduler
+from router.state_cache import StateCache, StatePool
 from router.text import Text, load_text
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class Parts:
     model: RouterModel
     cache: KVCache
     blocks: BlockPool
+    # Of a model that has recurrent states.
+    states: StatePool | None
     dispatcher: Dispatcher
     clock: PhaseClock
     max_model_len: int
@@ -65,8 +69,9 @@ class Parts:
         scheduler = Scheduler(
             Limits(settings.max_batch_tokens, settings.max_running_sequences),
             self.blocks,
-            prefixes=PrefixCache(self.blocks, epoch.id) if settings.prefix_cache else None,
+            prefixes=PrefixCache(self.blocks, epoch.id, self.states) if settings.prefix_cache else None,
             pace=Pace(max_batch_tokens=settings.max_batch_tokens, max_stall=settings.max_stall),
+            states=self.states,
         )
         return Engine(
             self.model,
@@ -85,7 +90,7 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     checkpoint = open_checkpoint(config.model)
-    shape = describe_model(checkpoint)
+    shape = describe_model(checkpoint, config.dense_layers)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, shape.dtype)
     dispatcher = Dispatcher(pool, clock, _dispatch_rules(config.engine))
@@ -94,9 +99,9 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
     model = load_model(
         checkpoint,
         shape,
-        Layout(
+        Layout.of(
+            shape.mixers,
             block_tokens=blocks.block_tokens,
-            window=shape.sliding_window,
             device=device,
             dtype=dtype,
             invariant=config.engine.batch_invariant,
@@ -105,14 +110,14 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         num_positions=max_model_len,
         clock=clock,
     )
+    states = _state_pool(config.engine, shape)
     cache = KVCache(
-        num_layers=shape.num_layers,
+        shape.mixers,
         num_blocks=blocks.num_blocks,
         block_tokens=blocks.block_tokens,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
         dtype=dtype,
         device=device,
+        states=None if states is None else _state_cache(shape, states, dtype, device),
     )
     return Parts(
         settings=config.engine,
@@ -121,6 +126,7 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         model=model,
         cache=cache,
         blocks=blocks,
+        states=states,
         dispatcher=dispatcher,
         clock=clock,
         max_model_len=max_model_len,
@@ -138,15 +144,27 @@ def _dispatch_rules(settings: EngineSettings) -> DispatchRules:
 def _block_pool(
     settings: EngineSettings, shape: MoeModel, dtype: torch.dtype, device: torch.device
 ) -> BlockPool:
-    token_bytes = KVCache.token_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
+    token_bytes = KVCache.token_bytes(shape.mixers, dtype)
     if settings.kv_cache_mib is not None:
         cache_bytes = settings.kv_cache_mib << 20
     else:
         one_sequence = token_bytes * shape.context_length(settings.max_model_len)
         most = int(_free_bytes(device) * MAX_CACHE_SHARE)
         cache_bytes = min(max(MIN_CACHE_BYTES, one_sequence), most)
-    num_blocks = max(1, cache_bytes // (token_bytes * settings.kv_block_tokens))
+    # A token of a model that never attends takes none, and is counted all the same.
+    num_blocks = max(1, cache_bytes // (max(1, token_bytes) * settings.kv_block_tokens))
     return BlockPool(num_blocks, settings.kv_block_tokens)
+
+
+def _state_pool(settings: EngineSettings, shape: MoeModel) -> StatePool | None:
+    """As many states are kept for prefixes as sequences may run."""
+    if not any(isinstance(mixer, Hyena) for mixer in shape.mixers):
+        return None
+    return StatePool(settings.max_running_sequences, settings.max_running_sequences)
+
+
+def _state_cache(shape: MoeModel, states: StatePool, dtype: torch.dtype, device: torch.device) -> StateCache:
+    return StateCache(shape.mixers, shape.hidden_size, num_slots=states.num_slots, dtype=dtype, device=device)
 
 
 def _free_bytes(device: torch.device) -> int:

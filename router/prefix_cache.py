@@ -3,6 +3,11 @@
 A block's name is a digest of its tokens and of its parent's name; the chain begins with the epoch and the tenant, so
 neither another version of the model nor another tenant ever gets these blocks. Only computed blocks have names, and a
 named block is never written again: a sequence writes behind what it shares.
+
+Where a model has recurrent states, a prefix is found if both are there, its blocks and the state after the last of them.
+Keys and values are kept of every token, states of few: at the last full block of a prompt, for those that begin alike
+and for what is asked next; and where a prompt leaves blocks that were found, because there another one has left them
+before.
 """
 
 from __future__ import annotations
@@ -12,16 +17,18 @@ from hashlib import blake2b
 
 from router.chunk import Sequence
 from router.kv_cache import BlockPool
+from router.state_cache import StatePool
 
 DIGEST_BYTES = 32
 
 
 class PrefixCache:
-    """Names the blocks of one epoch in a pool, and takes them from it by name."""
+    """Names the blocks of one epoch in a pool, and takes them from it by name; so, too, the states after them."""
 
-    def __init__(self, pool: BlockPool, epoch: str) -> None:
+    def __init__(self, pool: BlockPool, epoch: str, states: StatePool | None = None) -> None:
         self._pool = pool
         self._epoch = epoch
+        self._states = states
         self.num_looked_up = 0
         self.num_hit = 0
 
@@ -33,12 +40,13 @@ class PrefixCache:
         found: list[int] = []
         if sequence.reads_all:
             return found
-        for name in self.names(sequence, (len(sequence.tokens) - 1) // self._pool.block_tokens):
+        names = self.names(sequence, (len(sequence.tokens) - 1) // self._pool.block_tokens)
+        for name in names:
             block = self._pool.share(name)
             if block is None:
                 break
             found.append(block)
-        return found
+        return found if self._states is None else self._up_to_a_state(sequence, found, self._states)
 
     def count(self, sequence: Sequence, num_blocks: int) -> None:
         """Counts a look-up that found `num_blocks` blocks and was made use of."""
@@ -50,10 +58,37 @@ class PrefixCache:
         """Names the blocks that are full of computed tokens now; before, `num_before` tokens were computed."""
         first, last = (tokens // self._pool.block_tokens for tokens in (num_before, sequence.num_computed))
         if first < last:
-            for block, name in zip(
-                sequence.blocks[first:last], self.names(sequence, last)[first:last], strict=True
-            ):
+            names = self.names(sequence, last)
+            for block, name in zip(sequence.blocks[first:last], names[first:last], strict=True):
                 self._pool.name(block, name)
+            if self._states is not None and sequence.num_computed in sequence.marks:
+                assert sequence.state is not None
+                self._states.keep(sequence.state, names[last - 1])
+
+    def promises(self, sequence: Sequence) -> list[bytes]:
+        """Names up to which others will find a prefix, once this sequence has read its prompt."""
+        size = self._pool.block_tokens
+        if self._states is None:
+            return sequence.names[sequence.num_computed // size :]
+        return [sequence.names[mark // size - 1] for mark in sequence.marks if mark > sequence.num_computed]
+
+    def awaits(self, sequence: Sequence, num_shared: int, promised: set[bytes]) -> bool:
+        """Whether another sequence is computing what comes behind this one's shared blocks: to wait for it costs less
+        than both."""
+        if sequence.reads_all:
+            return False
+        missing = sequence.names[num_shared:]
+        return any(name in promised for name in (missing[:1] if self._states is None else missing))
+
+    def _up_to_a_state(self, sequence: Sequence, found: list[int], states: StatePool) -> list[int]:
+        """Of the blocks that were found, those up to the last that has a state; marks where states are missing."""
+        size = self._pool.block_tokens
+        usable = next((n for n in range(len(found), 0, -1) if states.has(sequence.names[n - 1])), 0)
+        last = (len(sequence.tokens) - 1) // size
+        sequence.marks = tuple(size * n for n in sorted({len(found), last}) if n > usable)
+        unusable = found[usable:]
+        self._pool.release(unusable)
+        return found[:usable]
 
     def names(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         """Of the sequence's first `num_blocks` blocks; each is hashed once in the sequence's life."""

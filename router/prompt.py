@@ -6,6 +6,7 @@ its event loop. Errors name the field as the HTTP API knows it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from google.protobuf import struct_pb2
 from moesaic.errors import InvalidArgument
 from moesaic.v1 import inference_pb2
 from router.sampling_params import ModelLimits, check_token_ids, context_exceeded
-from router.text import Text
+from router.text import Conversation, Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ def read_prompt(request: inference_pb2.GenerateRequest, text: Text, limits: Mode
         case "token_ids":
             prompt = _from_token_ids(request, text, limits)
         case "chat":
-            prompt = _encoded(render(request.chat, text), text, limits, add_special_tokens=False)
+            prompt = _from_chat(request, text, limits)
         case _:
             raise _empty()
     if not prompt.token_ids:
@@ -44,13 +45,13 @@ def read_prompt(request: inference_pb2.GenerateRequest, text: Text, limits: Mode
 def tokenize(request: inference_pb2.TokenizeRequest, text: Text) -> tuple[int, ...]:
     """The tokens of a text of any length; of an empty one, those that the tokenizer adds by itself."""
     if request.WhichOneof("prompt") == "chat":
-        return text.encode(render(request.chat, text), add_special_tokens=False)
+        return render(request.chat, text).encode()
     _check_text("prompt", request.text)
     return text.encode(request.text, add_special_tokens=_default_true(request))
 
 
-def render(chat: inference_pb2.Chat, text: Text) -> str:
-    """A conversation as text. A generation prompt is the default unless the final message is to be continued."""
+def render(chat: inference_pb2.Chat, text: Text) -> Conversation:
+    """A conversation in the model's format. A generation prompt is the default unless the final message is to be continued."""
     if not chat.messages:
         raise InvalidArgument("messages: must not be empty", field="messages")
     opens_turn = not chat.continue_final_message
@@ -72,7 +73,8 @@ def _from_text(request: inference_pb2.GenerateRequest, text: Text, limits: Model
     if not request.text:
         raise _empty()
     _check_text("prompt", request.text)
-    return _encoded(request.text, text, limits, add_special_tokens=_default_true(request))
+    added = _default_true(request)
+    return _encoded(request.text, lambda: text.encode(request.text, add_special_tokens=added), text, limits)
 
 
 def _from_token_ids(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:
@@ -85,11 +87,16 @@ def _from_token_ids(request: inference_pb2.GenerateRequest, text: Text, limits: 
     return Prompt(token_ids, text.decode(token_ids, skip_special_tokens=skip))
 
 
-def _encoded(content: str, text: Text, limits: ModelLimits, *, add_special_tokens: bool) -> Prompt:
+def _from_chat(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:
+    conversation = render(request.chat, text)
+    return _encoded(conversation.text, conversation.encode, text, limits)
+
+
+def _encoded(content: str, encode: Callable[[], tuple[int, ...]], text: Text, limits: ModelLimits) -> Prompt:
     # Before the work of tokenizing: a text that cannot fit, whatever its tokens are.
     if text.least_tokens(content) > limits.max_model_len:
         raise context_exceeded(limits.max_model_len, "but the prompt has more")
-    token_ids = text.encode(content, add_special_tokens=add_special_tokens)
+    token_ids = encode()
     check_token_ids("prompt", token_ids, limits.vocab_size)
     return Prompt(token_ids, content)
 

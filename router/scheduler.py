@@ -16,6 +16,7 @@ from router.fair_queue import FairQueue
 from router.kv_cache import BlockPool, OutOfBlocks
 from router.pace import Pace
 from router.prefix_cache import PrefixCache
+from router.state_cache import StatePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,8 @@ class Limits:
 
 
 class Scheduler:
-    """What runs and what waits, over one block pool. Without `prefixes` nothing is shared; without `pace` a step reads
-    as much of prompts as fits into it."""
+    """What runs and what waits, over one block pool, and one of states where the model has recurrent ones. Without
+    `prefixes` nothing is shared; without `pace` a step reads as much of prompts as fits into it."""
 
     def __init__(
         self,
@@ -37,10 +38,12 @@ class Scheduler:
         *,
         prefixes: PrefixCache | None = None,
         pace: Pace | None = None,
+        states: StatePool | None = None,
     ) -> None:
         self.limits = limits
         self.pool = pool
         self.prefixes = prefixes
+        self.states = states
         self._pace = pace
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
@@ -55,7 +58,7 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        self.pool.release(sequence.blocks)
+        self._let_go(sequence)
 
     def schedule(self) -> tuple[Chunk, ...]:
         """The next batch: at most `max_batch_tokens` tokens, blocks for all of them held."""
@@ -70,7 +73,7 @@ class Scheduler:
         return tuple(chunks)
 
     def advance(self, chunk: Chunk) -> None:
-        """The chunk's keys and values are in the cache now."""
+        """What the chunk leaves to later tokens is in the cache now."""
         sequence = chunk.sequence
         sequence.num_computed = chunk.end
         if self.prefixes is not None:
@@ -81,6 +84,8 @@ class Scheduler:
     def distrust(self, sequence: Sequence) -> None:
         """What a sequence left in the cache is not to be used again."""
         self.pool.forget(sequence.blocks)
+        if self.states is not None:
+            self.states.forget(sequence.names)
 
     def observe(self, chunks: tuple[Chunk, ...], seconds: float) -> None:
         """How long a step took."""
@@ -88,7 +93,12 @@ class Scheduler:
             self._pace.observe(*count(chunks), seconds)
 
     def check_integrity(self) -> None:
-        self.pool.check_integrity(sequence.blocks for sequence in (*self.running, *self.waiting))
+        sequences = (*self.running, *self.waiting)
+        self.pool.check_integrity(sequence.blocks for sequence in sequences)
+        if self.states is not None:
+            self.states.check_integrity(
+                sequence.state for sequence in sequences if sequence.state is not None
+            )
 
     def _extend(self, chunks: list[Chunk], sequences: list[Sequence], budget: int) -> int:
         """Gives running sequences their next chunks; what is left of the budget."""
@@ -112,7 +122,7 @@ class Scheduler:
             if budget <= 0 or len(self.running) >= self.limits.max_running:
                 break
             blocks = [] if self.prefixes is None else self.prefixes.take(sequence)
-            if self._is_promised(sequence, len(blocks), promised):
+            if self.prefixes is not None and self.prefixes.awaits(sequence, len(blocks), promised):
                 self.pool.release(blocks)
                 continue
             # Room for the whole of it, not just its first chunk: else two long prompts starve each other.
@@ -129,23 +139,23 @@ class Scheduler:
         """Makes a waiting sequence a running one that begins behind the shared `blocks`."""
         sequence.blocks = blocks
         sequence.num_computed = len(blocks) * self.pool.block_tokens
+        if self.states is not None:
+            sequence.state = self.states.begin(sequence.names[len(blocks) - 1] if blocks else None)
         if self.prefixes is not None and not sequence.output:
             self.prefixes.count(sequence, len(blocks))
         self.waiting.admit(sequence)
         self.running.append(sequence)
 
     def _promised(self, sequences: Iterable[Sequence]) -> set[bytes]:
-        """Names of the blocks that these sequences are about to compute, of those that still read their prompts."""
+        """Names that others will find, of those of these sequences that still read their prompts."""
+        if self.prefixes is None:
+            return set()
         return {
             name
             for sequence in sequences
             if sequence.num_pending > 1
-            for name in sequence.names[sequence.num_computed // self.pool.block_tokens :]
+            for name in self.prefixes.promises(sequence)
         }
-
-    def _is_promised(self, sequence: Sequence, num_shared: int, promised: set[bytes]) -> bool:
-        """Whether another sequence is computing the next block of this one: to wait for it costs less than both."""
-        return not sequence.reads_all and any(name in promised for name in sequence.names[num_shared:][:1])
 
     def _make_room(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> bool:
         """Takes the blocks for the next chunk, from the newest sequences if need be. False: it lost its own place."""
@@ -166,10 +176,17 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.pool.release(sequence.blocks)
+        self._let_go(sequence)
         sequence.num_computed = 0
         self.waiting.put_back(sequence)
         self.num_preemptions += 1
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Of its blocks and of its state."""
+        self.pool.release(sequence.blocks)
+        if self.states is not None and sequence.state is not None:
+            self.states.end(sequence.state)
+            sequence.state = None
 
 
 def count(chunks: Iterable[Chunk]) -> tuple[int, int]:
@@ -184,4 +201,7 @@ def count(chunks: Iterable[Chunk]) -> tuple[int, int]:
 
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:
-    return Chunk(sequence, sequence.num_computed, min(sequence.num_pending, budget))
+    """The next of a sequence, at most up to the next mark."""
+    start = sequence.num_computed
+    to_mark = next((mark - start for mark in sequence.marks if mark > start), sequence.num_pending)
+    return Chunk(sequence, start, min(sequence.num_pending, budget, to_mark))

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from router.gate import NO_SLOT
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -39,7 +41,8 @@ class SlotOrder:
     """Which slots are used, ascending, and the assignments of each, ascending too."""
 
     slots: Sequence[int]
-    assignments: Indices  # [T * K], slot by slot
+    assignments: Indices  # slot by slot: all T * K but the empty ones
+    empty: Indices  # those to no slot
     # Where the assignments of each slot begin, and where the last ones end.
     edges: Sequence[int]
     num_tokens: int
@@ -47,14 +50,19 @@ class SlotOrder:
 
     @classmethod
     def of(cls, slots: Tensor) -> SlotOrder:
-        """slots [T, K] on the CPU."""
+        """slots [T, K] on the CPU; NO_SLOT where there is none."""
         num_tokens, num_ranks = slots.shape
-        flat = slots.numpy().ravel()
-        counts = np.bincount(flat)
+        # Counted from no slot at all, which comes first.
+        flat = slots.numpy().ravel() - NO_SLOT
+        counts = np.bincount(flat, minlength=1)
+        num_empty = int(counts[0])
+        counts[0] = 0
         used = counts.nonzero()[0]
+        order = flat.argsort(kind="stable")
         return cls(
-            slots=used.tolist(),
-            assignments=flat.argsort(kind="stable"),
+            slots=(used + NO_SLOT).tolist(),
+            assignments=order[num_empty:],
+            empty=order[:num_empty],
             edges=[0, *counts[used].cumsum().tolist()],
             num_tokens=num_tokens,
             num_ranks=num_ranks,

@@ -18,12 +18,13 @@ from torch import Tensor
 from expert_worker.expert import (
     Expert,
     ExpertForm,
-    ExpertStack,
+    ExpertWeights,
     can_stack,
     compute_experts,
-    empty_stack,
+    empty_weights,
     make_expert,
 )
+from moesaic.families.model import ExpertModule
 
 REPEATS = 9
 WARM_UPS = 3
@@ -61,19 +62,19 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def pass_seconds(
-    form: ExpertForm, hidden: int, inner: int, num_experts: int, top_k: int
+    form: ExpertForm, module: ExpertModule, num_experts: int, top_k: int
 ) -> list[dict[str, float | int | None]]:
     """One layer's experts under uniform routing: in the grouped kernel, and one after another."""
-    stack = empty_stack(num_experts, hidden_size=hidden, inner_size=inner, form=form)
+    stack = empty_weights(module, form, num_experts)
     for slot in range(num_experts):
-        fill_expert(stack.gate_up[slot], stack.down[slot], 0, slot)
-    apart = _experts(stack, form, grouped=False)
-    together = _experts(stack, form, grouped=True)
+        fill_expert(stack.up[slot], stack.down[slot], 0, slot)
+    apart = _experts(stack, module, form, grouped=False)
+    together = _experts(stack, module, form, grouped=True)
     found: list[dict[str, float | int | None]] = []
     for tokens in TOKENS:
         counts = _uniform_counts(tokens, num_experts, top_k)
-        rows = torch.randn(sum(counts), hidden, device=form.device).to(form.dtype)
-        grouped = can_stack(form, hidden_size=hidden, inner_size=inner)
+        rows = torch.randn(sum(counts), module.hidden_size, device=form.device).to(form.dtype)
+        grouped = can_stack(form, module)
         found.append({
             "tokens": tokens,
             "experts": sum(count > 0 for count in counts),
@@ -83,11 +84,10 @@ def pass_seconds(
     return found
 
 
-def _experts(stack: ExpertStack, form: ExpertForm, *, grouped: bool) -> list[Expert]:
-    weights = zip(stack.gate_up, stack.down, strict=True)
+def _experts(stack: ExpertWeights, module: ExpertModule, form: ExpertForm, *, grouped: bool) -> list[Expert]:
     return [
-        make_expert(gate_up, down, "silu", form, stack if grouped else None, index)
-        for index, (gate_up, down) in enumerate(weights)
+        make_expert(stack[slot], module, form, stack if grouped else None, slot)
+        for slot in range(len(stack.up))
     ]
 
 
@@ -113,7 +113,7 @@ def _main(kind: str, hidden: int, inner: int, num_experts: int, top_k: int) -> N
         "name": torch.cuda.get_device_name(device) if kind == "cuda" else "the host's CPU",
         "bytes_per_s": read_rate(device),
         "flops_per_s": product_rate(device, dtype),
-        "passes": pass_seconds(form, hidden, inner, num_experts, top_k),
+        "passes": pass_seconds(form, ExpertModule(hidden, inner, "silu"), num_experts, top_k),
     }
     print(json.dumps(answer))
 

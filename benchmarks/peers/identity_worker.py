@@ -62,7 +62,7 @@ async def main(name: str, hidden: int, first: int, last: int) -> None:
     server = rpc.Server({SERVICE: service.add_to}, max_message_bytes=rpc.DATA_MESSAGE_BYTES)
     port = await server.start("127.0.0.1", 0)
     batcher.start()
-    model = cast(MoeModel, SimpleNamespace(num_layers=1, hidden_size=hidden))
+    model = cast(MoeModel, SimpleNamespace(experts={0: None}, hidden_size=hidden))
     service.serve(LoadedModel("identity", model, "cpu", store, batcher))
     await server.set_serving(True)
     print(f"ready 127.0.0.1:{port}", flush=True)

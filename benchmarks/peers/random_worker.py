@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import signal
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -18,14 +17,15 @@ from harness.random_experts import fill_expert
 
 from expert_worker.assignment import parse_experts
 from expert_worker.config import WorkerConfig
-from expert_worker.expert import ExpertForm, ExpertStack, can_stack, empty_stack, make_expert
+from expert_worker.expert import ExpertForm, make_expert
 from expert_worker.expert_store import ExpertStore, HeldExpert
-from expert_worker.loader import expert_memory
+from expert_worker.loader import Place, choose_places
 from expert_worker.server import WorkerServer
+from expert_worker.stored_weight import stored_bytes
 from moesaic import telemetry
 from moesaic.checkpoint import Checkpoint, open_checkpoint
 from moesaic.families import MoeModel, describe_model
-from moesaic.manifest import ExpertAddress
+from moesaic.families.model import ExpertModule
 from moesaic.settings import load_settings
 
 DRAIN_S = 5.0
@@ -36,25 +36,19 @@ class RandomWorker(WorkerServer):
 
     def _load_store(self, checkpoint: Checkpoint, model: MoeModel, form: ExpertForm) -> ExpertStore:
         store = ExpertStore()
-        sizes = {"hidden_size": model.hidden_size, "inner_size": model.inner_size}
-        stacked = can_stack(form, **sizes)
-        for _, of_layer in groupby(sorted(self._config.experts), key=lambda address: address.layer):
-            group = list(of_layer)
-            stack = empty_stack(len(group), form=form, **sizes) if stacked else None
-            for index, address in enumerate(group):
-                store.add(address, _make(model, address, form, stack, index))
-                self.loaded_bytes += model.expert_bytes
+        for place in choose_places(model, self._config.experts, form):
+            experts = model.experts[place.address.layer]
+            store.add(place.address, _make(place, experts.module, form))
+            self.loaded_bytes += stored_bytes(checkpoint, experts, place.address)
         return store
 
 
-def _make(
-    model: MoeModel, address: ExpertAddress, form: ExpertForm, stack: ExpertStack | None, index: int
-) -> HeldExpert:
-    gate_up, down = expert_memory(model, form, stack, index)
-    fill_expert(gate_up, down, *address)
+def _make(place: Place, module: ExpertModule, form: ExpertForm) -> HeldExpert:
+    weights = place.memory(module, form)
+    fill_expert(weights.up, weights.down, *place.address)
     # Nobody reads 90 GB back to name them by their content.
-    version = hashlib.sha256(f"random {address.layer}.{address.slot}".encode()).digest()
-    return HeldExpert(version, make_expert(gate_up, down, model.activation, form, stack, index))
+    version = hashlib.sha256(f"random {place.address.layer}.{place.address.slot}".encode()).digest()
+    return HeldExpert(version, make_expert(weights, module, form, place.stack, place.index))
 
 
 def main(
@@ -67,16 +61,17 @@ def main(
     """Serves random experts of a model's shape."""
     settings = load_settings(None, model=str(model), worker={"threads": threads})
     telemetry.configure(name, otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
-    shape = describe_model(open_checkpoint(model))
+    shape = describe_model(open_checkpoint(model), settings.dense_layers)
     config = WorkerConfig(
         name=name,
         model=model,
-        experts=parse_experts(experts, num_layers=shape.num_layers, num_slots=shape.num_slots),
+        experts=parse_experts(experts, shape.num_slots),
         host=settings.host,
         port=port,
         device=settings.device,
         dtype=settings.dtype,
         settings=settings.worker,
+        dense_layers=settings.dense_layers,
     )
     asyncio.run(_serve(config))
 

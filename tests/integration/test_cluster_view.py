@@ -11,9 +11,10 @@ from support.fake_links import make_epoch
 
 from moesaic import rpc
 from moesaic.errors import Unavailable
+from moesaic.manifest import Epoch
 from moesaic.routing_table import Replica, RoutingTable
 from moesaic.v1 import control_pb2, control_pb2_grpc
-from router.cluster_view import ControlWatch, Snapshot
+from router.cluster_view import ControlWatch, NamedWorkers, Snapshot
 
 EPOCH = make_epoch(1, 2)
 WAIT_S = 10.0
@@ -99,3 +100,17 @@ async def test_a_controller_that_comes_back_elsewhere_is_found_again() -> None:
         assert (await waiting).table.revision == 2
         assert view.control_address == address
         await watched.aclose()
+
+
+async def test_without_experts_there_is_an_epoch_without_workers() -> None:
+    watched = NamedWorkers([], model="dense", experts=()).watch()
+    first = await following(watched)
+    await watched.aclose()
+    assert first == Snapshot(Epoch.of("dense", {}), RoutingTable(1, ()))
+
+
+async def test_named_workers_that_are_away_make_no_epoch() -> None:
+    watched = NamedWorkers(["127.0.0.1:1"], model="tiny", experts=EPOCH.versions).watch()
+    first = await following(watched)
+    await watched.aclose()
+    assert first == Snapshot(None, RoutingTable(1, ()))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import write_mixtral
+from support.dense_checkpoints import write_mistral
 from support.processes import running_router, running_workers
 
 from moesaic import SyncClient
@@ -19,6 +20,10 @@ from moesaic.errors import InvalidArgument
     [
         (["--model", "{tmp}/nowhere", "--worker", "127.0.0.1:1"], "model: no such folder"),
         (["--model", "{tmp}/tiny"], "name either workers (--worker) or a controller (--control)"),
+        (
+            ["--model", "{tmp}/tiny", "--worker", "127.0.0.1:1", "--control", "127.0.0.1:1"],
+            "name either workers (--worker) or a controller (--control)",
+        ),
         (
             ["--model", "{tmp}/tiny", "--worker", "127.0.0.1:1", "--max-model-len", "99999"],
             "max_model_len: the model's context has 256 tokens",
@@ -41,4 +46,31 @@ def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:
             assert len(answer.token_ids) == 4 and answer.text == ""
             with pytest.raises(InvalidArgument):
                 client.complete([96], max_tokens=1)
+        assert router.stop() == 0
+
+
+def test_a_worker_without_anything_to_hold_says_so(tmp_path: Path) -> None:
+    folder = write_mistral(tmp_path / "dense")
+    command = [sys.executable, "-m", "expert_worker", "--model", str(folder), "--dense-layers", "router"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stderr) == (2, "error: experts: the model has none for a worker to hold\n")
+
+
+def test_a_dense_model_answers_alike_with_and_without_workers(tmp_path: Path) -> None:
+    folder = write_mistral(tmp_path / "dense")
+    alone = ("--dense-layers", "router")
+    with (
+        running_router(folder, [], *alone) as router,
+        running_workers(folder, ["0:0,2:0", "1:0"]) as workers,
+        running_router(folder, workers) as spread,
+    ):
+        with SyncClient(router.address) as client, SyncClient(spread.address) as other:
+            options = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+            answer = client.complete([1, 2, 3], **options)
+            assert answer.token_ids == other.complete([1, 2, 3], **options).token_ids
+            assert len(answer.token_ids) == 12
+            infos = client.model_info(), other.model_info()
+            assert [(info.num_experts, info.num_experts_per_token) for info in infos] == [(0, 0), (1, 1)]
+            stats = client.router_stats()
+            assert not stats.workers and stats.generated_tokens >= 12
         assert router.stop() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from support.wire_tensors import to_wire
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from moesaic.checkpoint import open_checkpoint
-from moesaic.families import describe_model
+from moesaic.families import DenseLayers, describe_model
+from moesaic.families.model import WeightPattern
 from moesaic.manifest import ExpertAddress
 from moesaic.v1 import expert_pb2
 
@@ -52,25 +55,66 @@ def compute_request(
 class ReferenceExperts:
     """All experts of a checkpoint, computed one by one in float32."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dense_layers: DenseLayers = "auto") -> None:
         self._checkpoint = open_checkpoint(folder)
-        self._model = describe_model(self._checkpoint)
+        self.model = describe_model(self._checkpoint, dense_layers)
 
+    @cache  # noqa: B019
     def weight(self, layer: int, slot: int, name: str) -> Tensor:
         """One weight, in float32."""
-        where = self._model.expert_weights(layer, slot)[name]
-        with safe_open(self._checkpoint.tensors[where.tensor].file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(where.tensor)
-        if where.index is not None:
-            tensor = tensor[where.index]
-        if where.rows is not None:
-            tensor = tensor[slice(*where.rows)]
-        return tensor.float().clone()
+        experts = self.model.experts[layer]
+        pattern = experts.layout[name]
+        tensor = self._read(pattern.name(layer, slot), (experts.num_slots, pattern, slot))
+        scales_name = pattern.scales_name(layer, slot)
+        if scales_name is not None:
+            scales = self._read(scales_name, (experts.num_slots, pattern, slot))
+            tensor = {"fp8_block": decode_fp8, "mxfp4": decode_mxfp4}[pattern.encoding](tensor, scales)
+        if pattern.transposed:
+            tensor = tensor.T
+        part, num_parts = pattern.part
+        rows = tensor[part::num_parts] if pattern.interleaved else tensor.chunk(num_parts)[part]
+        assert rows.shape == experts.module.shape(name)
+        return rows.float().clone()
 
     def expert(self, layer: int, slot: int, x: Tensor) -> Tensor:
-        gate, up, down = (self.weight(layer, slot, name) for name in ("gate", "up", "down"))
-        return F.linear(F.silu(F.linear(x.float(), gate)) * F.linear(x.float(), up), down)
+        module = self.model.experts[layer].module
+
+        def project(name: str, rows: Tensor) -> Tensor:
+            bias = self.weight(layer, slot, f"{name}_bias") if module.biased else None
+            return F.linear(rows, self.weight(layer, slot, name), bias)
+
+        up = project("up", x.float())
+        if module.activation == "clamped_swiglu":
+            gate = project("gate", x.float()).clamp(max=module.limit)
+            inner = (up.clamp(-module.limit, module.limit) + 1) * gate * torch.sigmoid(1.702 * gate)
+        elif module.gated:
+            inner = ACT2FN[module.activation](project("gate", x.float())) * up
+        else:
+            inner = ACT2FN[module.activation](up)
+        return project("down", inner)
 
     def rows(self, layer: int, hidden: Tensor, rows: Mapping[int, Sequence[int]]) -> Tensor:
         """What COMBINE_ROWS must give."""
         return torch.cat([self.expert(layer, slot, hidden[list(indices)]) for slot, indices in rows.items()])
+
+    def _read(self, name: str, where: tuple[int, WeightPattern, int]) -> Tensor:
+        """The slot's own part of a tensor."""
+        num_slots, pattern, slot = where
+        with safe_open(self._checkpoint.tensors[name].file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        # All slots of a layer may lie behind one another, [E * F, D].
+        return tensor.unflatten(0, (num_slots, -1))[slot].squeeze(0) if pattern.stacked else tensor
+
+
+def decode_fp8(values: Tensor, scales: Tensor) -> Tensor:
+    """float8 [O, I] and the factor of each block of 128 x 128."""
+    wide = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return values.float() * wide[: values.shape[0], : values.shape[1]]
+
+
+def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Two 4-bit floats a byte [O, I / 32, 16], the low one first, and exponents [O, I / 32]."""
+    positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    table = torch.cat((positive, -positive))
+    values = torch.stack((table[(blocks & 15).long()], table[(blocks >> 4).long()]), dim=-1)
+    return (values.flatten(-2) * torch.exp2(scales.float() - 127)[..., None]).flatten(-2)

@@ -1,24 +1,27 @@
-"""A router inside the test process, for looking at logits: its real model and dispatcher over real worker processes."""
+"""A router inside the test process, for looking at logits: its real model over real worker processes, through the real
+dispatcher, or over the plain computation of every expert right here."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from support.expert_calls import ReferenceExperts
 
 from moesaic.checkpoint import open_checkpoint
-from moesaic.families import describe_model
-from moesaic.manifest import Epoch
+from moesaic.errors import MoesaicError
+from moesaic.families import DenseLayers, describe_model
 from moesaic.settings import EngineSettings
 from router.batch import pack
 from router.chunk import Sequence as ScheduledSequence
 from router.cluster_view import NamedWorkers, Snapshot
 from router.config import RouterConfig
+from router.dispatcher import DispatchStep
 from router.model import MicroBatch
 from router.parts import Parts, load_parts
 from router.phases import PhaseClock
@@ -29,16 +32,22 @@ from router.scheduler import Limits, Scheduler
 class LocalRouter:
     """Runs sequences step by step and keeps every logit."""
 
-    def __init__(self, parts: Parts, epoch: Epoch) -> None:
+    def __init__(self, parts: Parts, begin: Callable[[], DispatchStep]) -> None:
         self._parts = parts
-        self._epoch = epoch
+        self._begin = begin
 
     def run(
-        self, prompts: Sequence[Sequence[int]], *, num_new: int = 0, max_batch_tokens: int = 512
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_new: int = 0,
+        max_batch_tokens: int = 512,
+        following: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[torch.Tensor], list[list[int]]]:
-        """All prompts at once: for each, the logits [T + num_new, V] of every position and its greedy tokens."""
+        """All prompts at once: for each, the logits [T + num_new, V] of every position, and its tokens: the greedy
+        ones, or those that are to follow each prompt."""
         parts = self._parts
-        scheduler = Scheduler(Limits(max_batch_tokens, len(prompts)), parts.blocks)
+        scheduler = Scheduler(Limits(max_batch_tokens, len(prompts)), parts.blocks, states=parts.states)
         open_sequences = [
             ScheduledSequence(str(index), list(prompt), len(prompt)) for index, prompt in enumerate(prompts)
         ]
@@ -48,8 +57,10 @@ class LocalRouter:
             scheduler.add(sequence)
         while chunks := scheduler.schedule():
             batch = pack(chunks, parts.model.layout)
-            experts = parts.dispatcher.begin(self._epoch, deadline_s=time.monotonic() + 30)
+            experts = self._begin()
             part = MicroBatch(batch, torch.arange(batch.num_tokens), experts)
+            if parts.states is not None and parts.cache.states is not None:
+                parts.cache.states.apply(parts.states.take_copies())
             logits = parts.model.forward((part,), parts.cache)
             assert not experts.failed, experts.failed
             for chunk, first in zip(chunks, batch.first_rows, strict=True):
@@ -59,22 +70,40 @@ class LocalRouter:
                 ends = chunk.reaches_end
                 scheduler.advance(chunk)
                 if ends and len(sequence.output) < num_new:
-                    sequence.append(int(own[-1].argmax()))
+                    given = None if following is None else following[int(sequence.sequence_id)]
+                    sequence.append(int(own[-1].argmax()) if given is None else given[len(sequence.output)])
                 elif ends:
                     scheduler.remove(sequence)
         return [torch.stack(r) for r in rows.values()], list(outputs.values())
 
 
 @contextmanager
-def local_router(model: Path, addresses: Sequence[str], **engine: Any) -> Iterator[LocalRouter]:
+def local_router(
+    model: Path, addresses: Sequence[str], *, dense_layers: DenseLayers = "auto", **engine: Any
+) -> Iterator[LocalRouter]:
     """A router of this process over the workers at `addresses`, with these settings of the engine."""
-    shape = describe_model(open_checkpoint(model))
-    view = NamedWorkers(addresses, model=model.name, num_layers=shape.num_layers, num_slots=shape.num_slots)
+    experts = describe_model(open_checkpoint(model), dense_layers).addresses
+    view = NamedWorkers(addresses, model=model.name, experts=experts)
     snapshot = asyncio.run(_first(view))
     assert snapshot.epoch is not None, "the workers do not hold every expert"
-    pool = ReplicaPool()
+    epoch, pool = snapshot.epoch, ReplicaPool()
     pool.update(snapshot.table)
-    config = RouterConfig(
+    parts = load_parts(router_config(model, dense_layers, **engine), pool, PhaseClock())
+    try:
+        yield LocalRouter(parts, lambda: parts.dispatcher.begin(epoch, deadline_s=time.monotonic() + 30))
+    finally:
+        pool.close()
+
+
+def lonely_router(model: Path, *, dense_layers: DenseLayers = "auto", **engine: Any) -> LocalRouter:
+    """A router of this process whose experts are computed here, one by one."""
+    experts = ReferenceExperts(model, dense_layers)
+    parts = load_parts(router_config(model, dense_layers, **engine), ReplicaPool(), PhaseClock())
+    return LocalRouter(parts, lambda: cast(DispatchStep, ReferenceStep(experts)))
+
+
+def router_config(model: Path, dense_layers: DenseLayers, **engine: Any) -> RouterConfig:
+    return RouterConfig(
         model=model,
         served_name=model.name,
         host="127.0.0.1",
@@ -82,11 +111,35 @@ def local_router(model: Path, addresses: Sequence[str], **engine: Any) -> Iterat
         device="cpu",
         dtype="float32",
         engine=EngineSettings(**{"threads": 1, **engine}),
+        dense_layers=dense_layers,
     )
-    try:
-        yield LocalRouter(load_parts(config, pool, PhaseClock()), snapshot.epoch)
-    finally:
-        pool.close()
+
+
+class ReferenceStep:
+    """A DispatchStep that asks nobody."""
+
+    def __init__(self, experts: ReferenceExperts) -> None:
+        self.failed: dict[int, MoesaicError] = {}
+        self._experts = experts
+
+    def send(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        tokens: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        output = torch.zeros_like(hidden)
+        for slot in slots.unique().tolist():
+            rows, ranks = torch.where(slots == slot)
+            answers = self._experts.expert(layer, slot, hidden[rows])
+            output.index_add_(0, rows, answers * weights[rows, ranks, None])
+        return output
+
+    def receive(self, call: torch.Tensor) -> torch.Tensor:
+        return call
 
 
 async def _first(view: NamedWorkers) -> Snapshot:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import write_mixtral
+from support.sparse_checkpoints import TINY_MISTRAL, write_sparse_decoder
 
 from cluster.blueprint import PlannedProcess, check_counts, draw_blueprint
 from cluster.placement import Node
@@ -24,6 +25,11 @@ OTHER = Node("other", "10.0.0.2", num_cpus=16, num_gpus=1)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> MoeModel:
     return describe_model(open_checkpoint(write_mixtral(tmp_path_factory.mktemp("tiny"))))
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sparse_decoder(tmp_path_factory.mktemp("dense"), TINY_MISTRAL)
 
 
 def blueprint(model: MoeModel, settings: Settings, *nodes: Node) -> tuple[PlannedProcess, ...]:
@@ -58,15 +64,12 @@ def test_the_workers_hold_every_expert_and_the_controller_knows_which(model: Moe
     processes = blueprint(model, settings(cluster={"workers": 3}))
     workers = configs(processes, ExpertWorkerSpec)
     (controller,) = specs(processes, ControllerSpec)
-    assert sum(len(worker.experts) for worker in workers) == model.num_layers * model.num_slots
+    assert sum(len(worker.experts) for worker in workers) == len(model.addresses)
     members = {member.name: member for member in controller.cluster.members}
     assert {worker.name: worker.experts for worker in workers} == {
         name: members[name].experts for name in controller.cluster.workers
     }
-    assert (controller.cluster.num_layers, controller.cluster.num_slots) == (
-        model.num_layers,
-        model.num_slots,
-    )
+    assert controller.cluster.experts == set(model.addresses)
 
 
 def test_public_addresses_and_names_come_from_the_settings(model: MoeModel) -> None:
@@ -125,7 +128,36 @@ def test_workers_run_on_a_gpu_where_there_is_one_and_share_the_cores_of_their_no
 def test_a_tiny_model_takes_no_more_workers_than_it_has_experts(model: MoeModel) -> None:
     nodes = [Node(str(index), f"10.0.0.{index}", 4, 0) for index in range(20)]
     processes = draw_blueprint(settings(), Path("/models/tiny"), "mine", model, nodes, "3")
-    assert len(specs(processes, ExpertWorkerSpec)) == model.num_layers * model.num_slots
+    assert len(specs(processes, ExpertWorkerSpec)) == len(model.addresses)
+
+
+def test_the_layers_of_a_dense_model_are_spread_over_the_workers(dense_folder: Path) -> None:
+    model = describe_model(open_checkpoint(dense_folder))
+    workers = configs(blueprint(model, settings(cluster={"workers": 2})), ExpertWorkerSpec)
+    assert [sorted(worker.experts) for worker in workers] == [[(0, 0), (2, 0)], [(1, 0)]]
+
+
+def test_a_dense_model_in_the_router_has_no_workers_and_every_process_is_told(dense_folder: Path) -> None:
+    model = describe_model(open_checkpoint(dense_folder), "router")
+    processes = blueprint(model, settings(dense_layers="router", cluster={"routers": 2}), HOME, OTHER)
+    assert [process.spec.name for process in processes] == ["router-0", "router-1", "controller", "gateway"]
+    (controller,) = specs(processes, ControllerSpec)
+    assert (controller.cluster.experts, controller.cluster.workers) == (frozenset(), frozenset())
+    assert {router.dense_layers for router in configs(processes, RouterSpec)} == {"router"}
+    check_counts(settings(dense_layers="router"), model)
+
+
+def test_where_dense_layers_are_computed_reaches_routers_and_workers(model: MoeModel) -> None:
+    processes = blueprint(model, settings(dense_layers="experts", cluster={"workers": 2}))
+    told = [*configs(processes, RouterSpec), *configs(processes, ExpertWorkerSpec)]
+    assert [config.dense_layers for config in told] == ["experts"] * 3
+
+
+def test_workers_that_would_hold_nothing_are_refused(dense_folder: Path) -> None:
+    model = describe_model(open_checkpoint(dense_folder), "router")
+    with pytest.raises(InvalidArgument, match="the model has no experts") as refused:
+        check_counts(settings(cluster={"workers": 1}), model)
+    assert refused.value.field == "workers"
 
 
 def test_a_number_of_workers_that_cannot_be_is_refused_before_anything_runs(model: MoeModel) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import write_mixtral
+from support.sparse_checkpoints import TINY_MISTRAL, write_sparse_decoder
 from typer.testing import CliRunner
 
 from cluster import cli, serving
@@ -79,6 +80,19 @@ def test_a_config_that_does_not_fit_the_tensors_is_told(tiny: Path, tmp_path: Pa
     assert "num_local_experts" in refused("serve", str(folder))
 
 
+def test_a_folder_of_pickles_is_told_what_converts_it(tmp_path: Path) -> None:
+    (tmp_path / "consolidated.00.pth").write_bytes(b"never read")
+    line = refused("serve", str(tmp_path))
+    assert line.startswith("error: model: weights are in consolidated.00.pth")
+    assert "moesaic convert FOLDER OUT" in line
+
+
+def test_workers_for_a_model_that_the_router_computes_alone_are_told(tmp_path: Path) -> None:
+    folder = write_sparse_decoder(tmp_path / "dense", TINY_MISTRAL)
+    line = refused("serve", str(folder), "--dense-layers", "router", "--workers", "1")
+    assert line == "error: workers: the model has no experts for one to hold"
+
+
 def test_more_workers_than_experts_are_told(tiny: Path) -> None:
     assert refused("serve", str(tiny), "--workers", "9") == (
         "error: workers: 9 workers for 8 experts: at most 8"
@@ -117,6 +131,7 @@ def test_a_missing_config_file_is_told(tiny: Path) -> None:
     [
         (("--device", "tpu"), "device"),
         (("--dtype", "int3"), "dtype"),
+        (("--dense-layers", "gateway"), "dense_layers"),
         (("--workers", "0"), "cluster.workers"),
         (("--routers", "65"), "cluster.routers"),
         (("--expert-dtype", "int3"), "worker.expert_dtype"),
@@ -136,12 +151,13 @@ def test_what_flags_say_reaches_routers_and_workers(tiny: Path, monkeypatch: pyt
         served.append(settings)
 
     monkeypatch.setattr(serving, "serve", serve)
-    flags = ("--routers", "3", "--expert-dtype", "int8", "--batch-invariant")
+    flags = ("--routers", "3", "--expert-dtype", "int8", "--batch-invariant", "--dense-layers", "experts")
     ports = ("--http-port", "0", "--grpc-port", "0")
     result = CliRunner().invoke(app, ["serve", str(tiny), *flags, *ports])
     assert result.exit_code == 0, result.output
     (settings,) = served
     assert (settings.cluster.routers, settings.worker.expert_dtype) == (3, "int8")
+    assert settings.dense_layers == "experts"
     assert settings.engine.batch_invariant and settings.worker.batch_invariant
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from cluster.controller import Cluster, Controller, Member, Snapshot
 from cluster.process_host import ProcessReport
 from moesaic.errors import Unavailable
-from moesaic.manifest import ExpertAddress
+from moesaic.manifest import Epoch, ExpertAddress
 from moesaic.routing_table import Replica
 from moesaic.v1 import control_pb2 as pb
 
@@ -24,8 +24,7 @@ EXPERTS = {
 }
 CLUSTER = Cluster(
     model="tiny",
-    num_layers=2,
-    num_slots=2,
+    experts=frozenset().union(*EXPERTS.values()),
     members=(
         Member("controller", pb.PROCESS_ROLE_CONTROLLER),
         Member("router", pb.PROCESS_ROLE_ROUTER),
@@ -218,9 +217,8 @@ async def test_a_replica_serves_only_the_versions_that_the_epoch_names() -> None
 
 async def test_workers_that_disagree_are_a_problem_of_the_controller() -> None:
     played = PlayedCluster()
-    twice = Cluster(
-        "tiny", 2, 2, (*CLUSTER.members, Member("w2", pb.PROCESS_ROLE_EXPERT_WORKER, EXPERTS["w0"]))
-    )
+    more = Member("w2", pb.PROCESS_ROLE_EXPERT_WORKER, EXPERTS["w0"])
+    twice = replace(CLUSTER, members=(*CLUSTER.members, more))
     async with following(played, twice) as controller:
         await played.ready("w0", 1)
         await played.ready("w1", 2)
@@ -232,6 +230,16 @@ async def test_workers_that_disagree_are_a_problem_of_the_controller() -> None:
         own = process(controller, "controller")
         assert own.state == pb.PROCESS_STATE_FAILED
         assert own.detail == "workers hold different versions of layer 0 slot 0"
+
+
+async def test_a_model_without_experts_has_an_epoch_as_soon_as_anybody_is_heard_of() -> None:
+    played = PlayedCluster()
+    alone = Cluster("tiny", frozenset(), CLUSTER.members[:2])
+    async with following(played, alone) as controller:
+        await played.tell("router", pb.PROCESS_STATE_LOADING, 1)
+        snapshot = await until(controller.watch())
+        assert snapshot.epoch == Epoch.of("tiny", {})
+        assert snapshot.table.replicas == ()
 
 
 async def test_a_restarted_controller_publishes_above_the_revisions_of_the_one_before() -> None:

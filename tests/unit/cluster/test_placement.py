@@ -8,9 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import MAX_WORKERS, Node, place_experts, seat_routers, seat_workers
+from cluster.placement import MAX_WORKERS, LayerLoad, Node, place_experts, seat_routers, seat_workers
 from moesaic.errors import InvalidArgument
 from moesaic.manifest import ExpertAddress
+
+
+def even(num_layers: int, num_slots: int) -> dict[int, LayerLoad]:
+    return dict.fromkeys(range(num_layers), LayerLoad(num_slots, 100))
 
 
 @st.composite
@@ -27,7 +31,7 @@ def test_every_expert_is_on_just_as_many_different_workers_as_replicas(
     shape: tuple[int, int, int, int],
 ) -> None:
     num_layers, num_slots, num_workers, replicas = shape
-    placement = place_experts(num_layers, num_slots, num_workers, replicas)
+    placement = place_experts(even(num_layers, num_slots), num_workers, replicas)
     copies = Counter(expert for worker in placement for expert in worker)
     assert len(placement) == num_workers
     assert copies == {
@@ -39,11 +43,12 @@ def test_every_expert_is_on_just_as_many_different_workers_as_replicas(
 def test_workers_differ_by_at_most_one_expert_in_each_layer_and_in_all(
     shape: tuple[int, int, int, int],
 ) -> None:
-    placement = place_experts(*shape)
+    num_layers, num_slots, num_workers, replicas = shape
+    placement = place_experts(even(num_layers, num_slots), num_workers, replicas)
     totals = [len(worker) for worker in placement]
     assert max(totals) - min(totals) <= 1
     assert min(totals) >= 1
-    for layer in range(shape[0]):
+    for layer in range(num_layers):
         counts = [sum(expert.layer == layer for expert in worker) for worker in placement]
         assert max(counts) - min(counts) <= 1
 
@@ -55,7 +60,7 @@ def test_weights_keep_every_expert_placed_and_its_copies_apart(
     num_layers, num_slots, num_workers, replicas = shape
     weights = data.draw(st.lists(st.floats(0.1, 10), min_size=num_workers, max_size=num_workers))
     try:
-        placement = place_experts(num_layers, num_slots, num_workers, replicas, weights)
+        placement = place_experts(even(num_layers, num_slots), num_workers, replicas, weights)
     except InvalidArgument as error:
         assert error.field == "weights"
         return
@@ -66,17 +71,17 @@ def test_weights_keep_every_expert_placed_and_its_copies_apart(
 
 
 def test_weights_decide_how_many_experts_a_worker_holds() -> None:
-    placement = place_experts(4, 8, 3, weights=[1, 1, 2])
+    placement = place_experts(even(4, 8), 3, weights=[1, 1, 2])
     assert [len(worker) for worker in placement] == [8, 8, 16]
 
 
 def test_a_heavy_worker_holds_each_expert_once_and_the_rest_goes_to_the_others() -> None:
-    placement = place_experts(2, 4, 3, replicas=2, weights=[100, 1, 1])
+    placement = place_experts(even(2, 4), 3, replicas=2, weights=[100, 1, 1])
     assert [len(worker) for worker in placement] == [8, 4, 4]
 
 
 def test_a_placement_is_the_same_every_time() -> None:
-    assert place_experts(6, 8, 5, 2) == place_experts(6, 8, 5, 2)
+    assert place_experts(even(6, 8), 5, 2) == place_experts(even(6, 8), 5, 2)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +90,7 @@ def test_a_placement_is_the_same_every_time() -> None:
         ((2, 4, 9, 1), "workers", "9 workers for 8 experts: at most 8"),
         ((32, 8, 65, 1), "workers", "must be in [1, 64]"),
         ((2, 4, 0, 1), "workers", "must be in [1, 64]"),
+        ((0, 4, 1, 1), "workers", "the model has no experts for one to hold"),
         ((2, 4, 2, 3), "replicas", "3 copies of an expert need 3 workers, there are 2"),
         ((2, 4, 2, 0), "replicas", "must be at least 1"),
         ((2, 4, 2, 1, [1.0]), "weights", "must name all 2 workers"),
@@ -95,10 +101,64 @@ def test_a_placement_is_the_same_every_time() -> None:
 def test_an_impossible_placement_names_the_field_and_the_limit(
     arguments: tuple[int, ...], field: str, says: str
 ) -> None:
+    num_layers, num_slots, *rest = arguments
     with pytest.raises(InvalidArgument, match=r".*") as refused:
-        place_experts(*arguments)  # type: ignore[arg-type]
+        place_experts(even(num_layers, num_slots), *rest)  # type: ignore[arg-type]
     assert refused.value.field == field
     assert says in refused.value.message
+
+
+@st.composite
+def mixed_models(draw: st.DrawFn) -> tuple[dict[int, LayerLoad], int, int]:
+    """Layers of any sizes, some of them dense; workers; replicas."""
+    load = st.builds(LayerLoad, st.one_of(st.just(1), st.integers(1, 12)), st.integers(1, 1000))
+    layers = draw(st.dictionaries(st.integers(0, 40), load, min_size=1, max_size=12))
+    replicas = draw(st.integers(1, 3))
+    most = min(MAX_WORKERS, sum(load.num_slots for load in layers.values()) * replicas)
+    num_workers = draw(st.integers(min(replicas, most), most))
+    return layers, num_workers, min(replicas, num_workers)
+
+
+@given(mixed_models())
+def test_layers_of_different_sizes_are_placed_just_as_often(
+    wanted: tuple[dict[int, LayerLoad], int, int],
+) -> None:
+    layers, num_workers, replicas = wanted
+    placement = place_experts(layers, num_workers, replicas)
+    assert Counter(expert for worker in placement for expert in worker) == {
+        ExpertAddress(layer, slot): replicas
+        for layer, load in layers.items()
+        for slot in range(load.num_slots)
+    }
+    assert all(placement)
+
+
+@given(mixed_models())
+def test_bytes_differ_by_at_most_the_largest_expert_and_numbers_in_a_layer_by_one(
+    wanted: tuple[dict[int, LayerLoad], int, int],
+) -> None:
+    layers, num_workers, replicas = wanted
+    placement = place_experts(layers, num_workers, replicas)
+    totals = [sum(layers[expert.layer].num_bytes for expert in worker) for worker in placement]
+    assert max(totals) - min(totals) <= max(load.num_bytes for load in layers.values())
+    for layer in layers:
+        counts = [sum(expert.layer == layer for expert in worker) for worker in placement]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_the_layers_of_a_dense_model_go_around_the_workers() -> None:
+    placement = place_experts(even(8, 1), 3)
+    assert [sorted(expert.layer for expert in worker) for worker in placement] == [
+        [0, 3, 6],
+        [1, 4, 7],
+        [2, 5],
+    ]
+
+
+def test_small_layers_make_up_for_what_a_large_one_could_not_split() -> None:
+    layers = {0: LayerLoad(1, 10), 1: LayerLoad(1, 10), 2: LayerLoad(1, 30), 3: LayerLoad(1, 10)}
+    placement = place_experts(layers, 2)
+    assert [sorted(expert.layer for expert in worker) for worker in placement] == [[2], [0, 1, 3]]
 
 
 CPU_NODE = Node("a", "10.0.0.1", num_cpus=8, num_gpus=0)
@@ -162,6 +222,10 @@ def test_all_routers_compute_on_the_kind_of_device_that_home_has(home: str, node
 
 def test_the_default_stays_within_the_number_of_experts() -> None:
     assert len(seat_workers([CPU_NODE, GPU_NODE], None, "auto", home="a", at_most=2)) == 2
+
+
+def test_a_model_without_experts_gets_no_workers() -> None:
+    assert seat_workers([CPU_NODE, GPU_NODE], None, "auto", home="a", at_most=0) == ()
 
 
 def test_asking_for_cuda_without_a_gpu_is_refused() -> None:

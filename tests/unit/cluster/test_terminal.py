@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from cluster.demo import Answer, DemoReport, WorkerShare, _print_closing, _WordFlow
@@ -48,7 +50,7 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def status(num_routers: int = 1) -> ClusterStatus:
+def status(num_routers: int = 1, num_experts: int = 8) -> ClusterStatus:
     stats = inference_pb2.GetRouterStatsResponse(
         workers=[inference_pb2.WorkerTraffic(worker="expert-worker-63", rows=1234567)],
         running_sequences=1024,
@@ -57,7 +59,14 @@ def status(num_routers: int = 1) -> ClusterStatus:
         kv_blocks_total=1234567,
         generated_tokens=1 << 40,
     )
-    model = inference_pb2.GetModelInfoResponse(model="tiny", epoch="0123456789abcdef", family="mixtral")
+    model = inference_pb2.GetModelInfoResponse(
+        model="tiny",
+        epoch="0123456789abcdef",
+        family="mixtral",
+        num_layers=32,
+        num_experts=num_experts,
+        num_experts_per_token=min(2, num_experts),
+    )
     routers = {f"router-{index}": stats for index in range(num_routers)}
     return ClusterStatus("127.0.0.1:50051", model, stats, TOPOLOGY, "", routers)
 
@@ -69,6 +78,27 @@ def test_the_status_fits_eighty_columns_and_says_why_a_process_is_away() -> None
     assert max(map(len, text.splitlines())) <= 80
     assert "1,234,567" in text
     assert "expert-worker-63: its connection broke" in text
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "says"),
+    [
+        (0, "32 layers; context"),
+        (1, "32 layers of 1 expert, 1 a token; context"),
+        (8, "32 layers of 8 experts, 2 a token; context"),
+    ],
+)
+def test_the_status_says_how_many_experts_a_layer_has(num_experts: int, says: str) -> None:
+    console = terminal()
+    _print(status(num_experts=num_experts), console)
+    assert says in written(console)
+
+
+def test_the_status_of_a_router_without_workers_or_controller_has_no_table() -> None:
+    console = terminal()
+    alone = replace(status(num_experts=0), topology=None, stats=inference_pb2.GetRouterStatsResponse())
+    _print(alone, console)
+    assert "worker" not in written(console)
 
 
 def test_the_status_of_several_routers_adds_up_what_they_sent_and_fits_eighty_columns() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 from rich.console import Console, RenderableType
 from typer.testing import CliRunner
@@ -68,6 +69,13 @@ def observation(second: int) -> Observation:
 def look() -> Look:
     before, after = observation(1), observation(2)
     return Look(TARGET, after, activity_between(before, after))
+
+
+def test_a_cluster_without_workers_has_no_table_of_them() -> None:
+    alone = replace(observation(2), members=observation(2).members[:1])
+    text = drawn(draw_look(Look(TARGET, alone, activity_between(alone, alone))))
+    assert "router-0" in text
+    assert "worker" not in text
 
 
 def line(text: str, name: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,6 +43,17 @@ def test_a_good_request_becomes_a_call(
     assert torch.equal(call.hidden, torch.ones(4, 32))
     held = store.experts()
     assert [group.expert for group in call.groups] == [held[1, 0], held[1, 2]]  # type: ignore[index]
+
+
+def test_a_layer_without_experts_is_refused(
+    model: MoeModel, store: ExpertStore, request_of_two: expert_pb2.ComputeRequest
+) -> None:
+    """The first layers of many models are dense, and the router's."""
+    sparse = replace(model, experts={0: model.experts[0]})
+    with pytest.raises(InvalidArgument, match="layer 1 has no experts") as caught:
+        framed = decode_request(request_of_two.SerializeToString())
+        read_call(framed, model=sparse, store=store, max_rows=8, now_s=0.0)
+    assert caught.value.field == "layer"
 
 
 def test_a_request_for_sums_carries_one_weight_per_row(read: Callable[..., Call], store: ExpertStore) -> None:

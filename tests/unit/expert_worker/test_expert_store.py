@@ -33,5 +33,5 @@ def test_another_version_is_refused_with_the_one_that_is_held(store: ExpertStore
 
 
 def test_the_weights_in_memory_are_counted(store: ExpertStore, model: MoeModel) -> None:
-    assert store.weight_bytes == 6 * model.expert_bytes
+    assert store.weight_bytes == 6 * model.expert_bytes(0)
     assert list(store.versions()) == [ExpertAddress(layer, slot) for layer in range(2) for slot in range(3)]

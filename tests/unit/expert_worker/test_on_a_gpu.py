@@ -10,11 +10,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from expert_worker import compute, expert
 from expert_worker.call import Call, ExpertRows
-from expert_worker.expert import ExpertForm, ExpertStack, compute_experts, empty_stack, make_expert
+from expert_worker.expert import ExpertForm, ExpertWeights, compute_experts, empty_weights, make_expert
+from moesaic.families.model import ExpertModule
 
 # Not the host, and without numbers. In a build of torch without CUDA a fake `cuda` cannot even be indexed.
 DEVICE = torch.device("meta")
 HIDDEN, INNER = 32, 64
+MODULES = [
+    ExpertModule(HIDDEN, INNER, "silu"),
+    ExpertModule(HIDDEN, INNER, "gelu_new", gated=False, biased=True),
+    ExpertModule(HIDDEN, INNER, "clamped_swiglu", biased=True, limit=7.0),
+]
 
 
 @pytest.fixture
@@ -41,15 +47,15 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("combine_sum", [False, True])
 @pytest.mark.parametrize("slots", [[(0, 2)], [(2, 0), (1, 2)]])
+@pytest.mark.parametrize("module", MODULES)
 def test_a_pass_stays_on_the_device_and_comes_back_once(
-    copies: list[str], grouped: bool, combine_sum: bool, slots: list[tuple[int, ...]]
+    copies: list[str], grouped: bool, combine_sum: bool, slots: list[tuple[int, ...]], module: ExpertModule
 ) -> None:
     with FakeTensorMode():
         form = ExpertForm(DEVICE, torch.bfloat16)
-        stack = empty_stack(3, hidden_size=HIDDEN, inner_size=INNER, form=form)
+        stack = empty_weights(module, form, 3)
         experts = [
-            make_expert(gate_up, down, "silu", form, stack if grouped else None, index)
-            for index, (gate_up, down) in enumerate(zip(stack.gate_up, stack.down, strict=True))
+            make_expert(stack[index], module, form, stack if grouped else None, index) for index in range(3)
         ]
         calls = [
             Call(
@@ -74,17 +80,21 @@ def test_a_pass_stays_on_the_device_and_comes_back_once(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("counts", [[1, 0, 1, 0], [0, 0, 0, 5], [3, 17, 1, 64]])
-def test_the_grouped_kernel_of_a_gpu_agrees_with_one_product_after_another(counts: list[int]) -> None:
+@pytest.mark.parametrize("module", MODULES)
+def test_the_grouped_kernel_of_a_gpu_agrees_with_one_product_after_another(
+    counts: list[int], module: ExpertModule
+) -> None:
     form = ExpertForm(torch.device("cuda"), torch.bfloat16)
-    stack = empty_stack(4, hidden_size=256, inner_size=512, form=form)
+    stack = empty_weights(module, form, 4)
     generator = torch.Generator("cuda").manual_seed(0)
-    for weight in (stack.gate_up, stack.down):
-        weight.normal_(0.0, weight.shape[2] ** -0.5, generator=generator)
-    rows = torch.randn(sum(counts), 256, device="cuda", generator=generator).bfloat16()
+    for weight in (stack.up, stack.down, stack.up_bias, stack.down_bias):
+        if weight is not None:
+            weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+    rows = torch.randn(sum(counts), HIDDEN, device="cuda", generator=generator).bfloat16()
 
-    def computed(of_stack: ExpertStack | None) -> Tensor:
+    def computed(of_stack: ExpertWeights | None) -> Tensor:
         experts = [
-            make_expert(stack.gate_up[slot], stack.down[slot], "silu", form, of_stack, slot)
+            make_expert(stack[slot], module, form, of_stack, slot)
             for slot, count in enumerate(counts)
             if count
         ]

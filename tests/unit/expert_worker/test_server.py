@@ -73,7 +73,7 @@ async def test_the_loaded_bytes_are_the_share_and_no_more(server: WorkerServer, 
     address = await server.start()
     assert (server.loaded_bytes, server.total_bytes) == (0, 0)
     await server.load()
-    assert server.loaded_bytes == server.total_bytes == 2 * model.expert_bytes
+    assert server.loaded_bytes == server.total_bytes == 2 * model.expert_bytes(0)
     async with rpc.aio_channel(address) as channel:
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
         described = await stub.Describe(expert_pb2.DescribeRequest())

@@ -268,7 +268,7 @@ async def test_describe_tells_what_is_held(stub: Any, store: ExpertStore, model:
     described = await stub.Describe(expert_pb2.DescribeRequest())
     assert (described.worker, described.incarnation, described.model) == ("w", "i", "tiny")
     assert (described.hidden_size, described.device) == (32, "cpu")
-    assert described.weight_bytes == 6 * model.expert_bytes
+    assert described.weight_bytes == 6 * model.expert_bytes(0)
     held = {(expert.address.layer, expert.address.slot): expert.digest for expert in described.experts}
     assert held == store.versions()
     assert len(described.dtypes) == 5

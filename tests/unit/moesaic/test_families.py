@@ -13,7 +13,8 @@ from support.checkpoints import Layout, write_mixtral
 
 from moesaic.checkpoint import SINGLE_FILE, open_checkpoint
 from moesaic.errors import CheckpointError
-from moesaic.families import GateRule, MoeModel, WeightSlice, describe_model
+from moesaic.families import MoeModel, describe_model
+from moesaic.families.model import Attention, ExpertModule, GateRule, WeightPattern
 
 
 @pytest.fixture(params=["classic", "fused"])
@@ -54,34 +55,53 @@ def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
 
 def test_a_mixtral_is_described_alike_in_either_layout(folder: Path) -> None:
     model = describe(folder)
-    assert (model.family, model.activation, model.dtype) == ("mixtral", "silu", "float32")
-    assert (model.num_layers, model.num_slots, model.hidden_size, model.inner_size) == (2, 4, 32, 24)
-    assert (model.num_heads, model.num_kv_heads, model.head_dim) == (4, 2, 8)
-    assert (model.vocab_size, model.max_model_len, model.sliding_window) == (96, 256, None)
-    assert model.gate == GateRule(top_k=2, renormalise=True)
-    assert model.expert_bytes == 3 * 32 * 24 * 4
+    assert (model.family, model.dtype, model.num_layers, model.hidden_size) == ("mixtral", "float32", 2, 32)
+    assert (model.vocab_size, model.max_model_len, model.tied) == (96, 256, False)
+    assert model.mixers == (Attention(num_heads=4, num_kv_heads=2, head_dim=8, window=None),) * 2
+    assert model.num_slots == {0: 4, 1: 4}
+    for layer, experts in model.experts.items():
+        assert experts.module == ExpertModule(hidden_size=32, inner_size=24, activation="silu")
+        assert experts.gate == GateRule(top_k=2, renormalise=True)
+        assert model.expert_bytes(layer) == 3 * 32 * 24 * 4
+
+
+def test_the_tensors_of_the_router_are_alike_in_either_layout(tmp_path: Path) -> None:
+    classic, fused = (
+        describe(write_mixtral(tmp_path / layout, layout=layout)) for layout in ("classic", "fused")
+    )
+    gate = "model.layers.1.mlp.gate.weight"
+    assert classic.dense[gate].source == "model.layers.1.block_sparse_moe.gate.weight"
+    assert fused.dense[gate].source == gate
+    assert {name: tensor.shape for name, tensor in classic.dense.items()} == {
+        name: tensor.shape for name, tensor in fused.dense.items()
+    }
+    assert all(tensor.rotary_heads is tensor.rows is None for tensor in classic.dense.values())
 
 
 def test_classic_experts_have_tensors_of_their_own(tmp_path: Path) -> None:
     model = describe(write_mixtral(tmp_path))
     prefix = "model.layers.1.block_sparse_moe.experts.3."
-    assert model.expert_weights(1, 3) == {
-        "gate": WeightSlice(prefix + "w1.weight", None, None),
-        "up": WeightSlice(prefix + "w3.weight", None, None),
-        "down": WeightSlice(prefix + "w2.weight", None, None),
+    assert {weight: pattern.name(1, 3) for weight, pattern in model.experts[1].layout.items()} == {
+        "gate": prefix + "w1.weight",
+        "up": prefix + "w3.weight",
+        "down": prefix + "w2.weight",
     }
+    assert not any(pattern.stacked for pattern in model.experts[1].layout.values())
     assert len(model.expert_tensors) == 2 * 4 * 3
 
 
 def test_fused_experts_are_slices_of_stacked_tensors(tmp_path: Path) -> None:
     model = describe(write_mixtral(tmp_path, layout="fused"))
-    gate_up, down = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
-    assert model.expert_weights(1, 3) == {
-        "gate": WeightSlice(gate_up, 3, (0, 24)),
-        "up": WeightSlice(gate_up, 3, (24, 48)),
-        "down": WeightSlice(down, 3, None),
+    gate_up, down = (
+        "model.layers.{layer}.mlp.experts.gate_up_proj",
+        "model.layers.{layer}.mlp.experts.down_proj",
+    )
+    assert model.experts[1].layout == {
+        "gate": WeightPattern(gate_up, stacked=True, part=(0, 2)),
+        "up": WeightPattern(gate_up, stacked=True, part=(1, 2)),
+        "down": WeightPattern(down, stacked=True),
     }
-    assert {gate_up, down} < model.expert_tensors
+    assert {gate_up.format(layer=1), down.format(layer=1)} < model.expert_tensors
     assert len(model.expert_tensors) == 4
 
 
@@ -89,30 +109,41 @@ def test_the_expert_tensors_are_all_that_the_experts_need_and_nothing_else(folde
     checkpoint = open_checkpoint(folder)
     model = describe_model(checkpoint)
     held = {
-        where.tensor
-        for layer in range(model.num_layers)
-        for slot in range(model.num_slots)
-        for where in model.expert_weights(layer, slot).values()
+        pattern.name(address.layer, address.slot)
+        for address in model.addresses
+        for pattern in model.experts[address.layer].layout.values()
     }
     assert held == model.expert_tensors < checkpoint.tensors.keys()
     share = sum(checkpoint.tensors[name].num_bytes for name in model.expert_tensors)
-    assert share == model.num_layers * model.num_slots * model.expert_bytes
+    assert share == sum(model.expert_bytes(address.layer) for address in model.addresses)
+
+
+def test_no_tensor_is_both_of_the_router_and_of_an_expert_and_none_is_of_neither(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    model = describe_model(checkpoint)
+    dense = {tensor.source for tensor in model.dense.values()}
+    assert not dense & model.expert_tensors
+    assert dense | model.expert_tensors == checkpoint.tensors.keys()
+    total = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+    assert model.num_parameters * 4 == total
+    assert model.num_parameters - model.num_active_parameters == 2 * (4 - 2) * 3 * 32 * 24
 
 
 def test_the_dtype_is_that_of_the_expert_tensors(tmp_path: Path) -> None:
     for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
         model = describe(write_mixtral(tmp_path / name, dtype=dtype))
-        assert (model.dtype, model.expert_bytes) == (name, 3 * 32 * 24 * 2)
+        assert (model.dtype, model.expert_bytes(0)) == (name, 3 * 32 * 24 * 2)
 
 
 def test_window_head_dim_and_tied_embeddings_are_understood(tmp_path: Path) -> None:
     model = describe(write_mixtral(tmp_path, sliding_window=16, head_dim=12, tie_word_embeddings=True))
-    assert (model.sliding_window, model.head_dim) == (16, 12)
+    assert model.mixers[0] == Attention(num_heads=4, num_kv_heads=2, head_dim=12, window=16)
+    assert model.tied and "lm_head.weight" not in model.dense
 
 
 def test_the_number_of_experts_may_be_spelled_num_experts(folder: Path) -> None:
     edit_config(folder, "num_local_experts", num_experts=4)
-    assert describe(folder).num_slots == 4
+    assert describe(folder).num_slots == {0: 4, 1: 4}
 
 
 def test_the_flat_config_of_older_checkpoints_is_understood(folder: Path) -> None:
@@ -151,12 +182,27 @@ def test_a_model_type_that_is_no_name_is_refused(folder: Path, model_type: objec
         ("sliding_window", -1),
         ("hidden_act", "gelu"),
         ("tie_word_embeddings", "no"),
-        ("quantization_config", {"quant_method": "fp8"}),
+        ("quantization_config", "fp8"),
     ],
 )
 def test_a_config_that_does_not_match_is_refused_by_its_key(folder: Path, key: str, value: object) -> None:
     edit_config(folder, **{key: value})
     assert refusal(folder).field == f"config.json: {key}"
+
+
+@pytest.mark.parametrize(
+    ("quantised", "key"),
+    [
+        ({"quant_method": "awq"}, "quant_method"),
+        ({"quant_method": "fp8"}, "weight_block_size"),
+        ({}, "quant_method"),
+    ],
+)
+def test_a_quantisation_that_is_not_understood_is_refused_by_its_key(
+    folder: Path, quantised: dict[str, str], key: str
+) -> None:
+    edit_config(folder, quantization_config=quantised)
+    assert refusal(folder).field == f"config.json: quantization_config.{key}"
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_local_experts", "num_experts_per_tok", "vocab_size"])
@@ -217,6 +263,7 @@ def test_a_folder_without_expert_tensors_is_refused(tmp_path: Path) -> None:
 @pytest.mark.shared
 def test_the_reference_layouts_are_described_alike(shared: Path) -> None:
     classic, fused = (describe(shared / "goldens" / "mixtral" / name) for name in ("hf_v4", "hf_v5_fused"))
-    assert (classic.num_slots, classic.gate.top_k, classic.inner_size) == (8, 2, 40)
-    assert classic.expert_bytes == fused.expert_bytes
-    assert classic.expert_weights(0, 0) != fused.expert_weights(0, 0)
+    experts = classic.experts[0]
+    assert (experts.num_slots, experts.top_k, experts.module.inner_size) == (8, 2, 40)
+    assert classic.expert_bytes(0) == fused.expert_bytes(0)
+    assert experts.layout != fused.experts[0].layout

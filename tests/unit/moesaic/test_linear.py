@@ -211,3 +211,19 @@ def test_a_torch_without_the_kernels_is_no_error(
 def test_a_weight_that_int4_cannot_hold_is_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(InvalidArgument, match="int4 needs"):
         Linear(random_weight(*shape), "int4")
+
+
+@pytest.mark.parametrize("form", ["float", "int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_is_added_to_the_product(form: WeightForm, dtype: torch.dtype) -> None:
+    weight, bias = random_weight(96, 256, dtype), torch.linspace(-2, 2, 96).to(dtype)
+    bare, biased = Linear(weight, form), Linear(weight, form, bias)
+    rows = random_rows(5, 256, dtype)
+    assert torch.equal(biased(rows), bare(rows) + bias.to(bare.dtype))
+    assert biased.num_bytes == bare.num_bytes + 96 * bare.dtype.itemsize
+
+
+@pytest.mark.parametrize("form", ["float", "int8", "int4"])
+def test_a_batch_invariant_product_with_a_bias_is_batch_invariant(form: WeightForm) -> None:
+    bias = torch.linspace(-2, 2, 96)
+    assert_invariant(Linear(random_weight(96, 256), form, bias, batch_invariant=True), torch.float32)

@@ -80,25 +80,32 @@ def test_workers_that_hold_all_slots_between_them_make_an_epoch_and_others_do_no
 ) -> None:
     workers = [{address: VERSIONS[address] for address in addresses} for addresses in held]
     if set().union(*held) == VERSIONS.keys():
-        assert merge_versions(workers, num_layers=2, num_slots=4) == VERSIONS
+        assert merge_versions(workers, VERSIONS.keys()) == VERSIONS
     else:
         with pytest.raises(FailedPrecondition) as caught:
-            merge_versions(workers, num_layers=2, num_slots=4)
+            merge_versions(workers, VERSIONS.keys())
         assert caught.value.reason == "EXPERTS_MISSING"
 
 
 def test_replicas_that_disagree_are_refused() -> None:
     other = {ExpertAddress(1, 2): digest(99)}
     with pytest.raises(FailedPrecondition) as caught:
-        merge_versions([VERSIONS, other], num_layers=2, num_slots=4)
+        merge_versions([VERSIONS, other], VERSIONS.keys())
     assert caught.value.reason == "VERSIONS_DISAGREE"
     assert "layer 1 slot 2" in caught.value.message
 
 
 def test_an_expert_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(FailedPrecondition) as caught:
-        merge_versions([VERSIONS], num_layers=1, num_slots=4)
+        merge_versions([VERSIONS], [ExpertAddress(0, slot) for slot in range(4)])
     assert caught.value.reason == "EXPERTS_UNKNOWN"
+
+
+def test_a_model_without_experts_has_an_epoch_that_is_always_the_same() -> None:
+    assert merge_versions([], []) == {}
+    empty = Epoch.of("m", {})
+    assert empty.id and empty.id == Epoch.of("m", {}).id != Epoch.of("other", {}).id
+    assert Epoch.from_proto(control_pb2.Epoch.FromString(empty.to_proto().SerializeToString())) == empty
 
 
 def test_versions_travel_in_order() -> None:

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
+from moesaic.families.model import Attention
 from router.attention import attend
-from router.batch import Layout, pack
+from router.batch import pack
 from router.chunk import Sequence
 from router.kv_cache import BlockPool, KVCache
+from router.layout import Layout
 from router.scheduler import Limits, Scheduler
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
@@ -36,7 +38,9 @@ def plain_attention(
 def test_packed_chunks_over_blocks_equal_plain_attention(
     window: int | None, budget: int, invariant: bool
 ) -> None:
-    layout = Layout(4, window, torch.device("cpu"), torch.float32, invariant)
+    mixers = [Attention(HEADS, KV_HEADS, HEAD_DIM, window=window)]
+    cpu = torch.device("cpu")
+    layout = Layout.of(mixers, block_tokens=4, device=cpu, dtype=torch.float32, invariant=invariant)
     generator = torch.Generator().manual_seed(0)
     lengths = {"short": 3, "one": 1, "long": 19}
     inputs = {
@@ -47,15 +51,7 @@ def test_packed_chunks_over_blocks_equal_plain_attention(
         for name, length in lengths.items()
     }
     pool = BlockPool(16, 4)
-    cache = KVCache(
-        num_layers=1,
-        num_blocks=16,
-        block_tokens=4,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    cache = KVCache(mixers, num_blocks=16, block_tokens=4, dtype=torch.float32, device=cpu)
     scheduler = Scheduler(Limits(budget, 8), pool)
     for name, length in lengths.items():
         scheduler.add(Sequence(name, [0] * length, length))

@@ -16,6 +16,7 @@ from support.fake_links import Answerer, FakeLink, failing, make_epoch, make_poo
 from moesaic.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Overloaded, Unavailable
 from moesaic.v1 import common_pb2, expert_pb2
 from router.dispatcher import Dispatcher, DispatchRules, DispatchStep, combine
+from router.gate import NO_SLOT
 from router.phases import PhaseClock
 
 NUM_SLOTS = 4
@@ -60,6 +61,17 @@ def test_one_message_goes_to_each_worker_and_holds_each_token_once() -> None:
 def test_a_worker_without_rows_gets_no_message() -> None:
     _, _, links = dispatch({"a": range(2), "b": range(2, 4)}, slots=torch.tensor([[0, 1]] * 4))
     assert len(links["a"].requests) == 1 and not links["b"].requests
+
+
+@pytest.mark.parametrize("combine_sum", [False, True])
+def test_a_rank_without_a_slot_is_asked_of_nobody_and_adds_nothing(combine_sum: bool) -> None:
+    slots = torch.tensor([[0, NO_SLOT], [2, 3], [NO_SLOT, NO_SLOT], [1, 2]])
+    weights = WEIGHTS.masked_fill(slots == NO_SLOT, 0)
+    output, step, links = dispatch({"all": range(4)}, slots=slots, weights=weights, combine_sum=combine_sum)
+    torch.testing.assert_close(output, HIDDEN * (weights * (slots + 1)).sum(dim=1, keepdim=True))
+    assert not step.failed
+    (request,) = links["all"].requests
+    assert sum(len(expert.rows) for expert in request.experts) == 5
 
 
 @given(

@@ -23,10 +23,11 @@ from moesaic.errors import (
     Overloaded,
     Unavailable,
 )
-from router.batch import Layout
+from moesaic.families.model import Attention
 from router.dispatcher import Dispatcher, DispatchRules
 from router.engine import Engine
 from router.kv_cache import BlockPool, Contexts, KVCache
+from router.layout import Layout
 from router.model import MicroBatch, RouterModel
 from router.overlap import Overlap
 from router.phases import PhaseClock
@@ -51,7 +52,8 @@ WAIT_S = 10.0
 class CountingModel:
     """Keeps each token id in the cache, so that the sum over a context is what its blocks really hold."""
 
-    layout = Layout(block_tokens=4, window=None, device=torch.device("cpu"), dtype=torch.float32)
+    mixers = (Attention(num_heads=1, num_kv_heads=1, head_dim=1),)
+    layout = Layout.of(mixers, block_tokens=4, device=torch.device("cpu"), dtype=torch.float32)
 
     def __init__(self) -> None:
         self.on_forward: Callable[[MicroBatch], None] = lambda part: None
@@ -102,11 +104,9 @@ class Harness:
         self.engine = Engine(
             cast(RouterModel, self.model),
             KVCache(
-                num_layers=1,
+                self.model.mixers,
                 num_blocks=num_blocks,
                 block_tokens=4,
-                num_kv_heads=1,
-                head_dim=1,
                 dtype=torch.float32,
                 device=torch.device("cpu"),
             ),

@@ -17,10 +17,11 @@ from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument, Unsupported
 from moesaic.families import describe_model
 from moesaic.settings import Decoder
-from router.batch import Layout, pack
+from router.batch import pack
 from router.chunk import Chunk, Sequence
 from router.dispatcher import DispatchStep
 from router.kv_cache import BlockPool, KVCache
+from router.layout import Layout
 from router.lean_decoder import LeanDecoder, rotary_turns
 from router.model import MicroBatch, RouterModel
 from router.model_loader import load_model
@@ -66,19 +67,21 @@ class Harness:
     def __init__(self, folder: Path, decoder: Decoder, *, invariant: bool = False) -> None:
         checkpoint = open_checkpoint(folder)
         shape = describe_model(checkpoint)
-        layout = Layout(
-            BLOCK_TOKENS, shape.sliding_window, torch.device("cpu"), torch.float32, invariant=invariant
+        layout = Layout.of(
+            shape.mixers,
+            block_tokens=BLOCK_TOKENS,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            invariant=invariant,
         )
         self.model: RouterModel = load_model(
             checkpoint, shape, layout, decoder=decoder, num_positions=256, clock=PhaseClock()
         )
         self.pool = BlockPool(64, BLOCK_TOKENS)
         self.cache = KVCache(
-            num_layers=shape.num_layers,
+            shape.mixers,
             num_blocks=64,
             block_tokens=BLOCK_TOKENS,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
             dtype=torch.float32,
             device=torch.device("cpu"),
         )

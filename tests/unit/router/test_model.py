@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from support.checkpoints import random_mixtral, write_mixtral
 from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families import describe_model
+from moesaic.families.model import Attention
 from moesaic.settings import Decoder
-from router.batch import Layout
+from router.layout import Layout
 from router.model import RouterModel
 from router.model_loader import load_model
 from router.phases import PhaseClock
@@ -25,10 +26,11 @@ NUM_POSITIONS = 256
 
 def load(folder: Path, decoder: Decoder = "auto") -> RouterModel:
     checkpoint = open_checkpoint(folder)
+    model = describe_model(checkpoint)
     return load_model(
         checkpoint,
-        describe_model(checkpoint),
-        Layout(block_tokens=16, window=None, device=torch.device("cpu"), dtype=torch.float32),
+        model,
+        Layout.of(model.mixers, block_tokens=16, device=torch.device("cpu"), dtype=torch.float32),
         decoder=decoder,
         num_positions=NUM_POSITIONS,
         clock=PhaseClock(),
@@ -60,10 +62,9 @@ def test_expert_tensors_never_enter_the_router(
         def __exit__(self, *exc_info: object) -> None:
             self._file.__exit__(*exc_info)
 
-        def get_tensor(self, name: str) -> torch.Tensor:
+        def get_slice(self, name: str) -> Any:
             read.append(name)
-            tensor: torch.Tensor = self._opened.get_tensor(name)
-            return tensor
+            return self._opened.get_slice(name)
 
     monkeypatch.setattr("router.dense_tensors.safe_open", Recording)
     model = load(folder, decoder)
@@ -71,7 +72,9 @@ def test_expert_tensors_never_enter_the_router(
     dense_bytes = sum(
         parameter.nbytes for name, parameter in random_mixtral().named_parameters() if ".experts." not in name
     )
-    half = shape.head_dim // 2
+    mixer = shape.mixers[0]
+    assert isinstance(mixer, Attention)
+    half = mixer.head_dim // 2
     rotary_bytes = {
         "stock": 2 * half * 4,  # frequencies are computed, twice: as they are, as they were
         "lean": NUM_POSITIONS * half * 8,  # cosine and sine of every position

@@ -3,7 +3,8 @@ nothing may look at a number, which on a GPU waits for all that was launched."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,13 @@ from torch._subclasses.fake_tensor import (
 
 from moesaic.checkpoint import Checkpoint, open_checkpoint
 from moesaic.families import describe_model
-from router import lean_decoder
-from router.batch import Layout, pack
+from moesaic.families.model import Attention, DenseTensor
+from router import lean_weights
+from router.batch import pack
 from router.chunk import Chunk, Sequence
 from router.dispatcher import DispatchStep, combine
 from router.kv_cache import BlockPool, KVCache
+from router.layout import Layout
 from router.model import MicroBatch
 from router.model_loader import load_model
 from router.phases import PhaseClock
@@ -86,21 +89,14 @@ def test_a_whole_step_stays_on_the_device_and_waits_for_nothing(
 ) -> None:
     checkpoint = open_checkpoint(write_mixtral(tmp_path / "model"))
     shape = describe_model(checkpoint)
-    monkeypatch.setattr(lean_decoder, "read_dense", _read_nothing)
+    mixers = [replace(cast(Attention, mixer), window=window) for mixer in shape.mixers]
+    monkeypatch.setattr(lean_weights, "read_dense", _read_nothing)
     wanted = cast(torch.Tensor, WantedRows([8, 9, 15, 16, 17]))
     # What torch.tensor makes on `meta` is no fake yet.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        layout = Layout(BLOCK_TOKENS, window, DEVICE, dtype, invariant)
+        layout = Layout.of(mixers, block_tokens=BLOCK_TOKENS, device=DEVICE, dtype=dtype, invariant=invariant)
         model = load_model(checkpoint, shape, layout, decoder="lean", num_positions=64, clock=PhaseClock())
-        cache = KVCache(
-            num_layers=shape.num_layers,
-            num_blocks=64,
-            block_tokens=BLOCK_TOKENS,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            dtype=dtype,
-            device=DEVICE,
-        )
+        cache = KVCache(mixers, num_blocks=64, block_tokens=BLOCK_TOKENS, dtype=dtype, device=DEVICE)
         # A prompt, one that decodes, the end of a prompt, and two that decode beside it.
         batch = pack(_chunks((0, 9), (5, 1), (4, 6), (11, 1), (12, 1)), layout)
         experts = cast(DispatchStep, DeviceExperts())
@@ -135,7 +131,7 @@ def _chunks(*spans: tuple[int, int]) -> tuple[Chunk, ...]:
 
 
 def _read_nothing(
-    checkpoint: Checkpoint, names: frozenset[str], *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, dense: Mapping[str, DenseTensor], *, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in sorted(names):
-        yield name, torch.empty(checkpoint.tensors[name].shape, dtype=dtype, device=device)
+    for name, tensor in dense.items():
+        yield name, torch.empty(tensor.shape, dtype=dtype, device=device)

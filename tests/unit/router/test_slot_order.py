@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
+from router.gate import NO_SLOT
 from router.slot_order import SlotOrder
 
 
@@ -14,6 +15,15 @@ def test_slots_ascend_and_keep_the_order_of_tokens() -> None:
     assert order.slots == [0, 1, 3]
     assert [order.assignments_of(place).tolist() for place in range(3)] == [[3], [1, 2], [0]]
     assert [order.tokens_of(place) for place in range(3)] == [[1], [0, 1], [0]]
+
+
+def test_ranks_without_a_slot_are_asked_of_nobody() -> None:
+    order = SlotOrder.of(torch.tensor([[3, 1], [1, NO_SLOT], [NO_SLOT, NO_SLOT]]))
+    assert order.slots == [1, 3]
+    assert [order.assignments_of(place).tolist() for place in range(2)] == [[1, 2], [0]]
+    assert order.empty.tolist() == [3, 4, 5]
+    nobody = SlotOrder.of(torch.full((2, 2), NO_SLOT))
+    assert nobody.slots == [] and len(nobody.empty) == 4
 
 
 def test_whoever_computes_every_token_is_sent_all_without_a_choice() -> None:

@@ -237,7 +237,7 @@ def render(
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         variables=variables,
-    )
+    ).text
 
 
 def test_a_conversation_goes_through_the_template_of_the_checkpoint(text: Text) -> None:

@@ -1,0 +1,90 @@
+"""What an expert does between its two products: [n, W] -> [n, F], where W is 2F, gate outputs before up outputs, or F."""
+
+# Shapes: F inner size, W outputs of the way up, n rows.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.errors import InvalidArgument
+from moesaic.families.model import ExpertModule
+
+# May overwrite what it is given. The result is contiguous.
+Activation = Callable[[Tensor], Tensor]
+
+# Of the sigmoid in quick_gelu, and in the gate of gpt-oss.
+_SLOPE = 1.702
+
+
+def choose_activation(module: ExpertModule, *, row_by_row: bool = False) -> Activation:
+    """With `row_by_row` the bits of a row do not depend on the rows beside it. Raises InvalidArgument for one that is
+    not known."""
+    if module.activation == "clamped_swiglu":
+        if not module.gated or module.limit is None:
+            raise InvalidArgument("activation: clamped_swiglu needs a gate and a limit", field="activation")
+        return partial(_clamped_swiglu, limit=module.limit)
+    function = _ELEMENTWISE.get(module.activation)
+    if function is None:
+        raise InvalidArgument(f"activation: {module.activation[:64]!r} is not known", field="activation")
+    if module.gated:
+        return partial(_gated, function)
+    return partial(_row_by_row, function) if row_by_row else function
+
+
+def _gated(function: Activation, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return function(gate).mul_(up)
+
+
+def _clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _quick_gelu(gate.clamp_(max=limit)).mul_(up.clamp_(-limit, limit).add_(1))
+
+
+def _row_by_row(function: Activation, rows: Tensor) -> Tensor:
+    return function(_apart(rows, rows.dtype))
+
+
+def _apart(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of the rows with a gap behind each.
+
+    Rows that adjoin are one long vector to an elementwise kernel, and the last numbers of a vector take another way
+    through exp() than those before. Kernels take rows with gaps one by one; so they do the two halves of a gated one.
+    """
+    return rows.new_empty(len(rows), rows.shape[1] + 1, dtype=dtype)[:, :-1].copy_(rows)
+
+
+def _gelu(rows: Tensor) -> Tensor:
+    # torch's own gelu takes rows for one long vector even where there are gaps.
+    share = _apart(rows, torch.float32).mul_(math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
+    return (share * rows).to(rows.dtype)
+
+
+def _quick_gelu(rows: Tensor) -> Tensor:
+    share = _apart(rows, torch.float32).mul_(_SLOPE).sigmoid_()
+    return (share * rows).to(rows.dtype)
+
+
+def _relu2(rows: Tensor) -> Tensor:
+    return F.relu(rows).square_()
+
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+_ELEMENTWISE: dict[str, Activation] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "relu2": _relu2,
+}

@@ -1,0 +1,96 @@
+"""A model's config with checked values: every complaint names its key.
+
+Keys have changed their names over the years; whatever a family reads through here it gets under any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from moesaic.checkpoint import CONFIG_FILE
+from moesaic.errors import CheckpointError
+
+
+class Config:
+    """The values of a config.json, or of a part of it. `spelling`: what the file calls a key otherwise."""
+
+    def __init__(
+        self, values: Mapping[str, Any], *, file: str = CONFIG_FILE, spelling: Mapping[str, str] | None = None
+    ) -> None:
+        self.values = values
+        self._file = file
+        self._spellings = spelling or {}
+
+    def fail(self, key: str, problem: str) -> NoReturn:
+        field = f"{self._file}: {self._spellings.get(key, key)}"
+        raise CheckpointError(f"{field}: {problem}", field=field)
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there and not null."""
+        return self.values.get(key) is not None
+
+    def size(self, *keys: str, default: int | None = None) -> int:
+        """A whole number above zero, under the first of its spellings that is there; required without a default."""
+        key = self._spelling(keys)
+        if self.values.get(key) is None and default is not None:
+            return default
+        if key not in self.values:
+            self.fail(key, "is missing")
+        value = self.values[key]
+        if type(value) is not int or value < 1:
+            self.fail(key, "must be a whole number above zero")
+        return value
+
+    def optional_size(self, *keys: str) -> int | None:
+        """None where it is missing or null."""
+        key = self._spelling(keys)
+        return None if self.values.get(key) is None else self.size(key)
+
+    def count(self, *keys: str, default: int = 0) -> int:
+        """A whole number from zero up."""
+        key = self._spelling(keys)
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not int or value < 0:
+            self.fail(key, "must be a whole number")
+        return value
+
+    def number(self, *keys: str, default: float) -> float:
+        """A finite number above zero."""
+        key = self._spelling(keys)
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            self.fail(key, "must be a number above zero")
+        return float(value)
+
+    def flag(self, *keys: str, default: bool) -> bool:
+        key = self._spelling(keys)
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.fail(key, "must be true or false")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        """One of the allowed words; the first where the key is missing."""
+        value = self.values.get(key, allowed[0])
+        if value not in allowed:
+            self.fail(key, f"must be one of: {', '.join(allowed)}")
+        return str(value)
+
+    def sizes(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers from zero up; empty where it is missing."""
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+            self.fail(key, "must be a list of whole numbers")
+        return tuple(value)
+
+    def _spelling(self, keys: tuple[str, ...]) -> str:
+        return next((key for key in keys if key in self.values), keys[0])

@@ -1,0 +1,149 @@
+"""What decoder-only families of transformers have in common as a whole: their sizes, which layers have experts, and the
+model that is put together from its parts.
+"""
+
+# Shapes: D hidden size, F inner size, E slots, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.families import blocks
+from moesaic.families.config import Config
+from moesaic.families.model import ExpertLayer, ExpertModule, Layout, Mixer, MoeModel
+from moesaic.families.quantisation import decoded_dtype
+from moesaic.families.tensor_check import check_num_layers, check_sizes, find_layout
+
+# What every second family calls its experts, on disk and once transformers has joined them.
+MLP = blocks.LAYER + "mlp."
+MLP_LAYOUTS = (
+    blocks.separate(MLP + "experts.{slot}.", "gate_proj", "up_proj", "down_proj"),
+    blocks.fused(MLP + "experts."),
+)
+
+# Config key, the size that follows from it, a tensor, and the dimension of it that must have this size.
+Witness = tuple[str, int, str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """The sizes of the whole."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    tied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """How many experts each layer has, how many of them a token is given, and the key that says so."""
+
+    count: int
+    top_k: int
+    key: str
+
+
+def read_decoder(config: Config) -> Decoder:
+    return Decoder(
+        num_layers=config.size("num_hidden_layers"),
+        hidden_size=config.size("hidden_size"),
+        vocab_size=config.size("vocab_size"),
+        max_model_len=config.size("max_position_embeddings"),
+        tied=config.flag("tie_word_embeddings", default=False),
+    )
+
+
+def read_slots(config: Config, *keys: str) -> Slots:
+    """`keys`: the spellings of the number of experts."""
+    key = next((key for key in keys if key in config.values), keys[0])
+    count, top_k = config.size(key), config.size("num_experts_per_tok")
+    if top_k > count:
+        config.fail("num_experts_per_tok", f"must be at most {key}, {count}")
+    return Slots(count, top_k, key)
+
+
+def read_layer_types(config: Config, num_layers: int, *served: str) -> tuple[str, ...] | None:
+    """What each layer's mixer is, None where the config leaves it to the family. A kind that is not served is refused."""
+    kinds = config.values.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        config.fail("layer_types", f"must be a list of num_hidden_layers, {num_layers}, words")
+    if unknown := next((kind for kind in kinds if kind not in served), None):
+        config.fail("layer_types", f"{str(unknown)[:64]!r} is not served; served: {', '.join(served)}")
+    return tuple(kinds)
+
+
+def first_dense(config: Config, num_layers: int, default: int) -> int:
+    """How many layers come before the first that has experts."""
+    first = config.count("first_k_dense_replace", default=default)
+    if first >= num_layers:
+        config.fail("first_k_dense_replace", f"leaves none of {num_layers} layers with experts")
+    return first
+
+
+def expert_layout(checkpoint: Checkpoint, layouts: Iterable[Layout], layer: int) -> tuple[Layout, str]:
+    """The layout that is there, and the dtype of its weights once they are decoded."""
+    layout = find_layout(checkpoint, layouts, layer)
+    first = next(iter(layout.values()))
+    return layout, decoded_dtype(checkpoint, first.name(layer, 0))
+
+
+def dense_layer(prefix: str, module: ExpertModule, dtype: str) -> ExpertLayer:
+    """A layer whose gated MLP is its only expert; `prefix` has {layer} and ends with a dot."""
+    parameters = {weight: f"{prefix}{weight}_proj.weight" for weight in module.weights}
+    return ExpertLayer(1, module, blocks.dense_layout(prefix), dtype, None, parameters)
+
+
+def expert_witnesses(
+    layer: int, experts: ExpertLayer, slots: Slots, gate: str, inner_key: str
+) -> Iterator[Witness]:
+    """The tensors of one layer that show how many slots there are and how wide each is; `gate` has {layer}."""
+    first = next(iter(experts.layout.values()))
+    rows = experts.module.inner_size * first.part[1]
+    yield slots.key, slots.count, gate.format(layer=layer), 0
+    yield inner_key, rows, first.name(layer, 0), -1 if first.transposed else int(first.stacked)
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    config: Config,
+    decoder: Decoder,
+    *,
+    family: str,
+    mixers: tuple[Mixer, ...],
+    experts: Mapping[int, ExpertLayer],
+    dense: Iterable[blocks.Named],
+    witnesses: Iterable[Witness],
+    num_predictors: int = 0,
+) -> MoeModel:
+    """The model of these parts, after a look at the sizes that its config names.
+
+    `num_predictors`: layers after the last that predict further tokens. Serving does without them.
+    """
+    embedding = "model.embed_tokens.weight"
+    sizes: tuple[Witness, ...] = (
+        ("vocab_size", decoder.vocab_size, embedding, 0),
+        ("hidden_size", decoder.hidden_size, embedding, 1),
+    )
+    check_sizes(checkpoint, config, (*sizes, *witnesses))
+    end = decoder.num_layers + num_predictors
+    check_num_layers(checkpoint, config, "num_hidden_layers", end, blocks.LAYER)
+    beyond = tuple(blocks.LAYER.format(layer=layer) for layer in range(decoder.num_layers, end))
+    return MoeModel(
+        family=family,
+        num_layers=decoder.num_layers,
+        hidden_size=decoder.hidden_size,
+        vocab_size=decoder.vocab_size,
+        max_model_len=decoder.max_model_len,
+        dtype=next(iter(experts.values())).dtype,
+        mixers=mixers,
+        experts=experts,
+        dense=blocks.mapping(*dense),
+        tied=decoder.tied,
+        ignored=frozenset(name for name in checkpoint.tensors if name.startswith(beyond)),
+    )

@@ -1,0 +1,206 @@
+"""Families that are served without a module of their own: on the modules of transformers, gates included.
+
+Which tensors are experts is told by their names, how wide they are by their shapes; every other tensor is the parameter
+of transformers by the same name, but for the few that a family renames. So little is known here of a family that none is
+tried on the off chance: those in `_FAMILIES` have been compared with transformers, all others are refused, where there
+is one by the config key that says why.
+"""
+
+# Shapes: D hidden size, F inner size, E slots, H query heads, G key/value heads, d head size.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.families import blocks
+from moesaic.families.config import Config
+from moesaic.families.decoder import (
+    MLP_LAYOUTS,
+    Decoder,
+    Slots,
+    Witness,
+    assemble,
+    expert_layout,
+    read_decoder,
+    read_layer_types,
+)
+from moesaic.families.model import (
+    Attention,
+    DenseTensor,
+    ExpertLayer,
+    ExpertModule,
+    GateRule,
+    Layout,
+    MoeModel,
+    WeightPattern,
+)
+
+_SPARSE = blocks.LAYER + "block_sparse_moe."
+_LAYOUTS: tuple[Layout, ...] = (
+    *MLP_LAYOUTS,
+    blocks.separate(_SPARSE + "experts.{slot}.", "w1", "w3", "w2"),
+    blocks.fused(_SPARSE + "experts."),
+    {
+        "gate": WeightPattern(_SPARSE + "input_linear.weight", stacked=True, part=(0, 2)),
+        "up": WeightPattern(_SPARSE + "input_linear.weight", stacked=True, part=(1, 2)),
+        "down": WeightPattern(_SPARSE + "output_linear.weight", stacked=True),
+    },
+)
+
+_NUM_SLOTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k")
+_NUM_PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers")
+_FULL, _WINDOW = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """`windowed`: some of its layers may have a window. `renamed`: parts of names in the files, and what transformers
+    calls them."""
+
+    windowed: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
+
+
+_SHARED_GRANITE = (("block_sparse_moe.router.layer.", "block_sparse_moe.router."),)
+_FAMILIES = {
+    "afmoe": _Family(windowed=True),
+    "cohere2_moe": _Family(windowed=True),
+    "dots1": _Family(windowed=True),
+    "ernie4_5_moe": _Family(renamed=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),)),
+    "exaone_moe": _Family(windowed=True, renamed=((".mlp.e_score_", ".mlp.gate.e_score_"),)),
+    "granitemoe_swa": _Family(windowed=True, renamed=_SHARED_GRANITE),
+    "granitemoeshared": _Family(renamed=_SHARED_GRANITE),
+    "hunyuan_v1_moe": _Family(),
+    "hy_v3": _Family(
+        renamed=(
+            (".mlp.router.gate.", ".mlp.gate."),
+            (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
+            (".mlp.shared_mlp.", ".mlp.shared_experts."),
+        )
+    ),
+    "mellum": _Family(windowed=True),
+    "minimax_m2": _Family(renamed=((".block_sparse_moe.", ".mlp."),)),
+    "solar_open": _Family(),
+}
+NAMES = frozenset(_FAMILIES)
+
+# Keys of configs whose layers keep a state, choose among keys, or compute one that is not served outside of its family.
+_UNSERVED = {
+    "text_config": "a model within a model is not served",
+    "index_topk": "attention that chooses among keys is not served",
+    "kv_lora_rank": "latent attention is not served in this family",
+    "mamba_d_state": "state space layers are not served",
+    "mamba_num_heads": "state space layers are not served",
+    "conv_L_cache": "short convolutions are not served",
+    "conv_kernel_size": "short convolutions are not served",
+    "linear_conv_kernel_dim": "linear attention is not served",
+    "linear_attn_config": "linear attention is not served",
+    "attn_type_list": "lightning attention is not served",
+}
+
+
+def refuse_unserved(config: Config) -> None:
+    """Raises CheckpointError that names the key by which a model of whatever family cannot be served here."""
+    kinds = config.values.get("layer_types")
+    read_layer_types(config, len(kinds) if isinstance(kinds, list) else 0, _FULL, _WINDOW)
+    for key, problem in _UNSERVED.items():
+        if config.has(key):
+            config.fail(key, problem)
+
+
+def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
+    """A model of one of the families in `NAMES`."""
+    refuse_unserved(config)
+    name = str(config.values["model_type"])
+    family = _FAMILIES[name]
+    decoder = read_decoder(config)
+    sparse = _sparse_layers(checkpoint, decoder)
+    layout, dtype = expert_layout(checkpoint, _LAYOUTS, min(sparse))
+    slots = _read_slots(config)
+    first = layout["gate"]
+    shape = checkpoint.tensors[first.name(min(sparse), 0)].shape
+    inner_size = shape[-2] // first.part[1] if len(shape) > 1 else 0
+    module = ExpertModule(decoder.hidden_size, inner_size, config.choice("hidden_act", ("silu",)))
+    experts = ExpertLayer(slots.count, module, layout, dtype, GateRule(slots.top_k, own=True))
+    attention = blocks.read_attention(config, decoder.hidden_size)
+    return _with_dense(
+        checkpoint,
+        family,
+        assemble(
+            checkpoint,
+            config,
+            decoder,
+            family=name,
+            mixers=tuple(_mixers(checkpoint, config, decoder, family, attention)),
+            experts=dict.fromkeys(sparse, experts),
+            dense=(),
+            witnesses=_witnesses(attention),
+            num_predictors=config.count(*_NUM_PREDICTORS),
+        ),
+    )
+
+
+def _read_slots(config: Config) -> Slots:
+    key = next((key for key in _NUM_SLOTS if key in config.values), _NUM_SLOTS[0])
+    count, top_k = config.size(key), config.size(*_TOP_K)
+    if top_k > count:
+        config.fail(next(key for key in _TOP_K if key in config.values), f"must be at most {key}, {count}")
+    return Slots(count, top_k, key)
+
+
+def _sparse_layers(checkpoint: Checkpoint, decoder: Decoder) -> tuple[int, ...]:
+    """The layers that have experts; without one, the first, so that the complaint names a tensor of it."""
+    firsts = [next(iter(layout.values())) for layout in _LAYOUTS]
+    found = tuple(
+        layer
+        for layer in range(decoder.num_layers)
+        if any(first.name(layer, 0) in checkpoint.tensors for first in firsts)
+    )
+    return found or (0,)
+
+
+def _mixers(
+    checkpoint: Checkpoint, config: Config, decoder: Decoder, family: _Family, attention: Attention
+) -> Iterator[Attention]:
+    kinds = read_layer_types(config, decoder.num_layers, _FULL, _WINDOW)
+    if kinds is None and family.windowed:
+        config.fail("layer_types", "is missing: it must say which layers have the window")
+    for layer in range(decoder.num_layers):
+        narrow = kinds is not None and kinds[layer] == _WINDOW
+        sinks = blocks.LAYER.format(layer=layer) + "self_attn.sinks"
+        yield replace(
+            attention,
+            window=config.size("sliding_window") if narrow else None,
+            sinks=sinks in checkpoint.tensors,
+        )
+
+
+def _witnesses(attention: Attention) -> Iterator[Witness]:
+    """How many heads there are is what the cache is laid out by, and no tensor is described here that would show it."""
+    prefix = blocks.LAYER.format(layer=0) + "self_attn."
+    queries = attention.num_heads * attention.head_dim
+    keys = attention.num_kv_heads * attention.head_dim
+    yield "num_attention_heads", queries, prefix + "q_proj.weight", 0
+    yield "num_key_value_heads", keys, prefix + "k_proj.weight", 0
+
+
+def _with_dense(checkpoint: Checkpoint, family: _Family, model: MoeModel) -> MoeModel:
+    """The model with every tensor of the decoder that is no expert's."""
+    left = checkpoint.tensors.keys() - model.expert_tensors - model.ignored
+    if model.tied:
+        left -= {"lm_head.weight"}
+    dense = {
+        _module_name(name, family): DenseTensor(checkpoint.tensors[name].shape, name)
+        for name in sorted(left)
+        if name.startswith(("model.", "lm_head.")) and not name.endswith("rotary_emb.inv_freq")
+    }
+    return replace(model, dense=dense)
+
+
+def _module_name(name: str, family: _Family) -> str:
+    for stored, known in family.renamed:
+        name = name.replace(stored, known)
+    return name

@@ -1,0 +1,65 @@
+"""GLM-4-MoE (GLM-4.5): the gate of DeepSeek-V3, shared experts and first dense layers, over ordinary attention."""
+
+# Shapes: D hidden size, E slots, d head size.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.families import blocks
+from moesaic.families.config import Config
+from moesaic.families.decoder import (
+    MLP,
+    MLP_LAYOUTS,
+    assemble,
+    dense_layer,
+    expert_layout,
+    expert_witnesses,
+    first_dense,
+    read_decoder,
+    read_slots,
+)
+from moesaic.families.deepseek import gate, shared_experts, sigmoid_rule
+from moesaic.families.model import ExpertLayer, ExpertModule, MoeModel
+
+
+def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
+    decoder = read_decoder(config)
+    hidden_size = decoder.hidden_size
+    slots = read_slots(config, "n_routed_experts", "num_local_experts")
+    rule = sigmoid_rule(config, slots)
+    first = first_dense(config, decoder.num_layers, 1)
+    layout, dtype = expert_layout(checkpoint, MLP_LAYOUTS, first)
+    activation = config.choice("hidden_act", ("silu",))
+    module = ExpertModule(hidden_size, config.size("moe_intermediate_size"), activation)
+    experts = ExpertLayer(slots.count, module, layout, dtype, rule)
+    plain = dense_layer(MLP, ExpertModule(hidden_size, config.size("intermediate_size"), activation), dtype)
+    attention = blocks.read_attention(config, hidden_size)
+    bias = config.flag("attention_bias", default=False)
+    normed = config.flag("use_qk_norm", default=False)
+    shared_size = config.size("n_shared_experts") * module.inner_size
+
+    def dense() -> Iterator[blocks.Named]:
+        yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
+        for layer in range(decoder.num_layers):
+            prefix = blocks.LAYER.format(layer=layer)
+            yield blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
+            yield blocks.attention_tensors(prefix + "self_attn.", attention, hidden_size, bias=bias)
+            if normed:
+                yield blocks.norms(prefix + "self_attn.", attention.head_dim, "q_norm", "k_norm")
+            if layer >= first:
+                yield gate(layer, slots.count, hidden_size, rule)
+                yield shared_experts(prefix + "mlp.", hidden_size, shared_size)
+
+    return assemble(
+        checkpoint,
+        config,
+        decoder,
+        family="glm4_moe",
+        mixers=(attention,) * decoder.num_layers,
+        experts={layer: experts if layer >= first else plain for layer in range(decoder.num_layers)},
+        dense=dense(),
+        witnesses=expert_witnesses(first, experts, slots, MLP + "gate.weight", "moe_intermediate_size"),
+        num_predictors=config.count("num_nextn_predict_layers", "num_mtp_layers"),
+    )

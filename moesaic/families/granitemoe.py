@@ -1,0 +1,73 @@
+"""GraniteMoE: the experts of a layer in two stacked tensors, weighed by the softmax over the chosen ones alone.
+
+Its multipliers of embeddings, attention, residuals and logits are a matter of the router, which computes with them.
+"""
+
+# Shapes: D hidden size, E slots, F inner size.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.families import blocks
+from moesaic.families.config import Config
+from moesaic.families.decoder import assemble, expert_layout, expert_witnesses, read_decoder, read_slots
+from moesaic.families.model import (
+    DenseTensor,
+    ExpertLayer,
+    ExpertModule,
+    GateRule,
+    Layout,
+    MoeModel,
+    WeightPattern,
+)
+
+_BLOCK = blocks.LAYER + "block_sparse_moe."
+_GATE = _BLOCK + "router.weight"
+_PUBLISHED: Layout = {
+    "gate": WeightPattern(_BLOCK + "input_linear.weight", stacked=True, part=(0, 2)),
+    "up": WeightPattern(_BLOCK + "input_linear.weight", stacked=True, part=(1, 2)),
+    "down": WeightPattern(_BLOCK + "output_linear.weight", stacked=True),
+}
+_FUSED = blocks.fused(_BLOCK + "experts.")
+_GATES = ((_PUBLISHED, _BLOCK + "router.layer.weight"), (_FUSED, _GATE))
+
+
+def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
+    decoder = read_decoder(config)
+    hidden_size = decoder.hidden_size
+    attention = blocks.read_attention(config, hidden_size)
+    slots = read_slots(config, "num_local_experts")
+    layout, dtype = expert_layout(checkpoint, (_PUBLISHED, _FUSED), 0)
+    gate = next(name for known, name in _GATES if known is layout)
+    module = ExpertModule(
+        hidden_size, config.size("intermediate_size"), config.choice("hidden_act", ("silu",))
+    )
+    rule = GateRule(slots.top_k, score="logit", weight="softmax")
+    experts = ExpertLayer(slots.count, module, layout, dtype, rule)
+    bias = config.flag("attention_bias", default=False)
+
+    def layer_tensors(layer: int) -> blocks.Named:
+        prefix = blocks.LAYER.format(layer=layer)
+        yield from blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
+        yield from blocks.attention_tensors(
+            prefix + "self_attn.", attention, hidden_size, bias=bias, output_bias=bias
+        )
+        source = gate.format(layer=layer)
+        yield _GATE.format(layer=layer), DenseTensor((slots.count, hidden_size), source)
+
+    def dense() -> Iterator[blocks.Named]:
+        yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield from (layer_tensors(layer) for layer in range(decoder.num_layers))
+
+    return assemble(
+        checkpoint,
+        config,
+        decoder,
+        family="granitemoe",
+        mixers=(attention,) * decoder.num_layers,
+        experts=dict.fromkeys(range(decoder.num_layers), experts),
+        dense=dense(),
+        witnesses=expert_witnesses(0, experts, slots, gate, "intermediate_size"),
+    )

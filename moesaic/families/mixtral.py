@@ -1,0 +1,65 @@
+"""Mixtral: as transformers keeps it, with one tensor for every weight of every expert or all experts of a layer stacked,
+and as Mistral released it.
+"""
+
+# Shapes: D hidden size, E slots.
+
+from __future__ import annotations
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.families import blocks, native
+from moesaic.families.config import Config
+from moesaic.families.decoder import assemble, expert_layout, expert_witnesses, read_decoder, read_slots
+from moesaic.families.model import DenseTensor, ExpertLayer, ExpertModule, GateRule, MoeModel
+
+CLASSIC = blocks.separate(blocks.LAYER + "block_sparse_moe.experts.{slot}.", "w1", "w3", "w2")
+CLASSIC_GATE = blocks.LAYER + "block_sparse_moe.gate.weight"
+# The parameter of transformers, which is also its name beside fused experts.
+GATE = blocks.LAYER + "mlp.gate.weight"
+
+# Every layout with its gate.
+_LAYOUTS = ((CLASSIC, CLASSIC_GATE), (blocks.fused(blocks.LAYER + "mlp.experts."), GATE))
+_NATIVE_LAYOUTS = ((native.SEPARATE, native.SEPARATE_GATE), (native.STACKED, native.STACKED_GATE))
+
+
+def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
+    layouts = _NATIVE_LAYOUTS if checkpoint.native else _LAYOUTS
+    layout, dtype = expert_layout(checkpoint, (known for known, _ in layouts), layer=0)
+    gate = next(name for known, name in layouts if known is layout)
+    decoder = read_decoder(config)
+    slots = read_slots(config, "num_local_experts", "num_experts")
+    module = ExpertModule(
+        decoder.hidden_size, config.size("intermediate_size"), config.choice("hidden_act", ("silu",))
+    )
+    attention = blocks.read_attention(
+        config, decoder.hidden_size, window=config.optional_size("sliding_window")
+    )
+    experts = ExpertLayer(slots.count, module, layout, dtype, GateRule(slots.top_k, renormalise=True))
+
+    def layer(index: int) -> blocks.Named:
+        yield from blocks.pre_norm_layer(index, attention, decoder.hidden_size)
+        shape = (slots.count, decoder.hidden_size)
+        yield GATE.format(layer=index), DenseTensor(shape, gate.format(layer=index))
+
+    model = assemble(
+        checkpoint,
+        config,
+        decoder,
+        family="mixtral",
+        mixers=(attention,) * decoder.num_layers,
+        experts=dict.fromkeys(range(decoder.num_layers), experts),
+        dense=(
+            blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied),
+            *(layer(index) for index in range(decoder.num_layers)),
+        ),
+        witnesses=(
+            *native.witnesses(decoder),
+            *expert_witnesses(0, experts, slots, gate, "intermediate_size"),
+        ),
+    )
+    return native.rename(checkpoint, config, model) if checkpoint.native else model
+
+
+def published_name(parameter: str) -> str:
+    """What a parameter of transformers is called on disk: only the gate is called otherwise."""
+    return parameter.replace(".mlp.gate.", ".block_sparse_moe.gate.")

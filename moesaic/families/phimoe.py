@@ -1,0 +1,97 @@
+"""Phi-3.5-MoE: norms with biases, and two experts a token, each chosen and weighed by itself in the sparse mixer."""
+
+# Shapes: D hidden size, E slots, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.families import blocks
+from moesaic.families.config import Config
+from moesaic.families.decoder import (
+    Decoder,
+    assemble,
+    expert_layout,
+    expert_witnesses,
+    read_decoder,
+    read_slots,
+)
+from moesaic.families.model import Attention, DenseTensor, ExpertLayer, ExpertModule, GateRule, MoeModel
+
+_CLASSIC = blocks.separate(blocks.LAYER + "block_sparse_moe.experts.{slot}.", "w1", "w3", "w2")
+_FUSED = blocks.fused(blocks.LAYER + "mlp.experts.")
+_GATES = (
+    (_CLASSIC, blocks.LAYER + "block_sparse_moe.gate.weight"),
+    (_FUSED, blocks.LAYER + "mlp.router.weight"),
+)
+_NUM_CHOSEN = 2
+
+
+def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
+    decoder = read_decoder(config)
+    decoder = replace(decoder, max_model_len=_context(config, decoder.max_model_len))
+    attention = blocks.read_attention(
+        config, decoder.hidden_size, window=config.optional_size("sliding_window")
+    )
+    slots = read_slots(config, "num_local_experts", "num_experts")
+    if slots.top_k != _NUM_CHOSEN:
+        config.fail("num_experts_per_tok", f"must be {_NUM_CHOSEN}: the sparse mixer chooses so many")
+    layout, dtype = expert_layout(checkpoint, (_CLASSIC, _FUSED), 0)
+    gate = next(name for known, name in _GATES if known is layout)
+    module = ExpertModule(
+        decoder.hidden_size, config.size("intermediate_size"), config.choice("hidden_act", ("silu",))
+    )
+    jitter = config.number("router_jitter_noise", default=0.01)
+    rule = GateRule(slots.top_k, score="logit", weight="sparse_mixer", jitter=jitter)
+    experts = ExpertLayer(slots.count, module, layout, dtype, rule)
+    bias = config.flag("attention_bias", default=False)
+
+    def dense() -> Iterator[blocks.Named]:
+        yield _ends(decoder, head_bias=config.flag("lm_head_bias", default=False))
+        for layer in range(decoder.num_layers):
+            yield _layer(layer, decoder, attention, bias)
+            source = gate.format(layer=layer)
+            router = blocks.LAYER.format(layer=layer) + "mlp.router.weight"
+            yield iter(((router, DenseTensor((slots.count, decoder.hidden_size), source)),))
+
+    return assemble(
+        checkpoint,
+        config,
+        decoder,
+        family="phimoe",
+        mixers=(attention,) * decoder.num_layers,
+        experts=dict.fromkeys(range(decoder.num_layers), experts),
+        dense=dense(),
+        witnesses=expert_witnesses(0, experts, slots, gate, "intermediate_size"),
+    )
+
+
+def _context(config: Config, max_model_len: int) -> int:
+    """Its long positions change for all tokens of a batch as soon as one sequence passes the length that it was first
+    trained on; up to there they do not."""
+    values = config.values.get("rope_parameters") or config.values.get("rope_scaling")
+    if not isinstance(values, Mapping) or "longrope" not in (values.get("rope_type"), values.get("type")):
+        return max_model_len
+    original = values.get("original_max_position_embeddings")
+    if original is None:
+        original = config.values.get("original_max_position_embeddings")
+    if type(original) is not int or original < 1:
+        config.fail("original_max_position_embeddings", "must be a whole number above zero")
+    return min(original, max_model_len)
+
+
+def _ends(decoder: Decoder, *, head_bias: bool) -> blocks.Named:
+    yield from blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+    yield blocks.tensor("model.norm.bias", decoder.hidden_size)
+    if head_bias:
+        yield blocks.tensor("lm_head.bias", decoder.vocab_size)
+
+
+def _layer(layer: int, decoder: Decoder, attention: Attention, bias: bool) -> blocks.Named:
+    prefix, hidden_size = blocks.LAYER.format(layer=layer), decoder.hidden_size
+    yield from blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm", bias=True)
+    yield from blocks.attention_tensors(
+        prefix + "self_attn.", attention, hidden_size, bias=bias, output_bias=bias
+    )

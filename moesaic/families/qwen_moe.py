@@ -1,0 +1,159 @@
+"""Qwen2-MoE and Qwen3-MoE: experts in every `decoder_sparse_step`-th layer, dense MLPs in the others.
+
+Qwen2 has biases on queries, keys and values, and beside the experts a shared one behind a sigmoid. Qwen3 has norms on
+the heads of queries and keys instead.
+"""
+
+# Shapes: D hidden size, E slots, d head size.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.families import blocks
+from moesaic.families.config import Config
+from moesaic.families.decoder import (
+    MLP,
+    MLP_LAYOUTS,
+    Decoder,
+    Slots,
+    Witness,
+    assemble,
+    dense_layer,
+    expert_layout,
+    expert_witnesses,
+    read_decoder,
+    read_layer_types,
+    read_slots,
+)
+from moesaic.families.model import Attention, ExpertLayer, ExpertModule, GateRule, MoeModel
+
+_GATE = MLP + "gate.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class _Channels:
+    """The channel mixers of all layers; `sparse` are those with a gate."""
+
+    slots: Slots
+    sparse: frozenset[int]
+    experts: dict[int, ExpertLayer]
+    witnesses: tuple[Witness, ...]
+
+
+def describe_qwen2(checkpoint: Checkpoint, config: Config) -> MoeModel:
+    decoder = read_decoder(config)
+    attention = blocks.read_attention(config, decoder.hidden_size)
+    channels = _read_channels(checkpoint, config, decoder)
+    bias = config.flag("qkv_bias", default=True)
+    shared_size = config.size("shared_expert_intermediate_size")
+
+    def dense() -> Iterator[blocks.Named]:
+        yield blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+        for layer in range(decoder.num_layers):
+            yield _layer(layer, decoder, attention, channels, bias=bias)
+            if layer in channels.sparse:
+                yield _shared_expert(MLP.format(layer=layer), decoder.hidden_size, shared_size)
+
+    return assemble(
+        checkpoint,
+        config,
+        decoder,
+        family="qwen2_moe",
+        mixers=tuple(replace(attention, window=window) for window in _qwen2_windows(config, decoder)),
+        experts=channels.experts,
+        dense=dense(),
+        witnesses=channels.witnesses,
+    )
+
+
+def describe_qwen3(checkpoint: Checkpoint, config: Config) -> MoeModel:
+    decoder = read_decoder(config)
+    window = config.optional_size("sliding_window") if _has_window(config) else None
+    attention = blocks.read_attention(config, decoder.hidden_size, window=window)
+    channels = _read_channels(checkpoint, config, decoder)
+    bias = config.flag("attention_bias", default=False)
+
+    def dense() -> Iterator[blocks.Named]:
+        yield blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+        for layer in range(decoder.num_layers):
+            yield _layer(layer, decoder, attention, channels, bias=bias, output_bias=bias)
+            prefix = blocks.LAYER.format(layer=layer) + "self_attn."
+            yield blocks.norms(prefix, attention.head_dim, "q_norm", "k_norm")
+
+    return assemble(
+        checkpoint,
+        config,
+        decoder,
+        family="qwen3_moe",
+        mixers=(attention,) * decoder.num_layers,
+        experts=channels.experts,
+        dense=dense(),
+        witnesses=channels.witnesses,
+    )
+
+
+def _read_channels(checkpoint: Checkpoint, config: Config, decoder: Decoder) -> _Channels:
+    slots = read_slots(config, "num_experts", "num_local_experts")
+    sparse = _sparse_layers(config, decoder.num_layers)
+    first = min(sparse)
+    layout, dtype = expert_layout(checkpoint, MLP_LAYOUTS, first)
+    activation = config.choice("hidden_act", ("silu",))
+    rule = GateRule(slots.top_k, renormalise=config.flag("norm_topk_prob", default=False))
+    module = ExpertModule(decoder.hidden_size, config.size("moe_intermediate_size"), activation)
+    experts = ExpertLayer(slots.count, module, layout, dtype, rule)
+    plain = ExpertModule(decoder.hidden_size, config.size("intermediate_size"), activation)
+    dense = dense_layer(MLP, plain, dtype)
+    return _Channels(
+        slots,
+        sparse,
+        {layer: experts if layer in sparse else dense for layer in range(decoder.num_layers)},
+        tuple(expert_witnesses(first, experts, slots, _GATE, "moe_intermediate_size")),
+    )
+
+
+def _sparse_layers(config: Config, num_layers: int) -> frozenset[int]:
+    step = config.size("decoder_sparse_step", default=1)
+    dense = config.sizes("mlp_only_layers")
+    sparse = frozenset(layer for layer in range(step - 1, num_layers, step) if layer not in dense)
+    if not sparse:
+        config.fail("mlp_only_layers" if dense else "decoder_sparse_step", "leaves no layer with experts")
+    return sparse
+
+
+def _has_window(config: Config) -> bool:
+    return config.flag("use_sliding_window", default=False)
+
+
+def _qwen2_windows(config: Config, decoder: Decoder) -> Iterator[int | None]:
+    """Where the layers are not named one by one, every second one below `max_window_layers` has the window."""
+    kinds = read_layer_types(config, decoder.num_layers, "full_attention", "sliding_attention")
+    below = config.count("max_window_layers", default=28) if _has_window(config) else 0
+    for layer in range(decoder.num_layers):
+        narrow = kinds[layer] == "sliding_attention" if kinds else layer % 2 == 0 and layer < below
+        yield config.size("sliding_window", default=4096) if narrow else None
+
+
+def _layer(
+    layer: int,
+    decoder: Decoder,
+    attention: Attention,
+    channels: _Channels,
+    *,
+    bias: bool,
+    output_bias: bool = False,
+) -> blocks.Named:
+    prefix, hidden_size = blocks.LAYER.format(layer=layer), decoder.hidden_size
+    yield from blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
+    yield from blocks.attention_tensors(
+        prefix + "self_attn.", attention, hidden_size, bias=bias, output_bias=output_bias
+    )
+    if layer in channels.sparse:
+        yield blocks.tensor(_GATE.format(layer=layer), channels.slots.count, hidden_size)
+
+
+def _shared_expert(prefix: str, hidden_size: int, inner_size: int) -> blocks.Named:
+    yield from blocks.mlp_tensors(prefix + "shared_expert.", hidden_size, inner_size)
+    yield blocks.tensor(prefix + "shared_expert_gate.weight", 1, hidden_size)

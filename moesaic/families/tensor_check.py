@@ -1,0 +1,153 @@
+"""Whether a checkpoint's tensors are those of the model that its config describes: none missing, none left over, each
+of the right shape and dtype. Found here, before any weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.errors import CheckpointError
+from moesaic.families.config import Config
+from moesaic.families.model import DenseTensor, ExpertLayer, Layout, MoeModel, WeightPattern
+
+DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+FP8_BLOCK = 128
+MXFP4_GROUP = 32
+# Rotary frequencies, which old checkpoints carry, are computed, never read.
+_IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
+
+
+def find_layout(checkpoint: Checkpoint, layouts: Iterable[Layout], layer: int = 0) -> Layout:
+    """The first layout whose first weight of slot 0 is there. Raises CheckpointError that names what was expected."""
+    layouts = tuple(layouts)
+    for layout in layouts:
+        if _first(layout).name(layer, 0) in checkpoint.tensors:
+            return layout
+    expected = _first(layouts[0]).name(layer, 0)
+    raise CheckpointError(f"tensor {expected} is missing: no known expert layout", field=expected)
+
+
+def stored_dtype(checkpoint: Checkpoint, name: str) -> str:
+    """The float type of a tensor; all others that are computed with must have the same, but see `check_tensors`."""
+    entry = checkpoint.tensors.get(name)
+    if entry is None:
+        raise CheckpointError(
+            f"tensor {name} is missing, by {checkpoint.config_file} it must be there", field=name
+        )
+    if entry.dtype not in DTYPE_NAMES:
+        supported = ", ".join(DTYPE_NAMES)
+        raise CheckpointError(f"tensor {name} is {entry.dtype}; supported: {supported}", field=name)
+    return DTYPE_NAMES[entry.dtype]
+
+
+def check_tensors(checkpoint: Checkpoint, model: MoeModel) -> None:
+    """Raises CheckpointError with the name of the first tensor that is missing, wrong or no part of the model."""
+    expected = dict(_expected(model))
+    for name, (shape, dtypes) in expected.items():
+        _check(checkpoint, name, shape, dtypes)
+    for name in sorted(checkpoint.tensors):
+        if name in expected or name in model.ignored or name.endswith(_IGNORED_ENDINGS):
+            continue
+        if model.tied and name == "lm_head.weight":
+            # Some checkpoints carry the head's copy of the embedding all the same.
+            continue
+        raise CheckpointError(f"tensor {name} is not part of the model", field=name)
+
+
+def check_sizes(
+    checkpoint: Checkpoint, config: Config, witnesses: Iterable[tuple[str, int, str, int]]
+) -> None:
+    """Where one size of the config is wrong, many tensors disagree with it: names the config key, not the first tensor.
+
+    A witness: key, the size that follows from it, a tensor, and the dimension of it that must have this size.
+    """
+    for key, size, name, dimension in witnesses:
+        entry = checkpoint.tensors.get(name)
+        if entry is not None and len(entry.shape) > 1 and entry.shape[dimension] != size:
+            config.fail(key, f"does not match tensor {name} of shape {list(entry.shape)}")
+
+
+def check_num_layers(checkpoint: Checkpoint, config: Config, key: str, num_layers: int, prefix: str) -> None:
+    """`prefix` has {layer} and ends with a dot."""
+    beyond = prefix.format(layer=num_layers)
+    if any(name.startswith(beyond) for name in checkpoint.tensors):
+        config.fail(key, f"is {num_layers}, but there are tensors of more layers")
+
+
+def _first(layout: Layout) -> WeightPattern:
+    return next(iter(layout.values()))
+
+
+_Expected = tuple[tuple[int, ...], tuple[str, ...]]
+_FLOATS = tuple(DTYPE_NAMES)
+
+
+def _expected(model: MoeModel) -> Iterator[tuple[str, _Expected]]:
+    """Every tensor in the files, with its shape and the dtypes that it may have."""
+    yield from _expected_dense(model.dense)
+    for layer, experts in model.experts.items():
+        yield from _expected_experts(layer, experts)
+
+
+def _expected_dense(dense: Mapping[str, DenseTensor]) -> Iterator[tuple[str, _Expected]]:
+    whole: dict[str, int] = {}
+    for tensor in dense.values():
+        first = tensor.shape[0] if tensor.rows is None else tensor.rows[1]
+        whole[tensor.source] = max(whole.get(tensor.source, 0), first)
+    for tensor in dense.values():
+        shape = (whole[tensor.source], *tensor.shape[1:])
+        if tensor.scales is None:
+            yield tensor.source, (shape, _FLOATS)
+        else:
+            yield tensor.source, (shape, ("F8_E4M3",))
+            yield tensor.scales, (_blocks(shape), ("F32",))
+
+
+def _expected_experts(layer: int, experts: ExpertLayer) -> Iterator[tuple[str, _Expected]]:
+    plain = next(name for name, dtype in DTYPE_NAMES.items() if dtype == experts.dtype)
+    for weight, pattern in experts.layout.items():
+        shape = _stored_shape(experts, weight, pattern)
+        for slot in range(1 if pattern.stacked else experts.num_slots):
+            name, scales = pattern.name(layer, slot), pattern.scales_name(layer, slot)
+            if scales is None:
+                yield name, (shape, (plain,))
+            elif pattern.encoding == "fp8_block":
+                yield name, (shape, ("F8_E4M3",))
+                yield scales, (_blocks(shape), ("F32",))
+            else:
+                groups = (*shape[:-1], shape[-1] // MXFP4_GROUP)
+                yield name, ((*groups, MXFP4_GROUP // 2), ("U8",))
+                yield scales, (groups, ("U8",))
+
+
+def _stored_shape(experts: ExpertLayer, weight: str, pattern: WeightPattern) -> tuple[int, ...]:
+    shape = experts.module.shape(weight)
+    shape = (shape[0] * pattern.part[1], *shape[1:])
+    if pattern.transposed:
+        shape = shape[::-1]
+    return (experts.num_slots, *shape) if pattern.stacked else shape
+
+
+def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], -(-shape[-2] // FP8_BLOCK), -(-shape[-1] // FP8_BLOCK))
+
+
+def _check(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    entry = checkpoint.tensors.get(name)
+    if entry is None:
+        raise CheckpointError(
+            f"tensor {name} is missing, by {checkpoint.config_file} it must be there", field=name
+        )
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"tensor {name} has shape {list(entry.shape)}, by {checkpoint.config_file} it must be {list(shape)}",
+            field=name,
+        )
+    if entry.dtype not in dtypes:
+        expected = (
+            DTYPE_NAMES.get(dtypes[0], dtypes[0])
+            if len(dtypes) == 1
+            else "a floating point dtype of 2 or 4 bytes"
+        )
+        raise CheckpointError(f"tensor {name} is {entry.dtype}, it must be {expected}", field=name)

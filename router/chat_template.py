@@ -1,0 +1,226 @@
+"""The checkpoint's own chat template: a conversation as text.
+
+A template is a program that comes with the weights. It runs in jinja2's immutable sandbox, with the functions that
+templates expect, and may neither take long nor write much. Requests bring messages and variables, never templates.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes, pass_context
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from moesaic.errors import CheckpointError, InvalidArgument
+
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_JSON_FILE = "chat_template.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+DEFAULT_TEMPLATE = "default"
+
+MAX_TEMPLATE_CHARS = 1 << 20
+MAX_RENDERED_CHARS = 16 << 20
+MAX_RENDER_S = 5.0
+_MAX_MESSAGE_CHARS = 200
+# Ends the final message while the template runs, so that its end is found again. The space shows whether the template
+# strips what it is given.
+_END = "\U0001fffe "
+
+
+def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    """The template's text: from a file of its own, else from tokenizer_config.json, where of several by name the one
+    named default is taken. Raises CheckpointError."""
+    path = folder / TEMPLATE_FILE
+    if path.is_file():
+        return _checked(path.read_text(encoding="utf-8"), TEMPLATE_FILE)
+    path = folder / TEMPLATE_JSON_FILE
+    if path.is_file():
+        try:
+            found = json.loads(path.read_bytes())["chat_template"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path.name} holds no chat_template", field=path.name) from error
+        return _checked(found, TEMPLATE_JSON_FILE)
+    found = tokenizer_config.get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get(DEFAULT_TEMPLATE)
+    return None if found is None else _checked(found, TOKENIZER_CONFIG_FILE)
+
+
+class ChatTemplate:
+    """One template, compiled when it is first used. Thread-safe."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """Raises CheckpointError for a template that is none, InvalidArgument for messages that it cannot render."""
+        template = self._template
+        talk = [dict(message) for message in messages]
+        if continue_final_message:
+            talk[-1]["content"] += _END
+        variables = {
+            "tools": None,
+            "documents": None,
+            **variables,
+            "messages": talk,
+            "add_generation_prompt": add_generation_prompt,
+            _Deadline.KEY: _Deadline(),
+        }
+        try:
+            rendered = _bounded(template.generate(variables), variables[_Deadline.KEY])
+        except Exception as error:  # a template is a program: whatever it runs into is this request's error
+            raise InvalidArgument(f"messages: {_template_message(error)}", field="messages") from error
+        return _left_open(rendered) if continue_final_message else rendered
+
+    @cached_property
+    def _template(self) -> Template:
+        try:
+            return _ENVIRONMENT.from_string(self._source)
+        except TemplateSyntaxError as error:
+            raise CheckpointError("the model's chat template is not valid", field="chat_template") from error
+
+
+def _left_open(rendered: str) -> str:
+    """Up to the end of the final message."""
+    mark = _END.rstrip()
+    end = rendered.rfind(mark)
+    if end < 0:
+        raise InvalidArgument(
+            "continue_final_message: the model's chat template leaves the final message out",
+            field="continue_final_message",
+        )
+    is_stripped = not rendered.startswith(_END, end)
+    return rendered[:end].rstrip() if is_stripped else rendered[:end]
+
+
+class _Deadline:
+    """Ends a rendering that takes too long."""
+
+    KEY = "_deadline"
+
+    def __init__(self) -> None:
+        self._at_s = time.monotonic() + MAX_RENDER_S
+
+    def check(self) -> None:
+        if time.monotonic() > self._at_s:
+            raise SecurityError("this model's chat template takes too long to render them")
+
+
+def _bounded(pieces: Iterable[str], deadline: _Deadline) -> str:
+    rendered: list[str] = []
+    num_chars = 0
+    for piece in pieces:
+        deadline.check()
+        num_chars += len(piece)
+        if num_chars > MAX_RENDERED_CHARS:
+            raise _too_much()
+        rendered.append(piece)
+    return "".join(rendered)
+
+
+class _Generation(Extension):
+    """{% generation %} marks what the assistant said, for training; here it is what it encloses."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox bounds one range(), but neither loops in loops nor what * and ** make."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        for loop in template.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "_timed", [], [], None, None, lineno=loop.lineno)
+        return template
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            raise SecurityError("this model's chat template computes powers")
+        for value, times in ((left, right), (right, left)):
+            if (
+                isinstance(value, Sized)
+                and isinstance(times, int)
+                and len(value) * times > MAX_RENDERED_CHARS
+            ):
+                raise _too_much()
+        return super().call_binop(context, operator, left, right)
+
+
+@pass_context
+def _timed(context: Context, iterable: Iterable[Any]) -> Iterator[Any]:
+    deadline = context[_Deadline.KEY]
+    for item in iterable:
+        deadline.check()
+        yield item
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _environment() -> Environment:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters.update(tojson=_to_json, _timed=_timed)
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    return environment
+
+
+_ENVIRONMENT = _environment()
+
+
+def _too_much() -> SecurityError:
+    return SecurityError("this model's chat template makes too much of them")
+
+
+def _template_message(error: Exception) -> str:
+    if isinstance(error, TemplateError) and error.message:
+        return error.message[:_MAX_MESSAGE_CHARS]
+    return "this model's chat template cannot render them"
+
+
+def _checked(template: object, name: str) -> str:
+    if not isinstance(template, str) or len(template) > MAX_TEMPLATE_CHARS:
+        message = f"{name}: chat_template must be text of at most {MAX_TEMPLATE_CHARS} characters"
+        raise CheckpointError(message, field=name)
+    return template
