@@ -52,6 +52,7 @@ STANDARD = (
     Program("overlap", ("variants.py", "overlap")),
     Program("routers", ("routers.py", "--rounds", "3", "--routers", "1,2")),
     Program("memory", ("memory.py",)),
+    Program("loading", ("loading.py", "--rounds", "3")),
     Program("cold_start", ("cold_start.py", "--rounds", "3")),
     Program("workers", ("workers.py", "--rounds", "3")),
     # Last: it is fitted to what the others found.

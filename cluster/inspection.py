@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.model_facts import ModelFacts, gather_facts
@@ -21,8 +23,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*.model.v*", "tokenizer.mod
 HUGGING_FACE = "Hugging Face"
 NATIVE = "Mistral's own"
 PICKLES = "pickles"
+MISTRAL_CHAT = "Mistral's own format"
 
 MAX_TOKENIZER_CONFIG_BYTES = 64 << 20
+
+_VERSION = re.compile(r"\.v(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Problem:
     """Why a folder will not serve."""
 
     message: str
-    field: str
+    field: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class Inspection:
     stored: Stored | None
     model: ModelFacts | None
     tokenizer: str | None
-    # The file that has it.
+    # The file that has it, or MISTRAL_CHAT.
     chat_template: str | None
 
     @property
@@ -64,11 +69,12 @@ class Inspection:
 def inspect_folder(folder: Path, dense_layers: DenseLayers = "auto") -> Inspection:
     """Reads headers and small files. Raises CheckpointError where there is no folder that can be read."""
     names = _file_names(folder)
-    checkpoint, model, problem, chat_template = None, None, None, None
+    tokenizer = _find_tokenizer(names)
+    checkpoint, model, problem, chat = None, None, None, None
     try:
         checkpoint = open_checkpoint(folder)
         model = describe_model(checkpoint, dense_layers)
-        chat_template = _find_chat_template(folder)
+        chat = _find_chat(folder, tokenizer)
     except CheckpointError as error:
         problem = Problem(error.message, error.field)
     return Inspection(
@@ -78,8 +84,8 @@ def inspect_folder(folder: Path, dense_layers: DenseLayers = "auto") -> Inspecti
         layout=_guess_layout(names) if checkpoint is None else _layout(checkpoint, model),
         stored=None if checkpoint is None else _stored(checkpoint),
         model=None if checkpoint is None or model is None else gather_facts(checkpoint, model),
-        tokenizer=_find_tokenizer(names),
-        chat_template=chat_template,
+        tokenizer=tokenizer,
+        chat_template=chat,
     )
 
 
@@ -131,16 +137,25 @@ def _claimed_family(folder: Path) -> str | None:
 
 
 def _find_tokenizer(names: Sequence[str]) -> str | None:
-    """The file's name; of several versions the last one."""
+    """The file's name; of several versions the newest."""
     found = (fnmatch.filter(names, pattern) for pattern in TOKENIZER_FILES)
-    return next((versions[-1] for versions in found if versions), None)
+    return next((max(versions, key=_version) for versions in found if versions), None)
 
 
-def _find_chat_template(folder: Path) -> str | None:
-    """The file that has it. Raises CheckpointError for one that a router would refuse."""
+def _version(name: str) -> int:
+    """11 of tokenizer.model.v11."""
+    match = _VERSION.search(name)
+    return int(match[1]) if match else 0
+
+
+def _find_chat(folder: Path, tokenizer: str | None) -> str | None:
+    """Where the chat format comes from. Raises CheckpointError for a template that a router would refuse."""
+    if tokenizer is None:
+        return None
     config_file = folder / TOKENIZER_CONFIG_FILE
     config = read_json(config_file, MAX_TOKENIZER_CONFIG_BYTES) if config_file.is_file() else {}
     if find_template(folder, config) is None:
-        return None
+        versioned = tokenizer not in (TOKENIZER_FILES[0], TOKENIZER_FILES[-1])
+        return MISTRAL_CHAT if versioned and find_spec("mistral_common") else None
     own_files = (name for name in (TEMPLATE_FILE, TEMPLATE_JSON_FILE) if (folder / name).is_file())
     return next(own_files, TOKENIZER_CONFIG_FILE)

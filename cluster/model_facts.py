@@ -1,24 +1,31 @@
 """What a model consists of and what it takes to hold it. Pure."""
 
-# Shapes: D hidden size, F inner size of an expert.
-
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.placement import MAX_WORKERS, layer_loads, place_experts
 from moesaic.checkpoint import Checkpoint
 from moesaic.families import MoeModel
-from moesaic.families.model import Attention, ExpertModule, Hyena, LatentAttention, Mixer
+from moesaic.families.model import (
+    Attention,
+    CrossAttention,
+    DecoderAttention,
+    EncoderAttention,
+    ExpertModule,
+    Hyena,
+    LatentAttention,
+    Mixer,
+)
 
 # How experts are held; what int4 takes depends on the machine.
-HELD = ("fp32", "bf16", "int8")
 Held = Literal["fp32", "bf16", "int8"]
+HELD: tuple[Held, ...] = ("fp32", "bf16", "int8")
 WORKER_COUNTS = (1, 2, 4, 8)
 
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -131,27 +138,26 @@ def _held_bytes(model: MoeModel, counts: Mapping[int, int], held: Held) -> int:
 def _layer_kinds(model: MoeModel) -> tuple[LayerKind, ...]:
     """In the order of their first layers."""
     shared = _shared_parameters(model)
-    kinds: dict[tuple[object, ...], list[int]] = {}
+    kinds: dict[LayerKind, list[int]] = {}
     for layer in range(model.num_layers):
         kinds.setdefault(_kind(model, layer, shared[layer]), []).append(layer)
-    return tuple(LayerKind(tuple(layers), *kind) for kind, layers in kinds.items())
+    return tuple(replace(kind, layers=tuple(layers)) for kind, layers in kinds.items())
 
 
-def _kind(model: MoeModel, layer: int, shared: int) -> tuple[str, bool, int, int, int, int, int]:
-    """All that there is to say of a layer, in the order of LayerKind."""
-    mixer = describe_mixer(model.mixers[layer])
-    experts = model.experts.get(layer)
+def _kind(model: MoeModel, layer: int, shared: int) -> LayerKind:
+    """All that there is to say of one layer but its number."""
+    experts, mixer = model.experts.get(layer), describe_mixer(model.mixers[layer])
     if experts is None:
-        return mixer, False, 0, 0, 0, 0, shared
-    module = experts.module
-    return (
-        mixer,
-        experts.gate is not None,
-        experts.num_slots,
-        experts.top_k,
-        module.inner_size,
-        module.num_parameters,
-        shared,
+        return LayerKind((), mixer, False, 0, 0, 0, 0, shared)
+    return LayerKind(
+        layers=(),
+        mixer=mixer,
+        gated=experts.gate is not None,
+        experts=experts.num_slots,
+        top_k=experts.top_k,
+        inner_size=experts.module.inner_size,
+        parameters=experts.module.num_parameters,
+        shared_parameters=shared,
     )
 
 
@@ -176,3 +182,9 @@ def describe_mixer(mixer: Mixer) -> str:
             return f"latent attention, {num_heads} heads"
         case Hyena(state_size):
             return f"hyena, {state_size} modes"
+        case EncoderAttention(num_heads):
+            return f"encoder attention, {num_heads} heads"
+        case DecoderAttention(num_heads):
+            return f"decoder attention, {num_heads} heads"
+        case CrossAttention(num_heads):
+            return f"cross attention, {num_heads} heads"

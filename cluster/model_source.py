@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moesaic.checkpoint import CONFIG_FILE
 from moesaic.errors import CheckpointError
 
 # Served where no model is named.
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 HUB_PREFIX = "hf://"
-# Weights, config, tokenizer and chat template; never code, never pickles.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*"]
+# Config, tokenizer and chat template; never code, never pickles.
+HUB_DESCRIPTION = ["*.json", "*.jinja", "tokenizer.model*"]
+# Some repositories hold the same weights twice, in the form of transformers and in Mistral's own.
+HUB_WEIGHTS, HUB_NATIVE_WEIGHTS = "model*.safetensors", "consolidated*.safetensors"
 
 
 def find_model(source: str) -> Path:
@@ -26,7 +29,10 @@ def find_model(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source.removeprefix(HUB_PREFIX), allow_patterns=HUB_FILES))
+        name = source.removeprefix(HUB_PREFIX)
+        folder = Path(snapshot_download(name, allow_patterns=HUB_DESCRIPTION))
+        weights = HUB_WEIGHTS if (folder / CONFIG_FILE).is_file() else HUB_NATIVE_WEIGHTS
+        return Path(snapshot_download(name, allow_patterns=weights))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"model: {source} is neither in the local cache nor to be had from the hub", field="model"

@@ -14,7 +14,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 
 import torch
@@ -36,12 +36,15 @@ from moesaic.errors import CheckpointError, Unavailable
 from moesaic.families import MoeModel
 from moesaic.families.model import Encoding, ExpertModule
 from moesaic.families.tensor_check import FP8_BLOCK
+from moesaic.linear import keeps_weight
 from moesaic.manifest import ExpertAddress, VersionHasher
 
 # More wait for the disk and for memory, not for a thread.
 MAX_THREADS = 4
-# Of an encoded weight that are decoded at once: what they become stays in the cache.
-_ROWS_AT_ONCE = 256
+# That are read, hashed and copied at a time: they stay in the cache meanwhile.
+_BYTES_AT_ONCE = 1 << 20
+# Of an encoded weight that are decoded at a time.
+_NUMBERS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +79,11 @@ def load_experts(
 ) -> Iterator[tuple[ExpertAddress, HeldExpert]]:
     """Loads the experts, and gives them in order of layer and slot. Raises CheckpointError that names the tensor or the
     file at fault, Unavailable when `stopping` is set."""
+    addresses = list(addresses)
     loader = _Loader(checkpoint, model, form, stopping or threading.Event())
     places = choose_places(model, addresses, form)
-    threads = min(MAX_THREADS, torch.get_num_threads())
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="expert-load")
+    threads = max(1, min(MAX_THREADS, torch.get_num_threads(), len(addresses)))
+    pool = _start_threads(threads)
     under_way: deque[tuple[ExpertAddress, Future[HeldExpert]]] = deque()
 
     def begin(places: Iterable[Place]) -> None:
@@ -96,39 +100,82 @@ def load_experts(
         pool.shutdown(cancel_futures=True)
 
 
+def _start_threads(count: int) -> ThreadPoolExecutor:
+    """Threads whose products are computed by them alone: helpers of several would stand in each other's way."""
+    ready = threading.Barrier(count + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    num_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, thread_name_prefix="expert-load", initializer=begin)
+    for _ in range(count):
+        pool.submit(int)
+    ready.wait()
+    # torch sets the number for the thread that asks, and for all that are still to come: those are not meant.
+    torch.set_num_threads(num_threads)
+    return pool
+
+
 @dataclass(frozen=True, slots=True)
 class _Loader:
     checkpoint: Checkpoint
     model: MoeModel
     form: ExpertForm
     stopping: threading.Event
+    scratch: _Scratch = field(default_factory=lambda: _Scratch())
 
     def load(self, place: Place) -> HeldExpert:
         """One expert, on one thread."""
         experts, form = self.model.experts[place.address.layer], self.form
         module = experts.module
-        reader = _ExpertReader(locate(self.checkpoint, experts, place.address), self.stopping)
-        memory = place.memory(module, form)
-        up_weight, down_weight = memory.up, memory.down
-        up_bias, down_bias = memory.up_bias, memory.down_bias
-        # The two products are laid out one after the other, and what they are made from goes as soon as it can.
-        del memory
+        reader = _ExpertReader(locate(self.checkpoint, experts, place.address), self.stopping, self.scratch)
+        memory = self._memory(place, module)
         gate_and_up = ("gate", "up") if module.gated else ("up",)
-        reader.read(gate_and_up, up_weight, up_bias)
-        up = make_linear(up_weight, up_bias, form)
-        del up_weight
-        reader.read(("down",), down_weight, down_bias)
-        down = make_linear(down_weight, down_bias, form)
+        reader.read(gate_and_up, memory.up, memory.up_bias)
+        up = make_linear(memory.up, memory.up_bias, form)
+        reader.read(("down",), memory.down, memory.down_bias)
+        down = make_linear(memory.down, memory.down_bias, form)
         version = reader.version(module, experts.dtype)
         return HeldExpert(version, assemble_expert(up, down, module, form, place.stack, place.index))
+
+    def _memory(self, place: Place, module: ExpertModule) -> ExpertWeights:
+        """Where the expert's weights are put. What its products are laid out from anew is needed no longer than that,
+        and the next expert's weights, and those of its own other product, come to the same place."""
+        form, memory = self.form, place.memory(module, self.form)
+        sizes = (module.hidden_size, module.inner_size)
+        if any(keeps_weight(form.weights, form.device, form.dtype, size) for size in sizes):
+            return memory
+        most = max(memory.up.nbytes, memory.down.nbytes)
+        scratch = self.scratch.take("weights", most).view(form.dtype)
+        up, down = (scratch[: weight.numel()].view_as(weight) for weight in (memory.up, memory.down))
+        return replace(memory, up=up, down=down)
+
+
+class _Scratch(threading.local):
+    """Memory of a thread that is used over and over: to get new pages costs more than to fill them."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, use: str, num_bytes: int) -> Tensor:
+        """[num_bytes] uint8, valid until the next call for the same use."""
+        memory = self._memory.get(use)
+        if memory is None or len(memory) < num_bytes:
+            self._memory[use] = memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return memory[:num_bytes]
 
 
 class _ExpertReader:
     """Reads the weights of one expert, and names it by what it has read."""
 
-    def __init__(self, weights: Mapping[str, StoredWeight], stopping: threading.Event) -> None:
+    def __init__(
+        self, weights: Mapping[str, StoredWeight], stopping: threading.Event, scratch: _Scratch
+    ) -> None:
         self._weights = weights
         self._stopping = stopping
+        self._scratch = scratch
         self._digests: dict[str, tuple[tuple[int, ...], bytes]] = {}
         # Gate and up may share what holds them: it is read once.
         self._uses = Counter(region for weight in weights.values() for region in weight.regions)
@@ -151,16 +198,31 @@ class _ExpertReader:
 
     def _read(self, name: str, target: Tensor) -> None:
         weight = self._weights[name]
-        data = self._fetch(weight.data)
-        if weight.scales is None:
-            digest = _copy(weight, data, target)
+        if weight.is_run:
+            digest = self._copy_run(weight, target)
+        elif weight.scales is None:
+            digest = _copy(weight, self._fetch(weight.data), target)
         else:
-            digest = _decode(weight, data, self._fetch(weight.scales), target)
+            digest = _decode(weight, self._fetch(weight.data), self._fetch(weight.scales), target)
         self._digests[name] = tuple(target.shape), digest
 
+    def _copy_run(self, weight: StoredWeight, target: Tensor) -> bytes:
+        """As `_copy` does, in pieces."""
+        data, digest = weight.data, hashlib.sha256()
+        row_bytes = data.num_bytes // data.shape[0]
+        count = max(1, _BYTES_AT_ONCE // row_bytes)
+        memory = self._scratch.take("piece", count * row_bytes)
+        for number, part in enumerate(target.split(count)):
+            self._check_stopping()
+            first = number * count
+            piece = data.part(first, first + len(part)).read(memory)
+            digest.update(_raw_bytes(piece))
+            _check_finite(piece, weight)
+            part.copy_(piece)
+        return digest.digest()
+
     def _fetch(self, region: Region) -> Tensor:
-        if self._stopping.is_set():
-            raise Unavailable("stopped while loading")
+        self._check_stopping()
         read = self._shared.pop(region, None)
         if read is None:
             read = region.read()
@@ -168,6 +230,10 @@ class _ExpertReader:
         if self._uses[region]:
             self._shared[region] = read
         return read
+
+    def _check_stopping(self) -> None:
+        if self._stopping.is_set():
+            raise Unavailable("stopped while loading")
 
 
 def _copy(weight: StoredWeight, data: Tensor, target: Tensor) -> bytes:
@@ -183,7 +249,8 @@ def _decode(weight: StoredWeight, data: Tensor, scales: Tensor, target: Tensor) 
     """Fills the target with what an encoded weight stands for; returns the digest of the code."""
     own, own_scales = data[weight.rows], _scales_of_rows(weight, len(data), scales)
     filled = target.T if weight.transposed else target
-    parts = (tensor.split(_ROWS_AT_ONCE) for tensor in (own, own_scales, filled))
+    count = max(1, _NUMBERS_AT_ONCE // (target.numel() // len(filled)))
+    parts = (tensor.split(count) for tensor in (own, own_scales, filled))
     for codes, factors, part in zip(*parts, strict=True):
         decoded = _DEQUANTISE[weight.encoding](codes, factors)[:, weight.columns]
         _check_finite(decoded, weight)

@@ -8,7 +8,7 @@ what was read is what was asked for, to the byte.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,9 +40,21 @@ class Region:
     first_byte: int
     num_bytes: int
 
-    def read(self) -> Tensor:
-        """Raises CheckpointError with the file's name."""
-        memory = torch.empty(self.num_bytes, dtype=torch.uint8)
+    def part(self, first: int, end: int) -> Region:
+        """Rows [first, end) of it."""
+        row_bytes = self.num_bytes // self.shape[0]
+        return replace(
+            self,
+            shape=(end - first, *self.shape[1:]),
+            first_byte=self.first_byte + first * row_bytes,
+            num_bytes=(end - first) * row_bytes,
+        )
+
+    def read(self, memory: Tensor | None = None) -> Tensor:
+        """Into the beginning of uint8 memory, if there is some. Raises CheckpointError with the file's name."""
+        if memory is None:
+            memory = torch.empty(self.num_bytes, dtype=torch.uint8)
+        memory = memory[: self.num_bytes]
         rest = memory.numpy().data
         try:
             with self.file.open("rb", buffering=0) as file:
@@ -73,6 +85,11 @@ class StoredWeight:
     encoding: Encoding
     scales: Region | None = None
     scale_row: int = 0
+
+    @property
+    def is_run(self) -> bool:
+        """Whether `data` is the weight, row by row."""
+        return self.rows == self.columns == slice(None) and not self.transposed and self.scales is None
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -129,12 +146,6 @@ def _region(checkpoint: Checkpoint, name: str, index: int | None, first: int, en
     entry = checkpoint.tensors[name]
     shape = entry.shape if index is None else entry.shape[1:]
     entry_bytes = entry.num_bytes if index is None else entry.num_bytes // entry.shape[0]
-    row_bytes = entry_bytes // shape[0]
-    return Region(
-        name,
-        entry.file,
-        _DTYPES[entry.dtype],
-        (end - first, *shape[1:]),
-        entry.first_byte + (index or 0) * entry_bytes + first * row_bytes,
-        (end - first) * row_bytes,
-    )
+    first_byte = entry.first_byte + (index or 0) * entry_bytes
+    whole = Region(name, entry.file, _DTYPES[entry.dtype], shape, first_byte, entry_bytes)
+    return whole.part(first, end)

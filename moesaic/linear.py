@@ -44,7 +44,7 @@ _INT4_OUTPUTS = 16
 
 _ALIGN_BYTES = 64
 # Of a weight that is quantised, so that no second one in full precision comes to be.
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 128
 # int8 rows lie around this value, as the kernels read unsigned ones.
 _ROW_ZERO = 128
 _TINY = 1e-30
@@ -114,13 +114,19 @@ def check_form(form: WeightForm, device: torch.device, in_features: int, out_fea
         raise InvalidArgument(f"int4 is not computed on this {device.type}")
 
 
+def keeps_weight(form: WeightForm, device: torch.device, dtype: torch.dtype, in_features: int) -> bool:
+    """Whether a Linear of such a weight holds on to the very tensor that it is given."""
+    return form == "float" and not (device.type == "cpu" and _packing_works(dtype, in_features))
+
+
 def _choose_product(weight: Tensor, form: WeightForm) -> _Product:
     on_cpu = weight.device.type == "cpu"
     if form == "int4":
         return _Int4(weight)
     if form == "int8":
         return _Int8(weight) if on_cpu and _int8_works(weight.shape[1]) else _WidenedInt8(weight)
-    return _Packed(weight) if on_cpu and _packing_works(weight.dtype, weight.shape[1]) else _Plain(weight)
+    kept = keeps_weight(form, weight.device, weight.dtype, weight.shape[1])
+    return _Plain(weight) if kept else _Packed(weight)
 
 
 def _with_counts(product: _Product, rows: Tensor, counts: tuple[int, ...]) -> Tensor:

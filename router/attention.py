@@ -143,8 +143,9 @@ def _softmax(
     attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         queries, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling
     )
-    share = torch.sigmoid(log_sums - sinks.float())
-    return (attended * share[..., None]).to(queries.dtype)
+    # Not a sigmoid, whose last bits depend on how the numbers lie.
+    shares = torch.stack((log_sums, sinks.float().expand_as(log_sums)), dim=-1).softmax(-1)
+    return (attended * shares[..., :1]).to(queries.dtype)
 
 
 def softmax_beside_sinks(

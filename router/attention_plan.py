@@ -36,7 +36,7 @@ class DecodeGroup:
     rows: slice | torch.Tensor  # n rows of the batch
     contexts: Contexts  # n, or one that all rows share
     span: slice  # L of the b * block_tokens positions
-    mask: torch.Tensor | None  # [n, 1, 1, L], added to the scores
+    mask: torch.Tensor | None  # [n, 1 or H, 1, L], added to the scores
     invariant: bool  # whether other rows may not reach the last bits of any
 
 
@@ -68,7 +68,7 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """A row that is attended by itself: it sees the positions [first, end) of its sequence."""
 
     row: int
@@ -103,23 +103,32 @@ def plan_attention(placed: list[tuple[Chunk, int]], view: View, layout: Layout) 
     if layout.invariant:
         return AttentionPlan(tuple(_tiled_groups(placed, view, layout)), ())
     single = [_decode_row(chunk, row, view, layout) for chunk, row in placed if chunk.num_tokens == 1]
-    decode = [_decode_group(rows, layout) for rows in _group_by_length(single, layout.device)]
+    decode = decode_groups(single, layout)
     several = [(chunk, row) for chunk, row in placed if chunk.num_tokens > 1]
     prefill = tuple(_prefill_chunks(several, view, layout)) if several else ()
-    return AttentionPlan(tuple(decode), prefill)
+    return AttentionPlan(decode, prefill)
 
 
-def _decode_row(chunk: Chunk, row: int, view: View, layout: Layout) -> _Row:
+def decode_groups(
+    rows: list[Row], layout: Layout, *, bias: torch.Tensor | None = None
+) -> tuple[DecodeGroup, ...]:
+    """The calls for rows that are attended by themselves. `bias` [H, P]: what each head adds to the scores of keys so
+    far before the last that a row sees."""
+    grouped = _group_by_length(rows, layout.device)
+    return tuple(_decode_group(group, layout, bias) for group in grouped)
+
+
+def _decode_row(chunk: Chunk, row: int, view: View, layout: Layout) -> Row:
     first = view.first(chunk.start)
     base = first - first % layout.block_tokens
     blocks = chunk.sequence.blocks[base // layout.block_tokens : -(-chunk.end // layout.block_tokens)]
-    return _Row(row, blocks, base, chunk.end - base, first, chunk.end)
+    return Row(row, blocks, base, chunk.end - base, first, chunk.end)
 
 
-def _group_by_length(rows: list[_Row], device: torch.device) -> Iterator[list[_Row]]:
+def _group_by_length(rows: list[Row], device: torch.device) -> Iterator[list[Row]]:
     """Rows whose contexts are read together: as many as make a good call, not much longer than one another."""
     most = _CALL_POSITIONS.get(device.type)
-    group: list[_Row] = []
+    group: list[Row] = []
     for row in sorted(rows, key=lambda row: -row.length):
         if group:
             longest = group[0].length
@@ -132,22 +141,20 @@ def _group_by_length(rows: list[_Row], device: torch.device) -> Iterator[list[_R
         yield group
 
 
-def _decode_group(rows: list[_Row], layout: Layout) -> DecodeGroup:
+def _decode_group(rows: list[Row], layout: Layout, bias: torch.Tensor | None) -> DecodeGroup:
     rows = sorted(rows, key=lambda row: row.row)
     longest = max(row.length for row in rows)
-    if len(rows) == 1:
+    if len(rows) == 1 and bias is None:
         (alone,) = rows
         span = slice(alone.first - alone.base, alone.length)
         return DecodeGroup(_row_index(rows, layout), _contexts([alone.blocks], layout), span, None, False)
     num_blocks = max(len(row.blocks) for row in rows)
     tables = [[*row.blocks, *[0] * (num_blocks - len(row.blocks))] for row in rows]
-    whole = all(row.whole and row.length == longest for row in rows)
+    mask = None
+    if bias is not None or not all(row.whole and row.length == longest for row in rows):
+        mask = _row_mask(rows, longest, layout, bias)
     return DecodeGroup(
-        _row_index(rows, layout),
-        _contexts(tables, layout),
-        slice(0, longest),
-        None if whole else _row_mask(rows, longest, layout),
-        invariant=False,
+        _row_index(rows, layout), _contexts(tables, layout), slice(0, longest), mask, invariant=False
     )
 
 
@@ -263,7 +270,7 @@ class _Band:
         return mask if mask.device.type == "cpu" else mask.contiguous()
 
 
-def _row_index(rows: list[_Row], layout: Layout) -> slice | torch.Tensor:
+def _row_index(rows: list[Row], layout: Layout) -> slice | torch.Tensor:
     numbers = [row.row for row in rows]
     if numbers[-1] - numbers[0] + 1 == len(numbers):
         return slice(numbers[0], numbers[-1] + 1)
@@ -282,12 +289,16 @@ def _table(blocks: Sequence[int] | Sequence[Sequence[int]], layout: Layout) -> t
     return torch.from_numpy(np.array(blocks)).to(layout.device)
 
 
-def _row_mask(rows: list[_Row], length: int, layout: Layout) -> torch.Tensor:
-    """[n, 1, 1, L]"""
+def _row_mask(rows: list[Row], length: int, layout: Layout, bias: torch.Tensor | None) -> torch.Tensor:
+    """[n, 1, 1, L], or with a bias [n, H, 1, L]."""
     bounds = torch.tensor([(row.first - row.base, row.end - row.base) for row in rows], device=layout.device)
     places = torch.arange(length, device=layout.device)
     seen = (places >= bounds[:, :1]) & (places < bounds[:, 1:])
-    return _additive(seen, layout.dtype)[:, None, None, :]
+    mask = _additive(seen, layout.dtype)[:, None, None, :]
+    if bias is None:
+        return mask
+    before = (bounds[:, 1:] - 1 - places).clamp_(min=0)
+    return mask + bias[:, before].transpose(0, 1)[:, :, None, :]
 
 
 def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

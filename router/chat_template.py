@@ -139,7 +139,7 @@ def _bounded(pieces: Iterable[str], deadline: _Deadline) -> str:
 class _Generation(Extension):
     """{% generation %} marks what the assistant said, for training; here it is what it encloses."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (the base class has it as an instance's)
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)

@@ -71,14 +71,12 @@ class ControlTokens:
 
         content = self._parts.sub(written, rendered)
         found = self._private_tokenizer.encode(content, add_special_tokens=False)
-        num_read = sum(token_id in self._control_ids for token_id in found)
+        num_read = sum(token_id in self._private_controls for token_id in found)
         if num_read != num_written or not self._never_text.isdisjoint(found):
             raise InvalidArgument(
                 "messages: what spells a control token of this model cannot be told from it", field="messages"
             )
-        return tuple(
-            self._control_ids.get(token_id, self._text_ids.get(token_id, token_id)) for token_id in found
-        )
+        return tuple(self._originals.get(token_id, token_id) for token_id in found)
 
     @cached_property
     def _private_tokenizer(self) -> TextTokenizer:
@@ -92,28 +90,35 @@ class ControlTokens:
             if getattr(original, part) is not None:
                 setattr(backend, part, getattr(original, part))
         for token_id, token in sorted(self._added.items()):
-            backend.add_tokens([_like(token, _private(token_id) if token.special else token.content)])
+            backend.add_tokens([_like(token, _spelling(token_id, token))])
         return TextTokenizer(backend, begins_with_space=self._tokenizer.begins_with_space)
 
     @cached_property
-    def _control_ids(self) -> dict[int, int]:
-        """Ids of the private tokenizer's control tokens, to those of the original."""
-        find = self._private_tokenizer.backend.token_to_id
-        return {find(_private(token_id)): token_id for token_id in self._ids.values()}
+    def _originals(self) -> dict[int, int]:
+        """Ids of the private tokenizer's added tokens, to those of the original."""
+        private = {_spelling(token_id, token): token_id for token_id, token in self._added.items()}
+        return {
+            found: private[token.content]
+            for found, token in self._private_tokenizer.backend.get_added_tokens_decoder().items()
+        }
 
     @cached_property
-    def _text_ids(self) -> dict[int, int]:
-        """The same for added tokens that are text."""
-        find = self._private_tokenizer.backend.token_to_id
-        return {find(token.content): token_id for token_id, token in self._added.items() if not token.special}
+    def _private_controls(self) -> frozenset[int]:
+        added = self._private_tokenizer.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @cached_property
     def _never_text(self) -> frozenset[int]:
         """Control tokens that the model itself holds. The unknown token is none: it may stand for any text."""
         unknown = getattr(self._model, "unk_token", None)
         find = Tokenizer(self._model).token_to_id
-        held = {find(content) for content in self._ids if content != unknown}
-        return frozenset(held - {None}) - self._control_ids.keys()
+        held = (find(content) for content in self._ids if content != unknown)
+        return frozenset(token_id for token_id in held if token_id is not None) - self._private_controls
+
+
+def _spelling(token_id: int, token: AddedToken) -> str:
+    """Of an added token in the private tokenizer."""
+    return _private(token_id) if token.special else token.content
 
 
 def _private(token_id: int) -> str:

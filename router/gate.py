@@ -41,6 +41,22 @@ def assign(
 
     `selection_bias` [E] takes part in the choice alone. `mask`, bool [E] or [T, E], says which slots may be chosen.
     """
+    chosen = choose(logits, rule, selection_bias=selection_bias, mask=mask)
+    if rule.renormalise:
+        chosen = renormalise(chosen, rule, may_be_empty=mask is not None)
+    if rule.least_second is not None:
+        chosen = leave_second(chosen, rule.least_second)
+    return chosen if rule.scale == 1 else Assignment(chosen.weights * rule.scale, chosen.slots)
+
+
+def choose(
+    logits: torch.Tensor,
+    rule: GateRule,
+    *,
+    selection_bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> Assignment:
+    """The slots, and their weights before these are renormalised, left out or scaled."""
     logits = logits.float()
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
@@ -50,13 +66,38 @@ def assign(
         scores = _scores(logits, rule)
         choice = _choice(logits, scores, rule, selection_bias, masked=mask is not None)
         best, slots = _best(choice, rule.top_k)
-        weights = _weights(logits, scores, slots, rule)
+        found = choice is scores and rule.weight == "score"
+        weights = best if found else _weights(logits, scores, slots, rule)
         if mask is not None or rule.groups is not None:
             slots, weights = _empty(best == -torch.inf, slots, weights)
-    if rule.renormalise:
-        total = weights.sum(dim=-1, keepdim=True) + rule.epsilon
-        weights = weights / (total if mask is None else total.masked_fill(total == 0, 1))
-    return Assignment(weights if rule.scale == 1 else weights * rule.scale, slots)
+    return Assignment(weights, slots)
+
+
+def renormalise(chosen: Assignment, rule: GateRule, *, may_be_empty: bool) -> Assignment:
+    """Weights with a sum of one. `may_be_empty`: there may be tokens without any slot."""
+    total = chosen.weights.sum(dim=-1, keepdim=True) + rule.epsilon
+    return Assignment(
+        chosen.weights / (total.masked_fill(total == 0, 1) if may_be_empty else total), chosen.slots
+    )
+
+
+def leave_second(chosen: Assignment, least: float) -> Assignment:
+    """Without the slots behind the first whose weight is not above `least`."""
+    left_out = chosen.weights <= least
+    left_out[:, 0] = False
+    return without(chosen, left_out)
+
+
+def without(chosen: Assignment, left_out: torch.Tensor) -> Assignment:
+    """Without these of its ranks, bool [T, K]."""
+    slots, weights = _empty(left_out, chosen.slots, chosen.weights)
+    return Assignment(weights, slots)
+
+
+def everyone(rows: torch.Tensor) -> Assignment:
+    """Of a layer with one slot and no gate: all of rows [T, D] as they are, with weight one."""
+    shape, device = (len(rows), 1), rows.device
+    return Assignment(torch.ones(shape, device=device), torch.zeros(shape, dtype=torch.long, device=device))
 
 
 def _scores(logits: torch.Tensor, rule: GateRule) -> torch.Tensor:

@@ -17,7 +17,15 @@ from dataclasses import dataclass
 
 import torch
 
-from moesaic.families.model import Attention, Hyena, LatentAttention, Mixer
+from moesaic.families.model import (
+    Attention,
+    CrossAttention,
+    DecoderAttention,
+    EncoderAttention,
+    Hyena,
+    LatentAttention,
+    Mixer,
+)
 from router.state_cache import StateCache
 
 
@@ -210,7 +218,9 @@ def _token_shape(mixer: Mixer) -> tuple[int, int, int] | None:
             return 2, mixer.num_kv_heads, mixer.head_dim
         case LatentAttention():
             return 1, 1, mixer.latent_dim + mixer.rotary_dim
-        case Hyena():
+        case DecoderAttention() | CrossAttention():
+            return 2, mixer.num_heads, mixer.head_dim
+        case Hyena() | EncoderAttention():
             return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moesaic.families.model import Attention, Hyena, Mixer
+from moesaic.families.model import Attention, LatentAttention, Mixer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class View:
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the steps of one model are laid out. Layers that see alike share a view: `view_of` has the index in `views`
-    of every layer that attends."""
+    of every layer that has one: encoder-decoders lay out their own (see two_sided_batch.py)."""
 
     block_tokens: int
     views: tuple[View, ...]
@@ -52,7 +52,11 @@ class Layout:
         invariant: bool = False,
     ) -> Layout:
         """The layout of a model with these mixers, one a layer."""
-        views = {layer: _view(mixer) for layer, mixer in enumerate(mixers) if not isinstance(mixer, Hyena)}
+        views = {
+            layer: _view(mixer)
+            for layer, mixer in enumerate(mixers)
+            if isinstance(mixer, Attention | LatentAttention)
+        }
         index_of = {view: index for index, view in enumerate(dict.fromkeys(views.values()))}
         view_of = {layer: index_of[view] for layer, view in views.items()}
         return cls(block_tokens, tuple(index_of), view_of, device, dtype, invariant)

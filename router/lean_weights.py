@@ -20,11 +20,13 @@ from moesaic.families.model import Attention, ExpertLayer, GateRule, MoeModel
 from moesaic.linear import Linear
 from router import decoder_layout as names
 from router.dense_tensors import read_dense
-from router.gate import Assignment, assign
+from router.gate import Assignment, assign, everyone
 from router.layout import Layout
 
 # From so many elements torch cuts an elementwise product into one piece a thread.
 _UNCUT_ELEMENTS = 32768
+# So many numbers, or a multiple of it, torch computes in whole vectors on any CPU.
+_VECTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,11 @@ class Mlp:
         parts = gate_up.split(self.rows_at_once or len(gate_up))
         activated = [functional.silu(gate).mul_(up) for gate, up in (part.chunk(2, dim=1) for part in parts)]
         output = self.down(activated[0] if len(activated) == 1 else torch.cat(activated))
-        return output if self.weight is None else output.mul_(self.weight(hidden).sigmoid())
+        if self.weight is None:
+            return output
+        # Whole vectors of each number: the last bits of an odd one at the end may differ.
+        weights = self.weight(hidden).expand(-1, _VECTORS).contiguous().sigmoid()
+        return output.mul_(weights[:, :1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +83,7 @@ class Gate:
 
     def __call__(self, hidden: torch.Tensor) -> Assignment:
         if self.logits is None or self.rule is None:
-            one_slot = (len(hidden), 1)
-            return Assignment(
-                torch.ones(one_slot, device=hidden.device),
-                torch.zeros(one_slot, dtype=torch.long, device=hidden.device),
-            )
+            return everyone(hidden)
         return assign(self.logits(hidden), self.rule)
 
 

@@ -56,6 +56,8 @@ class MistralChat:
         self._errors: tuple[type[Exception], ...] = (MistralCommonException, ValueError)
         try:
             self._tokenizer: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer.from_file(path)
+        except ImportError:
+            raise
         except Exception as error:  # the library raises whatever it runs into, assertions among them
             raise UnknownVersion(path.name) from error
 

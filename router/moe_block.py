@@ -6,16 +6,22 @@ Shapes: T tokens, D hidden size, E slots, K experts per token.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from torch import nn
 
+from moesaic.errors import Unsupported
 from moesaic.families.model import ExpertLayer, GateRule
-from router.dispatcher import DispatchStep
-from router.gate import Assignment, assign
+from router.dispatcher import DispatchStep, LayerCall
+from router.gate import Assignment, assign, everyone
 from router.phases import PhaseClock
 from router.stock_wiring import Wiring
+
+
+class CurrentStep:
+    """Whose experts are asked: those of the micro-batch that is on its way through the modules."""
+
+    experts: DispatchStep
 
 
 class RemoteExperts:
@@ -25,19 +31,13 @@ class RemoteExperts:
         self._layer = layer
         self._step = step
 
-    def send(self, rows: torch.Tensor, assignment: Assignment) -> Any:
+    def send(self, rows: torch.Tensor, assignment: Assignment) -> LayerCall:
         """Asks for rows [T, D] and waits for nothing."""
         return self._step.experts.send(self._layer, rows, assignment.slots, assignment.weights)
 
-    def receive(self, call: Any) -> torch.Tensor:
+    def receive(self, call: LayerCall) -> torch.Tensor:
         """[T, D]"""
         return self._step.experts.receive(call)
-
-
-class CurrentStep:
-    """Whose experts are asked: those of the micro-batch that is on its way through the modules."""
-
-    experts: DispatchStep
 
 
 class Gate(nn.Module):
@@ -83,8 +83,11 @@ class MoeBlock(nn.Module):
         remote: RemoteExperts,
         clock: PhaseClock,
     ) -> None:
+        """Raises Unsupported where several weights would have to go onto one row."""
         super().__init__()
         assert layer.gate is not None
+        if layer.gate.weighs == "input" and layer.gate.top_k > 1:
+            raise Unsupported("model: experts that weigh their input take one a token", field="model")
         gate = Gate(layer.num_slots, layer.module.hidden_size, layer.gate, clock, exact=wiring.exact_gate)
         # Under the family's names, by which parameters are found.
         self.add_module(wiring.gate, gate)
@@ -134,12 +137,6 @@ class RemoteMlp(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1])
         output = self._remote.receive(self._remote.send(rows, everyone(rows)))
         return output.view(hidden.shape)
-
-
-def everyone(rows: torch.Tensor) -> Assignment:
-    """All of rows [T, D] for slot 0 with weight one."""
-    shape, device = (len(rows), 1), rows.device
-    return Assignment(torch.ones(shape, device=device), torch.zeros(shape, dtype=torch.long, device=device))
 
 
 def _empty(*shape: int) -> nn.Parameter:

@@ -25,6 +25,8 @@ class Limits:
 
     max_batch_tokens: int
     max_running: int
+    # An encoder reads a prompt both ways: it is never cut. The last one of a batch may then make it longer.
+    whole_prompts: bool = False
 
 
 class Scheduler:
@@ -61,7 +63,7 @@ class Scheduler:
         self._let_go(sequence)
 
     def schedule(self) -> tuple[Chunk, ...]:
-        """The next batch: at most `max_batch_tokens` tokens, blocks for all of them held."""
+        """The next batch: at most `max_batch_tokens` tokens (but see `Limits`), blocks for all of them held."""
         chunks: list[Chunk] = []
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         budget = self._extend(chunks, decoding, self.limits.max_batch_tokens)
@@ -109,7 +111,7 @@ class Scheduler:
             # A sequence earlier in this very loop may have taken this one's blocks.
             has_place = self.num_preemptions == preemptions or sequence in self.running
             if has_place and self._make_room(sequence, budget, chunks):
-                chunks.append(_chunk(sequence, budget))
+                chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
         return budget
 
@@ -130,7 +132,7 @@ class Scheduler:
                 self.pool.release(blocks)
                 break
             self._place(sequence, blocks)
-            chunks.append(_chunk(sequence, budget))
+            chunks.append(self._chunk(sequence, budget))
             self.pool.extend(sequence.blocks, chunks[-1].end)
             budget -= chunks[-1].num_tokens
             promised |= self._promised([sequence])
@@ -161,13 +163,21 @@ class Scheduler:
         """Takes the blocks for the next chunk, from the newest sequences if need be. False: it lost its own place."""
         while True:
             try:
-                self.pool.extend(sequence.blocks, _chunk(sequence, budget).end)
+                self.pool.extend(sequence.blocks, self._chunk(sequence, budget).end)
                 return True
             except OutOfBlocks:
                 newest = self._newest_idle(chunks)
                 self._preempt(newest)
                 if newest is sequence:
                     return False
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        """The next of a sequence, at most up to the next mark."""
+        start = sequence.num_computed
+        if self.limits.whole_prompts:
+            budget = max(budget, sequence.num_prompt_tokens - start)
+        to_mark = next((mark - start for mark in sequence.marks if mark > start), sequence.num_pending)
+        return Chunk(sequence, start, min(sequence.num_pending, budget, to_mark))
 
     def _newest_idle(self, chunks: list[Chunk]) -> Sequence:
         """The last to arrive among the sequences that are not in this batch yet; the caller itself is one of them."""
@@ -198,10 +208,3 @@ def count(chunks: Iterable[Chunk]) -> tuple[int, int]:
         else:
             num_prompt_tokens += chunk.num_tokens
     return num_decoding, num_prompt_tokens
-
-
-def _chunk(sequence: Sequence, budget: int) -> Chunk:
-    """The next of a sequence, at most up to the next mark."""
-    start = sequence.num_computed
-    to_mark = next((mark - start for mark in sequence.marks if mark > start), sequence.num_pending)
-    return Chunk(sequence, start, min(sequence.num_pending, budget, to_mark))

@@ -27,7 +27,7 @@ def read_sentencepiece(path: Path, *, spaces_everywhere: bool) -> TokenizerParts
 
     Raises CheckpointError for a file that is none, or one of another kind of model.
     """
-    model = sentencepiece_model.ModelProto()
+    model = sentencepiece_model.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError:

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError, InvalidArgument, Unsupported
+from moesaic.families.model import MoeModel
 
 # Code of others, and how weights are packed on disk: tensors are decoded before the modules see them.
 _DROPPED = frozenset({"auto_map", "quantization_config"})
@@ -21,9 +22,10 @@ _NOTHING_ELSE = {
 }
 
 
-def modules_config(checkpoint: Checkpoint, num_positions: int) -> PreTrainedConfig:
+def modules_config(checkpoint: Checkpoint, model: MoeModel, num_positions: int) -> PreTrainedConfig:
     """For sequences of at most `num_positions` tokens. Raises CheckpointError, InvalidArgument, Unsupported."""
-    values = {key: value for key, value in checkpoint.config.items() if key not in _DROPPED}
+    told = checkpoint.config if model.transformers_config is None else model.transformers_config
+    values = {key: value for key, value in told.items() if key not in _DROPPED}
     family = values.pop("model_type")
     if family not in CONFIG_MAPPING:
         raise Unsupported(f"model: transformers has no modules of {family}", field="model")

@@ -19,10 +19,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError, Unsupported
-from moesaic.families.model import Attention, LatentAttention, MoeModel
+from moesaic.families.model import LatentAttention, MoeModel
 from router.dense_tensors import read_dense
 from router.gate import Assignment
 from router.kv_cache import KVCache
+from router.latent_attention import LatentAttentionModule
 from router.layout import Layout
 from router.model import MicroBatch
 from router.moe_block import CurrentStep, MoeBlock, RemoteExperts, RemoteMlp
@@ -50,7 +51,7 @@ class StockDecoder:
         self._clock = clock
         self._mixers = model.mixers
         self._step = CurrentStep()
-        self._modules = _build(checkpoint, num_positions, layout.dtype)
+        self._modules = _build(checkpoint, model, num_positions, layout.dtype)
         _replace_blocks(self._modules, model, self._step, clock)
         _replace_attention(self._modules, model)
         _load(self._modules, checkpoint, model, layout)
@@ -78,10 +79,12 @@ class StockDecoder:
         return logits
 
 
-def _build(checkpoint: Checkpoint, num_positions: int, dtype: torch.dtype) -> PreTrainedModel:
+def _build(
+    checkpoint: Checkpoint, model: MoeModel, num_positions: int, dtype: torch.dtype
+) -> PreTrainedModel:
     register_attention()
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, _remote_experts)
-    config = modules_config(checkpoint, num_positions)
+    config = modules_config(checkpoint, model, num_positions)
     with torch.device("meta"):
         modules: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=ATTENTION_NAME
@@ -123,12 +126,12 @@ def _remote_experts(
 
 
 def _replace_attention(modules: PreTrainedModel, model: MoeModel) -> None:
-    for layer, mixer in zip(_decoder_layers(modules), model.mixers, strict=True):
+    for index, mixer in enumerate(model.mixers):
+        layer = _decoder_layers(modules)[index]
         attention: Any = layer.get_submodule("self_attn")
         if isinstance(mixer, LatentAttention):
-            raise NotImplementedError
-        assert isinstance(mixer, Attention)
-        if getattr(attention, "attn_temperature_tuning", False) and not attention.use_rope:
+            layer.set_submodule("self_attn", LatentAttentionModule(attention, index, mixer))
+        elif getattr(attention, "attn_temperature_tuning", False) and not attention.use_rope:
             # The module would count tokens from the batch's first one.
             attention.attn_temperature_tuning = False
             attention.temperature = Temperature(attention.attn_scale, attention.floor_scale)

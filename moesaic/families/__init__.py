@@ -17,11 +17,13 @@ from moesaic.families import (
     llama4,
     mistral,
     mixtral,
+    nllb_moe,
     olmoe,
     phi,
     phimoe,
     qwen_moe,
     stripedhyena,
+    switch_transformers,
 )
 from moesaic.families.config import Config
 from moesaic.families.model import DenseLayers, MoeModel
@@ -45,6 +47,7 @@ _FAMILIES: dict[str, Describe] = {
     "ministral": mistral.describe_ministral,
     "mistral": mistral.describe,
     "mixtral": mixtral.describe,
+    nllb_moe.FAMILY: nllb_moe.describe,
     "olmoe": olmoe.describe_olmoe,
     "phi": phi.describe,
     "phi-msft": phi.describe_old,
@@ -52,6 +55,7 @@ _FAMILIES: dict[str, Describe] = {
     "qwen2_moe": qwen_moe.describe_qwen2,
     "qwen3_moe": qwen_moe.describe_qwen3,
     stripedhyena.FAMILY: stripedhyena.describe,
+    switch_transformers.FAMILY: switch_transformers.describe,
     **dict.fromkeys(generic.NAMES, generic.describe),
 }
 

@@ -118,7 +118,7 @@ def _describe(
     module = ExpertModule(hidden_size, config.size("moe_intermediate_size"), activation)
     experts = ExpertLayer(slots.count, module, layout, dtype, rule)
     plain = dense_layer(MLP, ExpertModule(hidden_size, config.size("intermediate_size"), activation), dtype)
-    attention = _read_attention(config)
+    attention = read_latent_attention(config)
     shared_size = config.size("n_shared_experts") * module.inner_size
 
     def dense() -> Iterator[blocks.Named]:
@@ -151,7 +151,7 @@ def gate(layer: int, num_slots: int, hidden_size: int, rule: GateRule) -> blocks
         yield blocks.tensor(prefix + "e_score_correction_bias", num_slots)
 
 
-def _read_attention(config: Config) -> LatentAttention:
+def read_latent_attention(config: Config) -> LatentAttention:
     return LatentAttention(
         num_heads=config.size("num_attention_heads"),
         latent_dim=config.size("kv_lora_rank"),

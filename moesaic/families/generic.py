@@ -19,20 +19,22 @@ from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MLP_LAYOUTS,
     Decoder,
-    Slots,
     Witness,
     assemble,
     expert_layout,
     read_decoder,
     read_layer_types,
 )
+from moesaic.families.deepseek import read_latent_attention
 from moesaic.families.model import (
     Attention,
     DenseTensor,
     ExpertLayer,
     ExpertModule,
     GateRule,
+    LatentAttention,
     Layout,
+    Mixer,
     MoeModel,
     WeightPattern,
 )
@@ -52,15 +54,17 @@ _LAYOUTS: tuple[Layout, ...] = (
 _NUM_SLOTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k")
 _NUM_PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers")
+_SINKS = "self_attn.sinks"
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """`windowed`: some of its layers may have a window. `renamed`: parts of names in the files, and what transformers
-    calls them."""
+    """`windowed`: some of its layers may have a window. `latent`: its attention is that of DeepSeek. `renamed`: parts of
+    names in the files, and what transformers calls them."""
 
     windowed: bool = False
+    latent: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
 
 
@@ -71,6 +75,8 @@ _FAMILIES = {
     "dots1": _Family(windowed=True),
     "ernie4_5_moe": _Family(renamed=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),)),
     "exaone_moe": _Family(windowed=True, renamed=((".mlp.e_score_", ".mlp.gate.e_score_"),)),
+    "flint": _Family(windowed=True, renamed=((".self_attn.softmax_offset", ".self_attn.sinks"),)),
+    "glm4_moe_lite": _Family(latent=True),
     "granitemoe_swa": _Family(windowed=True, renamed=_SHARED_GRANITE),
     "granitemoeshared": _Family(renamed=_SHARED_GRANITE),
     "hunyuan_v1_moe": _Family(),
@@ -81,17 +87,24 @@ _FAMILIES = {
             (".mlp.shared_mlp.", ".mlp.shared_experts."),
         )
     ),
+    "kolibri1": _Family(
+        windowed=True,
+        renamed=(
+            (".moe.router.expert_bias", ".mlp.gate.e_score_correction_bias"),
+            (".post_attn_norm.", ".post_self_attn_layernorm."),
+            (".post_ffn_norm.", ".post_mlp_layernorm."),
+        ),
+    ),
     "mellum": _Family(windowed=True),
     "minimax_m2": _Family(renamed=((".block_sparse_moe.", ".mlp."),)),
     "solar_open": _Family(),
 }
 NAMES = frozenset(_FAMILIES)
 
-# Keys of configs whose layers keep a state, choose among keys, or compute one that is not served outside of its family.
+# Keys of configs whose layers keep a state of their own or choose among the keys.
 _UNSERVED = {
     "text_config": "a model within a model is not served",
     "index_topk": "attention that chooses among keys is not served",
-    "kv_lora_rank": "latent attention is not served in this family",
     "mamba_d_state": "state space layers are not served",
     "mamba_num_heads": "state space layers are not served",
     "conv_L_cache": "short convolutions are not served",
@@ -117,38 +130,53 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     name = str(config.values["model_type"])
     family = _FAMILIES[name]
     decoder = read_decoder(config)
+    mixers = tuple(_mixers(checkpoint, config, decoder, family))
+    model = assemble(
+        checkpoint,
+        config,
+        decoder,
+        family=name,
+        mixers=mixers,
+        experts=_read_experts(checkpoint, config, decoder),
+        dense=(),
+        witnesses=_witnesses(mixers[0]),
+        num_predictors=config.count(*_NUM_PREDICTORS),
+    )
+    return _with_dense(checkpoint, family, model)
+
+
+def _read_experts(checkpoint: Checkpoint, config: Config, decoder: Decoder) -> dict[int, ExpertLayer]:
+    """Of the layers that have any."""
     sparse = _sparse_layers(checkpoint, decoder)
-    layout, dtype = expert_layout(checkpoint, _LAYOUTS, min(sparse))
-    slots = _read_slots(config)
+    layout, dtype = expert_layout(checkpoint, _LAYOUTS, sparse[0])
     first = layout["gate"]
-    shape = checkpoint.tensors[first.name(min(sparse), 0)].shape
+    shape = checkpoint.tensors[first.name(sparse[0], 0)].shape
     inner_size = shape[-2] // first.part[1] if len(shape) > 1 else 0
     module = ExpertModule(decoder.hidden_size, inner_size, config.choice("hidden_act", ("silu",)))
-    experts = ExpertLayer(slots.count, module, layout, dtype, GateRule(slots.top_k, own=True))
-    attention = blocks.read_attention(config, decoder.hidden_size)
-    return _with_dense(
-        checkpoint,
-        family,
-        assemble(
-            checkpoint,
-            config,
-            decoder,
-            family=name,
-            mixers=tuple(_mixers(checkpoint, config, decoder, family, attention)),
-            experts=dict.fromkeys(sparse, experts),
-            dense=(),
-            witnesses=_witnesses(attention),
-            num_predictors=config.count(*_NUM_PREDICTORS),
-        ),
-    )
+    counts = _per_layer(config, _spelling(config, _NUM_SLOTS), decoder.num_layers)
+    top_k_key = _spelling(config, _TOP_K)
+    top_ks = _per_layer(config, top_k_key, decoder.num_layers)
+    for layer in sparse:
+        if top_ks[layer] > counts[layer]:
+            config.fail(top_k_key, f"must be at most the number of experts, {counts[layer]}")
+    return {
+        layer: ExpertLayer(counts[layer], module, layout, dtype, GateRule(top_ks[layer], own=True))
+        for layer in sparse
+    }
 
 
-def _read_slots(config: Config) -> Slots:
-    key = next((key for key in _NUM_SLOTS if key in config.values), _NUM_SLOTS[0])
-    count, top_k = config.size(key), config.size(*_TOP_K)
-    if top_k > count:
-        config.fail(next(key for key in _TOP_K if key in config.values), f"must be at most {key}, {count}")
-    return Slots(count, top_k, key)
+def _spelling(config: Config, keys: tuple[str, ...]) -> str:
+    return next((key for key in keys if key in config.values), keys[0])
+
+
+def _per_layer(config: Config, key: str, num_layers: int) -> tuple[int, ...]:
+    """A size that is one for all layers, or a list of them."""
+    if not isinstance(config.values.get(key), list):
+        return (config.size(key),) * num_layers
+    sizes = config.sizes(key)
+    if len(sizes) < num_layers or 0 in sizes:
+        config.fail(key, f"must have a number above zero for each of {num_layers} layers")
+    return sizes[:num_layers]
 
 
 def _sparse_layers(checkpoint: Checkpoint, decoder: Decoder) -> tuple[int, ...]:
@@ -163,28 +191,39 @@ def _sparse_layers(checkpoint: Checkpoint, decoder: Decoder) -> tuple[int, ...]:
 
 
 def _mixers(
-    checkpoint: Checkpoint, config: Config, decoder: Decoder, family: _Family, attention: Attention
-) -> Iterator[Attention]:
+    checkpoint: Checkpoint, config: Config, decoder: Decoder, family: _Family
+) -> Iterator[Attention | LatentAttention]:
+    if family.latent:
+        yield from (read_latent_attention(config),) * decoder.num_layers
+        return
+    attention = blocks.read_attention(config, decoder.hidden_size)
     kinds = read_layer_types(config, decoder.num_layers, _FULL, _WINDOW)
     if kinds is None and family.windowed:
         config.fail("layer_types", "is missing: it must say which layers have the window")
+    with_sinks = {
+        name for name in (_module_name(name, family) for name in checkpoint.tensors) if name.endswith(_SINKS)
+    }
     for layer in range(decoder.num_layers):
         narrow = kinds is not None and kinds[layer] == _WINDOW
-        sinks = blocks.LAYER.format(layer=layer) + "self_attn.sinks"
         yield replace(
             attention,
             window=config.size("sliding_window") if narrow else None,
-            sinks=sinks in checkpoint.tensors,
+            sinks=blocks.LAYER.format(layer=layer) + _SINKS in with_sinks,
         )
 
 
-def _witnesses(attention: Attention) -> Iterator[Witness]:
-    """How many heads there are is what the cache is laid out by, and no tensor is described here that would show it."""
+def _witnesses(mixer: Mixer) -> Iterator[Witness]:
+    """The cache is laid out by the sizes of attention, and no tensor is described here that would show them."""
     prefix = blocks.LAYER.format(layer=0) + "self_attn."
-    queries = attention.num_heads * attention.head_dim
-    keys = attention.num_kv_heads * attention.head_dim
-    yield "num_attention_heads", queries, prefix + "q_proj.weight", 0
-    yield "num_key_value_heads", keys, prefix + "k_proj.weight", 0
+    if isinstance(mixer, Attention):
+        queries, keys = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
+        yield "num_attention_heads", queries, prefix + "q_proj.weight", 0
+        yield "num_key_value_heads", keys, prefix + "k_proj.weight", 0
+    if isinstance(mixer, LatentAttention):
+        rows = mixer.num_heads * (mixer.key_dim + mixer.value_dim)
+        yield "kv_lora_rank", mixer.latent_dim, prefix + "kv_b_proj.weight", 1
+        yield "num_attention_heads", rows, prefix + "kv_b_proj.weight", 0
+        yield "qk_rope_head_dim", mixer.latent_dim + mixer.rotary_dim, prefix + "kv_a_proj_with_mqa.weight", 0
 
 
 def _with_dense(checkpoint: Checkpoint, family: _Family, model: MoeModel) -> MoeModel:

@@ -48,6 +48,8 @@ class GateRule:
     renormalise: bool = False
     # Added to the sum that divides.
     epsilon: float = 0.0
+    # Slots behind the first are left out where their weight is not above this; nothing makes up for it.
+    least_second: float | None = None
     scale: float = 1.0
     # Where the weight goes: onto what the expert answers, or onto what it is asked.
     weighs: Literal["output", "input"] = "output"
@@ -56,6 +58,40 @@ class GateRule:
     # Whether the gate adds a bias to its logits.
     biased: bool = False
     own: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """How many tokens a slot takes before it is full, where that is wanted: what an assignment has beyond it is dropped.
+
+    Tokens are counted over each `sequence` or over each step, there in runs of `group` tokens; in order, or with
+    `by_score` those first whose best slot has the higher score. All first choices are counted before any second: all
+    there are, or with `kept_only` those that found a place. `share_first`: weights that are renormalised are so before
+    tokens are dropped, and what is left is not made up for.
+    """
+
+    # fixed: `amount` tokens. fraction: that share of the tokens. even: twice what each slot has where all have alike.
+    # factor: `amount` times that, but `least`.
+    kind: Literal["fixed", "fraction", "even", "factor"]
+    amount: float = 1.0
+    least: int = 0
+    counted: Literal["sequence", "step"] = "step"
+    group: int | None = None
+    by_score: bool = False
+    kept_only: bool = False
+    share_first: bool = True
+
+    def size(self, num_tokens: int, num_slots: int) -> int:
+        """Of a slot, where so many tokens are counted together."""
+        match self.kind:
+            case "fixed":
+                return int(self.amount)
+            case "fraction":
+                return math.ceil(self.amount * num_tokens)
+            case "even":
+                return 2 * math.ceil(num_tokens / num_slots)
+            case "factor":
+                return max(min(num_tokens, int(num_tokens * self.amount / num_slots)), self.least)
 
 
 # Activations of experts, by the names that configs use; "clamped_swiglu" is that of gpt-oss.
@@ -151,6 +187,8 @@ class ExpertLayer:
     dtype: str
     gate: GateRule | None
     parameters: Mapping[str, str] = field(default_factory=dict)
+    # In force only where the router is told so: it makes a token depend on its neighbours.
+    capacity: Capacity | None = None
 
     @property
     def top_k(self) -> int:
@@ -191,7 +229,31 @@ class Hyena:
     num_heads: int
 
 
-Mixer = Attention | LatentAttention | Hyena
+@dataclass(frozen=True, slots=True)
+class EncoderAttention:
+    """Attention of every token of a prompt over all of it. Nothing is kept."""
+
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderAttention:
+    """Attention over what a decoder has generated so far, which begins with a token of its own."""
+
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class CrossAttention:
+    """Attention of a decoder over what its encoder made of the prompt."""
+
+    num_heads: int
+    head_dim: int
+
+
+Mixer = Attention | LatentAttention | Hyena | EncoderAttention | DecoderAttention | CrossAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +277,9 @@ class MoeModel:
 
     `dtype` is what the checkpoint computes in. `experts` has the layers whose experts are served by workers. `dense`
     has all other tensors, by the name of the parameter of transformers that each is (StripedHyena: its own names).
+
+    The first `num_encoder_layers` layers, if there are any, are an encoder: it reads the prompt as a whole, and the
+    other layers generate. Behind the mixers of all layers come the cross-attentions of the latter.
     """
 
     family: str
@@ -227,6 +292,7 @@ class MoeModel:
     experts: Mapping[int, ExpertLayer]
     dense: Mapping[str, DenseTensor]
     tied: bool = False
+    num_encoder_layers: int = 0
     # Tensors that may be in the checkpoint and have no part in serving.
     ignored: frozenset[str] = field(default_factory=frozenset)
     # The config by which transformers builds its modules, where the checkpoint's own is of another kind.

@@ -17,7 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from support.local_router import LocalRouter, lonely_router
 from support.random_models import random_model, reference_logits, write_model
-from transformers import PreTrainedModel
+from support.tiny_families import SIZES, TINY
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from moesaic.families import DenseLayers, generic
 
@@ -247,6 +248,13 @@ def llama4_text(draw: Draw) -> Config:
     }
 
 
+def phi(draw: Draw) -> Config:
+    config = sizes(draw) | flag(draw, "qk_layernorm")
+    config["rope_parameters"]["partial_rotary_factor"] = draw(st.sampled_from([0.5, 1.0]))
+    config["layer_norm_eps"] = config.pop("rms_norm_eps")
+    return config
+
+
 def glm4_moe(draw: Draw) -> Config:
     config = sizes(draw, own_size=True, num_layers=3) | groups(draw)
     config["rope_parameters"]["partial_rotary_factor"] = draw(st.sampled_from([0.5, 1.0]))
@@ -257,7 +265,7 @@ FAMILIES: dict[str, Callable[[Draw], Config]] = {
     function.__name__: function
     for function in (
         *(mixtral, mistral, ministral, llama, qwen2_moe, qwen3_moe, olmoe, flex_olmo, deepseek_v2),
-        *(deepseek_v3, gpt_oss, phimoe, granitemoe, llama4_text, glm4_moe),
+        *(deepseek_v3, gpt_oss, phimoe, granitemoe, llama4_text, glm4_moe, phi),
     )
 }
 # Those that our own decoder knows, in some of their configs at least.
@@ -279,41 +287,11 @@ def test_a_random_model_gives_the_logits_of_transformers(family: str, data: st.D
             check(router, model, prompts())
 
 
-# Families that keep their own gate, and so every other part of theirs but attention and experts.
-OWN_GATES = sorted(generic.NAMES)
-ALWAYS_FULL = {"ernie4_5_moe", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "minimax_m2", "solar_open"}
-
-
-@pytest.mark.parametrize("family", OWN_GATES)
+@pytest.mark.parametrize("family", sorted(generic.NAMES))
 def test_a_family_that_keeps_its_gate_gives_the_logits_of_transformers(tmp_path: Path, family: str) -> None:
-    rotary = {"rope_type": "default", "rope_theta": 1e4}
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    config: Config = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "max_position_embeddings": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "rope_parameters": rotary,
-        "intermediate_size": 24,
-        "moe_intermediate_size": 12,
-        "shared_intermediate_size": 16,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
-        **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 3),
-        **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
-        **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1),
-    }
-    if family not in ALWAYS_FULL:
-        config |= {"layer_types": kinds, "sliding_window": 5}
-    if family == "mellum":
-        config["rope_parameters"] = dict.fromkeys(set(kinds), rotary)
+    config = SIZES | TINY[family]
+    if "sliding_window" in CONFIG_MAPPING[family]().to_dict():
+        config |= {"sliding_window": 5}
     model = random_model(family, 5, **config)
     write_model(model, tmp_path)
     check(lonely_router(tmp_path), model, prompts())

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from moesaic.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 24,
@@ -70,10 +70,24 @@ TINY: dict[str, dict[str, Any]] = {
     "dots1": {**_SIGMOID, "first_k_dense_replace": 1},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
     "exaone_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+    "flint": {
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "shared_expert_intermediate_size": 20,
+        "mlp_only_layers": [0],
+    },
+    "glm4_moe_lite": {**_LATENT, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4},
     "granitemoe_swa": {"num_local_experts": 4, "head_dim": 8, "shared_intermediate_size": 20},
     "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 20},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
     "hy_v3": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+    "kolibri1": {
+        "num_local_experts": 4,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "shared_expert_intermediate_size": 20,
+    },
     "mellum": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
     "minimax_m2": {"num_local_experts": 4, "head_dim": 8},
     "solar_open": _SIGMOID,
@@ -84,7 +98,7 @@ def random_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedM
     """In float32. Every tensor is random, buffers that are saved as well, so that none can pass for another."""
     config_class = CONFIG_MAPPING[family]
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config_class(**_SIZES | TINY[family] | overrides), dtype=torch.float32
+        config_class(**SIZES | TINY[family] | overrides), dtype=torch.float32
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,17 @@ def test_a_chat_template_that_a_router_would_refuse_is_a_reason(tmp_path: Path) 
     report = report_of(str(folder), exit_code=2)
     assert report["problem"]["field"] == "tokenizer_config.json"
     assert report["tokenizer"] == "tokenizer.json"
+
+
+def test_the_newest_tokenizer_file_is_named_and_its_chat_format(tmp_path: Path) -> None:
+    folder = write_sparse_decoder(tmp_path / "dense", TINY_MISTRAL)
+    for name in ("tokenizer.model", "tokenizer.model.v7", "tokenizer.model.v11"):
+        (folder / name).touch()
+    report = report_of(str(folder))
+    assert report["tokenizer"] == "tokenizer.model.v11"
+    assert report["chat_template"] == ("Mistral's own format" if find_spec("mistral_common") else None)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert report_of(str(folder))["chat_template"] == "chat_template.jinja"
 
 
 def test_no_folder_is_an_error_like_that_of_other_verbs() -> None:

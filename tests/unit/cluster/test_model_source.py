@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 
 from cluster.model_source import find_model, name_model
 from moesaic.errors import CheckpointError
@@ -33,6 +35,28 @@ def test_a_hub_name_is_found_in_the_local_cache(offline_cache: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     assert find_model("hf://tiny/mixtral") == snapshot
+
+
+@pytest.mark.parametrize(
+    ("published", "fetched"),
+    [
+        (
+            ["config.json", "model.safetensors", "params.json", "consolidated.safetensors", "model.py"],
+            {"config.json", "model.safetensors", "params.json"},
+        ),
+        (["params.json", "consolidated.safetensors", "x.bin"], {"params.json", "consolidated.safetensors"}),
+    ],
+)
+def test_weights_that_a_repository_holds_twice_are_fetched_once(
+    published: list[str], fetched: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hub(name: str, *, allow_patterns: str | list[str]) -> str:
+        for file in filter_repo_objects(published, allow_patterns=allow_patterns):
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    assert {path.name for path in find_model("hf://tiny/mixtral").iterdir()} == fetched
 
 
 @pytest.mark.parametrize("source", ["hf://tiny/absent", "hf://not a name", "hf://"])

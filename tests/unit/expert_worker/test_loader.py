@@ -1,7 +1,9 @@
-"""Only the worker's own slices are read; the same weights have the same version in every layout."""
+"""Only the worker's own slices are read, several experts at a time; the same weights have the same version in every layout."""
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,12 @@ from support.checkpoints import Layout, write_mixtral
 from support.expert_calls import ReferenceExperts
 from torch import Tensor
 
+from expert_worker import loader
 from expert_worker.expert import ExpertForm
 from expert_worker.expert_store import HeldExpert
 from expert_worker.loader import load_experts
 from moesaic.checkpoint import SINGLE_FILE, open_checkpoint
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, Unavailable
 from moesaic.families import describe_model
 from moesaic.linear import Linear
 from moesaic.manifest import ExpertAddress
@@ -150,3 +153,88 @@ def test_the_reference_layouts_give_the_same_versions(shared: Path) -> None:
     for address in addresses:
         one, other = classic[address].expert, fused[address].expert
         assert torch.equal(weight_of(one.up), weight_of(other.up))
+
+
+def test_a_file_that_shrinks_after_the_check_is_refused_by_name(tmp_path: Path) -> None:
+    """And is not the end of the process, as it would be of one that had mapped the file."""
+    checkpoint = open_checkpoint(write_mixtral(tmp_path))
+    model = describe_model(checkpoint)
+    os.truncate(tmp_path / SINGLE_FILE, 20_000)
+    with pytest.raises(CheckpointError, match="truncated") as caught:
+        list(load_experts(checkpoint, model, ALL, FLOAT32))
+    assert caught.value.field == SINGLE_FILE
+
+
+class Watch:
+    """Sees how many experts are begun and how many threads are at it, and can hold them up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, threads: int) -> None:
+        self.begun = 0
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self._lock = threading.Lock()
+        self._load = loader._Loader.load
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(loader._Loader, "load", lambda this, place: self.load(this, place))
+
+    def load(self, this: loader._Loader, place: loader.Place) -> HeldExpert:
+        with self._lock:
+            self.begun += 1
+        assert self.go_on.wait(10)
+        return self._load(this, place)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_more_experts_are_under_way_than_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    watch = Watch(monkeypatch, threads=threads)
+    checkpoint = open_checkpoint(write_mixtral(tmp_path))
+    loading = load_experts(checkpoint, describe_model(checkpoint), ALL, FLOAT32)
+    for given, (address, _) in enumerate(loading, 1):
+        assert address == ALL[given - 1]
+        assert watch.begun <= given + threads
+    assert watch.begun == len(ALL)
+
+
+def test_several_threads_give_the_experts_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mixtral(tmp_path)
+    loaded = []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        loaded.append(load(tmp_path, ALL))
+    for address in ALL:
+        one, other = (held[address] for held in loaded)
+        assert one.version == other.version
+        assert torch.equal(weight_of(one.expert.up), weight_of(other.expert.up))
+        assert torch.equal(weight_of(one.expert.down), weight_of(other.expert.down))
+
+
+def test_a_stop_ends_the_loading_in_the_middle_of_an_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, stopping = Watch(monkeypatch, threads=2), threading.Event()
+    checkpoint = open_checkpoint(write_mixtral(tmp_path))
+    loading = load_experts(checkpoint, describe_model(checkpoint), ALL, FLOAT32, stopping=stopping)
+    next(loading)
+    stopping.set()
+    with pytest.raises(Unavailable):
+        list(loading)
+    assert watch.begun < len(ALL)
+    assert not loading_threads()
+
+
+def test_whoever_wants_no_more_experts_leaves_no_thread_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(monkeypatch, threads=2)
+    checkpoint = open_checkpoint(write_mixtral(tmp_path))
+    loading = load_experts(checkpoint, describe_model(checkpoint), ALL, FLOAT32)
+    next(loading)
+    loading.close()
+    assert watch.begun <= 3
+    assert not loading_threads()
+
+
+def loading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("expert-load")]

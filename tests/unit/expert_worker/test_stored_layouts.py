@@ -176,11 +176,11 @@ def encode_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Every code and many exponents, with the smallest of both."""
+    """Every code and many exponents."""
     generator = torch.Generator().manual_seed(weight.numel())
     groups = (*weight.shape[:-1], weight.shape[-1] // 32)
     blocks = torch.randint(0, 256, (*groups, 16), generator=generator, dtype=torch.uint8)
-    scales = torch.randint(0, 135, groups, generator=generator, dtype=torch.uint8)
+    scales = torch.randint(60, 135, groups, generator=generator, dtype=torch.uint8)
     return blocks, scales
 
 
@@ -294,17 +294,17 @@ def test_the_version_of_an_encoded_expert_is_that_of_its_code(tmp_path: Path, en
     ("encoding", "tensor", "code"),
     [
         ("fp8_block", "up", 0x7F),  # no number
-        ("fp8_block", "up.scales", 0xFF),  # the first byte of a float32 that stays finite: see below
+        ("fp8_block", "up.scales", None),  # infinity
         ("mxfp4", "up.scales", 255),  # no number
         ("mxfp4", "up.scales", 254),  # too large a power for 6
     ],
 )
 def test_codes_that_stand_for_no_finite_number_are_refused_by_tensor(
-    tmp_path: Path, encoding: Encoding, tensor: str, code: int
+    tmp_path: Path, encoding: Encoding, tensor: str, code: int | None
 ) -> None:
     tensors, patterns, _ = encoded(random_weights(GATED), encoding, separate)
     name = f"1.experts.2.{tensor}"
-    if tensors[name].dtype == torch.float32:
+    if code is None:
         tensors[name][0, 0] = float("inf")
     else:
         tensors[name].view(torch.uint8).view(-1)[0] = code
@@ -315,13 +315,19 @@ def test_codes_that_stand_for_no_finite_number_are_refused_by_tensor(
     assert caught.value.field == "1.experts.2.up"
 
 
-@pytest.mark.parametrize("encoding", ["plain", *ENCODINGS])
-@pytest.mark.parametrize("arrange", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("encoding", "arrange"),
+    [
+        (encoding, arrange)
+        for encoding in ("plain", *ENCODINGS)
+        for name, arrange in LAYOUTS.items()
+        # Groups along a row are never stored as columns.
+        if not (encoding == "mxfp4" and "transposed" in name)
+    ],
+)
 def test_no_more_is_read_than_the_expert(tmp_path: Path, encoding: str, arrange: object) -> None:
     """By the kernel's own count of bytes; every byte once, though gate and up may share what holds them."""
-    if encoding == "mxfp4" and arrange in list(LAYOUTS.values())[4:]:
-        pytest.skip("groups of a row are never stored as columns")
-    weights = random_weights(dataclasses.replace(GATED))
+    weights = random_weights(GATED)
     if encoding == "plain":
         tensors, patterns = arrange(weights)  # type: ignore[operator]
     else:

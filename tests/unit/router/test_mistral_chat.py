@@ -128,6 +128,23 @@ def test_the_folders_own_template_goes_first(tmp_path: Path) -> None:
     assert talk(text)[0] == "<s>2+2?"
 
 
+@pytest.mark.parametrize(("name", "space"), [(V3, " "), (TEKKEN, "")])
+def test_a_template_that_writes_the_same_format_gives_the_same_tokens(
+    tmp_path: Path, name: str, space: str
+) -> None:
+    """Two roads to one conversation: Mistral's library, and a template over our own reading of the tokenizer's file."""
+    messages = [*TALK[1:], {"role": "user", "content": "</s> x [INST]y"}]
+    messages = [messages[0], messages[1], messages[3]]
+    own = talk(published(tmp_path, name), messages)
+    turns = {
+        "user": f"[INST]{space}{{{{ m.content }}}}[/INST]",
+        "assistant": f"{space}{{{{ m.content }}}}</s>",
+    }
+    template = "".join(f"{{% if m.role == '{role}' %}}{turn}{{% endif %}}" for role, turn in turns.items())
+    (tmp_path / "chat_template.jinja").write_text(f"<s>{{% for m in messages %}}{template}{{% endfor %}}")
+    assert talk(load_text(tmp_path), messages) == own
+
+
 # Never guessed.
 
 

@@ -1,0 +1,268 @@
+"""What encoder-decoder families have in common: a stack of layers that reads the prompt, one that generates, and an MLP
+or experts in each layer of both. The layers of the encoder come first.
+"""
+
+# Shapes: D hidden size, F inner size, E slots, V vocabulary, H heads, d head size.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.families.blocks import Named, tensor
+from moesaic.families.config import Config
+from moesaic.families.model import (
+    Capacity,
+    CrossAttention,
+    DecoderAttention,
+    EncoderAttention,
+    ExpertLayer,
+    ExpertModule,
+    GateRule,
+    Layout,
+    MoeModel,
+    WeightPattern,
+)
+from moesaic.families.tensor_check import check_num_layers, check_sizes, stored_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class StackNames:
+    """What the modules of one side are called. `block` has {block}; the others stand behind it, and attentions and the
+    MLP end with a dot. `embedding`: the side's own, where it has one."""
+
+    block: str
+    attention: str
+    attention_norm: str
+    mlp: str
+    mlp_norm: str
+    norm: str
+    embedding: str
+    cross: str = ""
+    cross_norm: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What a family calls its tensors. `projections`: of queries, keys, values and the output."""
+
+    encoder: StackNames
+    decoder: StackNames
+    shared: str
+    head: str
+    projections: tuple[str, str, str, str]
+    up: str
+    down: str
+    gate: str = "router.classifier"
+    # Of the first block of each side, behind its attention.
+    relative_bias: str = "relative_attention_bias.weight"
+    # Buffers that some files carry.
+    computed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RelativePositions:
+    """A learned bias of each head for how far a key lies from its query: exact nearby, in ever wider buckets further
+    off, all alike from `max_distance` on."""
+
+    num_buckets: int
+    max_distance: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Constants of the forward pass."""
+
+    norm_eps: float
+    # Whether norms take the mean off and add a bias.
+    centred: bool
+    # What the decoder begins with.
+    start_token: int
+    embedding_scale: float
+    logits_scale: float
+    # Scores are biased by distance; else they are divided by the root of d, and positions are added to embeddings.
+    relative: RelativePositions | None
+    # The token that has no position and does not count.
+    padding_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One side. `sparse`: of each layer, whether it has several experts."""
+
+    num_heads: int
+    head_dim: int
+    inner_size: int
+    sparse: tuple[bool, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.sparse)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of the whole, and the keys of the config that name some of them."""
+
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    num_slots: int
+    encoder: Stack
+    decoder: Stack
+    tied: bool
+    encoder_key: str
+    decoder_key: str
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    config: Config,
+    sizes: Sizes,
+    names: Names,
+    arithmetic: Arithmetic,
+    *,
+    family: str,
+    activation: str,
+    gate: GateRule,
+    capacity: Capacity,
+) -> MoeModel:
+    """The model of these parts, after a look at the sizes that its config names."""
+    encoder, decoder = sizes.encoder, sizes.decoder
+    check_sizes(
+        checkpoint,
+        config,
+        (
+            ("vocab_size", sizes.vocab_size, names.shared, 0),
+            ("d_model", sizes.hidden_size, names.shared, 1),
+            *_gate_witnesses(sizes, names),
+        ),
+    )
+    for key, stack, its_names in (
+        (sizes.encoder_key, encoder, names.encoder),
+        (sizes.decoder_key, decoder, names.decoder),
+    ):
+        prefix = its_names.block.replace("{block}", "{layer}")
+        check_num_layers(checkpoint, config, key, stack.num_layers, prefix)
+    biased = arithmetic.centred
+    experts: dict[int, ExpertLayer] = {}
+    tensors = dict(_ends(checkpoint, sizes, names))
+    for stack, its_names, first in (
+        (encoder, names.encoder, 0),
+        (decoder, names.decoder, encoder.num_layers),
+    ):
+        module = ExpertModule(sizes.hidden_size, stack.inner_size, activation, gated=False, biased=biased)
+        tensors |= _norm(its_names.norm, sizes.hidden_size, biased=biased)
+        if arithmetic.relative is not None:
+            name = its_names.block.format(block=0) + its_names.attention + names.relative_bias
+            tensors |= (tensor(name, arithmetic.relative.num_buckets, stack.num_heads),)
+        for block, sparse in enumerate(stack.sparse):
+            prefix = its_names.block.format(block=block)
+            tensors |= _block(prefix, its_names, names, stack, sizes, biased=biased)
+            mlp = prefix + its_names.mlp
+            if sparse:
+                tensors |= _linear(mlp + names.gate, sizes.num_slots, sizes.hidden_size, biased=gate.biased)
+            layout = _mlp(mlp + ("experts.expert_{slot}." if sparse else ""), names, biased=biased)
+            experts[first + block] = ExpertLayer(
+                num_slots=sizes.num_slots if sparse else 1,
+                module=module,
+                layout=layout,
+                dtype=stored_dtype(checkpoint, layout["up"].name(first + block, 0)),
+                gate=gate if sparse else None,
+                parameters={} if sparse else {weight: pattern.tensor for weight, pattern in layout.items()},
+                capacity=capacity if sparse else None,
+            )
+    return MoeModel(
+        family=family,
+        num_layers=encoder.num_layers + decoder.num_layers,
+        hidden_size=sizes.hidden_size,
+        vocab_size=sizes.vocab_size,
+        max_model_len=sizes.max_model_len,
+        dtype=experts[0].dtype,
+        mixers=(
+            *(EncoderAttention(encoder.num_heads, encoder.head_dim),) * encoder.num_layers,
+            *(DecoderAttention(decoder.num_heads, decoder.head_dim),) * decoder.num_layers,
+            *(CrossAttention(decoder.num_heads, decoder.head_dim),) * decoder.num_layers,
+        ),
+        experts=experts,
+        dense=tensors,
+        tied=sizes.tied,
+        num_encoder_layers=encoder.num_layers,
+        ignored=_copies(checkpoint, sizes, names) | frozenset(names.computed),
+    )
+
+
+def read_start_token(config: Config, vocab_size: int, default: int) -> int:
+    token = config.count("decoder_start_token_id", default=default)
+    if token >= vocab_size:
+        config.fail("decoder_start_token_id", f"must be below vocab_size, {vocab_size}")
+    return token
+
+
+def _gate_witnesses(sizes: Sizes, names: Names) -> Iterator[tuple[str, int, str, int]]:
+    for stack, its_names in ((sizes.encoder, names.encoder), (sizes.decoder, names.decoder)):
+        for block, sparse in enumerate(stack.sparse):
+            if sparse:
+                gate = its_names.block.format(block=block) + its_names.mlp + names.gate
+                yield "num_experts", sizes.num_slots, f"{gate}.weight", 0
+
+
+def _ends(checkpoint: Checkpoint, sizes: Sizes, names: Names) -> Named:
+    """One embedding for both sides, unless they are told apart and stored apart."""
+    shape = (sizes.vocab_size, sizes.hidden_size)
+    apart = [
+        name for name in (names.encoder.embedding, names.decoder.embedding) if name in checkpoint.tensors
+    ]
+    if sizes.tied or len(apart) < 2:
+        yield tensor(names.shared, *shape)
+    else:
+        for name in apart:
+            yield tensor(name, *shape)
+    if not sizes.tied:
+        yield tensor(names.head, *shape)
+
+
+def _copies(checkpoint: Checkpoint, sizes: Sizes, names: Names) -> frozenset[str]:
+    """Tensors that stand for one another, of which only one is read."""
+    everywhere = {names.shared, names.encoder.embedding, names.decoder.embedding}
+    read = {name for name, _ in _ends(checkpoint, sizes, names)}
+    return frozenset(everywhere - read)
+
+
+def _block(
+    prefix: str, its_names: StackNames, names: Names, stack: Stack, sizes: Sizes, *, biased: bool
+) -> Named:
+    """A layer without its MLP."""
+    size, inner = sizes.hidden_size, stack.num_heads * stack.head_dim
+    attentions = [(its_names.attention, its_names.attention_norm)]
+    if its_names.cross:
+        attentions.append((its_names.cross, its_names.cross_norm))
+    for attention, norm in attentions:
+        *heads, output = names.projections
+        for name in heads:
+            yield from _linear(prefix + attention + name, inner, size, biased=biased)
+        yield from _linear(prefix + attention + output, size, inner, biased=biased)
+        yield from _norm(prefix + norm, size, biased=biased)
+    yield from _norm(prefix + its_names.mlp_norm, size, biased=biased)
+
+
+def _linear(name: str, num_rows: int, num_columns: int, *, biased: bool) -> Named:
+    yield tensor(f"{name}.weight", num_rows, num_columns)
+    if biased:
+        yield tensor(f"{name}.bias", num_rows)
+
+
+def _norm(name: str, size: int, *, biased: bool) -> Named:
+    yield tensor(f"{name}.weight", size)
+    if biased:
+        yield tensor(f"{name}.bias", size)
+
+
+def _mlp(prefix: str, names: Names, *, biased: bool) -> Layout:
+    parts = (("", "weight"), ("_bias", "bias")) if biased else (("", "weight"),)
+    return {
+        weight + ending: WeightPattern(f"{prefix}{name}.{kind}")
+        for ending, kind in parts
+        for weight, name in (("up", names.up), ("down", names.down))
+    }

@@ -1,0 +1,157 @@
+"""Switch Transformers, built like T5, and on the same tensors the gates of ST-MoE.
+
+A config with `num_selected_experts` 2 means the latter, of which no other layout is published: the two best slots, their
+scores divided by the sum of both, and the second one left out by `second_expert_policy`. Its other keys:
+`second_expert_threshold`, `eval_capacity_factor`, `min_expert_capacity`, `expert_group_size`.
+"""
+
+from __future__ import annotations
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.families.config import Config
+from moesaic.families.encoder_decoder import (
+    Arithmetic,
+    Names,
+    RelativePositions,
+    Sizes,
+    Stack,
+    StackNames,
+    assemble,
+    read_start_token,
+)
+from moesaic.families.model import ACTIVATIONS, Capacity, GateRule, MoeModel
+
+FAMILY = "switch_transformers"
+
+NAMES = Names(
+    encoder=StackNames(
+        block="encoder.block.{block}.",
+        attention="layer.0.SelfAttention.",
+        attention_norm="layer.0.layer_norm",
+        mlp="layer.1.mlp.",
+        mlp_norm="layer.1.layer_norm",
+        norm="encoder.final_layer_norm",
+        embedding="encoder.embed_tokens.weight",
+    ),
+    decoder=StackNames(
+        block="decoder.block.{block}.",
+        attention="layer.0.SelfAttention.",
+        attention_norm="layer.0.layer_norm",
+        cross="layer.1.EncDecAttention.",
+        cross_norm="layer.1.layer_norm",
+        mlp="layer.2.mlp.",
+        mlp_norm="layer.2.layer_norm",
+        norm="decoder.final_layer_norm",
+        embedding="decoder.embed_tokens.weight",
+    ),
+    shared="shared.weight",
+    head="lm_head.weight",
+    projections=("q", "k", "v", "o"),
+    up="wi",
+    down="wo",
+)
+
+_ACTIVATIONS = ("relu", *(name for name in ACTIVATIONS if name not in ("relu", "clamped_swiglu")))
+# Relative positions have no end; this is what the family was trained with.
+_DEFAULT_POSITIONS = 512
+_SECOND_EPSILON = 1e-9
+# No weight of a second slot is above it.
+_NEVER = 1.0
+
+
+def read_arithmetic(config: Config) -> Arithmetic:
+    relative = RelativePositions(
+        config.size("relative_attention_num_buckets", default=32),
+        config.size("relative_attention_max_distance", default=128),
+    )
+    # Both ways and near or far: an encoder divides its buckets by four.
+    if relative.num_buckets % 4:
+        config.fail("relative_attention_num_buckets", "must be a multiple of four")
+    if relative.max_distance <= relative.num_buckets // 2:
+        config.fail("relative_attention_max_distance", "must be above half of relative_attention_num_buckets")
+    vocab_size, padding_token = config.size("vocab_size"), config.count("pad_token_id", default=0)
+    return Arithmetic(
+        norm_eps=config.number("layer_norm_epsilon", default=1e-6),
+        centred=False,
+        start_token=read_start_token(config, vocab_size, padding_token),
+        embedding_scale=1.0,
+        logits_scale=config.size("d_model") ** -0.5 if _is_tied(config) else 1.0,
+        relative=relative,
+        padding_token=padding_token,
+    )
+
+
+def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
+    if config.flag("is_gated_act", default=False):
+        config.fail("is_gated_act", "must be false: experts with a gated branch have no known layout")
+    config.choice("router_dtype", ("float32",))
+    num_layers = config.size("num_layers")
+    num_decoder_layers = config.size("num_decoder_layers", default=num_layers)
+    heads, head_dim = config.size("num_heads"), config.size("d_kv")
+    inner_size, num_slots = config.size("d_ff"), config.size("num_experts")
+    top_k = config.size("num_selected_experts", default=1)
+    if top_k > min(2, num_slots):
+        config.fail("num_selected_experts", f"must be 1 or 2, and at most num_experts, {num_slots}")
+    sparse = (_sparse(config, "encoder", num_layers), _sparse(config, "decoder", num_decoder_layers))
+    sizes = Sizes(
+        hidden_size=config.size("d_model"),
+        vocab_size=config.size("vocab_size"),
+        max_model_len=2 * config.size("n_positions", default=_DEFAULT_POSITIONS),
+        num_slots=num_slots,
+        encoder=Stack(heads, head_dim, inner_size, sparse[0]),
+        decoder=Stack(heads, head_dim, inner_size, sparse[1]),
+        tied=_is_tied(config),
+        encoder_key="num_layers",
+        decoder_key="num_decoder_layers",
+    )
+    gate, capacity = _switch(config) if top_k == 1 else _st_moe(config)
+    return assemble(
+        checkpoint,
+        config,
+        sizes,
+        NAMES,
+        read_arithmetic(config),
+        family=FAMILY,
+        activation=config.choice("dense_act_fn", _ACTIVATIONS),
+        gate=gate,
+        capacity=capacity,
+    )
+
+
+def _switch(config: Config) -> tuple[GateRule, Capacity]:
+    """The best slot, weighted by its score. Tokens are counted over each sequence."""
+    size = config.size("expert_capacity", default=64)
+    gate = GateRule(1, biased=config.flag("router_bias", default=False))
+    return gate, Capacity("fixed", size, counted="sequence")
+
+
+def _st_moe(config: Config) -> tuple[GateRule, Capacity]:
+    """Where the policy is to draw whether a token gets its second slot, it gets it where the draw was sure to say so."""
+    policy = config.choice("second_expert_policy", ("random", "threshold", "all", "none"))
+    threshold = config.number("second_expert_threshold", default=0.2)
+    gate = GateRule(
+        2,
+        renormalise=True,
+        epsilon=_SECOND_EPSILON,
+        least_second={"all": None, "none": _NEVER}.get(policy, threshold),
+        biased=config.flag("router_bias", default=False),
+    )
+    capacity = Capacity(
+        "factor",
+        config.number("eval_capacity_factor", default=2.0),
+        least=config.size("min_expert_capacity", default=4),
+        group=config.size("expert_group_size", default=1024),
+        kept_only=True,
+    )
+    return gate, capacity
+
+
+def _is_tied(config: Config) -> bool:
+    return config.flag("tie_word_embeddings", default=True)
+
+
+def _sparse(config: Config, side: str, num_layers: int) -> tuple[bool, ...]:
+    """Every so many layers; the first that is, is the second."""
+    num_sparse = config.count(f"num_sparse_{side}_layers", default=3)
+    step = config.count(f"{side}_sparse_step", default=num_layers // num_sparse if num_sparse else num_layers)
+    return tuple(step == 1 or (step > 0 and layer % step == 1) for layer in range(num_layers))

@@ -1,0 +1,61 @@
+"""How the gates are doing, layer by layer: how large their logits grow, and what full slots have cost.
+
+The first is the z-loss that routers are trained with: the mean over tokens of the squared logarithm of the sum of the
+exponentials of their logits. It is looked at in one step of many, so that nobody waits for it.
+
+Shapes: T tokens, E slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+# A look costs a few operations a layer.
+STEPS_PER_LOOK = 64
+
+
+@dataclass(slots=True)
+class GateStats:
+    """Of one gate. `z_loss`: of the last step that was looked at; None before the first. Assignments are counted where
+    slots can be full."""
+
+    z_loss: torch.Tensor | None = None
+    assignments: int = 0
+    dropped: int = 0
+
+
+@dataclass(slots=True)
+class GateHealth:
+    """Written by the engine's thread alone; read by anyone."""
+
+    gates: Mapping[int, GateStats]
+    # Whether this step is looked at.
+    looks: bool = False
+    _step: int = field(default=0, repr=False)
+
+    @classmethod
+    def over(cls, layers: Mapping[int, object]) -> GateHealth:
+        """Of the gates of these layers."""
+        return cls({layer: GateStats() for layer in sorted(layers)})
+
+    def begin_step(self) -> None:
+        self.looks = self._step % STEPS_PER_LOOK == 0
+        self._step += 1
+
+    def look(self, layer: int, logits: torch.Tensor) -> None:
+        """Takes the z-loss of logits [T, E], in a step that is looked at."""
+        if len(logits):
+            self.gates[layer].z_loss = z_loss(logits)
+
+    def count(self, layer: int, num_assignments: int, num_dropped: int) -> None:
+        gate = self.gates[layer]
+        gate.assignments += num_assignments
+        gate.dropped += num_dropped
+
+
+def z_loss(logits: torch.Tensor) -> torch.Tensor:
+    """Of logits [T, E], as a scalar on their device."""
+    return logits.float().logsumexp(-1).square().mean()

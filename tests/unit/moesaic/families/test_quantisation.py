@@ -1,0 +1,98 @@
+"""Weights in fewer bits: what is understood is read through its scales, all else is refused by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from support.tiny_families import an_entry, tiny_index, with_config, with_entries
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.errors import CheckpointError
+from moesaic.families import describe_model
+
+FLOAT8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
+
+
+def in_float8(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model with its projections in float8, as DeepSeek-V3 is published."""
+    tensors = {}
+    for name, entry in checkpoint.tensors.items():
+        if name.endswith(("_proj.weight", "_mqa.weight")):
+            blocks = tuple(math.ceil(size / 128) for size in entry.shape)
+            tensors[name] = an_entry(name, "F8_E4M3", *entry.shape)
+            tensors[name + "_scale_inv"] = an_entry(name + "_scale_inv", "F32", *blocks)
+        else:
+            tensors[name] = an_entry(name, "BF16", *entry.shape)
+    return with_config(replace(checkpoint, tensors=tensors), quantization_config=FLOAT8)
+
+
+def refusal(checkpoint: Checkpoint) -> CheckpointError:
+    with pytest.raises(CheckpointError) as refused:
+        describe_model(checkpoint)
+    return refused.value
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "glm4_moe"])
+def test_float8_is_read_through_its_scales_in_experts_and_elsewhere(family: str) -> None:
+    index = tiny_index(family)
+    plain, encoded = describe_model(index), describe_model(in_float8(index))
+    assert encoded.num_parameters == plain.num_parameters
+    assert {experts.dtype for experts in encoded.experts.values()} == {encoded.dtype} == {"bfloat16"}
+    for pattern in encoded.experts[1].layout.values():
+        assert (pattern.encoding, pattern.scales) == ("fp8_block", pattern.tensor + "_scale_inv")
+    head = encoded.dense["lm_head.weight"]
+    output = encoded.dense["model.layers.0.self_attn.o_proj.weight"]
+    assert (head.scales, output.scales) == (None, output.source + "_scale_inv")
+
+
+def test_a_dense_layer_in_float8_keeps_its_scales_wherever_it_is_computed() -> None:
+    index = in_float8(tiny_index("deepseek_v3"))
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert describe_model(index).dense[name].scales == name + "_scale_inv"
+    experts = describe_model(index, dense_layers="experts").experts[0]
+    assert experts.layout["gate"].encoding == "fp8_block"
+
+
+def test_missing_scales_are_refused_by_name() -> None:
+    index = in_float8(tiny_index("deepseek_v3"))
+    name = EXPERT + "_scale_inv"
+    tensors = {key: entry for key, entry in index.tensors.items() if key != name}
+    assert refusal(replace(index, tensors=tensors)).field == name
+
+
+def test_scales_of_other_blocks_are_refused_by_name() -> None:
+    index = in_float8(tiny_index("deepseek_v3"))
+    name = EXPERT + "_scale_inv"
+    assert refusal(with_entries(index, an_entry(name, "F32", 2, 1))).field == name
+
+
+def test_float8_that_the_config_does_not_tell_of_is_refused() -> None:
+    index = with_config(in_float8(tiny_index("deepseek_v3")), "quantization_config")
+    assert "F8_E4M3" in refusal(index).message
+
+
+def test_experts_of_one_layer_may_not_be_partly_encoded() -> None:
+    index = in_float8(tiny_index("deepseek_v3"))
+    plain = an_entry(EXPERT, "BF16", 32, 16)
+    assert refusal(with_entries(index, plain)).field == EXPERT
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantization_config.quant_method"),
+        ({"quant_method": "compressed-tensors"}, "quantization_config.quant_method"),
+        ({}, "quantization_config.quant_method"),
+        ({**FLOAT8, "fmt": "e5m2"}, "quantization_config.fmt"),
+        ({**FLOAT8, "weight_block_size": [64, 128]}, "quantization_config.weight_block_size"),
+        ({"quant_method": "fp8"}, "quantization_config.weight_block_size"),
+        ("int8", "quantization_config"),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "solar_open"])
+def test_what_is_not_understood_is_refused_by_name(family: str, config: object, key: str) -> None:
+    index = with_config(tiny_index(family), quantization_config=config)
+    assert refusal(index).field == f"config.json: {key}"
