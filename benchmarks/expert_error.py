@@ -1,25 +1,32 @@
 """What holding the experts in fewer bits does to a model's answers: logits, and the perplexity of a text.
 
-The model is that of `transformers` in float32; only its experts are ours, in the form in which a worker holds them.
+The model is that of `transformers` in float32; only its experts are ours, in the form in which a worker holds them. They
+come from the checkpoint as it is, and from copies of it whose experts are stored in 8 and in 4 bits, as some models are
+published: what was lost by that is in the file, and what is lost by holding it otherwise comes on top.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from expert_worker.expert import Expert, choose_form
 from expert_worker.loader import load_experts
-from moesaic.checkpoint import Checkpoint, open_checkpoint
+from expert_worker.stored_weight import StoredWeight, locate, stored_bytes
+from moesaic.checkpoint import CONFIG_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from moesaic.families import MoeModel, describe_model
+from moesaic.families.model import Encoding, WeightPattern
+from moesaic.families.tensor_check import FP8_BLOCK, MXFP4_GROUP
 from moesaic.manifest import ExpertAddress
 from moesaic.settings import ExpertDType
 
@@ -29,6 +36,9 @@ EXPERT_DTYPES: tuple[ExpertDType, ...] = ("fp32", "bf16", "int8", "int4")
 WINDOW_TOKENS = 256
 NUM_WINDOWS = 24
 NAME = "moesaic-held-experts"
+MIB = 1 << 20
+LARGEST_FP8 = 448.0
+MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 Experts = Mapping[ExpertAddress, Expert]
 
@@ -37,8 +47,10 @@ Experts = Mapping[ExpertAddress, Expert]
 class Error:
     """Against the model with float32 experts of transformers' own; the logits have a spread of their own."""
 
-    expert_dtype: str
-    expert_mib: float
+    stored: str
+    held: str
+    stored_mib: float  # an expert's, in the file
+    expert_mib: float  # in memory
     logit_max: float
     logit_mean: float
     divergence: float  # KL, in nats a token
@@ -46,36 +58,111 @@ class Error:
     perplexity: float
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint and what is in it."""
+
+    stored: str
+    checkpoint: Checkpoint
+    model: MoeModel
+
+    @property
+    def stored_mib(self) -> float:
+        """An expert of the first layer that has some."""
+        address = self.model.addresses[0]
+        return stored_bytes(self.checkpoint, self.model.experts[address.layer], address) / MIB
+
+
 def measure_errors(folder: Path, text: str | None) -> list[Error]:
     """First transformers itself, then every form that the model's shape allows. Without a text, one of the model's own."""
     checkpoint = open_checkpoint(folder)
-    shape = describe_model(checkpoint)
+    plain = Source("as it is", checkpoint, describe_model(checkpoint))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     windows = _windows(folder, model, text)
     expected = _logits(model, windows)
-    errors = [_compare("transformers fp32", 0, expected, expected, windows)]
+    errors = [
+        Error("transformers", "fp32", plain.stored_mib, 0, *_compare(expected, expected, windows)),
+    ]
     ALL_EXPERTS_FUNCTIONS.register(NAME, _compute)
-    for expert_dtype in EXPERT_DTYPES:
-        experts = _load(checkpoint, shape, expert_dtype)
-        for index, layer in enumerate(model.get_decoder().layers):
-            layer.mlp.experts.held = {
-                slot: experts[ExpertAddress(index, slot)] for slot in range(shape.num_slots[index])
-            }
-        model.set_experts_implementation(NAME)
-        held = sum(expert.num_bytes for expert in experts.values()) / len(experts)
-        errors.append(_compare(expert_dtype, held, _logits(model, windows), expected, windows))
+    model.set_experts_implementation(NAME)
+    with tempfile.TemporaryDirectory() as copies:
+        for source in (plain, *(_encode(plain, name, Path(copies, name)) for name in ENCODERS)):
+            for expert_dtype in EXPERT_DTYPES:
+                experts = _load(source, expert_dtype)
+                for index, layer in enumerate(model.get_decoder().layers):
+                    layer.mlp.experts.held = {
+                        address.slot: expert for address, expert in experts.items() if address.layer == index
+                    }
+                held = sum(expert.num_bytes for expert in experts.values()) / len(experts) / MIB
+                found = _compare(_logits(model, windows), expected, windows)
+                errors.append(Error(source.stored, expert_dtype, source.stored_mib, held, *found))
     return errors
 
 
-def _load(checkpoint: Checkpoint, shape: MoeModel, expert_dtype: ExpertDType) -> Experts:
+def _load(source: Source, expert_dtype: ExpertDType) -> Experts:
     form = choose_form(
         expert_dtype,
         torch.device("cpu"),
         torch.float32,
-        (experts.module for experts in shape.experts.values()),
+        (experts.module for experts in source.model.experts.values()),
         batch_invariant=False,
     )
-    return {address: held.expert for address, held in load_experts(checkpoint, shape, shape.addresses, form)}
+    loaded = load_experts(source.checkpoint, source.model, source.model.addresses, form)
+    return {address: held.expert for address, held in loaded}
+
+
+def _encode(source: Source, encoding: Encoding, folder: Path) -> Source:
+    """The experts alone, stored so."""
+    pattern = "{layer}.{slot}."
+    tensors: dict[str, torch.Tensor] = {}
+    for address in source.model.addresses:
+        experts = source.model.experts[address.layer]
+        for weight, where in locate(source.checkpoint, experts, address).items():
+            name = pattern.format(layer=address.layer, slot=address.slot) + weight
+            codes, scales = ENCODERS[encoding](read_plain(where).float())
+            tensors |= {name: codes, f"{name}.scales": scales}
+    folder.mkdir()
+    save_file(tensors, folder / SINGLE_FILE)
+    (folder / CONFIG_FILE).write_text("{}")
+    layout = {
+        weight: WeightPattern(pattern + weight, encoding=encoding, scales=f"{pattern}{weight}.scales")
+        for weight in source.model.experts[source.model.addresses[0].layer].module.weights
+    }
+    encoded = {layer: replace(experts, layout=layout) for layer, experts in source.model.experts.items()}
+    return Source(encoding, open_checkpoint(folder), replace(source.model, experts=encoded))
+
+
+def read_plain(where: StoredWeight) -> torch.Tensor:
+    """A weight that no encoding hides: [O, I]."""
+    own = where.data.read()[where.rows, where.columns]
+    return own.T if where.transposed else own
+
+
+def encode_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8 whose blocks of 128 x 128 reach its largest number, and the factor of each."""
+    rows, columns = (-(-size // FP8_BLOCK) for size in weight.shape)
+    blocks = weight.new_zeros(rows * FP8_BLOCK, columns * FP8_BLOCK)
+    blocks[: weight.shape[0], : weight.shape[1]] = weight
+    blocks = blocks.view(rows, FP8_BLOCK, columns, FP8_BLOCK)
+    scales = blocks.abs().amax((1, 3)).clamp_min(1e-30) / LARGEST_FP8
+    coded = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn).view(rows * FP8_BLOCK, -1)
+    return coded[: weight.shape[0], : weight.shape[1]].contiguous(), scales
+
+
+def encode_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """4-bit floats, two a byte, and for 32 of them the power of two that brings the largest near to 6."""
+    groups = weight.unflatten(1, (-1, MXFP4_GROUP))
+    powers = groups.abs().amax(-1).clamp_min(2.0**-100).log2().floor() - 2
+    scaled = groups / powers.exp2()[..., None]
+    codes = (scaled.abs()[..., None] - MAGNITUDES).abs().argmin(-1) + 8 * (scaled < 0)
+    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return (low + 16 * high).to(torch.uint8), (powers + 127).to(torch.uint8)
+
+
+ENCODERS: Mapping[Encoding, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    "fp8_block": encode_fp8,
+    "mxfp4": encode_mxfp4,
+}
 
 
 def _compute(module: Any, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -113,8 +200,9 @@ def _logits(model: Any, windows: torch.Tensor) -> torch.Tensor:
 
 
 def _compare(
-    name: str, held_bytes: float, logits: torch.Tensor, expected: torch.Tensor, windows: torch.Tensor
-) -> Error:
+    logits: torch.Tensor, expected: torch.Tensor, windows: torch.Tensor
+) -> tuple[float, float, float, float, float]:
+    """The last five numbers of an Error."""
     # Window by window: all of [W, T, V] at once, several times over, is a lot of memory.
     parts: list[Sequence[float]] = []
     for got, want, tokens in zip(logits, expected, windows, strict=True):
@@ -130,9 +218,7 @@ def _compare(
             )
         )
     most, mean, divergence, same, loss = zip(*parts, strict=True)
-    return Error(
-        name,
-        held_bytes / 2**20,
+    return (
         max(most),
         statistics.mean(mean),
         statistics.mean(divergence),

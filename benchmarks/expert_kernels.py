@@ -251,10 +251,15 @@ def _rates(speeds: list[Speed]) -> Table:
 def _errors(errors: list[Error]) -> Table:
     return Table(
         "A whole model, by the form of its experts",
-        ("experts", "MiB each", "logit error max", "mean", "KL, nats", "same choice %", "perplexity"),
+        (
+            *("stored", "held", "MiB each in the file", "in memory", "logit error max", "mean"),
+            *("KL, nats", "same choice %", "perplexity"),
+        ),
         tuple(
             (
-                error.expert_dtype,
+                error.stored,
+                error.held,
+                f"{error.stored_mib:.2f}",
                 f"{error.expert_mib:.2f}" if error.expert_mib else "",
                 f"{error.logit_max:.2g}",
                 f"{error.logit_mean:.2g}",

@@ -180,6 +180,8 @@ class _ExpertReader:
         # Gate and up may share what holds them: it is read once.
         self._uses = Counter(region for weight in weights.values() for region in weight.regions)
         self._shared: dict[Region, Tensor] = {}
+        for region in self._uses:
+            region.announce()
 
     def read(self, names: Sequence[str], weights: Tensor, biases: Tensor | None) -> None:
         """Fills equal runs of rows of `weights` with the weights of these names, and `biases` with theirs."""

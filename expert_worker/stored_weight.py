@@ -8,6 +8,8 @@ what was read is what was asked for, to the byte.
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +51,11 @@ class Region:
             first_byte=self.first_byte + first * row_bytes,
             num_bytes=(end - first) * row_bytes,
         )
+
+    def announce(self) -> None:
+        """Lets the system begin to fetch it; what is wrong with the file is found when it is read."""
+        with suppress(OSError), self.file.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), self.first_byte, self.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, memory: Tensor | None = None) -> Tensor:
         """Into the beginning of uint8 memory, if there is some. Raises CheckpointError with the file's name."""

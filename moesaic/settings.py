@@ -30,6 +30,9 @@ WireDType = Literal["auto", "float32", "bfloat16", "float8", "int8"]
 # lean: our own decoder where the family is one that it knows; stock: the modules of transformers.
 Decoder = Literal["auto", "lean", "stock"]
 Switch = Literal["auto", "off"]
+# off: every token gets its experts. model: those families that have a capacity drop what full slots cannot take; which
+# tokens those are depends on what else is in the batch.
+CapacityLimit = Literal["off", "model"]
 
 
 class _Group(BaseModel):
@@ -68,6 +71,8 @@ class EngineSettings(_Group):
     lane: Switch = "auto"
     # A sequence's tokens do not depend on its batch mates. Slower; router and workers must agree.
     batch_invariant: bool = False
+    # Whether experts have the capacity that their family was trained with (Switch, ST-MoE, NLLB-MoE).
+    capacity: CapacityLimit = "off"
 
 
 class WorkerSettings(_Group):

@@ -140,6 +140,7 @@ def _softmax(
     if queries.device.type != "cpu":
         return softmax_beside_sinks(queries, keys, values, mask, is_causal, scaling, sinks)
     # The very kernel that the call above comes to on a CPU, for the logarithm of each sum, of which a sink takes its share.
+    attended: torch.Tensor
     attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         queries, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling
     )

@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
+from torch.nn import functional
+
+from moesaic.families.model import MoeModel
 
 # A look costs a few operations a layer.
 STEPS_PER_LOOK = 64
@@ -37,9 +41,10 @@ class GateHealth:
     _step: int = field(default=0, repr=False)
 
     @classmethod
-    def over(cls, layers: Mapping[int, object]) -> GateHealth:
-        """Of the gates of these layers."""
-        return cls({layer: GateStats() for layer in sorted(layers)})
+    def of(cls, model: MoeModel) -> GateHealth:
+        """Of all gates of a model."""
+        gated = (layer for layer, experts in model.experts.items() if experts.gate is not None)
+        return cls({layer: GateStats() for layer in sorted(gated)})
 
     def begin_step(self) -> None:
         self.looks = self._step % STEPS_PER_LOOK == 0
@@ -49,6 +54,17 @@ class GateHealth:
         """Takes the z-loss of logits [T, E], in a step that is looked at."""
         if len(logits):
             self.gates[layer].z_loss = z_loss(logits)
+
+    def watch(self, layer: int, gate: nn.Module) -> None:
+        """Looks at what a gate of transformers, rows [E, D], makes of its inputs, whatever it gives out."""
+
+        def look(gate: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if self.looks:
+                weight, bias = gate.get_parameter("weight"), getattr(gate, "bias", None)
+                rows = inputs[0].reshape(-1, weight.shape[1])
+                self.look(layer, functional.linear(rows, weight, bias))
+
+        gate.register_forward_pre_hook(look)
 
     def count(self, layer: int, num_assignments: int, num_dropped: int) -> None:
         gate = self.gates[layer]

@@ -49,6 +49,15 @@ _PRODUCT_COST = {torch.float32: 1.0, torch.bfloat16: 0.25, torch.float16: 0.25}
 class LatentAttentionModule(nn.Module):
     """Takes the place of a decoder layer's attention module, with its very parameters under their names."""
 
+    q_proj: nn.Linear | None  # D -> H * (k + r), or by way of these:
+    q_a_proj: nn.Linear
+    q_a_layernorm: nn.Module
+    q_b_proj: nn.Linear
+    kv_a_proj_with_mqa: nn.Linear  # D -> l + r
+    kv_a_layernorm: nn.Module
+    kv_b_proj: nn.Linear  # l -> H * (k + v)
+    o_proj: nn.Linear  # H * v -> D
+
     def __init__(self, module: nn.Module, layer: int, mixer: LatentAttention) -> None:
         """Raises Unsupported for a module that might compute something else."""
         super().__init__()
@@ -130,8 +139,7 @@ class LatentAttentionModule(nn.Module):
     @property
     def _heads(self) -> torch.Tensor:
         """[H, k + v, l]: what makes keys and values of the compressed vector."""
-        weight: torch.Tensor = self.kv_b_proj.weight
-        return weight.view(self._mixer.num_heads, -1, self._mixer.latent_dim)
+        return self.kv_b_proj.weight.view(self._mixer.num_heads, -1, self._mixer.latent_dim)
 
     def _absorb(self, queries: torch.Tensor) -> torch.Tensor:
         """[n, H, k + r] -> [n, H, l + r]: as long as the cached vectors, with the same scores."""

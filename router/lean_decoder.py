@@ -22,6 +22,7 @@ from moesaic.families.model import Attention, MoeModel
 from router.attention import attend
 from router.decoder_layout import DecoderLayout
 from router.flight import Flight
+from router.gate_health import GateHealth
 from router.kv_cache import KVCache
 from router.layout import Layout
 from router.lean_weights import Layer, Reader
@@ -48,6 +49,7 @@ class LeanDecoder:
         clock: PhaseClock,
     ) -> None:
         self.layout = layout
+        self.gates = GateHealth.of(model)
         self._clock = clock
         self._norm_eps = decoder.norm_eps
         # The heads of all layers are alike; what each of them sees is the batch's own matter.
@@ -64,6 +66,7 @@ class LeanDecoder:
     @torch.inference_mode()
     def forward(self, parts: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
         """Runs a step, writes the cache, and gives the logits [N, V] of the wanted rows, part by part."""
+        self.gates.begin_step()
         flights = [self._start(part) for part in parts]
         for index, layer in enumerate(self._layers):
             for flight in flights:
@@ -91,6 +94,8 @@ class LeanDecoder:
         if layer.gate is not None:
             started = time.perf_counter()
             assignment = layer.gate(normed)
+            if self.gates.looks and layer.gate.logits is not None:
+                self.gates.look(index, layer.gate.logits(normed))
             self._clock.add("gate", time.perf_counter() - started)
             flight.call = flight.part.experts.send(
                 index, normed, assignment.slots, assignment.weights, tokens=flight.tokens

@@ -14,6 +14,7 @@ import torch
 
 from router.batch import PackedBatch
 from router.dispatcher import DispatchStep
+from router.gate_health import GateHealth
 from router.kv_cache import KVCache
 from router.layout import Layout
 
@@ -32,6 +33,7 @@ class RouterModel(Protocol):
 
     # How its batches are to be packed.
     layout: Layout
+    gates: GateHealth
 
     @property
     def weight_bytes(self) -> int:

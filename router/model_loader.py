@@ -6,8 +6,9 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InvalidArgument, Unsupported
 from moesaic.families.model import MoeModel
 from moesaic.families.stripedhyena import FAMILY
-from moesaic.settings import Decoder
+from moesaic.settings import CapacityLimit, Decoder
 from router.decoder_layout import DecoderLayout, describe_decoder
+from router.encoder_decoder import EncoderDecoder
 from router.layout import Layout
 from router.lean_decoder import LeanDecoder
 from router.model import RouterModel
@@ -23,15 +24,29 @@ def load_model(
     decoder: Decoder,
     num_positions: int,
     clock: PhaseClock,
+    capacity: CapacityLimit = "off",
 ) -> RouterModel:
     """Reads all but the expert weights, for sequences of at most `num_positions` tokens.
 
-    Raises CheckpointError; Unsupported where the lean decoder is wanted and does not know the model.
+    Raises CheckpointError; Unsupported where the lean decoder is wanted and does not know the model, or a capacity
+    that the family does not have.
     """
+    if capacity == "model" and all(experts.capacity is None for experts in model.experts.values()):
+        raise Unsupported(
+            f"engine.capacity: experts of a {model.family} have none; use off", field="engine.capacity"
+        )
+    if model.family == FAMILY or model.num_encoder_layers:
+        _refuse_variants(model, layout, decoder)
+    if model.num_encoder_layers:
+        return EncoderDecoder(
+            checkpoint,
+            model,
+            layout,
+            num_positions=num_positions,
+            clock=clock,
+            limits_slots=capacity == "model",
+        )
     if model.family == FAMILY:
-        if decoder == "stock" or layout.invariant:
-            field = "engine.decoder" if decoder == "stock" else "engine.batch_invariant"
-            raise Unsupported(f"{field}: not to be had of a {FAMILY}", field=field)
         return StripedHyena(checkpoint, model, layout, num_positions=num_positions, clock=clock)
     described = _describe(checkpoint, model, layout, decoder)
     if described is not None:
@@ -40,6 +55,13 @@ def load_model(
     from router.stock_decoder import StockDecoder
 
     return StockDecoder(checkpoint, model, layout, num_positions=num_positions, clock=clock)
+
+
+def _refuse_variants(model: MoeModel, layout: Layout, decoder: Decoder) -> None:
+    """Of models that have one decoder, which is not batch-invariant."""
+    if decoder == "stock" or layout.invariant:
+        field = "engine.decoder" if decoder == "stock" else "engine.batch_invariant"
+        raise Unsupported(f"{field}: not to be had of a {model.family}", field=field)
 
 
 def _describe(

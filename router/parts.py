@@ -67,9 +67,13 @@ class Parts:
         """An engine for sequences of `epoch`, not started."""
         settings = self.settings
         scheduler = Scheduler(
-            Limits(settings.max_batch_tokens, settings.max_running_sequences),
+            Limits(
+                settings.max_batch_tokens,
+                settings.max_running_sequences,
+                whole_prompts=self.encodes_prompts,
+            ),
             self.blocks,
-            prefixes=PrefixCache(self.blocks, epoch.id, self.states) if settings.prefix_cache else None,
+            prefixes=self._prefixes(epoch),
             pace=Pace(max_batch_tokens=settings.max_batch_tokens, max_stall=settings.max_stall),
             states=self.states,
         )
@@ -80,9 +84,21 @@ class Parts:
             self.dispatcher,
             self.clock,
             epoch=epoch,
-            overlap=Overlap() if settings.overlap == "auto" else None,
+            # It would cut prompts.
+            overlap=Overlap() if settings.overlap == "auto" and not self.encodes_prompts else None,
             max_waiting=settings.max_waiting_sequences,
         )
+
+    @property
+    def encodes_prompts(self) -> bool:
+        """Whether prompts are read by an encoder, as a whole."""
+        return self.shape.num_encoder_layers > 0
+
+    def _prefixes(self, epoch: Epoch) -> PrefixCache | None:
+        """What an encoder makes of a prompt's beginning depends on its end: there is nothing to be shared."""
+        if not self.settings.prefix_cache or self.encodes_prompts:
+            return None
+        return PrefixCache(self.blocks, epoch.id, self.states)
 
 
 def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Parts:
@@ -109,6 +125,7 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         decoder=config.engine.decoder,
         num_positions=max_model_len,
         clock=clock,
+        capacity=config.engine.capacity,
     )
     states = _state_pool(config.engine, shape)
     cache = KVCache(

@@ -22,6 +22,7 @@ from moesaic.errors import CheckpointError, Unsupported
 from moesaic.families.model import LatentAttention, MoeModel
 from router.dense_tensors import read_dense
 from router.gate import Assignment
+from router.gate_health import GateHealth
 from router.kv_cache import KVCache
 from router.latent_attention import LatentAttentionModule
 from router.layout import Layout
@@ -48,12 +49,14 @@ class StockDecoder:
         clock: PhaseClock,
     ) -> None:
         self.layout = layout
+        self.gates = GateHealth.of(model)
         self._clock = clock
         self._mixers = model.mixers
         self._step = CurrentStep()
         self._modules = _build(checkpoint, model, num_positions, layout.dtype)
         _replace_blocks(self._modules, model, self._step, clock)
         _replace_attention(self._modules, model)
+        _watch_gates(self._modules, model, self.gates)
         _load(self._modules, checkpoint, model, layout)
 
     @property
@@ -64,6 +67,7 @@ class StockDecoder:
     @torch.inference_mode()
     def forward(self, parts: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
         """Runs a step, writes the cache, and gives the logits [N, V] of the wanted rows, part by part."""
+        self.gates.begin_step()
         return torch.cat([self._forward(part, cache) for part in parts])
 
     def _forward(self, part: MicroBatch, cache: KVCache) -> torch.Tensor:
@@ -115,6 +119,19 @@ def _empty_experts(layer: nn.Module, remote: RemoteExperts) -> None:
     experts.remote = remote
     for name in list(experts._parameters):
         delattr(experts, name)
+
+
+def _watch_gates(modules: PreTrainedModel, model: MoeModel, gates: GateHealth) -> None:
+    """A gate is known by its rows, whoever it belongs to."""
+    layers = _decoder_layers(modules)
+    for index in gates.gates:
+        experts = model.experts[index]
+        rows = (experts.num_slots, experts.module.hidden_size)
+        for module in layers[index].modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.shape == rows:
+                gates.watch(index, module)
+                break
 
 
 def _remote_experts(

@@ -20,6 +20,7 @@ from moesaic.families.config import Config
 from moesaic.families.model import MoeModel
 from moesaic.families.stripedhyena import read_arithmetic
 from router.flight import Flight
+from router.gate_health import GateHealth
 from router.kv_cache import KVCache
 from router.layout import Layout
 from router.model import MicroBatch
@@ -47,6 +48,7 @@ class StripedHyena:
         clock: PhaseClock,
     ) -> None:
         self.layout = layout
+        self.gates = GateHealth.of(model)
         self._arithmetic = read_arithmetic(Config(checkpoint.config))
         reader = Reader(checkpoint, model, self._arithmetic, layout, clock)
         self._blocks = tuple(reader.block(layer) for layer in range(model.num_layers))

@@ -26,6 +26,9 @@ from moesaic.families.model import (
 )
 from moesaic.families.tensor_check import check_num_layers, check_sizes, stored_dtype
 
+# Of the MLPs; relu in everything that is published.
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
+
 
 @dataclass(frozen=True, slots=True)
 class StackNames:
@@ -85,6 +88,8 @@ class Arithmetic:
     relative: RelativePositions | None
     # The token that has no position and does not count.
     padding_token: int
+    # Of the MLPs.
+    activation: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,6 @@ def assemble(
     arithmetic: Arithmetic,
     *,
     family: str,
-    activation: str,
     gate: GateRule,
     capacity: Capacity,
 ) -> MoeModel:
@@ -152,7 +156,9 @@ def assemble(
         (encoder, names.encoder, 0),
         (decoder, names.decoder, encoder.num_layers),
     ):
-        module = ExpertModule(sizes.hidden_size, stack.inner_size, activation, gated=False, biased=biased)
+        module = ExpertModule(
+            sizes.hidden_size, stack.inner_size, arithmetic.activation, gated=False, biased=biased
+        )
         tensors |= _norm(its_names.norm, sizes.hidden_size, biased=biased)
         if arithmetic.relative is not None:
             name = its_names.block.format(block=0) + its_names.attention + names.relative_bias

@@ -7,6 +7,7 @@ import math
 from moesaic.checkpoint import Checkpoint
 from moesaic.families.config import Config
 from moesaic.families.encoder_decoder import (
+    ACTIVATIONS,
     Arithmetic,
     Names,
     Sizes,
@@ -15,7 +16,7 @@ from moesaic.families.encoder_decoder import (
     assemble,
     read_start_token,
 )
-from moesaic.families.model import ACTIVATIONS, Capacity, GateRule, MoeModel
+from moesaic.families.model import Capacity, GateRule, MoeModel
 
 FAMILY = "nllb-moe"
 
@@ -48,7 +49,6 @@ NAMES = Names(
     computed=("model.encoder.embed_positions.weights", "model.decoder.embed_positions.weights"),
 )
 
-_ACTIVATIONS = ("relu", *(name for name in ACTIVATIONS if name not in ("relu", "clamped_swiglu")))
 _NORM_EPS = 1e-5
 _DRAWN = "would leave to chance what a token gets; served: all, sampling (without its noise)"
 
@@ -65,6 +65,7 @@ def read_arithmetic(config: Config) -> Arithmetic:
         logits_scale=1.0,
         relative=None,
         padding_token=config.count("pad_token_id", default=1),
+        activation=config.choice("activation_function", ACTIVATIONS),
     )
 
 
@@ -92,7 +93,6 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         NAMES,
         read_arithmetic(config),
         family=FAMILY,
-        activation=config.choice("activation_function", _ACTIVATIONS),
         gate=_gate(config),
         capacity=_capacity(config),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from moesaic.checkpoint import Checkpoint
 from moesaic.families.config import Config
 from moesaic.families.encoder_decoder import (
+    ACTIVATIONS,
     Arithmetic,
     Names,
     RelativePositions,
@@ -19,7 +20,7 @@ from moesaic.families.encoder_decoder import (
     assemble,
     read_start_token,
 )
-from moesaic.families.model import ACTIVATIONS, Capacity, GateRule, MoeModel
+from moesaic.families.model import Capacity, GateRule, MoeModel
 
 FAMILY = "switch_transformers"
 
@@ -51,7 +52,6 @@ NAMES = Names(
     down="wo",
 )
 
-_ACTIVATIONS = ("relu", *(name for name in ACTIVATIONS if name not in ("relu", "clamped_swiglu")))
 # Relative positions have no end; this is what the family was trained with.
 _DEFAULT_POSITIONS = 512
 _SECOND_EPSILON = 1e-9
@@ -78,6 +78,7 @@ def read_arithmetic(config: Config) -> Arithmetic:
         logits_scale=config.size("d_model") ** -0.5 if _is_tied(config) else 1.0,
         relative=relative,
         padding_token=padding_token,
+        activation=config.choice("dense_act_fn", ACTIVATIONS),
     )
 
 
@@ -112,7 +113,6 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         NAMES,
         read_arithmetic(config),
         family=FAMILY,
-        activation=config.choice("dense_act_fn", _ACTIVATIONS),
         gate=gate,
         capacity=capacity,
     )

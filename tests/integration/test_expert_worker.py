@@ -166,7 +166,7 @@ def test_a_process_holds_its_share_and_little_more(tmp_path: Path, layout: Layou
     expert_bytes = 3 * 512 * 1024 * 4
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8}
     write_mixtral(tmp_path, layout=layout, max_shard_size="40MB", **sizes)
-    with running_workers(tmp_path, ["0", "all"]) as workers:
+    with running_workers(tmp_path, ["0", "all"], "--threads", "2") as workers:
         resident, peak = [], []
         for worker in workers:
             with connected(worker) as stub:
@@ -175,7 +175,7 @@ def test_a_process_holds_its_share_and_little_more(tmp_path: Path, layout: Layou
             peak.append(peak_bytes(worker.pid))
     without_experts = resident[0] - 2 * expert_bytes
     assert resident[1] == pytest.approx(without_experts + 16 * expert_bytes, rel=0.05)
-    # While it loads, one expert's part of a file is mapped beside the share.
+    # While it loads, two threads each have what an expert is laid out from beside the share.
     for num_experts, most in zip((2, 16), peak, strict=True):
         assert most < without_experts + (num_experts + 2) * expert_bytes
 

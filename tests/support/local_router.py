@@ -18,6 +18,7 @@ from moesaic.errors import MoesaicError
 from moesaic.families import DenseLayers, describe_model
 from moesaic.settings import EngineSettings
 from router.batch import pack
+from router.chunk import Chunk
 from router.chunk import Sequence as ScheduledSequence
 from router.cluster_view import NamedWorkers, Snapshot
 from router.config import RouterConfig
@@ -45,9 +46,11 @@ class LocalRouter:
         following: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[torch.Tensor], list[list[int]]]:
         """All prompts at once: for each, the logits [T + num_new, V] of every position, and its tokens: the greedy
-        ones, or those that are to follow each prompt."""
+        ones, or those that are to follow each prompt. Of prompts that an encoder reads, only the last position has
+        logits."""
         parts = self._parts
-        scheduler = Scheduler(Limits(max_batch_tokens, len(prompts)), parts.blocks, states=parts.states)
+        limits = Limits(max_batch_tokens, len(prompts), whole_prompts=parts.encodes_prompts)
+        scheduler = Scheduler(limits, parts.blocks, states=parts.states)
         open_sequences = [
             ScheduledSequence(str(index), list(prompt), len(prompt)) for index, prompt in enumerate(prompts)
         ]
@@ -58,14 +61,19 @@ class LocalRouter:
         while chunks := scheduler.schedule():
             batch = pack(chunks, parts.model.layout)
             experts = self._begin()
-            part = MicroBatch(batch, torch.arange(batch.num_tokens), experts)
+            predicting = [self._predicting(chunk) for chunk in chunks]
+            wanted = [
+                row + first
+                for first, rows_of_chunk in zip(batch.first_rows, predicting, strict=True)
+                for row in rows_of_chunk
+            ]
+            part = MicroBatch(batch, torch.tensor(wanted), experts)
             if parts.states is not None and parts.cache.states is not None:
                 parts.cache.states.apply(parts.states.take_copies())
             logits = parts.model.forward((part,), parts.cache)
             assert not experts.failed, experts.failed
-            for chunk, first in zip(chunks, batch.first_rows, strict=True):
+            for chunk, own in zip(chunks, logits.split([len(own) for own in predicting]), strict=True):
                 sequence = chunk.sequence
-                own = logits[first : first + chunk.num_tokens]
                 rows[sequence.sequence_id] += own
                 ends = chunk.reaches_end
                 scheduler.advance(chunk)
@@ -75,6 +83,11 @@ class LocalRouter:
                 elif ends:
                     scheduler.remove(sequence)
         return [torch.stack(r) for r in rows.values()], list(outputs.values())
+
+    def _predicting(self, chunk: Chunk) -> range:
+        """Rows of a chunk that have logits."""
+        first = chunk.sequence.num_prompt_tokens - 1 if self._parts.encodes_prompts else 0
+        return range(max(0, first - chunk.start), chunk.num_tokens)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from moesaic.checkpoint import Checkpoint, open_checkpoint
 from moesaic.families import describe_model
 from moesaic.families.model import Attention, DenseTensor
 from router import lean_weights
+from router.attention import attend
 from router.batch import pack
 from router.chunk import Chunk, Sequence
 from router.dispatcher import DispatchStep, combine
@@ -102,6 +103,25 @@ def test_a_whole_step_stays_on_the_device_and_waits_for_nothing(
         experts = cast(DispatchStep, DeviceExperts())
         logits = model.forward([MicroBatch(batch, wanted, experts)], cache)
     assert logits.device == DEVICE and logits.shape == (5, shape.vocab_size)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("mixer", [Attention(6, 2, 8, sinks=True), Attention(6, 2, 8, chunk=6, sinks=True)])
+def test_sinks_and_chunks_stay_on_the_device(mixer: Attention, invariant: bool) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layout = Layout.of(
+            [mixer], block_tokens=BLOCK_TOKENS, device=DEVICE, dtype=torch.bfloat16, invariant=invariant
+        )
+        cache = KVCache(
+            [mixer], num_blocks=64, block_tokens=BLOCK_TOKENS, dtype=torch.bfloat16, device=DEVICE
+        )
+        batch = pack(_chunks((0, 9), (5, 1), (4, 6), (11, 1), (12, 1)), layout)
+        queries, sinks = (
+            torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
+            for shape in ((batch.num_tokens, 6, 8), (6,))
+        )
+        attended = attend(0, queries, batch, cache, 0.3, sinks)
+    assert attended.device == DEVICE and attended.shape == (batch.num_tokens, 48)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
