@@ -16,6 +16,7 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
+from cluster.gate_summary import summarise_gates
 from cluster.json_output import plain
 from cluster.router_client import router_client
 from cluster.tables import count, new_table, state_text
@@ -115,6 +116,9 @@ def _print(status: ClusterStatus, console: Console) -> None:
             f"KV {stats.kv_blocks_used} of {stats.kv_blocks_total} blocks; "
             f"{count(stats.generated_tokens)} tokens generated"
         )
+    gates = summarise_gates(status.routers.values())
+    if gates is not None:
+        console.print(str(gates))
     if status.topology is not None:
         console.print()
         console.print(_processes(status.topology, status.routers))

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.activity import Activity, RouterActivity, WorkerActivity
+from cluster.gate_summary import summarise_gates
 from cluster.observer import Observation
 from cluster.tables import new_table, state_text
 from moesaic.v1 import control_pb2
@@ -33,6 +34,7 @@ class Look:
 def plain_look(look: Look) -> dict[str, Any]:
     """Rates are a second, shares of one; a latency is absent where no call was made."""
     activity, model = look.activity, look.observation.model
+    gates = summarise_gates(look.observation.routers.values())
     return {
         "router": look.target,
         "model": model.model,
@@ -43,6 +45,7 @@ def plain_look(look: Look) -> dict[str, Any]:
         "prefix_hit_share": activity.prefix_hit_share,
         "routers": [_plain_router(activity, router) for router in activity.routers],
         "workers": [_plain_worker(activity, worker) for worker in activity.workers],
+        "gates": None if gates is None else gates.plain(),
         "problem": look.observation.problem or None,
     }
 
@@ -86,7 +89,10 @@ def draw_look(look: Look) -> RenderableType:
     heading = Text.assemble(
         (model.model, "bold"), f"  epoch {model.epoch}  router {look.target}", overflow="ellipsis"
     )
-    parts: list[RenderableType] = [heading, _totals(activity), Text(), _router_table(activity)]
+    gates = summarise_gates(look.observation.routers.values())
+    parts: list[RenderableType] = [heading, _totals(activity)]
+    parts += [] if gates is None else [Text(str(gates))]
+    parts += [Text(), _router_table(activity)]
     if activity.workers:
         parts += [Text(), _worker_table(activity)]
     parts += [Text(remark, style="yellow") for remark in _remarks(look)]

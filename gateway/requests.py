@@ -232,6 +232,7 @@ class CompletionRequest(GenerationBody):
             n=self.num_choices,
             add_special_tokens=self.add_special_tokens,
             tenant=self.cache_salt,
+            echo=bool(self.echo),
         )
         if isinstance(prompt, str):
             call.text = prompt

@@ -44,8 +44,10 @@ class Continuation:
         *,
         request_id: str,
         model: str,
+        continues: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`continues`: whether the text goes on from the prompt's, or is one of its own."""
         self.index = index
         # Drawn here: a client's request id is never a key.
         self.sequence_id = uuid.uuid4().hex
@@ -57,7 +59,9 @@ class Continuation:
         self._num_prompt_tokens = len(prompt)
         self._text = text
         self._options = options
-        self._detokenizer = text.detokenizer(prompt, skip_special_tokens=options.skip_special_tokens)
+        self._detokenizer = text.detokenizer(
+            prompt if continues else (), skip_special_tokens=options.skip_special_tokens
+        )
         self._matcher = StopMatcher(options.stop, include_stop=options.include_stop)
         self._request_id = request_id
         self._clock = clock

@@ -263,7 +263,7 @@ def _wanted(flight: _Answering) -> torch.Tensor:
     wanted = flight.rows.index_of(flight.part.rows.tolist())
     if wanted == list(range(len(flight.hidden))):
         return flight.hidden
-    return flight.hidden[torch.tensor(wanted, dtype=torch.long, device=flight.hidden.device)]
+    return flight.hidden.index_select(0, torch.tensor(wanted, dtype=torch.long).to(flight.hidden.device))
 
 
 def _heads(mixer: object) -> tuple[int, int]:

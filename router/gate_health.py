@@ -21,11 +21,19 @@ from moesaic.families.model import MoeModel
 STEPS_PER_LOOK = 64
 
 
-@dataclass(slots=True)
-class GateStats:
+@dataclass(frozen=True, slots=True)
+class GateReading:
     """Of one gate. `z_loss`: of the last step that was looked at; None before the first. Assignments are counted where
     slots can be full."""
 
+    layer: int
+    z_loss: float | None
+    assignments: int
+    dropped: int
+
+
+@dataclass(slots=True)
+class _Gate:
     z_loss: torch.Tensor | None = None
     assignments: int = 0
     dropped: int = 0
@@ -35,7 +43,7 @@ class GateStats:
 class GateHealth:
     """Written by the engine's thread alone; read by anyone."""
 
-    gates: Mapping[int, GateStats]
+    gates: Mapping[int, _Gate]
     # Whether this step is looked at.
     looks: bool = False
     _step: int = field(default=0, repr=False)
@@ -44,7 +52,7 @@ class GateHealth:
     def of(cls, model: MoeModel) -> GateHealth:
         """Of all gates of a model."""
         gated = (layer for layer, experts in model.experts.items() if experts.gate is not None)
-        return cls({layer: GateStats() for layer in sorted(gated)})
+        return cls({layer: _Gate() for layer in sorted(gated)})
 
     def begin_step(self) -> None:
         self.looks = self._step % STEPS_PER_LOOK == 0
@@ -54,6 +62,18 @@ class GateHealth:
         """Takes the z-loss of logits [T, E], in a step that is looked at."""
         if len(logits):
             self.gates[layer].z_loss = z_loss(logits)
+
+    def snapshot(self) -> tuple[GateReading, ...]:
+        """Of every gate, as it is now."""
+        return tuple(
+            GateReading(
+                layer,
+                None if gate.z_loss is None else float(gate.z_loss),
+                gate.assignments,
+                gate.dropped,
+            )
+            for layer, gate in self.gates.items()
+        )
 
     def watch(self, layer: int, gate: nn.Module) -> None:
         """Looks at what a gate of transformers, rows [E, D], makes of its inputs, whatever it gives out."""

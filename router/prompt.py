@@ -14,7 +14,7 @@ from google.protobuf import struct_pb2
 
 from moesaic.errors import InvalidArgument
 from moesaic.v1 import inference_pb2
-from router.sampling_params import ModelLimits, check_token_ids, context_exceeded
+from router.sampling_params import ModelLimits, check_token_ids, context_exceeded, encoded
 from router.text import Conversation, Text
 
 
@@ -27,7 +27,10 @@ class Prompt:
 
 
 def read_prompt(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:
-    """Raises InvalidArgument, or Unsupported for a model without tokenizer or chat template."""
+    """Raises InvalidArgument, or Unsupported for a model without tokenizer, chat template, or anything that follows a
+    prompt."""
+    if limits.encodes_prompts:
+        _refuse_continuing(request)
     match request.WhichOneof("prompt"):
         case "text":
             prompt = _from_text(request, text, limits)
@@ -67,6 +70,13 @@ def render(chat: inference_pb2.Chat, text: Text) -> Conversation:
         continue_final_message=chat.continue_final_message,
         variables=_plain_struct(chat.template_kwargs),
     )
+
+
+def _refuse_continuing(request: inference_pb2.GenerateRequest) -> None:
+    if request.WhichOneof("prompt") == "chat":
+        raise encoded("messages")
+    if request.echo:
+        raise encoded("echo")
 
 
 def _from_text(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:

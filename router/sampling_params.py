@@ -10,7 +10,7 @@ import math
 import secrets
 from dataclasses import dataclass, replace
 
-from moesaic.errors import InvalidArgument
+from moesaic.errors import InvalidArgument, Unsupported
 from moesaic.v1 import inference_pb2
 from router.sequence import SamplingParams
 
@@ -31,6 +31,8 @@ class ModelLimits:
     max_model_len: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    # An encoder reads prompts, which predicts none of their tokens.
+    encodes_prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,10 @@ def parse_sampling(
 ) -> tuple[SamplingParams, TextOptions]:
     """Checks a request's sampling parameters against the bounds of inference.proto and of the model.
 
-    Raises InvalidArgument that names the field.
+    Raises InvalidArgument that names the field; Unsupported for what this kind of model does not have.
     """
+    if limits.encodes_prompts and message.HasField("prompt_logprobs"):
+        raise encoded("prompt_logprobs")
     text = _text_options(message, limits)
     max_tokens = _max_tokens(message, num_prompt_tokens, limits)
     _require(message.min_tokens <= max_tokens, "min_tokens", f"must be in [0, max_tokens = {max_tokens}]")
@@ -102,6 +106,14 @@ def context_exceeded(max_model_len: int, details: str) -> InvalidArgument:
         f"prompt: this model's maximum context length is {max_model_len} tokens, {details}",
         field="prompt",
         reason="CONTEXT_LENGTH_EXCEEDED",
+    )
+
+
+def encoded(field: str) -> Unsupported:
+    """The error of a request that takes an encoder's prompt for the beginning of what is generated."""
+    return Unsupported(
+        f"{field}: an encoder reads this model's prompts, and a decoder answers: nothing continues a prompt",
+        field=field,
     )
 
 

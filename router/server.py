@@ -10,7 +10,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import psutil
@@ -23,6 +23,7 @@ from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.cluster_view import ClusterView
 from router.config import RouterConfig
 from router.engine import Engine
+from router.gate_health import GateReading
 from router.lane_link import open_lane
 from router.parts import Parts, load_parts
 from router.phases import PhaseClock
@@ -153,14 +154,15 @@ class RouterServer:
                 num_experts=max(parts.shape.num_slots.values(), default=0),
                 top_k=max((layer.top_k for layer in parts.shape.experts.values()), default=0),
                 created=int(time.time()),
+                encodes_prompts=parts.encodes_prompts,
             ),
-            stats=lambda: self._stats(engine),
+            stats=lambda: self._stats(engine, parts.model.gates.snapshot()),
             epoch=lambda: epoch.id,
             control_address=lambda: self._view.control_address,
             request_timeout_s=self._config.engine.request_timeout_s,
         )
 
-    def _stats(self, engine: Engine) -> inference_pb2.GetRouterStatsResponse:
+    def _stats(self, engine: Engine, gates: Sequence[GateReading]) -> inference_pb2.GetRouterStatsResponse:
         stats = engine.stats()
         return inference_pb2.GetRouterStatsResponse(
             steps=stats.steps,
@@ -181,6 +183,12 @@ class RouterServer:
             prefix_lookup_tokens=stats.prefix_lookup_tokens,
             prefix_hit_tokens=stats.prefix_hit_tokens,
             overlapped_steps=stats.overlapped_steps,
+            gates=[
+                inference_pb2.GateStats(
+                    layer=gate.layer, z_loss=gate.z_loss, assignments=gate.assignments, dropped=gate.dropped
+                )
+                for gate in gates
+            ],
         )
 
 

@@ -47,7 +47,8 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the router says about its model. `created`: seconds since 1970, when it became ready."""
+    """What the router says about its model. `created`: seconds since 1970, when it became ready. `encodes_prompts`:
+    whether an encoder reads them, and a decoder answers with a text of its own."""
 
     model: str
     family: str
@@ -57,6 +58,7 @@ class ModelFacts:
     num_experts: int
     top_k: int
     created: int
+    encodes_prompts: bool = False
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -77,7 +79,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._engine = engine
         self._text = text
         self._facts = facts
-        self._limits = ModelLimits(facts.max_model_len, facts.vocab_size, text.eos_token_ids)
+        self._limits = ModelLimits(
+            facts.max_model_len, facts.vocab_size, text.eos_token_ids, facts.encodes_prompts
+        )
         self._stats = stats
         self._epoch = epoch
         self._control_address = control_address
@@ -145,10 +149,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             num_experts_per_token=facts.top_k,
             epoch=self._epoch(),
             has_tokenizer=self._text.has_tokenizer,
-            has_chat_template=self._text.has_chat_template,
+            has_chat_template=self._text.has_chat_template and not facts.encodes_prompts,
             eos_token_ids=sorted(self._text.eos_token_ids),
             created=facts.created,
             control_address=self._control_address(),
+            encodes_prompts=facts.encodes_prompts,
         )
 
     async def GetRouterStats(
@@ -186,6 +191,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 options,
                 request_id=request_id,
                 model=self._facts.model,
+                continues=not self._facts.encodes_prompts,
             )
             for index in range(n)
         ]

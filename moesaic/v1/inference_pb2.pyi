@@ -93,7 +93,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., include_stop_in_output: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "add_special_tokens", "tenant")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "add_special_tokens", "tenant", "echo")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,7 @@ class GenerateRequest(_message.Message):
     N_FIELD_NUMBER: _ClassVar[int]
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    ECHO_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -112,7 +113,8 @@ class GenerateRequest(_message.Message):
     n: int
     add_special_tokens: bool
     tenant: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., add_special_tokens: _Optional[bool] = ..., tenant: _Optional[str] = ...) -> None: ...
+    echo: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., add_special_tokens: _Optional[bool] = ..., tenant: _Optional[str] = ..., echo: _Optional[bool] = ...) -> None: ...
 
 class Alternative(_message.Message):
     __slots__ = ("token_id", "logprob", "text")
@@ -237,7 +239,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "version", "family", "max_model_len", "vocab_size", "num_layers", "num_experts", "num_experts_per_token", "epoch", "has_tokenizer", "has_chat_template", "eos_token_ids", "created", "control_address")
+    __slots__ = ("model", "version", "family", "max_model_len", "vocab_size", "num_layers", "num_experts", "num_experts_per_token", "epoch", "has_tokenizer", "has_chat_template", "eos_token_ids", "created", "control_address", "encodes_prompts")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
@@ -252,6 +254,7 @@ class GetModelInfoResponse(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     CONTROL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ENCODES_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     family: str
@@ -266,7 +269,8 @@ class GetModelInfoResponse(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     created: int
     control_address: str
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., family: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_experts_per_token: _Optional[int] = ..., epoch: _Optional[str] = ..., has_tokenizer: _Optional[bool] = ..., has_chat_template: _Optional[bool] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., created: _Optional[int] = ..., control_address: _Optional[str] = ...) -> None: ...
+    encodes_prompts: bool
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., family: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_experts_per_token: _Optional[int] = ..., epoch: _Optional[str] = ..., has_tokenizer: _Optional[bool] = ..., has_chat_template: _Optional[bool] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., created: _Optional[int] = ..., control_address: _Optional[str] = ..., encodes_prompts: _Optional[bool] = ...) -> None: ...
 
 class GetRouterStatsRequest(_message.Message):
     __slots__ = ()
@@ -306,8 +310,20 @@ class WorkerTraffic(_message.Message):
     call_p99_us: int
     def __init__(self, worker: _Optional[str] = ..., address: _Optional[str] = ..., connected: _Optional[bool] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., failed_calls: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., call_p50_us: _Optional[int] = ..., call_p99_us: _Optional[int] = ...) -> None: ...
 
+class GateStats(_message.Message):
+    __slots__ = ("layer", "z_loss", "assignments", "dropped")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    Z_LOSS_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    z_loss: float
+    assignments: int
+    dropped: int
+    def __init__(self, layer: _Optional[int] = ..., z_loss: _Optional[float] = ..., assignments: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...
+
 class GetRouterStatsResponse(_message.Message):
-    __slots__ = ("steps", "prompt_tokens", "generated_tokens", "running_sequences", "waiting_sequences", "kv_blocks_used", "kv_blocks_total", "preemptions", "phases", "workers", "resident_bytes", "uptime_s", "prefix_lookup_tokens", "prefix_hit_tokens", "overlapped_steps")
+    __slots__ = ("steps", "prompt_tokens", "generated_tokens", "running_sequences", "waiting_sequences", "kv_blocks_used", "kv_blocks_total", "preemptions", "phases", "workers", "resident_bytes", "uptime_s", "prefix_lookup_tokens", "prefix_hit_tokens", "overlapped_steps", "gates")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -323,6 +339,7 @@ class GetRouterStatsResponse(_message.Message):
     PREFIX_LOOKUP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OVERLAPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    GATES_FIELD_NUMBER: _ClassVar[int]
     steps: int
     prompt_tokens: int
     generated_tokens: int
@@ -338,4 +355,5 @@ class GetRouterStatsResponse(_message.Message):
     prefix_lookup_tokens: int
     prefix_hit_tokens: int
     overlapped_steps: int
-    def __init__(self, steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerTraffic, _Mapping]]] = ..., resident_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., prefix_lookup_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., overlapped_steps: _Optional[int] = ...) -> None: ...
+    gates: _containers.RepeatedCompositeFieldContainer[GateStats]
+    def __init__(self, steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerTraffic, _Mapping]]] = ..., resident_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., prefix_lookup_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., overlapped_steps: _Optional[int] = ..., gates: _Optional[_Iterable[_Union[GateStats, _Mapping]]] = ...) -> None: ...
