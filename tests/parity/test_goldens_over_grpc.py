@@ -35,6 +35,8 @@ FOLDERS = (
     "flex-olmo/checkpoint",
     "deepseek-v3/checkpoint",
     "gpt-oss/checkpoint",
+    "switch-transformers/checkpoint",
+    "nllb-moe/checkpoint",
 )
 
 

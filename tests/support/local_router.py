@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ from router.chunk import Sequence as ScheduledSequence
 from router.cluster_view import NamedWorkers, Snapshot
 from router.config import RouterConfig
 from router.dispatcher import DispatchStep
+from router.gate import NO_SLOT
+from router.kv_cache import BlockPool
 from router.model import MicroBatch
 from router.parts import Parts, load_parts
 from router.phases import PhaseClock
@@ -36,6 +39,12 @@ class LocalRouter:
     def __init__(self, parts: Parts, begin: Callable[[], DispatchStep]) -> None:
         self._parts = parts
         self._begin = begin
+        self.num_preemptions = 0
+
+    def with_blocks(self, num_blocks: int) -> LocalRouter:
+        """The same with so little room in its cache that sequences are in each other's way."""
+        blocks = BlockPool(num_blocks, self._parts.blocks.block_tokens)
+        return LocalRouter(replace(self._parts, blocks=blocks), self._begin)
 
     def run(
         self,
@@ -54,7 +63,8 @@ class LocalRouter:
         open_sequences = [
             ScheduledSequence(str(index), list(prompt), len(prompt)) for index, prompt in enumerate(prompts)
         ]
-        rows: dict[str, list[torch.Tensor]] = {s.sequence_id: [] for s in open_sequences}
+        # By position: a sequence that starts over computes some of them again.
+        rows: dict[str, dict[int, torch.Tensor]] = {s.sequence_id: {} for s in open_sequences}
         outputs = {s.sequence_id: s.output for s in open_sequences}
         for sequence in open_sequences:
             scheduler.add(sequence)
@@ -72,9 +82,12 @@ class LocalRouter:
                 parts.cache.states.apply(parts.states.take_copies())
             logits = parts.model.forward((part,), parts.cache)
             assert not experts.failed, experts.failed
-            for chunk, own in zip(chunks, logits.split([len(own) for own in predicting]), strict=True):
+            parted = logits.split([len(own) for own in predicting])
+            for chunk, own, its_rows in zip(chunks, parted, predicting, strict=True):
                 sequence = chunk.sequence
-                rows[sequence.sequence_id] += own
+                rows[sequence.sequence_id] |= {
+                    chunk.start + row: logit for row, logit in zip(its_rows, own, strict=True)
+                }
                 ends = chunk.reaches_end
                 scheduler.advance(chunk)
                 if ends and len(sequence.output) < num_new:
@@ -82,7 +95,8 @@ class LocalRouter:
                     sequence.append(int(own[-1].argmax()) if given is None else given[len(sequence.output)])
                 elif ends:
                     scheduler.remove(sequence)
-        return [torch.stack(r) for r in rows.values()], list(outputs.values())
+        self.num_preemptions += scheduler.num_preemptions
+        return [torch.stack(list(r.values())) for r in rows.values()], list(outputs.values())
 
     def _predicting(self, chunk: Chunk) -> range:
         """Rows of a chunk that have logits."""
@@ -145,7 +159,7 @@ class ReferenceStep:
         tokens: Sequence[int] | None = None,
     ) -> torch.Tensor:
         output = torch.zeros_like(hidden)
-        for slot in slots.unique().tolist():
+        for slot in set(slots.unique().tolist()) - {NO_SLOT}:
             rows, ranks = torch.where(slots == slot)
             answers = self._experts.expert(layer, slot, hidden[rows])
             output.index_add_(0, rows, answers * weights[rows, ranks, None])
