@@ -81,8 +81,9 @@ class GateHealth:
         def look(gate: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             if self.looks:
                 weight, bias = gate.get_parameter("weight"), getattr(gate, "bias", None)
-                rows = inputs[0].reshape(-1, weight.shape[1])
-                self.look(layer, functional.linear(rows, weight, bias))
+                rows = inputs[0].reshape(-1, weight.shape[1]).float()
+                bias = None if bias is None else bias.float()
+                self.look(layer, functional.linear(rows, weight.float(), bias))
 
         gate.register_forward_pre_hook(look)
 

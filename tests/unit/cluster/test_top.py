@@ -47,6 +47,7 @@ def observation(second: int) -> Observation:
         prefix_hit_tokens=43 * second,
         uptime_s=100.0 + second,
         workers=[traffic],
+        gates=[inference_pb2.GateStats(layer=1), inference_pb2.GateStats(layer=3, z_loss=9.5)],
     )
     busy = expert_pb2.GetWorkerStatsResponse(
         calls=1000 * second, rows=123_456 * second, busy_s=0.5 * second, uptime_s=100.0 + second
@@ -87,6 +88,7 @@ def test_the_view_fits_eighty_columns_and_says_what_everybody_does() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     assert "1,234 tokens a second out, 12,345 in; 64 running, 256 waiting" in text
+    assert "gates: z-loss 9.5 at most, in layer 3" in text
     assert line(text, "router-0") == [
         "router-0",
         "ready",
@@ -118,6 +120,7 @@ def test_json_holds_the_same() -> None:
     assert (busy["rows_per_s"], busy["busy_share"], busy["call_p99_us"]) == (123_456.0, 0.5, 123_456)
     assert (busy["transports"], busy["failed_calls"]) == (["grpc"], 2)
     assert (loading["state"], loading["call_p50_us"], away["state"]) == ("loading", None, "away")
+    assert plain["gates"] == {"z_loss": 9.5, "layer": 3, "dropped_share": None}
 
 
 def test_the_first_look_has_no_rates_yet_and_the_second_has() -> None:

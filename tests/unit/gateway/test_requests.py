@@ -107,6 +107,7 @@ def test_completions_stop_after_16_tokens_unless_told_otherwise() -> None:
 
 def test_echo_asks_for_the_log_probabilities_of_the_prompt_too() -> None:
     assert completion(logprobs=2, echo=True).calls()[0].sampling.prompt_logprobs == 2
+    assert completion(echo=True).calls()[0].echo and not completion().calls()[0].echo
     assert not completion(logprobs=2).calls()[0].sampling.HasField("prompt_logprobs")
     assert completion(max_tokens=0, echo=True).calls()[0].sampling.max_tokens == 0
 

@@ -107,24 +107,66 @@ def test_the_integrity_check_sees_a_block_that_two_sequences_own() -> None:
         pool.check_integrity([table, table])
 
 
+def test_a_prompt_that_is_read_as_a_whole_may_be_the_last_of_a_longer_batch() -> None:
+    limits = Limits(max_batch_tokens=10, max_running=8, whole_prompts=True)
+    scheduler = Scheduler(limits, BlockPool(16, 4))
+    first, second, third = (make_sequence(name, length) for name, length in (("a", 6), ("b", 20), ("c", 3)))
+    for sequence in (first, second, third):
+        scheduler.add(sequence)
+
+    chunks = scheduler.schedule()
+    run(chunks)
+
+    assert [(chunk.sequence, chunk.start, chunk.num_tokens) for chunk in chunks] == [
+        (first, 0, 6),
+        (second, 0, 20),
+    ]
+    assert [(chunk.sequence, chunk.num_tokens) for chunk in scheduler.schedule()] == [
+        (first, 1),
+        (second, 1),
+        (third, 3),
+    ]
+
+
+def test_what_was_generated_behind_a_whole_prompt_is_cut_where_the_budget_ends() -> None:
+    limits = Limits(max_batch_tokens=4, max_running=8, whole_prompts=True)
+    scheduler = Scheduler(limits, BlockPool(16, 4))
+    sequence = make_sequence("started over", 6)
+    for _ in range(7):
+        sequence.append(0)
+    scheduler.add(sequence)
+    cuts = []
+    for _ in range(3):
+        chunks = scheduler.schedule()
+        cuts += [(chunk.start, chunk.end) for chunk in chunks]
+        run(chunks)
+    assert cuts == [(0, 6), (6, 10), (10, 13)]
+
+
 @given(
     prompts=st.lists(st.integers(1, 24), min_size=1, max_size=8),
     budget=st.integers(1, 16),
     max_running=st.integers(1, 6),
     num_blocks=st.integers(10, 20),
+    whole_prompts=st.booleans(),
 )
 def test_every_sequence_finishes_and_no_block_is_lost_whatever_the_bounds(
-    prompts: list[int], budget: int, max_running: int, num_blocks: int
+    prompts: list[int], budget: int, max_running: int, num_blocks: int, whole_prompts: bool
 ) -> None:
     pool = BlockPool(num_blocks, 4)  # the longest sequence has 24 + 8 tokens: it fits alone
-    scheduler = Scheduler(Limits(budget, max_running), pool)
+    scheduler = Scheduler(Limits(budget, max_running, whole_prompts), pool)
     open_sequences = [make_sequence(str(index), length) for index, length in enumerate(prompts)]
     for sequence in open_sequences:
         scheduler.add(sequence)
 
     for _ in range(2000):
         chunks = scheduler.schedule()
-        assert sum(chunk.num_tokens for chunk in chunks) <= budget
+        in_bounds = chunks[:-1] if whole_prompts and chunks and chunks[-1].start == 0 else chunks
+        assert sum(chunk.num_tokens for chunk in in_bounds) <= budget
+        assert not whole_prompts or all(
+            chunk.start >= chunk.sequence.num_prompt_tokens or chunk.end >= chunk.sequence.num_prompt_tokens
+            for chunk in chunks
+        )
         assert len(scheduler.running) <= max_running
         scheduler.check_integrity()
         run(chunks)

@@ -58,11 +58,17 @@ class Rig:
 
 
 @asynccontextmanager
-async def serving(engine: FakeEngine, text: Text, *, request_timeout_s: float = 20.0) -> AsyncIterator[Rig]:
+async def serving(
+    engine: FakeEngine, text: Text, *, request_timeout_s: float = 20.0, encodes_prompts: bool = False
+) -> AsyncIterator[Rig]:
     service = InferenceService(
         engine,
         text,
-        ModelFacts("tiny", "mixtral", MAX_MODEL_LEN, VOCAB_SIZE, 2, 8, 2, created=1_700_000_000),
+        ModelFacts(
+            *("tiny", "mixtral", MAX_MODEL_LEN, VOCAB_SIZE, 2, 8, 2),
+            created=1_700_000_000,
+            encodes_prompts=encodes_prompts,
+        ),
         stats=lambda: pb.GetRouterStatsResponse(steps=7),
         epoch=lambda: EPOCH,
         control_address=lambda: "control:1",
@@ -622,6 +628,42 @@ async def test_a_model_without_a_template_refuses_conversations(tmp_path: Path) 
     async with serving(FakeEngine(), text) as rig:
         error = await rig.error(chat("hi"))
         assert (error.code, error.field) == (CODE.UNIMPLEMENTED, "messages")
+
+
+# Models whose prompts an encoder reads.
+
+
+async def test_what_a_decoder_answers_is_a_text_of_its_own(tmp_path: Path) -> None:
+    text = load_text(write_folder(tmp_path, sentencepiece()))
+    answer = generates(text.encode("upon a time", add_special_tokens=False))
+    async with serving(FakeEngine(answer), text, encodes_prompts=True) as rig:
+        responses = await rig.generate(ask("Once", max_tokens=3))
+    assert text_of(responses) == text.decode(
+        [token for response in responses for token in response.token_ids], skip_special_tokens=True
+    )
+    assert not text_of(responses).startswith(" ")
+    assert last_of(responses).usage.prompt_tokens == len(text.encode("Once", add_special_tokens=True))
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (ask(prompt_logprobs=0), "prompt_logprobs"),
+        (ask(prompt_logprobs=2, max_tokens=0), "prompt_logprobs"),
+        (pb.GenerateRequest(text="a", echo=True), "echo"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])), "messages"),
+    ],
+)
+async def test_nothing_is_served_that_takes_a_prompt_for_the_beginning_of_the_answer(
+    text: Text, request_: pb.GenerateRequest, field: str
+) -> None:
+    async with serving(FakeEngine(), text, encodes_prompts=True) as rig:
+        error = await rig.error(request_)
+        assert (error.code, error.field) == (CODE.UNIMPLEMENTED, field)
+        assert "an encoder reads this model's prompts" in error.message
+        assert rig.engine.requests == []
+        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
+        assert info.encodes_prompts and not info.has_chat_template
 
 
 # The other methods.
