@@ -1,8 +1,8 @@
 """One MoE layer against hivemind's RemoteMixtureOfExperts: 8 SwiGLU experts 1024/3584, top-2, f32, over loopback.
 
 Both sides: one worker process with all threads, and two that share them out; a client that gates, sends, waits and
-combines, with rows of their own in every call. Ours is the router's dispatcher over real gRPC (no lane). Judged is our one
-worker against the faster of theirs.
+combines, with rows of their own in every call. Ours is the router's dispatcher over real gRPC; judged is our one worker
+against the faster of theirs. Reported beside it: the same worker over the same-host lane.
 
 Needs an environment with hivemind (`--python`). Its processes live in a network namespace of their own, which takes the
 rights to make one. Run: python benchmarks/hivemind_layer.py --python ENVIRONMENT/bin/python
@@ -15,6 +15,7 @@ import contextlib
 import json
 import statistics
 import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -34,8 +35,11 @@ from moesaic.families.model import GateRule
 from router.cluster_view import NamedWorkers, Snapshot
 from router.dispatcher import Dispatcher, DispatchRules
 from router.gate import assign
+from router.lane_link import open_lane
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
+from router.server import SWITCH_INTERVAL_S
+from router.worker_link import WorkerLink
 
 SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
 # A namespace with nothing but loopback; whatever runs inside ends with it.
@@ -43,7 +47,10 @@ NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-pro
 LOOPBACK = ("sh", "-c", 'ip link set lo up; exec "$@"', "sh")
 START_TIMEOUT_S = 180.0
 CALLS, WARM_UP_CALLS = 12, 3
+# The links measure so many calls over either way before they choose one.
+TRIAL_CALLS = 200
 WORKERS = (1, 2)
+LANE = "ours, 1 worker, lane"
 
 
 class HivemindLayer:
@@ -82,14 +89,14 @@ class HivemindLayer:
 class OurLayer:
     """Layer 0 of a served model, from this process."""
 
-    def __init__(self, served: Served, model: Path) -> None:
+    def __init__(self, served: Served, model: Path, *, lane: bool = False) -> None:
         self._shape = options.read_shape(model)
         experts = describe_model(open_checkpoint(model)).addresses
         view = NamedWorkers(served.workers, model=model.name, experts=experts)
         snapshot = asyncio.run(_first(view))
         assert snapshot.epoch is not None
         self._epoch = snapshot.epoch
-        self._pool = ReplicaPool()
+        self._pool = ReplicaPool(connect=partial(WorkerLink, open_lane=open_lane if lane else None))
         self._pool.update(snapshot.table)
         self._dispatcher = Dispatcher(self._pool, PhaseClock(), DispatchRules(call_timeout_s=30.0))
         self._gate = torch.randn(self._shape.experts, self._shape.hidden) / self._shape.hidden**0.5
@@ -109,6 +116,14 @@ class OurLayer:
             assert not step.failed
         return statistics.median(times[WARM_UP_CALLS:])
 
+    def take_lane(self) -> None:
+        """Calls until the lane has been tried and chosen. Raises SystemExit where it is not."""
+        for _ in range(TRIAL_CALLS // (CALLS + WARM_UP_CALLS)):
+            self.measure(1)
+            if all(link.traffic.transport == "lane" for link in self._pool.links):
+                return
+        raise SystemExit("the lane was not chosen")
+
     def close(self) -> None:
         self._pool.close()
 
@@ -122,46 +137,51 @@ def main(
 ) -> None:
     """Measures, prints, and writes hivemind_layer.json."""
     folder = options.checkpoint(model, quick)
+    # As in a router.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     # As hivemind's client: idle threads of this process would only take the workers' cores.
     torch.set_num_threads(1)
     figures, rows = [], []
     with ExitStack() as stack:
-        ours, theirs, pids = {}, {}, {}
+        ours: dict[str, OurLayer] = {}
+        theirs: dict[int, HivemindLayer] = {}
+        pids: dict[str, tuple[int, ...]] = {}
         for workers in WORKERS:
             served = stack.enter_context(serve(Setup(folder, workers=workers)))
-            pids[workers] = served.pids
-            ours[workers] = stack.enter_context(contextlib.closing(OurLayer(served, folder)))
+            pids[_ours(workers)] = served.pids
+            ours[_ours(workers)] = stack.enter_context(contextlib.closing(OurLayer(served, folder)))
+            if workers == 1:
+                pids[LANE] = served.pids
+                ours[LANE] = stack.enter_context(contextlib.closing(OurLayer(served, folder, lane=True)))
+                ours[LANE].take_lane()
             theirs[workers] = stack.enter_context(contextlib.closing(HivemindLayer(python, workers)))
         for tokens in (1, 16):
             turns = take_turns(
                 [
                     *(Side(_theirs(n), partial(theirs[n].measure, tokens)) for n in WORKERS),
-                    *(Side(_ours(n), partial(ours[n].measure, tokens), pids[n]) for n in WORKERS),
+                    *(Side(name, partial(ours[name].measure, tokens), pids[name]) for name in ours),
                 ],
                 options.rules(rounds, quick),
                 f"hivemind, {tokens} tokens",
             )
             fastest = min(map(_theirs, WORKERS), key=lambda side: turns.median(side, float))
-            faster = turns.ratio(fastest, _ours(1), float)
-            figures.append(
-                Figure(
-                    f"hivemind-{tokens}",
-                    f"one MoE layer over hivemind's, {tokens} tokens",
-                    *(faster.value, "x", faster.low, faster.high),
-                    sum(turns.disturbed),
+            for key, name in ((f"hivemind-{tokens}", _ours(1)), ("", LANE)):
+                faster = turns.ratio(fastest, name, float)
+                figures.append(
+                    Figure(
+                        key,
+                        f"one MoE layer over hivemind's, {name}, {tokens} tokens",
+                        *(faster.value, "x", faster.low, faster.high),
+                        sum(turns.disturbed),
+                    )
                 )
-            )
-            names = [*map(_theirs, WORKERS), *map(_ours, WORKERS)]
+            names = [*map(_theirs, WORKERS), *ours]
             rows.append((str(tokens), *(f"{turns.median(name, float):.1f}" for name in names)))
     conclude(
         "hivemind_layer",
         out,
         figures=figures,
-        tables=[
-            Table(
-                "Milliseconds a layer.", ("tokens", *map(_theirs, WORKERS), *map(_ours, WORKERS)), tuple(rows)
-            )
-        ],
+        tables=[Table("Milliseconds a layer.", ("tokens", *map(_theirs, WORKERS), *ours), tuple(rows))],
         quick=quick,
     )
 
