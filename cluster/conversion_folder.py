@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 from cluster.conversion_plan import PlannedTensor, Shard, index_of
 from cluster.tables import size
-from moesaic.checkpoint import CONFIG_FILE, INDEX_FILE, read_header, read_json
+from moesaic.checkpoint import CONFIG_FILE, INDEX_FILE
+from moesaic.checkpoint_file import read_header, read_json
 from moesaic.errors import CheckpointError, InvalidArgument
 from moesaic.native_params import PARAMS_FILE
 

@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from moesaic.checkpoint import DTYPE_BYTES, SINGLE_FILE, Checkpoint
+from moesaic.checkpoint import SINGLE_FILE, Checkpoint
+from moesaic.checkpoint_file import DTYPE_BYTES
 from moesaic.families import MoeModel, mixtral
 from moesaic.manifest import ExpertAddress
 

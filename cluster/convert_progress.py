@@ -1,4 +1,4 @@
-"""What a person sees while a folder is converted: a bar on a terminal, elsewhere a plain line for every file. On stderr."""
+"""What a person sees on stderr while a folder is converted: a bar on a terminal, elsewhere a line for every file."""
 
 from __future__ import annotations
 

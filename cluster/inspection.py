@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.model_facts import ModelFacts, gather_facts
-from moesaic.checkpoint import CONFIG_FILE, PICKLE_SUFFIXES, Checkpoint, open_checkpoint, read_json
+from moesaic.checkpoint import CONFIG_FILE, PICKLE_SUFFIXES, Checkpoint, open_checkpoint
+from moesaic.checkpoint_file import read_json
 from moesaic.errors import CheckpointError
 from moesaic.families import DenseLayers, MoeModel, describe_model
 from moesaic.native_params import PARAMS_FILE

@@ -66,7 +66,7 @@ class WorkerMemory:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """`*_file_bytes`: of tensors in the files. `router_bytes`: of the router's weights, by the dtype that it computes in."""
+    """`*_file_bytes`: of tensors in the files. `router_bytes`: of the router's weights, by the dtype it computes in."""
 
     parameters: int
     active_parameters: int

@@ -40,7 +40,7 @@ def find_model(source: str) -> Path:
 
 
 def name_model(source: str) -> str:
-    """What the API calls a model by default: ORG/NAME of the hub, whose snapshots lie under hashes, or the folder's name."""
+    """What the API calls a model by default: ORG/NAME of the hub, as snapshots lie under hashes, or the folder's name."""
     if source.startswith(HUB_PREFIX):
         return source.removeprefix(HUB_PREFIX)
     return Path(source).resolve().name

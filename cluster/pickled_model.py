@@ -9,25 +9,18 @@ pytorch_model*.bin), and StripedHyena on its own (a YAML file with one .bin).
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from cluster.conversion_plan import PlannedTensor
 from cluster.pickled_weights import PickledWeights, fingerprint
-from moesaic.checkpoint import (
-    CONFIG_FILE,
-    MAX_CONFIG_BYTES,
-    MAX_INDEX_BYTES,
-    Checkpoint,
-    TensorEntry,
-    read_json,
-)
+from moesaic.checkpoint import CONFIG_FILE, Checkpoint
+from moesaic.checkpoint_file import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, TensorEntry, read_json, refuse
 from moesaic.errors import CheckpointError
 from moesaic.native_params import PARAMS_FILE, read_params
 
@@ -38,6 +31,7 @@ _STACKED = re.compile(r"layers\.\d+\.block_sparse_moe\.w[123]")
 _HYENA = "stripedhyena"
 # What the wrapper of Hugging Face puts before every name of StripedHyena.
 _HYENA_PREFIX = "backbone."
+_PLAIN = (str, int, float, type(None))
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -59,28 +53,31 @@ class PickledModel:
 
 def open_pickles(folder: Path) -> PickledModel:
     """Raises CheckpointError that names the file, the config key or the tensor which is not as it should be."""
+    try:
+        return _open(folder)
+    except OSError as error:
+        raise CheckpointError(f"model: cannot be read: {error.strerror}", field="model") from error
+
+
+def _open(folder: Path) -> PickledModel:
     if not folder.is_dir():
-        _fail("model", "no such folder")
+        refuse("model", "no such folder")
     files = sorted(path.name for path in folder.iterdir())
     if safe := [name for name in files if name.endswith(".safetensors")]:
-        _fail("model", f"{safe[0]} is safetensors already: a folder is converted from pickles alone")
+        refuse("model", f"{safe[0]} is safetensors already: a folder is converted from pickles alone")
     native = [name for name in files if _NATIVE.fullmatch(name)]
     others = [name for name in files if name.endswith(".bin")]
     pickles = native + others
     if not pickles:
-        _fail("model", "the folder has neither consolidated.* nor *.bin: nothing to convert")
+        refuse("model", "the folder has neither consolidated.* nor *.bin: nothing to convert")
     if (native and others) or len({Path(name).suffix for name in pickles}) > 1:
-        _fail("model", f"{pickles[0]} and {pickles[-1]} are of two forms: only one of them may be here")
+        refuse("model", f"{pickles[0]} and {pickles[-1]} are of two forms: only one of them may be here")
     return _open_native(folder, native) if native else _open_hugging_face(folder, files, others)
-
-
-def _fail(field: str, problem: str) -> NoReturn:
-    raise CheckpointError(f"{field}: {problem}", field=field)
 
 
 def _open_native(folder: Path, files: list[str]) -> PickledModel:
     if not (folder / PARAMS_FILE).is_file():
-        _fail("model", f"the folder has no {PARAMS_FILE}")
+        refuse("model", f"the folder has no {PARAMS_FILE}")
     config = read_params(read_json(folder / PARAMS_FILE))
     weights, mark = _open_files(folder, files, PARAMS_FILE)
     num_slots = config.values.get("num_local_experts", 1)
@@ -94,7 +91,7 @@ def _by_slots(entry: TensorEntry, num_slots: int) -> TensorEntry:
     if not _STACKED.fullmatch(entry.name):
         return entry
     if len(entry.shape) != 2 or entry.shape[0] % num_slots:
-        _fail(entry.name, f"has shape {list(entry.shape)}, which is not that of {num_slots} experts")
+        refuse(entry.name, f"has shape {list(entry.shape)}, which is not that of {num_slots} experts")
     return replace(entry, shape=(num_slots, entry.shape[0] // num_slots, entry.shape[1]))
 
 
@@ -107,11 +104,11 @@ def _open_hugging_face(folder: Path, files: list[str], pickles: list[str]) -> Pi
     elif _SINGLE_FILE in files:
         pickles = [_SINGLE_FILE]
     elif len(pickles) > 1:
-        _fail("model", f"the folder has several .bin files and no {_INDEX_FILE}")
+        refuse("model", f"the folder has several .bin files and no {_INDEX_FILE}")
     weights, mark = _open_files(folder, pickles, config_file)
     for name, file in weight_map.items():
         if name not in weights.entries or weights.entries[name].file.name != file:
-            _fail(file, f"tensor {name[:512]!r} is missing, which {_INDEX_FILE} says is here")
+            refuse(file, f"tensor {name[:512]!r} is missing, which {_INDEX_FILE} says is here")
     bare = config.get("model_type") == _HYENA and not any(
         name.startswith(_HYENA_PREFIX) for name in weights.entries
     )
@@ -123,10 +120,10 @@ def _open_hugging_face(folder: Path, files: list[str], pickles: list[str]) -> Pi
 def _read_index(folder: Path) -> dict[str, Any]:
     weight_map = read_json(folder / _INDEX_FILE, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        _fail(_INDEX_FILE, "weight_map must be a non-empty object")
+        refuse(_INDEX_FILE, "weight_map must be a non-empty object")
     for file in weight_map.values():
         if not isinstance(file, str) or not file.endswith(".bin") or set(file) & {"/", "\\", "\0"}:
-            _fail(_INDEX_FILE, "weight_map must name .bin files of the folder itself")
+            refuse(_INDEX_FILE, "weight_map must name .bin files of the folder itself")
     return weight_map
 
 
@@ -134,7 +131,7 @@ def _open_files(folder: Path, files: list[str], config_file: str) -> tuple[Pickl
     paths = [folder / name for name in files]
     for path in paths:
         if not path.is_file():
-            _fail(path.name, "the file is missing")
+            refuse(path.name, "the file is missing")
     # Their directories first: what they say decides whether the files can be mapped.
     weights_mark = fingerprint(paths)
     config = (folder / config_file).read_bytes()
@@ -148,22 +145,31 @@ def _read_config(folder: Path, files: list[str]) -> tuple[str, dict[str, Any]]:
         return CONFIG_FILE, read_json(folder / CONFIG_FILE)
     found = [name for name in files if name.endswith((".yml", ".yaml"))]
     if len(found) != 1:
-        _fail("model", f"the folder has neither {CONFIG_FILE} nor one YAML file in its place")
+        refuse("model", f"the folder has neither {CONFIG_FILE} nor one YAML file in its place")
     if (folder / found[0]).stat().st_size > MAX_CONFIG_BYTES:
-        _fail(found[0], f"the file exceeds {MAX_CONFIG_BYTES} bytes")
+        refuse(found[0], f"the file exceeds {MAX_CONFIG_BYTES} bytes")
     try:
         values = yaml.safe_load((folder / found[0]).read_text())
-        json.dumps(values)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
-        _fail(found[0], "not valid YAML of plain values")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        refuse(found[0], "not valid YAML")
     if not isinstance(values, dict) or "hyena_layer_idxs" not in values:
-        _fail(found[0], "is not the config of a StripedHyena")
+        refuse(found[0], "is not the config of a StripedHyena")
+    for key, value in values.items():
+        if not _is_flat(value):
+            refuse(found[0], f"{str(key)[:64]!r} must be a plain value, or a list or mapping of them")
     values = {str(key): _as_number(value) for key, value in values.items()}
     return found[0], {
         "architectures": ["StripedHyenaModelForCausalLM"],
         "model_type": _HYENA,
         **values,
     }
+
+
+def _is_flat(value: object) -> bool:
+    """What is nested further may stand for more than memory holds, in a few lines of YAML."""
+    if isinstance(value, dict):
+        return all(isinstance(item, _PLAIN) for entry in value.items() for item in entry)
+    return all(isinstance(item, _PLAIN) for item in (value if isinstance(value, list) else [value]))
 
 
 def _as_number(value: object) -> object:

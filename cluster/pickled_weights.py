@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cluster.conversion_plan import PlannedTensor
-from moesaic.checkpoint import TensorEntry, check_tensor_name
+from moesaic.checkpoint_file import TensorEntry, check_tensor_name
 from moesaic.errors import CheckpointError
 
 # Touched pages stay in memory until their file is no longer mapped, which is done when they come to this much.
@@ -82,7 +82,7 @@ def fingerprint(files: Iterable[Path]) -> str:
         try:
             with zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise _not_readable(file) from error
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise CheckpointError(f"{file.name}: compressed pickles cannot be mapped", field=file.name)
@@ -123,6 +123,6 @@ def _not_tensors(file: Path) -> CheckpointError:
 
 
 def _in_half_order(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows [heads * d, ...] of which neighbours rotate together, so that the first half of a head rotates with the second."""
+    """Rows [heads * d, ...] of which neighbours rotate together, with those that rotate together half a head apart."""
     pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)

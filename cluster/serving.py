@@ -72,7 +72,10 @@ async def running_cluster(
     milestones: Milestones,
     signals: StopSignals,
 ) -> AsyncIterator[Endpoints]:
-    """A cluster that answers, until the context is left. Raises StopRequested when a signal comes before it does, Unavailable when it cannot."""
+    """A cluster that answers, until the context is left.
+
+    Raises StopRequested when a signal comes before it does, Unavailable when it cannot.
+    """
 
     def show(topology: control_pb2.GetTopologyResponse) -> None:
         milestones.look(topology)

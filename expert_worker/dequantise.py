@@ -26,8 +26,8 @@ _FP8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def dequantise_fp8_block(values: Tensor, scales: Tensor) -> Tensor:
-    """values [n, I] float8 and for every row the scales [n, G] of its blocks, the last of which may be cut short:
-    [n, I] float32."""
+    """values [n, I] float8 and for every row the scales [n, G] of its blocks, the last of which may be cut short, in
+    any float type: [n, I] float32."""
     decoded = _look_up(_FP8, values.view(torch.uint8)).view(values.shape)
     whole = values.shape[1] // FP8_BLOCK
     blocks, rest = decoded.tensor_split([whole * FP8_BLOCK], dim=1)

@@ -1,4 +1,4 @@
-"""The expert maths: y = down(act(up x)), or down(act(gate x) * up x) where the expert is gated, for all experts of one pass.
+"""The expert maths for all experts of one pass: y = down(act(up x)), or down(act(gate x) * up x) where they are gated.
 
 Rows lie in one tensor, grouped by expert; none is ever dropped. On a CPU the experts follow one another, each reading
 its own run of rows: the bits of an answer depend on these rows alone, whichever worker holds the expert and whatever

@@ -2,7 +2,8 @@
 
 Each expert's weights are hashed into its version as they are stored, in the order of [outputs, inputs] whatever the
 layout, decoded where they are encoded, checked to be finite, and laid out or quantised as they will be read. An expert
-takes one thread, and only as many are under way as there are threads, so that a second copy of the share never comes to be.
+takes one thread, and only as many are under way as there are threads, so that a second copy of the share never comes
+to be.
 """
 
 # Shapes: O outputs, I inputs of a weight; R rows of it as it is stored.

@@ -206,6 +206,8 @@ class CompletionRequest(GenerationBody):
     best_of: UInt32 | None = None
     suffix: NotServed = None
     add_special_tokens: bool | None = None
+    # Encoder-decoders: what the answer begins with, such as the target language of a translator.
+    decoder_prompt: TokenIdList | None = None
 
     @model_validator(mode="after")
     def _check_counts(self) -> CompletionRequest:
@@ -233,6 +235,7 @@ class CompletionRequest(GenerationBody):
             add_special_tokens=self.add_special_tokens,
             tenant=self.cache_salt,
             echo=bool(self.echo),
+            decoder_prompt=self.decoder_prompt,
         )
         if isinstance(prompt, str):
             call.text = prompt

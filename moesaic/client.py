@@ -56,6 +56,8 @@ class GenerateOptions(TypedDict, total=False):
     include_stop_in_output: bool | None
     # For a text prompt.
     add_special_tokens: bool | None
+    # Where an encoder reads the prompt: tokens that the answer begins with, such as the target language.
+    decoder_prompt: Sequence[int] | None
     # For a conversation.
     add_generation_prompt: bool | None
     continue_final_message: bool | None
@@ -69,6 +71,7 @@ class GenerateOptions(TypedDict, total=False):
 _PROMPT_OPTIONS = frozenset(
     {
         "add_special_tokens",
+        "decoder_prompt",
         "add_generation_prompt",
         "continue_final_message",
         "template_kwargs",
@@ -318,6 +321,7 @@ def _generate_request(
         add_special_tokens=given.get("add_special_tokens"),
         tenant=given.get("tenant", ""),
     )
+    _assign(request.decoder_prompt, options.get("decoder_prompt") or (), field="decoder_prompt")
     if isinstance(prompt, str):
         request.text = prompt
     elif prompt and isinstance(prompt[0], Mapping):

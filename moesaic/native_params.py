@@ -7,7 +7,7 @@ as it may change the arithmetic.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,6 +17,10 @@ from moesaic.errors import CheckpointError
 PARAMS_FILE = "params.json"
 # What all of these models were made for, where the file says nothing.
 CONTEXT_LENGTH = 32768
+# More than any model has: what is said of every layer must come to an end.
+MAX_LAYERS = 1 << 10
+# JSON has whole numbers that are larger, and no float is.
+MAX_FLOAT = sys.float_info.max
 
 # Keys of the config, and what the releases have called them. The second spelling is that of the eight stacked files.
 _SIZES = {
@@ -112,6 +116,8 @@ def _complete(sizes: dict[str, int], spelling: Mapping[str, str], *, sparse: boo
     for key in _SIZES:
         if key not in sizes and key not in optional:
             _fail(spelling[key], "is missing")
+    if sizes["num_hidden_layers"] > MAX_LAYERS:
+        _fail(spelling["num_hidden_layers"], f"must be at most {MAX_LAYERS}")
     if sizes["hidden_size"] % sizes["num_attention_heads"] and "head_dim" not in sizes:
         _fail(spelling["num_attention_heads"], f"must divide {spelling['hidden_size']}")
     sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
@@ -128,7 +134,7 @@ def _read_number(given: Mapping[str, Any], key: str) -> float:
     value = given.get(key)
     if value is None:
         _fail(key, "is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_FLOAT:
         _fail(key, "must be a number above zero")
     return float(value)
 

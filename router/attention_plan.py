@@ -274,7 +274,7 @@ def _row_index(rows: list[Row], layout: Layout) -> slice | torch.Tensor:
     numbers = [row.row for row in rows]
     if numbers[-1] - numbers[0] + 1 == len(numbers):
         return slice(numbers[0], numbers[-1] + 1)
-    return torch.tensor(numbers, device=layout.device)
+    return torch.tensor(numbers).to(layout.device)
 
 
 def _contexts(tables: Sequence[Sequence[int]], layout: Layout) -> Contexts:
@@ -291,7 +291,7 @@ def _table(blocks: Sequence[int] | Sequence[Sequence[int]], layout: Layout) -> t
 
 def _row_mask(rows: list[Row], length: int, layout: Layout, bias: torch.Tensor | None) -> torch.Tensor:
     """[n, 1, 1, L], or with a bias [n, H, 1, L]."""
-    bounds = torch.tensor([(row.first - row.base, row.end - row.base) for row in rows], device=layout.device)
+    bounds = torch.tensor([(row.first - row.base, row.end - row.base) for row in rows]).to(layout.device)
     places = torch.arange(length, device=layout.device)
     seen = (places >= bounds[:, :1]) & (places < bounds[:, 1:])
     mask = _additive(seen, layout.dtype)[:, None, None, :]

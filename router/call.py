@@ -95,6 +95,7 @@ class Call:
                     on_event=partial(self._mailbox.put, self._take, continuation),
                     trace=trace_of_call,
                     tenant=self._tenant,
+                    decoder_prompt=self.prompt.decoder_token_ids,
                 )
             )
             self._in_engine.add(continuation.sequence_id)

@@ -44,7 +44,7 @@ def beyond(
 ) -> torch.Tensor:
     """Which of slots [T, K] find them full, bool [T, K]. `scores` [T] say who is first where that counts."""
     of_runs = [(length, capacity.size(length, num_slots)) for length in run_lengths]
-    lengths, sizes = torch.tensor(of_runs, dtype=torch.long, device=slots.device).view(-1, 2).unbind(1)
+    lengths, sizes = torch.tensor(of_runs, dtype=torch.long).view(-1, 2).to(slots.device).unbind(1)
     run_of = torch.arange(len(run_lengths), device=slots.device).repeat_interleave(lengths)  # [T]
     order = _order(scores, run_of, capacity)
     slots, run_of = slots[order], run_of[order]

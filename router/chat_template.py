@@ -22,10 +22,10 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moesaic.errors import CheckpointError, InvalidArgument
+from router.native_tokenizer import TOKENIZER_CONFIG_FILE
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_JSON_FILE = "chat_template.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 DEFAULT_TEMPLATE = "default"
 
 MAX_TEMPLATE_CHARS = 1 << 20
@@ -42,18 +42,21 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
     named default is taken. Raises CheckpointError."""
     path = folder / TEMPLATE_FILE
     if path.is_file():
-        return _checked(path.read_text(encoding="utf-8"), TEMPLATE_FILE)
+        try:
+            return _checked(path.read_text(encoding="utf-8"), TEMPLATE_FILE)
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path.name} is not UTF-8", field=path.name) from error
     path = folder / TEMPLATE_JSON_FILE
     if path.is_file():
         try:
             found = json.loads(path.read_bytes())["chat_template"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path.name} holds no chat_template", field=path.name) from error
         return _checked(found, TEMPLATE_JSON_FILE)
     found = tokenizer_config.get("chat_template")
     if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get(DEFAULT_TEMPLATE)
+        named = (entry for entry in found if isinstance(entry, dict))
+        found = next((e.get("template") for e in named if e.get("name") == DEFAULT_TEMPLATE), None)
     return None if found is None else _checked(found, TOKENIZER_CONFIG_FILE)
 
 
@@ -130,8 +133,7 @@ def _bounded(pieces: Iterable[str], deadline: _Deadline) -> str:
     for piece in pieces:
         deadline.check()
         num_chars += len(piece)
-        if num_chars > MAX_RENDERED_CHARS:
-            raise _too_much()
+        _check_size(num_chars)
         rendered.append(piece)
     return "".join(rendered)
 
@@ -147,26 +149,34 @@ class _Generation(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox bounds one range(), but neither loops in loops nor what * and ** make."""
+    """Jinja's sandbox bounds one range(), but neither loops in loops, macros that call themselves, nor what *, **, + and
+    ~ make, which a few turns of a loop can double many times."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+"})
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
         for loop in template.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "_timed", [], [], None, None, lineno=loop.lineno)
+            loop.iter = _filtered(loop.iter, "_timed")
+        # Before any is changed: one may lie within another.
+        for joined in list(template.find_all(nodes.Concat)):
+            joined.nodes = [_filtered(nodes.List(joined.nodes, lineno=joined.lineno), "_joined")]
         return template
+
+    def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
+        context[_Deadline.KEY].check()
+        return super().call(context, called, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise SecurityError("this model's chat template computes powers")
+        if operator == "+":
+            if isinstance(left, Sized) and isinstance(right, Sized):
+                _check_size(len(left) + len(right))
+            return super().call_binop(context, operator, left, right)
         for value, times in ((left, right), (right, left)):
-            if (
-                isinstance(value, Sized)
-                and isinstance(times, int)
-                and len(value) * times > MAX_RENDERED_CHARS
-            ):
-                raise _too_much()
+            if isinstance(value, Sized) and isinstance(times, int):
+                _check_size(len(value) * times)
         return super().call_binop(context, operator, left, right)
 
 
@@ -176,6 +186,16 @@ def _timed(context: Context, iterable: Iterable[Any]) -> Iterator[Any]:
     for item in iterable:
         deadline.check()
         yield item
+
+
+def _joined(values: Sequence[Any]) -> str:
+    texts = [str(value) for value in values]
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _filtered(expression: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(expression, name, [], [], None, None, lineno=expression.lineno)
 
 
 def _to_json(
@@ -201,7 +221,9 @@ def _strftime_now(form: str) -> str:
 
 def _environment() -> Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters.update(tojson=_to_json, _timed=_timed)
+    environment.filters.update(tojson=_to_json, _timed=_timed, _joined=_joined)
+    # Text of any length at a word.
+    del environment.globals["lipsum"]
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment
 
@@ -209,8 +231,9 @@ def _environment() -> Environment:
 _ENVIRONMENT = _environment()
 
 
-def _too_much() -> SecurityError:
-    return SecurityError("this model's chat template makes too much of them")
+def _check_size(num_chars: int) -> None:
+    if num_chars > MAX_RENDERED_CHARS:
+        raise SecurityError("this model's chat template makes too much of them")
 
 
 def _template_message(error: Exception) -> str:

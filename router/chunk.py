@@ -10,7 +10,7 @@ class Sequence:
     """The scheduler's half of a request: how many tokens there are, how many are computed, which blocks are held."""
 
     sequence_id: str
-    # Prompt and generated tokens.
+    # Prompt and generated tokens; between them what a decoder is given, where an encoder reads the prompt.
     tokens: list[int]
     num_prompt_tokens: int
     # Shares the router and the cached prefixes with nobody but itself.

@@ -44,7 +44,7 @@ class ControlTokens:
                 raise InvalidArgument("messages: must not contain U+10FFFE or U+10FFFF", field="messages")
             return self._spelled.sub(f"{_OPEN}\\g<0>{_CLOSE}", value)
         if isinstance(value, Mapping):
-            return {key: self.mark(item) for key, item in value.items()}
+            return {self.mark(key): self.mark(item) for key, item in value.items()}
         if isinstance(value, Sequence):
             return [self.mark(item) for item in value]
         return value

@@ -45,7 +45,7 @@ def pairs_half_apart(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _decode_fp8(tensor: torch.Tensor, first_row: int, scales: torch.Tensor) -> torch.Tensor:
-    """float8 rows [n, I] from `first_row` on, times the float32 factor of the block that each number lies in."""
+    """float8 rows [n, I] from `first_row` on, times the factor of the block that each number lies in."""
     rows = torch.arange(first_row, first_row + tensor.shape[0]) // FP8_BLOCK
     columns = torch.arange(tensor.shape[1]) // FP8_BLOCK
     return tensor.float() * scales[rows][:, columns]

@@ -20,6 +20,7 @@ from torch.nn import functional
 from moesaic.checkpoint import Checkpoint
 from moesaic.families import nllb_moe, switch_transformers
 from moesaic.families.config import Config
+from moesaic.families.encoder_decoder import Arithmetic
 from moesaic.families.model import CrossAttention, DecoderAttention, EncoderAttention, MoeModel
 from router.attention import attend_group
 from router.attention_plan import DecodeGroup
@@ -71,7 +72,7 @@ class EncoderDecoder:
         self.layout = layout
         self.gates = GateHealth.of(model)
         family = _FAMILIES[model.family]
-        self._arithmetic = family.read_arithmetic(Config(checkpoint.config))
+        self._arithmetic: Arithmetic = family.read_arithmetic(Config(checkpoint.config))
         self._experts = model.experts
         self._limits_slots = limits_slots
         self._clock = clock

@@ -5,6 +5,7 @@ Shapes: T tokens, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,3 +44,10 @@ class Flight:
             index = self.part.rows.to(mixed.device)
             self.hidden, mixed = self.hidden[index], mixed[index]
         return mixed
+
+
+def landed(flights: Sequence[Flight]) -> torch.Tensor:
+    """What all of them come to behind the last layer, one after the other."""
+    for flight in flights:
+        flight.land()
+    return flights[0].hidden if len(flights) == 1 else torch.cat([flight.hidden for flight in flights])

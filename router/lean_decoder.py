@@ -21,13 +21,14 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.families.model import Attention, MoeModel
 from router.attention import attend
 from router.decoder_layout import DecoderLayout
-from router.flight import Flight
+from router.flight import Flight, landed
 from router.gate_health import GateHealth
 from router.kv_cache import KVCache
 from router.layout import Layout
 from router.lean_weights import Layer, Reader
 from router.model import MicroBatch
 from router.phases import PhaseClock
+from router.rotary import rotary_turns, turn_
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,10 +73,7 @@ class LeanDecoder:
             for flight in flights:
                 flight.land()
                 self._run(index, layer, flight, cache)
-        for flight in flights:
-            flight.land()
-        hidden = flights[0].hidden if len(flights) == 1 else torch.cat([flight.hidden for flight in flights])
-        return self._head(self._normed(hidden, self._norm))
+        return self._head(self._normed(landed(flights), self._norm))
 
     def _start(self, part: MicroBatch) -> _Flight:
         hidden = functional.embedding(part.batch.token_ids[0], self._embedding)
@@ -120,19 +118,3 @@ class LeanDecoder:
 
     def _normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(hidden, weight.shape, weight, self._norm_eps)
-
-
-def rotary_turns(num_positions: int, head_dim: int, theta: float) -> torch.Tensor:
-    """[P, 1, d / 2] complex: cosine and sine of the angles, with the very operations of transformers."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
-    return torch.complex(angles.cos(), angles.sin())[:, None]
-
-
-def turn_(heads: torch.Tensor, turns: torch.Tensor) -> None:
-    """Turns heads [T, h, d] in place, in float32."""
-    pairs = heads.view(*heads.shape[:2], -1, 2)
-    if heads.dtype == torch.float32:
-        torch.view_as_complex(pairs).mul_(turns)
-    else:
-        pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))

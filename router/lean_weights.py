@@ -1,7 +1,4 @@
-"""The weights of the lean decoder, each laid out for its use as it is read; nothing is held twice.
-
-Rotary positions turn pairs of numbers. Checkpoints keep the two of a pair half a head apart; the rows of the query and
-key weights are laid out anew, pairs side by side, so that turning is one complex product. Scores stay the same.
+"""The weights of the lean decoder, each laid out for its use as it is read (see rotary.py); nothing is held twice.
 
 Shapes: T tokens, D hidden size, F inner size, H query heads, G key/value heads, d head size, E slots, V vocabulary.
 """
@@ -22,6 +19,7 @@ from router import decoder_layout as names
 from router.dense_tensors import read_dense
 from router.gate import Assignment, assign, everyone
 from router.layout import Layout
+from router.rotary import pairs_side_by_side
 
 # From so many elements torch cuts an elementwise product into one piece a thread.
 _UNCUT_ELEMENTS = 32768
@@ -181,9 +179,3 @@ class Reader:
     def _small(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """A product so small that the plain one is the faster."""
         return self._linear(weight) if self._layout.invariant else partial(functional.linear, weight=weight)
-
-
-def pairs_side_by_side(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows [h * d, ...] of queries or keys: in each head, those of a rotary pair next to each other."""
-    pairs: torch.Tensor = rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
-    return pairs

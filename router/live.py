@@ -33,7 +33,7 @@ class LiveSequence:
         params = request.sampling
         self.sequence = Sequence(
             request.sequence_id,
-            list(request.prompt),
+            [*request.prompt, *request.decoder_prompt],
             len(request.prompt),
             tenant=request.tenant,
             reads_all=params.prompt_logprobs is not None,

@@ -75,7 +75,7 @@ def _add_tokens(backend: Tokenizer, folder: Path, config: Mapping[str, Any]) -> 
             backend.add_tokens([token])
             if backend.token_to_id(token.content) != token_id:
                 _fail(TOKENIZER_CONFIG_FILE, f"added token {token_id} does not follow the vocabulary")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         file = TOKENIZER_CONFIG_FILE if listed is not None else ADDED_TOKENS_FILE
         raise CheckpointError(f"{file}: the added tokens cannot be read", field=file) from error
 

@@ -7,12 +7,12 @@ its event loop. Errors name the field as the HTTP API knows it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from google.protobuf import struct_pb2
 
-from moesaic.errors import InvalidArgument
+from moesaic.errors import InvalidArgument, Unsupported
 from moesaic.v1 import inference_pb2
 from router.sampling_params import ModelLimits, check_token_ids, context_exceeded, encoded
 from router.text import Conversation, Text
@@ -24,6 +24,13 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     text: str
+    # Where an encoder reads it: what the answer begins with.
+    decoder_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the context, what is taken before anything is generated."""
+        return len(self.token_ids) + len(self.decoder_token_ids)
 
 
 def read_prompt(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:
@@ -42,7 +49,7 @@ def read_prompt(request: inference_pb2.GenerateRequest, text: Text, limits: Mode
             raise _empty()
     if not prompt.token_ids:
         raise _empty()
-    return prompt
+    return replace(prompt, decoder_token_ids=_decoder_prompt(request, limits))
 
 
 def tokenize(request: inference_pb2.TokenizeRequest, text: Text) -> tuple[int, ...]:
@@ -77,6 +84,17 @@ def _refuse_continuing(request: inference_pb2.GenerateRequest) -> None:
         raise encoded("messages")
     if request.echo:
         raise encoded("echo")
+
+
+def _decoder_prompt(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> tuple[int, ...]:
+    token_ids = tuple(request.decoder_prompt)
+    if token_ids and not limits.encodes_prompts:
+        raise Unsupported(
+            "decoder_prompt: this model has no encoder; its answer continues the prompt",
+            field="decoder_prompt",
+        )
+    check_token_ids("decoder_prompt", token_ids, limits.vocab_size)
+    return token_ids
 
 
 def _from_text(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:

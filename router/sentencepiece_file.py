@@ -37,6 +37,8 @@ def read_sentencepiece(path: Path, *, spaces_everywhere: bool) -> TokenizerParts
         _fail(path, "only byte pair encoding with bytes for what it has no piece for is read")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         _fail(path, "only models that leave a text as it is are read")
+    if not all(isinstance(piece.piece, str) for piece in model.pieces):
+        _fail(path, "its pieces are not UTF-8")
     vocab = {piece.piece: token_id for token_id, piece in enumerate(model.pieces)}
     if len(vocab) < len(model.pieces) or not 0 <= spec.unk_id < len(vocab):
         _fail(path, "its pieces do not all occur once, or the unknown one is missing")

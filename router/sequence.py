@@ -136,3 +136,5 @@ class SequenceRequest:
     on_event: Callable[[SequenceEvent], None]
     trace: Context | None = None
     tenant: str = ""
+    # Where an encoder reads the prompt: what the decoder is given before it generates, behind its start token.
+    decoder_prompt: tuple[int, ...] = ()

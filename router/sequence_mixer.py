@@ -20,20 +20,9 @@ from router.attention import attend
 from router.batch import PackedBatch
 from router.hyena import LongFilter, ShortFilter
 from router.kv_cache import KVCache
-from router.lean_decoder import turn_
 from router.phases import PhaseClock
+from router.rotary import turn_
 from router.state_cache import StateRows
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Projection:
-    weight: Linear
-    bias: torch.Tensor | None
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """In fresh memory."""
-        projected = self.weight(rows)
-        return projected if self.bias is None else projected.add_(self.bias)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +47,7 @@ class AttentionMixer:
 
     layer: int
     shape: Attention
-    projections: Projection  # D -> (H + 2 G) * d: queries, keys, values; rotary pairs side by side
+    projections: Linear  # D -> (H + 2 G) * d: queries, keys, values; rotary pairs side by side
     clock: PhaseClock
 
     def __call__(self, hidden: torch.Tensor, step: MixerStep) -> torch.Tensor:
@@ -80,7 +69,7 @@ class HyenaMixer:
     long one."""
 
     layer: int
-    projections: Projection  # D -> 3 D: the channels of x2, of x1, of v
+    projections: Linear  # D -> 3 D: the channels of x2, of x1, of v
     short: ShortFilter
     long: LongFilter
     clock: PhaseClock

@@ -178,7 +178,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             request.ByteSize() > _LARGE_BYTES, lambda: read_prompt(request, self._text, self._limits)
         )
         params, options = parse_sampling(
-            request.sampling, num_prompt_tokens=len(prompt.token_ids), limits=self._limits
+            request.sampling, num_prompt_tokens=prompt.num_tokens, limits=self._limits
         )
         if options.stop and not self._text.has_tokenizer:
             raise Unsupported("stop: this model has no tokenizer, use stop_token_ids", field="stop")

@@ -54,10 +54,11 @@ class StockDecoder:
         self._mixers = model.mixers
         self._step = CurrentStep()
         self._modules = _build(checkpoint, model, num_positions, layout.dtype)
+        exact = _exact_tensors(self._modules)
         _replace_blocks(self._modules, model, self._step, clock)
         _replace_attention(self._modules, model)
         _watch_gates(self._modules, model, self.gates)
-        _load(self._modules, checkpoint, model, layout)
+        _load(self._modules, checkpoint, model, layout, exact)
 
     @property
     def weight_bytes(self) -> int:
@@ -154,11 +155,27 @@ def _replace_attention(modules: PreTrainedModel, model: MoeModel) -> None:
             attention.temperature = Temperature(attention.attn_scale, attention.floor_scale)
 
 
-def _load(modules: PreTrainedModel, checkpoint: Checkpoint, model: MoeModel, layout: Layout) -> None:
+def _exact_tensors(modules: PreTrainedModel) -> frozenset[str]:
+    """Names of those that stay float32 whatever the model computes in: because their module declares them so, or the
+    family lists them. One of its lists transformers heeds in float16 alone; bfloat16 rounds by more."""
+    kept = (*(modules._keep_in_fp32_modules or ()), *(modules._keep_in_fp32_modules_strict or ()))
+    return frozenset(
+        name
+        for name, tensor in _tensors(modules)
+        if tensor.dtype == torch.float32 or any(part in name for part in kept)
+    )
+
+
+def _load(
+    modules: PreTrainedModel,
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    layout: Layout,
+    exact: frozenset[str],
+) -> None:
     """Reads every parameter. Raises CheckpointError for one that is missing or that the modules do not have."""
-    exact = tuple(modules._keep_in_fp32_modules_strict or ())
-    kept = {name: tensor for name, tensor in model.dense.items() if any(part in name for part in exact)}
-    others = {name: tensor for name, tensor in model.dense.items() if name not in kept}
+    kept = {name: tensor for name, tensor in model.dense.items() if name in exact}
+    others = {name: tensor for name, tensor in model.dense.items() if name not in exact}
     tensors = {
         name: tensor
         for dense, dtype in ((kept, torch.float32), (others, layout.dtype))

@@ -4,7 +4,7 @@ Its blocks differ in what mixes the tokens of a sequence (see sequence_mixer.py)
 micro-batches pass the blocks in turn, so that one is here while the workers have the other; of a sequence that is cut
 in two, the first part passes every block before the second, which goes on from the keys, values and states that it left.
 
-Shapes: T tokens, D hidden size, d head size, N rows whose logits are wanted, V vocabulary, P positions that can be served.
+Shapes: T tokens, D hidden size, d head size, N rows whose logits are wanted, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.families.config import Config
 from moesaic.families.model import MoeModel
 from moesaic.families.stripedhyena import read_arithmetic
-from router.flight import Flight
+from router.flight import Flight, landed
+from router.gate import everyone
 from router.gate_health import GateHealth
 from router.kv_cache import KVCache
 from router.layout import Layout
 from router.model import MicroBatch
 from router.phases import PhaseClock
+from router.rotary import rotary_turns
 from router.sequence_mixer import MixerStep
 from router.state_cache import StateRows
 from router.striped_hyena_weights import Block, Reader
@@ -54,9 +56,8 @@ class StripedHyena:
         self._blocks = tuple(reader.block(layer) for layer in range(model.num_layers))
         self._embedding, self._norm, self._head = reader.ends()
         head_dim = model.hidden_size // model.mixers[0].num_heads
-        self._turns = rotary_turns(
-            num_positions, head_dim, self._arithmetic.rotary_base, self._arithmetic.rotary_scaling
-        ).to(layout.device)
+        base, scaling = self._arithmetic.rotary_base, self._arithmetic.rotary_scaling
+        self._turns = rotary_turns(num_positions, head_dim, base, scaling=scaling).to(layout.device)
         self.weight_bytes = reader.num_bytes + self._turns.nbytes
 
     @torch.inference_mode()
@@ -67,10 +68,7 @@ class StripedHyena:
             for flight in flights:
                 flight.land()
                 self._run(layer, block, flight)
-        for flight in flights:
-            flight.land()
-        hidden = flights[0].hidden if len(flights) == 1 else torch.cat([flight.hidden for flight in flights])
-        return self._head(self._normed(hidden, self._norm))
+        return self._head(self._normed(landed(flights), self._norm))
 
     def _start(self, part: MicroBatch, cache: KVCache) -> _Flight:
         batch = part.batch
@@ -94,13 +92,9 @@ class StripedHyena:
         if block.mlp is not None:
             flight.beside = block.mlp(normed)
             return
-        one_slot = (len(normed), 1)
+        assignment = everyone(normed)
         flight.call = flight.part.experts.send(
-            layer,
-            normed,
-            torch.zeros(one_slot, dtype=torch.long, device=normed.device),
-            torch.ones(one_slot, device=normed.device),
-            tokens=flight.tokens,
+            layer, normed, assignment.slots, assignment.weights, tokens=flight.tokens
         )
 
     def _normed(self, hidden: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -116,11 +110,3 @@ def rms_norm(hidden: torch.Tensor, scale: torch.Tensor, eps: float, *, inside_ro
     rows = hidden.float()
     root = rows.square().mean(dim=1, keepdim=True).sqrt_()
     return (rows / root.add_(eps)).to(hidden.dtype) * scale
-
-
-def rotary_turns(num_positions: int, head_dim: int, base: float, scaling: float) -> torch.Tensor:
-    """[P, 1, d / 2] complex: cosine and sine of the angles of the positions, which are divided by `scaling`."""
-    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    positions = torch.arange(num_positions, dtype=torch.float32) / scaling
-    angles = positions[:, None] * frequencies
-    return torch.complex(angles.cos(), angles.sin())[:, None]

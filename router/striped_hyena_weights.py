@@ -1,6 +1,6 @@
 """The weights of a StripedHyena, each laid out for its use as it is read; nothing is held twice.
 
-Rows are put into another order where that makes them plain to use: rotary pairs side by side (see lean_weights.py), and
+Rows are put into another order where that makes them plain to use: rotary pairs side by side (see rotary.py), and
 the channels of a Hyena by what they are for rather than by head.
 
 Shapes: D hidden size, F inner size, H query heads, G key/value heads, d head size, S modes, K taps of the short filter,
@@ -24,9 +24,9 @@ from moesaic.linear import Linear
 from router.dense_tensors import read_dense
 from router.hyena import LongFilter, ShortFilter, by_role, complex_of
 from router.layout import Layout
-from router.lean_weights import pairs_side_by_side
 from router.phases import PhaseClock
-from router.sequence_mixer import AttentionMixer, HyenaMixer, Projection, SequenceMixer
+from router.rotary import pairs_side_by_side
+from router.sequence_mixer import AttentionMixer, HyenaMixer, SequenceMixer
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Mlp:
 class Block:
     pre_norm: torch.Tensor  # [D]
     mixer: SequenceMixer
-    output: Projection  # D -> D
+    output: Linear  # D -> D
     post_norm: torch.Tensor  # [D]
     # None: workers compute it, as the one expert of the layer.
     mlp: Mlp | None
@@ -95,7 +95,7 @@ class Reader:
         return Block(
             pre_norm=tensors["pre_norm.scale"],
             mixer=mixes,
-            output=Projection(Linear(tensors[f"{output}.weight"]), tensors.get(f"{output}.bias")),
+            output=Linear(tensors[f"{output}.weight"], bias=tensors.get(f"{output}.bias")),
             post_norm=tensors["post_norm.scale"],
             mlp=None if layer in self._model.experts else self._mlp(tensors),
         )
@@ -116,8 +116,8 @@ class Reader:
             return torch.cat((pairs_side_by_side(rows[:turned], shape.head_dim), rows[turned:]))
 
         bias = tensors.get("inner_mha_cls.Wqkv.bias")
-        projections = Projection(
-            Linear(in_pairs(tensors["inner_mha_cls.Wqkv.weight"])), None if bias is None else in_pairs(bias)
+        projections = Linear(
+            in_pairs(tensors["inner_mha_cls.Wqkv.weight"]), bias=None if bias is None else in_pairs(bias)
         )
         return AttentionMixer(layer, shape, projections, self._clock)
 
@@ -134,8 +134,8 @@ class Reader:
         self.num_bytes += long.num_bytes - poles.nbytes - residues.nbytes
         return HyenaMixer(
             layer=layer,
-            projections=Projection(
-                Linear(sorted_rows(tensors["projections.weight"])), sorted_rows(tensors["projections.bias"])
+            projections=Linear(
+                sorted_rows(tensors["projections.weight"]), bias=sorted_rows(tensors["projections.bias"])
             ),
             short=ShortFilter(
                 weight=sorted_rows(tensors["filter.short_filter_weight"])[:, 0].t().float().contiguous(),

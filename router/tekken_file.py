@@ -41,6 +41,8 @@ _UNLISTED_SPECIALS = [
     "[/SYSTEM_PROMPT]",
     "[TOOL_CONTENT]",
 ]
+# That a file may keep places for: published ones do for a thousand.
+_MOST_SPECIALS = 1 << 16
 _NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -48,15 +50,19 @@ def read_tekken(path: Path) -> TokenizerParts:
     """Ids: as many special tokens as the file keeps places for, then the vocabulary by rank. Raises CheckpointError."""
     try:
         return _parse(json.loads(path.read_bytes()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # the library raises bare exceptions for a pattern that is none
         raise CheckpointError(f"{path.name} is not a tekken tokenizer", field=path.name) from error
 
 
 def _parse(content: Any) -> TokenizerParts:
     config = content["config"]
     num_specials = config["default_num_special_tokens"]
+    if num_specials > _MOST_SPECIALS:
+        raise ValueError("too many special tokens")
     specials = _specials(content.get("special_tokens"), num_specials)
     entries = content["vocab"][: config["default_vocab_size"] - num_specials]
+    if any(entry["rank"] != rank for rank, entry in enumerate(entries)):
+        raise ValueError("the vocabulary is not in order of rank")
     pieces = [_alphabetical(base64.b64decode(entry["token_bytes"])) for entry in entries]
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
     if len(ranks) < len(pieces) or not ranks.keys() >= set(_ALPHABET.values()):

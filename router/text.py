@@ -197,7 +197,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file; empty where there is none."""
     try:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not a JSON object", field=path.name) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path.name} is not a JSON object", field=path.name)

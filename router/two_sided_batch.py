@@ -40,7 +40,7 @@ class PromptRows:
                 assert chunk.start == 0 and chunk.end >= length, "a prompt was cut"
                 tokens += range(first, first + length)
                 lengths.append(length)
-        rows = torch.tensor(tokens, dtype=torch.long, device=batch.token_ids.device)
+        rows = torch.tensor(tokens, dtype=torch.long).to(batch.token_ids.device)
         return cls(tokens, batch.token_ids[0][rows], batch.cache_positions[rows], tuple(lengths))
 
 

@@ -61,7 +61,10 @@ _FAMILIES: dict[str, Describe] = {
 
 
 def describe_model(checkpoint: Checkpoint, dense_layers: DenseLayers = "auto") -> MoeModel:
-    """What the checkpoint holds, with its dense layers where they are wanted. Raises CheckpointError that names the config key or the tensor that is wrong."""
+    """What the checkpoint holds, with its dense layers where they are wanted.
+
+    Raises CheckpointError that names the config key or the tensor that is wrong.
+    """
     config = Config(checkpoint.config, file=checkpoint.config_file, spelling=checkpoint.spelling)
     family = checkpoint.config.get("model_type")
     describe = _FAMILIES.get(family) if isinstance(family, str) else None

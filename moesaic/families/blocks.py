@@ -7,12 +7,12 @@ Names on the left are parameters of transformers 5; where a checkpoint calls a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from moesaic.families.config import Config
 from moesaic.families.model import Attention, DenseTensor, Layout, WeightPattern
 
-Named = Iterator[tuple[str, DenseTensor]]
+Named = Iterable[tuple[str, DenseTensor]]
 
 LAYER = "model.layers.{layer}."
 
@@ -62,11 +62,15 @@ def norms(prefix: str, hidden_size: int, *names: str, bias: bool = False) -> Nam
             yield tensor(f"{prefix}{name}.bias", hidden_size)
 
 
-def pre_norm_layer(layer: int, attention: Attention, hidden_size: int, *, bias: bool = False) -> Named:
+def pre_norm_layer(
+    layer: int, attention: Attention, hidden_size: int, *, bias: bool = False, output_bias: bool = False
+) -> Named:
     """A layer without its MLP, of the build that Llama made common."""
     prefix = LAYER.format(layer=layer)
     yield from norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
-    yield from attention_tensors(prefix + "self_attn.", attention, hidden_size, bias=bias, output_bias=bias)
+    yield from attention_tensors(
+        prefix + "self_attn.", attention, hidden_size, bias=bias, output_bias=output_bias
+    )
 
 
 def mlp_tensors(prefix: str, hidden_size: int, inner_size: int) -> Named:

@@ -10,6 +10,10 @@ from typing import Any, NoReturn
 
 from moesaic.checkpoint import CONFIG_FILE
 from moesaic.errors import CheckpointError
+from moesaic.native_params import MAX_FLOAT
+
+# More than any size of a model. Numbers beyond would only fail later, and elsewhere.
+_MAX_SIZE = (1 << 31) - 1
 
 
 class Config:
@@ -30,7 +34,7 @@ class Config:
         """Whether the key is there and not null."""
         return self.values.get(key) is not None
 
-    def size(self, *keys: str, default: int | None = None) -> int:
+    def size(self, *keys: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
         """A whole number above zero, under the first of its spellings that is there; required without a default."""
         key = self._spelling(keys)
         if self.values.get(key) is None and default is not None:
@@ -40,6 +44,8 @@ class Config:
         value = self.values[key]
         if type(value) is not int or value < 1:
             self.fail(key, "must be a whole number above zero")
+        if value > most:
+            self.fail(key, f"must be at most {most}")
         return value
 
     def optional_size(self, *keys: str) -> int | None:
@@ -47,7 +53,7 @@ class Config:
         key = self._spelling(keys)
         return None if self.values.get(key) is None else self.size(key)
 
-    def count(self, *keys: str, default: int = 0) -> int:
+    def count(self, *keys: str, default: int = 0, most: int = _MAX_SIZE) -> int:
         """A whole number from zero up."""
         key = self._spelling(keys)
         value = self.values.get(key)
@@ -55,6 +61,8 @@ class Config:
             return default
         if type(value) is not int or value < 0:
             self.fail(key, "must be a whole number")
+        if value > most:
+            self.fail(key, f"must be at most {most}")
         return value
 
     def number(self, *keys: str, default: float) -> float:
@@ -63,7 +71,7 @@ class Config:
         value = self.values.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_FLOAT:
             self.fail(key, "must be a number above zero")
         return float(value)
 

@@ -15,6 +15,7 @@ from moesaic.families.config import Config
 from moesaic.families.model import ExpertLayer, ExpertModule, Layout, Mixer, MoeModel
 from moesaic.families.quantisation import decoded_dtype
 from moesaic.families.tensor_check import check_num_layers, check_sizes, find_layout
+from moesaic.native_params import MAX_LAYERS
 
 # What every second family calls its experts, on disk and once transformers has joined them.
 MLP = blocks.LAYER + "mlp."
@@ -22,6 +23,9 @@ MLP_LAYOUTS = (
     blocks.separate(MLP + "experts.{slot}.", "gate_proj", "up_proj", "down_proj"),
     blocks.fused(MLP + "experts."),
 )
+
+# More than any layer has: all of them are named, one by one.
+MAX_SLOTS = 1 << 12
 
 # Config key, the size that follows from it, a tensor, and the dimension of it that must have this size.
 Witness = tuple[str, int, str, int]
@@ -47,20 +51,21 @@ class Slots:
     key: str
 
 
-def read_decoder(config: Config) -> Decoder:
+def read_decoder(config: Config, *, tied: bool = False) -> Decoder:
+    """`tied`: what the family is where the config does not say."""
     return Decoder(
-        num_layers=config.size("num_hidden_layers"),
+        num_layers=config.size("num_hidden_layers", most=MAX_LAYERS),
         hidden_size=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
         max_model_len=config.size("max_position_embeddings"),
-        tied=config.flag("tie_word_embeddings", default=False),
+        tied=config.flag("tie_word_embeddings", default=tied),
     )
 
 
 def read_slots(config: Config, *keys: str) -> Slots:
     """`keys`: the spellings of the number of experts."""
     key = next((key for key in keys if key in config.values), keys[0])
-    count, top_k = config.size(key), config.size("num_experts_per_tok")
+    count, top_k = config.size(key, most=MAX_SLOTS), config.size("num_experts_per_tok")
     if top_k > count:
         config.fail("num_experts_per_tok", f"must be at most {key}, {count}")
     return Slots(count, top_k, key)
@@ -73,9 +78,14 @@ def read_layer_types(config: Config, num_layers: int, *served: str) -> tuple[str
         return None
     if not isinstance(kinds, list) or len(kinds) != num_layers:
         config.fail("layer_types", f"must be a list of num_hidden_layers, {num_layers}, words")
-    if unknown := next((kind for kind in kinds if kind not in served), None):
-        config.fail("layer_types", f"{str(unknown)[:64]!r} is not served; served: {', '.join(served)}")
+    if unknown := [kind for kind in kinds if kind not in served]:
+        config.fail("layer_types", f"{str(unknown[0])[:64]!r} is not served; served: {', '.join(served)}")
     return tuple(kinds)
+
+
+def read_num_predictors(config: Config) -> int:
+    """Layers after the last that predict further tokens. Serving does without them."""
+    return config.count("num_nextn_predict_layers", "num_mtp_layers", most=MAX_LAYERS)
 
 
 def first_dense(config: Config, num_layers: int, default: int) -> int:
@@ -121,10 +131,7 @@ def assemble(
     witnesses: Iterable[Witness],
     num_predictors: int = 0,
 ) -> MoeModel:
-    """The model of these parts, after a look at the sizes that its config names.
-
-    `num_predictors`: layers after the last that predict further tokens. Serving does without them.
-    """
+    """The model of these parts, after a look at the sizes that its config names."""
     embedding = "model.embed_tokens.weight"
     sizes: tuple[Witness, ...] = (
         ("vocab_size", decoder.vocab_size, embedding, 0),

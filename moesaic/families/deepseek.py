@@ -24,6 +24,7 @@ from moesaic.families.decoder import (
     expert_witnesses,
     first_dense,
     read_decoder,
+    read_num_predictors,
     read_slots,
 )
 from moesaic.families.model import (
@@ -50,7 +51,7 @@ def describe_v2(checkpoint: Checkpoint, config: Config) -> MoeModel:
     limited = config.choice("topk_method", ("greedy", "group_limited_greedy")) == "group_limited_greedy"
     rule = GateRule(
         slots.top_k,
-        groups=read_groups(config, slots, best=1) if limited else None,
+        groups=_read_groups(config, slots, best=1) if limited else None,
         scale=config.number("routed_scaling_factor", default=1.0),
     )
     return _describe(checkpoint, config, "deepseek_v2", slots, rule, first_dense_default=0)
@@ -60,28 +61,31 @@ def describe_v3(checkpoint: Checkpoint, config: Config) -> MoeModel:
     slots = _read_slots(config)
     config.choice("scoring_func", ("sigmoid",))
     config.choice("topk_method", ("noaux_tc",))
-    return _describe(
-        checkpoint, config, "deepseek_v3", slots, sigmoid_rule(config, slots), first_dense_default=3
-    )
+    rule = sigmoid_rule(config, slots, num_groups=8, num_kept=4, scale=2.5)
+    return _describe(checkpoint, config, "deepseek_v3", slots, rule, first_dense_default=3)
 
 
-def sigmoid_rule(config: Config, slots: Slots) -> GateRule:
-    """The gate of DeepSeek-V3, which other families have taken over."""
+def sigmoid_rule(
+    config: Config, slots: Slots, *, num_groups: int = 1, num_kept: int = 1, scale: float = 1.0
+) -> GateRule:
+    """The gate of DeepSeek-V3, which other families have taken over, with what theirs is where the config is silent."""
     return GateRule(
         slots.top_k,
         score="sigmoid",
         selection_bias=True,
-        groups=read_groups(config, slots, best=2),
+        groups=_read_groups(config, slots, best=2, num_groups=num_groups, num_kept=num_kept),
         renormalise=config.flag("norm_topk_prob", default=True),
         epsilon=_EPSILON,
-        scale=config.number("routed_scaling_factor", default=1.0),
+        scale=config.number("routed_scaling_factor", default=scale),
     )
 
 
-def read_groups(config: Config, slots: Slots, *, best: int) -> Groups | None:
+def _read_groups(
+    config: Config, slots: Slots, *, best: int, num_groups: int = 1, num_kept: int = 1
+) -> Groups | None:
     """None where there is but one group."""
-    count = config.size("n_group", default=1)
-    keep = config.size("topk_group", default=1)
+    count = config.size("n_group", default=num_groups)
+    keep = config.size("topk_group", default=num_kept)
     if slots.count % count or slots.count // count < best:
         config.fail("n_group", f"must divide {slots.key}, {slots.count}, into groups of at least {best}")
     if keep > count:
@@ -140,7 +144,7 @@ def _describe(
         experts={layer: experts if layer >= first else plain for layer in range(decoder.num_layers)},
         dense=dense(),
         witnesses=expert_witnesses(first, experts, slots, _GATE, "moe_intermediate_size"),
-        num_predictors=config.count("num_nextn_predict_layers", "num_mtp_layers"),
+        num_predictors=read_num_predictors(config),
     )
 
 

@@ -17,6 +17,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.decoder import (
+    MAX_SLOTS,
     MLP_LAYOUTS,
     Decoder,
     Witness,
@@ -24,6 +25,7 @@ from moesaic.families.decoder import (
     expert_layout,
     read_decoder,
     read_layer_types,
+    read_num_predictors,
 )
 from moesaic.families.deepseek import read_latent_attention
 from moesaic.families.model import (
@@ -53,27 +55,27 @@ _LAYOUTS: tuple[Layout, ...] = (
 
 _NUM_SLOTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k")
-_NUM_PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers")
 _SINKS = "self_attn.sinks"
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """`windowed`: some of its layers may have a window. `latent`: its attention is that of DeepSeek. `renamed`: parts of
-    names in the files, and what transformers calls them."""
+    """`windowed`: some of its layers may have a window. `latent`: its attention is that of DeepSeek. `tied`: so is its
+    head where the config does not say. `renamed`: parts of names in the files, and what transformers calls them."""
 
     windowed: bool = False
     latent: bool = False
+    tied: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
 
 
 _SHARED_GRANITE = (("block_sparse_moe.router.layer.", "block_sparse_moe.router."),)
 _FAMILIES = {
     "afmoe": _Family(windowed=True),
-    "cohere2_moe": _Family(windowed=True),
+    "cohere2_moe": _Family(windowed=True, tied=True),
     "dots1": _Family(windowed=True),
-    "ernie4_5_moe": _Family(renamed=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),)),
+    "ernie4_5_moe": _Family(tied=True, renamed=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),)),
     "exaone_moe": _Family(windowed=True, renamed=((".mlp.e_score_", ".mlp.gate.e_score_"),)),
     "flint": _Family(windowed=True, renamed=((".self_attn.softmax_offset", ".self_attn.sinks"),)),
     "glm4_moe_lite": _Family(latent=True),
@@ -129,7 +131,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     refuse_unserved(config)
     name = str(config.values["model_type"])
     family = _FAMILIES[name]
-    decoder = read_decoder(config)
+    decoder = read_decoder(config, tied=family.tied)
     mixers = tuple(_mixers(checkpoint, config, decoder, family))
     model = assemble(
         checkpoint,
@@ -140,7 +142,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         experts=_read_experts(checkpoint, config, decoder),
         dense=(),
         witnesses=_witnesses(mixers[0]),
-        num_predictors=config.count(*_NUM_PREDICTORS),
+        num_predictors=read_num_predictors(config),
     )
     return _with_dense(checkpoint, family, model)
 
@@ -172,11 +174,11 @@ def _spelling(config: Config, keys: tuple[str, ...]) -> str:
 def _per_layer(config: Config, key: str, num_layers: int) -> tuple[int, ...]:
     """A size that is one for all layers, or a list of them."""
     if not isinstance(config.values.get(key), list):
-        return (config.size(key),) * num_layers
-    sizes = config.sizes(key)
-    if len(sizes) < num_layers or 0 in sizes:
-        config.fail(key, f"must have a number above zero for each of {num_layers} layers")
-    return sizes[:num_layers]
+        return (config.size(key, most=MAX_SLOTS),) * num_layers
+    sizes = config.sizes(key)[:num_layers]
+    if len(sizes) < num_layers or not all(1 <= size <= MAX_SLOTS for size in sizes):
+        config.fail(key, f"must have a number from 1 to {MAX_SLOTS} for each of {num_layers} layers")
+    return sizes
 
 
 def _sparse_layers(checkpoint: Checkpoint, decoder: Decoder) -> tuple[int, ...]:

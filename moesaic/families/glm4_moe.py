@@ -18,6 +18,7 @@ from moesaic.families.decoder import (
     expert_witnesses,
     first_dense,
     read_decoder,
+    read_num_predictors,
     read_slots,
 )
 from moesaic.families.deepseek import gate, shared_experts, sigmoid_rule
@@ -44,8 +45,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
         for layer in range(decoder.num_layers):
             prefix = blocks.LAYER.format(layer=layer)
-            yield blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
-            yield blocks.attention_tensors(prefix + "self_attn.", attention, hidden_size, bias=bias)
+            yield blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias)
             if normed:
                 yield blocks.norms(prefix + "self_attn.", attention.head_dim, "q_norm", "k_norm")
             if layer >= first:
@@ -61,5 +61,5 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         experts={layer: experts if layer >= first else plain for layer in range(decoder.num_layers)},
         dense=dense(),
         witnesses=expert_witnesses(first, experts, slots, MLP + "gate.weight", "moe_intermediate_size"),
-        num_predictors=config.count("num_nextn_predict_layers", "num_mtp_layers"),
+        num_predictors=read_num_predictors(config),
     )

@@ -103,12 +103,9 @@ def _mixers(config: Config, decoder: Decoder, attention: Attention) -> tuple[Att
 
 
 def _layer(layer: int, decoder: Decoder, attention: Attention, num_slots: int, bias: bool) -> blocks.Named:
-    prefix, hidden_size = blocks.LAYER.format(layer=layer), decoder.hidden_size
-    yield from blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
-    yield from blocks.attention_tensors(
-        prefix + "self_attn.", attention, hidden_size, bias=bias, output_bias=bias
-    )
-    yield blocks.tensor(prefix + "self_attn.sinks", attention.num_heads)
+    hidden_size = decoder.hidden_size
+    yield from blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias, output_bias=bias)
+    yield blocks.tensor(blocks.LAYER.format(layer=layer) + "self_attn.sinks", attention.num_heads)
     router = _ROUTER.format(layer=layer)
     yield blocks.tensor(router + "weight", num_slots, hidden_size)
     yield blocks.tensor(router + "bias", num_slots)

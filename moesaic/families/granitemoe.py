@@ -49,11 +49,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     bias = config.flag("attention_bias", default=False)
 
     def layer_tensors(layer: int) -> blocks.Named:
-        prefix = blocks.LAYER.format(layer=layer)
-        yield from blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
-        yield from blocks.attention_tensors(
-            prefix + "self_attn.", attention, hidden_size, bias=bias, output_bias=bias
-        )
+        yield from blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias, output_bias=bias)
         source = gate.format(layer=layer)
         yield _GATE.format(layer=layer), DenseTensor((slots.count, hidden_size), source)
 

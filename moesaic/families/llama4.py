@@ -67,14 +67,10 @@ def describe_text(checkpoint: Checkpoint, config: Config) -> MoeModel:
     def dense() -> Iterator[blocks.Named]:
         yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
         for layer in range(decoder.num_layers):
-            prefix = blocks.LAYER.format(layer=layer)
-            yield blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
-            yield blocks.attention_tensors(
-                prefix + "self_attn.", attention, hidden_size, bias=bias, output_bias=bias
-            )
+            yield blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias, output_bias=bias)
             if layer in sparse:
-                yield iter((blocks.tensor(_GATE.format(layer=layer), slots.count, hidden_size),))
-                shared = prefix + "feed_forward.shared_expert."
+                yield [blocks.tensor(_GATE.format(layer=layer), slots.count, hidden_size)]
+                shared = _BLOCK.format(layer=layer) + "shared_expert."
                 yield blocks.mlp_tensors(shared, hidden_size, module.inner_size)
 
     return assemble(

@@ -83,7 +83,9 @@ def _describe(
         dense=(
             blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied),
             *(
-                blocks.pre_norm_layer(index, attention, hidden_size, bias=attention_bias)
+                blocks.pre_norm_layer(
+                    index, attention, hidden_size, bias=attention_bias, output_bias=attention_bias
+                )
                 for index in range(decoder.num_layers)
             ),
         ),

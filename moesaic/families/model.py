@@ -105,7 +105,8 @@ ACTIVATIONS = (
 class ExpertModule:
     """What one expert computes, [n, D] -> [n, D]. Gated: down(act(gate x) * up x), else down(act(up x)).
 
-    `activation` "clamped_swiglu" is that of gpt-oss: gate at most `limit`, up within it, (up + 1) * gate * sigmoid(1.702 gate).
+    `activation` "clamped_swiglu" is that of gpt-oss: gate at most `limit`, up within it, then
+    (up + 1) * gate * sigmoid(1.702 gate).
     """
 
     hidden_size: int
@@ -135,8 +136,8 @@ class ExpertModule:
         return matrices * self.hidden_size * self.inner_size + (biases if self.biased else 0)
 
 
-# plain: as it is computed. fp8_block: float8 with one float32 factor a block of 128 x 128. mxfp4: two 4-bit floats a
-# byte, [..., I / 32, 16], with one power of two for 32 of them.
+# plain: as it is computed. fp8_block: float8 with one factor a block of 128 x 128, of any float type. mxfp4: two 4-bit
+# floats a byte, [..., I / 32, 16], with one power of two for 32 of them.
 Encoding = Literal["plain", "fp8_block", "mxfp4"]
 
 
@@ -146,7 +147,7 @@ class WeightPattern:
 
     `tensor` names it, with {layer} and {slot}. `stacked`: one tensor holds all slots, [E, ...]. `part` (i, n): of the
     weight's rows it is the i-th of n equal runs, or with `interleaved` every n-th row from i on. `transposed`: stored
-    as [in, out], so the parts are of columns. `scales` names what an encoding divides by, for mxfp4 beside `tensor`
+    as [in, out], so the parts are of columns. `scales` names the factors of an encoding, for mxfp4 beside `tensor`
     that holds the blocks.
     """
 

@@ -46,11 +46,9 @@ _NAMES = (
 
 def witnesses(decoder: Decoder) -> tuple[Witness, ...]:
     """The tensor that shows the sizes of the whole."""
-    return ("vocab_size", decoder.vocab_size, _EMBEDDING, 0), (
-        "hidden_size",
-        decoder.hidden_size,
-        _EMBEDDING,
-        1,
+    return (
+        ("vocab_size", decoder.vocab_size, _EMBEDDING, 0),
+        ("hidden_size", decoder.hidden_size, _EMBEDDING, 1),
     )
 
 

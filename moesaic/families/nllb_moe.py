@@ -6,6 +6,7 @@ import math
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.families.config import Config
+from moesaic.families.decoder import MAX_SLOTS
 from moesaic.families.encoder_decoder import (
     ACTIVATIONS,
     Arithmetic,
@@ -17,6 +18,7 @@ from moesaic.families.encoder_decoder import (
     read_start_token,
 )
 from moesaic.families.model import Capacity, GateRule, MoeModel
+from moesaic.native_params import MAX_LAYERS
 
 FAMILY = "nllb-moe"
 
@@ -71,7 +73,7 @@ def read_arithmetic(config: Config) -> Arithmetic:
 
 def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     config.choice("router_dtype", ("float32",))
-    hidden_size, num_slots = config.size("d_model"), config.size("num_experts")
+    hidden_size, num_slots = config.size("d_model"), config.size("num_experts", most=MAX_SLOTS)
     if num_slots < 2:
         config.fail("num_experts", "must be at least 2: each token is given two")
     sizes = Sizes(
@@ -99,7 +101,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 
 def _stack(config: Config, side: str, hidden_size: int) -> Stack:
-    num_layers, heads = config.size(f"{side}_layers"), config.size(f"{side}_attention_heads")
+    num_layers, heads = config.size(f"{side}_layers", most=MAX_LAYERS), config.size(f"{side}_attention_heads")
     if hidden_size % heads:
         config.fail(f"{side}_attention_heads", f"must divide d_model, {hidden_size}")
     step = config.count(f"{side}_sparse_step", default=4)

@@ -54,7 +54,7 @@ def _describe(checkpoint: Checkpoint, config: Config, family: str, norms: tuple[
             prefix = blocks.LAYER.format(layer=layer)
             yield blocks.norms(prefix, decoder.hidden_size, *norms)
             yield _attention(prefix + "self_attn.", decoder, attention, bias)
-            yield iter((blocks.tensor(_GATE.format(layer=layer), slots.count, decoder.hidden_size),))
+            yield [blocks.tensor(_GATE.format(layer=layer), slots.count, decoder.hidden_size)]
 
     return assemble(
         checkpoint,

@@ -54,7 +54,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
             yield _layer(layer, decoder, attention, bias)
             source = gate.format(layer=layer)
             router = blocks.LAYER.format(layer=layer) + "mlp.router.weight"
-            yield iter(((router, DenseTensor((slots.count, decoder.hidden_size), source)),))
+            yield [(router, DenseTensor((slots.count, decoder.hidden_size), source))]
 
     return assemble(
         checkpoint,

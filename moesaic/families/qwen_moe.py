@@ -28,6 +28,7 @@ from moesaic.families.decoder import (
     read_layer_types,
     read_slots,
 )
+from moesaic.families.mistral import DEFAULT_WINDOW, read_window
 from moesaic.families.model import Attention, ExpertLayer, ExpertModule, GateRule, MoeModel
 
 _GATE = MLP + "gate.weight"
@@ -71,7 +72,7 @@ def describe_qwen2(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 def describe_qwen3(checkpoint: Checkpoint, config: Config) -> MoeModel:
     decoder = read_decoder(config)
-    window = config.optional_size("sliding_window") if _has_window(config) else None
+    window = read_window(config) if _has_window(config) else None
     attention = blocks.read_attention(config, decoder.hidden_size, window=window)
     channels = _read_channels(checkpoint, config, decoder)
     bias = config.flag("attention_bias", default=False)
@@ -133,7 +134,7 @@ def _qwen2_windows(config: Config, decoder: Decoder) -> Iterator[int | None]:
     below = config.count("max_window_layers", default=28) if _has_window(config) else 0
     for layer in range(decoder.num_layers):
         narrow = kinds[layer] == "sliding_attention" if kinds else layer % 2 == 0 and layer < below
-        yield config.size("sliding_window", default=4096) if narrow else None
+        yield config.size("sliding_window", default=DEFAULT_WINDOW) if narrow else None
 
 
 def _layer(
@@ -145,11 +146,8 @@ def _layer(
     bias: bool,
     output_bias: bool = False,
 ) -> blocks.Named:
-    prefix, hidden_size = blocks.LAYER.format(layer=layer), decoder.hidden_size
-    yield from blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
-    yield from blocks.attention_tensors(
-        prefix + "self_attn.", attention, hidden_size, bias=bias, output_bias=output_bias
-    )
+    hidden_size = decoder.hidden_size
+    yield from blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias, output_bias=output_bias)
     if layer in channels.sparse:
         yield blocks.tensor(_GATE.format(layer=layer), channels.slots.count, hidden_size)
 

@@ -24,6 +24,7 @@ from moesaic.families.model import (
     WeightPattern,
 )
 from moesaic.families.tensor_check import check_num_layers, check_sizes, stored_dtype
+from moesaic.native_params import MAX_LAYERS
 
 FAMILY = "stripedhyena"
 
@@ -90,7 +91,7 @@ def read_arithmetic(config: Config) -> Arithmetic:
 
 def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     _refuse_unknown(config)
-    hidden_size, num_layers = config.size("hidden_size"), config.size("num_layers")
+    hidden_size, num_layers = config.size("hidden_size"), config.size("num_layers", most=MAX_LAYERS)
     vocab_size, tied = config.size("vocab_size"), config.flag("tie_embeddings", default=False)
     prefix = next((p for p in _PREFIXES if p + EMBEDDING in checkpoint.tensors), _PREFIXES[0])
     mixers = _mixers(config, hidden_size, num_layers)
@@ -156,7 +157,7 @@ def _inner_size(config: Config, hidden_size: int) -> int:
     multiple = config.size("inner_size_multiple_of", default=64) * config.size(
         "model_parallel_size", default=1
     )
-    return -(-int(2 * hidden_size * 4 / 3) // multiple) * multiple
+    return -(-(8 * hidden_size // 3) // multiple) * multiple
 
 
 def _mixers(config: Config, hidden_size: int, num_layers: int) -> tuple[Mixer, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.families.config import Config
+from moesaic.families.decoder import MAX_SLOTS
 from moesaic.families.encoder_decoder import (
     ACTIVATIONS,
     Arithmetic,
@@ -21,6 +22,7 @@ from moesaic.families.encoder_decoder import (
     read_start_token,
 )
 from moesaic.families.model import Capacity, GateRule, MoeModel
+from moesaic.native_params import MAX_LAYERS
 
 FAMILY = "switch_transformers"
 
@@ -86,10 +88,10 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     if config.flag("is_gated_act", default=False):
         config.fail("is_gated_act", "must be false: experts with a gated branch have no known layout")
     config.choice("router_dtype", ("float32",))
-    num_layers = config.size("num_layers")
-    num_decoder_layers = config.size("num_decoder_layers", default=num_layers)
+    num_layers = config.size("num_layers", most=MAX_LAYERS)
+    num_decoder_layers = config.size("num_decoder_layers", default=num_layers, most=MAX_LAYERS)
     heads, head_dim = config.size("num_heads"), config.size("d_kv")
-    inner_size, num_slots = config.size("d_ff"), config.size("num_experts")
+    inner_size, num_slots = config.size("d_ff"), config.size("num_experts", most=MAX_SLOTS)
     top_k = config.size("num_selected_experts", default=1)
     if top_k > min(2, num_slots):
         config.fail("num_selected_experts", f"must be 1 or 2, and at most num_experts, {num_slots}")

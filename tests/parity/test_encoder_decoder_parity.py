@@ -95,6 +95,14 @@ def test_a_client_gets_several_answers_and_is_told_what_an_encoder_does_not_have
                 assert [t for part in answer if part.index == index for t in part.token_ids] == tokens
             stopped = client.complete(prompt, **{**options, "stop_token_ids": tokens[4:5]})
             assert list(stopped.token_ids) == tokens[: tokens.index(tokens[4]) + 1]
+        # What a decoder is given to begin with is not part of its answer.
+        given_ids = load_file(golden / "inputs.safetensors")["decoder_input_ids"].tolist()
+        for prompt, tokens, rows in zip(inputs_of(golden), given_ids, expected["logits"], strict=True):
+            for length in (1, 5, 16):
+                begun = client.complete(
+                    prompt, decoder_prompt=tokens[1:length], max_tokens=1, temperature=0, ignore_eos=True
+                )
+                assert list(begun.token_ids) == [int(rows[length - 1].argmax())]
         for refused in ({"prompt_logprobs": 0}, {"prompt_logprobs": 3}):
             with pytest.raises(Unsupported) as error:
                 client.complete(inputs_of(golden)[0], **cast(Any, refused))

@@ -23,12 +23,12 @@ from router.batch import pack
 from router.chunk import Sequence
 from router.hyena import by_role
 from router.kv_cache import Contexts
-from router.lean_weights import pairs_side_by_side
 from router.model import MicroBatch
 from router.overlap import halves
 from router.parts import load_parts
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
+from router.rotary import pairs_side_by_side
 from router.scheduler import Limits, Scheduler
 
 LOGITS_TOLERANCE = 1e-4

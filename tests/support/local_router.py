@@ -14,10 +14,13 @@ from typing import Any, cast
 import torch
 from support.expert_calls import ReferenceExperts
 
+from expert_worker.expert import ExpertForm
+from expert_worker.loader import load_experts
 from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import MoesaicError
 from moesaic.families import DenseLayers, describe_model
-from moesaic.settings import EngineSettings
+from moesaic.manifest import ExpertAddress
+from moesaic.settings import DType, EngineSettings
 from router.batch import pack
 from router.chunk import Chunk
 from router.chunk import Sequence as ScheduledSequence
@@ -122,10 +125,13 @@ def local_router(
         pool.close()
 
 
-def lonely_router(model: Path, *, dense_layers: DenseLayers = "auto", **engine: Any) -> LocalRouter:
-    """A router of this process whose experts are computed here, one by one."""
-    experts = ReferenceExperts(model, dense_layers)
-    parts = load_parts(router_config(model, dense_layers, **engine), ReplicaPool(), PhaseClock())
+def lonely_router(
+    model: Path, *, dense_layers: DenseLayers = "auto", dtype: DType = "float32", **engine: Any
+) -> LocalRouter:
+    """A router of this process whose experts are computed here, one by one: plainly, or in bfloat16 as a worker does."""
+    experts = (ReferenceExperts if dtype == "float32" else WorkerExperts)(model, dense_layers)
+    config = replace(router_config(model, dense_layers, **engine), dtype=dtype)
+    parts = load_parts(config, ReplicaPool(), PhaseClock())
     return LocalRouter(parts, lambda: cast(DispatchStep, ReferenceStep(experts)))
 
 
@@ -142,10 +148,23 @@ def router_config(model: Path, dense_layers: DenseLayers, **engine: Any) -> Rout
     )
 
 
+class WorkerExperts:
+    """All experts of a checkpoint in bfloat16, as a worker holds and computes them."""
+
+    def __init__(self, folder: Path, dense_layers: DenseLayers) -> None:
+        checkpoint = open_checkpoint(folder)
+        model = describe_model(checkpoint, dense_layers)
+        form = ExpertForm(torch.device("cpu"), torch.bfloat16)
+        self._held = dict(load_experts(checkpoint, model, model.addresses, form))
+
+    def expert(self, layer: int, slot: int, x: torch.Tensor) -> torch.Tensor:
+        return self._held[ExpertAddress(layer, slot)].expert(x)
+
+
 class ReferenceStep:
     """A DispatchStep that asks nobody."""
 
-    def __init__(self, experts: ReferenceExperts) -> None:
+    def __init__(self, experts: ReferenceExperts | WorkerExperts) -> None:
         self.failed: dict[int, MoesaicError] = {}
         self._experts = experts
 
@@ -158,12 +177,12 @@ class ReferenceStep:
         *,
         tokens: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        output = torch.zeros_like(hidden)
+        output = torch.zeros(hidden.shape)
         for slot in set(slots.unique().tolist()) - {NO_SLOT}:
             rows, ranks = torch.where(slots == slot)
             answers = self._experts.expert(layer, slot, hidden[rows])
             output.index_add_(0, rows, answers * weights[rows, ranks, None])
-        return output
+        return output.to(hidden.dtype)
 
     def receive(self, call: torch.Tensor) -> torch.Tensor:
         return call

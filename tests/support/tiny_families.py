@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from moesaic.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from moesaic.checkpoint import Checkpoint, open_checkpoint
+from moesaic.checkpoint_file import TensorEntry
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -221,7 +221,14 @@ def test_a_striped_hyena_gets_the_names_of_the_hub(
     assert json.loads((out / "config.json").read_text())["eps"] == 1e-3
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", "name: other", "when: 2024-01-01\nhyena_layer_idxs: [0]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a: [", "- 1", "name: other", "when: 2024-01-01\nhyena_layer_idxs: [0]"),
+        # A small file that stands for more than any memory holds.
+        "a: &a [1]\n" + "".join(f"b{i}: &a [*a, *a]\n" for i in range(99)) + "hyena_layer_idxs: [0]",
+    ],
+)
 def test_a_yaml_that_is_no_config_of_a_striped_hyena_is_refused(tmp_path: Path, out: Path, text: str) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "model.bin")
     (tmp_path / "config.yml").write_text(text)
@@ -274,6 +281,19 @@ def test_a_pickle_of_an_old_torch_is_refused(tmp_path: Path, out: Path) -> None:
 def test_a_cut_pickle_is_refused(torrent: Path, out: Path, keep: int) -> None:
     file = torrent / "consolidated.00.pth"
     file.write_bytes(file.read_bytes()[:keep])
+    assert refusal(torrent, out).field == "consolidated.00.pth"
+
+
+@pytest.mark.parametrize(
+    ("where", "byte"), [(b"PK\x01\x02", 6), (b"/data.pkl", 0)], ids=["version", "name"]
+)
+def test_a_pickle_whose_directory_is_damaged_is_refused(
+    torrent: Path, out: Path, where: bytes, byte: int
+) -> None:
+    file = torrent / "consolidated.00.pth"
+    content = bytearray(file.read_bytes())
+    content[content.rindex(where) + byte] = 0xFF
+    file.write_bytes(content)
     assert refusal(torrent, out).field == "consolidated.00.pth"
 
 

@@ -41,15 +41,18 @@ def test_mxfp4_is_what_transformers_makes_of_it() -> None:
 
 
 @pytest.mark.parametrize("columns", [128, 256, 300, 96])
-def test_float8_is_what_transformers_makes_of_it(columns: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_is_what_transformers_makes_of_it(columns: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (200, columns), generator=generator, dtype=torch.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0  # no numbers
     values = codes.view(torch.float8_e4m3fn)
-    scales = torch.rand(2, -(-columns // 128), generator=generator)
+    scales = torch.rand(2, -(-columns // 128), generator=generator).to(dtype)
     expected = _dequantize_fp8_weight(values, scales, [128, 128], torch.float32)
     of_rows = scales.repeat_interleave(128, 0)[:200]
-    assert torch.equal(dequantise_fp8_block(values, of_rows), expected)
+    decoded = dequantise_fp8_block(values, of_rows)
+    assert decoded.dtype == torch.float32
+    assert torch.equal(decoded, expected)
 
 
 def test_codes_of_float8_that_are_no_numbers_stay_so() -> None:

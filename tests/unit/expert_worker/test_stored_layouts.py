@@ -265,6 +265,17 @@ def test_float8_columns_are_decoded(tmp_path: Path, interleaved: bool) -> None:
     assert_holds(held, GATED, {"gate": gate, "up": up, "down": decoded["1.down"].mT})
 
 
+def test_float8_factors_in_bfloat16_are_the_same_numbers(tmp_path: Path) -> None:
+    tensors, patterns, _ = encoded(random_weights(GATED), "fp8_block", separate)
+    factors = {name: tensor.bfloat16() for name, tensor in tensors.items() if name.endswith(".scales")}
+    narrow = load(write(tmp_path / "narrow", tensors | factors), describe(GATED, patterns))
+    widened = tensors | {name: tensor.float() for name, tensor in factors.items()}
+    wide = load(write(tmp_path / "wide", widened), describe(GATED, patterns))
+    for slot, held in narrow.items():
+        for one, other in ((held.expert.up, wide[slot].expert.up), (held.expert.down, wide[slot].expert.down)):
+            assert torch.equal(matrix(one)[0], matrix(other)[0])
+
+
 def test_biases_beside_encoded_weights_are_read_as_they_are(tmp_path: Path) -> None:
     weights = random_weights(BIASED)
     tensors, patterns, _ = encoded(

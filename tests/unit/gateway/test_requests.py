@@ -112,6 +112,11 @@ def test_echo_asks_for_the_log_probabilities_of_the_prompt_too() -> None:
     assert completion(max_tokens=0, echo=True).calls()[0].sampling.max_tokens == 0
 
 
+def test_what_a_decoder_begins_with_is_handed_on() -> None:
+    assert completion(decoder_prompt=[5, 6]).calls()[0].decoder_prompt == [5, 6]
+    assert completion().calls()[0].decoder_prompt == []
+
+
 def test_a_chat_takes_either_name_of_the_limit() -> None:
     assert chat(max_tokens=3).calls()[0].sampling.max_tokens == 3
     assert chat(max_completion_tokens=4).calls()[0].sampling.max_tokens == 4

@@ -181,7 +181,11 @@ def test_a_size_that_is_none_is_refused(value: object) -> None:
     assert refusal(MISTRAL, dim=value) == "params.json: dim"
 
 
-@pytest.mark.parametrize("value", [0, -1e-5, "1e-5", True, float("inf"), float("nan")])
+def test_more_layers_than_any_model_has_are_refused() -> None:
+    assert refusal(MISTRAL, n_layers=10**9, sliding_window=[None, 512]) == "params.json: n_layers"
+
+
+@pytest.mark.parametrize("value", [0, -1e-5, "1e-5", True, float("inf"), float("nan"), 10**400])
 def test_a_number_that_is_none_is_refused(value: object) -> None:
     assert refusal(MISTRAL, norm_eps=value) == "params.json: norm_eps"
     assert refusal(MISTRAL, rope_theta=value) == "params.json: rope_theta"

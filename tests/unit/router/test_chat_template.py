@@ -60,11 +60,13 @@ def test_a_file_of_its_own_goes_before_the_tokenizers_config(
         ("chat_template.json", "{}"),
         ("chat_template.json", '{"chat_template": 7}'),
         ("chat_template.json", "["),
-        ("chat_template.jinja", "x" * (chat_template.MAX_TEMPLATE_CHARS + 1)),
+        pytest.param("chat_template.json", "[" * 100_000, id="deep"),
+        pytest.param("chat_template.jinja", "x" * (chat_template.MAX_TEMPLATE_CHARS + 1), id="long"),
+        ("chat_template.jinja", "caf\xe9"),
     ],
 )
 def test_a_file_that_holds_no_template_is_named(tmp_path: Path, file: str, content: str) -> None:
-    (tmp_path / file).write_text(content)
+    (tmp_path / file).write_text(content, encoding="latin-1")
     with pytest.raises(CheckpointError) as caught:
         find_template(tmp_path, {})
     assert caught.value.field == file
@@ -73,6 +75,12 @@ def test_a_file_that_holds_no_template_is_named(tmp_path: Path, file: str, conte
 def test_a_template_in_the_config_that_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         find_template(tmp_path, {"chat_template": {"default": "x"}})
+
+
+def test_of_templates_by_name_the_default_is_taken_whatever_else_is_listed(tmp_path: Path) -> None:
+    named = [{"name": ["default"], "template": "a"}, 7, {"name": "default", "template": "b"}]
+    assert find_template(tmp_path, {"chat_template": named}) == "b"
+    assert find_template(tmp_path, {"chat_template": named[:2]}) is None
 
 
 # What they may call.
@@ -151,6 +159,7 @@ def test_a_template_that_leaves_the_final_message_out_cannot_continue_it() -> No
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
         "{% for a in 'x' * 99999 %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     ],
 )
 def test_a_template_may_not_take_long(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
@@ -167,6 +176,14 @@ def test_a_template_may_not_take_long(monkeypatch: pytest.MonkeyPatch, source: s
         "{{ 1000000000 * [1] }}",
         "{% set x = 'x' * 1000000 %}{% for i in range(100) %}{{ x }}{% endfor %}",
         "{{ 9 ** 9 }}",
+        "{{ lipsum(n=1) }}",
+        *(
+            "{% set ns = namespace(x='xx') %}{% for i in range(64) %}{% set ns.x = "
+            + doubled
+            + " %}{% endfor %}{{ ns.x }}"
+            for doubled in ("ns.x + ns.x", "ns.x ~ ns.x", "ns.x ~ (ns.x ~ '')")
+        ),
+        "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     ],
 )
 def test_a_template_may_not_make_much(source: str) -> None:
@@ -174,8 +191,10 @@ def test_a_template_may_not_make_much(source: str) -> None:
         render(source)
 
 
-def test_small_products_are_fine() -> None:
+def test_small_products_and_sums_are_fine() -> None:
     assert render("{{ 'ab' * 3 }}{{ 6 * 7 }}{{ 2.5 * 2 }}") == "ababab425.0"
+    assert render("{{ 'ab' + 'c' }}{{ 6 + 7 }}{{ ([1] + [2]) | length }}") == "abc132"
+    assert render("{{ 'a' ~ 1 ~ ('b' ~ none) ~ missing ~ [x] }}", x="y") == "a1bNone['y']"
 
 
 @pytest.mark.parametrize(

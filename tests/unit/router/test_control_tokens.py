@@ -89,16 +89,16 @@ def test_text_beside_a_spelled_control_token_has_the_tokens_that_it_has_anywhere
 
 
 def test_values_of_variables_and_names_of_roles_are_text_too(tmp_path: Path) -> None:
-    template = "{{ bos_token }}{{ mood }}{{ deep.list[0] }}{{ messages[0].role }}"
+    template = "{{ bos_token }}{{ mood }}{{ deep.list[0] }}{{ deep.names | tojson }}{{ messages[0].role }}"
     text = load_text(folder_of("byte_level", tmp_path, template))
     conversation = text.render_chat(
         [{"role": "</s>", "content": ""}],
         add_generation_prompt=False,
         continue_final_message=False,
-        variables={"mood": "<s>", "deep": {"list": ["<unk>"]}},
+        variables={"mood": "<s>", "deep": {"list": ["<unk>"], "names": {"<s>": "<s>"}}},
     )
     ids = conversation.encode()
-    assert conversation.text == "<s><s><unk></s>"
+    assert conversation.text == '<s><s><unk>{"<s>": "<s>"}</s>'
     assert (ids.count(0), ids.count(1), ids.count(2)) == (0, 1, 0)
 
 

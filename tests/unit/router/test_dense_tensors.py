@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moesaic.checkpoint import Checkpoint, read_header
+from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint_file import read_header
 from moesaic.families.model import DenseTensor
 from router.dense_tensors import pairs_half_apart, read_dense
-from router.lean_weights import pairs_side_by_side
+from router.rotary import pairs_side_by_side
 
 
 def write(folder: Path, **files: dict[str, torch.Tensor]) -> Checkpoint:
@@ -59,13 +60,14 @@ def test_either_order_of_rotary_rows_comes_from_the_other() -> None:
 
 
 @pytest.mark.parametrize("rows", [None, (0, 130), (130, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float8_blocks_are_multiplied_by_their_own_factor(
-    tmp_path: Path, rows: tuple[int, int] | None
+    tmp_path: Path, rows: tuple[int, int] | None, dtype: torch.dtype
 ) -> None:
     values = torch.randn(300, 200).to(torch.float8_e4m3fn)
-    scales = torch.rand(3, 2) + 0.5
+    scales = (torch.rand(3, 2) + 0.5).to(dtype)
     checkpoint = write(tmp_path, model={"w": values}, others={"w_scale_inv": scales})
-    wide = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :200]
+    wide = scales.float().repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :200]
     expected = values.float() * wide
     first, end = rows or (0, 300)
     dense = DenseTensor((end - first, 200), "w", rows, scales="w_scale_inv")

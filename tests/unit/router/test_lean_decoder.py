@@ -23,10 +23,11 @@ from router.chunk import Chunk, Sequence
 from router.dispatcher import DispatchStep
 from router.kv_cache import BlockPool, KVCache
 from router.layout import Layout
-from router.lean_decoder import LeanDecoder, rotary_turns
+from router.lean_decoder import LeanDecoder
 from router.model import MicroBatch, RouterModel
 from router.model_loader import load_model
 from router.phases import PhaseClock
+from router.rotary import rotary_turns
 from router.stock_decoder import StockDecoder
 
 BLOCK_TOKENS = 4

@@ -179,8 +179,10 @@ def test_the_folder_says_what_a_text_begins_and_ends_with(
         ("tokenizer_config.json", b'{"added_tokens_decoder": ["x"]}', "tokenizer_config.json"),
         ("added_tokens.json", b'{"x": 100000}', "tokenizer_config.json"),
         ("added_tokens.json", b"[1]", "added_tokens.json"),
+        pytest.param("added_tokens.json", b"[" * 100_000, "added_tokens.json", id="deep added_tokens.json"),
         ("tekken.json", b"{}", "tekken.json"),
         ("tekken.json", b"[", "tekken.json"),
+        pytest.param("tekken.json", b"[" * 100_000, "tekken.json", id="deep tekken.json"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, file: str, content: bytes, field: str) -> None:
@@ -223,6 +225,13 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(
     change(model)
     (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
     with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
+        load_text(tmp_path)
+
+
+def test_a_sentencepiece_model_whose_pieces_are_no_text_is_refused(tmp_path: Path) -> None:
+    content = sentencepiece_model_bytes().replace("▁hen".encode(), b"\xff" * len("▁hen".encode()))
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(CheckpointError, match="not UTF-8"):
         load_text(tmp_path)
 
 
@@ -270,7 +279,25 @@ def _no_pattern(content: dict[str, Any]) -> None:
     del content["config"]["pattern"]
 
 
-@pytest.mark.parametrize("change", [_without_a_byte, _one_twice, _no_end, _a_special_twice, _no_pattern])
+def _a_pattern_that_is_none(content: dict[str, Any]) -> None:
+    content["config"]["pattern"] = "(("
+
+
+def _places_for_more_than_there_is_memory(content: dict[str, Any]) -> None:
+    content["config"]["default_num_special_tokens"] = 10**12
+
+
+def _out_of_order(content: dict[str, Any]) -> None:
+    content["vocab"][:2] = content["vocab"][1::-1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_without_a_byte, _one_twice, _no_end, _a_special_twice, _no_pattern, _a_pattern_that_is_none),
+        *(_places_for_more_than_there_is_memory, _out_of_order),
+    ],
+)
 def test_a_tekken_file_that_is_not_whole_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:

@@ -3,7 +3,7 @@ nothing may look at a number, which on a GPU waits for all that was launched."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from support.checkpoints import write_mixtral
+from support.encoder_decoders import write_nllb, write_switch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensorDeviceMismatchError,
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from moesaic.checkpoint import Checkpoint, open_checkpoint
 from moesaic.families import describe_model
 from moesaic.families.model import Attention, DenseTensor
-from router import lean_weights
+from router import encoder_decoder_weights, lean_weights
 from router.attention import attend
 from router.batch import pack
 from router.chunk import Chunk, Sequence
@@ -122,6 +123,32 @@ def test_sinks_and_chunks_stay_on_the_device(mixer: Attention, invariant: bool) 
         )
         attended = attend(0, queries, batch, cache, 0.3, sinks)
     assert attended.device == DEVICE and attended.shape == (batch.num_tokens, 48)
+
+
+@pytest.mark.parametrize("write", [write_switch, write_nllb])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_encoder_and_decoder_stay_on_the_device(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[Path, int], object],
+    dtype: torch.dtype,
+) -> None:
+    write(tmp_path, 0)
+    checkpoint = open_checkpoint(tmp_path)
+    shape = describe_model(checkpoint)
+    monkeypatch.setattr(encoder_decoder_weights, "read_dense", _read_nothing)
+    # A prompt of 19 tokens with one that follows it, and two that decode.
+    chunks = _chunks((0, 20), (19, 1), (22, 1))
+    for chunk in chunks:
+        chunk.sequence.tokens += range(5)
+    wanted = cast(torch.Tensor, WantedRows([19, 20, 21]))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layout = Layout.of(shape.mixers, block_tokens=BLOCK_TOKENS, device=DEVICE, dtype=dtype)
+        model = load_model(checkpoint, shape, layout, decoder="auto", num_positions=64, clock=PhaseClock())
+        cache = KVCache(shape.mixers, num_blocks=64, block_tokens=BLOCK_TOKENS, dtype=dtype, device=DEVICE)
+        experts = cast(DispatchStep, DeviceExperts())
+        logits = model.forward([MicroBatch(pack(chunks, layout), wanted, experts)], cache)
+    assert logits.device == DEVICE and logits.shape == (3, shape.vocab_size)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

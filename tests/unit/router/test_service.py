@@ -666,6 +666,31 @@ async def test_nothing_is_served_that_takes_a_prompt_for_the_beginning_of_the_an
         assert info.encodes_prompts and not info.has_chat_template
 
 
+async def test_what_a_decoder_begins_with_reaches_the_engine_and_takes_its_place_in_the_context(
+    text: Text,
+) -> None:
+    request = ask("Once upon", max_tokens=2)
+    request.decoder_prompt.extend([7, 8])
+    prompt = text.encode("Once upon", add_special_tokens=True)
+    async with serving(FakeEngine(generates((5, 6, 7))), text, encodes_prompts=True) as rig:
+        responses = await rig.generate(request)
+        assert rig.engine.requests[0].decoder_prompt == (7, 8)
+        assert rig.engine.requests[0].prompt == prompt
+        assert [token for response in responses for token in response.token_ids] == [5, 6]
+        request.sampling.max_tokens = MAX_MODEL_LEN - 1 - len(prompt)
+        assert (await rig.error(request)).reason == "CONTEXT_LENGTH_EXCEEDED"
+        request.decoder_prompt.append(VOCAB_SIZE)
+        error = await rig.error(request)
+        assert (error.code, error.field) == (CODE.INVALID_ARGUMENT, "decoder_prompt")
+
+
+async def test_without_an_encoder_there_is_nothing_for_a_decoder_to_begin_with(rig: Rig) -> None:
+    request = ask()
+    request.decoder_prompt.append(7)
+    error = await rig.error(request)
+    assert (error.code, error.field) == (CODE.UNIMPLEMENTED, "decoder_prompt")
+
+
 # The other methods.
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.checkpoints import write_mixtral
 from support.random_models import random_model, write_model
+from support.tiny_families import SIZES, TINY
 from torch import nn
 
 from moesaic.checkpoint import open_checkpoint
@@ -97,6 +98,22 @@ def test_what_a_family_keeps_in_float32_stays_so(tmp_path: Path) -> None:
         if "mlp.gate." in name
     }
     assert dtypes == {"weight": torch.bfloat16, "e_score_correction_bias": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("family", "ending"),
+    # Declared so by the module; listed by the family, in the list that counts for bfloat16 and in the one that does not.
+    [("hunyuan_v1_moe", "gate.wg.weight"), ("ernie4_5_moe", "gate.weight"), ("afmoe", "expert_bias")],
+)
+def test_what_a_family_keeps_in_float32_is_not_rounded(tmp_path: Path, family: str, ending: str) -> None:
+    model = random_model(family, 0, **(SIZES | TINY[family]))
+    decoder = load(write_model(model, tmp_path), torch.bfloat16)
+    loaded = decoder._modules.state_dict()
+    exact = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(ending)}
+    assert exact
+    for name, tensor in exact.items():
+        assert torch.equal(loaded[name], tensor), name
+    assert loaded["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
 def test_a_code_reference_in_a_config_is_never_followed(tmp_path: Path) -> None:

@@ -187,7 +187,16 @@ def test_end_of_sequence_ids_come_from_the_generation_config_and_the_tokenizer(
     assert load_text(tmp_path).eos_token_ids == expected
 
 
-@pytest.mark.parametrize("content", ['{"eos_token_id": "x"}', '{"eos_token_id": [1, -2]}', "[1]", "{"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"eos_token_id": "x"}',
+        '{"eos_token_id": [1, -2]}',
+        "[1]",
+        "{",
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
 def test_a_wrong_end_of_sequence_id_names_the_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):

@@ -85,6 +85,12 @@ def test_v3_chooses_by_a_bias_that_no_weight_has() -> None:
     assert grouped_as_one is not None and grouped_as_one.groups is None
 
 
+def test_what_a_config_of_v3_leaves_out_is_what_transformers_takes_for_it() -> None:
+    index = tiny_index("deepseek_v3", n_routed_experts=16, n_group=8, topk_group=4)
+    silent = with_config(index, "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob")
+    assert describe_model(silent) == describe_model(index)
+
+
 @pytest.mark.parametrize("spelling", ["num_nextn_predict_layers", "num_mtp_layers"])
 def test_a_layer_that_predicts_more_is_done_without(spelling: str) -> None:
     index = with_config(tiny_index("deepseek_v3"), "num_nextn_predict_layers", "num_mtp_layers")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from support.encoder_decoders import write_nllb, write_switch
 from support.tiny_families import an_entry, with_config, with_entries
+from transformers import (
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from moesaic.checkpoint import Checkpoint, open_checkpoint
 from moesaic.errors import CheckpointError
@@ -189,3 +199,37 @@ def test_a_policy_that_nobody_knows_is_refused(switch: Checkpoint) -> None:
     with pytest.raises(CheckpointError) as refused:
         describe_model(with_config(switch, **changes))
     assert refused.value.field == "config.json: second_expert_policy"
+
+
+# NLLB-MoE's paper says 54.5 billion.
+PUBLISHED: dict[str, tuple[type[PreTrainedModel], PretrainedConfig, int]] = {
+    "nllb-moe-54b": (
+        NllbMoeForConditionalGeneration,
+        NllbMoeConfig(
+            vocab_size=256206,
+            d_model=2048,
+            encoder_layers=24,
+            decoder_layers=24,
+            encoder_ffn_dim=8192,
+            decoder_ffn_dim=8192,
+            num_experts=128,
+        ),
+        54_500_569_088,
+    ),
+    "switch-base-8": (
+        SwitchTransformersForConditionalGeneration,
+        SwitchTransformersConfig(d_ff=3072, num_sparse_encoder_layers=6, num_sparse_decoder_layers=6),
+        619_339_008,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_tensor_of_the_published_sizes_has_its_place(switch: Checkpoint, name: str) -> None:
+    build, config, num_parameters = PUBLISHED[name]
+    with torch.device("meta"):
+        model = build(config)
+    entries = {key: an_entry(key, "BF16", *tensor.shape) for key, tensor in model.named_parameters()}
+    described = describe_model(replace(switch, config=config.to_dict(), tensors=entries))
+    assert described.num_parameters == num_parameters
+    assert sum(tensor.numel() for tensor in model.parameters()) == num_parameters

@@ -20,7 +20,8 @@ import torch
 from support import published_configs as published
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from moesaic.checkpoint import Checkpoint, TensorEntry
+from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint_file import TensorEntry
 from moesaic.families import MoeModel, describe_model
 
 # (name, dtype as the files call it, shape)

@@ -106,6 +106,12 @@ def test_a_family_may_say_of_each_layer_how_many_experts_a_token_has() -> None:
     assert [experts[layer].top_k for layer in range(3)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("family", sorted(generic.NAMES))
+def test_a_head_is_tied_where_the_config_does_not_say_as_transformers_has_it(family: str) -> None:
+    silent = describe_model(with_config(tiny_index(family), "tie_word_embeddings"))
+    assert silent.tied == CONFIG_MAPPING[family]().tie_word_embeddings
+
+
 def test_more_experts_for_a_token_than_there_are_is_refused() -> None:
     error = refusal(with_config(tiny_index("solar_open"), num_experts_per_tok=5))
     assert error.field == "config.json: num_experts_per_tok" and "experts, 4" in error.message

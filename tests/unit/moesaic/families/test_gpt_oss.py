@@ -76,6 +76,12 @@ def test_blocks_of_other_shapes_are_refused_by_name() -> None:
     assert refused.value.field == name
 
 
+def test_rows_that_do_not_go_into_groups_are_refused_by_name() -> None:
+    with pytest.raises(CheckpointError, match="groups of 32") as refused:
+        describe_model(in_mxfp4(tiny_index("gpt_oss", hidden_size=40, intermediate_size=96)))
+    assert refused.value.field == "model.layers.0.mlp.experts.gate_up_proj_blocks"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

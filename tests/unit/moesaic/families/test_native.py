@@ -15,7 +15,8 @@ from support.described_tensors import read_described
 from support.native_checkpoints import native_tensors, randomise, write_native
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from moesaic.checkpoint import NATIVE_SINGLE_FILE, Checkpoint, TensorEntry, open_checkpoint
+from moesaic.checkpoint import NATIVE_SINGLE_FILE, Checkpoint, open_checkpoint
+from moesaic.checkpoint_file import TensorEntry
 from moesaic.errors import CheckpointError
 from moesaic.families import describe_model
 from moesaic.families.model import Attention

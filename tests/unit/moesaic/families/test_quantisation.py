@@ -16,14 +16,14 @@ FLOAT8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
 
 
-def in_float8(checkpoint: Checkpoint) -> Checkpoint:
-    """The same model with its projections in float8, as DeepSeek-V3 is published."""
+def in_float8(checkpoint: Checkpoint, scales: str = "F32") -> Checkpoint:
+    """The same model with its projections in float8, as DeepSeek-V3 is published, and Qwen3 with other scales."""
     tensors = {}
     for name, entry in checkpoint.tensors.items():
         if name.endswith(("_proj.weight", "_mqa.weight")):
             blocks = tuple(math.ceil(size / 128) for size in entry.shape)
             tensors[name] = an_entry(name, "F8_E4M3", *entry.shape)
-            tensors[name + "_scale_inv"] = an_entry(name + "_scale_inv", "F32", *blocks)
+            tensors[name + "_scale_inv"] = an_entry(name + "_scale_inv", scales, *blocks)
         else:
             tensors[name] = an_entry(name, "BF16", *entry.shape)
     return with_config(replace(checkpoint, tensors=tensors), quantization_config=FLOAT8)
@@ -35,10 +35,11 @@ def refusal(checkpoint: Checkpoint) -> CheckpointError:
     return refused.value
 
 
+@pytest.mark.parametrize("scales", ["F32", "BF16"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "glm4_moe"])
-def test_float8_is_read_through_its_scales_in_experts_and_elsewhere(family: str) -> None:
+def test_float8_is_read_through_its_scales_in_experts_and_elsewhere(family: str, scales: str) -> None:
     index = tiny_index(family)
-    plain, encoded = describe_model(index), describe_model(in_float8(index))
+    plain, encoded = describe_model(index), describe_model(in_float8(index, scales))
     assert encoded.num_parameters == plain.num_parameters
     assert {experts.dtype for experts in encoded.experts.values()} == {encoded.dtype} == {"bfloat16"}
     for pattern in encoded.experts[1].layout.values():
@@ -54,6 +55,26 @@ def test_a_dense_layer_in_float8_keeps_its_scales_wherever_it_is_computed() -> N
     assert describe_model(index).dense[name].scales == name + "_scale_inv"
     experts = describe_model(index, dense_layers="experts").experts[0]
     assert experts.layout["gate"].encoding == "fp8_block"
+
+
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers"])
+def test_what_a_release_left_unconverted_is_read_as_it_lies_in_the_files(key: str) -> None:
+    """The files themselves say which modules these are."""
+    index = in_float8(tiny_index("deepseek_v3"))
+    left = ("model.layers.2.mlp.experts.", "model.layers.1.mlp.shared_experts.")
+    names = [name for name in index.tensors if name.startswith(left)]
+    tensors = {name: entry for name, entry in index.tensors.items() if name not in names}
+    tensors |= {
+        name: an_entry(name, "BF16", *index.tensors[name].shape)
+        for name in names
+        if not name.endswith("_scale_inv")
+    }
+    settings = {**FLOAT8, key: ["lm_head", *left]}
+    model = describe_model(with_config(replace(index, tensors=tensors), quantization_config=settings))
+    encodings = [{pattern.encoding for pattern in model.experts[i].layout.values()} for i in (1, 2)]
+    assert encodings == [{"fp8_block"}, {"plain"}]
+    assert model.dense["model.layers.1.mlp.shared_experts.up_proj.weight"].scales is None
+    assert model.dense["model.layers.2.mlp.shared_experts.up_proj.weight"].scales is not None
 
 
 def test_missing_scales_are_refused_by_name() -> None:

@@ -57,6 +57,8 @@ def test_all_layers_of_a_qwen3_have_the_window_if_it_is_in_use() -> None:
     index = tiny_index("qwen3_moe", sliding_window=8, use_sliding_window=True)
     assert windows(describe_model(index)) == [8] * 3
     assert windows(describe_model(with_config(index, use_sliding_window=False))) == [None] * 3
+    assert windows(describe_model(with_config(index, "sliding_window"))) == [4096] * 3
+    assert windows(describe_model(with_config(index, sliding_window=None))) == [None] * 3
 
 
 @pytest.mark.parametrize("spelling", ["num_experts", "num_local_experts"])
@@ -96,6 +98,7 @@ def test_a_config_that_cannot_be_is_refused_by_its_key(family: str, key: str, va
     [
         (["full_attention", "linear_attention", "full_attention"], "'linear_attention' is not served"),
         (["full_attention"], "num_hidden_layers, 3"),
+        ([None] * 3, "'None' is not served"),
     ],
 )
 def test_layers_of_an_unserved_kind_are_refused(kinds: list[str], problem: str) -> None:
