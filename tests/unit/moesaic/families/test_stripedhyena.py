@@ -62,7 +62,7 @@ def test_an_evo_is_described_by_the_same_words(tmp_path: Path) -> None:
     )
 
 
-def test_the_scaling_of_positions_needs_the_switch(tmp_path: Path) -> None:
+def test_the_scaling_of_positions_needs_the_switch() -> None:
     arithmetic = read_arithmetic(Config(TINY | {"rotary_emb_scaling_factor": 16}))
     assert arithmetic.rotary_scaling == 1.0 and arithmetic.eps_inside_root
 
