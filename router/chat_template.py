@@ -22,10 +22,10 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moesaic.errors import CheckpointError, InvalidArgument
-from router.native_tokenizer import TOKENIZER_CONFIG_FILE
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_JSON_FILE = "chat_template.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 DEFAULT_TEMPLATE = "default"
 
 MAX_TEMPLATE_CHARS = 1 << 20
@@ -194,7 +194,7 @@ def _joined(values: Sequence[Any]) -> str:
     return "".join(texts)
 
 
-def _filtered(expression: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(expression: nodes.Node, name: str) -> nodes.Filter:
     return nodes.Filter(expression, name, [], [], None, None, lineno=expression.lineno)
 
 

@@ -65,6 +65,8 @@ class _Family:
 _PLAIN = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None}
 
 _FAMILIES = {
+    "llama": _Family(norm_eps=1e-6, rope_theta=1e4, fixed=_PLAIN | {"mlp_bias": False}),
+    "ministral": _Family(norm_eps=1e-6, rope_theta=1e4, fixed=_PLAIN),
     "mixtral": _Family(norm_eps=1e-5, rope_theta=1e6, fixed=_PLAIN),
     "mistral": _Family(norm_eps=1e-6, rope_theta=1e4, fixed=_PLAIN),
     "qwen2_moe": _Family(norm_eps=1e-6, rope_theta=1e4, fixed=_PLAIN),
@@ -79,10 +81,10 @@ _HARMLESS = frozenset({
     "layer_types", "max_position_embeddings", "max_window_layers", "mlp_only_layers", "model_type",
     "moe_intermediate_size", "norm_topk_prob", "num_attention_heads", "num_experts", "num_experts_per_tok",
     "num_hidden_layers", "num_key_value_heads", "num_local_experts", "output_attentions", "output_hidden_states",
-    "output_router_logits", "pad_token_id", "qkv_bias", "return_dict", "rms_norm_eps", "rope_parameters",
-    "rope_theta", "router_aux_loss_coef", "router_jitter_noise", "shared_expert_intermediate_size",
-    "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
-    "use_sliding_window", "vocab_size",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "qkv_bias", "return_dict", "rms_norm_eps",
+    "rope_parameters", "rope_theta", "router_aux_loss_coef", "router_jitter_noise",
+    "shared_expert_intermediate_size", "sliding_window", "tie_word_embeddings", "torch_dtype",
+    "transformers_version", "use_cache", "use_sliding_window", "vocab_size",
 })  # fmt: skip
 
 

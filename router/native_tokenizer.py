@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from tokenizers import AddedToken, Tokenizer, processors
 
 from moesaic.errors import CheckpointError
+from router.chat_template import TOKENIZER_CONFIG_FILE
 from router.sentencepiece_file import read_sentencepiece
 from router.tekken_file import read_tekken
 from router.tokenizer import TextTokenizer
@@ -18,7 +19,6 @@ from router.tokenizer import TextTokenizer
 TEKKEN_FILE = "tekken.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 ADDED_TOKENS_FILE = "added_tokens.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 MAX_FILE_BYTES = 64 << 20
 
 # As Mistral names them: tokenizer.model.v3, with m and a number where the model sees images.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from moesaic.checkpoint import Checkpoint
@@ -29,14 +30,23 @@ def modules_config(checkpoint: Checkpoint, model: MoeModel, num_positions: int) 
     family = values.pop("model_type")
     if family not in CONFIG_MAPPING:
         raise Unsupported(f"model: transformers has no modules of {family}", field="model")
-    try:
-        config = CONFIG_MAPPING[family].from_dict(values | _NOTHING_ELSE)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        field = checkpoint.config_file
-        raise CheckpointError(f"{field}: transformers refuses it: {error}", field=field) from error
-    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    with blaming_config(checkpoint):
+        text: PreTrainedConfig = (
+            CONFIG_MAPPING[family].from_dict(values | _NOTHING_ELSE).get_text_config(decoder=True)
+        )
     _check_positions(text, num_positions)
     return text
+
+
+@contextmanager
+def blaming_config(checkpoint: Checkpoint) -> Iterator[None]:
+    """Whatever transformers runs into while it makes something of the config, a wrong value there is the cause."""
+    try:
+        yield
+    except Exception as error:  # few values are checked, and a wrong one may raise anything
+        field = checkpoint.config_file
+        message = f"{field}: transformers refuses it: {type(error).__name__}: {error}"
+        raise CheckpointError(message, field=field) from error
 
 
 def _check_positions(config: PreTrainedConfig, num_positions: int) -> None:

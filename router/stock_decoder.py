@@ -30,7 +30,7 @@ from router.model import MicroBatch
 from router.moe_block import CurrentStep, MoeBlock, RemoteExperts, RemoteMlp
 from router.phases import PhaseClock
 from router.stock_attention import ATTENTION_NAME, AttentionStep, Temperature, register_attention
-from router.stock_config import modules_config
+from router.stock_config import blaming_config, modules_config
 from router.stock_wiring import WIRINGS, Wiring
 
 EXPERTS_NAME = "moesaic_remote"
@@ -90,7 +90,7 @@ def _build(
     register_attention()
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, _remote_experts)
     config = modules_config(checkpoint, model, num_positions)
-    with torch.device("meta"):
+    with blaming_config(checkpoint), torch.device("meta"):
         modules: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=ATTENTION_NAME
         )

@@ -8,6 +8,7 @@ two ways in use, byte-level alphabets and SentencePiece pieces, are known here, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from moesaic.errors import CheckpointError
 
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _ALPHABET: Mapping[int, str] = bytes_to_unicode()
 _BYTE_OF_CHARACTER = {character: byte for byte, character in _ALPHABET.items()}
 
@@ -39,8 +41,8 @@ class Spelling:
         """The bytes of an ordinary token."""
         if self.byte_level:
             return _byte_level_bytes(token)
-        if self.byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes.fromhex(token[3:5])
+        if self.byte_fallback and (byte := _BYTE.fullmatch(token)):
+            return bytes.fromhex(byte[1])
         for mark in self.space_marks:
             token = token.replace(mark, " ")
         return token.encode()

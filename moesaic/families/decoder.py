@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from moesaic.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
-from moesaic.families.model import ExpertLayer, ExpertModule, Layout, Mixer, MoeModel
+from moesaic.families.model import ExpertLayer, ExpertModule, GateRule, Layout, Mixer, MoeModel
 from moesaic.families.quantisation import decoded_dtype
 from moesaic.families.tensor_check import check_num_layers, check_sizes, find_layout
 from moesaic.native_params import MAX_LAYERS
@@ -49,6 +49,18 @@ class Slots:
     count: int
     top_k: int
     key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """The channel mixers of all layers: those that are `sparse` have a gate and experts of one `module`, the others a
+    gated MLP."""
+
+    slots: Slots
+    sparse: frozenset[int]
+    module: ExpertModule
+    layers: Mapping[int, ExpertLayer]
+    witnesses: tuple[Witness, ...]
 
 
 def read_decoder(config: Config, *, tied: bool = False) -> Decoder:
@@ -88,12 +100,12 @@ def read_num_predictors(config: Config) -> int:
     return config.count("num_nextn_predict_layers", "num_mtp_layers", most=MAX_LAYERS)
 
 
-def first_dense(config: Config, num_layers: int, default: int) -> int:
-    """How many layers come before the first that has experts."""
+def layers_behind_dense(config: Config, num_layers: int, default: int) -> frozenset[int]:
+    """The layers that have experts, where the first few are dense."""
     first = config.count("first_k_dense_replace", default=default)
     if first >= num_layers:
         config.fail("first_k_dense_replace", f"leaves none of {num_layers} layers with experts")
-    return first
+    return frozenset(range(first, num_layers))
 
 
 def expert_layout(checkpoint: Checkpoint, layouts: Iterable[Layout], layer: int) -> tuple[Layout, str]:
@@ -107,6 +119,31 @@ def dense_layer(prefix: str, module: ExpertModule, dtype: str) -> ExpertLayer:
     """A layer whose gated MLP is its only expert; `prefix` has {layer} and ends with a dot."""
     parameters = {weight: f"{prefix}{weight}_proj.weight" for weight in module.weights}
     return ExpertLayer(1, module, blocks.dense_layout(prefix), dtype, None, parameters)
+
+
+def read_channels(
+    checkpoint: Checkpoint,
+    config: Config,
+    decoder: Decoder,
+    slots: Slots,
+    rule: GateRule,
+    sparse: frozenset[int],
+) -> Channels:
+    """Under the names that most families use. `sparse`: the layers that have experts."""
+    first = min(sparse)
+    layout, dtype = expert_layout(checkpoint, MLP_LAYOUTS, first)
+    activation = config.choice("hidden_act", ("silu",))
+    module = ExpertModule(decoder.hidden_size, config.size("moe_intermediate_size"), activation)
+    experts = ExpertLayer(slots.count, module, layout, dtype, rule)
+    mlp = ExpertModule(decoder.hidden_size, config.size("intermediate_size"), activation)
+    dense = dense_layer(MLP, mlp, dtype)
+    return Channels(
+        slots,
+        sparse,
+        module,
+        {layer: experts if layer in sparse else dense for layer in range(decoder.num_layers)},
+        tuple(expert_witnesses(first, experts, slots, MLP + "gate.weight", "moe_intermediate_size")),
+    )
 
 
 def expert_witnesses(

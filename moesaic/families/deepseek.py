@@ -16,27 +16,16 @@ from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MLP,
-    MLP_LAYOUTS,
     Slots,
     assemble,
-    dense_layer,
-    expert_layout,
-    expert_witnesses,
-    first_dense,
+    layers_behind_dense,
+    read_channels,
     read_decoder,
     read_num_predictors,
     read_slots,
 )
-from moesaic.families.model import (
-    ExpertLayer,
-    ExpertModule,
-    GateRule,
-    Groups,
-    LatentAttention,
-    MoeModel,
-)
+from moesaic.families.model import GateRule, Groups, LatentAttention, MoeModel
 
-_GATE = MLP + "gate.weight"
 # Keeps a sum of scores that are all zero from dividing.
 _EPSILON = 1e-20
 
@@ -116,14 +105,10 @@ def _describe(
 ) -> MoeModel:
     decoder = read_decoder(config)
     hidden_size = decoder.hidden_size
-    first = first_dense(config, decoder.num_layers, first_dense_default)
-    layout, dtype = expert_layout(checkpoint, MLP_LAYOUTS, first)
-    activation = config.choice("hidden_act", ("silu",))
-    module = ExpertModule(hidden_size, config.size("moe_intermediate_size"), activation)
-    experts = ExpertLayer(slots.count, module, layout, dtype, rule)
-    plain = dense_layer(MLP, ExpertModule(hidden_size, config.size("intermediate_size"), activation), dtype)
+    sparse = layers_behind_dense(config, decoder.num_layers, first_dense_default)
+    channels = read_channels(checkpoint, config, decoder, slots, rule, sparse)
     attention = read_latent_attention(config)
-    shared_size = config.size("n_shared_experts") * module.inner_size
+    shared_size = config.size("n_shared_experts") * channels.module.inner_size
 
     def dense() -> Iterator[blocks.Named]:
         yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
@@ -131,7 +116,7 @@ def _describe(
             prefix = blocks.LAYER.format(layer=layer)
             yield blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
             yield _attention(prefix + "self_attn.", config, attention, hidden_size)
-            if layer >= first:
+            if layer in sparse:
                 yield gate(layer, slots.count, hidden_size, rule)
                 yield shared_experts(prefix + "mlp.", hidden_size, shared_size)
 
@@ -141,9 +126,9 @@ def _describe(
         decoder,
         family=family,
         mixers=(attention,) * decoder.num_layers,
-        experts={layer: experts if layer >= first else plain for layer in range(decoder.num_layers)},
+        experts=channels.layers,
         dense=dense(),
-        witnesses=expert_witnesses(first, experts, slots, _GATE, "moe_intermediate_size"),
+        witnesses=channels.witnesses,
         num_predictors=read_num_predictors(config),
     )
 

@@ -40,6 +40,7 @@ from moesaic.families.model import (
     MoeModel,
     WeightPattern,
 )
+from moesaic.families.quantisation import SCALES
 
 _SPARSE = blocks.LAYER + "block_sparse_moe."
 _LAYOUTS: tuple[Layout, ...] = (
@@ -229,14 +230,14 @@ def _witnesses(mixer: Mixer) -> Iterator[Witness]:
 
 
 def _with_dense(checkpoint: Checkpoint, family: _Family, model: MoeModel) -> MoeModel:
-    """The model with every tensor of the decoder that is no expert's."""
+    """The model with every tensor of the decoder that is no expert's; those in float8 have yet to get their scales."""
     left = checkpoint.tensors.keys() - model.expert_tensors - model.ignored
     if model.tied:
         left -= {"lm_head.weight"}
     dense = {
         _module_name(name, family): DenseTensor(checkpoint.tensors[name].shape, name)
         for name in sorted(left)
-        if name.startswith(("model.", "lm_head.")) and not name.endswith("rotary_emb.inv_freq")
+        if name.startswith(("model.", "lm_head.")) and not name.endswith((SCALES, "rotary_emb.inv_freq"))
     }
     return replace(model, dense=dense)
 

@@ -10,19 +10,15 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.decoder import (
-    MLP,
-    MLP_LAYOUTS,
     assemble,
-    dense_layer,
-    expert_layout,
-    expert_witnesses,
-    first_dense,
+    layers_behind_dense,
+    read_channels,
     read_decoder,
     read_num_predictors,
     read_slots,
 )
 from moesaic.families.deepseek import gate, shared_experts, sigmoid_rule
-from moesaic.families.model import ExpertLayer, ExpertModule, MoeModel
+from moesaic.families.model import MoeModel
 
 
 def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
@@ -30,16 +26,12 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     hidden_size = decoder.hidden_size
     slots = read_slots(config, "n_routed_experts", "num_local_experts")
     rule = sigmoid_rule(config, slots)
-    first = first_dense(config, decoder.num_layers, 1)
-    layout, dtype = expert_layout(checkpoint, MLP_LAYOUTS, first)
-    activation = config.choice("hidden_act", ("silu",))
-    module = ExpertModule(hidden_size, config.size("moe_intermediate_size"), activation)
-    experts = ExpertLayer(slots.count, module, layout, dtype, rule)
-    plain = dense_layer(MLP, ExpertModule(hidden_size, config.size("intermediate_size"), activation), dtype)
+    sparse = layers_behind_dense(config, decoder.num_layers, default=1)
+    channels = read_channels(checkpoint, config, decoder, slots, rule, sparse)
     attention = blocks.read_attention(config, hidden_size)
     bias = config.flag("attention_bias", default=False)
     normed = config.flag("use_qk_norm", default=False)
-    shared_size = config.size("n_shared_experts") * module.inner_size
+    shared_size = config.size("n_shared_experts") * channels.module.inner_size
 
     def dense() -> Iterator[blocks.Named]:
         yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
@@ -48,7 +40,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
             yield blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias)
             if normed:
                 yield blocks.norms(prefix + "self_attn.", attention.head_dim, "q_norm", "k_norm")
-            if layer >= first:
+            if layer in sparse:
                 yield gate(layer, slots.count, hidden_size, rule)
                 yield shared_experts(prefix + "mlp.", hidden_size, shared_size)
 
@@ -58,8 +50,8 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         decoder,
         family="glm4_moe",
         mixers=(attention,) * decoder.num_layers,
-        experts={layer: experts if layer >= first else plain for layer in range(decoder.num_layers)},
+        experts=channels.layers,
         dense=dense(),
-        witnesses=expert_witnesses(first, experts, slots, MLP + "gate.weight", "moe_intermediate_size"),
+        witnesses=channels.witnesses,
         num_predictors=read_num_predictors(config),
     )

@@ -15,6 +15,8 @@ from moesaic.families.tensor_check import FP8_BLOCK, stored_dtype
 
 _KEY = "quantization_config"
 _FLOAT8 = "F8_E4M3"
+# What the factors of a float8 tensor are called, behind its name.
+SCALES = "_scale_inv"
 _ENCODED = frozenset({_FLOAT8, "U8"})
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -31,7 +33,7 @@ def read_encoding(config: Config) -> Encoding:
         return "mxfp4"
     if method != "fp8":
         config.fail(f"{_KEY}.quant_method", f"{str(method)[:64]!r} is not understood; understood: fp8, mxfp4")
-    if values.get("fmt", "e4m3") != "e4m3":
+    if values.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         config.fail(f"{_KEY}.fmt", "must be e4m3")
     if values.get("weight_block_size") != [FP8_BLOCK, FP8_BLOCK]:
         config.fail(f"{_KEY}.weight_block_size", f"must be [{FP8_BLOCK}, {FP8_BLOCK}]")
@@ -57,7 +59,7 @@ def _layer(checkpoint: Checkpoint, layer: int, experts: ExpertLayer) -> ExpertLa
     def pattern(plain: WeightPattern) -> WeightPattern:
         if plain.stacked or not _is_float8(checkpoint, plain.name(layer, 0)):
             return plain
-        return replace(plain, encoding="fp8_block", scales=plain.tensor + "_scale_inv")
+        return replace(plain, encoding="fp8_block", scales=plain.tensor + SCALES)
 
     layout = {weight: pattern(plain) for weight, plain in experts.layout.items()}
     return replace(experts, layout=layout)
@@ -65,7 +67,7 @@ def _layer(checkpoint: Checkpoint, layer: int, experts: ExpertLayer) -> ExpertLa
 
 def _tensor(checkpoint: Checkpoint, tensor: DenseTensor) -> DenseTensor:
     encoded = len(tensor.shape) == 2 and _is_float8(checkpoint, tensor.source)
-    return replace(tensor, scales=tensor.source + "_scale_inv") if encoded else tensor
+    return replace(tensor, scales=tensor.source + SCALES) if encoded else tensor
 
 
 def _is_float8(checkpoint: Checkpoint, name: str) -> bool:

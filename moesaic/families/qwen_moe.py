@@ -9,39 +9,25 @@ the heads of queries and keys instead.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MLP,
-    MLP_LAYOUTS,
+    Channels,
     Decoder,
-    Slots,
-    Witness,
     assemble,
-    dense_layer,
-    expert_layout,
-    expert_witnesses,
+    read_channels,
     read_decoder,
     read_layer_types,
     read_slots,
 )
 from moesaic.families.mistral import DEFAULT_WINDOW, read_window
-from moesaic.families.model import Attention, ExpertLayer, ExpertModule, GateRule, MoeModel
+from moesaic.families.model import Attention, GateRule, MoeModel
 
 _GATE = MLP + "gate.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class _Channels:
-    """The channel mixers of all layers; `sparse` are those with a gate."""
-
-    slots: Slots
-    sparse: frozenset[int]
-    experts: dict[int, ExpertLayer]
-    witnesses: tuple[Witness, ...]
 
 
 def describe_qwen2(checkpoint: Checkpoint, config: Config) -> MoeModel:
@@ -64,7 +50,7 @@ def describe_qwen2(checkpoint: Checkpoint, config: Config) -> MoeModel:
         decoder,
         family="qwen2_moe",
         mixers=tuple(replace(attention, window=window) for window in _qwen2_windows(config, decoder)),
-        experts=channels.experts,
+        experts=channels.layers,
         dense=dense(),
         witnesses=channels.witnesses,
     )
@@ -90,29 +76,16 @@ def describe_qwen3(checkpoint: Checkpoint, config: Config) -> MoeModel:
         decoder,
         family="qwen3_moe",
         mixers=(attention,) * decoder.num_layers,
-        experts=channels.experts,
+        experts=channels.layers,
         dense=dense(),
         witnesses=channels.witnesses,
     )
 
 
-def _read_channels(checkpoint: Checkpoint, config: Config, decoder: Decoder) -> _Channels:
+def _read_channels(checkpoint: Checkpoint, config: Config, decoder: Decoder) -> Channels:
     slots = read_slots(config, "num_experts", "num_local_experts")
-    sparse = _sparse_layers(config, decoder.num_layers)
-    first = min(sparse)
-    layout, dtype = expert_layout(checkpoint, MLP_LAYOUTS, first)
-    activation = config.choice("hidden_act", ("silu",))
     rule = GateRule(slots.top_k, renormalise=config.flag("norm_topk_prob", default=False))
-    module = ExpertModule(decoder.hidden_size, config.size("moe_intermediate_size"), activation)
-    experts = ExpertLayer(slots.count, module, layout, dtype, rule)
-    plain = ExpertModule(decoder.hidden_size, config.size("intermediate_size"), activation)
-    dense = dense_layer(MLP, plain, dtype)
-    return _Channels(
-        slots,
-        sparse,
-        {layer: experts if layer in sparse else dense for layer in range(decoder.num_layers)},
-        tuple(expert_witnesses(first, experts, slots, _GATE, "moe_intermediate_size")),
-    )
+    return read_channels(checkpoint, config, decoder, slots, rule, _sparse_layers(config, decoder.num_layers))
 
 
 def _sparse_layers(config: Config, num_layers: int) -> frozenset[int]:
@@ -141,7 +114,7 @@ def _layer(
     layer: int,
     decoder: Decoder,
     attention: Attention,
-    channels: _Channels,
+    channels: Channels,
     *,
     bias: bool,
     output_bias: bool = False,

@@ -269,7 +269,7 @@ FAMILIES: dict[str, Callable[[Draw], Config]] = {
     )
 }
 # Those that our own decoder knows, in some of their configs at least.
-LEAN = ("mixtral", "mistral", "qwen2_moe", "qwen3_moe", "olmoe")
+LEAN = ("llama", "ministral", "mixtral", "mistral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

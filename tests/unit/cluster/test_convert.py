@@ -284,9 +284,7 @@ def test_a_cut_pickle_is_refused(torrent: Path, out: Path, keep: int) -> None:
     assert refusal(torrent, out).field == "consolidated.00.pth"
 
 
-@pytest.mark.parametrize(
-    ("where", "byte"), [(b"PK\x01\x02", 6), (b"/data.pkl", 0)], ids=["version", "name"]
-)
+@pytest.mark.parametrize(("where", "byte"), [(b"PK\x01\x02", 6), (b"/data.pkl", 0)], ids=["version", "name"])
 def test_a_pickle_whose_directory_is_damaged_is_refused(
     torrent: Path, out: Path, where: bytes, byte: int
 ) -> None:

@@ -272,7 +272,10 @@ def test_float8_factors_in_bfloat16_are_the_same_numbers(tmp_path: Path) -> None
     widened = tensors | {name: tensor.float() for name, tensor in factors.items()}
     wide = load(write(tmp_path / "wide", widened), describe(GATED, patterns))
     for slot, held in narrow.items():
-        for one, other in ((held.expert.up, wide[slot].expert.up), (held.expert.down, wide[slot].expert.down)):
+        for one, other in (
+            (held.expert.up, wide[slot].expert.up),
+            (held.expert.down, wide[slot].expert.down),
+        ):
             assert torch.equal(matrix(one)[0], matrix(other)[0])
 
 

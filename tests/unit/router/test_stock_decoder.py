@@ -57,9 +57,20 @@ def test_an_attention_that_wants_what_is_not_known_is_refused_by_name(
         paged_attention(module, rows, rows, rows, None, scaling=1.0, step=step, **arguments)
 
 
-def test_a_config_that_transformers_refuses_is_a_bad_checkpoint(tmp_path: Path) -> None:
-    folder = change_config(write_mixtral(tmp_path), initializer_range="wide")
-    with pytest.raises(CheckpointError, match="initializer_range") as refused:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("initializer_range", "wide", "initializer_range"),
+        ("dtype", "x", "has no attribute"),
+        ("pad_token_id", 10**6, "AssertionError"),
+        ("rope_parameters", {"rope_type": "none", "rope_theta": 1e4}, "KeyError"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_a_bad_checkpoint(
+    tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    folder = change_config(write_mixtral(tmp_path), **{key: value})
+    with pytest.raises(CheckpointError, match=message) as refused:
         load(folder)
     assert refused.value.field == "config.json"
 

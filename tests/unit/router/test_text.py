@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 from moesaic.errors import CheckpointError, InvalidArgument, Unsupported
 from router.detokenizer import StopMatcher
 from router.text import Text, load_text
+from router.vocabulary import Spelling
 
 REPLACEMENT = "�"
 
@@ -122,6 +123,11 @@ def test_a_token_is_spelled_as_text_and_as_bytes(text: Text, pieces: Text) -> No
     assert pieces.spell(space_h) == (" h", b" h")
     assert pieces.token(space_h) == "▁h"
     assert pieces.spell(3 + 0xE2) == (REPLACEMENT, b"\xe2")
+
+
+def test_what_only_looks_like_a_byte_is_text() -> None:
+    tokens = ("<0x0a>", "<0xZZ>", "<0x 1>")
+    assert [Spelling(byte_fallback=True).to_bytes(token) for token in tokens] == [b"\n", b"<0xZZ>", b"<0x 1>"]
 
 
 def test_ids_behind_the_vocabulary_spell_nothing(text: Text) -> None:

@@ -20,7 +20,7 @@ def in_float8(checkpoint: Checkpoint, scales: str = "F32") -> Checkpoint:
     """The same model with its projections in float8, as DeepSeek-V3 is published, and Qwen3 with other scales."""
     tensors = {}
     for name, entry in checkpoint.tensors.items():
-        if name.endswith(("_proj.weight", "_mqa.weight")):
+        if name.endswith(("_proj.weight", "_mqa.weight", ".w1.weight", ".w2.weight", ".w3.weight")):
             blocks = tuple(math.ceil(size / 128) for size in entry.shape)
             tensors[name] = an_entry(name, "F8_E4M3", *entry.shape)
             tensors[name + "_scale_inv"] = an_entry(name + "_scale_inv", scales, *blocks)
@@ -36,7 +36,7 @@ def refusal(checkpoint: Checkpoint) -> CheckpointError:
 
 
 @pytest.mark.parametrize("scales", ["F32", "BF16"])
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "glm4_moe", "minimax_m2", "solar_open"])
 def test_float8_is_read_through_its_scales_in_experts_and_elsewhere(family: str, scales: str) -> None:
     index = tiny_index(family)
     plain, encoded = describe_model(index), describe_model(in_float8(index, scales))
@@ -75,6 +75,18 @@ def test_what_a_release_left_unconverted_is_read_as_it_lies_in_the_files(key: st
     assert encodings == [{"fp8_block"}, {"plain"}]
     assert model.dense["model.layers.1.mlp.shared_experts.up_proj.weight"].scales is None
     assert model.dense["model.layers.2.mlp.shared_experts.up_proj.weight"].scales is not None
+
+
+def test_the_format_of_float8_has_two_spellings() -> None:
+    index = in_float8(tiny_index("minimax_m2"))
+    settings = {**FLOAT8, "fmt": "float8_e4m3fn"}
+    assert describe_model(with_config(index, quantization_config=settings)) == describe_model(index)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minimax_m2"])
+def test_scales_of_a_tensor_that_has_none_are_refused_by_name(family: str) -> None:
+    scales = an_entry("model.norm.weight_scale_inv", "F32", 1)
+    assert refusal(with_entries(in_float8(tiny_index(family)), scales)).field == scales.name
 
 
 def test_missing_scales_are_refused_by_name() -> None:
