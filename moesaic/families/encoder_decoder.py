@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.families.blocks import Named, tensor
+from moesaic.families.blocks import Named, mapping, tensor
 from moesaic.families.config import Config
 from moesaic.families.model import (
     Capacity,
@@ -133,52 +133,17 @@ def assemble(
     capacity: Capacity,
 ) -> MoeModel:
     """The model of these parts, after a look at the sizes that its config names."""
-    encoder, decoder = sizes.encoder, sizes.decoder
-    check_sizes(
-        checkpoint,
-        config,
-        (
-            ("vocab_size", sizes.vocab_size, names.shared, 0),
-            ("d_model", sizes.hidden_size, names.shared, 1),
-            *_gate_witnesses(sizes, names),
-        ),
+    sides = (
+        _Side(sizes.encoder, names.encoder, 0, sizes.encoder_key),
+        _Side(sizes.decoder, names.decoder, sizes.encoder.num_layers, sizes.decoder_key),
     )
-    for key, stack, its_names in (
-        (sizes.encoder_key, encoder, names.encoder),
-        (sizes.decoder_key, decoder, names.decoder),
-    ):
-        prefix = its_names.block.replace("{block}", "{layer}")
-        check_num_layers(checkpoint, config, key, stack.num_layers, prefix)
-    biased = arithmetic.centred
-    experts: dict[int, ExpertLayer] = {}
-    tensors = dict(_ends(checkpoint, sizes, names))
-    for stack, its_names, first in (
-        (encoder, names.encoder, 0),
-        (decoder, names.decoder, encoder.num_layers),
-    ):
-        module = ExpertModule(
-            sizes.hidden_size, stack.inner_size, arithmetic.activation, gated=False, biased=biased
-        )
-        tensors |= _norm(its_names.norm, sizes.hidden_size, biased=biased)
-        if arithmetic.relative is not None:
-            name = its_names.block.format(block=0) + its_names.attention + names.relative_bias
-            tensors |= (tensor(name, arithmetic.relative.num_buckets, stack.num_heads),)
-        for block, sparse in enumerate(stack.sparse):
-            prefix = its_names.block.format(block=block)
-            tensors |= _block(prefix, its_names, names, stack, sizes, biased=biased)
-            mlp = prefix + its_names.mlp
-            if sparse:
-                tensors |= _linear(mlp + names.gate, sizes.num_slots, sizes.hidden_size, biased=gate.biased)
-            layout = _mlp(mlp + ("experts.expert_{slot}." if sparse else ""), names, biased=biased)
-            experts[first + block] = ExpertLayer(
-                num_slots=sizes.num_slots if sparse else 1,
-                module=module,
-                layout=layout,
-                dtype=stored_dtype(checkpoint, layout["up"].name(first + block, 0)),
-                gate=gate if sparse else None,
-                parameters={} if sparse else {weight: pattern.tensor for weight, pattern in layout.items()},
-                capacity=capacity if sparse else None,
-            )
+    _check_sizes(checkpoint, config, sides, sizes, names)
+    experts = {
+        layer: held
+        for side in sides
+        for layer, held in _expert_layers(checkpoint, side, sizes, names, arithmetic, gate, capacity)
+    }
+    encoder, decoder = sizes.encoder, sizes.decoder
     return MoeModel(
         family=family,
         num_layers=encoder.num_layers + decoder.num_layers,
@@ -192,11 +157,91 @@ def assemble(
             *(CrossAttention(decoder.num_heads, decoder.head_dim),) * decoder.num_layers,
         ),
         experts=experts,
-        dense=tensors,
+        dense=mapping(
+            _ends(checkpoint, sizes, names),
+            *(_side_tensors(side, sizes, names, arithmetic, gate) for side in sides),
+        ),
         tied=sizes.tied,
         num_encoder_layers=encoder.num_layers,
         ignored=_copies(checkpoint, sizes, names) | frozenset(names.computed),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """The sizes and names of one side. Its layers are numbered from `first` on; `key` of the config says how many."""
+
+    stack: Stack
+    names: StackNames
+    first: int
+    key: str
+
+    def mlp(self, block: int) -> str:
+        return self.names.block.format(block=block) + self.names.mlp
+
+
+def _check_sizes(
+    checkpoint: Checkpoint, config: Config, sides: tuple[_Side, ...], sizes: Sizes, names: Names
+) -> None:
+    gates = (
+        ("num_experts", sizes.num_slots, f"{side.mlp(block)}{names.gate}.weight", 0)
+        for side in sides
+        for block, sparse in enumerate(side.stack.sparse)
+        if sparse
+    )
+    ends = (
+        ("vocab_size", sizes.vocab_size, names.shared, 0),
+        ("d_model", sizes.hidden_size, names.shared, 1),
+    )
+    check_sizes(checkpoint, config, (*ends, *gates))
+    for side in sides:
+        prefix = side.names.block.replace("{block}", "{layer}")
+        check_num_layers(checkpoint, config, side.key, side.stack.num_layers, prefix)
+
+
+def _expert_layers(
+    checkpoint: Checkpoint,
+    side: _Side,
+    sizes: Sizes,
+    names: Names,
+    arithmetic: Arithmetic,
+    gate: GateRule,
+    capacity: Capacity,
+) -> Iterator[tuple[int, ExpertLayer]]:
+    biased = arithmetic.centred
+    module = ExpertModule(
+        sizes.hidden_size, side.stack.inner_size, arithmetic.activation, gated=False, biased=biased
+    )
+    for block, sparse in enumerate(side.stack.sparse):
+        layer = side.first + block
+        layout = _mlp(side.mlp(block) + ("experts.expert_{slot}." if sparse else ""), names, biased=biased)
+        yield (
+            layer,
+            ExpertLayer(
+                num_slots=sizes.num_slots if sparse else 1,
+                module=module,
+                layout=layout,
+                dtype=stored_dtype(checkpoint, layout["up"].name(layer, 0)),
+                gate=gate if sparse else None,
+                parameters={} if sparse else {weight: pattern.tensor for weight, pattern in layout.items()},
+                capacity=capacity if sparse else None,
+            ),
+        )
+
+
+def _side_tensors(side: _Side, sizes: Sizes, names: Names, arithmetic: Arithmetic, gate: GateRule) -> Named:
+    """What the router holds of one side."""
+    biased, stack = arithmetic.centred, side.stack
+    yield from _norm(side.names.norm, sizes.hidden_size, biased=biased)
+    if arithmetic.relative is not None:
+        first = side.names.block.format(block=0) + side.names.attention
+        yield tensor(first + names.relative_bias, arithmetic.relative.num_buckets, stack.num_heads)
+    for block, sparse in enumerate(stack.sparse):
+        prefix = side.names.block.format(block=block)
+        yield from _block(prefix, side.names, names, stack, sizes, biased=biased)
+        if sparse:
+            name = side.mlp(block) + names.gate
+            yield from _linear(name, sizes.num_slots, sizes.hidden_size, biased=gate.biased)
 
 
 def read_start_token(config: Config, vocab_size: int, default: int) -> int:
@@ -204,14 +249,6 @@ def read_start_token(config: Config, vocab_size: int, default: int) -> int:
     if token >= vocab_size:
         config.fail("decoder_start_token_id", f"must be below vocab_size, {vocab_size}")
     return token
-
-
-def _gate_witnesses(sizes: Sizes, names: Names) -> Iterator[tuple[str, int, str, int]]:
-    for stack, its_names in ((sizes.encoder, names.encoder), (sizes.decoder, names.decoder)):
-        for block, sparse in enumerate(stack.sparse):
-            if sparse:
-                gate = its_names.block.format(block=block) + its_names.mlp + names.gate
-                yield "num_experts", sizes.num_slots, f"{gate}.weight", 0
 
 
 def _ends(checkpoint: Checkpoint, sizes: Sizes, names: Names) -> Named:
