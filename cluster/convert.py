@@ -18,7 +18,7 @@ from cluster.conversion_folder import ConversionFolder, find_companions
 from cluster.conversion_plan import plan_shards, plan_tensors
 from cluster.convert_progress import ConvertProgress, Progressed
 from cluster.pickled_model import PickledModel, open_pickles
-from cluster.tables import count, size
+from cluster.tables import count, files, size
 from moesaic.checkpoint import open_checkpoint
 from moesaic.errors import DataLoss, InvalidArgument
 from moesaic.families import MoeModel, describe_model
@@ -107,5 +107,5 @@ def _summary(done: Conversion) -> str:
     kept = f", {done.kept_shards} of them from an earlier run" if done.kept_shards else ""
     return (
         f"{done.family}: {count(done.parameters)} parameters in {done.dtype}, {count(done.active_parameters)} active;\n"
-        f"{count(done.tensors)} tensors, {size(done.bytes)}, in {done.shards} files{kept}: {done.folder}"
+        f"{count(done.tensors)} tensors, {size(done.bytes)}, in {files(done.shards)}{kept}: {done.folder}"
     )

@@ -17,7 +17,7 @@ from rich.text import Text
 from cluster.inspection import Inspection, Stored, inspect_folder
 from cluster.model_facts import HELD, LayerKind, ModelFacts
 from cluster.model_source import DEMO_MODEL
-from cluster.tables import amount, count, new_table, size
+from cluster.tables import amount, count, files, new_table, size
 from moesaic.families import DenseLayers
 
 # Exit code: as that of `moesaic serve`.
@@ -75,11 +75,10 @@ def _lines(inspection: Inspection) -> Iterator[tuple[str, Text]]:
 
 def _files(stored: Stored, model: ModelFacts | None) -> str:
     dtypes = ", ".join(f"{_DTYPE_WORDS.get(name, name)} {size(held)}" for name, held in stored.bytes.items())
-    files = "1 file" if stored.files == 1 else f"{stored.files} files"
     if model is None or not model.experts:
-        return f"{files}: {dtypes}"
+        return f"{files(stored.files)}: {dtypes}"
     parts = f"experts {size(model.expert_file_bytes)}, router {size(model.router_file_bytes)}"
-    return f"{files}: {dtypes}; {parts}"
+    return f"{files(stored.files)}: {dtypes}; {parts}"
 
 
 def _model_lines(model: ModelFacts) -> Iterator[tuple[str, Text]]:

@@ -37,6 +37,11 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def files(number: int) -> str:
+    """1 -> 1 file, 2 -> 2 files."""
+    return "1 file" if number == 1 else f"{count(number)} files"
+
+
 def amount(number: int) -> str:
     """46702792704 -> 46.7 B: three digits, in thousands, millions or billions."""
     value, unit = float(number), ""
