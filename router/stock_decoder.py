@@ -123,14 +123,18 @@ def _empty_experts(layer: nn.Module, remote: RemoteExperts) -> None:
 
 
 def _watch_gates(modules: PreTrainedModel, model: MoeModel, gates: GateHealth) -> None:
-    """A gate is known by its rows, whoever it belongs to."""
+    """A gate is known by its rows, whoever it belongs to; a projection of attention may have as many."""
     layers = _decoder_layers(modules)
     for index in gates.gates:
         experts = model.experts[index]
         rows = (experts.num_slots, experts.module.hidden_size)
-        for module in layers[index].modules():
+        for name, module in layers[index].named_modules():
             weight = getattr(module, "weight", None)
-            if isinstance(weight, torch.Tensor) and weight.shape == rows:
+            if (
+                isinstance(weight, torch.Tensor)
+                and weight.shape == rows
+                and not name.startswith("self_attn.")
+            ):
                 gates.watch(index, module)
                 break
 
