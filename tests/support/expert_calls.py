@@ -59,7 +59,7 @@ class ReferenceExperts:
         self._checkpoint = open_checkpoint(folder)
         self.model = describe_model(self._checkpoint, dense_layers)
 
-    @cache  # noqa: B019
+    @cache  # noqa: B019 (an instance lives as long as its test)
     def weight(self, layer: int, slot: int, name: str) -> Tensor:
         """One weight, in float32."""
         experts = self.model.experts[layer]

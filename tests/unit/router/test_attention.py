@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.packed_batches import packed_batches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.families.model import Attention, Hyena, Mixer
@@ -16,7 +16,6 @@ from router.batch import PackedBatch, pack
 from router.chunk import Chunk, Sequence
 from router.kv_cache import BlockPool, KVCache
 from router.layout import Layout
-from router.scheduler import Limits, Scheduler
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 SCALING = 1 / math.sqrt(HEAD_DIM)
@@ -78,21 +77,6 @@ def write_and_attend(
     return attend(layer, query, batch, cache, scaling, sinks).view(query.shape)
 
 
-def serve(lengths: dict[str, int], layout: Layout, pool: BlockPool, budget: int) -> Iterator[PackedBatch]:
-    """Prompts of these lengths in chunks beside one another, with four decoded tokens each."""
-    scheduler = Scheduler(Limits(budget, 8), pool)
-    for name, length in lengths.items():
-        scheduler.add(Sequence(name, [0] * length, length))
-    while chunks := scheduler.schedule():
-        yield pack(chunks, layout)
-        for chunk in chunks:
-            scheduler.advance(chunk)
-            if chunk.reaches_end and len(chunk.sequence.output) < 4:
-                chunk.sequence.append(0)
-            elif chunk.reaches_end:
-                scheduler.remove(chunk.sequence)
-
-
 def run(
     mixers: list[Mixer],
     lengths: dict[str, int],
@@ -117,7 +101,7 @@ def run(
     parts: dict[int, dict[str, list[torch.Tensor]]] = {
         layer: {name: [] for name in lengths} for layer in attending
     }
-    for batch in serve(lengths, layout, BlockPool(num_blocks, 4), budget):
+    for batch in packed_batches(lengths, layout, BlockPool(num_blocks, 4), budget):
         for layer, outputs in parts.items():
             attended = write_and_attend(layer, batch, inputs[layer], cache, sinks)
             for chunk, first in zip(batch.chunks, batch.first_rows, strict=True):

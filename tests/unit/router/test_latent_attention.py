@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.packed_batches import packed_batches
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.axk1 import modeling_axk1
@@ -27,13 +27,10 @@ from transformers.models.youtu.configuration_youtu import YoutuConfig
 from moesaic.errors import Unsupported
 from moesaic.families.model import LatentAttention, Mixer
 from router import latent_attention
-from router.batch import PackedBatch, pack
-from router.chunk import Sequence
 from router.kv_cache import BlockPool, KVCache
 from router.latent_attention import LatentAttentionModule
 from router.layout import Layout
 from router.phases import PhaseClock
-from router.scheduler import Limits, Scheduler
 from router.stock_attention import AttentionStep
 
 HIDDEN, BLOCK_TOKENS = 32, 4
@@ -116,21 +113,6 @@ def whole_sequence(module: nn.Module, rotary: nn.Module, hidden: torch.Tensor) -
     return output
 
 
-def batches(layout: Layout, pool: BlockPool, budget: int) -> Iterator[PackedBatch]:
-    """Prompts of these lengths in chunks beside one another, with four decoded tokens each."""
-    scheduler = Scheduler(Limits(budget, 8), pool)
-    for name, length in LENGTHS.items():
-        scheduler.add(Sequence(name, [0] * length, length))
-    while chunks := scheduler.schedule():
-        yield pack(chunks, layout)
-        for chunk in chunks:
-            scheduler.advance(chunk)
-            if chunk.reaches_end and len(chunk.sequence.output) < 4:
-                chunk.sequence.append(0)
-            elif chunk.reaches_end:
-                scheduler.remove(chunk.sequence)
-
-
 def paged(
     module: nn.Module, rotary: nn.Module, mixer: LatentAttention, hidden: dict[str, torch.Tensor], budget: int
 ) -> dict[str, torch.Tensor]:
@@ -142,7 +124,7 @@ def paged(
     ours = LatentAttentionModule(module, 0, mixer)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in hidden}
     mixers: tuple[Mixer, ...] = (mixer,)
-    for batch in batches(layout, BlockPool(64, BLOCK_TOKENS), budget):
+    for batch in packed_batches(LENGTHS, layout, BlockPool(64, BLOCK_TOKENS), budget):
         rows = torch.cat([hidden[c.sequence.sequence_id][c.start : c.end] for c in batch.chunks])
         step = AttentionStep(batch, cache, mixers, PhaseClock())
         output, _ = ours(

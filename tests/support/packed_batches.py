@@ -1,0 +1,28 @@
+"""Batches as the scheduler makes them of prompts whose tokens do not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from router.batch import PackedBatch, pack
+from router.chunk import Sequence
+from router.kv_cache import BlockPool
+from router.layout import Layout
+from router.scheduler import Limits, Scheduler
+
+
+def packed_batches(
+    lengths: Mapping[str, int], layout: Layout, pool: BlockPool, budget: int
+) -> Iterator[PackedBatch]:
+    """Prompts of these lengths in chunks beside one another, with four decoded tokens each."""
+    scheduler = Scheduler(Limits(budget, 8), pool)
+    for name, length in lengths.items():
+        scheduler.add(Sequence(name, [0] * length, length))
+    while chunks := scheduler.schedule():
+        yield pack(chunks, layout)
+        for chunk in chunks:
+            scheduler.advance(chunk)
+            if chunk.reaches_end and len(chunk.sequence.output) < 4:
+                chunk.sequence.append(0)
+            elif chunk.reaches_end:
+                scheduler.remove(chunk.sequence)
