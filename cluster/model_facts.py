@@ -83,7 +83,6 @@ class ModelFacts:
 
 def gather_facts(checkpoint: Checkpoint, model: MoeModel) -> ModelFacts:
     """The facts of a model with its dense layers where they are wanted."""
-    dense = sum(math.prod(tensor.shape) for tensor in model.dense.values())
     router_tensors = {
         name for tensor in model.dense.values() for name in (tensor.source, tensor.scales) if name is not None
     }
@@ -97,7 +96,7 @@ def gather_facts(checkpoint: Checkpoint, model: MoeModel) -> ModelFacts:
         expert_file_bytes=_file_bytes(checkpoint, model.expert_tensors),
         router_file_bytes=_file_bytes(checkpoint, router_tensors),
         layers=_layer_kinds(model),
-        router_bytes={held: dense * _ITEM_BYTES[held] for held in ("fp32", "bf16")},
+        router_bytes={held: model.num_dense_parameters * _ITEM_BYTES[held] for held in ("fp32", "bf16")},
         worker_memory=tuple(_worker_memory(model)),
     )
 

@@ -331,15 +331,22 @@ class MoeModel:
         return {layer: experts.num_slots for layer, experts in sorted(self.experts.items())}
 
     @property
+    def num_dense_parameters(self) -> int:
+        """Those that the router holds."""
+        return sum(math.prod(tensor.shape) for tensor in self.dense.values())
+
+    @property
     def num_parameters(self) -> int:
-        dense = sum(math.prod(tensor.shape) for tensor in self.dense.values())
-        return dense + sum(layer.num_slots * layer.module.num_parameters for layer in self.experts.values())
+        return self.num_dense_parameters + sum(
+            layer.num_slots * layer.module.num_parameters for layer in self.experts.values()
+        )
 
     @property
     def num_active_parameters(self) -> int:
         """Of these, the ones that a token meets."""
-        dense = sum(math.prod(tensor.shape) for tensor in self.dense.values())
-        return dense + sum(layer.top_k * layer.module.num_parameters for layer in self.experts.values())
+        return self.num_dense_parameters + sum(
+            layer.top_k * layer.module.num_parameters for layer in self.experts.values()
+        )
 
     def expert_bytes(self, layer: int) -> int:
         """Bytes of one expert of this layer in the dtype of its weights."""
