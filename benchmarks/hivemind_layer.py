@@ -1,8 +1,9 @@
 """One MoE layer against hivemind's RemoteMixtureOfExperts: 8 SwiGLU experts 1024/3584, top-2, f32, over loopback.
 
 Both sides: one worker process with all threads, and two that share them out; a client that gates, sends, waits and
-combines, with rows of their own in every call. Ours is the router's dispatcher over real gRPC; judged is our one worker
-against the faster of theirs. Reported beside it: the same worker over the same-host lane.
+combines, with rows of their own in every call. Ours is the router's dispatcher over real gRPC (the direct stream, as
+routers use it between hosts); judged is our one worker against the faster of theirs. Reported beside it: the same worker
+over gRPC by the threads of grpcio alone, and over the same-host lane.
 
 Needs an environment with hivemind (`--python`). Its processes live in a network namespace of their own, which takes the
 rights to make one. Run: python benchmarks/hivemind_layer.py --python ENVIRONMENT/bin/python
@@ -35,10 +36,11 @@ from moesaic.families.model import GateRule
 from router.cluster_view import NamedWorkers, Snapshot
 from router.dispatcher import Dispatcher, DispatchRules
 from router.gate import assign
-from router.lane_link import open_lane
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 from router.server import SWITCH_INTERVAL_S
+from router.transport import DIRECT, GRPC, LANE, Way
+from router.ways import open_ways
 from router.worker_link import WorkerLink
 
 SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
@@ -50,7 +52,8 @@ CALLS, WARM_UP_CALLS = 12, 3
 # The links measure so many calls over either way before they choose one.
 TRIAL_CALLS = 200
 WORKERS = (1, 2)
-LANE = "ours, 1 worker, lane"
+# Of our one worker, beside the judged one.
+OTHER_WAYS: dict[str, Way] = {"ours, 1 worker, grpcio": GRPC, "ours, 1 worker, lane": LANE}
 
 
 class HivemindLayer:
@@ -89,14 +92,16 @@ class HivemindLayer:
 class OurLayer:
     """Layer 0 of a served model, from this process."""
 
-    def __init__(self, served: Served, model: Path, *, lane: bool = False) -> None:
+    def __init__(self, served: Served, model: Path, way: Way) -> None:
+        self._way = way
         self._shape = options.read_shape(model)
         experts = describe_model(open_checkpoint(model)).addresses
         view = NamedWorkers(served.workers, model=model.name, experts=experts)
         snapshot = asyncio.run(_first(view))
         assert snapshot.epoch is not None
         self._epoch = snapshot.epoch
-        self._pool = ReplicaPool(connect=partial(WorkerLink, open_lane=open_lane if lane else None))
+        opening = partial(open_ways, use_lane=way == LANE, use_direct=way == DIRECT)
+        self._pool = ReplicaPool(connect=partial(WorkerLink, open_ways=None if way == GRPC else opening))
         self._pool.update(snapshot.table)
         self._dispatcher = Dispatcher(self._pool, PhaseClock(), DispatchRules(call_timeout_s=30.0))
         self._gate = torch.randn(self._shape.experts, self._shape.hidden) / self._shape.hidden**0.5
@@ -116,13 +121,13 @@ class OurLayer:
             assert not step.failed
         return statistics.median(times[WARM_UP_CALLS:])
 
-    def take_lane(self) -> None:
-        """Calls until the lane has been tried and chosen. Raises SystemExit where it is not."""
+    def take_way(self) -> None:
+        """Calls until its way has been tried and chosen. Raises SystemExit where it is not."""
         for _ in range(TRIAL_CALLS // (CALLS + WARM_UP_CALLS)):
             self.measure(1)
-            if all(link.traffic.transport == "lane" for link in self._pool.links):
+            if all(link.traffic.transport == self._way for link in self._pool.links):
                 return
-        raise SystemExit("the lane was not chosen")
+        raise SystemExit(f"this way was not chosen: {self._way}")
 
     def close(self) -> None:
         self._pool.close()
@@ -148,12 +153,10 @@ def main(
         pids: dict[str, tuple[int, ...]] = {}
         for workers in WORKERS:
             served = stack.enter_context(serve(Setup(folder, workers=workers)))
-            pids[_ours(workers)] = served.pids
-            ours[_ours(workers)] = stack.enter_context(contextlib.closing(OurLayer(served, folder)))
-            if workers == 1:
-                pids[LANE] = served.pids
-                ours[LANE] = stack.enter_context(contextlib.closing(OurLayer(served, folder, lane=True)))
-                ours[LANE].take_lane()
+            for name, way in {_ours(workers): DIRECT, **(OTHER_WAYS if workers == 1 else {})}.items():
+                pids[name] = served.pids
+                ours[name] = stack.enter_context(contextlib.closing(OurLayer(served, folder, way)))
+                ours[name].take_way()
             theirs[workers] = stack.enter_context(contextlib.closing(HivemindLayer(python, workers)))
         for tokens in (1, 16):
             turns = take_turns(
@@ -165,7 +168,7 @@ def main(
                 f"hivemind, {tokens} tokens",
             )
             fastest = min(map(_theirs, WORKERS), key=lambda side: turns.median(side, float))
-            for key, name in ((f"hivemind-{tokens}", _ours(1)), ("", LANE)):
+            for key, name in ((f"hivemind-{tokens}", _ours(1)), *(("", name) for name in OTHER_WAYS)):
                 faster = turns.ratio(fastest, name, float)
                 figures.append(
                     Figure(

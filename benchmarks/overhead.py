@@ -2,7 +2,8 @@
 
 Overhead per layer = (the router's wait for a layer - the time the slowest worker computed) / layers, out of the router's own
 account while streams decode: it holds the transport, the worker's decoding, queueing and encoding, and the switches
-between processes. Time the router spends encoding and decoding is not waiting; it is shown beside it.
+between processes. Time the router spends encoding and decoding is not waiting; it is shown beside it. Over gRPC (the
+direct stream, as routers use it between hosts), over gRPC by the threads of grpcio alone, and over the lane.
 
 The router's own time is a step's time in which it does not wait. Its floor: the bytes of router weights that a step of
 one token reads (fp32), over the memory bandwidth measured with the same threads in the same round.
@@ -13,9 +14,9 @@ Run: python benchmarks/overhead.py [--batches 1,4,16] [--rounds 5]
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import psutil
@@ -29,7 +30,12 @@ from harness.weights import router_parameters
 from harness.workload import Decoded, Phases, Prompt, decode, random_prompts
 
 STEPS = {1: 48, 4: 24, 16: 16}
-TRANSPORTS = {"gRPC": "off", "lane": "auto"}
+TRANSPORTS = {
+    "gRPC, grpcio": {"engine.direct": "off", "engine.lane": "off"},
+    "gRPC": {"engine.direct": "auto", "engine.lane": "off"},
+    "lane": {"engine.direct": "off", "engine.lane": "auto"},
+}
+JUDGED = {"gRPC": "overhead-grpc", "lane": "overhead-lane"}
 OWN_SHARE = ("encode", "decode", "combine")
 
 
@@ -57,8 +63,11 @@ def main(
     shape = options.read_shape(folder)
     floor_bytes = 4 * router_parameters(shape)
     threads = len(psutil.Process().cpu_affinity())
-    with serve(_setup(folder, "off")) as grpc_site, serve(_setup(folder, "auto")) as lane_site:
-        sites = dict(zip(TRANSPORTS, (grpc_site, lane_site), strict=True))
+    with ExitStack() as stack:
+        sites = {
+            name: stack.enter_context(serve(Setup(folder, settings=settings)))
+            for name, settings in TRANSPORTS.items()
+        }
         by_batch: dict[int, Turns[Spell]] = {}
         for batch in map(int, batches.split(",")):
             prompts = random_prompts(batch, 32, shape.vocabulary, seed=batch)
@@ -89,10 +98,6 @@ def main(
     )
 
 
-def _setup(folder: Path, lane: str) -> Setup:
-    return Setup(folder, settings={"engine.lane": lane})
-
-
 def _spell(router: str, prompts: Sequence[Prompt], steps: int, threads: int) -> Spell:
     decoded = decode(router, prompts, steps)
     return Spell(decoded, measure_bandwidth(threads) if len(prompts) == 1 else 0.0)
@@ -100,8 +105,9 @@ def _spell(router: str, prompts: Sequence[Prompt], steps: int, threads: int) -> 
 
 def _overhead(turns: Turns[Spell], transport: str, batch: int, layers: int) -> Figure:
     values = turns.values(transport, lambda spell: 1000 * spell.phases.overhead_s / layers)
+    key = JUDGED.get(transport, "")
     return Figure(
-        f"overhead-{transport.lower()}" if batch == 1 else f"overhead-{transport.lower()}-b{batch}",
+        f"{key}-b{batch}" if key and batch > 1 else key,
         f"overhead per layer, {transport}, batch {batch}",
         turns.median(transport, lambda spell: 1000 * spell.phases.overhead_s / layers),
         "ms",

@@ -3,8 +3,9 @@
 1. Encodings of a call: a plain protobuf `bytes` field, ours (moesaic/wire.py: the same bytes on the wire, one copy less each
    time), and raw bytes without any message; alone, and echoed by another process over one gRPC stream, TCP and unix.
 2. A wave: 8 KiB to each of four workers and back, through dispatcher, links and the workers' own service, whose experts
-   return their rows; over gRPC and over the lane, against four processes that echo over bare unix sockets. Reported with it:
-   four processes that echo raw bytes over gRPC streams, the least that any such wave costs in Python.
+   return their rows; over gRPC (the direct stream, as routers use it between hosts), over gRPC by the threads of grpcio alone,
+   and over the lane, against four processes that echo over bare unix sockets. Reported with it: four processes that echo
+   raw bytes over streams of grpcio, the least that any such wave costs with it in Python.
 3. A layer call of 64 rows x 2048 bfloat16, top 8 of 128, two such workers, combine: sum.
 
 Run: python benchmarks/transport.py [--rounds 5] [--part encodings|wave|layer]
@@ -41,18 +42,21 @@ from moesaic.routing_table import Replica, RoutingTable
 from moesaic.v1 import common_pb2, expert_pb2
 from moesaic.wire import Framed, decode_request, decode_response, encode_request
 from router.dispatcher import Dispatcher, DispatchRules
-from router.lane_link import open_lane
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
+from router.transport import DIRECT, GRPC, LANE, Way
+from router.ways import open_ways
 from router.worker_link import WorkerLink
 
 PEERS = Path(__file__).parent / "peers"
 SIZES = {"8 KiB": 8 << 10, "128 KiB": 128 << 10, "2 MiB": 2 << 20, "16 MiB": 16 << 20}
 ENCODINGS = ("protobuf field", "ours", "raw bytes")
 METHODS = dict(zip(ENCODINGS, ("Plain", "Ours", "Raw"), strict=True))
+WAYS: dict[str, Way] = {"gRPC, grpcio": GRPC, "gRPC": DIRECT, "lane": LANE}
+JUDGED_WAVES = {"gRPC": "wave-grpc", "lane": "wave-lane"}
 WAVE_WORKERS, WAVE_HIDDEN = 4, 2048
 LAYER_ROWS, LAYER_HIDDEN, LAYER_SLOTS, LAYER_TOP_K, LAYER_WORKERS = 64, 2048, 128, 8, 2
-# Enough for the trial between gRPC and lane to be over.
+# Enough for the trial between two ways to be over.
 WARM_UP_CALLS = 80
 DEADLINE_S = 30.0
 
@@ -246,8 +250,8 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
             "bare gRPC": partial(_stream_waves, streams, frame, repeats),
         }
         workers = stack.enter_context(_identity_workers(WAVE_WORKERS, WAVE_HIDDEN, WAVE_WORKERS))
-        for name in ("gRPC", "lane"):
-            layer = stack.enter_context(_layer_of(workers, lane=name == "lane", combine_sum=False))
+        for name, way in WAYS.items():
+            layer = stack.enter_context(_layer_of(workers, way, combine_sum=False))
             weights = torch.full(slots.shape, 1 / WAVE_WORKERS)
             compute = partial(layer.compute, hidden, slots, weights)
             notes += layer.warm_up(compute, f"wave, {name}")
@@ -263,12 +267,12 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
             "x",
         ),
     ]
-    for name in ("gRPC", "lane"):
+    for name in WAYS:
         over = turns.ratio(name, "bare sockets", _same)
         figures += [
             Figure("", f"one wave to 4 workers, {name}", 1e6 * turns.median(name, _same), "us"),
             Figure(
-                f"wave-{name.lower()}",
+                JUDGED_WAVES.get(name, ""),
                 f"one wave to 4 workers over bare unix sockets, {name}",
                 over.value,
                 "x",
@@ -320,8 +324,8 @@ def _layer(rules: Rules, quick: bool, notes: list[str]) -> list[Figure]:
     with ExitStack() as stack:
         workers = stack.enter_context(_identity_workers(LAYER_WORKERS, LAYER_HIDDEN, LAYER_SLOTS))
         sides = {}
-        for name in ("gRPC", "lane"):
-            layer = stack.enter_context(_layer_of(workers, lane=name == "lane", combine_sum=True))
+        for name, way in WAYS.items():
+            layer = stack.enter_context(_layer_of(workers, way, combine_sum=True))
             compute = partial(layer.compute, hidden, slots, weights)
             notes += layer.warm_up(compute, f"layer call, {name}")
             sides[name] = partial(_median_s, compute, 10 if quick else 150)
@@ -343,9 +347,9 @@ def _layer(rules: Rules, quick: bool, notes: list[str]) -> list[Figure]:
 class _Layer:
     """One layer of identity experts behind the product's own dispatcher and links."""
 
-    def __init__(self, pool: ReplicaPool, epoch: Epoch, *, lane: bool, combine_sum: bool) -> None:
+    def __init__(self, pool: ReplicaPool, epoch: Epoch, way: Way, *, combine_sum: bool) -> None:
         rules = DispatchRules(call_timeout_s=DEADLINE_S, combine_sum=combine_sum)
-        self._pool, self._epoch, self._lane = pool, epoch, lane
+        self._pool, self._epoch, self._way = pool, epoch, way
         self._dispatcher = Dispatcher(pool, PhaseClock(), rules)
 
     def compute(self, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
@@ -358,23 +362,23 @@ class _Layer:
         """Runs until the ways are chosen; what a reader of the figures must know of the choice."""
         for _ in range(WARM_UP_CALLS):
             compute()
-            if self._lane and all(link.traffic.transport == "grpc" for link in self._pool.links):
-                time.sleep(0.01)  # lanes are opened beside the calls
+            if self._way != GRPC and all(link.traffic.transport == GRPC for link in self._pool.links):
+                time.sleep(0.01)  # ways are opened beside the calls
         ways = {link.replica.worker: link.traffic.transport for link in self._pool.links}
-        wanted = "lane" if self._lane else "grpc"
-        others = [worker for worker, way in ways.items() if way != wanted]
+        others = [worker for worker, way in ways.items() if way != self._way]
         return [f"{what}: {', '.join(others)} went another way"] if others else []
 
 
 @contextmanager
-def _layer_of(workers: Sequence[Replica], *, lane: bool, combine_sum: bool) -> Iterator[_Layer]:
-    pool = ReplicaPool(connect=partial(WorkerLink, open_lane=open_lane if lane else None))
+def _layer_of(workers: Sequence[Replica], way: Way, *, combine_sum: bool) -> Iterator[_Layer]:
+    opening = partial(open_ways, use_lane=way == LANE, use_direct=way == DIRECT)
+    pool = ReplicaPool(connect=partial(WorkerLink, open_ways=None if way == GRPC else opening))
     pool.update(RoutingTable(1, tuple(workers)))
     epoch = Epoch.of(
         "identity", {expert: version for one in workers for expert, version in one.versions.items()}
     )
     try:
-        yield _Layer(pool, epoch, lane=lane, combine_sum=combine_sum)
+        yield _Layer(pool, epoch, way, combine_sum=combine_sum)
     finally:
         pool.close()
 

@@ -113,10 +113,10 @@ class Surroundings:
 
 def set_threads(spec: ProcessSpec, environment: MutableMapping[str, str]) -> None:
     """Bounds the CPU threads of this process. Only works before torch is imported."""
-    # Idle OpenMP threads that spin would starve the other processes of the node; a fraction of a millisecond bridges the
-    # gap to the next product of the same pass.
+    # Idle OpenMP threads that spin would starve the other processes of the node: a worker's hold a core while the router
+    # begins its next layer. Some tens of microseconds bridge the gap to the next product of the same pass.
     environment["OMP_WAIT_POLICY"] = "PASSIVE"
-    environment["GOMP_SPINCOUNT"] = "20000"
+    environment["GOMP_SPINCOUNT"] = "2000"
     if (threads := _threads(spec)) is not None:
         environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)
 

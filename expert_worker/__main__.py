@@ -46,6 +46,9 @@ def serve(
     lane: Annotated[
         str | None, typer.Option(help="auto or off: a faster way than gRPC to routers on this host.")
     ] = None,
+    direct: Annotated[
+        str | None, typer.Option(help="auto or off: a port at which the compute thread itself speaks gRPC.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of this worker in the cluster.")] = "worker-0",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in YAML.")] = None,
@@ -57,6 +60,7 @@ def serve(
             "expert_dtype": expert_dtype,
             "batch_invariant": batch_invariant,
             "lane": lane,
+            "direct": direct,
         }
         settings = load_settings(
             config,

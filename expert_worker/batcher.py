@@ -1,9 +1,9 @@
 """One compute thread owns the device; calls wait for it in a bounded queue.
 
 The thread takes the oldest call together with every other waiting call of its layer, so that concurrent callers share
-one grouped pass. It reads the lanes itself and answers from where it computes: on one host, no hand-over lies between
-a call and its pass. A full queue refuses at once, a call whose caller stopped waiting is dropped unstarted, and a failing
-pass fails its own calls only. A heartbeat from this very thread tells whether the worker still computes.
+one grouped pass. It reads lanes and direct connections itself and answers from where it computes: no hand-over lies
+between such a call and its pass. A full queue refuses at once, a call whose caller stopped waiting is dropped unstarted,
+and a failing pass fails its own calls only. A heartbeat from this very thread tells whether the worker still computes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Batcher:
         self._stopping = False
         self._computing = False
         self._heartbeat_s = clock()
-        # Since when the thread has time for the lanes: what was sent before waited for it.
+        # Since when the thread has time for what it reads itself: what was sent before waited for it.
         self.listening_since_s = self._heartbeat_s
         self._passes = 0
         self._busy_s = 0.0
@@ -84,6 +84,10 @@ class Batcher:
     def detach(self, source: Source) -> None:
         """Call it on the compute thread, before the source closes."""
         self._inbox.remove(source)
+
+    def await_room(self, source: Source, awaited: bool) -> None:
+        """Whether the source is also read when it has room to write; on the compute thread."""
+        self._inbox.await_room(source, awaited)
 
     def offer(self, ticket: Ticket) -> None:
         """Queues a call. Raises Overloaded when the queue is full and Unavailable after `stop`."""
@@ -136,11 +140,7 @@ class Batcher:
 
     async def stop(self, timeout_s: float) -> bool:
         """Refuses new calls, fails the waiting ones, and waits for the running pass; False when it does not end."""
-        with self._lock:
-            self._stopping = True
-            abandoned = self._waiting.clear()
-        for ticket in abandoned:
-            ticket.answer(Unavailable("the worker stops"))
+        self._stopping = True
         if self._thread.ident is not None:
             self._inbox.ring()
             await asyncio.to_thread(self._thread.join, timeout_s)
@@ -156,10 +156,19 @@ class Batcher:
                     self._compute_pass(tickets)
                     self._computing = False
         finally:
+            self._abandon()
             self._inbox.close()
 
+    def _abandon(self) -> None:
+        """Fails what waits. On this thread like every answer: what it reads itself belongs to it alone."""
+        with self._lock:
+            self._stopping = True
+            abandoned = self._waiting.clear()
+        for ticket in abandoned:
+            self._answer_safely(ticket, Unavailable("the worker stops"))
+
     def _listen(self, wait_s: float) -> None:
-        """Takes the calls that the lanes bring; waits for the first at most so long."""
+        """Takes the calls that the sources bring; waits for the first at most so long."""
         self.listening_since_s = self._heartbeat_s = self._clock()
         for source in self._inbox.wait(wait_s):
             self._read_safely(source)
@@ -192,17 +201,18 @@ class Batcher:
         live: list[Ticket] = []
         for ticket in tickets:
             if ticket.call.deadline_s <= start_s:
-                ticket.answer(DeadlineExceeded("the caller's time was over in the queue"))
+                self._answer_safely(ticket, DeadlineExceeded("the caller's time was over in the queue"))
             elif ticket.wanted:
                 live.append(ticket)
         outputs = self._compute_safely([ticket.call for ticket in live]) if live else ()
         ended_s = self._clock()
         self._note(tickets, len(live), ended_s - start_s, ended_s)
         for ticket, output in zip(live, outputs, strict=True):
-            ticket.answer(
+            self._answer_safely(
+                ticket,
                 output
                 if isinstance(output, MoesaicError)
-                else Computed(output, start_s - ticket.queued_s, ended_s - start_s, ended_s)
+                else Computed(output, start_s - ticket.queued_s, ended_s - start_s, ended_s),
             )
 
     def _note(self, tickets: Sequence[Ticket], num_calls: int, seconds: float, now_s: float) -> None:
@@ -223,6 +233,13 @@ class Batcher:
         except Exception:
             log.exception("a source of calls failed")
             source.close()
+
+    def _answer_safely(self, ticket: Ticket, result: Computed | MoesaicError) -> None:
+        """Whatever goes wrong with an answer is that caller's loss, and never ends this thread."""
+        try:
+            ticket.answer(result)
+        except Exception:
+            log.exception("a call could not be answered", extra={"fields": {"layer": ticket.call.layer}})
 
     def _compute_safely(self, calls: Sequence[Call]) -> Sequence[Tensor | MoesaicError]:
         """Whatever goes wrong in a pass is logged and answered."""

@@ -4,16 +4,14 @@ Everything that a message can have wrong is found here, before any computing, ex
 them is work for the compute thread.
 """
 
-# Shapes: D hidden size, R rows of `hidden`, n rows of one expert, N rows of all.
+# Shapes: D hidden size, R rows of `hidden`, N (row, expert) pairs to compute.
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -33,30 +31,28 @@ from moesaic.wire import Framed
 ROW_DTYPES = tuple(WIRE_ROWS)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ExpertRows:
-    """The rows of one call that one expert computes."""
-
-    expert: Expert
-    rows: Tensor  # [n] int64: ascending indices into `hidden`
-    weights: Tensor | None  # [n] float32, for a weighted sum
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One layer's work for one batch of one caller. With `combine_sum` one row per row of `hidden` comes back,
-    else one per (row, expert), expert by expert."""
+class Call(NamedTuple):
+    """One layer's work for one batch of one caller. With weights one row per row of `hidden` comes back, the weighted
+    sum of its experts, else one per (row, expert), expert by expert."""
 
     layer: int
     hidden: Tensor  # [R, D], to be read only
-    groups: tuple[ExpertRows, ...]
-    combine_sum: bool
+    experts: Sequence[Expert]
+    # How many rows each of them computes, one or more.
+    counts: Sequence[int]
+    # Expert by expert, ascending: which of `hidden`.
+    rows: Tensor  # [N] int64
+    weights: Tensor | None  # [N] float32
     deadline_s: float
 
-    @cached_property
+    @property
+    def combine_sum(self) -> bool:
+        return self.weights is not None
+
+    @property
     def num_rows(self) -> int:
         """(row, expert) pairs to compute."""
-        return sum(group.rows.numel() for group in self.groups)
+        return sum(self.counts)
 
 
 def read_call(
@@ -90,16 +86,25 @@ def read_call(
     num_rows = hidden.shape[0]
     if not 1 <= num_rows <= max_rows:
         raise InvalidArgument(f"hidden must have 1 to {max_rows} rows", field="hidden.shape")
-    combine_sum = combine == expert_pb2.COMBINE_SUM
-    groups = _read_groups(request.experts, layer, num_rows, combine_sum, store)
-    rows = decode_rows(hidden, view_rows(hidden, framed.data))
-    return Call(layer, rows, groups, combine_sum, now_s + request.timeout_ms / 1000)
+    experts, rows, weights, ends = _read_experts(
+        request.experts, layer, num_rows, combine == expert_pb2.COMBINE_SUM, store
+    )
+    return Call(
+        layer,
+        decode_rows(hidden, view_rows(hidden, framed.data)),
+        experts,
+        [end - start for start, end in pairwise(ends)],
+        torch.from_numpy(rows),
+        None if weights is None else torch.from_numpy(weights),
+        now_s + request.timeout_ms / 1000,
+    )
 
 
-def _read_groups(
+def _read_experts(
     groups: Sequence[expert_pb2.ExpertRows], layer: int, num_rows: int, combine_sum: bool, store: ExpertStore
-) -> tuple[ExpertRows, ...]:
-    """All groups at once: what numpy does costs by the call, not by the row."""
+) -> tuple[list[Expert], npt.NDArray[np.int64], npt.NDArray[np.float32] | None, list[int]]:
+    """The experts, the rows and the weights of all, and where the rows of each end, from 0 on. All experts at once: what
+    numpy does costs by the call, not by the row."""
     slots, experts = set[int](), []
     rows, weights, ends = [], [], [0]
     for i, group in enumerate(groups):
@@ -121,21 +126,13 @@ def _read_groups(
     joined = np.array(rows, np.int64)
     if len(rows) > len(experts):
         _check_ascending(joined, ends, num_rows)
-    weighted = _read_weights(weights, ends) if combine_sum else None
-    return tuple(
-        ExpertRows(
-            expert,
-            torch.from_numpy(joined[start:end]),
-            None if weighted is None else torch.from_numpy(weighted[start:end]),
-        )
-        for expert, (start, end) in zip(experts, pairwise(ends), strict=True)
-    )
+    return experts, joined, _read_weights(weights, ends) if combine_sum else None, ends
 
 
 def _check_ascending(joined: npt.NDArray[np.int64], ends: Sequence[int], num_rows: int) -> None:
-    """`joined` holds the rows of all groups, those of group i from ends[i] to ends[i + 1]."""
+    """`joined` holds the rows of all experts, those of expert i from ends[i] to ends[i + 1]."""
     rises = joined[1:] > joined[:-1]
-    # Between two groups the rows begin anew.
+    # Between two experts the rows begin anew.
     rises[np.array(ends[1:-1], np.intp) - 1] = True
     if not rises.all():
         _refuse_rows(bisect_right(ends, int(rises.argmin())) - 1, num_rows)

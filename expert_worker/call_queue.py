@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -13,8 +12,7 @@ from expert_worker.call import Call
 from moesaic.errors import MoesaicError
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Computed:
+class Computed(NamedTuple):
     """A call's output and where its time went."""
 
     output: Tensor

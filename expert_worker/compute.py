@@ -5,7 +5,7 @@ A call whose rows hold NaN or infinity is refused alone; the others go on. Most 
 what is done around the products is counted in torch calls: one to gather the rows, one to join or to add up the answers.
 """
 
-# Shapes: D hidden size, R rows of a call's `hidden`, n rows of one expert in one call, N rows of all experts.
+# Shapes: D hidden size, R rows of a call's `hidden`, N (row, expert) pairs of a call or of a pass.
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expert_worker.call import Call, ExpertRows
+from expert_worker.call import Call
 from expert_worker.device import to_device, to_host
 from expert_worker.expert import Expert, compute_experts
 from moesaic.errors import InvalidArgument, MoesaicError
@@ -45,40 +45,35 @@ def _compute(calls: Sequence[Call]) -> list[Tensor]:
     """For every call its answer, on the device."""
     if not calls:
         return []
-    if len(calls) == 1:
-        (call,) = calls
-        rows = _join_rows(call)
-        experts = [group.expert for group in call.groups]
-        counts = [len(group.rows) for group in call.groups]
-        return [_answer(call, rows, compute_experts(experts, _gather(call.hidden, rows, experts[0]), counts))]
-    return _compute_merged(calls)
+    if len(calls) > 1:
+        return _compute_merged(calls)
+    (call,) = calls
+    gathered = _gather(call.hidden, call.rows, call.experts[0])
+    return [_answer(call, compute_experts(call.experts, gathered, call.counts))]
 
 
 def _compute_merged(calls: Sequence[Call]) -> list[Tensor]:
     """Expert by expert, and for each expert call by call."""
-    groups: dict[Expert, list[tuple[ExpertRows, Tensor]]] = {}
+    # By expert: the calls that ask for it, and the rows of theirs among those of all calls.
+    asked: dict[Expert, dict[int, Tensor]] = {}
     first_row = 0
-    for call in calls:
-        for group in call.groups:
-            groups.setdefault(group.expert, []).append((group, group.rows + first_row))
+    for i, call in enumerate(calls):
+        parts = (call.rows + first_row).split(list(call.counts))
+        for expert, rows in zip(call.experts, parts, strict=True):
+            asked.setdefault(expert, {})[i] = rows
         first_row += len(call.hidden)
-    experts = list(groups)
-    ordered = [entry for expert in experts for entry in groups[expert]]
+    experts = list(asked)
+    ordered = [rows for expert in experts for rows in asked[expert].values()]
     hidden = torch.cat([call.hidden.to(experts[0].dtype) for call in calls])
-    gathered = _gather(hidden, torch.cat([rows for _, rows in ordered]), experts[0])
-    counts = [sum(len(rows) for _, rows in groups[expert]) for expert in experts]
-    computed = compute_experts(experts, gathered, counts).split([len(rows) for _, rows in ordered])
-    outputs = {group: output for (group, _), output in zip(ordered, computed, strict=True)}
+    gathered = _gather(hidden, torch.cat(ordered), experts[0])
+    counts = [sum(map(len, asked[expert].values())) for expert in experts]
+    computed = compute_experts(experts, gathered, counts).split([len(rows) for rows in ordered])
+    keys = [(expert, i) for expert in experts for i in asked[expert]]
+    outputs = dict(zip(keys, computed, strict=True))
     return [
-        _answer(call, _join_rows(call), torch.cat([outputs[group] for group in call.groups]))
-        for call in calls
+        _answer(call, torch.cat([outputs[expert, i] for expert in call.experts]))
+        for i, call in enumerate(calls)
     ]
-
-
-def _join_rows(call: Call) -> Tensor:
-    """[N]: for every row to compute the row of `hidden` that it is."""
-    rows = [group.rows for group in call.groups]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _gather(hidden: Tensor, rows: Tensor, expert: Expert) -> Tensor:
@@ -87,14 +82,13 @@ def _gather(hidden: Tensor, rows: Tensor, expert: Expert) -> Tensor:
     return moved.index_select(0, to_device(rows, expert.device))
 
 
-def _answer(call: Call, rows: Tensor, outputs: Tensor) -> Tensor:
+def _answer(call: Call, outputs: Tensor) -> Tensor:
     """One call's answer from the outputs [N, D] of its experts, which are its own to overwrite."""
-    if not call.combine_sum:
+    if call.weights is None:
         return outputs.to(call.hidden.dtype)
-    weights = torch.cat([group.weights for group in call.groups if group.weights is not None])
-    weighted = outputs.float().mul_(to_device(weights, outputs.device)[:, None])
+    weighted = outputs.float().mul_(to_device(call.weights, outputs.device)[:, None])
     total = torch.zeros(call.hidden.shape, dtype=torch.float32, device=outputs.device)
-    return _add_rows(total, to_device(rows, outputs.device), weighted).to(call.hidden.dtype)
+    return _add_rows(total, to_device(call.rows, outputs.device), weighted).to(call.hidden.dtype)
 
 
 def _add_rows(total: Tensor, rows: Tensor, addends: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from opentelemetry import trace
 
@@ -31,13 +31,13 @@ Response = Framed[expert_pb2.ComputeResponse]
 _NOTHING = memoryview(b"")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OpenCall:
+class OpenCall(NamedTuple):
     """A call that was taken and is not yet answered."""
 
     request: expert_pb2.ComputeRequest
     call: Call
-    span: trace.Span
+    # None: its caller records none.
+    span: trace.Span | None
     decode_s: float
     # When it was decoded: from then on it waits for its pass.
     taken_s: float
@@ -64,7 +64,7 @@ class CallDesk:
         """The call behind a message, or its refusal; never raises. The caller's time runs from `sent_s`, where that is
         known, else from now."""
         request = framed.message
-        span = self._start_span(request)
+        span = self._start_span(request) if request.traceparent else None
         start_s = time.monotonic()
         try:
             call = self._read(framed, start_s if sent_s is None else sent_s)
@@ -84,7 +84,8 @@ class CallDesk:
         header, rows = encode_rows(result.output, request.hidden.dtype)
         self.calls += 1
         self.rows += taken.call.num_rows
-        taken.span.end()
+        if taken.span is not None:
+            taken.span.end()
         response = expert_pb2.ComputeResponse(
             call_id=request.call_id,
             epoch=request.epoch,
@@ -100,7 +101,8 @@ class CallDesk:
 
     def drop(self, taken: OpenCall) -> None:
         """Its caller went away."""
-        taken.span.end()
+        if taken.span is not None:
+            taken.span.end()
 
     def _read(self, framed: Request, sent_s: float) -> Call:
         if self._closed:
@@ -111,19 +113,20 @@ class CallDesk:
             framed, model=self._model, store=self._store, max_rows=self._max_call_rows, now_s=sent_s
         )
 
-    def _refuse(self, request: expert_pb2.ComputeRequest, span: trace.Span, error: MoesaicError) -> Response:
+    def _refuse(
+        self, request: expert_pb2.ComputeRequest, span: trace.Span | None, error: MoesaicError
+    ) -> Response:
         self.refused_calls += 1
-        span.set_status(trace.StatusCode.ERROR, type(error).__name__)
-        span.end()
+        if span is not None:
+            span.set_status(trace.StatusCode.ERROR, type(error).__name__)
+            span.end()
         response = expert_pb2.ComputeResponse(
             call_id=request.call_id, epoch=request.epoch, error=to_status(error)
         )
         return Framed(response, _NOTHING)
 
     def _start_span(self, request: expert_pb2.ComputeRequest) -> trace.Span:
-        """A child of the caller's span, or nothing when the caller records none."""
-        if not request.traceparent:
-            return trace.INVALID_SPAN
+        """A child of the caller's span."""
         return telemetry.TRACER.start_span(
             telemetry.SPAN_COMPUTE,
             context=telemetry.extract([("traceparent", request.traceparent)]),

@@ -1,4 +1,4 @@
-"""What the compute thread waits on: the lanes that it reads itself, and a bell for whoever brings calls in another way."""
+"""What the compute thread waits on: the callers that it reads itself, and a bell for whoever brings calls in another way."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Protocol
 
 
 class Source(Protocol):
-    """Something that brings calls by itself: a lane, or the door through which lanes come."""
+    """Something that brings calls by itself: a lane, a direct connection, or the door through which they come."""
 
     def fileno(self) -> int: ...
 
     def read(self) -> None:
-        """Takes what is there without waiting; comes on the compute thread, when there is something."""
+        """Takes what is there without waiting; comes on the compute thread, when there is something, or room to write
+        where that is awaited."""
         ...
 
     def close(self) -> None: ...
@@ -39,13 +40,18 @@ class Inbox:
     def add(self, source: Source) -> None:
         self._selector.register(source, selectors.EVENT_READ, source)
 
+    def await_room(self, source: Source, awaited: bool) -> None:
+        """From now on the source is also ready when it can be written to, or no longer."""
+        events = selectors.EVENT_READ | selectors.EVENT_WRITE if awaited else selectors.EVENT_READ
+        self._selector.modify(source, events, source)
+
     def remove(self, source: Source) -> None:
         """Call it before the source closes."""
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(source)
 
     def wait(self, timeout_s: float) -> list[Source]:
-        """The sources that have something to read, after at most `timeout_s`; none of them when the bell rings."""
+        """The sources that are ready, after at most `timeout_s`; none of them when the bell rings."""
         ready: list[Source] = []
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:

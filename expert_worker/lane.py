@@ -264,6 +264,7 @@ class _LaneTicket:
 
 def _check_room(buffer: Buffer, frame: Frame, call: Call) -> None:
     """Raises LaneError when the answer would not fit where the rows are."""
-    num_rows = len(call.hidden) if call.combine_sum else call.num_rows
-    if frame.data_offset + num_rows * (frame.data_bytes // len(call.hidden)) > buffer.num_bytes:
+    num_sent = call.hidden.shape[0]
+    num_rows = num_sent if call.combine_sum else call.num_rows
+    if frame.data_offset + num_rows * (frame.data_bytes // num_sent) > buffer.num_bytes:
         raise LaneError("no room for the answer's rows")

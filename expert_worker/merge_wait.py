@@ -79,6 +79,8 @@ class MergeWait:
 
     def until(self, layer: int, waiting: Collection[Hashable], since_s: float, now_s: float) -> float:
         """When a pass of `layer` should start that waits since `since_s`: now or earlier unless waiting pays."""
+        if len(self._callers) <= len(waiting):
+            return 0.0
         latest_s = since_s + min(self._max_wait_s, self._worth_s())
         due = [
             due_s

@@ -18,7 +18,7 @@ import torch
 
 from expert_worker import allocator
 from expert_worker.batcher import Batcher
-from expert_worker.call import Call, ExpertRows
+from expert_worker.call import Call
 from expert_worker.compute import compute_calls
 from expert_worker.config import WorkerConfig
 from expert_worker.expert import Expert, ExpertForm, choose_form
@@ -59,6 +59,7 @@ class WorkerServer:
             # Twice the queue, so that a caller that floods is refused before it is only slowed down.
             max_stream_calls=2 * settings.max_queued_calls,
             lane=settings.lane == "auto",
+            direct_host=config.host if settings.direct == "auto" else None,
         )
         self._server = rpc.Server(
             {SERVICE: self._service.add_to},
@@ -192,7 +193,7 @@ def _check_experts(experts: frozenset[ExpertAddress], model: MoeModel) -> None:
 
 def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[Call]:
     """One call a layer, a row of zeros to every expert held."""
-    hidden, rows = torch.zeros(1, hidden_size), torch.zeros(1, dtype=torch.int64)
+    hidden = torch.zeros(1, hidden_size)
     by_layer: dict[int, list[Expert]] = {}
     for address, expert in store.experts().items():
         by_layer.setdefault(address.layer, []).append(expert)
@@ -200,8 +201,10 @@ def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[Call]:
         Call(
             layer=layer,
             hidden=hidden,
-            groups=tuple(ExpertRows(expert, rows, None) for expert in experts),
-            combine_sum=False,
+            experts=experts,
+            counts=[1] * len(experts),
+            rows=torch.zeros(len(experts), dtype=torch.int64),
+            weights=None,
             deadline_s=time.monotonic() + WARM_UP_TIMEOUT_S,
         )
         for layer, experts in by_layer.items()

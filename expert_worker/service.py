@@ -21,6 +21,7 @@ from expert_worker.batcher import Batcher, BatcherStats
 from expert_worker.call import ROW_DTYPES, Call
 from expert_worker.call_queue import Computed
 from expert_worker.desk import RETRY_AFTER_S, CallDesk, OpenCall, Request, Response
+from expert_worker.direct_door import DirectDoor
 from expert_worker.expert_store import ExpertStore
 from expert_worker.lane import Lanes
 from moesaic import wire
@@ -47,10 +48,19 @@ class LoadedModel:
 
 
 class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
-    """The servicer of one worker. Until `serve` it answers Unavailable, and so it does after `drain`."""
+    """The servicer of one worker. Until `serve` it answers Unavailable, and so it does after `drain`.
+
+    With `lane` there are lanes, with `direct_host` a direct port at that address, beside it."""
 
     def __init__(
-        self, *, worker: str, incarnation: str, max_call_rows: int, max_stream_calls: int, lane: bool
+        self,
+        *,
+        worker: str,
+        incarnation: str,
+        max_call_rows: int,
+        max_stream_calls: int,
+        lane: bool,
+        direct_host: str | None,
     ) -> None:
         self._worker = worker
         self._incarnation = incarnation
@@ -58,6 +68,8 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         self._desk = CallDesk(worker=worker, max_call_rows=max_call_rows)
         self._lane_desk = CallDesk(worker=worker, max_call_rows=max_call_rows)
         self._lanes = Lanes(self._lane_desk, incarnation=incarnation) if lane else None
+        self._direct_desk = CallDesk(worker=worker, max_call_rows=max_call_rows)
+        self._door = None if direct_host is None else DirectDoor(self._direct_desk, host=direct_host)
         self._loaded: LoadedModel | None = None
         self._warm_up = BatcherStats()
         self._streams: set[_CallStream] = set()
@@ -78,21 +90,23 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         """From now on calls are answered; what the batcher did before was warming up and is not counted."""
         self._loaded = loaded
         self._warm_up = loaded.batcher.stats()
-        for desk in (self._desk, self._lane_desk):
+        for desk in self._desks:
             desk.open(loaded.model, loaded.store)
         if self._lanes is not None:
             self._lanes.open(loaded.batcher)
+        if self._door is not None:
+            self._door.open(loaded.batcher)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new calls, answers those taken before, then ends all streams; False when the time ran out."""
         self._draining = True
-        for desk in (self._desk, self._lane_desk):
+        for desk in self._desks:
             desk.close()
         streams = list(self._streams)
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(*(stream.answered() for stream in streams))
-                while self._lanes is not None and self._lanes.num_in_flight:
+                while not self._compute_thread_is_done():
                     await asyncio.sleep(DRAIN_PERIOD_S)
         except TimeoutError:
             return False
@@ -119,7 +133,8 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
     ) -> expert_pb2.OpenLaneResponse:
         self._ready()
         path = "" if self._lanes is None else self._lanes.path_for(request.host_id, request.lane_version)
-        return expert_pb2.OpenLaneResponse(socket_path=path, incarnation=self._incarnation)
+        port = 0 if self._door is None else self._door.port
+        return expert_pb2.OpenLaneResponse(socket_path=path, incarnation=self._incarnation, compute_port=port)
 
     async def Describe(
         self, request: expert_pb2.DescribeRequest, context: Any
@@ -139,12 +154,13 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
     async def GetWorkerStats(
         self, request: expert_pb2.GetWorkerStatsRequest, context: Any
     ) -> expert_pb2.GetWorkerStatsResponse:
-        desks = (self._desk, self._lane_desk)
+        desks = self._desks
         stats = expert_pb2.GetWorkerStatsResponse(
             calls=sum(desk.calls for desk in desks),
             rows=sum(desk.rows for desk in desks),
             refused_calls=sum(desk.refused_calls for desk in desks),
             lane_calls=self._lane_desk.calls,
+            direct_calls=self._direct_desk.calls,
             uptime_s=time.monotonic() - self._start_s,
             resident_bytes=psutil.Process().memory_info().rss,
         )
@@ -158,6 +174,16 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         """Leaves nothing behind in the file system. Call it when the batcher has stopped."""
         if self._lanes is not None:
             self._lanes.close()
+
+    @property
+    def _desks(self) -> tuple[CallDesk, ...]:
+        return self._desk, self._lane_desk, self._direct_desk
+
+    def _compute_thread_is_done(self) -> bool:
+        """Whether it has answered every call that it took itself; it ends their streams at its own end."""
+        return (self._lanes is None or not self._lanes.num_in_flight) and (
+            self._door is None or self._door.is_idle()
+        )
 
     def _ready(self) -> LoadedModel:
         if self._draining:

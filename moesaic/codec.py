@@ -39,31 +39,32 @@ def check_tensor(
 ) -> None:
     """Raises InvalidArgument unless the tensor has one of `dtypes`, `shape` (None: any extent), just its bytes
     (`num_bytes`, where its data are not in the message) and, if its dtype has scales, one for each row."""
-    if tensor.dtype not in dtypes:
+    dtype, extents = tensor.dtype, tensor.shape[:]
+    if dtype not in dtypes:
         expected = ", ".join(dtype_name(dtype) for dtype in dtypes)
         raise InvalidArgument(f"{field}.dtype must be one of: {expected}", field=f"{field}.dtype")
-    if len(tensor.shape) != len(shape) or any(
-        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
+    if len(extents) != len(shape) or any(
+        want is not None and got != want for got, want in zip(extents, shape, strict=True)
     ):
         expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
         raise InvalidArgument(f"{field}.shape must be [{expected}]", field=f"{field}.shape")
-    wanted_bytes = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    wanted_bytes = math.prod(extents) * ITEM_BYTES[dtype]
     if (len(tensor.data) if num_bytes is None else num_bytes) != wanted_bytes:
         raise InvalidArgument(
             f"{field}.data must hold {wanted_bytes} bytes for its shape and dtype", field=f"{field}.data"
         )
-    _check_scales(tensor, f"{field}.scales")
+    if (scales := tensor.scales) or dtype in SCALED_DTYPES:
+        _check_scales(scales, extents[0] if dtype in SCALED_DTYPES else 0, f"{field}.scales")
 
 
-def _check_scales(tensor: common_pb2.Tensor, field: str) -> None:
-    num_rows = tensor.shape[0] if tensor.dtype in SCALED_DTYPES else 0
-    if len(tensor.scales) != num_rows * SCALE_BYTES:
+def _check_scales(raw: bytes, num_rows: int, field: str) -> None:
+    if len(raw) != num_rows * SCALE_BYTES:
         raise InvalidArgument(
             f"{field} must hold one float32 per row for int8 and float8, else nothing", field=field
         )
     if not num_rows:
         return
-    scales = memoryview(tensor.scales).cast("f")
+    scales = memoryview(raw).cast("f")
     # One that is not finite shows in the sum, whatever `min` makes of it.
     if not (min(scales) > 0 and math.isfinite(sum(scales))):
         raise InvalidArgument(f"{field} must be finite and above zero", field=field)

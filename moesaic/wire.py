@@ -7,8 +7,7 @@ lie at a known, aligned place and come out as a view. Messages of other writers 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -26,8 +25,7 @@ _LENGTH_BYTES = 5
 _DATA_OFFSET = 2 * (1 + _LENGTH_BYTES)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Framed(Generic[Message]):
+class Framed(NamedTuple, Generic[Message]):
     """A message without its tensor's bytes (`hidden.data` or `output.data` is empty), and these bytes."""
 
     message: Message

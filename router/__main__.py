@@ -51,6 +51,9 @@ def main(
     lane: Annotated[
         str | None, typer.Option(help="auto or off: a faster way than gRPC to workers on this host.")
     ] = None,
+    direct: Annotated[
+        str | None, typer.Option(help="auto or off: gRPC to workers without threads between.")
+    ] = None,
     overlap: Annotated[
         str | None, typer.Option(help="auto or off: two micro-batches in flight where that wins.")
     ] = None,
@@ -80,6 +83,7 @@ def main(
                 "wire_dtype": wire_dtype,
                 "combine": combine,
                 "lane": lane,
+                "direct": direct,
                 "overlap": overlap,
                 "batch_invariant": batch_invariant,
             },

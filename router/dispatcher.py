@@ -14,7 +14,6 @@ calls: fewer bytes come back, and placement reaches the last bits.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
 from collections import defaultdict
@@ -42,6 +41,7 @@ from moesaic.errors import (
 from moesaic.manifest import Epoch, ExpertAddress
 from moesaic.tensors import WIRE_DTYPES, decode_rows, header_of, narrow
 from moesaic.v1 import common_pb2, expert_pb2
+from router.landing import Landing
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 from router.slot_order import Part, SlotOrder
@@ -87,7 +87,8 @@ class _Call:
     part: Part
     versions: list[bytes]
     pending: PendingCall
-    span: trace.Span
+    # None: it is not traced.
+    span: trace.Span | None
     # Whether it was waited for.
     landed: bool = False
     # COMBINE_SUM only: what came back, [R, D].
@@ -107,8 +108,10 @@ class LayerCall:
     wire: Tensor  # [T, D]
     scales: Tensor | None  # [T]
     sum_weights: npt.NDArray[np.float32] | None  # [T * K], COMBINE_SUM only
-    # Where answers land, COMBINE_ROWS only.
-    rows: Tensor | None  # [T * K, D]
+    # What is the same in the messages to all workers.
+    request: expert_pb2.ComputeRequest
+    # COMBINE_ROWS only.
+    landing: Landing | None
     # The calls of the newest wave, and all that were answered well.
     wave: list[_Call] = field(default_factory=list)
     answered: list[_Call] = field(default_factory=list)
@@ -191,7 +194,7 @@ class DispatchStep:
         for asked in (asked for call in self._in_flight for asked in call.wave if not asked.landed):
             with contextlib.suppress(MoesaicError, TimeoutError):
                 asked.link.receive(asked.pending, 0.0)
-            asked.span.end()
+            _end_span(asked.span)
 
     def _open(self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor) -> LayerCall:
         """Everything that is the same for all workers."""
@@ -200,12 +203,21 @@ class DispatchStep:
         optional = (scales, weights if self._rules.combine_sum else None)
         wire, slots, *others = staging.to_host([wire, slots, *(one for one in optional if one is not None)])
         sum_weights = others.pop().numpy().ravel() if self._rules.combine_sum else None
-        order, rows = SlotOrder.of(slots), None
+        scales = others.pop() if others else None
+        order, landing = SlotOrder.of(slots), None
         if sum_weights is None:
             dtype = wire.dtype if scales is None else torch.float32
-            rows = staging.empty((slots.numel(), hidden.shape[1]), dtype)
+            landing = Landing(
+                staging.empty((slots.numel(), hidden.shape[1]), dtype), one_token=len(wire) == 1
+            )
             if len(order.empty):
-                rows.index_fill_(0, torch.from_numpy(order.empty), 0)
+                landing.clear(order.empty)
+        request = expert_pb2.ComputeRequest(
+            epoch=self._epoch.id,
+            layer=layer,
+            hidden=header_of(wire, scales),
+            combine=expert_pb2.COMBINE_ROWS if sum_weights is None else expert_pb2.COMBINE_SUM,
+        )
         return LayerCall(
             layer=layer,
             hidden=hidden,
@@ -213,9 +225,10 @@ class DispatchStep:
             staging=staging,
             order=order,
             wire=wire,
-            scales=others.pop() if others else None,
+            scales=scales,
             sum_weights=sum_weights,
-            rows=rows,
+            request=request,
+            landing=landing,
         )
 
     def _send_wave(self, call: LayerCall, places: Iterable[int]) -> None:
@@ -232,27 +245,23 @@ class DispatchStep:
             its_places, its_versions = by_link.setdefault(link, ([], []))
             its_places.append(place)
             its_versions.append(version)
-        call.wave_ends_s = min(self._deadline_s, time.monotonic() + self._rules.call_timeout_s)
+        now_s = time.monotonic()
+        call.wave_ends_s = min(self._deadline_s, now_s + self._rules.call_timeout_s)
+        call.request.timeout_ms = 1 + int(1000 * max(0.0, call.wave_ends_s - now_s))
         call.wave = []
         for link, (its_places, its_versions) in by_link.items():
             call.wave.append(self._send(call, link, call.order.part(its_places), its_versions))
 
     def _send(self, call: LayerCall, link: WorkerLink, part: Part, versions: list[bytes]) -> _Call:
-        wire, scales = call.wire, call.scales
+        request, wire = expert_pb2.ComputeRequest(), call.wire
+        request.CopyFrom(call.request)
         if part.tokens is not None:
             tokens = torch.from_numpy(part.tokens)
             wire = wire.index_select(0, tokens)
-            scales = None if scales is None else scales.index_select(0, tokens)
-        weights = None if call.sum_weights is None else call.sum_weights[part.assignments].tolist()
-        request = expert_pb2.ComputeRequest(
-            epoch=self._epoch.id,
-            layer=call.layer,
-            hidden=header_of(wire, scales),
-            experts=_expert_rows(part, versions, weights),
-            combine=expert_pb2.COMBINE_ROWS if weights is None else expert_pb2.COMBINE_SUM,
-            timeout_ms=1 + int(1000 * max(0.0, call.wave_ends_s - time.monotonic())),
-        )
-        span: trace.Span = trace.INVALID_SPAN
+            scales = None if call.scales is None else call.scales.index_select(0, tokens)
+            request.hidden.CopyFrom(header_of(wire, scales))
+        _add_experts(request, part, versions, call.sum_weights)
+        span: trace.Span | None = None
         if self._context is not None:
             span = self._start_span(self._context, link, call.layer, len(wire))
             with trace.use_span(span):
@@ -273,7 +282,7 @@ class DispatchStep:
     def _collect(self, call: LayerCall) -> Tensor:
         """Waits for a wave and adds up everything that has landed, [T, D] float32. A call that failed puts its places
         into `errors`, a good one takes them out."""
-        slowest = expert_pb2.ComputeTiming()
+        slowest, slowest_us = expert_pb2.ComputeTiming(), 0
         waited_s = decode_s = 0.0
         for asked in call.wave:
             started_s = time.perf_counter()
@@ -287,7 +296,9 @@ class DispatchStep:
                 continue
             arrived_s = time.perf_counter()
             waited_s += arrived_s - started_s
-            slowest = max(slowest, answer.response.timing, key=_busy_us)
+            timing = answer.response.timing
+            if (busy_us := _busy_us(timing)) >= slowest_us:
+                slowest, slowest_us = timing, busy_us
             self._take(call, asked, answer)
             decode_s += time.perf_counter() - arrived_s
         self._note_times(slowest, waited_s, decode_s)
@@ -304,11 +315,11 @@ class DispatchStep:
             self._note_failure(call, asked, error)
             _end_span(asked.span, error)
             return
-        rows = decode_rows(answer.response.output, answer.output)
-        if call.rows is None:
+        if call.landing is None:
+            rows = decode_rows(answer.response.output, answer.output)
             asked.sums = call.staging.empty((len(rows), rows.shape[1]), torch.float32).copy_(rows)
         else:
-            call.rows.index_copy_(0, torch.from_numpy(asked.part.assignments), rows)
+            call.landing.put(asked.part.assignments, answer)
         call.answered.append(asked)
         _end_span(asked.span)
         if call.errors:
@@ -317,16 +328,16 @@ class DispatchStep:
 
     def _check(self, call: LayerCall, asked: _Call, answer: Answer) -> None:
         response, part = answer.response, asked.part
-        if response.epoch != self._epoch.id or list(response.versions) != asked.versions:
+        if response.epoch != self._epoch.id or response.versions != asked.versions:
             raise DataLoss("the worker computed with another version", reason="WRONG_VERSION")
-        num_rows = len(part.assignments) if call.rows is not None else part.num_tokens
+        num_rows = len(part.assignments) if call.landing is not None else part.num_tokens
         try:
             check_tensor(
                 response.output,
                 field="output",
                 dtypes=(WIRE_DTYPES[call.wire.dtype],),
                 shape=(num_rows, call.wire.shape[1]),
-                num_bytes=answer.output.nbytes,
+                num_bytes=answer.data.nbytes,
             )
         except InvalidArgument as error:
             raise DataLoss(f"the worker's answer is malformed: {error.message}") from error
@@ -340,11 +351,11 @@ class DispatchStep:
 
     def _sum(self, call: LayerCall) -> Tensor:
         to_device = call.staging.to_device
-        if call.rows is not None:
+        if call.landing is not None:
             for place in call.errors:
                 # What never landed must not reach other tokens: attention multiplies it by zero.
-                call.rows.index_fill_(0, torch.from_numpy(call.order.assignments_of(place)), 0)
-            return combine(to_device(call.rows).view(*call.weights.shape, -1), call.weights)
+                call.landing.clear(call.order.assignments_of(place))
+            return combine(to_device(call.landing.rows).view(*call.weights.shape, -1), call.weights)
         total = torch.zeros(call.hidden.shape, dtype=torch.float32, device=call.hidden.device)
         for asked in call.answered:
             assert asked.sums is not None
@@ -361,8 +372,8 @@ class DispatchStep:
         for asked in list(call.answered):
             rows = asked.sums
             if rows is None:
-                assert call.rows is not None
-                rows = call.rows.index_select(0, torch.from_numpy(asked.part.assignments))
+                assert call.landing is not None
+                rows = call.landing.of(asked.part.assignments)
             if not torch.isfinite(rows).all():
                 found = True
                 call.answered.remove(asked)
@@ -394,34 +405,38 @@ def _looks_finite(call: LayerCall, total: Tensor) -> bool:
     they landed, while it adds them up: a look at `total` would wait for it."""
     if total.device.type == "cpu":
         return math.isfinite(total.sum().item())
-    landed = [call.rows] if call.rows is not None else [asked.sums for asked in call.answered]
+    landed = [call.landing.rows] if call.landing is not None else [asked.sums for asked in call.answered]
     return all(math.isfinite(rows.sum().item()) for rows in landed if rows is not None)
 
 
 def combine(rows: Tensor, weights: Tensor) -> Tensor:
     """rows [T, K, D], weights [T, K] float32 -> [T, D] float32, rank by rank."""
-    total = rows[:, 0] * weights[:, :1]
-    for rank in range(1, rows.shape[1]):
-        total += rows[:, rank] * weights[:, rank : rank + 1]
+    ranks = zip(rows.unbind(1), weights.unsqueeze(-1).unbind(1), strict=True)
+    rows_of_first, its_weights = next(ranks)
+    total = rows_of_first * its_weights
+    for rows_of_rank, its_weights in ranks:
+        total += rows_of_rank * its_weights
     return total
 
 
-def _expert_rows(
-    part: Part, versions: Sequence[bytes], weights: Sequence[float] | None
-) -> list[expert_pb2.ExpertRows]:
-    ends = list(itertools.accumulate(part.counts))
-    return [
-        expert_pb2.ExpertRows(
-            slot=slot,
-            version=version,
-            rows=part.rows[end - count : end],
-            weights=None if weights is None else weights[end - count : end],
-        )
-        for slot, version, count, end in zip(part.slots, versions, part.counts, ends, strict=True)
-    ]
+def _add_experts(
+    request: expert_pb2.ComputeRequest,
+    part: Part,
+    versions: Sequence[bytes],
+    weights: npt.NDArray[np.float32] | None,
+) -> None:
+    chosen = None if weights is None else weights[part.assignments].tolist()
+    end = 0
+    for slot, version, count in zip(part.slots, versions, part.counts, strict=True):
+        start, end = end, end + count
+        expert = request.experts.add(slot=slot, version=version, rows=part.rows[start:end])
+        if chosen is not None:
+            expert.weights.extend(chosen[start:end])
 
 
-def _end_span(span: trace.Span, error: Exception | None = None) -> None:
+def _end_span(span: trace.Span | None, error: Exception | None = None) -> None:
+    if span is None:
+        return
     if error is not None:
         span.set_status(trace.StatusCode.ERROR, type(error).__name__)
     span.end()

@@ -75,10 +75,12 @@ def choose(
 
 def renormalise(chosen: Assignment, rule: GateRule, *, may_be_empty: bool) -> Assignment:
     """Weights with a sum of one. `may_be_empty`: there may be tokens without any slot."""
-    total = chosen.weights.sum(dim=-1, keepdim=True) + rule.epsilon
-    return Assignment(
-        chosen.weights / (total.masked_fill(total == 0, 1) if may_be_empty else total), chosen.slots
-    )
+    total = chosen.weights.sum(dim=-1, keepdim=True)
+    if rule.epsilon:
+        total += rule.epsilon
+    if may_be_empty:
+        total = total.masked_fill(total == 0, 1)
+    return Assignment(chosen.weights / total, chosen.slots)
 
 
 def leave_second(chosen: Assignment, least: float) -> Assignment:

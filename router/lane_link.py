@@ -12,12 +12,9 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from statistics import median
 
-import grpc
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
@@ -25,7 +22,7 @@ from moesaic import lane
 from moesaic.errors import DataLoss, MoesaicError, Overloaded, Unavailable
 from moesaic.lane import Buffer, Frame, LaneError
 from moesaic.tensors import data_of
-from moesaic.v1 import expert_pb2, expert_pb2_grpc
+from moesaic.v1 import expert_pb2
 from moesaic.wire import Framed
 from router.transport import Answer, read_answer
 
@@ -35,31 +32,8 @@ CONNECT_TIMEOUT_S = 10.0
 ANSWER_MESSAGE_BYTES = 4096
 SCALE_BYTES = 4
 SMALLEST_BUFFER_BYTES = 64 << 10
-# A lane must be so much better than gRPC that the difference is none of the noise.
-LANE_MUST_SAVE = 0.1
 
 _RECEIVE_FLAGS = int(socket.MSG_DONTWAIT)
-
-
-def choose_lane(grpc_overheads_s: Sequence[float], lane_overheads_s: Sequence[float]) -> bool:
-    """Whether the lane is faster, by what calls each way waited beyond the worker's own work."""
-    return median(lane_overheads_s) < (1 - LANE_MUST_SAVE) * median(grpc_overheads_s)
-
-
-def open_lane(stub: expert_pb2_grpc.ExpertServiceStub, incarnation: str) -> LaneLink | None:
-    """The lane to just that incarnation of a worker; None where the two have none. Waits for the worker, briefly."""
-    if not (host := lane.host_id()):
-        return None
-    request = expert_pb2.OpenLaneRequest(host_id=host, lane_version=lane.LANE_VERSION)
-    try:
-        opened = stub.OpenLane(request, timeout=CONNECT_TIMEOUT_S)
-    except grpc.RpcError:  # a worker that is busy with its end, or older than lanes
-        return None
-    if not opened.socket_path or opened.incarnation != incarnation:
-        return None
-    with suppress(OSError, LaneError):
-        return connect(opened.socket_path, incarnation)
-    return None
 
 
 def connect(path: str, incarnation: str) -> LaneLink:
@@ -251,6 +225,8 @@ def _layout(request: expert_pb2.ComputeRequest, message_bytes: int, data_bytes: 
     num_rows = request.hidden.shape[0]
     if request.combine == expert_pb2.COMBINE_SUM:
         answer_rows = num_rows
+    elif num_rows == 1:  # once for every expert
+        answer_rows = len(request.experts)
     else:
         answer_rows = sum(len(expert.rows) for expert in request.experts)
     data_offset = lane.align(message_bytes + ANSWER_MESSAGE_BYTES + SCALE_BYTES * answer_rows)

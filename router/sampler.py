@@ -11,6 +11,7 @@ Shapes: N sequences, V vocabulary, T positions of a prompt, M rows of a group, K
 from __future__ import annotations
 
 import enum
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,10 @@ def score(logits: Tensor, targets: Sequence[int], num_top: int) -> list[TokenLog
 
 
 def _finite(scores: Tensor) -> list[bool]:
-    """scores [N, V] -> whether all of a row is finite. Its extremes tell: a NaN is both of them."""
+    """scores [N, V] -> whether all of a row is finite."""
+    # Whatever is not finite shows in a row's sum. Where sums of finite scores overflow, extremes tell: a NaN is both.
+    if all(map(math.isfinite, scores.sum(dim=-1).tolist())):
+        return [True] * len(scores)
     extremes = torch.stack((scores.amax(dim=-1), scores.amin(dim=-1)))
     return [bool(is_finite) for is_finite in torch.isfinite(extremes).all(dim=0).tolist()]
 

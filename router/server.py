@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -24,12 +25,12 @@ from router.cluster_view import ClusterView
 from router.config import RouterConfig
 from router.engine import Engine
 from router.gate_health import GateReading
-from router.lane_link import open_lane
 from router.parts import Parts, load_parts
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 from router.sequence import Failed, SamplingParams, SequenceEvent, SequenceRequest, TokenGenerated
 from router.service import InferenceService, ModelFacts
+from router.ways import open_ways
 from router.worker_link import WorkerLink
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,10 @@ class RouterServer:
         self._tasks: list[asyncio.Task[None]] = []
 
     def _connect(self, replica: Replica) -> WorkerLink:
-        return WorkerLink(replica, open_lane=open_lane if self._config.engine.lane == "auto" else None)
+        engine = self._config.engine
+        use_lane, use_direct = engine.lane == "auto", engine.direct == "auto"
+        opening = partial(open_ways, use_lane=use_lane, use_direct=use_direct)
+        return WorkerLink(replica, open_ways=opening if use_lane or use_direct else None)
 
     async def start(self) -> str:
         """Binds the port and begins to follow the cluster. Returns HOST:PORT."""

@@ -1,6 +1,7 @@
 """The assignments of a layer in the order in which experts want them: slot by slot.
 
-numpy, because every step here is tiny and an operation of torch costs several times as much.
+numpy, because every step here is tiny and an operation of torch costs several times as much; and for a single token plain
+lists, which cost a fraction of numpy's.
 """
 
 # Shapes: T tokens, K experts per token, n assignments and R tokens of one worker. An assignment is one (token, rank) pair,
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +22,7 @@ from router.gate import NO_SLOT
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class Part(NamedTuple):
     """What one worker is asked: the assignments of some slots, and the tokens that have to be sent for them."""
 
     # Of the slots, in their order.
@@ -31,7 +32,7 @@ class Part:
     counts: Sequence[int]
     # Slot by slot, which of the tokens that are sent.
     rows: list[int]
-    assignments: Indices  # [n], slot by slot
+    assignments: Indices | list[int]  # [n], slot by slot
     tokens: Indices | None  # [R], ascending; None: all of them
     num_tokens: int
 
@@ -41,8 +42,8 @@ class SlotOrder:
     """Which slots are used, ascending, and the assignments of each, ascending too."""
 
     slots: Sequence[int]
-    assignments: Indices  # slot by slot: all T * K but the empty ones
-    empty: Indices  # those to no slot
+    assignments: Indices | list[int]  # slot by slot: all T * K but the empty ones
+    empty: Indices | list[int]  # those to no slot
     # Where the assignments of each slot begin, and where the last ones end.
     edges: Sequence[int]
     num_tokens: int
@@ -52,6 +53,8 @@ class SlotOrder:
     def of(cls, slots: Tensor) -> SlotOrder:
         """slots [T, K] on the CPU; NO_SLOT where there is none."""
         num_tokens, num_ranks = slots.shape
+        if num_tokens == 1:
+            return cls._of_token(*slots.tolist())
         # Counted from no slot at all, which comes first.
         flat = slots.numpy().ravel() - NO_SLOT
         counts = np.bincount(flat, minlength=1)
@@ -68,33 +71,46 @@ class SlotOrder:
             num_ranks=num_ranks,
         )
 
+    @classmethod
+    def _of_token(cls, slots: list[int]) -> SlotOrder:
+        """Of a single token: its assignments are its ranks."""
+        order = sorted(range(len(slots)), key=slots.__getitem__)
+        num_empty = slots.count(NO_SLOT)
+        ranks = order[num_empty:]
+        used: list[int] = []
+        edges: list[int] = []
+        for i, rank in enumerate(ranks):
+            if not used or slots[rank] != used[-1]:
+                used.append(slots[rank])
+                edges.append(i)
+        edges.append(len(ranks))
+        return cls(used, ranks, order[:num_empty], edges, num_tokens=1, num_ranks=len(slots))
+
     def part(self, places: Sequence[int]) -> Part:
         """Some of `slots`, named by their places there, ascending."""
+        slots, edges = self.slots, self.edges
+        chosen = [slots[place] for place in places]
+        counts = [edges[place + 1] - edges[place] for place in places]
+        if isinstance(self.assignments, list):
+            ranks = [rank for place in places for rank in self.assignments[edges[place] : edges[place + 1]]]
+            return Part(places, chosen, counts, [0] * len(ranks), ranks, None, 1)
         tokens: Indices | None = None
-        if len(places) == len(self.slots):
+        if len(places) == len(slots):
             assignments = self.assignments
             rows = assignments // self.num_ranks
         else:
             assignments = np.concatenate([self.assignments_of(place) for place in places])
             tokens, rows = _needed(assignments // self.num_ranks, self.num_tokens)
-        return Part(
-            places=places,
-            slots=[self.slots[place] for place in places],
-            counts=[self.edges[place + 1] - self.edges[place] for place in places],
-            rows=rows.tolist(),
-            assignments=assignments,
-            tokens=tokens,
-            num_tokens=self.num_tokens if tokens is None else len(tokens),
-        )
+        num_tokens = self.num_tokens if tokens is None else len(tokens)
+        return Part(places, chosen, counts, rows.tolist(), assignments, tokens, num_tokens)
 
-    def assignments_of(self, place: int) -> Indices:
+    def assignments_of(self, place: int) -> Indices | list[int]:
         """Those of one of `slots`."""
         return self.assignments[self.edges[place] : self.edges[place + 1]]
 
     def tokens_of(self, place: int) -> list[int]:
         """The tokens of one of `slots`."""
-        tokens: list[int] = (self.assignments_of(place) // self.num_ranks).tolist()
-        return tokens
+        return [int(assignment) // self.num_ranks for assignment in self.assignments_of(place)]
 
 
 def _needed(tokens: Indices, num_tokens: int) -> tuple[Indices | None, Indices]:

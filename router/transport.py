@@ -1,10 +1,9 @@
-"""The ways to a worker: what a gRPC stream and a same-host lane have in common."""
+"""The ways to a worker: their names, and what a gRPC stream, a direct stream and a same-host lane have in common."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,14 +13,24 @@ from moesaic.tensors import view_rows
 from moesaic.v1 import expert_pb2
 from moesaic.wire import Framed
 
+# gRPC by threads of its own; gRPC by the threads that compute; shared memory. Also what statistics call them.
+Way = Literal["grpc", "direct", "lane"]
+GRPC: Final = "grpc"
+DIRECT: Final = "direct"
+LANE: Final = "lane"
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Answer:
-    """What a worker answered. `output` is a read-only view of its rows in the dtype of the wire, unchecked beyond its
-    byte count, and may be overwritten by the next call on this transport: whoever keeps it copies."""
+
+class Answer(NamedTuple):
+    """What a worker answered. `data` holds the bytes of its rows, to be read only, unchecked beyond their number; they
+    may be overwritten by the next call on this transport: whoever keeps them copies."""
 
     response: expert_pb2.ComputeResponse
-    output: Tensor
+    data: memoryview
+
+    @property
+    def output(self) -> Tensor:
+        """The rows as they are, in the dtype of the wire."""
+        return view_rows(self.response.output, self.data)
 
 
 class Transport(Protocol):
@@ -59,7 +68,8 @@ def read_answer(framed: Framed[expert_pb2.ComputeResponse]) -> Answer:
     response, data = framed.message, framed.data
     if response.HasField("error"):
         raise from_status(response.error)
-    item_bytes = ITEM_BYTES.get(response.output.dtype, 0)
-    if not item_bytes or math.prod(response.output.shape) * item_bytes != data.nbytes:
+    output = response.output
+    item_bytes = ITEM_BYTES.get(output.dtype, 0)
+    if not item_bytes or math.prod(output.shape) * item_bytes != data.nbytes:
         raise DataLoss("the worker's answer is malformed: its bytes are not those of its dtype and shape")
-    return Answer(response, view_rows(response.output, data))
+    return Answer(response, data)

@@ -1,7 +1,7 @@
-"""The link to one worker: its calls go over a gRPC stream, or over a same-host lane once that is measured faster.
+"""The link to one worker: its calls go over a gRPC stream, or over another way to it once that is measured faster.
 
-A stream that broke fails the calls in flight at once, and the next call opens a new one. A lane that broke is given up,
-and its calls go again over gRPC: an expert call is pure, so it may be sent twice.
+A stream that broke fails the calls in flight at once, and the next call opens a new one. Another way that broke is given
+up, and its calls go again over the gRPC stream: an expert call is pure, so it may be sent twice.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,14 +20,15 @@ from moesaic import rpc
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
+from router import direct_stream
 from router.grpc_stream import GrpcStream
-from router.lane_trial import LaneTrial
-from router.transport import Answer, Transport
+from router.transport import DIRECT, GRPC, Answer, Transport, Way
+from router.way_trial import WayTrial
 
 LATENCIES_KEPT = 1000
 
-# Enters the lane to an incarnation of the worker behind a stub; None where there is none. May wait for seconds.
-OpenLane = Callable[[expert_pb2_grpc.ExpertServiceStub, str], Transport | None]
+# Opens what ways there are, beside the stub, to the worker behind it. May wait for seconds.
+OpenWays = Callable[[expert_pb2_grpc.ExpertServiceStub, Replica], Mapping[Way, Transport]]
 
 
 @dataclass(slots=True, eq=False)
@@ -38,8 +40,8 @@ class Traffic:
     failed_calls: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
-    # "grpc" or "lane": the way of the newest call.
-    transport: str = "grpc"
+    # The way of the newest call.
+    transport: Way = GRPC
     # From sending to the answer.
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
 
@@ -49,20 +51,22 @@ class Traffic:
         return round(1e6 * latencies[int(quantile * (len(latencies) - 1))]) if latencies else 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PendingCall:
+class PendingCall(NamedTuple):
     """A call that was sent; without a transport when the link was closed before."""
 
     request: expert_pb2.ComputeRequest
     hidden: Tensor
+    way: Way
     transport: Transport | None
+    # Where it is noted how long the call waited.
+    trial: WayTrial
     sent_s: float
 
 
 class WorkerLink:
     """The way to one incarnation of a worker. One thread sends and receives; the rest is for any."""
 
-    def __init__(self, replica: Replica, *, open_lane: OpenLane | None = None) -> None:
+    def __init__(self, replica: Replica, *, open_ways: OpenWays | None = None) -> None:
         self.replica = replica
         self.traffic = Traffic()
         self._channel = rpc.channel(replica.address)
@@ -71,30 +75,35 @@ class WorkerLink:
         self._lock = threading.Lock()
         self._closed = False
         self._stream: GrpcStream | None = None
-        # None once it was asked for.
-        self._open_lane = open_lane
-        self._lane: Transport | None = None
-        self._trial = LaneTrial()
+        # None once they were asked for.
+        self._open_ways = open_ways
+        # Those beside the stream, broken ones as well.
+        self._ways: Mapping[Way, Transport] = {}
+        # What is fastest for small calls need not be for large ones, and those do not go every way.
+        self._small_calls, self._large_calls = WayTrial(), WayTrial()
 
     @property
     def connected(self) -> bool:
-        stream = self._stream
-        return stream is not None and not stream.broken
+        return any(not way.broken for way in self._opened())
 
     @property
     def num_in_flight(self) -> int:
-        return sum(way.num_in_flight for way in (self._stream, self._lane) if way is not None)
+        return sum(way.num_in_flight for way in self._opened())
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: Tensor) -> PendingCall:
         """Sends a call without waiting; its id is set here. `hidden` as for `Transport.send`."""
         request.call_id = next(self._call_ids)
-        transport = self._choose(request.call_id)
-        call = PendingCall(request, hidden, transport, time.perf_counter())
+        num_rows = sum(len(expert.rows) for expert in request.experts)
+        small = direct_stream.carries(request, hidden, num_rows)
+        trial = self._small_calls if small else self._large_calls
+        way, transport = self._choose(trial)
+        call = PendingCall(request, hidden, way, transport, trial, time.perf_counter())
         if transport is not None:
             transport.send(request, hidden)
         self.traffic.calls += 1
-        self.traffic.rows += sum(len(expert.rows) for expert in request.experts)
+        self.traffic.rows += num_rows
         self.traffic.sent_bytes += hidden.nbytes
+        self.traffic.transport = way
         return call
 
     def receive(self, call: PendingCall, timeout_s: float) -> Answer:
@@ -105,23 +114,36 @@ class WorkerLink:
         except (MoesaicError, TimeoutError):
             self.traffic.failed_calls += 1
             raise
-        self.traffic.received_bytes += answer.output.nbytes
-        self._enter_lane()
+        self.traffic.received_bytes += answer.data.nbytes
+        self._look_for_ways()
         return answer
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-        for way in (self._stream, self._lane):
-            if way is not None:
-                way.close()
+        for way in self._opened():
+            way.close()
         self._channel.close()
 
-    def _choose(self, call_id: int) -> Transport | None:
-        lane = self._lane
-        over_lane = lane is not None and not lane.broken and self._trial.takes_lane(call_id)
-        self.traffic.transport = "lane" if over_lane else "grpc"
-        return lane if over_lane else self._open_stream()
+    def _opened(self) -> Iterator[Transport]:
+        stream = self._stream
+        if stream is not None:
+            yield stream
+        yield from self._ways.values()
+
+    def _choose(self, trial: WayTrial) -> tuple[Way, Transport | None]:
+        """No transport when the link is closed."""
+        while (way := trial.next_way()) != GRPC:
+            transport = self._ways[way]
+            if not transport.broken:
+                return way, transport
+            self._give_up(way)
+        return GRPC, self._open_stream()
+
+    def _give_up(self, way: Way) -> None:
+        for trial in (self._small_calls, self._large_calls):
+            trial.give_up(way)
+        self._ways[way].close()
 
     def _open_stream(self) -> GrpcStream | None:
         """The stream, a new one where it broke; None when the link is closed."""
@@ -135,39 +157,43 @@ class WorkerLink:
     def _receive(self, call: PendingCall, timeout_s: float) -> Answer:
         if call.transport is None:
             raise Unavailable("the link to the worker is closed")
-        over_lane = call.transport is self._lane
         deadline_s = time.monotonic() + timeout_s
         try:
             answer = call.transport.receive(call.request.call_id, timeout_s)
-        except Unavailable:
-            stream = self._open_stream() if over_lane and call.transport.broken else None
-            if stream is None:
+        except MoesaicError:
+            if call.way == GRPC or not call.transport.broken:
+                raise
+            self._give_up(call.way)
+            if (stream := self._open_stream()) is None:
                 raise
             stream.send(call.request, call.hidden)
             return stream.receive(call.request.call_id, max(0.0, deadline_s - time.monotonic()))
-        self._observe(over_lane, answer.response.timing, time.perf_counter() - call.sent_s)
+        waited_s = time.perf_counter() - call.sent_s
+        self.traffic.latencies_s.append(waited_s)
+        call.trial.observe(call.way, waited_s - _busy_s(answer.response.timing))
         return answer
 
-    def _observe(self, over_lane: bool, timing: expert_pb2.ComputeTiming, waited_s: float) -> None:
-        self.traffic.latencies_s.append(waited_s)
-        if self._lane is not None:
-            busy_us = timing.decode_us + timing.queue_us + timing.compute_us + timing.encode_us
-            self._trial.observe(over_lane, waited_s - busy_us / 1e6)
+    def _look_for_ways(self) -> None:
+        """After the first answer, in the background, once."""
+        open_ways, self._open_ways = self._open_ways, None
+        if open_ways is not None:
+            threading.Thread(target=self._take_ways, args=(open_ways,), name="open-ways", daemon=True).start()
 
-    def _enter_lane(self) -> None:
-        """After the first answer, in the background: asks for a lane, once."""
-        open_lane, self._open_lane = self._open_lane, None
-        if open_lane is not None:
-            threading.Thread(target=self._take_lane, args=(open_lane,), name="open-lane", daemon=True).start()
-
-    def _take_lane(self, open_lane: OpenLane) -> None:
+    def _take_ways(self, open_ways: OpenWays) -> None:
         try:
-            lane = open_lane(expert_pb2_grpc.ExpertServiceStub(self._channel), self.replica.incarnation)
+            ways = open_ways(expert_pb2_grpc.ExpertServiceStub(self._channel), self.replica)
         except ValueError:  # the channel was closed meanwhile
             return
         with self._lock:
-            if lane is not None and not self._closed:
-                self._lane = lane
+            if not self._closed:
+                self._ways = ways
+                self._small_calls = WayTrial(ways)
+                self._large_calls = WayTrial(way for way in ways if way != DIRECT)
                 return
-        if lane is not None:
-            lane.close()
+        for way in ways.values():
+            way.close()
+
+
+def _busy_s(timing: expert_pb2.ComputeTiming) -> float:
+    """The worker's own work on a call."""
+    return (timing.decode_us + timing.queue_us + timing.compute_us + timing.encode_us) / 1e6

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 # As cluster/processes.py sets them: threads that wait hardly spin.
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,20 +39,23 @@ def return_rows(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
 
 
 def _repeat(call: Call) -> Tensor:
-    return call.hidden.index_select(0, torch.cat([group.rows for group in call.groups]))
+    return call.hidden.index_select(0, call.rows)
 
 
 def _weigh(call: Call) -> Tensor:
-    weights = torch.zeros(len(call.hidden))
-    for group in call.groups:
-        assert group.weights is not None
-        weights.index_add_(0, group.rows, group.weights)
+    assert call.weights is not None
+    weights = torch.zeros(len(call.hidden)).index_add_(0, call.rows, call.weights)
     return (call.hidden * weights[:, None]).to(call.hidden.dtype)
 
 
 async def main(name: str, hidden: int, first: int, last: int) -> None:
     service = ExpertService(
-        worker=name, incarnation=f"{name}-1", max_call_rows=MAX_ROWS, max_stream_calls=64, lane=True
+        worker=name,
+        incarnation=f"{name}-1",
+        max_call_rows=MAX_ROWS,
+        max_stream_calls=64,
+        lane=True,
+        direct_host="127.0.0.1",
     )
     batcher = Batcher(return_rows, max_queued_calls=64, max_pass_rows=MAX_ROWS)
     store = ExpertStore()

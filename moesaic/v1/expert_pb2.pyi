@@ -87,12 +87,14 @@ class OpenLaneRequest(_message.Message):
     def __init__(self, host_id: _Optional[str] = ..., lane_version: _Optional[int] = ...) -> None: ...
 
 class OpenLaneResponse(_message.Message):
-    __slots__ = ("socket_path", "incarnation")
+    __slots__ = ("socket_path", "incarnation", "compute_port")
     SOCKET_PATH_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_PORT_FIELD_NUMBER: _ClassVar[int]
     socket_path: str
     incarnation: str
-    def __init__(self, socket_path: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...
+    compute_port: int
+    def __init__(self, socket_path: _Optional[str] = ..., incarnation: _Optional[str] = ..., compute_port: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -123,7 +125,7 @@ class GetWorkerStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkerStatsResponse(_message.Message):
-    __slots__ = ("calls", "rows", "refused_calls", "passes", "busy_s", "uptime_s", "resident_bytes", "lane_calls")
+    __slots__ = ("calls", "rows", "refused_calls", "passes", "busy_s", "uptime_s", "resident_bytes", "lane_calls", "direct_calls")
     CALLS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_CALLS_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +134,7 @@ class GetWorkerStatsResponse(_message.Message):
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     LANE_CALLS_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_CALLS_FIELD_NUMBER: _ClassVar[int]
     calls: int
     rows: int
     refused_calls: int
@@ -140,4 +143,5 @@ class GetWorkerStatsResponse(_message.Message):
     uptime_s: float
     resident_bytes: int
     lane_calls: int
-    def __init__(self, calls: _Optional[int] = ..., rows: _Optional[int] = ..., refused_calls: _Optional[int] = ..., passes: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., lane_calls: _Optional[int] = ...) -> None: ...
+    direct_calls: int
+    def __init__(self, calls: _Optional[int] = ..., rows: _Optional[int] = ..., refused_calls: _Optional[int] = ..., passes: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., lane_calls: _Optional[int] = ..., direct_calls: _Optional[int] = ...) -> None: ...

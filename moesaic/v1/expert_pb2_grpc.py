@@ -68,7 +68,8 @@ class ExpertServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OpenLane(self, request, context):
-        """Asks for a faster way in beside this service, for a caller on the same host. An empty answer means none.
+        """Asks for faster ways in beside this service: a lane for a caller on the same host, and a port of the computing thread
+        for a caller on any host. An empty answer means none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

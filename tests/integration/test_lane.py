@@ -22,8 +22,11 @@ from moesaic import lane, rpc
 from moesaic.client import SyncClient
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.manifest import ExpertAddress, versions_from_proto
+from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
-from router.lane_link import LaneLink, open_lane
+from router.lane_link import LaneLink
+from router.transport import LANE
+from router.ways import open_ways
 
 WAIT_S = 20.0
 HIDDEN = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
@@ -47,8 +50,14 @@ class Caller:
         return str(self.stub.OpenLane(request, timeout=WAIT_S).socket_path)
 
     def link(self) -> LaneLink:
-        link = open_lane(self.stub, self.described.incarnation)
+        link = self.enter(self.described.incarnation)
         assert link is not None
+        return link
+
+    def enter(self, incarnation: str) -> LaneLink | None:
+        replica = Replica(self.described.worker, "unused", incarnation, self.versions)
+        link = open_ways(self.stub, replica, use_lane=True, use_direct=False).get(LANE)
+        assert link is None or isinstance(link, LaneLink)
         return link
 
     def stats(self) -> expert_pb2.GetWorkerStatsResponse:
@@ -121,8 +130,8 @@ def test_only_a_caller_of_this_host_and_version_gets_a_lane_and_only_where_it_is
             assert stat.S_ISSOCK(path.stat().st_mode) and stat.S_IMODE(path.stat().st_mode) == 0o600
             assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
             assert caller.path(host_id="another") == caller.path(lane_version=99) == ""
-            assert other.path() == "" and open_lane(other.stub, other.described.incarnation) is None
-            assert open_lane(caller.stub, "another incarnation") is None
+            assert other.path() == "" and other.enter(other.described.incarnation) is None
+            assert caller.enter("another incarnation") is None
 
 
 def test_nothing_is_left_in_the_temporary_folder(

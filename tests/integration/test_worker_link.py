@@ -12,10 +12,11 @@ import torch
 
 from moesaic.errors import DataLoss, Overloaded, Unavailable, to_status
 from moesaic.routing_table import Replica
-from moesaic.tensors import header_of
+from moesaic.tensors import data_of, header_of
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
-from router.lane_trial import COMPARED_CALLS, WARM_UP_CALLS
-from router.transport import Answer
+from router.direct_stream import MAX_ROWS_BYTES
+from router.transport import DIRECT, GRPC, LANE, Answer, Way
+from router.way_trial import WayTrial
 from router.worker_link import PendingCall, WorkerLink
 
 WAIT_S = 10.0
@@ -138,74 +139,120 @@ def test_a_closed_link_refuses(link: WorkerLink) -> None:
         link.receive(send(link, 0), WAIT_S)
 
 
-class FakeLane:
-    """A lane that answers in the test, until it breaks."""
+class FakeWay:
+    """A way that answers in the test, with its name for an epoch, until it breaks."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: Way) -> None:
         self.broken = self.closed = False
         self.num_in_flight = 0
-        self.num_answered = 0
+        self._name = name
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> None:
+        self.num_in_flight += 1
         self._request, self._hidden = request, hidden
 
     def receive(self, call_id: int, timeout_s: float) -> Answer:
+        self.num_in_flight -= 1
         if self.broken:
-            raise Unavailable("the lane broke")
-        self.num_answered += 1
-        response = expert_pb2.ComputeResponse(call_id=call_id, epoch="lane", output=self._request.hidden)
-        return Answer(response, self._hidden)
+            raise DataLoss("the way broke")
+        response = expert_pb2.ComputeResponse(call_id=call_id, epoch=self._name, output=self._request.hidden)
+        return Answer(response, data_of(self._hidden))
 
     def close(self) -> None:
-        self.closed = True
+        self.broken = self.closed = True
+
+
+OVERHEADS_S: dict[Way, float] = {GRPC: 4e-4, DIRECT: 2e-4, LANE: 1e-4}
 
 
 @pytest.fixture
-def lane() -> FakeLane:
-    return FakeLane()
+def ways(monkeypatch: pytest.MonkeyPatch) -> dict[Way, FakeWay]:
+    """Those of `fast_link`, which is told that they take as long as `OVERHEADS_S` says."""
+    observe = WayTrial.observe
+    monkeypatch.setattr(WayTrial, "observe", lambda trial, way, _: observe(trial, way, OVERHEADS_S[way]))
+    return {way: FakeWay(way) for way in (DIRECT, LANE)}
 
 
 @pytest.fixture
-def lane_link(server: tuple[grpc.Server, int], lane: FakeLane) -> Iterator[WorkerLink]:
-    opened = threading.Event()
+def fast_link(server: tuple[grpc.Server, int], ways: dict[Way, FakeWay]) -> Iterator[WorkerLink]:
+    asked: list[str] = []
 
-    def open_lane(_stub: object, incarnation: str) -> FakeLane:
-        opened.set()
-        assert incarnation == "a-1"
-        return lane
+    def open_ways(_stub: object, replica: Replica) -> dict[Way, FakeWay]:
+        asked.append(replica.incarnation)
+        return ways
 
-    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", {}), open_lane=open_lane)
-    made.receive(send(made, 0), WAIT_S)  # a lane is asked for once the worker has answered
-    assert opened.wait(WAIT_S)
+    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", {}), open_ways=open_ways)
     yield made
     made.close()
-    assert lane.closed
+    assert asked == ["a-1"] and all(way.closed for way in ways.values())
 
 
-def call_until_chosen(link: WorkerLink, lane: FakeLane) -> None:
-    """The fake lane waits for nothing, so the trial ends with it."""
-    for _ in range(500):
-        link.receive(send(link, 0), WAIT_S)
-        if lane.num_answered > 2 * (WARM_UP_CALLS + COMPARED_CALLS):
+def ask(link: WorkerLink, rows: torch.Tensor = ROWS) -> str:
+    """The epoch of an answer: its fake way, or nothing."""
+    request = expert_pb2.ComputeRequest(hidden=header_of(rows))
+    return link.receive(link.send(request, rows), WAIT_S).response.epoch
+
+
+def ask_until(link: WorkerLink, way: Way, rows: torch.Tensor = ROWS) -> None:
+    """Ways are opened in the background and tried in turn."""
+    run = 0
+    for _ in range(10_000):
+        ask(link, rows)
+        run = run + 1 if link.traffic.transport == way else 0
+        if run > 3:
             return
-    raise AssertionError("the lane was never chosen")
+    raise AssertionError(f"never chosen: {way}")
 
 
-def test_calls_go_over_the_lane_once_it_was_measured_faster(lane_link: WorkerLink, lane: FakeLane) -> None:
-    call_until_chosen(lane_link, lane)
-    assert lane_link.traffic.transport == "lane"
-    assert lane_link.receive(send(lane_link, 0), WAIT_S).response.epoch == "lane"
+def test_calls_go_the_fastest_way_once_all_were_tried(fast_link: WorkerLink) -> None:
+    ask_until(fast_link, LANE)
+    assert [ask(fast_link) for _ in range(8)] == [LANE] * 8
+    assert fast_link.traffic.transport == LANE and fast_link.connected
 
 
-def test_a_call_whose_lane_breaks_is_answered_over_grpc_and_so_are_the_next(
-    lane_link: WorkerLink, lane: FakeLane
+def test_a_call_whose_way_breaks_is_answered_over_grpc_and_the_next_ones_go_the_next_best_way(
+    fast_link: WorkerLink, ways: dict[Way, FakeWay]
 ) -> None:
-    call_until_chosen(lane_link, lane)
-    in_flight = send(lane_link, 0, "first")
-    lane.broken = True
-    assert lane_link.receive(in_flight, WAIT_S).response.epoch == "first"
-    assert lane_link.receive(send(lane_link, 0, "second"), WAIT_S).response.epoch == "second"
-    assert lane_link.traffic.transport == "grpc" and lane_link.traffic.failed_calls == 0
+    ask_until(fast_link, LANE)
+    for broken, next_best in ((LANE, DIRECT), (DIRECT, GRPC)):
+        in_flight = send(fast_link, 0, "as asked")
+        assert fast_link.traffic.transport == broken and fast_link.num_in_flight == 1
+        ways[broken].broken = True
+        assert fast_link.receive(in_flight, WAIT_S).response.epoch == "as asked"
+        assert ways[broken].closed
+        ask(fast_link)
+        assert fast_link.traffic.transport == next_best
+    assert fast_link.traffic.failed_calls == 0
+
+
+def test_a_way_that_broke_between_calls_is_not_taken(fast_link: WorkerLink, ways: dict[Way, FakeWay]) -> None:
+    ask_until(fast_link, LANE)
+    ways[LANE].broken = True
+    assert ask(fast_link) == DIRECT
+
+
+def test_large_calls_are_tried_apart_and_never_go_over_the_direct_stream(
+    fast_link: WorkerLink, ways: dict[Way, FakeWay]
+) -> None:
+    large = torch.zeros(2, MAX_ROWS_BYTES // 8 + 1)
+    ask_until(fast_link, LANE)
+    ways[LANE].broken = True
+    ask_until(fast_link, DIRECT)
+    for _ in range(100):
+        assert ask(fast_link, large) == ""
+        assert fast_link.traffic.transport == GRPC
+        assert ask(fast_link) == DIRECT
+
+
+def test_large_calls_go_over_the_lane_where_that_is_faster(fast_link: WorkerLink) -> None:
+    ask_until(fast_link, LANE, torch.zeros(2, MAX_ROWS_BYTES // 8 + 1))
+
+
+def test_a_closed_link_takes_none_of_the_ways(fast_link: WorkerLink) -> None:
+    ask_until(fast_link, LANE)
+    fast_link.close()
+    with pytest.raises(Unavailable):
+        ask(fast_link)
 
 
 def test_the_latency_of_the_last_calls_is_known(link: WorkerLink) -> None:

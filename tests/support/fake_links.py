@@ -14,10 +14,11 @@ import torch
 from moesaic.errors import MoesaicError
 from moesaic.manifest import Epoch, ExpertAddress
 from moesaic.routing_table import Replica, RoutingTable
-from moesaic.tensors import decode_rows, encode_rows
+from moesaic.tensors import data_of, decode_rows, encode_rows
 from moesaic.v1 import expert_pb2
 from router.replica_pool import ReplicaPool
-from router.transport import Answer
+from router.transport import GRPC, Answer
+from router.way_trial import WayTrial
 from router.worker_link import PendingCall, Traffic, WorkerLink
 
 Answerer = Callable[[expert_pb2.ComputeRequest, torch.Tensor], Answer]
@@ -41,7 +42,7 @@ def scaled_rows(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> Ans
         output=header,
         timing=expert_pb2.ComputeTiming(decode_us=1, queue_us=2, compute_us=3, encode_us=4),
     )
-    return Answer(response, wire)
+    return Answer(response, data_of(wire))
 
 
 class FakeLink(WorkerLink):
@@ -66,7 +67,7 @@ class FakeLink(WorkerLink):
     def send(self, request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> PendingCall:
         request.call_id = len(self.requests) + 1
         self.requests.append(request)
-        return PendingCall(request, hidden, None, time.perf_counter())
+        return PendingCall(request, hidden, GRPC, None, WayTrial(), time.perf_counter())
 
     def receive(self, call: PendingCall, timeout_s: float) -> Answer:
         self.received.append(call.request.call_id)
@@ -99,7 +100,7 @@ def spoiled(**changes: Any) -> Answerer:
             rows = changes["output"](decode_rows(response.output, output))
             header, output = encode_rows(rows, changes.get("dtype", response.output.dtype))
             response.output.CopyFrom(header)
-        return Answer(response, output)
+        return Answer(response, data_of(output))
 
     return answer
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expert_worker.batcher import Batcher
-from expert_worker.call import Call, ExpertRows
+from expert_worker.call import Call
 from expert_worker.call_queue import Computed
 from expert_worker.expert import Expert
 from moesaic.errors import (
@@ -29,8 +29,8 @@ EXPERT = Expert(Linear(torch.zeros(2, 1)), Linear(torch.zeros(1, 1)), "silu")
 
 
 def call(tag: float, *, layer: int = 0, num_rows: int = 1, timeout_s: float = 10.0) -> Call:
-    rows = ExpertRows(EXPERT, torch.arange(num_rows), None)
-    return Call(layer, torch.full((num_rows, 1), tag), (rows,), False, time.monotonic() + timeout_s)
+    hidden, rows = torch.full((num_rows, 1), tag), torch.arange(num_rows)
+    return Call(layer, hidden, (EXPERT,), (num_rows,), rows, None, time.monotonic() + timeout_s)
 
 
 class GatedCompute:
@@ -253,6 +253,50 @@ async def test_stop_lets_the_running_pass_finish_and_fails_what_waits(
         await waiting
     with pytest.raises(Unavailable):
         await batcher.submit(call(3.0))
+
+
+class SpyTicket:
+    """A call whose answer is looked at, and may fail."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.call = call(5.0)
+        self.caller = id(self)
+        self.queued_s = time.monotonic()
+        self.wanted = True
+        self.error = error
+        self.answers: list[tuple[str, type]] = []
+
+    def answer(self, result: Computed | MoesaicError) -> None:
+        self.answers.append((threading.current_thread().name, type(result)))
+        if self.error is not None:
+            raise self.error
+
+
+async def test_every_answer_is_given_by_the_compute_thread_also_the_last_ones(
+    batcher: Batcher, compute: GatedCompute
+) -> None:
+    running = await block(batcher, compute)
+    waiting = SpyTicket()
+    batcher.offer(waiting)
+    assert not await batcher.stop(0.01)
+    assert not waiting.answers
+    compute.gate.set()
+    assert await batcher.stop(5.0)
+    assert waiting.answers == [("expert-compute", Unavailable)]
+    assert (await running).output.item() == 2.0
+
+
+async def test_an_answer_that_fails_ends_neither_the_thread_nor_other_calls(
+    batcher: Batcher, compute: GatedCompute
+) -> None:
+    running = await block(batcher, compute)
+    failing = SpyTicket(RuntimeError("gone"))
+    batcher.offer(failing)
+    (beside,) = await submit_all(batcher, [call(2.0)])
+    compute.gate.set()
+    assert ((await running).output.item(), (await beside).output.item()) == (2.0, 4.0)
+    assert failing.answers == [("expert-compute", Computed)]
+    assert batcher.is_healthy()
 
 
 async def test_times_in_the_queue_and_in_the_pass_are_told_apart(

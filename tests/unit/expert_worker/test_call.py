@@ -38,11 +38,10 @@ def test_a_good_request_becomes_a_call(
 ) -> None:
     call = read(request_of_two)
     assert (call.layer, call.num_rows, call.combine_sum, call.deadline_s) == (1, 5, False, 110.0)
-    assert [group.rows.tolist() for group in call.groups] == [[0, 2], [1, 2, 3]]
-    assert [group.weights for group in call.groups] == [None, None]
+    assert (call.counts, call.rows.tolist(), call.weights) == ([2, 3], [0, 2, 1, 2, 3], None)
     assert torch.equal(call.hidden, torch.ones(4, 32))
     held = store.experts()
-    assert [group.expert for group in call.groups] == [held[1, 0], held[1, 2]]  # type: ignore[index]
+    assert call.experts == [held[1, 0], held[1, 2]]  # type: ignore[index]
 
 
 def test_a_layer_without_experts_is_refused(
@@ -58,8 +57,8 @@ def test_a_layer_without_experts_is_refused(
 
 def test_a_request_for_sums_carries_one_weight_per_row(read: Callable[..., Call], store: ExpertStore) -> None:
     request = compute_request(torch.ones(2, 32), {0: [0, 1]}, store.versions(), weights={0: [0.25, 0.75]})
-    (group,) = read(request).groups
-    assert group.weights is not None and group.weights.tolist() == [0.25, 0.75]
+    weights = read(request).weights
+    assert weights is not None and weights.tolist() == [0.25, 0.75]
 
 
 def set_rows(request: expert_pb2.ComputeRequest, rows: list[int]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.expert_calls import ReferenceExperts
 from torch import Tensor
 
-from expert_worker.call import Call, ExpertRows
+from expert_worker.call import Call
 from expert_worker.compute import compute_calls
 from expert_worker.expert_store import ExpertStore
 from moesaic.errors import InvalidArgument
@@ -29,15 +29,15 @@ def make_call(
     weights: dict[int, list[float]] | None = None,
 ) -> Call:
     experts = store.experts()
-    groups = tuple(
-        ExpertRows(
-            experts[ExpertAddress(layer, slot)],
-            torch.tensor(indices),
-            None if weights is None else torch.tensor(weights[slot]),
-        )
-        for slot, indices in rows.items()
+    return Call(
+        layer,
+        hidden,
+        [experts[ExpertAddress(layer, slot)] for slot in rows],
+        [len(indices) for indices in rows.values()],
+        torch.tensor([row for indices in rows.values() for row in indices]),
+        None if weights is None else torch.tensor([weight for slot in rows for weight in weights[slot]]),
+        deadline_s=float("inf"),
     )
-    return Call(layer, hidden, groups, weights is not None, deadline_s=float("inf"))
 
 
 def random_hidden(num_rows: int, seed: int = 0) -> Tensor:

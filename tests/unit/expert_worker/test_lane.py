@@ -194,11 +194,11 @@ async def test_calls_of_a_lane_and_of_a_stream_share_a_pass(worker: Worker, make
     with worker.link() as blocker, worker.link() as link:
         worker.gate.close_behind(blocker, make_call({0: [0]}, layer=1))
         send(link, make_call({0: [0]}))
-        call = Call(0, HIDDEN, (), False, float("inf"))
+        call = Call(0, HIDDEN, (), (), torch.empty(0, dtype=torch.int64), None, float("inf"))
         waiting = asyncio.create_task(worker.batcher.submit(call))
         await asyncio.sleep(0)
         worker.gate.open.set()
-        with pytest.raises(MoesaicError):  # it has no groups: the pass fails, for both
+        with pytest.raises(MoesaicError):  # it has no experts: the pass fails, for both
             await waiting
         with pytest.raises(MoesaicError):
             link.receive(1, WAIT_S)

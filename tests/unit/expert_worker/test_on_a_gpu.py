@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from expert_worker import compute, expert
-from expert_worker.call import Call, ExpertRows
+from expert_worker.call import Call
 from expert_worker.expert import ExpertForm, ExpertWeights, compute_experts, empty_weights, make_expert
 from moesaic.families.model import ExpertModule
 
@@ -61,11 +61,10 @@ def test_a_pass_stays_on_the_device_and_comes_back_once(
             Call(
                 layer=0,
                 hidden=torch.empty(4, HIDDEN, dtype=torch.bfloat16),
-                groups=tuple(
-                    ExpertRows(experts[slot], torch.tensor([0, 3]), torch.ones(2) if combine_sum else None)
-                    for slot in of_call
-                ),
-                combine_sum=combine_sum,
+                experts=[experts[slot] for slot in of_call],
+                counts=[2] * len(of_call),
+                rows=torch.tensor([0, 3] * len(of_call)),
+                weights=torch.ones(2 * len(of_call)) if combine_sum else None,
                 deadline_s=0.0,
             )
             for of_call in slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -24,11 +25,12 @@ from expert_worker.compute import compute_calls
 from expert_worker.desk import CallDesk
 from expert_worker.expert_store import ExpertStore
 from expert_worker.service import SERVICE, ExpertService, LoadedModel, _CallStream
-from moesaic import rpc, telemetry
+from moesaic import lane, rpc, telemetry
 from moesaic.errors import MoesaicError, from_rpc_error, from_status
 from moesaic.families import MoeModel
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from moesaic.wire import Framed
+from router.lane_link import connect
 
 HIDDEN = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
 Stream = Any
@@ -62,7 +64,12 @@ class Worker:
         self.gate = Gate()
         self.batcher = Batcher(self.gate, max_queued_calls=4, max_pass_rows=64)
         self.service = ExpertService(
-            worker="w", incarnation="i", max_call_rows=64, max_stream_calls=8, lane=True
+            worker="w",
+            incarnation="i",
+            max_call_rows=64,
+            max_stream_calls=8,
+            lane=True,
+            direct_host="127.0.0.1",
         )
         self._loaded = LoadedModel("tiny", model, "cpu", store, self.batcher)
         self._server = rpc.Server({SERVICE: self.service.add_to})
@@ -73,6 +80,11 @@ class Worker:
 
     def serve(self) -> None:
         self.service.serve(self._loaded)
+
+    def has_direct_call(self) -> bool:
+        """Whether one has come that the compute thread has not read yet."""
+        assert self.service._door is not None
+        return bool(select.select(list(self.service._door._connections), [], [], 0)[0])
 
     async def stop(self) -> None:
         self.gate.open.set()
@@ -213,6 +225,40 @@ async def test_concurrent_callers_share_a_pass_and_each_gets_its_own_rows(
     assert (stats.calls, stats.passes, stats.rows) == (3, 2, 7)
 
 
+async def test_callers_of_all_three_ways_share_a_pass_and_are_counted_apart(
+    worker: Worker, stub: Any, request_of: RequestOf, folder: Path
+) -> None:
+    ways = await stub.OpenLane(
+        expert_pb2.OpenLaneRequest(host_id=lane.host_id(), lane_version=lane.LANE_VERSION)
+    )
+    over_lane = await asyncio.to_thread(connect, ways.socket_path, "i")
+    async with rpc.aio_channel(f"127.0.0.1:{ways.compute_port}") as direct_channel:
+        blocker, over_grpc = stub.Compute(), stub.Compute()
+        direct = expert_pb2_grpc.ExpertServiceStub(direct_channel).Compute()
+        await direct.wait_for_connection()
+        await worker.gate.close_behind(blocker, request_of({0: [0]}, layer=1))
+        rows = ({0: [0, 1], 1: [2]}, {1: [3, 4], 0: [5]}, {2: [0]})
+        await over_grpc.write(request_of(rows[0]))
+        await direct.write(request_of(rows[1]))
+        by_lane = request_of(rows[2])
+        by_lane.hidden.ClearField("data")
+        over_lane.send(by_lane, HIDDEN)
+        await eventually(lambda: asyncio.sleep(0, len(worker.batcher._waiting) == 1))
+        await eventually(lambda: asyncio.sleep(0, worker.has_direct_call()))
+        worker.gate.open.set()
+        outputs = [
+            from_wire((await asyncio.wait_for(over_grpc.read(), 10)).output),
+            from_wire((await asyncio.wait_for(direct.read(), 10)).output),
+            (await asyncio.to_thread(over_lane.receive, 1, 10)).output,
+        ]
+        reference = ReferenceExperts(folder)
+        for output, wanted in zip(outputs, rows, strict=True):
+            torch.testing.assert_close(output, reference.rows(0, HIDDEN, wanted), atol=1e-5, rtol=1e-5)
+        stats = await stub.GetWorkerStats(expert_pb2.GetWorkerStatsRequest())
+        assert (stats.calls, stats.passes, stats.lane_calls, stats.direct_calls) == (4, 2, 1, 1)
+    over_lane.close()
+
+
 async def test_a_full_queue_is_refused_in_band_with_a_time_to_retry(
     worker: Worker, stub: Any, request_of: RequestOf
 ) -> None:
@@ -314,6 +360,28 @@ async def test_a_draining_worker_answers_what_it_took_and_refuses_what_comes(
         await asyncio.wait_for(stream.read(), 10)
         await call(stub.Compute(), request_of({0: [0]}))
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_draining_worker_answers_what_it_took_on_the_direct_port_and_then_ends_its_streams(
+    worker: Worker, stub: Any, request_of: RequestOf
+) -> None:
+    ways = await stub.OpenLane(expert_pb2.OpenLaneRequest())
+    async with rpc.aio_channel(f"127.0.0.1:{ways.compute_port}") as channel:
+        stream = expert_pb2_grpc.ExpertServiceStub(channel).Compute()
+        await worker.gate.close_behind(stream, request_of({0: [0]}, call_id=1))
+        draining = asyncio.create_task(worker.service.drain(10))
+        await asyncio.sleep(0)
+        await stream.write(request_of({0: [0]}, call_id=2))
+        assert not draining.done()
+        worker.gate.open.set()
+        answers = {answer.call_id: answer for answer in [await stream.read(), await stream.read()]}
+        assert answers[1].HasField("output")
+        assert from_status(answers[2].error).code == grpc.StatusCode.UNAVAILABLE
+        assert await draining
+        assert await worker.batcher.stop(5)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(stream.read(), 10)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_drain_gives_up_when_its_time_is_over(

@@ -18,6 +18,7 @@ CLIENT_LACKS = (
     "uvicorn",
     "typer",
     "grpc_health",
+    "h2",
 )
 GATEWAY_LACKS = ("torch", "ray", "transformers", "router", "expert_worker", "cluster")
 

@@ -17,7 +17,7 @@ from moesaic.errors import DataLoss, Overloaded, Unavailable, to_status
 from moesaic.lane import Buffer, Frame, LaneError
 from moesaic.tensors import data_of, encode_rows, view_rows
 from moesaic.v1 import common_pb2, expert_pb2
-from router.lane_link import LaneLink, choose_lane, connect
+from router.lane_link import LaneLink, connect
 
 WAIT_S = 10.0
 HIDDEN = torch.arange(8.0).view(2, 4)
@@ -311,9 +311,3 @@ def test_a_socket_of_another_user_is_not_entered(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
         with pytest.raises(LaneError):
             connect(path, "a-1")
-
-
-def test_the_lane_is_chosen_where_it_is_clearly_faster() -> None:
-    assert choose_lane([300e-6, 310e-6, 9e-3], [50e-6, 60e-6, 20e-3])
-    assert not choose_lane([50e-6, 52e-6, 48e-6], [50e-6, 49e-6, 51e-6])
-    assert not choose_lane([50e-6], [80e-6])

@@ -196,6 +196,15 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
     assert [first, last] == alone
 
 
+def test_finite_logits_whose_sum_is_not_are_sampled() -> None:
+    largest = torch.finfo(torch.float32).max
+    good, bad = sample(
+        torch.tensor([[0.0, largest, largest], [largest, math.nan, largest]]), [greedy(), greedy()]
+    )
+    assert good == SampledToken(1, None)
+    assert isinstance(bad, DataLoss)
+
+
 def test_an_empty_batch_and_a_batch_of_bad_rows_are_answered() -> None:
     assert sample(torch.empty(0, VOCAB), []) == []
     (only,) = sample(torch.full((1, VOCAB), math.nan), [greedy()])

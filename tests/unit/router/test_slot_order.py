@@ -59,8 +59,8 @@ def test_every_assignment_is_asked_of_just_one_part_and_finds_its_token_there(
         slot_of_row = [
             slot for slot, count in zip(part.slots, part.counts, strict=True) for _ in range(count)
         ]
-        for assignment, row, slot in zip(part.assignments.tolist(), part.rows, slot_of_row, strict=True):
-            token, rank = divmod(assignment, num_ranks)
+        for assignment, row, slot in zip(part.assignments, part.rows, slot_of_row, strict=True):
+            token, rank = divmod(int(assignment), num_ranks)
             assert sent[row] == token and slots[token, rank] == slot
-        seen += part.assignments.tolist()
+        seen += map(int, part.assignments)
     assert sorted(seen) == list(range(num_tokens * num_ranks))

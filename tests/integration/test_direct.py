@@ -1,0 +1,225 @@
+"""The direct port of real worker processes, for callers that know gRPC and nothing else of ours."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from support.checkpoints import write_mixtral
+from support.expert_calls import ReferenceExperts, compute_request
+from support.processes import Process, running_workers
+from support.wire_tensors import from_wire
+
+from moesaic import direct, rpc
+from moesaic.errors import from_status
+from moesaic.manifest import ExpertAddress, versions_from_proto
+from moesaic.v1 import expert_pb2, expert_pb2_grpc
+
+WAIT_S = 20.0
+HIDDEN = torch.randn(7, 48, generator=torch.Generator().manual_seed(3))
+# Sends what it finds in a file, says when the first answer came, and would wait for the others for ever.
+CALLER = """
+import sys
+from pathlib import Path
+from moesaic import rpc
+from moesaic.v1 import expert_pb2, expert_pb2_grpc
+port, file, count = sys.argv[1:]
+request = expert_pb2.ComputeRequest.FromString(Path(file).read_bytes())
+with rpc.channel(f"127.0.0.1:{port}") as channel:
+    answers = expert_pb2_grpc.ExpertServiceStub(channel).Compute(iter([request] * int(count)))
+    print(next(answers).call_id, flush=True)
+    sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """Both ways to one worker."""
+
+    main: Any
+    direct: Any
+    port: int
+    versions: dict[ExpertAddress, bytes]
+
+    def stats(self) -> expert_pb2.GetWorkerStatsResponse:
+        stats: expert_pb2.GetWorkerStatsResponse = self.main.GetWorkerStats(
+            expert_pb2.GetWorkerStatsRequest(), timeout=WAIT_S
+        )
+        return stats
+
+
+@contextmanager
+def ways_to(worker: Process) -> Iterator[Ways]:
+    with rpc.channel(worker.address) as channel:
+        main = expert_pb2_grpc.ExpertServiceStub(channel)
+        versions = versions_from_proto(main.Describe(expert_pb2.DescribeRequest(), timeout=WAIT_S).experts)
+        # Of another host, so that there is no lane for it.
+        opened = main.OpenLane(expert_pb2.OpenLaneRequest(host_id="another"), timeout=WAIT_S)
+        assert not opened.socket_path
+        with rpc.channel(f"127.0.0.1:{opened.compute_port}") as direct_channel:
+            stub = expert_pb2_grpc.ExpertServiceStub(direct_channel)
+            yield Ways(main, stub, opened.compute_port, versions)
+
+
+@pytest.fixture
+def slow_model(tmp_path: Path) -> Path:
+    """Its passes of a thousand rows take long enough to be met in the middle."""
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_local_experts": 2, "num_hidden_layers": 1}
+    return write_mixtral(tmp_path / "slow", **sizes)
+
+
+def slow_request(ways: Ways, call_id: int = 0) -> expert_pb2.ComputeRequest:
+    every_row = list(range(1024))
+    return compute_request(
+        torch.randn(1024, 256),
+        {0: every_row, 1: every_row},
+        ways.versions,
+        call_id=call_id,
+        timeout_ms=60_000,
+    )
+
+
+def outcome(answer: expert_pb2.ComputeResponse) -> tuple[int, str, str, str | None]:
+    """Whose answer it is and what it says, but for the numbers."""
+    if answer.HasField("output"):
+        return answer.call_id, "answered", "", None
+    error = from_status(answer.error)
+    return answer.call_id, error.reason, error.message, error.field
+
+
+@pytest.mark.shared
+def test_a_grpcio_channel_gets_the_rows_of_the_reference_checkpoint(shared: Path) -> None:
+    folder = shared / "goldens" / "mixtral" / "hf_v4"
+    rows = {5: [0, 2, 6], 4: [1], 7: [0, 1, 2, 3, 4, 5, 6]}
+    with running_workers(folder, ["4-7"]) as (worker,), ways_to(worker) as ways:
+        request = compute_request(HIDDEN, rows, ways.versions, layer=1)
+        (response,) = ways.direct.Compute(iter([request]), timeout=WAIT_S)
+        expected = ReferenceExperts(folder).rows(1, HIDDEN, rows)
+        torch.testing.assert_close(from_wire(response.output), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_both_ways_give_the_same_bits_and_the_same_refusals(tmp_path: Path) -> None:
+    write_mixtral(tmp_path)
+    hidden = HIDDEN[:, :32]
+    with running_workers(tmp_path, ["0:0-1,1:3"]) as (worker,), ways_to(worker) as ways:
+        wrong_version = compute_request(hidden, {1: [0]}, ways.versions, call_id=6)
+        wrong_version.experts[0].version = bytes(32)
+        requests = [
+            compute_request(hidden, {0: [0, 2], 1: [1]}, ways.versions, call_id=0),
+            compute_request(hidden, {3: list(range(7))}, ways.versions, call_id=1, layer=1),
+            compute_request(hidden, {2: [0]}, ways.versions, call_id=2),
+            compute_request(hidden[:, :31], {1: [0]}, ways.versions, call_id=3),
+            compute_request(hidden, {1: [7]}, ways.versions, call_id=4),
+            compute_request(hidden, {1: [0]}, ways.versions, call_id=5, timeout_ms=0),
+            wrong_version,
+            compute_request(torch.full((1, 32), float("inf")), {1: [0]}, ways.versions, call_id=7),
+        ]
+        for request in requests:
+            (over_main,) = ways.main.Compute(iter([request]), timeout=WAIT_S)
+            (over_direct,) = ways.direct.Compute(iter([request]), timeout=WAIT_S)
+            assert outcome(over_direct) == outcome(over_main)
+            assert over_direct.output == over_main.output
+            assert over_direct.versions == over_main.versions
+        stats = ways.stats()
+        assert (stats.calls, stats.direct_calls, stats.refused_calls) == (4, 2, 12)
+        for address in (worker.address, f"127.0.0.1:{ways.port}"):
+            with rpc.channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
+                next(channel.stream_stream(direct.COMPUTE_METHOD)(iter([b"\xff" * 4]), timeout=WAIT_S))
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details() == "the call is not a ComputeRequest"
+
+
+def test_many_calls_of_several_callers_are_in_flight_and_each_gets_its_own_rows(tmp_path: Path) -> None:
+    write_mixtral(tmp_path)
+    hidden = HIDDEN[:, :32]
+    reference = ReferenceExperts(tmp_path)
+    with running_workers(tmp_path, ["all"]) as (worker,), ways_to(worker) as ways:
+        failures: list[str] = []
+
+        def call(stub: Any, seed: int) -> None:
+            requests = {
+                call_id: compute_request(
+                    hidden, {seed: [call_id % 7]}, ways.versions, layer=call_id % 2, call_id=call_id
+                )
+                for call_id in range(12)
+            }
+            for answer in stub.Compute(iter(list(requests.values())), timeout=WAIT_S):
+                layer, row = answer.call_id % 2, answer.call_id % 7
+                expected = reference.rows(layer, hidden, {seed: [row]})
+                if not torch.allclose(from_wire(answer.output), expected, atol=1e-5, rtol=1e-5):
+                    failures.append(f"caller {seed}, call {answer.call_id}")
+                del requests[answer.call_id]
+            failures.extend(f"caller {seed}, call {call_id}: no answer" for call_id in requests)
+
+        callers = [
+            threading.Thread(target=call, args=(ways.main if seed == 3 else ways.direct, seed))
+            for seed in range(4)
+        ]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(WAIT_S)
+        assert not failures
+        assert ways.stats().direct_calls == 36
+
+
+def test_calls_that_run_when_sigterm_comes_are_answered_and_open_connections_keep_nobody(
+    slow_model: Path,
+) -> None:
+    with running_workers(slow_model, ["all"]) as (worker,), ways_to(worker) as ways:
+        idle = ways.direct.Compute(iter(threading.Event().wait, True), timeout=WAIT_S)
+        responses = ways.direct.Compute(iter([slow_request(ways, i) for i in range(8)]), timeout=WAIT_S)
+        answers = [next(responses)]
+        stopped: list[int] = []
+        stopping = threading.Thread(target=lambda: stopped.append(worker.stop()))
+        stopping.start()
+        with pytest.raises(grpc.RpcError) as caught:
+            list(idle)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        try:
+            answers.extend(responses)
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.UNAVAILABLE
+        stopping.join(WAIT_S)
+        assert stopped == [0]
+    assert len(answers) > 1
+    assert {reason for _, reason, _, _ in map(outcome, answers)} <= {"answered", "UNAVAILABLE"}
+    assert "Traceback" not in worker.log
+
+
+def test_a_caller_that_is_killed_in_the_middle_leaves_the_worker_to_the_others(
+    slow_model: Path, tmp_path: Path
+) -> None:
+    with running_workers(slow_model, ["all"]) as (worker,), ways_to(worker) as ways:
+        file = tmp_path / "call"
+        file.write_bytes(slow_request(ways).SerializeToString())
+        with subprocess.Popen(
+            [sys.executable, "-c", CALLER, str(ways.port), str(file), "16"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as caller:
+            assert caller.stdout is not None and caller.stdout.readline() == b"0\n"
+            caller.send_signal(signal.SIGKILL)
+            caller.wait(WAIT_S)
+            (answer,) = ways.direct.Compute(iter([slow_request(ways, 1)]), timeout=WAIT_S)
+        assert outcome(answer) == (1, "answered", "", None)
+        assert ways.stats().calls < 17, "what the other one had asked for was dropped"
+
+
+def test_a_worker_may_have_no_such_port(tmp_path: Path) -> None:
+    write_mixtral(tmp_path)
+    with running_workers(tmp_path, ["all"], "--direct", "off") as (worker,):
+        with rpc.channel(worker.address) as channel:
+            stub = expert_pb2_grpc.ExpertServiceStub(channel)
+            opened = stub.OpenLane(expert_pb2.OpenLaneRequest(), timeout=WAIT_S)
+        assert opened.compute_port == 0 and opened.incarnation
