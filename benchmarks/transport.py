@@ -4,8 +4,9 @@
    time), and raw bytes without any message; alone, and echoed by another process over one gRPC stream, TCP and unix.
 2. A wave: 8 KiB to each of four workers and back, through dispatcher, links and the workers' own service, whose experts
    return their rows; over gRPC (the direct stream, as routers use it between hosts), over gRPC by the threads of grpcio alone,
-   and over the lane, against four processes that echo over bare unix sockets. Reported with it: four processes that echo
-   raw bytes over streams of grpcio, the least that any such wave costs with it in Python.
+   and over the lane, against four processes that echo over bare unix sockets. Reported with it, the least that such a wave
+   costs: four processes that echo raw bytes over streams of grpcio, and four that read the messages of the data plane,
+   gather their rows and answer, in as few lines as that takes (peers/plain_wave.py).
 3. A layer call of 64 rows x 2048 bfloat16, top 8 of 128, two such workers, combine: sum.
 
 Run: python benchmarks/transport.py [--rounds 5] [--part encodings|wave|layer]
@@ -35,6 +36,7 @@ from harness.result import Figure, Table, conclude
 from harness.turns import Rules, Side, take_turns
 from peers.echo import read_frame
 from peers.identity_worker import identity_version
+from peers.plain_wave import PlainWave
 
 from moesaic import rpc
 from moesaic.manifest import Epoch, ExpertAddress
@@ -244,10 +246,14 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
             )
             for _ in range(WAVE_WORKERS)
         ]
+        plain = PlainWave(
+            [stack.enter_context(_plain_socket(f"{folder}/plain-{i}")) for i in range(WAVE_WORKERS)], hidden
+        )
         frame = bytes(hidden.nbytes)
         sides: dict[str, Callable[[], Seconds]] = {
             "bare sockets": partial(_socket_waves, sockets, frame, repeats),
             "bare gRPC": partial(_stream_waves, streams, frame, repeats),
+            "plain messages": partial(_median_s, plain.compute, repeats),
         }
         workers = stack.enter_context(_identity_workers(WAVE_WORKERS, WAVE_HIDDEN, WAVE_WORKERS))
         for name, way in WAYS.items():
@@ -264,6 +270,12 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
             "",
             "the same wave of raw bytes over bare gRPC streams, over bare unix sockets",
             turns.ratio("bare gRPC", "bare sockets", _same).value,
+            "x",
+        ),
+        Figure(
+            "",
+            "the same wave of plain messages, checked and gathered, over bare unix sockets",
+            turns.ratio("plain messages", "bare sockets", _same).value,
             "x",
         ),
     ]
@@ -287,6 +299,13 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
 @contextmanager
 def _echo_socket(path: str, frame_bytes: int) -> Iterator[socket.socket]:
     with _peer("echo.py", "socket", path, str(frame_bytes)), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        yield connection
+
+
+@contextmanager
+def _plain_socket(path: str) -> Iterator[socket.socket]:
+    with _peer("plain_wave.py", path), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(path)
         yield connection
 

@@ -30,8 +30,10 @@ from moesaic.grpc_connection import (
 
 log = logging.getLogger(__name__)
 
-# Of what came, so much is looked at before the next pass may start.
 READ_BYTES = 64 << 10
+# Of what one caller sent, so much is looked at before the next pass may start: any call of a router's, as it goes this
+# way, and not all of a flood.
+MAX_READS = 8
 # Answers that one caller may leave unread.
 MAX_UNSENT_BYTES = 4 * MAX_MESSAGE_BYTES
 # What an answer says beyond what its request said: timing, and the tags of its fields.
@@ -73,9 +75,13 @@ class DirectConnection:
         return self._socket.fileno()
 
     def read(self) -> None:
-        """Takes what came, a part at a time: when there is more, the next look finds it."""
+        """Takes what came, within a bound: when there is more, the next look finds it."""
         try:
-            self._take(self._socket.recv(READ_BYTES))
+            for _ in range(MAX_READS):
+                raw = self._socket.recv(READ_BYTES)
+                self._take(raw)
+                if self.closed or len(raw) < READ_BYTES:
+                    return
         except BlockingIOError:  # it is room to write that there is
             self._send()
         except ConnectionBroken as error:
