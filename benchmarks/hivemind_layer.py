@@ -48,9 +48,11 @@ SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
 NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 LOOPBACK = ("sh", "-c", 'ip link set lo up; exec "$@"', "sh")
 START_TIMEOUT_S = 180.0
-CALLS, WARM_UP_CALLS = 12, 3
-# The links measure so many calls over either way before they choose one.
-TRIAL_CALLS = 200
+# Either side works for a while before it counts: for some tens of milliseconds after a pause everything is slow, and the
+# faster side would do all of its calls in them.
+WARM_UP_S, SPELL_S, MIN_CALLS = 0.5, 1.0, 12
+# Within so many, a link has tried its ways and chosen one.
+TRIAL_SPELLS = 10
 WORKERS = (1, 2)
 # Of our one worker, beside the judged one.
 OTHER_WAYS: dict[str, Way] = {"ours, 1 worker, grpcio": GRPC, "ours, 1 worker, lane": LANE}
@@ -110,20 +112,22 @@ class OurLayer:
     @torch.inference_mode()
     def measure(self, tokens: int) -> float:
         """Median milliseconds of a call."""
-        times = []
-        for _ in range(WARM_UP_CALLS + CALLS):
+        times: list[float] = []
+        counts_from_s = time.perf_counter() + WARM_UP_S
+        while len(times) < MIN_CALLS or time.perf_counter() < counts_from_s + SPELL_S:
             rows = torch.randn(tokens, self._shape.hidden)
             started_s = time.perf_counter()
             assignment = assign(torch.nn.functional.linear(rows, self._gate), self._rule)
             step = self._dispatcher.begin(self._epoch, deadline_s=time.monotonic() + 30.0)
             step.compute(0, rows, assignment.slots, assignment.weights)
-            times.append(1000 * (time.perf_counter() - started_s))
+            if started_s >= counts_from_s:
+                times.append(1000 * (time.perf_counter() - started_s))
             assert not step.failed
-        return statistics.median(times[WARM_UP_CALLS:])
+        return statistics.median(times)
 
     def take_way(self) -> None:
         """Calls until its way has been tried and chosen. Raises SystemExit where it is not."""
-        for _ in range(TRIAL_CALLS // (CALLS + WARM_UP_CALLS)):
+        for _ in range(TRIAL_SPELLS):
             self.measure(1)
             if all(link.traffic.transport == self._way for link in self._pool.links):
                 return

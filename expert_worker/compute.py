@@ -10,7 +10,9 @@ what is done around the products is counted in torch calls: one to gather the ro
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -54,26 +56,24 @@ def _compute(calls: Sequence[Call]) -> list[Tensor]:
 
 def _compute_merged(calls: Sequence[Call]) -> list[Tensor]:
     """Expert by expert, and for each expert call by call."""
-    # By expert: the calls that ask for it, and the rows of theirs among those of all calls.
-    asked: dict[Expert, dict[int, Tensor]] = {}
+    # Call by call and expert by expert, which rows of those of all calls; and by expert, which of these parts are its.
+    parts: list[Tensor] = []
+    asked: defaultdict[Expert, list[int]] = defaultdict(list)
     first_row = 0
-    for i, call in enumerate(calls):
-        parts = (call.rows + first_row).split(list(call.counts))
-        for expert, rows in zip(call.experts, parts, strict=True):
-            asked.setdefault(expert, {})[i] = rows
+    for call in calls:
+        for expert, rows in zip(call.experts, (call.rows + first_row).split(list(call.counts)), strict=True):
+            asked[expert].append(len(parts))
+            parts.append(rows)
         first_row += len(call.hidden)
     experts = list(asked)
-    ordered = [rows for expert in experts for rows in asked[expert].values()]
+    order = [i for its_parts in asked.values() for i in its_parts]
     hidden = torch.cat([call.hidden.to(experts[0].dtype) for call in calls])
-    gathered = _gather(hidden, torch.cat(ordered), experts[0])
-    counts = [sum(map(len, asked[expert].values())) for expert in experts]
-    computed = compute_experts(experts, gathered, counts).split([len(rows) for rows in ordered])
-    keys = [(expert, i) for expert in experts for i in asked[expert]]
-    outputs = dict(zip(keys, computed, strict=True))
-    return [
-        _answer(call, torch.cat([outputs[expert, i] for expert in call.experts]))
-        for i, call in enumerate(calls)
-    ]
+    gathered = _gather(hidden, torch.cat([parts[i] for i in order]), experts[0])
+    counts = [sum(len(parts[i]) for i in its_parts) for its_parts in asked.values()]
+    computed = compute_experts(experts, gathered, counts).split([len(parts[i]) for i in order])
+    output_of = dict(zip(order, computed, strict=True))
+    outputs = iter([output_of[i] for i in range(len(parts))])
+    return [_answer(call, torch.cat(list(islice(outputs, len(call.experts))))) for call in calls]
 
 
 def _gather(hidden: Tensor, rows: Tensor, expert: Expert) -> Tensor:

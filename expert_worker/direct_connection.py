@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -32,8 +33,11 @@ log = logging.getLogger(__name__)
 
 READ_BYTES = 64 << 10
 # Of what one caller sent, so much is looked at before the next pass may start: any call of a router's, as it goes this
-# way, and not all of a flood.
+# way, and not all of a flood. Many short words take long for their bytes: then less of them.
 MAX_READS = 8
+MAX_READ_S = 0.01
+# Refusals repeat it.
+MAX_EPOCH_CHARS = 1024
 # Answers that one caller may leave unread.
 MAX_UNSENT_BYTES = 4 * MAX_MESSAGE_BYTES
 # What an answer says beyond what its request said: timing, and the tags of its fields.
@@ -61,6 +65,11 @@ class DirectConnection:
         self._awaits_room = False
         self.closed = False
 
+    @property
+    def is_used(self) -> bool:
+        """Whether its caller has a stream open."""
+        return bool(self._streams)
+
     def is_idle(self) -> bool:
         """Whether every call is answered, and every answer on its way."""
         streams = list(self._streams.values())
@@ -76,11 +85,12 @@ class DirectConnection:
 
     def read(self) -> None:
         """Takes what came, within a bound: when there is more, the next look finds it."""
+        ends_s = time.monotonic() + MAX_READ_S
         try:
             for _ in range(MAX_READS):
                 raw = self._socket.recv(READ_BYTES)
                 self._take(raw)
-                if self.closed or len(raw) < READ_BYTES:
+                if self.closed or len(raw) < READ_BYTES or time.monotonic() >= ends_s:
                     return
         except BlockingIOError:  # it is room to write that there is
             self._send()
@@ -142,6 +152,8 @@ class DirectConnection:
     def _take_call(self, stream: _Stream, raw: bytes) -> None:
         try:
             request = wire.decode_request(raw)
+            if len(request.message.epoch) > MAX_EPOCH_CHARS:
+                raise InvalidArgument(f"epoch: longer than {MAX_EPOCH_CHARS} characters", field="epoch")
         except InvalidArgument as error:
             self._end_stream(stream.stream_id, error)
             self._drop_stream(stream.stream_id)

@@ -15,7 +15,7 @@ from moesaic import direct
 
 log = logging.getLogger(__name__)
 
-# One for every router that a cluster may have.
+# One for every router that a cluster may have, each with a stream: whoever has none goes when there is no place left.
 MAX_CONNECTIONS = 64
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 
@@ -61,7 +61,7 @@ class DirectDoor:
             accepted, _ = self._door.accept()
         except OSError:  # it did not wait
             return
-        if len(self._connections) >= MAX_CONNECTIONS:
+        if not self._has_place():
             accepted.close()
             return
         try:
@@ -72,6 +72,15 @@ class DirectDoor:
         made = DirectConnection(accepted, self._desk, self._batcher, self._connections.discard)
         self._connections.add(made)
         made.greet()
+
+    def _has_place(self) -> bool:
+        """For one more, who takes the place of one that has no stream, if that is needed."""
+        if len(self._connections) < MAX_CONNECTIONS:
+            return True
+        unused = next((held for held in self._connections if not held.is_used), None)
+        if unused is not None:
+            unused.close()
+        return unused is not None
 
 
 def _listen(host: str) -> socket.socket:

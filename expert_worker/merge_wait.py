@@ -8,7 +8,8 @@ have been seen to be cheaper than passes one by one, and never beyond a bound. A
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 # Share of the newest measurement in a running mean.
@@ -77,9 +78,9 @@ class MergeWait:
         else:
             self._joined.add(seconds / num_calls)
 
-    def until(self, layer: int, waiting: Collection[Hashable], since_s: float, now_s: float) -> float:
+    def until(self, layer: int, waiting: AbstractSet[Hashable], since_s: float, now_s: float) -> float:
         """When a pass of `layer` should start that waits since `since_s`: now or earlier unless waiting pays."""
-        if len(self._callers) <= len(waiting):
+        if len(self._callers) <= len(waiting):  # nobody is left to wait for
             return 0.0
         latest_s = since_s + min(self._max_wait_s, self._worth_s())
         due = [

@@ -315,13 +315,13 @@ class GrpcConnection:
         held = self._held[stream_id]
         connection = self._h2
         while held.pieces:
-            piece = held.pieces.popleft()
             room = min(connection.local_flow_control_window(stream_id), connection.max_outbound_frame_size)
+            if room <= 0:  # below it where a setting took back what was given
+                return
+            piece = held.pieces.popleft()
             if room < len(piece):
                 held.pieces.appendleft(piece[room:])
                 piece = piece[:room]
-            if room <= 0:
-                return
             connection.send_data(stream_id, piece)
             self._num_held_bytes -= len(piece)
         del self._held[stream_id]

@@ -36,15 +36,18 @@ _OF_RESET: Mapping[int, int] = {
     ErrorCodes.ENHANCE_YOUR_CALM: RESOURCE_EXHAUSTED,
     ErrorCodes.INADEQUATE_SECURITY: PERMISSION_DENIED,
 }
-_OF_HTTP_STATUS: Mapping[int, int] = {
-    HTTPStatus.BAD_REQUEST: INTERNAL,
-    HTTPStatus.UNAUTHORIZED: UNAUTHENTICATED,
-    HTTPStatus.FORBIDDEN: PERMISSION_DENIED,
-    HTTPStatus.NOT_FOUND: UNIMPLEMENTED,
-    HTTPStatus.TOO_MANY_REQUESTS: UNAVAILABLE,
-    HTTPStatus.BAD_GATEWAY: UNAVAILABLE,
-    HTTPStatus.SERVICE_UNAVAILABLE: UNAVAILABLE,
-    HTTPStatus.GATEWAY_TIMEOUT: UNAVAILABLE,
+_OF_HTTP_STATUS: Mapping[bytes, int] = {
+    b"%d" % status: code
+    for status, code in {
+        HTTPStatus.BAD_REQUEST: INTERNAL,
+        HTTPStatus.UNAUTHORIZED: UNAUTHENTICATED,
+        HTTPStatus.FORBIDDEN: PERMISSION_DENIED,
+        HTTPStatus.NOT_FOUND: UNIMPLEMENTED,
+        HTTPStatus.TOO_MANY_REQUESTS: UNAVAILABLE,
+        HTTPStatus.BAD_GATEWAY: UNAVAILABLE,
+        HTTPStatus.SERVICE_UNAVAILABLE: UNAVAILABLE,
+        HTTPStatus.GATEWAY_TIMEOUT: UNAVAILABLE,
+    }.items()
 }
 
 
@@ -93,7 +96,7 @@ def read_refusal(headers: Iterable[Header]) -> tuple[int, str] | None:
     if http_status is None:
         return None
     if http_status != b"200":
-        code = _OF_HTTP_STATUS.get(int(http_status), UNKNOWN) if http_status.isdigit() else UNKNOWN
+        code = _OF_HTTP_STATUS.get(http_status, UNKNOWN)
         return code, f"the answer has the HTTP status {http_status.decode('ascii', 'replace')}"
     return None if _is_grpc(told) else (UNKNOWN, "the answer is not of gRPC's content type")
 

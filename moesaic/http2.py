@@ -5,9 +5,10 @@ from __future__ import annotations
 from h2.config import H2Configuration
 from h2.connection import ConnectionInputs, H2Connection, H2ConnectionStateMachine
 from h2.events import Event
+from h2.exceptions import DenialOfServiceError
 from h2.frame_buffer import FrameBuffer
 from h2.settings import SettingCodes, Settings
-from hyperframe.frame import Frame
+from hyperframe.frame import ContinuationFrame, Frame, HeadersFrame, PushPromiseFrame
 
 # Streams that one caller may have open on one connection.
 MAX_STREAMS = 16
@@ -15,8 +16,9 @@ MAX_STREAMS = 16
 # What may be under way to us, on a stream and on all of them, before we say that there is room again. Nothing waits in
 # here, so it guards nothing and is large: whoever takes messages more slowly than they come stops reading the socket.
 WINDOW_BYTES = 64 << 20
-# Of one frame: larger ones cost h2 more to join than their number saves, and it keeps up to 64 of one list of headers.
+# Of one frame: larger ones cost h2 more to join than their number saves.
 _FRAME_BYTES = 512 << 10
+# Of one list of headers, read and, which is never more, as it comes.
 _HEADER_LIST_BYTES = 16 << 10
 
 
@@ -35,7 +37,7 @@ def open_connection(client: bool) -> H2Connection:
     )
     connection = H2Connection(config)
     connection.state_machine = _OpenAfterGoodbye()
-    connection.incoming_buffer = _UndescribedFrames(server=not client)
+    connection.incoming_buffer = _Frames(server=not client)
     connection.local_settings = Settings(client, settings)
     connection.max_inbound_frame_size = _FRAME_BYTES
     connection.decoder.max_header_list_size = _HEADER_LIST_BYTES
@@ -52,10 +54,19 @@ class _OpenAfterGoodbye(H2ConnectionStateMachine):
         return [] if input_ is ConnectionInputs.RECV_GOAWAY else super().process_input(input_)
 
 
-class _UndescribedFrames(FrameBuffer):
-    """h2 describes every frame that comes, data in hexadecimal, to a log that is none: half of what a message costs."""
+class _Frames(FrameBuffer):
+    """The frames that come, neither described nor joined without bound."""
 
     def __next__(self) -> Frame:
         frame = super().__next__()
+        # h2 would describe it, data in hexadecimal, to a log that is none: half of what a message costs.
         frame._body_repr = str  # type: ignore[method-assign]
         return frame
+
+    def _update_header_buffer(self, f: Frame | None) -> Frame | None:
+        # h2 would keep 64 frames of one list before it reads any, and read seconds long what fills no list.
+        if isinstance(f, HeadersFrame | ContinuationFrame | PushPromiseFrame):
+            num_bytes = len(f.data) + sum(len(part.data) for part in self._headers_buffer)
+            if num_bytes > _HEADER_LIST_BYTES:
+                raise DenialOfServiceError(f"a header block of more than {_HEADER_LIST_BYTES} bytes")
+        return super()._update_header_buffer(f)

@@ -33,9 +33,10 @@ MAX_ROWS_BYTES = 256 << 10
 CONNECT_TIMEOUT_S = 10.0
 
 _READ_BYTES = 256 << 10
+# An answer that is there is taken when the time is over as well; reading what lies before it takes no longer.
+_OVERTIME_S = 0.1
 # Beyond the calls in flight there are only the protocol's own words.
 _MAX_UNSENT_BYTES = MAX_CALLS * direct.MAX_MESSAGE_BYTES
-_SEND_FLAGS = int(socket.MSG_NOSIGNAL)
 
 _Arrived = Framed[expert_pb2.ComputeResponse]
 
@@ -99,8 +100,7 @@ class DirectStream:
         with self._lock:
             self._write()
             while not self._connection.is_met:
-                if not self._read():
-                    self._wait(ends_s)
+                self._advance(ends_s)
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: Tensor) -> None:
         """See `Transport`. More than `MAX_CALLS` at once are Overloaded."""
@@ -118,8 +118,7 @@ class DirectStream:
             ends_s = time.monotonic() + timeout_s
             try:
                 while (arrived := self._calls[call_id]) is None:
-                    if not self._read():
-                        self._wait(ends_s)
+                    self._advance(ends_s)
             except TimeoutError:
                 self._abandoned.add(call_id)
                 raise
@@ -152,6 +151,13 @@ class DirectStream:
 
     def _is_full(self) -> bool:
         return len(self._calls) + len(self._abandoned) >= MAX_CALLS
+
+    def _advance(self, ends_s: float) -> None:
+        """Takes what came, or waits for it. Raises TimeoutError, also where what comes never ends."""
+        if not self._read():
+            self._wait(ends_s)
+        elif time.monotonic() > ends_s + _OVERTIME_S:
+            raise TimeoutError
 
     def _read(self) -> bool:
         """Takes what came; False when nothing did. Raises why the stream broke."""
@@ -191,7 +197,7 @@ class DirectStream:
         if not self._unsent:
             return
         try:
-            self._unsent = self._unsent[self._socket.send(self._unsent, _SEND_FLAGS) :]
+            self._unsent = self._unsent[self._socket.send(self._unsent) :]
         except BlockingIOError:
             if len(self._unsent) > _MAX_UNSENT_BYTES:
                 raise self._break(Unavailable("the worker does not read what it asks for")) from None
@@ -204,7 +210,8 @@ class DirectStream:
             framed = decode_response(message)
         except DataLoss as error:
             # Whose answer it was cannot be told, and nothing behind it can be trusted.
-            raise self._break(error) from error
+            self._break(error)
+            raise
         call_id = framed.message.call_id
         if call_id in self._calls:
             self._calls[call_id] = framed
@@ -221,7 +228,7 @@ class DirectStream:
                 self._calls[call_id] = error
         self._connection.close()
         with suppress(OSError):
-            self._socket.send(b"".join((self._unsent, self._connection.take_outgoing())), _SEND_FLAGS)
+            self._socket.send(b"".join((self._unsent, self._connection.take_outgoing())))
         self._socket.close()
         return error
 

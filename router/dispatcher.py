@@ -14,21 +14,16 @@ calls: fewer bytes come back, and placement reaches the last bits.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from opentelemetry import trace
 from opentelemetry.context import Context
 from torch import Tensor
 
 from moesaic import telemetry
-from moesaic.codec import check_tensor
 from moesaic.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -39,15 +34,17 @@ from moesaic.errors import (
     Unavailable,
 )
 from moesaic.manifest import Epoch, ExpertAddress
-from moesaic.tensors import WIRE_DTYPES, decode_rows, header_of, narrow
+from moesaic.tensors import WIRE_DTYPES, narrow
 from moesaic.v1 import common_pb2, expert_pb2
-from router.landing import Landing
+from router.landing import RowLanding, SumLanding
+from router.layer_call import LayerCall, WorkerCall
+from router.layer_message import LayerMessage
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 from router.slot_order import Part, SlotOrder
-from router.staging import Staging, staging_for
+from router.staging import staging_for
 from router.transport import Answer
-from router.worker_link import PendingCall, WorkerLink
+from router.worker_link import WorkerLink
 
 MAX_ATTEMPTS = 2
 
@@ -77,50 +74,6 @@ class Dispatcher:
         return DispatchStep(
             self._pool, self._clock, self._rules, epoch, deadline_s=deadline_s, context=context
         )
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """One message to one worker."""
-
-    link: WorkerLink
-    part: Part
-    versions: list[bytes]
-    pending: PendingCall
-    # None: it is not traced.
-    span: trace.Span | None
-    # Whether it was waited for.
-    landed: bool = False
-    # COMBINE_SUM only: what came back, [R, D].
-    sums: Tensor | None = None
-
-
-@dataclass(slots=True, eq=False)
-class LayerCall:
-    """One layer of a micro-batch in flight: what was asked, who was asked for it, and what came back."""
-
-    layer: int
-    hidden: Tensor  # [T, D], must not change before `receive`
-    weights: Tensor  # [T, K]
-    staging: Staging
-    order: SlotOrder
-    # What travels, in host memory.
-    wire: Tensor  # [T, D]
-    scales: Tensor | None  # [T]
-    sum_weights: npt.NDArray[np.float32] | None  # [T * K], COMBINE_SUM only
-    # What is the same in the messages to all workers.
-    request: expert_pb2.ComputeRequest
-    # COMBINE_ROWS only.
-    landing: Landing | None
-    # The calls of the newest wave, and all that were answered well.
-    wave: list[_Call] = field(default_factory=list)
-    answered: list[_Call] = field(default_factory=list)
-    wave_ends_s: float = 0.0
-    # Of the micro-batch, those that the rows of `hidden` are; None: all.
-    tokens: Sequence[int] | None = None
-    # By place in `order`: why it has no rows, and the workers that failed to send them.
-    errors: dict[int, MoesaicError] = field(default_factory=dict)
-    tried: defaultdict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
 
 
 class DispatchStep:
@@ -162,10 +115,9 @@ class DispatchStep:
         tokens: Sequence[int] | None = None,
     ) -> LayerCall:
         """Sends a layer to its workers without waiting for any. `tokens` says which of the micro-batch's tokens the
-        rows of `hidden` are; None: all of them."""
+        rows of `hidden` are; None: all of them. `hidden` and `weights` must not change before `receive`."""
         started_s = time.perf_counter()
-        call = self._open(layer, hidden, slots, weights)
-        call.tokens = tokens
+        call = self._open(layer, hidden, slots, weights, tokens)
         self._in_flight.append(call)
         self._send_wave(call, range(len(call.order.slots)))
         self._clock.add("encode", time.perf_counter() - started_s)
@@ -181,13 +133,10 @@ class DispatchStep:
             self._send_wave(call, sorted(call.errors))
             self._clock.add("encode", time.perf_counter() - started_s)
             total = self._collect(call)
-        for place, error in call.errors.items():
-            failed = call.order.tokens_of(place)
-            if call.tokens is not None:
-                failed = [call.tokens[row] for row in failed]
-            self.failed.update(dict.fromkeys(failed, error))
+        if call.errors:
+            self.failed.update(call.failed_tokens())
         self._in_flight.remove(call)
-        return total.to(call.hidden.dtype)
+        return total.to(call.dtype)
 
     def abandon(self) -> None:
         """Gives up what is still in flight, so that links need not keep a place for its answers."""
@@ -196,39 +145,27 @@ class DispatchStep:
                 asked.link.receive(asked.pending, 0.0)
             _end_span(asked.span)
 
-    def _open(self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor) -> LayerCall:
+    def _open(
+        self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor, tokens: Sequence[int] | None
+    ) -> LayerCall:
         """Everything that is the same for all workers."""
-        staging = staging_for(hidden.device)
+        staging, combine_sum = staging_for(hidden.device), self._rules.combine_sum
         wire, scales = narrow(hidden, self._rules.wire_dtype or WIRE_DTYPES[hidden.dtype])
-        optional = (scales, weights if self._rules.combine_sum else None)
+        optional = (scales, weights if combine_sum else None)
         wire, slots, *others = staging.to_host([wire, slots, *(one for one in optional if one is not None)])
-        sum_weights = others.pop().numpy().ravel() if self._rules.combine_sum else None
+        sum_weights = others.pop().numpy().ravel() if combine_sum else None
         scales = others.pop() if others else None
-        order, landing = SlotOrder.of(slots), None
-        if sum_weights is None:
-            dtype = wire.dtype if scales is None else torch.float32
-            landing = Landing(
-                staging.empty((slots.numel(), hidden.shape[1]), dtype), one_token=len(wire) == 1
-            )
-            if len(order.empty):
-                landing.clear(order.empty)
-        request = expert_pb2.ComputeRequest(
-            epoch=self._epoch.id,
-            layer=layer,
-            hidden=header_of(wire, scales),
-            combine=expert_pb2.COMBINE_ROWS if sum_weights is None else expert_pb2.COMBINE_SUM,
-        )
+        order = SlotOrder.of(slots)
+        landed_dtype = wire.dtype if scales is None else torch.float32
         return LayerCall(
             layer=layer,
-            hidden=hidden,
-            weights=weights,
-            staging=staging,
+            dtype=hidden.dtype,
             order=order,
-            wire=wire,
-            scales=scales,
-            sum_weights=sum_weights,
-            request=request,
-            landing=landing,
+            message=LayerMessage(self._epoch.id, layer, wire, scales, sum_weights),
+            landing=SumLanding(staging, hidden)
+            if combine_sum
+            else RowLanding(staging, order, weights, hidden.shape[1], landed_dtype),
+            tokens=tokens,
         )
 
     def _send_wave(self, call: LayerCall, places: Iterable[int]) -> None:
@@ -240,33 +177,30 @@ class DispatchStep:
             exclude = self._silent | call.tried[place] if call.errors else self._silent
             link = self._pool.pick(address, version, exclude=exclude)
             if link is None:
-                call.errors.setdefault(place, _no_replica(address))
+                if place not in call.errors:
+                    call.fail(call.order.part([place]), _no_replica(address))
                 continue
             its_places, its_versions = by_link.setdefault(link, ([], []))
             its_places.append(place)
             its_versions.append(version)
         now_s = time.monotonic()
         call.wave_ends_s = min(self._deadline_s, now_s + self._rules.call_timeout_s)
-        call.request.timeout_ms = 1 + int(1000 * max(0.0, call.wave_ends_s - now_s))
+        timeout_ms = 1 + int(1000 * max(0.0, call.wave_ends_s - now_s))
         call.wave = []
         for link, (its_places, its_versions) in by_link.items():
-            call.wave.append(self._send(call, link, call.order.part(its_places), its_versions))
+            part = call.order.part(its_places)
+            call.wave.append(self._send(call, link, part, its_versions, timeout_ms))
 
-    def _send(self, call: LayerCall, link: WorkerLink, part: Part, versions: list[bytes]) -> _Call:
-        request, wire = expert_pb2.ComputeRequest(), call.wire
-        request.CopyFrom(call.request)
-        if part.tokens is not None:
-            tokens = torch.from_numpy(part.tokens)
-            wire = wire.index_select(0, tokens)
-            scales = None if call.scales is None else call.scales.index_select(0, tokens)
-            request.hidden.CopyFrom(header_of(wire, scales))
-        _add_experts(request, part, versions, call.sum_weights)
+    def _send(
+        self, call: LayerCall, link: WorkerLink, part: Part, versions: list[bytes], timeout_ms: int
+    ) -> WorkerCall:
+        request, rows = call.message.to_worker(part, versions, timeout_ms)
         span: trace.Span | None = None
         if self._context is not None:
-            span = self._start_span(self._context, link, call.layer, len(wire))
+            span = self._start_span(self._context, link, call.layer, len(rows))
             with trace.use_span(span):
                 request.traceparent = telemetry.current_traceparent()
-        return _Call(link, part, versions, link.send(request, wire), span)
+        return WorkerCall(link, part, versions, link.send(request, rows), span)
 
     def _start_span(self, context: Context, link: WorkerLink, layer: int, num_rows: int) -> trace.Span:
         attributes: dict[str, str | int] = {
@@ -297,7 +231,7 @@ class DispatchStep:
             arrived_s = time.perf_counter()
             waited_s += arrived_s - started_s
             timing = answer.response.timing
-            if (busy_us := _busy_us(timing)) >= slowest_us:
+            if (busy_us := _busy_us(timing)) > slowest_us:
                 slowest, slowest_us = timing, busy_us
             self._take(call, asked, answer)
             decode_s += time.perf_counter() - arrived_s
@@ -307,74 +241,33 @@ class DispatchStep:
         self._clock.add("combine", time.perf_counter() - started_s)
         return total
 
-    def _take(self, call: LayerCall, asked: _Call, answer: Answer) -> None:
-        """Checks an answer (epoch, versions, dtype, shape) and puts its rows where they belong."""
+    def _take(self, call: LayerCall, asked: WorkerCall, answer: Answer) -> None:
+        """Checks an answer and puts its rows where they belong."""
         try:
-            self._check(call, asked, answer)
+            call.message.check(answer, asked.part, asked.versions)
         except DataLoss as error:
             self._note_failure(call, asked, error)
             _end_span(asked.span, error)
             return
-        if call.landing is None:
-            rows = decode_rows(answer.response.output, answer.output)
-            asked.sums = call.staging.empty((len(rows), rows.shape[1]), torch.float32).copy_(rows)
-        else:
-            call.landing.put(asked.part.assignments, answer)
+        call.landing.put(asked.part, answer)
         call.answered.append(asked)
         _end_span(asked.span)
         if call.errors:
             for place in asked.part.places:
                 call.errors.pop(place, None)
 
-    def _check(self, call: LayerCall, asked: _Call, answer: Answer) -> None:
-        response, part = answer.response, asked.part
-        if response.epoch != self._epoch.id or response.versions != asked.versions:
-            raise DataLoss("the worker computed with another version", reason="WRONG_VERSION")
-        num_rows = len(part.assignments) if call.landing is not None else part.num_tokens
-        try:
-            check_tensor(
-                response.output,
-                field="output",
-                dtypes=(WIRE_DTYPES[call.wire.dtype],),
-                shape=(num_rows, call.wire.shape[1]),
-                num_bytes=answer.data.nbytes,
-            )
-        except InvalidArgument as error:
-            raise DataLoss(f"the worker's answer is malformed: {error.message}") from error
-
     def _add_up(self, call: LayerCall) -> Tensor:
         """[T, D] float32, of whatever has landed; finite wherever the experts' own sums are."""
-        total = self._sum(call)
-        if not _looks_finite(call, total) and self._blame(call):
-            total = self._sum(call)
-        return total
-
-    def _sum(self, call: LayerCall) -> Tensor:
-        to_device = call.staging.to_device
-        if call.landing is not None:
-            for place in call.errors:
-                # What never landed must not reach other tokens: attention multiplies it by zero.
-                call.landing.clear(call.order.assignments_of(place))
-            return combine(to_device(call.landing.rows).view(*call.weights.shape, -1), call.weights)
-        total = torch.zeros(call.hidden.shape, dtype=torch.float32, device=call.hidden.device)
-        for asked in call.answered:
-            assert asked.sums is not None
-            sums, tokens = to_device(asked.sums), asked.part.tokens
-            if tokens is None:
-                total += sums
-            else:
-                total.index_add_(0, torch.from_numpy(tokens).to(total.device), sums)
+        total = call.landing.total()
+        if not call.landing.looks_finite(total) and self._blame(call):
+            total = call.landing.total()
         return total
 
     def _blame(self, call: LayerCall) -> bool:
         """Takes back what is not finite; whether there was any: sums of finite rows may overflow."""
         found = False
         for asked in list(call.answered):
-            rows = asked.sums
-            if rows is None:
-                assert call.landing is not None
-                rows = call.landing.of(asked.part.assignments)
-            if not torch.isfinite(rows).all():
+            if not torch.isfinite(call.landing.of(asked.part)).all():
                 found = True
                 call.answered.remove(asked)
                 self._note_failure(
@@ -382,13 +275,13 @@ class DispatchStep:
                 )
         return found
 
-    def _note_failure(self, call: LayerCall, asked: _Call, error: MoesaicError | TimeoutError) -> None:
+    def _note_failure(self, call: LayerCall, asked: WorkerCall, error: MoesaicError | TimeoutError) -> None:
         worker = asked.link.replica.worker
         self._pool.shun(asked.link)
         if not isinstance(error, Overloaded):
             self._silent.add(worker)
+        call.fail(asked.part, _failure(call.layer, error))
         for place in asked.part.places:
-            call.errors[place] = _failure(call.layer, error)
             call.tried[place].add(worker)
 
     def _note_times(self, slowest: expert_pb2.ComputeTiming, waited_s: float, decode_s: float) -> None:
@@ -398,40 +291,6 @@ class DispatchStep:
         self._clock.add("worker encode", slowest.encode_us / 1e6)
         self._clock.add("wire", max(0.0, waited_s - _busy_us(slowest) / 1e6))
         self._clock.add("decode", decode_s)
-
-
-def _looks_finite(call: LayerCall, total: Tensor) -> bool:
-    """One look at all rows: whatever is not finite among them shows in their sum. On a GPU they are looked at where
-    they landed, while it adds them up: a look at `total` would wait for it."""
-    if total.device.type == "cpu":
-        return math.isfinite(total.sum().item())
-    landed = [call.landing.rows] if call.landing is not None else [asked.sums for asked in call.answered]
-    return all(math.isfinite(rows.sum().item()) for rows in landed if rows is not None)
-
-
-def combine(rows: Tensor, weights: Tensor) -> Tensor:
-    """rows [T, K, D], weights [T, K] float32 -> [T, D] float32, rank by rank."""
-    ranks = zip(rows.unbind(1), weights.unsqueeze(-1).unbind(1), strict=True)
-    rows_of_first, its_weights = next(ranks)
-    total = rows_of_first * its_weights
-    for rows_of_rank, its_weights in ranks:
-        total += rows_of_rank * its_weights
-    return total
-
-
-def _add_experts(
-    request: expert_pb2.ComputeRequest,
-    part: Part,
-    versions: Sequence[bytes],
-    weights: npt.NDArray[np.float32] | None,
-) -> None:
-    chosen = None if weights is None else weights[part.assignments].tolist()
-    end = 0
-    for slot, version, count in zip(part.slots, versions, part.counts, strict=True):
-        start, end = end, end + count
-        expert = request.experts.add(slot=slot, version=version, rows=part.rows[start:end])
-        if chosen is not None:
-            expert.weights.extend(chosen[start:end])
 
 
 def _end_span(span: trace.Span | None, error: Exception | None = None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from router.dispatcher import LayerCall
+from router.layer_call import LayerCall
 from router.model import MicroBatch
 
 

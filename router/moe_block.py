@@ -12,8 +12,9 @@ from torch import nn
 
 from moesaic.errors import Unsupported
 from moesaic.families.model import ExpertLayer, GateRule
-from router.dispatcher import DispatchStep, LayerCall
+from router.dispatcher import DispatchStep
 from router.gate import Assignment, assign, everyone
+from router.layer_call import LayerCall
 from router.phases import PhaseClock
 from router.stock_wiring import Wiring
 

@@ -164,10 +164,11 @@ class WorkerLink:
             if call.way == GRPC or not call.transport.broken:
                 raise
             self._give_up(call.way)
-            if (stream := self._open_stream()) is None:
+            stream, left_s = self._open_stream(), deadline_s - time.monotonic()
+            if stream is None or left_s <= 0:
                 raise
             stream.send(call.request, call.hidden)
-            return stream.receive(call.request.call_id, max(0.0, deadline_s - time.monotonic()))
+            return stream.receive(call.request.call_id, left_s)
         waited_s = time.perf_counter() - call.sent_s
         self.traffic.latencies_s.append(waited_s)
         call.trial.observe(call.way, waited_s - _busy_s(answer.response.timing))

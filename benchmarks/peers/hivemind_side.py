@@ -20,8 +20,8 @@ from hivemind.moe.server.layers.custom_experts import register_expert_class
 from torch import nn
 
 HIDDEN, INNER, EXPERTS, TOP_K = 1024, 3584, 8, 2
-CALLS = 12
-WARM_UP_CALLS = 3
+# As in hivemind_layer.py.
+WARM_UP_S, SPELL_S, MIN_CALLS = 0.5, 1.0, 12
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
 
@@ -88,13 +88,15 @@ def main(num_servers: int) -> None:
 @torch.inference_mode()
 def measure(layer: RemoteMixtureOfExperts, tokens: int) -> list[float]:
     """Milliseconds of every call with fresh rows."""
-    times = []
-    for _ in range(WARM_UP_CALLS + CALLS):
+    times: list[float] = []
+    counts_from = time.perf_counter() + WARM_UP_S
+    while len(times) < MIN_CALLS or time.perf_counter() < counts_from + SPELL_S:
         rows = torch.randn(tokens, HIDDEN)
         started = time.perf_counter()
         layer(rows)
-        times.append(1000 * (time.perf_counter() - started))
-    return times[WARM_UP_CALLS:]
+        if started >= counts_from:
+            times.append(1000 * (time.perf_counter() - started))
+    return times
 
 
 def answer(message: dict[str, object]) -> None:

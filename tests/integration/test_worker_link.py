@@ -225,6 +225,17 @@ def test_a_call_whose_way_breaks_is_answered_over_grpc_and_the_next_ones_go_the_
     assert fast_link.traffic.failed_calls == 0
 
 
+def test_a_call_whose_way_breaks_when_its_time_is_over_is_not_asked_again(
+    fast_link: WorkerLink, ways: dict[Way, FakeWay]
+) -> None:
+    ask_until(fast_link, LANE)
+    in_flight = send(fast_link, 0)
+    ways[LANE].broken = True
+    with pytest.raises(DataLoss, match="the way broke"):
+        fast_link.receive(in_flight, 0.0)
+    assert fast_link.num_in_flight == 0
+
+
 def test_a_way_that_broke_between_calls_is_not_taken(fast_link: WorkerLink, ways: dict[Way, FakeWay]) -> None:
     ask_until(fast_link, LANE)
     ways[LANE].broken = True

@@ -103,6 +103,15 @@ def test_merged_callers_get_their_rows_in_the_order_of_their_own_experts(store: 
         torch.testing.assert_close(output, outputs([call])[0], atol=1e-6, rtol=1e-6)
 
 
+def test_slots_that_are_one_expert_each_get_their_own_rows(store: ExpertStore) -> None:
+    expert = store.experts()[ExpertAddress(0, 1)]
+    first, second = (random_hidden(4, seed) for seed in (0, 1))
+    rows = torch.tensor([0, 3, 1, 2])
+    calls = [Call(0, x, [expert, expert], [1, 3], rows, None, float("inf")) for x in (first, second)]
+    for output, x in zip(outputs(calls), (first, second), strict=True):
+        torch.testing.assert_close(output, expert(x)[rows], atol=1e-6, rtol=1e-6)
+
+
 def test_callers_may_send_rows_of_different_dtypes_into_one_pass(store: ExpertStore) -> None:
     wide = make_call(store, random_hidden(3), {0: [0, 2]})
     narrow = make_call(store, random_hidden(2, seed=1).bfloat16(), {0: [1], 1: [0]})

@@ -45,6 +45,7 @@ WAIT_S = 10.0
 MAX_QUEUED_CALLS = 16
 HIDDEN = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+PING = b"\0\0\x08\6\0\0\0\0\0" + bytes(8)
 NO_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 MakeCall = Callable[..., expert_pb2.ComputeRequest]
 AnEvent = TypeVar("AnEvent", MessageReceived, StreamEnded)
@@ -295,6 +296,42 @@ def test_bytes_that_are_no_message_end_their_stream_with_its_calls_and_nothing_e
     assert worker.desk.calls == 2
 
 
+@pytest.mark.parametrize("length", [direct_connection.MAX_EPOCH_CHARS + 1, direct.MAX_MESSAGE_BYTES - 1000])
+def test_an_epoch_that_no_refusal_could_repeat_ends_its_stream_and_nothing_else(
+    worker: Worker, make_call: MakeCall, caplog: pytest.LogCaptureFixture, length: int
+) -> None:
+    with worker.caller() as caller:
+        other = caller.open_stream()
+        caller.send(expert_pb2.ComputeRequest(epoch="e" * length), other)
+        ended = caller.end(other)
+        assert (ended.code, ended.details) == (3, "epoch: longer than 1024 characters")
+        assert caller.ask(make_call({0: [0]})).HasField("output")
+    assert not caplog.records
+
+
+def test_a_flood_that_takes_long_to_read_lets_the_passes_of_others_in(
+    worker: Worker, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_connection, "MAX_READ_S", 0.0)
+    monkeypatch.setattr(direct_connection, "MAX_READS", 10_000)
+    monkeypatch.setattr(direct_connection, "READ_BYTES", 64)
+    unread: list[int] = []
+
+    def compute(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
+        unread.append(worker.num_arrived())
+        return worker.gate(calls)
+
+    monkeypatch.setattr(worker.batcher, "_compute_calls", compute)
+    with worker.caller() as flooding, worker.caller() as caller:
+        worker.gate.close_behind(caller, make_call({0: [0]}))
+        flooding.socket.sendall(PING * 1000)
+        caller.send(make_call({0: [0]}))
+        worker.gate.open.set()
+        for _ in range(2):
+            assert caller.answer().HasField("output")
+    assert unread == [0, 1]
+
+
 def test_a_message_beyond_the_bound_ends_its_stream_and_nothing_else(
     worker: Worker, make_call: MakeCall
 ) -> None:
@@ -528,13 +565,28 @@ def test_a_flood_of_connections_is_bounded(
     worker: Worker, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct_door, "MAX_CONNECTIONS", 2)
-    with worker.caller() as caller, worker.enter(), worker.enter() as refused:
+    with worker.caller() as caller, worker.caller() as other, worker.enter() as refused:
         with suppress(ConnectionResetError):
             assert refused.recv(1) == b""
-        assert caller.ask(make_call({0: [0]})).HasField("output")
+        for let_in in (caller, other):
+            assert let_in.ask(make_call({0: [0]})).HasField("output")
     until(lambda: not worker.door._connections)
     with worker.caller() as caller:
         assert caller.ask(make_call({0: [0]})).HasField("output")
+
+
+def test_connections_that_ask_for_nothing_keep_no_caller_out(
+    worker: Worker, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_door, "MAX_CONNECTIONS", 2)
+    with worker.caller() as caller, worker.enter() as silent:
+        assert silent.recv(1)
+        with worker.caller() as late:
+            for let_in in (caller, late):
+                assert let_in.ask(make_call({0: [0]})).HasField("output")
+        with suppress(ConnectionResetError):
+            while silent.recv(1 << 16):
+                pass
 
 
 def test_a_closed_desk_refuses_in_band(worker: Worker, make_call: MakeCall) -> None:

@@ -41,7 +41,7 @@ class History:
         since_s = self.now_s + after_s
         for caller in waiting:
             self.rule.came(caller, layer, since_s)
-        return max(0.0, self.rule.until(layer, waiting, since_s, since_s) - since_s)
+        return max(0.0, self.rule.until(layer, set(waiting), since_s, since_s) - since_s)
 
 
 def test_alone_a_call_never_waits() -> None:
@@ -85,7 +85,7 @@ def test_a_caller_that_is_being_served_is_not_waited_for() -> None:
     history = History()
     history.walk(["a", "b"], [0.001, 0.003])
     history.rule.came("b", 0, history.now_s + 0.001)
-    history.rule.until(0, ["b"], history.now_s + 0.001, history.now_s + 0.001)
+    history.rule.until(0, {"b"}, history.now_s + 0.001, history.now_s + 0.001)
     assert history.wait_s(0, ["a"], 0.0015) == 0.0
 
 

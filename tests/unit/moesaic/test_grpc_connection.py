@@ -227,6 +227,20 @@ def test_a_window_that_a_setting_widens_lets_the_rest_go() -> None:
     assert other.ours.num_held_bytes == 0
 
 
+def test_a_window_that_a_setting_takes_back_loses_nothing_of_what_is_held() -> None:
+    other = Other(client=True, window=100)
+    other.calls()
+    other.ours.accept_stream(1)
+    message = bytes(range(250))
+    other.ours.send(1, message)
+    heard = other.exchange()[1]
+    for window in (10, 1_000):
+        other.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: window})
+        heard += other.exchange()[1]
+    assert b"".join(received(heard)) == prefixed(message)
+    assert other.ours.num_held_bytes == 0
+
+
 def test_a_large_message_goes_in_few_frames_between_ends_of_ours() -> None:
     pair = Pair()
     stream_id = pair.opened()
@@ -338,6 +352,7 @@ def test_a_reset_stands_for_a_status(reset: int, status: grpc.StatusCode) -> Non
         ([(":status", "503"), ("content-type", "text/html")], grpc.StatusCode.UNAVAILABLE),
         ([(":status", "404")], grpc.StatusCode.UNIMPLEMENTED),
         ([(":status", "418")], grpc.StatusCode.UNKNOWN),
+        ([(":status", "4" * 5_000)], grpc.StatusCode.UNKNOWN),
         ([(":status", "200"), ("content-type", "text/html")], grpc.StatusCode.UNKNOWN),
         ([*RESPONSE, ("grpc-status", "7")], grpc.StatusCode.PERMISSION_DENIED),
         ([(":status", "503"), ("grpc-status", "7")], grpc.StatusCode.PERMISSION_DENIED),
@@ -554,6 +569,15 @@ def test_a_list_of_headers_without_end_breaks_the_connection() -> None:
     raw = HeadersFrame(1, data=b"").serialize() + ContinuationFrame(1, data=b"").serialize() * 100
     with pytest.raises(ConnectionBroken):
         other.ours.receive(raw)
+
+
+@pytest.mark.parametrize("size", [1_000, 20_000])
+def test_a_list_of_headers_is_kept_no_further_than_announced(size: int) -> None:
+    """It says nothing but how large its table shall be."""
+    other = Other(client=True)
+    frames = [HeadersFrame(1, data=b"\x20" * size), *[ContinuationFrame(1, data=b"\x20" * size)] * 19]
+    with pytest.raises(ConnectionBroken, match="header block"):
+        other.ours.receive(b"".join(frame.serialize() for frame in frames))
 
 
 def test_headers_longer_than_announced_break_the_connection() -> None:

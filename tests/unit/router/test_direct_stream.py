@@ -185,6 +185,25 @@ def test_an_answer_that_is_there_is_taken_even_when_no_time_is_left(
     assert stream.receive(1, 0.0).response.call_id == 1
 
 
+def test_words_without_end_keep_no_call_beyond_its_time(stream: DirectStream, worker: Worker) -> None:
+    send(stream, 1)
+    worker.take()
+    unknown_frames = b"\0\0\0\x63\0\0\0\0\0" * 10_000
+
+    def flood() -> None:
+        with contextlib.suppress(ConnectionError):
+            while True:
+                worker.connection.sendall(unknown_frames)
+
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    with pytest.raises(TimeoutError):
+        stream.receive(1, 0.01)
+    stream.close()
+    flooding.join(WAIT_S)
+    assert not flooding.is_alive()
+
+
 def test_calls_beyond_the_bound_are_refused_until_late_answers_make_room(
     stream: DirectStream, worker: Worker
 ) -> None:

@@ -11,13 +11,17 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from support.fake_links import Answerer, FakeLink, failing, make_epoch, make_pool, spoiled
+from support.fake_links import Answerer, FakeLink, failing, make_epoch, make_pool, scaled_rows, spoiled
 
 from moesaic.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Overloaded, Unavailable
+from moesaic.tensors import encode_rows
 from moesaic.v1 import common_pb2, expert_pb2
-from router.dispatcher import Dispatcher, DispatchRules, DispatchStep, combine
+from router.dispatcher import Dispatcher, DispatchRules, DispatchStep
 from router.gate import NO_SLOT
+from router.landing import combine
 from router.phases import PhaseClock
+from router.staging import HostStaging
+from router.transport import Answer
 
 NUM_SLOTS = 4
 HIDDEN = torch.arange(12, dtype=torch.float32).view(4, 3) + 1
@@ -239,6 +243,110 @@ def test_rows_travel_in_the_dtype_of_the_wire_and_come_back_in_that_of_the_model
     assert not step.failed and output.dtype == HIDDEN.dtype
     assert {request.hidden.dtype for link in links.values() for request in link.requests} == {dtype}
     torch.testing.assert_close(output, EXPECTED, rtol=tolerance, atol=tolerance)
+
+
+WIRE_DTYPES = [
+    common_pb2.DTYPE_FLOAT32,
+    common_pb2.DTYPE_BFLOAT16,
+    common_pb2.DTYPE_INT8,
+    common_pb2.DTYPE_FLOAT8_E4M3,
+]
+
+
+@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("combine_sum", [False, True], ids=["rows", "sum"])
+def test_a_token_alone_gets_the_bits_that_it_gets_beside_others(
+    dtype: common_pb2.Dtype, combine_sum: bool
+) -> None:
+    workers = {"a": range(2), "b": range(2, 3), "c": range(2, 4), "c2": range(3, 4)}
+    slots = torch.tensor([[0, 1, 3], [3, NO_SLOT, 2], [NO_SLOT, 2, NO_SLOT], [NO_SLOT] * 3])
+    weights = torch.rand(4, 3, generator=torch.Generator().manual_seed(1)).masked_fill(slots == NO_SLOT, 0)
+    answers = {"c": failing(Unavailable("gone"))}
+    for token in range(4):
+        outputs = []
+        for copies in (1, 2):
+            rows = [token] * copies
+            output, step, _ = dispatch(
+                workers,
+                answers,
+                hidden=HIDDEN[rows] / 7,
+                slots=slots[rows],
+                weights=weights[rows],
+                wire_dtype=dtype,
+                combine_sum=combine_sum,
+            )
+            assert not step.failed
+            outputs.append(output)
+        alone, beside = outputs
+        assert torch.equal(alone.expand(2, -1), beside)
+        expected = HIDDEN[token] / 7 * (weights[token] * (slots[token] + 1)).sum()
+        torch.testing.assert_close(alone[0], expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize("combine_sum", [False, True], ids=["rows", "sum"])
+def test_what_never_landed_is_no_number_of_the_memory_behind_it(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, combine_sum: bool
+) -> None:
+    monkeypatch.setattr(
+        HostStaging, "empty", lambda _, shape, dtype: torch.full(shape, float("nan"), dtype=dtype)
+    )
+    output, step, _ = dispatch(
+        {"a": range(1), "b": range(1, 2)},
+        {"b": failing(Unavailable("gone"))},
+        hidden=HIDDEN[:num_tokens],
+        slots=torch.tensor([[1, 2, 0, NO_SLOT]] * num_tokens),
+        weights=torch.tensor([[0.5, 0.25, 0.25, 0.0]] * num_tokens),
+        combine_sum=combine_sum,
+    )
+    assert set(step.failed) == set(range(num_tokens))
+    torch.testing.assert_close(output, HIDDEN[:num_tokens] * 0.25)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("combine_sum", [False, True], ids=["rows", "sum"])
+def test_answers_may_be_overwritten_by_the_next_ones(
+    num_tokens: int, dtype: common_pb2.Dtype, combine_sum: bool
+) -> None:
+    memory = bytearray(4096)
+
+    def overwriting(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> Answer:
+        right = scaled_rows(request, hidden)
+        memory[:] = bytes([0x7E]) * len(memory)
+        memory[: right.data.nbytes] = right.data
+        return Answer(right.response, memoryview(memory)[: right.data.nbytes])
+
+    workers = {"a": range(2), "b": range(2, 4)}
+    slots = torch.tensor([[0, 3], [2, 1], [1, 2], [3, 0]])
+    layer = {"hidden": HIDDEN[:num_tokens], "slots": slots[:num_tokens], "weights": WEIGHTS[:num_tokens]}
+    kept, _, _ = dispatch(workers, **layer, wire_dtype=dtype, combine_sum=combine_sum)
+    overwritten, step, _ = dispatch(
+        workers, dict.fromkeys(workers, overwriting), **layer, wire_dtype=dtype, combine_sum=combine_sum
+    )
+    assert not step.failed and torch.equal(kept, overwritten)
+
+
+def test_every_worker_is_told_of_its_own_part_alone() -> None:
+    slots = torch.tensor([[0, 1], [0, 2], [0, 2], [0, 3]])
+    workers = {
+        "all": range(1),
+        "few": range(1, 2),
+        "some": range(2, 3),
+        "gone": range(3, 4),
+        "one": range(3, 4),
+    }
+    _, step, links = dispatch(
+        workers, {"gone": failing(Unavailable("gone"))}, slots=slots, wire_dtype=common_pb2.DTYPE_INT8
+    )
+    assert not step.failed
+    asked = {"all": [0, 1, 2, 3], "few": [0], "some": [1, 2], "gone": [3], "one": [3]}
+    for slot, (worker, tokens) in zip((0, 1, 2, 3, 3), asked.items(), strict=True):
+        (request,) = links[worker].requests
+        header, _ = encode_rows(HIDDEN[tokens], common_pb2.DTYPE_INT8)
+        assert request.hidden == header
+        assert [(rows.slot, list(rows.rows)) for rows in request.experts] == [(slot, [*range(len(tokens))])]
+        assert request.layer == 0 and 0 < request.timeout_ms <= 5001
 
 
 def test_quantised_rows_that_are_not_finite_are_seen_by_their_scales() -> None:

@@ -132,6 +132,18 @@ def test_an_answer_with_more_rows_than_its_call_has_room(link: LaneLink, worker:
     assert torch.equal(link.receive(1, WAIT_S).output, torch.cat([hidden * 2] * 8))
 
 
+def test_the_answer_to_a_single_row_has_room_for_all_its_experts(link: LaneLink, worker: Worker) -> None:
+    hidden = torch.randn(1, 10_000)
+    header, wire = encode_rows(hidden, common_pb2.DTYPE_FLOAT32)
+    experts = [expert_pb2.ExpertRows(slot=slot, rows=[0]) for slot in range(8)]
+    request = expert_pb2.ComputeRequest(
+        call_id=1, hidden=header, experts=experts, combine=expert_pb2.COMBINE_ROWS
+    )
+    link.send(request, wire)
+    worker.answer(*worker.take())
+    assert torch.equal(link.receive(1, WAIT_S).output, torch.cat([hidden * 2] * 8))
+
+
 def test_a_refusal_is_raised_with_its_details_and_the_lane_goes_on(link: LaneLink, worker: Worker) -> None:
     send(link, 1)
     frame, _ = worker.take()

@@ -25,8 +25,9 @@ from router import encoder_decoder_weights, lean_weights
 from router.attention import attend
 from router.batch import pack
 from router.chunk import Chunk, Sequence
-from router.dispatcher import DispatchStep, combine
+from router.dispatcher import DispatchStep
 from router.kv_cache import BlockPool, KVCache
+from router.landing import combine
 from router.layout import Layout
 from router.model import MicroBatch
 from router.model_loader import load_model

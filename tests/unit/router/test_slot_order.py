@@ -26,6 +26,19 @@ def test_ranks_without_a_slot_are_asked_of_nobody() -> None:
     assert nobody.slots == [] and len(nobody.empty) == 4
 
 
+def test_a_single_token_is_ordered_as_many_are() -> None:
+    for slots in ([5, NO_SLOT, 2], [NO_SLOT, NO_SLOT], [4]):
+        alone, beside = SlotOrder.of(torch.tensor([slots])), SlotOrder.of(torch.tensor([slots, slots]))
+        assert alone.slots == beside.slots
+        assert list(alone.empty) == [rank for rank, slot in enumerate(slots) if slot == NO_SLOT]
+        for place, slot in enumerate(alone.slots):
+            assert list(alone.assignments_of(place)) == [slots.index(slot)]
+            assert alone.tokens_of(place) == [0]
+            part = alone.part([place])
+            assert (part.slots, part.counts, part.rows) == ([slot], [1], [0])
+            assert part.tokens is None and part.num_tokens == 1
+
+
 def test_whoever_computes_every_token_is_sent_all_without_a_choice() -> None:
     part = SlotOrder.of(torch.tensor([[3, 1], [1, 0]])).part([1])
     assert part.tokens is None and part.num_tokens == 2
