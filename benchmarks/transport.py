@@ -6,7 +6,7 @@
    return their rows; over gRPC (the direct stream, as routers use it between hosts), over gRPC by the threads of grpcio alone,
    and over the lane, against four processes that echo over bare unix sockets. Reported with it, the least that such a wave
    costs: four processes that echo raw bytes over streams of grpcio, and four that read the messages of the data plane,
-   gather their rows and answer, in as few lines as that takes (peers/plain_wave.py).
+   gather their rows and answer, in as few lines as that takes (peers/plain_wave.py). And one row to one of the workers.
 3. A layer call of 64 rows x 2048 bfloat16, top 8 of 128, two such workers, combine: sum.
 
 Run: python benchmarks/transport.py [--rounds 5] [--part encodings|wave|layer]
@@ -59,7 +59,7 @@ JUDGED_WAVES = {"gRPC": "wave-grpc", "lane": "wave-lane"}
 WAVE_WORKERS, WAVE_HIDDEN = 4, 2048
 LAYER_ROWS, LAYER_HIDDEN, LAYER_SLOTS, LAYER_TOP_K, LAYER_WORKERS = 64, 2048, 128, 8, 2
 # Enough for the trial between two ways to be over.
-WARM_UP_CALLS = 80
+WARM_UP_CALLS = 200
 DEADLINE_S = 30.0
 
 Seconds = float
@@ -262,6 +262,8 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
             compute = partial(layer.compute, hidden, slots, weights)
             notes += layer.warm_up(compute, f"wave, {name}")
             sides[name] = partial(_median_s, compute, repeats)
+            one_worker = partial(layer.compute, hidden, slots[:, :1], weights[:, :1])
+            sides[f"{name}, one worker"] = partial(_median_s, one_worker, repeats)
         turns = take_turns((Side(name, side) for name, side in sides.items()), rules, "wave")
     bare_us = 1e6 * turns.median("bare sockets", _same)
     figures = [
@@ -282,6 +284,9 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
     for name in WAYS:
         over = turns.ratio(name, "bare sockets", _same)
         figures += [
+            Figure(
+                "", f"one row to one worker, {name}", 1e6 * turns.median(f"{name}, one worker", _same), "us"
+            ),
             Figure("", f"one wave to 4 workers, {name}", 1e6 * turns.median(name, _same), "us"),
             Figure(
                 JUDGED_WAVES.get(name, ""),

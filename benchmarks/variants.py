@@ -11,7 +11,7 @@ Run: python benchmarks/variants.py placement [--batches 1,4,16] [--rounds 5]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -30,6 +30,7 @@ from harness.workload import (
     Decoded,
     FirstToken,
     Phases,
+    Prompt,
     Request,
     decode,
     first_token,
@@ -147,6 +148,8 @@ def _compare(group: Group, comparison: Comparison, rules: Rules, out: Path, quic
     rows: list[tuple[str, ...]] = []
     losses: list[tuple[str, ...]] = []
     points: list[dict[str, Any]] = []
+    # Drawn from by all variants, or the prefix cache of the side that they share would know them.
+    fresh = iter(random_prompts(1000, PREFILL_TOKENS, shape.vocabulary, seed=7))
     with serve(setup, shape.experts) as base:
         if comparison.lossy:
             texts = random_prompts(4, 32 if quick else 256, shape.vocabulary, seed=99)
@@ -154,7 +157,8 @@ def _compare(group: Group, comparison: Comparison, rules: Rules, out: Path, quic
         for name, variant in comparison.variants.items():
             with serve(variant, shape.experts) as other:
                 sites = {plain: base, name: other}
-                for what, measures in _workloads(comparison, sites, shape.vocabulary, quick).items():
+                work = _workloads(comparison, sites, fresh, shape.vocabulary, quick)
+                for what, measures in work.items():
                     turns = take_turns(
                         [Side(key, measure, sites[key].pids) for key, measure in measures.items()],
                         rules,
@@ -190,7 +194,11 @@ def _compare(group: Group, comparison: Comparison, rules: Rules, out: Path, quic
 
 
 def _workloads(
-    comparison: Comparison, sites: Mapping[str, Served], vocabulary: int, quick: bool
+    comparison: Comparison,
+    sites: Mapping[str, Served],
+    fresh: Iterator[Prompt],
+    vocabulary: int,
+    quick: bool,
 ) -> dict[str, dict[str, Callable[[], Speed]]]:
     """What is measured, by its name: one callable a site."""
     work: dict[str, dict[str, Callable[[], Speed]]] = {}
@@ -201,7 +209,6 @@ def _workloads(
             name: partial(_decode, site.router, prompts, steps) for name, site in sites.items()
         }
     if comparison.prefill:
-        fresh = iter(random_prompts(1000, PREFILL_TOKENS, vocabulary, seed=7))
         work[f"prefill {PREFILL_TOKENS}"] = {
             name: partial(_prefill, site.router, fresh) for name, site in sites.items()
         }
@@ -213,7 +220,7 @@ def _decode(router: str, prompts: Sequence[tuple[int, ...]], steps: int) -> Spee
     return Speed(decoded.tokens_per_s, decoded.phases)
 
 
-def _prefill(router: str, fresh: Any) -> Speed:
+def _prefill(router: str, fresh: Iterator[Prompt]) -> Speed:
     first: FirstToken = first_token(router, next(fresh))
     return Speed(PREFILL_TOKENS / first.seconds, replace(first.phases, tokens=PREFILL_TOKENS))
 

@@ -7,9 +7,10 @@ from statistics import median
 
 from router.transport import GRPC, Way
 
-# Calls that each way gets: the first few open buffers and fill caches, the rest are compared.
+# Calls that each way gets: the first few open buffers and fill caches, the rest are compared. Enough for a disturbance of
+# some of them not to decide for the life of a link.
 WARM_UP_CALLS = 4
-COMPARED_CALLS = 16
+COMPARED_CALLS = 48
 # Another way must be so much better than gRPC's own that the difference is none of the noise.
 MUST_SAVE = 0.1
 
