@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +26,13 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support.expert_calls import ReferenceExperts, compute_request
+from support.gated_computing import Gate
 from support.wire_tensors import from_wire
 from torch import Tensor
 
 from expert_worker import direct_connection, direct_door
 from expert_worker.batcher import Batcher
 from expert_worker.call import Call
-from expert_worker.compute import compute_calls
 from expert_worker.desk import CallDesk
 from expert_worker.direct_door import DirectDoor
 from expert_worker.expert_store import ExpertStore
@@ -49,29 +50,6 @@ PING = b"\0\0\x08\6\0\0\0\0\0" + bytes(8)
 NO_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 MakeCall = Callable[..., expert_pb2.ComputeRequest]
 AnEvent = TypeVar("AnEvent", MessageReceived, StreamEnded)
-
-
-class Gate:
-    """The real computing, held up while the gate is closed."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.entered = threading.Event()
-        self.passes: list[int] = []
-
-    def __call__(self, calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
-        self.entered.set()
-        self.passes.append(len(calls))
-        assert self.open.wait(WAIT_S)
-        return compute_calls(calls)
-
-    def close_behind(self, caller: Caller, request: expert_pb2.ComputeRequest) -> None:
-        """Sends a call that occupies the compute thread."""
-        self.open.clear()
-        self.entered.clear()
-        caller.send(request)
-        assert self.entered.wait(WAIT_S)
 
 
 class Caller:
@@ -232,7 +210,7 @@ def test_many_calls_on_several_streams_of_one_connection_are_in_flight_and_each_
     reference = ReferenceExperts(folder)
     with worker.caller() as caller:
         streams = [caller.stream, caller.open_stream(), caller.open_stream()]
-        worker.gate.close_behind(caller, make_call({0: [0]}, layer=1, call_id=99))
+        worker.gate.close_behind(partial(caller.send, make_call({0: [0]}, layer=1, call_id=99)))
         for call_id in range(15):
             request = make_call({call_id % 3: [call_id % 6]}, layer=call_id % 2, call_id=call_id)
             caller.send(request, streams[call_id % 3])
@@ -284,7 +262,7 @@ def test_bytes_that_are_no_message_end_their_stream_with_its_calls_and_nothing_e
 ) -> None:
     with worker.caller() as caller:
         other = caller.open_stream()
-        worker.gate.close_behind(caller, make_call({0: [0]}, call_id=1))
+        worker.gate.close_behind(partial(caller.send, make_call({0: [0]}, call_id=1)))
         caller.say(make_call({0: [1]}, call_id=2), other)
         caller.say(make_call({0: [1]}, call_id=3))
         caller.say(b"\xff\xff\xff\xff", other)
@@ -323,7 +301,7 @@ def test_a_flood_that_takes_long_to_read_lets_the_passes_of_others_in(
 
     monkeypatch.setattr(worker.batcher, "_compute_calls", compute)
     with worker.caller() as flooding, worker.caller() as caller:
-        worker.gate.close_behind(caller, make_call({0: [0]}))
+        worker.gate.close_behind(partial(caller.send, make_call({0: [0]})))
         flooding.socket.sendall(PING * 1000)
         caller.send(make_call({0: [0]}))
         worker.gate.open.set()
@@ -364,7 +342,7 @@ def test_a_call_whose_answer_would_be_beyond_the_bound_is_refused_before_it_is_c
 
 def test_a_flood_of_calls_is_refused_beyond_the_queue(worker: Worker, make_call: MakeCall) -> None:
     with worker.caller() as caller:
-        worker.gate.close_behind(caller, make_call({0: [0]}, call_id=1000))
+        worker.gate.close_behind(partial(caller.send, make_call({0: [0]}, call_id=1000)))
         for call_id in range(100):
             caller.send(make_call({0: [0]}, call_id=call_id))
         worker.gate.open.set()
@@ -378,7 +356,7 @@ def test_a_flood_of_calls_is_refused_beyond_the_queue(worker: Worker, make_call:
 def test_calls_of_several_callers_share_a_pass(worker: Worker, make_call: MakeCall, folder: Path) -> None:
     shares = ({0: [0, 1], 1: [2]}, {1: [3, 4], 0: [5]})
     with worker.caller() as blocker, worker.caller() as first, worker.caller() as second:
-        worker.gate.close_behind(blocker, make_call({0: [0]}, layer=1))
+        worker.gate.close_behind(partial(blocker.send, make_call({0: [0]}, layer=1)))
         for caller, rows in zip((first, second), shares, strict=True):
             caller.send(make_call(rows))
         until(lambda: worker.num_arrived() == 2)
@@ -392,7 +370,7 @@ def test_calls_of_several_callers_share_a_pass(worker: Worker, make_call: MakeCa
 
 def test_a_call_whose_time_ends_in_the_queue_is_not_computed(worker: Worker, make_call: MakeCall) -> None:
     with worker.caller() as caller:
-        worker.gate.close_behind(caller, make_call({0: [0]}, call_id=1))
+        worker.gate.close_behind(partial(caller.send, make_call({0: [0]}, call_id=1)))
         caller.send(make_call({0: [0]}, layer=1, call_id=2))
         caller.send(make_call({0: [0]}, call_id=3, timeout_ms=1))
         worker.gate.open.set()
@@ -405,7 +383,7 @@ def test_a_call_whose_time_ends_in_the_queue_is_not_computed(worker: Worker, mak
 def test_a_cancelled_stream_takes_its_calls_along(worker: Worker, make_call: MakeCall) -> None:
     with worker.caller() as caller:
         gone = caller.open_stream()
-        worker.gate.close_behind(caller, make_call({0: [0]}, call_id=1))
+        worker.gate.close_behind(partial(caller.send, make_call({0: [0]}, call_id=1)))
         caller.say(make_call({0: [0]}, layer=1, call_id=2), gone)
         caller.protocol.end_stream(gone)
         caller.write()
@@ -420,7 +398,7 @@ def test_a_caller_that_is_reset_in_the_middle_of_a_call_takes_its_calls_along(
     worker: Worker, make_call: MakeCall
 ) -> None:
     with worker.caller() as staying, worker.caller() as gone:
-        worker.gate.close_behind(gone, make_call({0: [0]}))
+        worker.gate.close_behind(partial(gone.send, make_call({0: [0]})))
         gone.send(make_call({0: [0]}))
         gone.reset()
         worker.gate.open.set()
@@ -521,7 +499,7 @@ def test_half_a_frame_and_then_nothing_keeps_nobody_waiting(worker: Worker, make
 
 def test_a_caller_that_breaks_the_protocol_takes_its_calls_along(worker: Worker, make_call: MakeCall) -> None:
     with worker.caller() as blocker, worker.caller() as broken:
-        worker.gate.close_behind(blocker, make_call({0: [0]}))
+        worker.gate.close_behind(partial(blocker.send, make_call({0: [0]})))
         broken.send(make_call({0: [0]}, layer=1))
         broken.socket.sendall(b"\0\0\1\0\0\0\0\0\0x")
         worker.gate.open.set()
@@ -539,7 +517,7 @@ def test_a_protocol_that_fails_ends_its_connection_and_not_the_worker(
         raise RuntimeError("a bug")
 
     with worker.caller() as caller:
-        worker.gate.close_behind(caller, make_call({0: [0]}))
+        worker.gate.close_behind(partial(caller.send, make_call({0: [0]})))
         with monkeypatch.context() as patched:
             for method in ("send", "end_stream"):
                 patched.setattr(GrpcConnection, method, fail)
@@ -600,7 +578,7 @@ async def test_the_end_of_the_batcher_answers_what_runs_refuses_what_waits_and_e
 ) -> None:
     with worker.caller() as caller:
         idle = caller.open_stream()
-        worker.gate.close_behind(caller, make_call({0: [0]}, call_id=1))
+        worker.gate.close_behind(partial(caller.send, make_call({0: [0]}, call_id=1)))
         caller.send(make_call({0: [0]}, layer=1, call_id=2))
         stopping = asyncio.create_task(worker.batcher.stop(5))
         await asyncio.sleep(0)

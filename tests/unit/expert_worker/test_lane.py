@@ -7,10 +7,10 @@ import os
 import socket
 import stat
 import tempfile
-import threading
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support.expert_calls import ReferenceExperts, compute_request
-from torch import Tensor
+from support.gated_computing import Gate
 
 from expert_worker.batcher import Batcher
 from expert_worker.call import Call
-from expert_worker.compute import compute_calls
 from expert_worker.desk import CallDesk
 from expert_worker.expert_store import ExpertStore
 from expert_worker.lane import Lanes
@@ -42,29 +41,6 @@ from router.transport import Answer
 WAIT_S = 10.0
 HIDDEN = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
 MakeCall = Callable[..., expert_pb2.ComputeRequest]
-
-
-class Gate:
-    """The real computing, held up while the gate is closed."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.entered = threading.Event()
-        self.passes: list[int] = []
-
-    def __call__(self, calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
-        self.entered.set()
-        self.passes.append(len(calls))
-        assert self.open.wait(WAIT_S)
-        return compute_calls(calls)
-
-    def close_behind(self, link: LaneLink, request: expert_pb2.ComputeRequest) -> None:
-        """Sends a call that occupies the compute thread."""
-        self.open.clear()
-        self.entered.clear()
-        send(link, request)
-        assert self.entered.wait(WAIT_S)
 
 
 class Worker:
@@ -178,7 +154,7 @@ def test_wrong_calls_are_refused_one_by_one_and_the_lane_goes_on(worker: Worker,
 def test_calls_of_several_lanes_share_a_pass(worker: Worker, make_call: MakeCall, folder: Path) -> None:
     shares = ({0: [0, 1], 1: [2]}, {1: [3, 4], 0: [5]})
     with worker.link() as blocker, worker.link() as first, worker.link() as second:
-        worker.gate.close_behind(blocker, make_call({0: [0]}, layer=1))
+        worker.gate.close_behind(partial(send, blocker, make_call({0: [0]}, layer=1)))
         for link, rows in zip((first, second), shares, strict=True):
             send(link, make_call(rows))
         worker.gate.open.set()
@@ -192,7 +168,7 @@ def test_calls_of_several_lanes_share_a_pass(worker: Worker, make_call: MakeCall
 
 async def test_calls_of_a_lane_and_of_a_stream_share_a_pass(worker: Worker, make_call: MakeCall) -> None:
     with worker.link() as blocker, worker.link() as link:
-        worker.gate.close_behind(blocker, make_call({0: [0]}, layer=1))
+        worker.gate.close_behind(partial(send, blocker, make_call({0: [0]}, layer=1)))
         send(link, make_call({0: [0]}))
         call = Call(0, HIDDEN, (), (), torch.empty(0, dtype=torch.int64), None, float("inf"))
         waiting = asyncio.create_task(worker.batcher.submit(call))
@@ -207,7 +183,7 @@ async def test_calls_of_a_lane_and_of_a_stream_share_a_pass(worker: Worker, make
 
 def test_the_time_in_the_socket_counts_as_waiting_in_the_queue(worker: Worker, make_call: MakeCall) -> None:
     with worker.link() as blocker, worker.link() as link:
-        worker.gate.close_behind(blocker, make_call({0: [0]}))
+        worker.gate.close_behind(partial(send, blocker, make_call({0: [0]})))
         send(link, make_call({0: [0]}))
         assert not worker.gate.open.wait(0.02)
         worker.gate.open.set()
@@ -217,7 +193,7 @@ def test_the_time_in_the_socket_counts_as_waiting_in_the_queue(worker: Worker, m
 
 def test_a_call_whose_time_ended_in_the_socket_is_not_computed(worker: Worker, make_call: MakeCall) -> None:
     with worker.link() as blocker, worker.link() as link:
-        worker.gate.close_behind(blocker, make_call({0: [0]}))
+        worker.gate.close_behind(partial(send, blocker, make_call({0: [0]})))
         send(link, make_call({0: [0]}, timeout_ms=1))
         assert not worker.gate.open.wait(0.01)
         worker.gate.open.set()
@@ -229,7 +205,7 @@ def test_a_call_whose_time_ended_in_the_socket_is_not_computed(worker: Worker, m
 def test_a_router_that_goes_takes_its_calls_along(worker: Worker, make_call: MakeCall) -> None:
     with worker.link() as blocker, worker.link() as staying:
         with worker.link() as gone:
-            worker.gate.close_behind(blocker, make_call({0: [0]}))
+            worker.gate.close_behind(partial(send, blocker, make_call({0: [0]})))
             send(gone, make_call({0: [0]}))
         send(staying, make_call({0: [0]}))
         worker.gate.open.set()
@@ -292,7 +268,7 @@ def test_a_buffer_that_is_in_use_is_not_taken_twice(worker: Worker, make_call: M
     offset = lane.align(len(message) + 4096)
     frame = Frame(0, len(message), offset, len(data), 2**62)
     with worker.link() as blocker, enter(worker) as connection:
-        worker.gate.close_behind(blocker, make_call({0: [0]}))
+        worker.gate.close_behind(partial(send, blocker, make_call({0: [0]})))
         raw, rights = offered(frame, message + bytes(offset - len(message)) + data, 1 << 16)
         connection.sendmsg([raw], rights)
         connection.send(lane.encode_frame(frame))
@@ -366,7 +342,7 @@ async def test_the_end_of_the_batcher_ends_lanes_and_leaves_no_folder(
 ) -> None:
     folder = Path(worker.path).parent
     with worker.link() as link:
-        worker.gate.close_behind(link, make_call({0: [0]}, call_id=1))
+        worker.gate.close_behind(partial(send, link, make_call({0: [0]}, call_id=1)))
         send(link, make_call({0: [0]}, layer=1, call_id=2))
         worker.gate.open.set()
         assert await worker.batcher.stop(5)
