@@ -17,7 +17,7 @@ from expert_worker.call import Call
 from expert_worker.call_queue import Computed
 from expert_worker.desk import CallDesk, OpenCall, Request, Response
 from moesaic import wire
-from moesaic.direct import COMPUTE_METHOD, MAX_MESSAGE_BYTES
+from moesaic.direct import MAX_MESSAGE_BYTES
 from moesaic.errors import InvalidArgument, MoesaicError, Unavailable, Unsupported
 from moesaic.grpc_connection import (
     CallerEnded,
@@ -143,7 +143,7 @@ class DirectConnection:
                 self._drop_stream(stream_id)
 
     def _open_stream(self, stream_id: int, method: str) -> None:
-        if method != COMPUTE_METHOD:
+        if method != wire.COMPUTE_METHOD:
             self._end_stream(stream_id, Unsupported("this port serves Compute only"))
             return
         self._protocol.accept_stream(stream_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 
-COMPUTE_METHOD = "/moesaic.v1.ExpertService/Compute"
 # The largest call, and the largest answer, that goes this way: what is larger takes long enough for threads not to matter.
 MAX_MESSAGE_BYTES = 4 << 20
 

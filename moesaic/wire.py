@@ -16,6 +16,9 @@ from moesaic.v1 import common_pb2, expert_pb2
 
 Message = TypeVar("Message", expert_pb2.ComputeRequest, expert_pb2.ComputeResponse)
 
+# What these messages are the calls and answers of.
+COMPUTE_METHOD = "/moesaic.v1.ExpertService/Compute"
+
 _LENGTH_DELIMITED = 2
 _HIDDEN = expert_pb2.ComputeRequest.HIDDEN_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _OUTPUT = expert_pb2.ComputeResponse.OUTPUT_FIELD_NUMBER << 3 | _LENGTH_DELIMITED

@@ -21,7 +21,7 @@ from moesaic.errors import Cancelled, DataLoss, MoesaicError, Overloaded, Unavai
 from moesaic.grpc_connection import ConnectionBroken, GrpcConnection, MessageReceived, StreamEnded
 from moesaic.tensors import data_of
 from moesaic.v1 import expert_pb2
-from moesaic.wire import Framed, decode_response, encode_request
+from moesaic.wire import COMPUTE_METHOD, Framed, decode_response, encode_request
 from router.transport import Answer, read_answer
 
 # Calls in flight, those that nobody waits for any more among them.
@@ -75,7 +75,7 @@ class DirectStream:
         self._poll.register(connection, select.POLLIN)
         self._lock = threading.Lock()
         self._connection = GrpcConnection(client=True, max_message_bytes=direct.MAX_MESSAGE_BYTES)
-        self._stream_id = self._connection.open_stream(direct.COMPUTE_METHOD, authority)
+        self._stream_id = self._connection.open_stream(COMPUTE_METHOD, authority)
         # Bounded by the calls in flight.
         self._unsent = memoryview(b"")
         self._read_into = memoryview(bytearray(_READ_BYTES))

@@ -17,10 +17,8 @@ from torch import Tensor
 from moesaic.errors import DataLoss, MoesaicError, Unavailable, from_rpc_error
 from moesaic.tensors import data_of
 from moesaic.v1 import expert_pb2
-from moesaic.wire import Framed, decode_response, encode_request
+from moesaic.wire import COMPUTE_METHOD, Framed, decode_response, encode_request
 from router.transport import Answer, read_answer
-
-METHOD = "/moesaic.v1.ExpertService/Compute"
 
 _Arrived = Framed[expert_pb2.ComputeResponse]
 
@@ -36,7 +34,7 @@ class GrpcStream:
         # By call id: the answer, what came instead of it, or nothing yet.
         self._calls: dict[int, _Arrived | MoesaicError | None] = {}
         # Without serialisers: bytes out and bytes in.
-        call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(METHOD)
+        call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(COMPUTE_METHOD)
         self._answers = call(self._requests())
         threading.Thread(target=self._read, name="worker-link", daemon=True).start()
 

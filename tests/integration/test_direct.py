@@ -20,10 +20,11 @@ from support.expert_calls import ReferenceExperts, compute_request
 from support.processes import Process, running_workers
 from support.wire_tensors import from_wire
 
-from moesaic import direct, rpc
+from moesaic import rpc
 from moesaic.errors import from_status
 from moesaic.manifest import ExpertAddress, versions_from_proto
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
+from moesaic.wire import COMPUTE_METHOD
 
 WAIT_S = 20.0
 HIDDEN = torch.randn(7, 48, generator=torch.Generator().manual_seed(3))
@@ -134,7 +135,7 @@ def test_both_ways_give_the_same_bits_and_the_same_refusals(tmp_path: Path) -> N
         assert (stats.calls, stats.direct_calls, stats.refused_calls) == (4, 2, 12)
         for address in (worker.address, f"127.0.0.1:{ways.port}"):
             with rpc.channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
-                next(channel.stream_stream(direct.COMPUTE_METHOD)(iter([b"\xff" * 4]), timeout=WAIT_S))
+                next(channel.stream_stream(COMPUTE_METHOD)(iter([b"\xff" * 4]), timeout=WAIT_S))
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
             assert caught.value.details() == "the call is not a ComputeRequest"
 

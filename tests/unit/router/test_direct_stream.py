@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moesaic.direct import COMPUTE_METHOD, MAX_MESSAGE_BYTES, prepare_socket
+from moesaic.direct import MAX_MESSAGE_BYTES, prepare_socket
 from moesaic.errors import DataLoss, FailedPrecondition, MoesaicError, Overloaded, Unavailable, to_status
 from moesaic.grpc_connection import Event, GrpcConnection, MessageReceived, StreamOpened
 from moesaic.tensors import data_of, encode_rows, view_rows
 from moesaic.v1 import common_pb2, expert_pb2
-from moesaic.wire import Framed, decode_request, encode_response
+from moesaic.wire import COMPUTE_METHOD, Framed, decode_request, encode_response
 from router.direct_stream import MAX_CALLS, MAX_ROWS_BYTES, DirectStream, carries
 
 WAIT_S = 10.0

@@ -11,10 +11,11 @@ from typing import Any
 import grpc
 import pytest
 
-from moesaic.direct import COMPUTE_METHOD, MAX_MESSAGE_BYTES
+from moesaic.direct import MAX_MESSAGE_BYTES
 from moesaic.grpc_connection import GrpcConnection, StreamOpened
 from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2
+from moesaic.wire import COMPUTE_METHOD
 from router import direct_stream
 from router.direct_stream import DirectStream
 from router.transport import Transport, Way
