@@ -36,8 +36,7 @@ class OpenCall(NamedTuple):
 
     request: expert_pb2.ComputeRequest
     call: Call
-    # None: its caller records none.
-    span: trace.Span | None
+    span: trace.Span
     decode_s: float
     # When it was decoded: from then on it waits for its pass.
     taken_s: float
@@ -64,7 +63,7 @@ class CallDesk:
         """The call behind a message, or its refusal; never raises. The caller's time runs from `sent_s`, where that is
         known, else from now."""
         request = framed.message
-        span = self._start_span(request) if request.traceparent else None
+        span = self._start_span(request) if request.traceparent else trace.INVALID_SPAN
         start_s = time.monotonic()
         try:
             call = self._read(framed, start_s if sent_s is None else sent_s)
@@ -84,8 +83,7 @@ class CallDesk:
         header, rows = encode_rows(result.output, request.hidden.dtype)
         self.calls += 1
         self.rows += taken.call.num_rows
-        if taken.span is not None:
-            taken.span.end()
+        taken.span.end()
         response = expert_pb2.ComputeResponse(
             call_id=request.call_id,
             epoch=request.epoch,
@@ -101,8 +99,7 @@ class CallDesk:
 
     def drop(self, taken: OpenCall) -> None:
         """Its caller went away."""
-        if taken.span is not None:
-            taken.span.end()
+        taken.span.end()
 
     def _read(self, framed: Request, sent_s: float) -> Call:
         if self._closed:
@@ -113,13 +110,10 @@ class CallDesk:
             framed, model=self._model, store=self._store, max_rows=self._max_call_rows, now_s=sent_s
         )
 
-    def _refuse(
-        self, request: expert_pb2.ComputeRequest, span: trace.Span | None, error: MoesaicError
-    ) -> Response:
+    def _refuse(self, request: expert_pb2.ComputeRequest, span: trace.Span, error: MoesaicError) -> Response:
         self.refused_calls += 1
-        if span is not None:
-            span.set_status(trace.StatusCode.ERROR, type(error).__name__)
-            span.end()
+        span.set_status(trace.StatusCode.ERROR, type(error).__name__)
+        span.end()
         response = expert_pb2.ComputeResponse(
             call_id=request.call_id, epoch=request.epoch, error=to_status(error)
         )
