@@ -26,6 +26,7 @@ from typing import Annotated
 import torch
 import typer
 from harness import options
+from harness.one_way import pool_of, strays
 from harness.result import Figure, Table, conclude
 from harness.serving import Served, Setup, serve
 from harness.turns import Side, take_turns
@@ -37,11 +38,8 @@ from router.cluster_view import NamedWorkers, Snapshot
 from router.dispatcher import Dispatcher, DispatchRules
 from router.gate import assign
 from router.phases import PhaseClock
-from router.replica_pool import ReplicaPool
 from router.server import SWITCH_INTERVAL_S
 from router.transport import DIRECT, GRPC, LANE, Way
-from router.ways import open_ways
-from router.worker_link import WorkerLink
 
 SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
 # A namespace with nothing but loopback; whatever runs inside ends with it.
@@ -102,8 +100,7 @@ class OurLayer:
         snapshot = asyncio.run(_first(view))
         assert snapshot.epoch is not None
         self._epoch = snapshot.epoch
-        opening = partial(open_ways, use_lane=way == LANE, use_direct=way == DIRECT)
-        self._pool = ReplicaPool(connect=partial(WorkerLink, open_ways=None if way == GRPC else opening))
+        self._pool = pool_of(way)
         self._pool.update(snapshot.table)
         self._dispatcher = Dispatcher(self._pool, PhaseClock(), DispatchRules(call_timeout_s=30.0))
         self._gate = torch.randn(self._shape.experts, self._shape.hidden) / self._shape.hidden**0.5
@@ -129,7 +126,7 @@ class OurLayer:
         """Calls until its way has been tried and chosen. Raises SystemExit where it is not."""
         for _ in range(TRIAL_SPELLS):
             self.measure(1)
-            if all(link.traffic.transport == self._way for link in self._pool.links):
+            if not strays(self._pool, self._way):
                 return
         raise SystemExit(f"this way was not chosen: {self._way}")
 

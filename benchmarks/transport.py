@@ -32,6 +32,7 @@ import grpc
 import torch
 import typer
 from harness import options
+from harness.one_way import pool_of, strays
 from harness.result import Figure, Table, conclude
 from harness.turns import Rules, Side, take_turns
 from peers.echo import read_frame
@@ -47,8 +48,6 @@ from router.dispatcher import Dispatcher, DispatchRules
 from router.phases import PhaseClock
 from router.replica_pool import ReplicaPool
 from router.transport import DIRECT, GRPC, LANE, Way
-from router.ways import open_ways
-from router.worker_link import WorkerLink
 
 PEERS = Path(__file__).parent / "peers"
 SIZES = {"8 KiB": 8 << 10, "128 KiB": 128 << 10, "2 MiB": 2 << 20, "16 MiB": 16 << 20}
@@ -388,15 +387,13 @@ class _Layer:
             compute()
             if self._way != GRPC and all(link.traffic.transport == GRPC for link in self._pool.links):
                 time.sleep(0.01)  # ways are opened beside the calls
-        ways = {link.replica.worker: link.traffic.transport for link in self._pool.links}
-        others = [worker for worker, way in ways.items() if way != self._way]
+        others = strays(self._pool, self._way)
         return [f"{what}: {', '.join(others)} went another way"] if others else []
 
 
 @contextmanager
 def _layer_of(workers: Sequence[Replica], way: Way, *, combine_sum: bool) -> Iterator[_Layer]:
-    opening = partial(open_ways, use_lane=way == LANE, use_direct=way == DIRECT)
-    pool = ReplicaPool(connect=partial(WorkerLink, open_ways=None if way == GRPC else opening))
+    pool = pool_of(way)
     pool.update(RoutingTable(1, tuple(workers)))
     epoch = Epoch.of(
         "identity", {expert: version for one in workers for expert, version in one.versions.items()}
