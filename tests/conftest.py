@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from moesaic import telemetry
 
 # Before torch is imported anywhere: test processes share few cores, and spinning threads would fight for them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,3 +25,13 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the reference data (../shared) is not here")
     return folder
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """What this process traces."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "TRACER", provider.get_tracer("test"))
+    return exporter

@@ -30,9 +30,13 @@ class Gate:
         assert self.open.wait(WAIT_S)
         return compute_calls(calls)
 
-    def close_behind(self, send: Callable[[], object]) -> None:
-        """`send` sends a call, which then occupies the compute thread."""
+    def close(self) -> None:
+        """The next pass enters and waits."""
         self.open.clear()
         self.entered.clear()
+
+    def close_behind(self, send: Callable[[], object]) -> None:
+        """`send` sends a call, which then occupies the compute thread."""
+        self.close()
         send()
         assert self.entered.wait(WAIT_S)

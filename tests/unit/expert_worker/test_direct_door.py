@@ -22,8 +22,6 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support.expert_calls import ReferenceExperts, compute_request
 from support.gated_computing import Gate
@@ -36,11 +34,12 @@ from expert_worker.call import Call
 from expert_worker.desk import CallDesk
 from expert_worker.direct_door import DirectDoor
 from expert_worker.expert_store import ExpertStore
-from moesaic import direct, rpc, telemetry
+from moesaic import direct, rpc
 from moesaic.errors import MoesaicError, from_status
 from moesaic.families import MoeModel
 from moesaic.grpc_connection import Event, GrpcConnection, MessageReceived, StreamEnded
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
+from moesaic.wire import COMPUTE_METHOD
 
 WAIT_S = 10.0
 MAX_QUEUED_CALLS = 16
@@ -67,7 +66,7 @@ class Caller:
         self.events: list[Event] = self.protocol.receive(self.socket.recv(1 << 16))
         self.write()
 
-    def open_stream(self, method: str = direct.COMPUTE_METHOD) -> int:
+    def open_stream(self, method: str = COMPUTE_METHOD) -> int:
         stream_id = self.protocol.open_stream(method, "worker")
         self.write()
         return stream_id
@@ -304,6 +303,7 @@ def test_a_flood_that_takes_long_to_read_lets_the_passes_of_others_in(
         worker.gate.close_behind(partial(caller.send, make_call({0: [0]})))
         flooding.socket.sendall(PING * 1000)
         caller.send(make_call({0: [0]}))
+        until(lambda: worker.num_arrived() == 2)
         worker.gate.open.set()
         for _ in range(2):
             assert caller.answer().HasField("output")
@@ -447,7 +447,7 @@ def test_a_caller_that_gives_no_room_for_its_answers_is_cut_off(
     message = make_call({0: list(range(600))}, hidden=torch.randn(600, 32)).SerializeToString()
     protocol = H2Connection(H2Configuration(client_side=True))
     protocol.initiate_connection()
-    headers = {":method": "POST", ":scheme": "http", ":path": direct.COMPUTE_METHOD, ":authority": "w"}
+    headers = {":method": "POST", ":scheme": "http", ":path": COMPUTE_METHOD, ":authority": "w"}
     protocol.send_headers(1, [*headers.items(), ("content-type", "application/grpc"), ("te", "trailers")])
     with worker.enter() as connection, pytest.raises(ConnectionError):
         connection.sendall(protocol.data_to_send())
@@ -620,16 +620,13 @@ async def test_where_there_can_be_no_port_a_warning_says_so(
 
 
 def test_a_call_that_is_traced_has_a_span_under_the_callers(
-    worker: Worker, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, make_call: MakeCall, spans: InMemorySpanExporter
 ) -> None:
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(telemetry, "TRACER", provider.get_tracer("test"))
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with worker.caller() as caller:
         caller.ask(make_call({0: [0, 1], 1: [2]}, layer=1, traceparent=traceparent))
         error_of(caller.ask(make_call({3: [0]}, traceparent=traceparent)))
         caller.ask(make_call({0: [0]}))
-    good, refused = exporter.get_finished_spans()
+    good, refused = spans.get_finished_spans()
     assert good.parent is not None and f"{good.parent.span_id:016x}" == "b7ad6b7169203331"
     assert not refused.status.is_ok

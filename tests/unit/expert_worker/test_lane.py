@@ -18,8 +18,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support.expert_calls import ReferenceExperts, compute_request
 from support.gated_computing import Gate
@@ -366,18 +364,15 @@ async def test_where_the_temporary_folder_has_too_long_a_name_there_is_no_lane(
 
 
 def test_a_call_that_is_traced_has_a_span_under_the_callers(
-    worker: Worker, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, make_call: MakeCall, spans: InMemorySpanExporter
 ) -> None:
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(telemetry, "TRACER", provider.get_tracer("test"))
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with worker.link() as link:
         ask(link, make_call({0: [0, 1], 1: [2]}, layer=1, traceparent=traceparent))
         with pytest.raises(MoesaicError):
             ask(link, make_call({3: [0]}, traceparent=traceparent, call_id=2))
         ask(link, make_call({0: [0]}, call_id=3))
-    good, refused = exporter.get_finished_spans()
+    good, refused = spans.get_finished_spans()
     assert good.context is not None and good.parent is not None and good.attributes is not None
     assert f"{good.parent.span_id:016x}" == "b7ad6b7169203331"
     assert (good.attributes[telemetry.LAYER], good.attributes[telemetry.ROWS]) == (1, 3)

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import select
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import torch
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support.expert_calls import ReferenceExperts, compute_request
+from support.gated_computing import Gate
 from support.wire_tensors import from_wire, to_wire
-from torch import Tensor
 
 from expert_worker.batcher import Batcher
-from expert_worker.call import Call
 from expert_worker.compute import compute_calls
 from expert_worker.desk import CallDesk
 from expert_worker.expert_store import ExpertStore
 from expert_worker.service import SERVICE, ExpertService, LoadedModel, _CallStream
 from moesaic import lane, rpc, telemetry
-from moesaic.errors import MoesaicError, from_rpc_error, from_status
+from moesaic.errors import from_rpc_error, from_status
 from moesaic.families import MoeModel
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from moesaic.wire import Framed
@@ -36,25 +32,11 @@ HIDDEN = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
 Stream = Any
 
 
-class Gate:
-    """The real computing, held up while the gate is closed."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.entered = threading.Event()
-
-    def __call__(self, calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
-        self.entered.set()
-        assert self.open.wait(10)
-        return compute_calls(calls)
-
-    async def close_behind(self, stream: Stream, request: expert_pb2.ComputeRequest) -> None:
-        """Sends a call that occupies the compute thread."""
-        self.open.clear()
-        self.entered.clear()
-        await stream.write(request)
-        assert await asyncio.to_thread(self.entered.wait, 5)
+async def close_behind(gate: Gate, stream: Stream, request: expert_pb2.ComputeRequest) -> None:
+    """Sends a call that occupies the compute thread."""
+    gate.close()
+    await stream.write(request)
+    assert await asyncio.to_thread(gate.entered.wait, 5)
 
 
 class Worker:
@@ -210,7 +192,7 @@ async def test_concurrent_callers_share_a_pass_and_each_gets_its_own_rows(
     worker: Worker, stub: Any, request_of: RequestOf, folder: Path
 ) -> None:
     blocker, first, second = stub.Compute(), stub.Compute(), stub.Compute()
-    await worker.gate.close_behind(blocker, request_of({0: [0]}, layer=1))
+    await close_behind(worker.gate, blocker, request_of({0: [0]}, layer=1))
     await first.write(request_of({0: [0, 1], 1: [2]}))
     await second.write(request_of({1: [3, 4], 0: [5]}))
     await eventually(lambda: asyncio.sleep(0, len(worker.batcher._waiting) == 2))
@@ -236,7 +218,7 @@ async def test_callers_of_all_three_ways_share_a_pass_and_are_counted_apart(
         blocker, over_grpc = stub.Compute(), stub.Compute()
         direct = expert_pb2_grpc.ExpertServiceStub(direct_channel).Compute()
         await direct.wait_for_connection()
-        await worker.gate.close_behind(blocker, request_of({0: [0]}, layer=1))
+        await close_behind(worker.gate, blocker, request_of({0: [0]}, layer=1))
         rows = ({0: [0, 1], 1: [2]}, {1: [3, 4], 0: [5]}, {2: [0]})
         await over_grpc.write(request_of(rows[0]))
         await direct.write(request_of(rows[1]))
@@ -263,7 +245,7 @@ async def test_a_full_queue_is_refused_in_band_with_a_time_to_retry(
     worker: Worker, stub: Any, request_of: RequestOf
 ) -> None:
     stream = stub.Compute()
-    await worker.gate.close_behind(stream, request_of({0: [0]}, call_id=100))
+    await close_behind(worker.gate, stream, request_of({0: [0]}, call_id=100))
     for call_id in range(5):
         await stream.write(request_of({0: [0]}, call_id=call_id))
     refused = await asyncio.wait_for(stream.read(), 10)
@@ -301,7 +283,7 @@ async def test_a_caller_that_hangs_up_leaves_no_call_behind(
     worker: Worker, stub: Any, request_of: RequestOf
 ) -> None:
     blocker, gone = stub.Compute(), stub.Compute()
-    await worker.gate.close_behind(blocker, request_of({0: [0]}))
+    await close_behind(worker.gate, blocker, request_of({0: [0]}))
     await gone.write(request_of({0: [1]}))
     await eventually(lambda: asyncio.sleep(0, len(worker.batcher._waiting) == 1))
     gone.cancel()
@@ -347,7 +329,7 @@ async def test_a_draining_worker_answers_what_it_took_and_refuses_what_comes(
     worker: Worker, stub: Any, request_of: RequestOf
 ) -> None:
     stream = stub.Compute()
-    await worker.gate.close_behind(stream, request_of({0: [0]}, call_id=1))
+    await close_behind(worker.gate, stream, request_of({0: [0]}, call_id=1))
     draining = asyncio.create_task(worker.service.drain(10))
     await asyncio.sleep(0)
     refused = await call(stream, request_of({0: [0]}, call_id=2))
@@ -368,7 +350,7 @@ async def test_a_draining_worker_answers_what_it_took_on_the_direct_port_and_the
     ways = await stub.OpenLane(expert_pb2.OpenLaneRequest())
     async with rpc.aio_channel(f"127.0.0.1:{ways.compute_port}") as channel:
         stream = expert_pb2_grpc.ExpertServiceStub(channel).Compute()
-        await worker.gate.close_behind(stream, request_of({0: [0]}, call_id=1))
+        await close_behind(worker.gate, stream, request_of({0: [0]}, call_id=1))
         draining = asyncio.create_task(worker.service.drain(10))
         await asyncio.sleep(0)
         await stream.write(request_of({0: [0]}, call_id=2))
@@ -388,21 +370,18 @@ async def test_a_drain_gives_up_when_its_time_is_over(
     worker: Worker, stub: Any, request_of: RequestOf
 ) -> None:
     stream = stub.Compute()
-    await worker.gate.close_behind(stream, request_of({0: [0]}))
+    await close_behind(worker.gate, stream, request_of({0: [0]}))
     assert not await worker.service.drain(0.05)
 
 
 async def test_a_call_that_is_traced_has_a_span_under_the_callers(
-    stub: Any, request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+    stub: Any, request_of: RequestOf, spans: InMemorySpanExporter
 ) -> None:
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(telemetry, "TRACER", provider.get_tracer("test"))
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     stream = stub.Compute()
     await call(stream, request_of({0: [0, 1], 1: [2]}, layer=1, traceparent=traceparent))
     await call(stream, request_of({0: [0]}))
-    (span,) = [span for span in exporter.get_finished_spans() if span.name == telemetry.SPAN_COMPUTE]
+    (span,) = [span for span in spans.get_finished_spans() if span.name == telemetry.SPAN_COMPUTE]
     assert span.context is not None and span.parent is not None and span.attributes is not None
     assert f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
     assert f"{span.parent.span_id:016x}" == "b7ad6b7169203331"

@@ -13,8 +13,6 @@ from typing import Any
 import grpc
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support.fake_engine import EPOCH, FakeEngine, finished, generates, scores, token
 from support.tiny_tokenizer import byte_level, sentencepiece, write_folder
@@ -752,15 +750,6 @@ async def test_the_model_describes_itself(rig: Rig) -> None:
 
 
 # What others see of a request.
-
-
-@pytest.fixture
-def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(telemetry, "TRACER", provider.get_tracer("test"))
-    return exporter
 
 
 async def test_a_request_span_counts_tokens_and_reaches_the_engine(
