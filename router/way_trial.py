@@ -1,4 +1,5 @@
-"""Which of several ways calls take: real calls try all of them in turn, then the fastest stays. Pure."""
+"""Which of several ways calls take: real calls try all of them in turn, the fastest stays for a while, and they are tried
+again. Pure."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from statistics import median
 from router.transport import GRPC, Way
 
 # Calls that each way gets: the first few open buffers and fill caches, the rest are compared. Enough for a disturbance of
-# some of them not to decide for the life of a link.
+# some of them not to decide.
 WARM_UP_CALLS = 4
 COMPARED_CALLS = 48
+# For so many calls the choice holds. Links live for days, and what was measured while a host was busy need not stay true.
+HELD_CALLS = 10_000
 # Another way must be so much better than gRPC's own that the difference is none of the noise.
 MUST_SAVE = 0.1
 
@@ -22,19 +25,22 @@ class WayTrial:
 
     def __init__(self, others: Iterable[Way] = ()) -> None:
         self._overheads_s: dict[Way, list[float]] = {way: [] for way in (GRPC, *others)}
-        self._num_sent = 0
-        # The ways worth taking, the best first; empty until the trial is over.
+        # Since the trial began, or since it ended.
+        self._num_calls = 0
+        # The ways worth taking, the best first; empty during a trial.
         self._ranking: list[Way] = []
         self._conclude()
 
     def next_way(self) -> Way:
-        """The way of the next call. During the trial it changes after two calls, so that each of two micro-batches goes
+        """The way of the next call. During a trial it changes after two calls, so that each of two micro-batches goes
         them all."""
+        self._num_calls += 1
+        if self._ranking and self._num_calls > HELD_CALLS:
+            self._begin_again()
         if self._ranking:
             return self._ranking[0]
         ways = list(self._overheads_s)
-        self._num_sent += 1
-        return ways[self._num_sent // 2 % len(ways)]
+        return ways[self._num_calls // 2 % len(ways)]
 
     def observe(self, way: Way, overhead_s: float) -> None:
         """Takes what a call waited beyond the worker's own work."""
@@ -53,13 +59,22 @@ class WayTrial:
         else:
             self._conclude()
 
+    def _begin_again(self) -> None:
+        """Tries all ways that are left, also those that were not worth taking."""
+        self._overheads_s = {way: [] for way in self._overheads_s}
+        self._num_calls = 0
+        self._ranking = []
+        self._conclude()
+
     def _conclude(self) -> None:
-        """Ends the trial where there is nothing left to try."""
+        """Ends a trial where there is nothing left to try."""
         seen_s = self._overheads_s
         if len(seen_s) == 1:
             self._ranking = [GRPC]
-        elif not self._ranking and min(map(len, seen_s.values())) == _CALLS:
+        elif min(map(len, seen_s.values())) == _CALLS:
             self._ranking = rank({way: those[WARM_UP_CALLS:] for way, those in seen_s.items()})
+        if self._ranking:
+            self._num_calls = 0
 
 
 def rank(overheads_s: Mapping[Way, Sequence[float]]) -> list[Way]:

@@ -1,11 +1,11 @@
-"""Real calls try all ways in turn; the fastest stays, and the next best where it breaks."""
+"""Real calls try all ways in turn; the fastest stays for a while, and the next best follows where it breaks."""
 
 from __future__ import annotations
 
 import pytest
 
 from router.transport import DIRECT, GRPC, LANE, Way
-from router.way_trial import COMPARED_CALLS, WARM_UP_CALLS, WayTrial, rank
+from router.way_trial import COMPARED_CALLS, HELD_CALLS, WARM_UP_CALLS, WayTrial, rank
 
 Overheads = dict[Way, float]
 
@@ -63,12 +63,29 @@ def test_the_first_calls_of_a_way_do_not_count() -> None:
     assert set(ways_of(trial)) == {DIRECT}
 
 
-def test_what_comes_after_the_choice_changes_nothing() -> None:
+def test_what_comes_between_two_trials_changes_nothing() -> None:
     trial = tried({GRPC: 5e-4, DIRECT: 2e-4, LANE: 1e-4})
     for way, overhead_s in ((LANE, 1.0), (GRPC, 1e-6), (DIRECT, 1e-6)):
         for _ in range(100):
             trial.observe(way, overhead_s)
     assert set(ways_of(trial)) == {LANE}
+
+
+def test_a_choice_that_was_wrong_is_mended_by_the_next_trial() -> None:
+    trial = tried({GRPC: 5e-4, DIRECT: 9e-4, LANE: 9e-4})
+    assert set(ways_of(trial, HELD_CALLS)) == {GRPC}
+    run(trial, {GRPC: 5e-4, DIRECT: 2e-4, LANE: 1e-4})
+    assert set(ways_of(trial, HELD_CALLS)) == {LANE}
+    assert set(ways_of(trial)) == {GRPC, DIRECT, LANE}
+
+
+def test_what_broke_is_not_tried_again() -> None:
+    trial = tried({GRPC: 5e-4, DIRECT: 2e-4, LANE: 1e-4})
+    trial.give_up(LANE)
+    assert set(ways_of(trial, HELD_CALLS)) == {DIRECT}
+    assert set(ways_of(trial)) == {GRPC, DIRECT}
+    trial.give_up(DIRECT)
+    assert set(ways_of(trial, 2 * HELD_CALLS)) == {GRPC}
 
 
 def test_the_next_best_follows_a_way_that_broke() -> None:
