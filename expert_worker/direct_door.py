@@ -11,6 +11,7 @@ import socket
 from expert_worker.batcher import Batcher
 from expert_worker.desk import CallDesk
 from expert_worker.direct_connection import DirectConnection
+from expert_worker.entrance import Entrance
 from moesaic import direct
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class DirectDoor:
         self.port = 0
         self._desk = desk
         self._host = host
-        self._door: socket.socket
+        self._entrance: Entrance
         self._batcher: Batcher
         self._connections: set[DirectConnection] = set()
 
@@ -39,27 +40,27 @@ class DirectDoor:
         """Lets callers in; `batcher` reads and computes their calls."""
         self._batcher = batcher
         try:
-            self._door = _listen(self._host)
+            listening = _listen(self._host)
         except OSError:
             log.warning("no port of the compute thread: calls take the main one", exc_info=True)
             return
-        self.port = self._door.getsockname()[1]
+        self.port = listening.getsockname()[1]
+        self._entrance = Entrance(listening)
         batcher.attach(self)
 
     def close(self) -> None:
         """Comes at the end of the batcher."""
         self.port = 0
         self._batcher.detach(self)
-        self._door.close()
+        self._entrance.close()
 
     def fileno(self) -> int:
-        return self._door.fileno()
+        return self._entrance.fileno()
 
     def read(self) -> None:
         """Lets one caller in."""
-        try:
-            accepted, _ = self._door.accept()
-        except OSError:  # it did not wait
+        accepted = self._entrance.accept()
+        if accepted is None:
             return
         if not self._has_place():
             accepted.close()
@@ -87,11 +88,8 @@ def _listen(host: str) -> socket.socket:
     """A free port at the address of the main server. Raises OSError."""
     address = host.strip("[]")
     if address in _EVERY_ADDRESS and socket.has_dualstack_ipv6():
-        door = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    else:
-        door = _listen_at(address)
-    door.setblocking(False)
-    return door
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return _listen_at(address)
 
 
 def _listen_at(name: str) -> socket.socket:

@@ -21,6 +21,7 @@ from expert_worker.batcher import Batcher
 from expert_worker.call import Call
 from expert_worker.call_queue import Computed
 from expert_worker.desk import CallDesk, OpenCall, Response
+from expert_worker.entrance import Entrance
 from moesaic import lane
 from moesaic.errors import MoesaicError
 from moesaic.lane import Buffer, Frame, LaneError
@@ -44,7 +45,7 @@ class Lanes:
         self._host_id = lane.host_id()
         self._folder: Path | None = None
         self._path = ""
-        self._door: socket.socket | None = None
+        self._entrance: Entrance | None = None
         self._batcher: Batcher
         self._lanes: set[Lane] = set()
 
@@ -59,7 +60,7 @@ class Lanes:
             return
         self._batcher = batcher
         try:
-            self._door = self._listen()
+            self._entrance = Entrance(self._listen())
         except OSError:  # the folder for temporary files has too long a name, or knows no sockets
             log.warning("no lane for routers on this host", exc_info=True)
             self.close()
@@ -73,22 +74,21 @@ class Lanes:
     def close(self) -> None:
         """Shuts the door and removes the folder. The batcher does it at its end; whoever waits for that may repeat it."""
         self._path = ""
-        if self._door is not None:
+        if self._entrance is not None:
             self._batcher.detach(self)
-            self._door.close()
+            self._entrance.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def fileno(self) -> int:
-        assert self._door is not None
-        return self._door.fileno()
+        assert self._entrance is not None
+        return self._entrance.fileno()
 
     def read(self) -> None:
         """Lets one router in."""
-        assert self._door is not None
-        try:
-            connection, _ = self._door.accept()
-        except OSError:  # it did not wait
+        assert self._entrance is not None
+        connection = self._entrance.accept()
+        if connection is None:
             return
         if len(self._lanes) >= MAX_LANES or not lane.is_ours(connection):
             connection.close()
@@ -109,7 +109,6 @@ class Lanes:
         except OSError:
             door.close()
             raise
-        door.setblocking(False)
         self._path = str(path)
         return door
 
