@@ -469,8 +469,9 @@ async def test_a_client_that_never_reads_is_cut_off(text: Text, monkeypatch: pyt
         call = rig.call(ask("Once upon " * 20, n=64, logprobs=20), timeout=None)
         await asyncio.sleep(1.0)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in call:
-                pass
+            async with asyncio.timeout(20):
+                async for _ in call:
+                    pass
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         assert rig.engine.open == set()
         assert len(asyncio.all_tasks()) <= calls_before
