@@ -230,12 +230,11 @@ class DispatchStep:
                 continue
             arrived_s = time.perf_counter()
             waited_s += arrived_s - started_s
-            timing = answer.response.timing
-            if (busy_us := _busy_us(timing)) > slowest_us:
-                slowest, slowest_us = timing, busy_us
+            if (busy_us := answer.busy_us) > slowest_us:
+                slowest, slowest_us = answer.response.timing, busy_us
             self._take(call, asked, answer)
             decode_s += time.perf_counter() - arrived_s
-        self._note_times(slowest, waited_s, decode_s)
+        self._note_times(slowest, slowest_us, waited_s, decode_s)
         started_s = time.perf_counter()
         total = self._add_up(call)
         self._clock.add("combine", time.perf_counter() - started_s)
@@ -284,12 +283,14 @@ class DispatchStep:
         for place in asked.part.places:
             call.tried[place].add(worker)
 
-    def _note_times(self, slowest: expert_pb2.ComputeTiming, waited_s: float, decode_s: float) -> None:
+    def _note_times(
+        self, slowest: expert_pb2.ComputeTiming, slowest_us: int, waited_s: float, decode_s: float
+    ) -> None:
         self._clock.add("worker decode", slowest.decode_us / 1e6)
         self._clock.add("worker queue", slowest.queue_us / 1e6)
         self._clock.add("worker compute", slowest.compute_us / 1e6)
         self._clock.add("worker encode", slowest.encode_us / 1e6)
-        self._clock.add("wire", max(0.0, waited_s - _busy_us(slowest) / 1e6))
+        self._clock.add("wire", max(0.0, waited_s - slowest_us / 1e6))
         self._clock.add("decode", decode_s)
 
 
@@ -299,10 +300,6 @@ def _end_span(span: trace.Span | None, error: Exception | None = None) -> None:
     if error is not None:
         span.set_status(trace.StatusCode.ERROR, type(error).__name__)
     span.end()
-
-
-def _busy_us(timing: expert_pb2.ComputeTiming) -> int:
-    return timing.decode_us + timing.queue_us + timing.compute_us + timing.encode_us
 
 
 def _no_replica(address: ExpertAddress) -> MoesaicError:

@@ -32,6 +32,12 @@ class Answer(NamedTuple):
         """The rows as they are, in the dtype of the wire."""
         return view_rows(self.response.output, self.data)
 
+    @property
+    def busy_us(self) -> int:
+        """The worker's own work on the call, by its own account."""
+        timing = self.response.timing
+        return timing.decode_us + timing.queue_us + timing.compute_us + timing.encode_us
+
 
 class Transport(Protocol):
     """Many calls in flight to one worker. One thread sends and receives; `num_in_flight`, `broken` and `close` are for

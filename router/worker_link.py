@@ -171,7 +171,7 @@ class WorkerLink:
             return stream.receive(call.request.call_id, left_s)
         waited_s = time.perf_counter() - call.sent_s
         self.traffic.latencies_s.append(waited_s)
-        call.trial.observe(call.way, waited_s - _busy_s(answer.response.timing))
+        call.trial.observe(call.way, waited_s - answer.busy_us / 1e6)
         return answer
 
     def _look_for_ways(self) -> None:
@@ -193,8 +193,3 @@ class WorkerLink:
                 return
         for way in ways.values():
             way.close()
-
-
-def _busy_s(timing: expert_pb2.ComputeTiming) -> float:
-    """The worker's own work on a call."""
-    return (timing.decode_us + timing.queue_us + timing.compute_us + timing.encode_us) / 1e6
