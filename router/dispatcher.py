@@ -195,7 +195,7 @@ class DispatchStep:
         self, call: LayerCall, link: WorkerLink, part: Part, versions: list[bytes], timeout_ms: int
     ) -> WorkerCall:
         request, rows = call.message.to_worker(part, versions, timeout_ms)
-        span: trace.Span | None = None
+        span: trace.Span = trace.INVALID_SPAN
         if self._context is not None:
             span = self._start_span(self._context, link, call.layer, len(rows))
             with trace.use_span(span):
@@ -294,9 +294,7 @@ class DispatchStep:
         self._clock.add("decode", decode_s)
 
 
-def _end_span(span: trace.Span | None, error: Exception | None = None) -> None:
-    if span is None:
-        return
+def _end_span(span: trace.Span, error: Exception | None = None) -> None:
     if error is not None:
         span.set_status(trace.StatusCode.ERROR, type(error).__name__)
     span.end()

@@ -24,8 +24,7 @@ class WorkerCall:
     part: Part
     versions: list[bytes]
     pending: PendingCall
-    # None: it is not traced.
-    span: trace.Span | None
+    span: trace.Span
     # Whether it was waited for.
     landed: bool = False
 
