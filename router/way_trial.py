@@ -24,19 +24,14 @@ class WayTrial:
     """Belongs to the thread that sends and receives. gRPC's own way is always there; `others` may be given up."""
 
     def __init__(self, others: Iterable[Way] = ()) -> None:
-        self._overheads_s: dict[Way, list[float]] = {way: [] for way in (GRPC, *others)}
-        # Since the trial began, or since it ended.
-        self._num_calls = 0
-        # The ways worth taking, the best first; empty during a trial.
-        self._ranking: list[Way] = []
-        self._conclude()
+        self._begin((GRPC, *others))
 
     def next_way(self) -> Way:
         """The way of the next call. During a trial it changes after two calls, so that each of two micro-batches goes
         them all."""
         self._num_calls += 1
         if self._ranking and self._num_calls > HELD_CALLS:
-            self._begin_again()
+            self._begin(self._overheads_s)
         if self._ranking:
             return self._ranking[0]
         ways = list(self._overheads_s)
@@ -59,11 +54,13 @@ class WayTrial:
         else:
             self._conclude()
 
-    def _begin_again(self) -> None:
-        """Tries all ways that are left, also those that were not worth taking."""
-        self._overheads_s = {way: [] for way in self._overheads_s}
+    def _begin(self, ways: Iterable[Way]) -> None:
+        """Tries these ways, also those that were not worth taking before."""
+        self._overheads_s: dict[Way, list[float]] = {way: [] for way in ways}
+        # Since the trial began, or since it ended.
         self._num_calls = 0
-        self._ranking = []
+        # The ways worth taking, the best first; empty during a trial.
+        self._ranking: list[Way] = []
         self._conclude()
 
     def _conclude(self) -> None:
