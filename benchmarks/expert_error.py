@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from expert_worker.expert import Expert, choose_form
-from expert_worker.loader import load_experts
-from expert_worker.stored_weight import StoredWeight, locate, stored_bytes
-from moesaic.checkpoint import CONFIG_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from expert_worker.experts.expert import Expert, choose_form
+from expert_worker.experts.loader import load_experts
+from expert_worker.experts.stored_weight import StoredWeight, locate, stored_bytes
+from moesaic.checkpoints.checkpoint import CONFIG_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from moesaic.epoch import ExpertAddress
 from moesaic.families import MoeModel, describe_model
 from moesaic.families.model import Encoding, WeightPattern
 from moesaic.families.tensor_check import FP8_BLOCK, MXFP4_GROUP
-from moesaic.manifest import ExpertAddress
 from moesaic.settings import ExpertDType
 
 # Shapes: W windows of a text, T tokens of one, V vocabulary, K experts a token, D hidden size.

@@ -23,10 +23,16 @@ from harness import options
 from harness.result import Table, conclude
 from torch import Tensor
 
-from expert_worker import allocator
-from expert_worker.expert import ExpertForm, ExpertWeights, compute_experts, empty_weights, make_expert
+from expert_worker.experts import allocator
+from expert_worker.experts.expert import (
+    ExpertForm,
+    ExpertWeights,
+    compute_experts,
+    empty_weights,
+    make_expert,
+)
+from moesaic.compute.linear import ROW_TILE
 from moesaic.families.model import ExpertModule
-from moesaic.linear import ROW_TILE
 
 # Shapes: n rows, D hidden size, F inner size.
 

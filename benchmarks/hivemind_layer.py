@@ -31,15 +31,15 @@ from harness.result import Figure, Table, conclude
 from harness.serving import Served, Setup, serve
 from harness.turns import Side, take_turns
 
-from moesaic.checkpoint import open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.families import describe_model
 from moesaic.families.model import GateRule
-from router.cluster_view import NamedWorkers, Snapshot
-from router.dispatcher import Dispatcher, DispatchRules
-from router.gate import assign
-from router.phases import PhaseClock
+from router.control.cluster_watch import NamedWorkers, Snapshot
+from router.dispatch.dispatcher import Dispatcher, DispatchRules
+from router.gating.gate import assign
+from router.phase_clock import PhaseClock
 from router.server import SWITCH_INTERVAL_S
-from router.transport import DIRECT, GRPC, LANE, Way
+from router.workers.transports.base import DIRECT, GRPC, LANE, Way
 
 SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
 # A namespace with nothing but loopback; whatever runs inside ends with it.

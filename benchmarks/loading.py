@@ -23,13 +23,13 @@ from harness import options
 from harness.result import Figure, Table, conclude
 from harness.turns import Rules, Side, Turns, take_turns
 
-from expert_worker import allocator
-from expert_worker.expert import ExpertForm, choose_form
-from expert_worker.loader import load_experts
-from expert_worker.stored_weight import stored_bytes
-from moesaic.checkpoint import Checkpoint, open_checkpoint
+from expert_worker.experts import allocator
+from expert_worker.experts.expert import ExpertForm, choose_form
+from expert_worker.experts.loader import load_experts
+from expert_worker.experts.stored_weight import stored_bytes
+from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from moesaic.epoch import ExpertAddress
 from moesaic.families import MoeModel, describe_model
-from moesaic.manifest import ExpertAddress
 from moesaic.settings import ExpertDType
 
 FORMS: tuple[ExpertDType, ...] = ("fp32", "bf16", "int8", "int4")

@@ -1,6 +1,6 @@
 """What it costs to bring rows to a worker and back: encodings, sockets, a wave to four workers, a wide layer.
 
-1. Encodings of a call: a plain protobuf `bytes` field, ours (moesaic/wire.py: the same bytes on the wire, one copy less each
+1. Encodings of a call: a plain protobuf `bytes` field, ours (moesaic/wire/messages.py: the same bytes on the wire, one copy less each
    time), and raw bytes without any message; alone, and echoed by another process over one gRPC stream, TCP and unix.
 2. A wave: 8 KiB to each of four workers and back, through dispatcher, links and the workers' own service, whose experts
    return their rows; over gRPC (the direct stream, as routers use it between hosts), over gRPC by the threads of grpcio alone,
@@ -40,14 +40,14 @@ from peers.identity_worker import identity_version
 from peers.plain_wave import PlainWave
 
 from moesaic import rpc
-from moesaic.manifest import Epoch, ExpertAddress
+from moesaic.epoch import Epoch, ExpertAddress
 from moesaic.routing_table import Replica, RoutingTable
 from moesaic.v1 import common_pb2, expert_pb2
-from moesaic.wire import Framed, decode_request, decode_response, encode_request
-from router.dispatcher import Dispatcher, DispatchRules
-from router.phases import PhaseClock
-from router.replica_pool import ReplicaPool
-from router.transport import DIRECT, GRPC, LANE, Way
+from moesaic.wire.messages import Framed, decode_request, decode_response, encode_request
+from router.dispatch.dispatcher import Dispatcher, DispatchRules
+from router.phase_clock import PhaseClock
+from router.workers.replica_pool import ReplicaPool
+from router.workers.transports.base import DIRECT, GRPC, LANE, Way
 
 PEERS = Path(__file__).parent / "peers"
 SIZES = {"8 KiB": 8 << 10, "128 KiB": 128 << 10, "2 MiB": 2 << 20, "16 MiB": 16 << 20}

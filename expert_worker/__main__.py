@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from expert_worker.assignment import parse_experts
 from expert_worker.config import WorkerConfig
+from expert_worker.experts.expert_ranges import parse_experts
 from expert_worker.server import WorkerServer
 from moesaic import telemetry
-from moesaic.checkpoint import open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument, MoesaicError
 from moesaic.families import describe_model
 from moesaic.settings import Settings, load_settings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moesaic.epoch import ExpertAddress
 from moesaic.families.model import DenseLayers
-from moesaic.manifest import ExpertAddress
 from moesaic.settings import Device, DType, WorkerSettings
 
 

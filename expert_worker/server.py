@@ -16,22 +16,22 @@ from collections.abc import Sequence
 
 import torch
 
-from expert_worker import allocator
-from expert_worker.batcher import Batcher
-from expert_worker.call import Call
-from expert_worker.compute import compute_calls
+from expert_worker.compute.batcher import Batcher
+from expert_worker.compute.call import Call
+from expert_worker.compute.compute_pass import compute_calls
 from expert_worker.config import WorkerConfig
-from expert_worker.expert import Expert, ExpertForm, choose_form
-from expert_worker.expert_store import ExpertStore
-from expert_worker.loader import load_experts
-from expert_worker.service import SERVICE, ExpertService, LoadedModel
-from expert_worker.stored_weight import stored_bytes
+from expert_worker.experts import allocator
+from expert_worker.experts.expert import Expert, ExpertForm, choose_form
+from expert_worker.experts.loader import load_experts
+from expert_worker.experts.store import ExpertStore
+from expert_worker.experts.stored_weight import stored_bytes
+from expert_worker.serving.service import SERVICE, ExpertService, LoadedModel
 from moesaic import rpc
-from moesaic.checkpoint import Checkpoint, open_checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from moesaic.epoch import ExpertAddress
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
-from moesaic.manifest import ExpertAddress
-from moesaic.tensors import choose_device, choose_dtype
+from moesaic.wire.tensors import choose_device, choose_dtype
 
 log = logging.getLogger(__name__)
 

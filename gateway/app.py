@@ -17,14 +17,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 import moesaic
-from gateway import errors, replies, strict_json
-from gateway.answer import Answer, Piece
 from gateway.edge import Record, record_of
-from gateway.errors import HttpError
-from gateway.renderers import ChatRenderer, CompletionRenderer, Identity, Renderer
-from gateway.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from gateway.routers import Routers
-from gateway.streaming import DONE, EventStream, error_event, event, unless_gone
+from gateway.openai import errors, replies, strict_json
+from gateway.openai.answer import Answer, Piece
+from gateway.openai.errors import HttpError
+from gateway.openai.renderers import ChatRenderer, CompletionRenderer, Identity, Renderer
+from gateway.openai.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from gateway.openai.server_sent_events import DONE, EventStream, error_event, event, unless_gone
+from gateway.upstream.routers import Routers
 from moesaic.errors import Cancelled, InternalError, MoesaicError, NotFound, Unavailable
 from moesaic.v1 import inference_pb2 as pb
 

@@ -19,8 +19,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import errors
-from gateway.errors import CLIENT_GONE, HttpError
+from gateway.openai import errors
+from gateway.openai.errors import CLIENT_GONE, HttpError
 from moesaic import telemetry
 from moesaic.errors import InternalError, InvalidArgument, Overloaded
 

@@ -14,8 +14,8 @@ import uvicorn
 from gateway.app import build_app
 from gateway.config import GatewayConfig
 from gateway.edge import Edge
-from gateway.router_link import ResolveRouter
-from gateway.routers import Routers
+from gateway.upstream.router_link import ResolveRouter
+from gateway.upstream.routers import Routers
 from moesaic.errors import InvalidArgument, Unavailable
 
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -7,8 +7,8 @@ lies in the modules beside it.
 from importlib.metadata import PackageNotFoundError, version
 
 from moesaic import errors
-from moesaic.answer import Completion, Token
 from moesaic.client import Client, SyncClient
+from moesaic.completion import Completion, Token
 
 try:
     __version__ = version("moesaic")

@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.struct_pb2 import Struct
 
 from moesaic import rpc, telemetry
-from moesaic.answer import Completion, Token
+from moesaic.completion import Completion, Token
 from moesaic.errors import Cancelled, FailedPrecondition, InvalidArgument, from_rpc_error
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1.inference_pb2_grpc import InferenceServiceStub

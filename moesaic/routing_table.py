@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesaic.manifest import ExpertAddress, versions_from_proto, versions_to_proto
+from moesaic.epoch import ExpertAddress, versions_from_proto, versions_to_proto
 from moesaic.v1 import control_pb2
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moesaic import telemetry
-from moesaic.checkpoint import open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument, MoesaicError
 from moesaic.families import DenseLayers, describe_model
 from moesaic.settings import Settings, load_settings
-from router.cluster_view import ClusterView, ControlWatch, NamedWorkers
 from router.config import RouterConfig
+from router.control.cluster_watch import ClusterView, ControlWatch, NamedWorkers
 
 if TYPE_CHECKING:
     from router.server import RouterServer

@@ -17,21 +17,21 @@ from typing import Any
 import psutil
 
 from moesaic import rpc
+from moesaic.epoch import Epoch
 from moesaic.errors import Unavailable
-from moesaic.manifest import Epoch
 from moesaic.routing_table import Replica
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
-from router.cluster_view import ClusterView
+from router.api.service import InferenceService, ModelFacts
+from router.assembly import Parts, load_parts
 from router.config import RouterConfig
-from router.engine import Engine
-from router.gate_health import GateReading
-from router.parts import Parts, load_parts
-from router.phases import PhaseClock
-from router.replica_pool import ReplicaPool
-from router.sequence import Failed, SamplingParams, SequenceEvent, SequenceRequest, TokenGenerated
-from router.service import InferenceService, ModelFacts
-from router.ways import open_ways
-from router.worker_link import WorkerLink
+from router.control.cluster_watch import ClusterView
+from router.engine.engine import Engine
+from router.engine.request import Failed, SamplingParams, SequenceEvent, SequenceRequest, TokenGenerated
+from router.gating.gate_stats import GateReading
+from router.phase_clock import PhaseClock
+from router.workers.replica_pool import ReplicaPool
+from router.workers.transports.negotiate import open_ways
+from router.workers.worker_link import WorkerLink
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from router.replica_pool import ReplicaPool
-from router.transport import DIRECT, GRPC, LANE, Way
-from router.ways import open_ways
-from router.worker_link import WorkerLink
+from router.workers.replica_pool import ReplicaPool
+from router.workers.transports.base import DIRECT, GRPC, LANE, Way
+from router.workers.transports.negotiate import open_ways
+from router.workers.worker_link import WorkerLink
 
 
 def pool_of(way: Way) -> ReplicaPool:

@@ -21,7 +21,7 @@ STOP_TIMEOUT_S = 30.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# As cluster/processes.py sets them: threads that wait hardly spin.
+# As cluster/processes/specs.py sets them: threads that wait hardly spin.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 

@@ -15,7 +15,7 @@ import torch
 from harness.random_experts import fill_expert
 from torch import Tensor
 
-from expert_worker.expert import (
+from expert_worker.experts.expert import (
     Expert,
     ExpertForm,
     ExpertWeights,

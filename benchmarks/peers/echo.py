@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from moesaic.v1 import expert_pb2
-from moesaic.wire import Framed, decode_request, encode_response
+from moesaic.wire.messages import Framed, decode_request, encode_response
 
 UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 

@@ -17,15 +17,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from expert_worker.batcher import Batcher
-from expert_worker.call import Call
-from expert_worker.expert import Expert
-from expert_worker.expert_store import ExpertStore, HeldExpert
-from expert_worker.service import SERVICE, ExpertService, LoadedModel
+from expert_worker.compute.batcher import Batcher
+from expert_worker.compute.call import Call
+from expert_worker.experts.expert import Expert
+from expert_worker.experts.store import ExpertStore, HeldExpert
+from expert_worker.serving.service import SERVICE, ExpertService, LoadedModel
 from moesaic import rpc
+from moesaic.epoch import ExpertAddress
 from moesaic.errors import MoesaicError
 from moesaic.families import MoeModel
-from moesaic.manifest import ExpertAddress
 
 MAX_ROWS = 16384
 

@@ -15,15 +15,15 @@ from typing import Annotated
 import typer
 from harness.random_experts import fill_expert
 
-from expert_worker.assignment import parse_experts
 from expert_worker.config import WorkerConfig
-from expert_worker.expert import ExpertForm, make_expert
-from expert_worker.expert_store import ExpertStore, HeldExpert
-from expert_worker.loader import Place, choose_places
+from expert_worker.experts.expert import ExpertForm, make_expert
+from expert_worker.experts.expert_ranges import parse_experts
+from expert_worker.experts.loader import Place, choose_places
+from expert_worker.experts.store import ExpertStore, HeldExpert
+from expert_worker.experts.stored_weight import stored_bytes
 from expert_worker.server import WorkerServer
-from expert_worker.stored_weight import stored_bytes
 from moesaic import telemetry
-from moesaic.checkpoint import Checkpoint, open_checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from moesaic.families import MoeModel, describe_model
 from moesaic.families.model import ExpertModule
 from moesaic.settings import load_settings

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from moesaic.checkpoint import CONFIG_FILE
+from moesaic.checkpoints.checkpoint import CONFIG_FILE
+from moesaic.checkpoints.mistral_params import MAX_FLOAT
 from moesaic.errors import CheckpointError
-from moesaic.native_params import MAX_FLOAT
 
 # More than any size of a model. Numbers beyond would only fail later, and elsewhere.
 _MAX_SIZE = (1 << 31) - 1

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.checkpoints.mistral_params import MAX_LAYERS
 from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.model import ExpertLayer, ExpertModule, GateRule, Layout, Mixer, MoeModel
 from moesaic.families.quantisation import decoded_dtype
 from moesaic.families.tensor_check import check_num_layers, check_sizes, find_layout
-from moesaic.native_params import MAX_LAYERS
 
 # What every second family calls its experts, on disk and once transformers has joined them.
 MLP = blocks.LAYER + "mlp."

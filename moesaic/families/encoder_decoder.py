@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families.blocks import Named, mapping, tensor
 from moesaic.families.config import Config
 from moesaic.families.model import (

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moesaic.checkpoint import Checkpoint
-from moesaic.families import blocks, native
+from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.families import blocks
+from moesaic.families import mistral_format as native
 from moesaic.families.config import Config
 from moesaic.families.decoder import Decoder, assemble, expert_layout, read_decoder, read_layer_types
 from moesaic.families.model import Attention, ExpertLayer, ExpertModule, Layout, MoeModel

@@ -6,8 +6,9 @@ and as Mistral released it.
 
 from __future__ import annotations
 
-from moesaic.checkpoint import Checkpoint
-from moesaic.families import blocks, native
+from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.families import blocks
+from moesaic.families import mistral_format as native
 from moesaic.families.config import Config
 from moesaic.families.decoder import assemble, expert_layout, expert_witnesses, read_decoder, read_slots
 from moesaic.families.model import DenseTensor, ExpertLayer, ExpertModule, GateRule, MoeModel

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from moesaic.epoch import ExpertAddress
 from moesaic.errors import InvalidArgument
-from moesaic.manifest import ExpertAddress
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.checkpoints.mistral_params import MAX_LAYERS
 from moesaic.families.config import Config
 from moesaic.families.decoder import MAX_SLOTS
 from moesaic.families.encoder_decoder import (
@@ -18,7 +19,6 @@ from moesaic.families.encoder_decoder import (
     read_start_token,
 )
 from moesaic.families.model import Capacity, GateRule, MoeModel
-from moesaic.native_params import MAX_LAYERS
 
 FAMILY = "nllb-moe"
 

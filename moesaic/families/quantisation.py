@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families.config import Config
 from moesaic.families.model import DenseTensor, Encoding, ExpertLayer, MoeModel, WeightPattern
 from moesaic.families.tensor_check import FP8_BLOCK, stored_dtype

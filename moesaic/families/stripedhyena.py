@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.checkpoints.mistral_params import MAX_LAYERS
 from moesaic.families.blocks import Named
 from moesaic.families.config import Config
 from moesaic.families.model import (
@@ -24,7 +25,6 @@ from moesaic.families.model import (
     WeightPattern,
 )
 from moesaic.families.tensor_check import check_num_layers, check_sizes, stored_dtype
-from moesaic.native_params import MAX_LAYERS
 
 FAMILY = "stripedhyena"
 

@@ -7,7 +7,8 @@ scores divided by the sum of both, and the second one left out by `second_expert
 
 from __future__ import annotations
 
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.checkpoints.mistral_params import MAX_LAYERS
 from moesaic.families.config import Config
 from moesaic.families.decoder import MAX_SLOTS
 from moesaic.families.encoder_decoder import (
@@ -22,7 +23,6 @@ from moesaic.families.encoder_decoder import (
     read_start_token,
 )
 from moesaic.families.model import Capacity, GateRule, MoeModel
-from moesaic.native_params import MAX_LAYERS
 
 FAMILY = "switch_transformers"
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families.config import Config
 from moesaic.families.model import DenseTensor, ExpertLayer, Layout, MoeModel, WeightPattern

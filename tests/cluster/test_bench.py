@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.serve_command import END_TIMEOUT_S, MOESAIC, START_TIMEOUT_S, Serve
 
-from router.phases import PHASES
+from router.phase_clock import PHASES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from support.checkpoints import random_mixtral
-from support.native_checkpoints import write_native
+from support.mistral_checkpoints import write_native
 
-from moesaic.checkpoint import open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.families import describe_model
 
 TIMEOUT_S = 120
@@ -71,7 +71,7 @@ def test_a_conversion_that_was_killed_is_no_model_until_it_was_run_again(tmp_pat
     command = [
         sys.executable,
         "-m",
-        "cluster.cli",
+        "cluster.cli.main",
         "convert",
         str(folder),
         str(out),

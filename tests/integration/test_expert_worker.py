@@ -20,8 +20,8 @@ from support.processes import Process, running_workers
 from support.wire_tensors import from_wire
 
 from moesaic import rpc
+from moesaic.epoch import ExpertAddress, versions_from_proto
 from moesaic.errors import from_status
-from moesaic.manifest import ExpertAddress, versions_from_proto
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 
 HIDDEN = torch.randn(7, 48, generator=torch.Generator().manual_seed(3))

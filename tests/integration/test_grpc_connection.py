@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc
 import pytest
 
-from moesaic.grpc_connection import (
+from moesaic.transports.grpc_connection import (
     CallerEnded,
     Event,
     GrpcConnection,

@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 from support.gateway_site import Site, running_site, until
 
-from cluster.bench import Outputs, bench_server, make_plan
-from cluster.load import CompletionsApi, ask_model_name, completions_api
-from cluster.observer import Observer
-from cluster.workload import LoadRequest
+from cluster.bench.bench import Outputs, bench_server, make_plan
+from cluster.bench.load import CompletionsApi, ask_model_name, completions_api
+from cluster.bench.workload import LoadRequest
+from cluster.observation.observer import Observer
 from moesaic.errors import InternalError, InvalidArgument, Overloaded, Unavailable
 
 REQUEST = LoadRequest((5, 17, 42), 6)

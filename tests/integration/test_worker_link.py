@@ -12,12 +12,12 @@ import torch
 
 from moesaic.errors import DataLoss, Overloaded, Unavailable, to_status
 from moesaic.routing_table import Replica
-from moesaic.tensors import data_of, header_of
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
-from router.direct_stream import MAX_ROWS_BYTES
-from router.transport import DIRECT, GRPC, LANE, Answer, Way
-from router.way_trial import WayTrial
-from router.worker_link import PendingCall, WorkerLink
+from moesaic.wire.tensors import data_of, header_of
+from router.workers.transports.base import DIRECT, GRPC, LANE, Answer, Way
+from router.workers.transports.choice import WayTrial
+from router.workers.transports.direct_stream import MAX_ROWS_BYTES
+from router.workers.worker_link import PendingCall, WorkerLink
 
 WAIT_S = 10.0
 

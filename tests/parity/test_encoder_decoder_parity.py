@@ -28,12 +28,12 @@ from torch import Tensor
 from moesaic.client import SyncClient
 from moesaic.errors import Unsupported
 from moesaic.families import DenseLayers
-from router.batch import pack
-from router.chunk import Chunk
-from router.chunk import Sequence as ScheduledSequence
-from router.encoder_decoder import EncoderDecoder
-from router.model import MicroBatch
-from router.two_sided_batch import PromptRows
+from router.attention.packed_batch import pack
+from router.decoders.decoder import MicroBatch
+from router.decoders.encoder_decoder.batch import PromptRows
+from router.decoders.encoder_decoder.decoder import EncoderDecoder
+from router.scheduling.sequence import Chunk
+from router.scheduling.sequence import Sequence as ScheduledSequence
 
 LOGITS_TOLERANCE = 1e-4
 GOLDENS = ("switch-transformers", "nllb-moe")

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from support.local_router import LocalRouter, local_router, lonely_router
 from support.processes import running_workers
 
-from cluster.convert import convert
-from moesaic.checkpoint import open_checkpoint
+from cluster.checkpoints.conversion import convert
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.families import DenseLayers, describe_model
 
 pytestmark = pytest.mark.shared

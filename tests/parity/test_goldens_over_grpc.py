@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.processes import running_router, running_workers
 
-from moesaic.checkpoint import open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.client import SyncClient
 from moesaic.families import describe_model
 

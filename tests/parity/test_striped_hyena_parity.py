@@ -18,18 +18,18 @@ from support.processes import running_router, running_workers
 from support.striped_hyena import EVO, Reference, write_striped_hyena
 
 from moesaic.client import SyncClient
-from moesaic.manifest import Epoch
-from router.batch import pack
-from router.chunk import Sequence
-from router.hyena import by_role
-from router.kv_cache import Contexts
-from router.model import MicroBatch
-from router.overlap import halves
-from router.parts import load_parts
-from router.phases import PhaseClock
-from router.replica_pool import ReplicaPool
-from router.rotary import pairs_side_by_side
-from router.scheduler import Limits, Scheduler
+from moesaic.epoch import Epoch
+from router.assembly import load_parts
+from router.attention.packed_batch import pack
+from router.attention.rotary import pairs_side_by_side
+from router.cache.kv_cache import Contexts
+from router.decoders.decoder import MicroBatch
+from router.decoders.stripedhyena.filters import by_role
+from router.engine.overlap import halves
+from router.phase_clock import PhaseClock
+from router.scheduling.scheduler import Limits, Scheduler
+from router.scheduling.sequence import Sequence
+from router.workers.replica_pool import ReplicaPool
 
 LOGITS_TOLERANCE = 1e-4
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from safetensors.torch import load_file
 
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import MoeModel
 from moesaic.families.model import DenseTensor, WeightPattern
 

@@ -13,10 +13,10 @@ from support.wire_tensors import to_wire
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from moesaic.checkpoint import open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.epoch import ExpertAddress
 from moesaic.families import DenseLayers, describe_model
 from moesaic.families.model import WeightPattern
-from moesaic.manifest import ExpertAddress
 from moesaic.v1 import expert_pb2
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from router.sequence import (
+from router.engine.request import (
     Finished,
     FinishReason,
     PromptScored,

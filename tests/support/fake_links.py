@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
+from moesaic.epoch import Epoch, ExpertAddress
 from moesaic.errors import MoesaicError
-from moesaic.manifest import Epoch, ExpertAddress
 from moesaic.routing_table import Replica, RoutingTable
-from moesaic.tensors import data_of, decode_rows, encode_rows
 from moesaic.v1 import expert_pb2
-from router.replica_pool import ReplicaPool
-from router.transport import GRPC, Answer
-from router.way_trial import WayTrial
-from router.worker_link import PendingCall, Traffic, WorkerLink
+from moesaic.wire.tensors import data_of, decode_rows, encode_rows
+from router.workers.replica_pool import ReplicaPool
+from router.workers.transports.base import GRPC, Answer
+from router.workers.transports.choice import WayTrial
+from router.workers.worker_link import PendingCall, Traffic, WorkerLink
 
 Answerer = Callable[[expert_pb2.ComputeRequest, torch.Tensor], Answer]
 

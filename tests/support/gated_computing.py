@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from expert_worker.call import Call
-from expert_worker.compute import compute_calls
+from expert_worker.compute.call import Call
+from expert_worker.compute.compute_pass import compute_calls
 from moesaic.errors import MoesaicError
 
 WAIT_S = 10.0

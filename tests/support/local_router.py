@@ -14,26 +14,26 @@ from typing import Any, cast
 import torch
 from support.expert_calls import ReferenceExperts
 
-from expert_worker.expert import ExpertForm
-from expert_worker.loader import load_experts
-from moesaic.checkpoint import open_checkpoint
+from expert_worker.experts.expert import ExpertForm
+from expert_worker.experts.loader import load_experts
+from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.epoch import ExpertAddress
 from moesaic.errors import MoesaicError
 from moesaic.families import DenseLayers, describe_model
-from moesaic.manifest import ExpertAddress
 from moesaic.settings import DType, EngineSettings
-from router.batch import pack
-from router.chunk import Chunk
-from router.chunk import Sequence as ScheduledSequence
-from router.cluster_view import NamedWorkers, Snapshot
+from router.assembly import Parts, load_parts
+from router.attention.packed_batch import pack
+from router.cache.kv_cache import BlockPool
 from router.config import RouterConfig
-from router.dispatcher import DispatchStep
-from router.gate import NO_SLOT
-from router.kv_cache import BlockPool
-from router.model import MicroBatch
-from router.parts import Parts, load_parts
-from router.phases import PhaseClock
-from router.replica_pool import ReplicaPool
-from router.scheduler import Limits, Scheduler
+from router.control.cluster_watch import NamedWorkers, Snapshot
+from router.decoders.decoder import MicroBatch
+from router.dispatch.dispatcher import DispatchStep
+from router.gating.gate import NO_SLOT
+from router.phase_clock import PhaseClock
+from router.scheduling.scheduler import Limits, Scheduler
+from router.scheduling.sequence import Chunk
+from router.scheduling.sequence import Sequence as ScheduledSequence
+from router.workers.replica_pool import ReplicaPool
 
 
 class LocalRouter:

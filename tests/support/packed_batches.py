@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from router.batch import PackedBatch, pack
-from router.chunk import Sequence
-from router.kv_cache import BlockPool
-from router.layout import Layout
-from router.scheduler import Limits, Scheduler
+from router.attention.packed_batch import PackedBatch, pack
+from router.attention.views import Layout
+from router.cache.kv_cache import BlockPool
+from router.scheduling.scheduler import Limits, Scheduler
+from router.scheduling.sequence import Sequence
 
 
 def packed_batches(

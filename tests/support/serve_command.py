@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-MOESAIC = (sys.executable, "-m", "cluster.cli")
+MOESAIC = (sys.executable, "-m", "cluster.cli.main")
 READY = re.compile(r"ready http=(127\.0\.0\.1:\d+) grpc=(127\.0\.0\.1:\d+)\n")
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 40.0

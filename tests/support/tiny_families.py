@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from moesaic.checkpoint import Checkpoint, open_checkpoint
-from moesaic.checkpoint_file import TensorEntry
+from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from moesaic.checkpoints.safetensors_file import TensorEntry
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moesaic.tensors import WIRE_DTYPES, data_of, encode_rows, view_rows
 from moesaic.v1 import common_pb2
+from moesaic.wire.tensors import WIRE_DTYPES, data_of, encode_rows, view_rows
 
 
 def to_wire(tensor: torch.Tensor) -> common_pb2.Tensor:

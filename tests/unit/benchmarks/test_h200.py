@@ -21,7 +21,7 @@ from harness.weights import expert_parameters, router_parameters
 from random_checkpoint import Shape
 from safetensors import safe_open
 
-from moesaic.checkpoint import open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.families import describe_model
 
 MIXTRAL = mixtral(layers=32)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from support.checkpoints import write_mixtral
 
-from expert_worker.expert import ExpertForm
-from expert_worker.expert_store import ExpertStore
-from expert_worker.loader import load_experts
-from moesaic.checkpoint import open_checkpoint
+from expert_worker.experts.expert import ExpertForm
+from expert_worker.experts.loader import load_experts
+from expert_worker.experts.store import ExpertStore
+from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.epoch import ExpertAddress
 from moesaic.families import MoeModel, describe_model
-from moesaic.manifest import ExpertAddress
 
 
 @pytest.fixture(scope="session")

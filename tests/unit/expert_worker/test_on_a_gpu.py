@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from expert_worker import compute, expert
-from expert_worker.call import Call
-from expert_worker.expert import ExpertForm, ExpertWeights, compute_experts, empty_weights, make_expert
+from expert_worker.compute import compute_pass as compute
+from expert_worker.compute.call import Call
+from expert_worker.experts import expert
+from expert_worker.experts.expert import (
+    ExpertForm,
+    ExpertWeights,
+    compute_experts,
+    empty_weights,
+    make_expert,
+)
 from moesaic.families.model import ExpertModule
 
 # Not the host, and without numbers. In a build of torch without CUDA a fake `cuda` cannot even be indexed.

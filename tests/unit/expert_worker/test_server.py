@@ -12,14 +12,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expert_worker import server as server_module
-from expert_worker.batcher import Batcher
+from expert_worker.compute.batcher import Batcher
 from expert_worker.config import WorkerConfig
 from expert_worker.server import WorkerServer
-from expert_worker.service import SERVICE
+from expert_worker.serving.service import SERVICE
 from moesaic import rpc
+from moesaic.epoch import ExpertAddress
 from moesaic.errors import CheckpointError, InvalidArgument, Unavailable
 from moesaic.families import MoeModel
-from moesaic.manifest import ExpertAddress
 from moesaic.settings import WorkerSettings
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 

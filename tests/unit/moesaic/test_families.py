@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import Layout, write_mixtral
 
-from moesaic.checkpoint import SINGLE_FILE, open_checkpoint
+from moesaic.checkpoints.checkpoint import SINGLE_FILE, open_checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families import MoeModel, describe_model
 from moesaic.families.model import Attention, ExpertModule, GateRule, WeightPattern

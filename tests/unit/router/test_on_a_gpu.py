@@ -18,21 +18,22 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from moesaic.checkpoint import Checkpoint, open_checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from moesaic.families import describe_model
 from moesaic.families.model import Attention, DenseTensor
-from router import encoder_decoder_weights, lean_weights
-from router.attention import attend
-from router.batch import pack
-from router.chunk import Chunk, Sequence
-from router.dispatcher import DispatchStep
-from router.kv_cache import BlockPool, KVCache
-from router.landing import combine
-from router.layout import Layout
-from router.model import MicroBatch
-from router.model_loader import load_model
-from router.phases import PhaseClock
-from router.staging import staging_for
+from router.attention.packed_batch import pack
+from router.attention.paged import attend
+from router.attention.views import Layout
+from router.cache.kv_cache import BlockPool, KVCache
+from router.decoders.decoder import MicroBatch
+from router.decoders.encoder_decoder import weights as encoder_decoder_weights
+from router.decoders.lean import weights as lean_weights
+from router.decoders.load import load_model
+from router.dispatch.combine import combine
+from router.dispatch.dispatcher import DispatchStep
+from router.dispatch.host_staging import staging_for
+from router.phase_clock import PhaseClock
+from router.scheduling.sequence import Chunk, Sequence
 
 # Not the host, and without numbers. In a build of torch without CUDA a fake `cuda` cannot even be indexed.
 DEVICE = torch.device("meta")

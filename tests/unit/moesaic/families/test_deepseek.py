@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.tiny_families import an_entry, tiny_index, with_config, with_entries
 
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families import describe_model
 from moesaic.families.model import GateRule, Groups, LatentAttention

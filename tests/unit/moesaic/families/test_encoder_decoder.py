@@ -19,7 +19,7 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
-from moesaic.checkpoint import Checkpoint, open_checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families import describe_model
 from moesaic.families.model import (

@@ -20,8 +20,8 @@ import torch
 from support import published_configs as published
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from moesaic.checkpoint import Checkpoint
-from moesaic.checkpoint_file import TensorEntry
+from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.checkpoints.safetensors_file import TensorEntry
 from moesaic.families import MoeModel, describe_model
 
 # (name, dtype as the files call it, shape)

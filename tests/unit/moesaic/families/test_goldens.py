@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.checkpoint import Checkpoint, open_checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from moesaic.families import MoeModel, describe_model
 from moesaic.families.model import Attention, GateRule, Groups, LatentAttention
 

@@ -10,7 +10,7 @@ import pytest
 from support.tiny_families import TINY, an_entry, tiny_index, with_config, with_entries
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
-from moesaic.checkpoint import Checkpoint, open_checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families import describe_model
 from moesaic.families.model import Attention, ExpertModule, GateRule, MoeModel, WeightPattern

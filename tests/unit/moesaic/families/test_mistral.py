@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import TINY_MIXTRAL
-from support.native_checkpoints import randomise
+from support.mistral_checkpoints import randomise
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,7 +20,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from moesaic.checkpoint import SINGLE_FILE, open_checkpoint
+from moesaic.checkpoints.checkpoint import SINGLE_FILE, open_checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families import MoeModel, describe_model
 from moesaic.families.mistral import DEFAULT_WINDOW

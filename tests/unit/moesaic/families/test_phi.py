@@ -13,7 +13,7 @@ from support.described_tensors import read_described
 from support.phi_checkpoints import write_folder, write_old_phi, write_phixtral
 from transformers import PhiConfig, PhiForCausalLM
 
-from moesaic.checkpoint import open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families import describe_model
 from moesaic.families.model import Attention, ExpertModule, GateRule, MoeModel

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.striped_hyena import EVO, TINY, write_striped_hyena
 
-from moesaic.checkpoint import open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import CheckpointError
 from moesaic.families import MoeModel, describe_model
 from moesaic.families.config import Config

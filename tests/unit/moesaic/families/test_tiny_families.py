@@ -15,7 +15,7 @@ from support.described_tensors import read_described
 from support.tiny_families import TINY, random_model, write_family
 from transformers import PreTrainedModel
 
-from moesaic.checkpoint import open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.families import MoeModel, describe_model, generic
 from moesaic.families.model import GateRule
 

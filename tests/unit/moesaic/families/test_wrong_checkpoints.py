@@ -9,11 +9,11 @@ from functools import cache
 import pytest
 from support.tiny_families import TINY, an_entry, tiny_index, with_config, with_entries
 
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.checkpoints.mistral_params import MAX_LAYERS
 from moesaic.errors import CheckpointError
 from moesaic.families import describe_model, generic
 from moesaic.families.decoder import MAX_SLOTS
-from moesaic.native_params import MAX_LAYERS
 
 # Nothing, wrong kinds, and numbers that nobody can count up to or that no float holds.
 VALUES = [None, -1, 0, 0.5, "x", [], [None], [None] * 3, {"a": 1}, 10**9, 10**400]

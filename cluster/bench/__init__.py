@@ -1,0 +1,1 @@
+"""Load, latency and throughput of a running server."""

@@ -1,0 +1,328 @@
+"""`moesaic bench`: a load through the real API, and what the cluster did meanwhile.
+
+It starts a cluster of its own, or measures a server that runs. Everything that can be wrong with the input is told
+before anything is started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.bench.latency import LoadSummary, RequestRecord, WaveSummary
+from cluster.bench.load import CompletionsApi, Send, ask_model_name, closed_loop, completions_api, open_loop
+from cluster.bench.machine import QUIET_SHARE, describe_machine, share_used_by_others
+from cluster.bench.progress import BenchProgress
+from cluster.bench.report import BenchReport, Duel, Level, Row, print_report
+from cluster.bench.transformers_client import PlainBatch, TransformersSide, transformers_side
+from cluster.bench.workload import (
+    Lengths,
+    LoadRequest,
+    Workload,
+    parse_numbers,
+    parse_rates,
+    poisson_arrivals,
+)
+from cluster.launch.milestones import Milestones
+from cluster.launch.serve import CheckedModel, check_model, running_cluster, with_ports
+from cluster.launch.stop_signals import StopSignals
+from cluster.observation.activity import activity_between
+from cluster.observation.observer import Observer
+from cluster.observation.step_profile import profile_steps
+from cluster.terminal.load_progress import LoadProgress
+from moesaic.errors import InvalidArgument, Unavailable
+from moesaic.settings import Settings
+
+DEFAULT_CONCURRENCY = "1,4,16,64"
+# Enough of each that a median means something.
+MIN_REQUESTS = 8
+ROUNDS = 2
+OPEN_LOOP_S = 20.0
+# A warm-up is as wide as its row and as long as the prompts, but short in tokens.
+WARM_UP_TOKENS = 16
+WARM_UP_STREAMS = 4
+CHART_FORMATS = (".png", ".svg")
+
+OtherSide = AbstractAsyncContextManager[TransformersSide | None]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchPlan:
+    """What is to be measured."""
+
+    workload: Workload
+    levels: tuple[Level, ...]
+    # Of every row; absent: enough for each.
+    requests: int | None
+    # Beside transformers in one process, this many times in turn; 0: alone.
+    pairs: int
+
+    def num_requests(self, level: Level) -> int:
+        if self.requests is not None:
+            return self.requests
+        if level.rate is not None:
+            return max(MIN_REQUESTS, math.ceil(level.rate * OPEN_LOOP_S))
+        return max(MIN_REQUESTS, ROUNDS * level.streams)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where the results go: standard output as tables or JSON, and files beside it."""
+
+    as_json: bool
+    save: Path | None
+    chart: Path | None
+
+    def check(self) -> None:
+        """Whether they can be written, before anything is measured. Raises InvalidArgument."""
+        for field, file in (("save", self.save), ("chart", self.chart)):
+            if file is not None and not file.parent.is_dir():
+                raise InvalidArgument(f"{field}: no such folder", field=field)
+        if self.chart is not None:
+            if self.chart.suffix not in CHART_FORMATS:
+                raise InvalidArgument(f"chart: must end with {' or '.join(CHART_FORMATS)}", field="chart")
+            importlib.import_module("matplotlib")  # what is missing is told now
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A server that is measured. `router`: HOST:PORT of one of its routers, which knows the others."""
+
+    url: str
+    router: str
+    model: str
+
+
+def make_plan(
+    *,
+    concurrency: str | None,
+    rate: str | None,
+    prompt_len: str,
+    output_len: str,
+    shared_prefix: int,
+    requests: int | None,
+    seed: int,
+    against: str | None,
+    pairs: int,
+) -> BenchPlan:
+    """The flags as a plan; without any of both, `concurrency` is the default one. Raises InvalidArgument."""
+    workload = Workload(
+        prompt=Lengths.parse(prompt_len, field="prompt_len"),
+        output=Lengths.parse(output_len, field="output_len"),
+        shared_prefix=shared_prefix,
+        seed=seed,
+    )
+    if concurrency is None and rate is None:
+        concurrency = DEFAULT_CONCURRENCY
+    levels = (
+        [Level(streams) for streams in parse_numbers(concurrency, field="concurrency")] if concurrency else []
+    )
+    levels += [Level(0, each) for each in parse_rates(rate, field="rate")] if rate else []
+    if against is not None:
+        _check_comparable(against, workload, levels)
+    return BenchPlan(workload, tuple(levels), requests, pairs if against else 0)
+
+
+def _check_comparable(against: str, workload: Workload, levels: Sequence[Level]) -> None:
+    if against != "transformers":
+        raise InvalidArgument("against: must be transformers", field="against")
+    if all(level.rate is not None for level in levels):
+        raise InvalidArgument("against: compares batches: give --concurrency", field="against")
+    for field, lengths in (("prompt_len", workload.prompt), ("output_len", workload.output)):
+        if not lengths.is_fixed:
+            raise InvalidArgument(f"{field}: must be one number with --against", field=field)
+
+
+async def bench_own_cluster(settings: Settings, plan: BenchPlan, outputs: Outputs) -> None:
+    """Measures a cluster that lives as long as the benchmark. Raises MoesaicError."""
+    outputs.check()
+    model = check_model(settings)
+    plan.workload.check(model.shape.context_length(settings.engine.max_model_len))
+    settings = with_ports(settings)
+    console = Console(stderr=True, highlight=False)
+    used_by_others = await _look_at_the_machine(console)
+    with StopSignals() as signals:
+        progress = LoadProgress(Console(stderr=True))
+        async with running_cluster(settings, model, progress, Milestones(), signals) as endpoints:
+            site = Site(f"http://{endpoints.http}", endpoints.grpc, model.name)
+            measuring = _measure(site, plan, _other_side(plan, settings, model), used_by_others, console)
+            report = await signals.unless_stopped(measuring)
+    _deliver(report, outputs)
+
+
+async def bench_server(url: str, router: str, plan: BenchPlan, outputs: Outputs) -> None:
+    """Measures the server at `url` (http://HOST:PORT). Raises MoesaicError."""
+    if plan.pairs:
+        raise InvalidArgument(
+            "against: needs the model's folder: give MODEL instead of --url", field="against"
+        )
+    outputs.check()
+    url = url.rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise InvalidArgument("url: must begin with http:// or https://", field="url")
+    console = Console(stderr=True, highlight=False)
+    site = Site(url, router, await ask_model_name(url))
+    used_by_others = await _look_at_the_machine(console)
+    with StopSignals() as signals:
+        report = await signals.unless_stopped(_measure(site, plan, nullcontext(), used_by_others, console))
+    _deliver(report, outputs)
+
+
+async def _look_at_the_machine(console: Console) -> float:
+    share = await share_used_by_others()
+    if share > QUIET_SHARE:
+        console.print(
+            f"warning: other programs use {share:.0%} of this machine's CPU time: figures will be too low",
+            style="yellow",
+            soft_wrap=True,
+        )
+    return share
+
+
+def _other_side(plan: BenchPlan, settings: Settings, model: CheckedModel) -> OtherSide:
+    if not plan.pairs:
+        return nullcontext()
+    return transformers_side(model.folder, settings.dtype, settings.device, model.shape.dtype)
+
+
+async def _measure(
+    site: Site, plan: BenchPlan, other_side: OtherSide, used_by_others: float, console: Console
+) -> BenchReport:
+    """The other side is there from the beginning: a model that it cannot load is told before anything is measured."""
+    async with (
+        Observer(site.router) as observer,
+        completions_api(site.url, site.model) as api,
+        other_side as peer,
+    ):
+        model = (await observer.observe()).model
+        plan.workload.check(model.max_model_len)
+        run = _Run(plan, observer, api, model.vocab_size)
+        with BenchProgress(console) as progress:
+            rows = [await run.row(level, progress) for level in plan.levels]
+            duels = [
+                await run.duel(level.streams, peer, progress)
+                for level in plan.levels
+                if peer is not None and level.rate is None
+            ]
+        return BenchReport(
+            model=site.model,
+            epoch=model.epoch,
+            url=site.url,
+            prompt_len=str(plan.workload.prompt),
+            output_len=str(plan.workload.output),
+            shared_prefix=plan.workload.shared_prefix,
+            seed=plan.workload.seed,
+            machine=describe_machine(),
+            used_by_others=used_by_others,
+            rows=tuple(rows),
+            duels=tuple(duels),
+        )
+
+
+class _Run:
+    """One benchmark against one server."""
+
+    def __init__(self, plan: BenchPlan, observer: Observer, api: CompletionsApi, vocab_size: int) -> None:
+        self._plan = plan
+        self._observer = observer
+        self._api = api
+        self._vocab_size = vocab_size
+
+    async def row(self, level: Level, progress: BenchProgress) -> Row:
+        """One row of the table, after a warm-up that is not counted."""
+        await self._warm_up(level.streams or WARM_UP_STREAMS, level.title, progress)
+        requests = self._requests(self._plan.num_requests(level), level.label)
+        before = await self._observer.observe()
+        cpu_s, start_s = time.process_time(), time.perf_counter()
+        records = await self._load(
+            level, requests, progress.counted(level.title, len(requests), self._api.send)
+        )
+        cpu_s, elapsed_s = time.process_time() - cpu_s, time.perf_counter() - start_s
+        after = await self._observer.observe()
+        return Row(
+            level=level,
+            load=LoadSummary.of(records),
+            profile=profile_steps(activity_between(before, after)),
+            client_cores=cpu_s / elapsed_s,
+        )
+
+    async def _load(self, level: Level, requests: Sequence[LoadRequest], send: Send) -> list[RequestRecord]:
+        if level.rate is None:
+            return await closed_loop(send, requests, level.streams)
+        arrivals_s = poisson_arrivals(level.rate, len(requests), self._plan.workload.seed)
+        return await open_loop(send, requests, arrivals_s)
+
+    async def duel(self, streams: int, peer: TransformersSide, progress: BenchProgress) -> Duel:
+        """The same requests at once here and as a batch there, in turn; the first pair is a warm-up for both."""
+        ours: list[WaveSummary] = []
+        theirs: list[PlainBatch] = []
+        same, failed = 0, 0
+        for number in range(self._plan.pairs + 1):
+            turn = f"pair {number} of {self._plan.pairs}" if number else "warm-up"
+            label = f"{streams} against transformers, {turn}"
+            requests = self._requests(streams, label)
+            records = await self._wave(requests, progress.counted(label, streams, self._api.send))
+            batch = await peer.run(requests)
+            if number == 0:
+                continue
+            if any(record.error for record in records):
+                failed += 1
+                continue
+            ours.append(WaveSummary.of(records))
+            theirs.append(batch)
+            same += sum(
+                record.token_ids == tokens for record, tokens in zip(records, batch.token_ids, strict=True)
+            )
+        return Duel(
+            streams=streams,
+            ours=tuple(ours),
+            theirs=tuple(batch.summary for batch in theirs),
+            experts=theirs[-1].experts if theirs else "",
+            sequences=streams * len(ours),
+            same_sequences=same,
+            failed_pairs=failed,
+        )
+
+    async def _wave(self, requests: Sequence[LoadRequest], send: Send) -> list[RequestRecord]:
+        """All at once; the records in the order of the requests."""
+        start_s = time.perf_counter()
+        return list(await asyncio.gather(*(send(request, start_s) for request in requests)))
+
+    async def _warm_up(self, streams: int, label: str, progress: BenchProgress) -> None:
+        label = f"{label}, warm-up"
+        requests = [
+            replace(request, output_tokens=min(request.output_tokens, WARM_UP_TOKENS))
+            for request in self._requests(streams, label)
+        ]
+        await closed_loop(progress.counted(label, streams, self._api.send), requests, streams)
+
+    def _requests(self, count: int, batch: str) -> list[LoadRequest]:
+        return self._plan.workload.requests(count, self._vocab_size, batch=batch)
+
+
+def _deliver(report: BenchReport, outputs: Outputs) -> None:
+    """Prints, saves, draws. Raises Unavailable when requests failed: no figure hides that."""
+    text = json.dumps(asdict(report))
+    if outputs.save is not None:
+        outputs.save.write_text(text + "\n")
+    if outputs.chart is not None:
+        from cluster.bench.chart import draw_chart
+
+        draw_chart(report, outputs.chart)
+    if outputs.as_json:
+        print(text)
+    else:
+        print_report(report, Console(file=sys.stdout, highlight=False))
+    failed = sum(row.load.failed_requests for row in report.rows)
+    if failed:
+        raise Unavailable(f"{failed} of {sum(row.load.requests for row in report.rows)} requests failed")

@@ -1,0 +1,185 @@
+"""The load generator: sends requests to the real API and notes when each token came.
+
+One task a stream on one event loop. A token costs it some 60 microseconds, so that at a thousand a second it takes
+a few hundredths of a core; how much it took stands in every report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+
+from cluster.bench.latency import RequestRecord
+from cluster.bench.workload import LoadRequest
+from moesaic.errors import Unavailable
+
+REQUEST_TIMEOUT_S = 600.0
+CONNECT_TIMEOUT_S = 10.0
+# The first event of an answer repeats the prompt.
+MAX_EVENT_BYTES = 4 << 20
+# The longest part of a server's own words that is shown.
+MAX_ERROR_CHARACTERS = 160
+_DATA = b"data: "
+_DONE = b"[DONE]"
+
+# Sends one request that was due at a time on the run's clock. Never raises for what a server does: it notes it.
+Send = Callable[[LoadRequest, float], Awaitable[RequestRecord]]
+Clock = Callable[[], float]
+
+
+class RequestFailed(Exception):
+    """A request that was not answered as it should; its message goes to the report."""
+
+
+class CompletionsApi:
+    """POST /v1/completions, streamed, of one server."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, model: str, clock: Clock) -> None:
+        self._session = session
+        self._url = f"{url}/v1/completions"
+        self._model = model
+        self._clock = clock
+
+    async def send(self, request: LoadRequest, due_s: float) -> RequestRecord:
+        """As `Send` says."""
+        times_s: list[float] = []
+        ids: list[int] = []
+        error = ""
+        try:
+            async with self._session.post(self._url, json=self._body(request)) as response:
+                await _check_status(response)
+                async for token_ids in _token_ids(response.content):
+                    times_s += [self._clock()] * len(token_ids)
+                    ids += token_ids
+            if len(ids) != request.output_tokens:
+                raise RequestFailed(f"an answer of {len(ids)} tokens for {request.output_tokens}")
+        except RequestFailed as failure:
+            error = str(failure)
+        except (aiohttp.ClientError, TimeoutError, OSError) as failure:
+            error = f"{type(failure).__name__}: {failure}".strip(": ")
+        return RequestRecord(
+            due_s=due_s,
+            end_s=self._clock(),
+            prompt_tokens=len(request.prompt),
+            token_times_s=tuple(times_s),
+            token_ids=tuple(ids),
+            error=error[:MAX_ERROR_CHARACTERS],
+        )
+
+    def _body(self, request: LoadRequest) -> dict[str, Any]:
+        return {
+            "model": self._model,
+            "prompt": request.prompt,
+            "max_tokens": request.output_tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "return_token_ids": True,
+        }
+
+
+@asynccontextmanager
+async def completions_api(
+    url: str, model: str, clock: Clock = time.perf_counter
+) -> AsyncIterator[CompletionsApi]:
+    """The API at `url` (http://HOST:PORT), with as many connections as there are streams."""
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, read_bufsize=MAX_EVENT_BYTES
+    ) as session:
+        yield CompletionsApi(session, url, model, clock)
+
+
+async def ask_model_name(url: str) -> str:
+    """The first model that the server at `url` lists. Raises Unavailable."""
+    timeout = aiohttp.ClientTimeout(total=CONNECT_TIMEOUT_S)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(f"{url}/v1/models") as answer,
+        ):
+            await _check_status(answer)
+            return str((await answer.json())["data"][0]["id"])
+    except RequestFailed as error:
+        raise Unavailable(f"url: {error}") from error
+    except (aiohttp.ClientError, TimeoutError, OSError, LookupError, TypeError, ValueError) as error:
+        raise Unavailable(f"no server of the API answers at {url}: is `moesaic serve` running?") from error
+
+
+async def closed_loop(
+    send: Send, requests: Sequence[LoadRequest], streams: int, clock: Clock = time.perf_counter
+) -> list[RequestRecord]:
+    """`streams` users, each of whom sends the next request as soon as the last was answered."""
+    waiting = iter(requests)
+    records: list[RequestRecord] = []
+
+    async def user() -> None:
+        for request in waiting:
+            records.append(await send(request, clock()))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(streams, len(requests))):
+            group.create_task(user())
+    return records
+
+
+async def open_loop(
+    send: Send,
+    requests: Sequence[LoadRequest],
+    arrivals_s: Sequence[float],
+    clock: Clock = time.perf_counter,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> list[RequestRecord]:
+    """Requests at their own times after the start, however many are still being answered."""
+    start_s = clock()
+
+    async def user(request: LoadRequest, arrival_s: float) -> RequestRecord:
+        await sleep(start_s + arrival_s - clock())
+        return await send(request, start_s + arrival_s)
+
+    async with asyncio.TaskGroup() as group:
+        users = [
+            group.create_task(user(request, arrival_s))
+            for request, arrival_s in zip(requests, arrivals_s, strict=True)
+        ]
+    return [task.result() for task in users]
+
+
+async def _check_status(response: aiohttp.ClientResponse) -> None:
+    if response.status == 200:
+        return
+    try:
+        message = json.loads(await response.read())["error"]["message"]
+    except (LookupError, TypeError, ValueError):
+        message = response.reason
+    raise RequestFailed(f"HTTP {response.status}: {message}")
+
+
+async def _token_ids(content: aiohttp.StreamReader) -> AsyncIterator[list[int]]:
+    """The token ids of each event, until [DONE]. Raises RequestFailed for an error and for an end without one."""
+    async for line in content:
+        if not line.startswith(_DATA):
+            continue
+        data = line.removeprefix(_DATA).rstrip()
+        if data == _DONE:
+            return
+        yield _ids_of(data)
+    raise RequestFailed("the stream broke off")
+
+
+def _ids_of(data: bytes) -> list[int]:
+    try:
+        event = json.loads(data)
+        if "error" in event:
+            raise RequestFailed(f"in the stream: {event['error']['message']}")
+        ids: list[int] = event["choices"][0]["token_ids"]
+    except (LookupError, TypeError, ValueError) as error:
+        raise RequestFailed("an event that is not of this API") from error
+    return ids

@@ -1,0 +1,111 @@
+"""`moesaic convert`: pickles in, an ordinary Hugging Face folder of safetensors out.
+
+Everything is checked before anything is written: the model must be one that is served, whole, and fit the disk. Memory
+holds one tensor and a bounded part of the mapped files; a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.checkpoints.conversion_folder import ConversionFolder, find_companions
+from cluster.checkpoints.conversion_plan import plan_shards, plan_tensors
+from cluster.checkpoints.pickled_model import PickledModel, open_pickles
+from cluster.terminal.convert_progress import ConvertProgress, Progressed
+from cluster.terminal.tables import count, files, size
+from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.errors import DataLoss, InvalidArgument
+from moesaic.families import MoeModel, describe_model
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was done. `kept_shards` were there from an earlier run."""
+
+    folder: str
+    family: str
+    parameters: int
+    active_parameters: int
+    dtype: str
+    tensors: int
+    shards: int
+    kept_shards: int
+    bytes: int
+
+
+def run_convert(folder: Path, out: Path, *, shard_mib: int, as_json: bool) -> None:
+    """Raises CheckpointError for what cannot be converted, InvalidArgument for an `out` that cannot be written."""
+    with ConvertProgress(Console(stderr=True)) as progress:
+        done = convert(folder, out, max_shard_bytes=shard_mib << 20, tell=progress.show)
+    print(json.dumps(asdict(done)) if as_json else _summary(done))
+
+
+def convert(
+    folder: Path, out: Path, *, max_shard_bytes: int, tell: Callable[[Progressed], None]
+) -> Conversion:
+    """`tell` is told after every tensor. Raises as `run_convert` does."""
+    pickled = open_pickles(folder)
+    model = describe_model(pickled.checkpoint, "experts")
+    shards = plan_shards(plan_tensors(pickled.checkpoint, model), max_shard_bytes)
+    mark = {"source": pickled.fingerprint, "max_shard_bytes": max_shard_bytes}
+    target = ConversionFolder(out, mark, shards, find_companions(folder))
+    try:
+        kept = _write(target, pickled, model, tell)
+    except OSError as error:
+        raise InvalidArgument(f"out: cannot be written: {error.strerror}", field="out") from error
+    written = describe_model(open_checkpoint(out), "experts")
+    if written.num_parameters != model.num_parameters:
+        raise DataLoss("the new folder does not hold the parameters of the old one")
+    return Conversion(
+        folder=str(out),
+        family=model.family,
+        parameters=model.num_parameters,
+        active_parameters=model.num_active_parameters,
+        dtype=model.dtype,
+        tensors=sum(len(shard.tensors) for shard in shards),
+        shards=len(shards),
+        kept_shards=kept,
+        bytes=sum(shard.num_bytes for shard in shards),
+    )
+
+
+def _write(
+    target: ConversionFolder, pickled: PickledModel, model: MoeModel, tell: Callable[[Progressed], None]
+) -> int:
+    """Writes what is missing; returns how many shards were there."""
+    with target.claimed():
+        missing = target.missing()
+        kept = len(target.shards) - len(missing)
+        total_bytes = sum(shard.num_bytes for shard in target.shards)
+        done_bytes = total_bytes - sum(shard.num_bytes for shard in missing)
+        for done_shards, shard in enumerate(missing, start=kept):
+
+            def add(num_bytes: int, done_shards: int = done_shards) -> None:
+                nonlocal done_bytes
+                done_bytes += num_bytes
+                tell(Progressed(done_bytes, total_bytes, done_shards, len(target.shards)))
+
+            target.write_shard(shard, pickled.read, add)
+        tell(Progressed(total_bytes, total_bytes, len(target.shards), len(target.shards)))
+        target.finish(_config(pickled, model))
+    return kept
+
+
+def _config(pickled: PickledModel, model: MoeModel) -> dict[str, Any]:
+    """The config of Hugging Face, which also names the dtype."""
+    config = dict(pickled.checkpoint.config)
+    return config if {"torch_dtype", "dtype"} & config.keys() else config | {"torch_dtype": model.dtype}
+
+
+def _summary(done: Conversion) -> str:
+    kept = f", {done.kept_shards} of them from an earlier run" if done.kept_shards else ""
+    return (
+        f"{done.family}: {count(done.parameters)} parameters in {done.dtype}, {count(done.active_parameters)} active;\n"
+        f"{count(done.tensors)} tensors, {size(done.bytes)}, in {files(done.shards)}{kept}: {done.folder}"
+    )

@@ -1,0 +1,162 @@
+"""What can be said of a model folder without reading a weight: what is in it, what it takes, whether it will serve."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from cluster.checkpoints.model_facts import ModelFacts, gather_facts
+from moesaic.checkpoints.checkpoint import CONFIG_FILE, PICKLE_SUFFIXES, Checkpoint, open_checkpoint
+from moesaic.checkpoints.mistral_params import PARAMS_FILE
+from moesaic.checkpoints.safetensors_file import read_json
+from moesaic.errors import CheckpointError
+from moesaic.families import DenseLayers, MoeModel, describe_model
+from router.text.chat_template import TEMPLATE_FILE, TEMPLATE_JSON_FILE, TOKENIZER_CONFIG_FILE, find_template
+
+# In the order in which a router looks for them.
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*.model.v*", "tokenizer.model")
+
+HUGGING_FACE = "Hugging Face"
+NATIVE = "Mistral's own"
+PICKLES = "pickles"
+MISTRAL_CHAT = "Mistral's own format"
+
+MAX_TOKENIZER_CONFIG_BYTES = 64 << 20
+
+_VERSION = re.compile(r"\.v(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a folder will not serve."""
+
+    message: str
+    field: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The tensors in the files: bytes by dtype, as the files name it."""
+
+    files: int
+    tensors: int
+    bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A folder. What a problem leaves unknown is None."""
+
+    folder: str
+    problem: Problem | None
+    family: str | None
+    layout: str | None
+    stored: Stored | None
+    model: ModelFacts | None
+    tokenizer: str | None
+    # The file that has it, or MISTRAL_CHAT.
+    chat_template: str | None
+
+    @property
+    def serves(self) -> bool:
+        return self.problem is None
+
+
+def inspect_folder(folder: Path, dense_layers: DenseLayers = "auto") -> Inspection:
+    """Reads headers and small files. Raises CheckpointError where there is no folder that can be read."""
+    names = _file_names(folder)
+    tokenizer = _find_tokenizer(names)
+    checkpoint, model, problem, chat = None, None, None, None
+    try:
+        checkpoint = open_checkpoint(folder)
+        model = describe_model(checkpoint, dense_layers)
+        chat = _find_chat(folder, tokenizer)
+    except CheckpointError as error:
+        problem = Problem(error.message, error.field)
+    return Inspection(
+        folder=folder.resolve().name,
+        problem=problem,
+        family=_claimed_family(folder) if model is None else model.family,
+        layout=_guess_layout(names) if checkpoint is None else _layout(checkpoint, model),
+        stored=None if checkpoint is None else _stored(checkpoint),
+        model=None if checkpoint is None or model is None else gather_facts(checkpoint, model),
+        tokenizer=tokenizer,
+        chat_template=chat,
+    )
+
+
+def _file_names(folder: Path) -> list[str]:
+    """Sorted."""
+    if not folder.is_dir():
+        raise CheckpointError("model: no such folder", field="model")
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"model: cannot be read: {error.strerror}", field="model") from error
+
+
+def _stored(checkpoint: Checkpoint) -> Stored:
+    sizes = Counter[str]()
+    for entry in checkpoint.tensors.values():
+        sizes[entry.dtype] += entry.num_bytes
+    files = {entry.file for entry in checkpoint.tensors.values()}
+    return Stored(len(files), len(checkpoint.tensors), dict(sizes.most_common()))
+
+
+def _layout(checkpoint: Checkpoint, model: MoeModel | None) -> str:
+    """The form of the folder, and how the experts of a gated layer lie in it."""
+    form = NATIVE if checkpoint.native else HUGGING_FACE
+    gated = [] if model is None else [layer for layer in model.experts.values() if layer.gate is not None]
+    if not gated:
+        return form
+    patterns = gated[0].layout.values()
+    stacked = any(pattern.stacked for pattern in patterns)
+    encodings = {pattern.encoding for pattern in patterns} - {"plain"}
+    how = "all experts of a layer in one tensor" if stacked else "every expert by itself"
+    return ", ".join((form, how, *sorted(encodings)))
+
+
+def _guess_layout(names: Sequence[str]) -> str | None:
+    """Of a folder that cannot be opened, by its files."""
+    if any(name.endswith(".safetensors") for name in names):
+        return HUGGING_FACE if CONFIG_FILE in names else NATIVE if PARAMS_FILE in names else None
+    return PICKLES if any(Path(name).suffix in PICKLE_SUFFIXES for name in names) else None
+
+
+def _claimed_family(folder: Path) -> str | None:
+    """What config.json says, of a model that is not served."""
+    try:
+        family = read_json(folder / CONFIG_FILE).get("model_type")
+    except CheckpointError:
+        return None
+    return family if isinstance(family, str) else None
+
+
+def _find_tokenizer(names: Sequence[str]) -> str | None:
+    """The file's name; of several versions the newest."""
+    found = (fnmatch.filter(names, pattern) for pattern in TOKENIZER_FILES)
+    return next((max(versions, key=_version) for versions in found if versions), None)
+
+
+def _version(name: str) -> int:
+    """11 of tokenizer.model.v11."""
+    match = _VERSION.search(name)
+    return int(match[1]) if match else 0
+
+
+def _find_chat(folder: Path, tokenizer: str | None) -> str | None:
+    """Where the chat format comes from. Raises CheckpointError for a template that a router would refuse."""
+    if tokenizer is None:
+        return None
+    config_file = folder / TOKENIZER_CONFIG_FILE
+    config = read_json(config_file, MAX_TOKENIZER_CONFIG_BYTES) if config_file.is_file() else {}
+    if find_template(folder, config) is None:
+        versioned = tokenizer not in (TOKENIZER_FILES[0], TOKENIZER_FILES[-1])
+        return MISTRAL_CHAT if versioned and find_spec("mistral_common") else None
+    own_files = (name for name in (TEMPLATE_FILE, TEMPLATE_JSON_FILE) if (folder / name).is_file())
+    return next(own_files, TOKENIZER_CONFIG_FILE)

@@ -1,0 +1,189 @@
+"""What a model consists of and what it takes to hold it. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cluster.control.placement import MAX_WORKERS, layer_loads, place_experts
+from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.families import MoeModel
+from moesaic.families.model import (
+    Attention,
+    CrossAttention,
+    DecoderAttention,
+    EncoderAttention,
+    ExpertModule,
+    Hyena,
+    LatentAttention,
+    Mixer,
+)
+
+# How experts are held; what int4 takes depends on the machine.
+Held = Literal["fp32", "bf16", "int8"]
+HELD: tuple[Held, ...] = ("fp32", "bf16", "int8")
+WORKER_COUNTS = (1, 2, 4, 8)
+
+_ITEM_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+# int8 has a scale an output, and biases stay as they are.
+_SCALE_BYTES = 4
+_LAYER_INDEX = re.compile(r"\.(\d+)\.")
+_SHARED = re.compile(r"\.shared_(expert|experts|mlp)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """Layers that are alike.
+
+    Without a gate they are dense: computed by the router where `experts` is 0, else by workers as the one expert.
+    """
+
+    layers: tuple[int, ...]
+    mixer: str
+    gated: bool
+    experts: int
+    # Of the experts, a token.
+    top_k: int
+    # Of one expert.
+    inner_size: int
+    parameters: int
+    # Beside the experts, for every token; the router's.
+    shared_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMemory:
+    """The fullest one of so many workers: its experts, and their bytes by how they are held."""
+
+    workers: int
+    experts: int
+    bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """`*_file_bytes`: of tensors in the files. `router_bytes`: of the router's weights, by the dtype it computes in."""
+
+    parameters: int
+    active_parameters: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    experts: int
+    expert_file_bytes: int
+    router_file_bytes: int
+    layers: tuple[LayerKind, ...]
+    router_bytes: dict[str, int]
+    worker_memory: tuple[WorkerMemory, ...]
+
+
+def gather_facts(checkpoint: Checkpoint, model: MoeModel) -> ModelFacts:
+    """The facts of a model with its dense layers where they are wanted."""
+    router_tensors = {
+        name for tensor in model.dense.values() for name in (tensor.source, tensor.scales) if name is not None
+    }
+    return ModelFacts(
+        parameters=model.num_parameters,
+        active_parameters=model.num_active_parameters,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        context_length=model.max_model_len,
+        experts=len(model.addresses),
+        expert_file_bytes=_file_bytes(checkpoint, model.expert_tensors),
+        router_file_bytes=_file_bytes(checkpoint, router_tensors),
+        layers=_layer_kinds(model),
+        router_bytes={held: model.num_dense_parameters * _ITEM_BYTES[held] for held in ("fp32", "bf16")},
+        worker_memory=tuple(_worker_memory(model)),
+    )
+
+
+def expert_bytes(module: ExpertModule, held: Held) -> int:
+    """Bytes of one expert's weights in a worker's memory."""
+    total = 0
+    for weight in module.weights:
+        shape = module.shape(weight)
+        if held != "int8":
+            total += math.prod(shape) * _ITEM_BYTES[held]
+        else:
+            total += shape[0] * _SCALE_BYTES + (math.prod(shape) if len(shape) > 1 else 0)
+    return total
+
+
+def _file_bytes(checkpoint: Checkpoint, names: set[str] | frozenset[str]) -> int:
+    return sum(checkpoint.tensors[name].num_bytes for name in names)
+
+
+def _worker_memory(model: MoeModel) -> Iterator[WorkerMemory]:
+    loads = layer_loads(model)
+    for workers in WORKER_COUNTS:
+        if workers > min(MAX_WORKERS, len(model.addresses)):
+            return
+        counts = [Counter(expert.layer for expert in held) for held in place_experts(loads, workers)]
+        yield WorkerMemory(
+            workers,
+            experts=max(count.total() for count in counts),
+            bytes={held: max(_held_bytes(model, count, held) for count in counts) for held in HELD},
+        )
+
+
+def _held_bytes(model: MoeModel, counts: Mapping[int, int], held: Held) -> int:
+    return sum(count * expert_bytes(model.experts[layer].module, held) for layer, count in counts.items())
+
+
+def _layer_kinds(model: MoeModel) -> tuple[LayerKind, ...]:
+    """In the order of their first layers."""
+    shared = _shared_parameters(model)
+    kinds: dict[LayerKind, list[int]] = {}
+    for layer in range(model.num_layers):
+        kinds.setdefault(_kind(model, layer, shared[layer]), []).append(layer)
+    return tuple(replace(kind, layers=tuple(layers)) for kind, layers in kinds.items())
+
+
+def _kind(model: MoeModel, layer: int, shared: int) -> LayerKind:
+    """All that there is to say of one layer but its number."""
+    experts, mixer = model.experts.get(layer), describe_mixer(model.mixers[layer])
+    if experts is None:
+        return LayerKind((), mixer, False, 0, 0, 0, 0, shared)
+    return LayerKind(
+        layers=(),
+        mixer=mixer,
+        gated=experts.gate is not None,
+        experts=experts.num_slots,
+        top_k=experts.top_k,
+        inner_size=experts.module.inner_size,
+        parameters=experts.module.num_parameters,
+        shared_parameters=shared,
+    )
+
+
+def _shared_parameters(model: MoeModel) -> Counter[int]:
+    """Of each layer's shared experts. Their parameters are named so in all families of transformers."""
+    shared = Counter[int]()
+    for name, tensor in model.dense.items():
+        if _SHARED.search(name) and (index := _LAYER_INDEX.search(name)):
+            shared[int(index[1])] += math.prod(tensor.shape)
+    return shared
+
+
+def describe_mixer(mixer: Mixer) -> str:
+    """In one line, for people."""
+    match mixer:
+        case Attention(num_heads, num_kv_heads, _, window, chunk, sinks):
+            parts = [f"attention, {num_heads}/{num_kv_heads} heads"]
+            parts += [f"window {window}"] if window else []
+            parts += [f"chunk {chunk}"] if chunk else []
+            return ", ".join([*parts, "sinks"] if sinks else parts)
+        case LatentAttention(num_heads):
+            return f"latent attention, {num_heads} heads"
+        case Hyena(state_size):
+            return f"hyena, {state_size} modes"
+        case EncoderAttention(num_heads):
+            return f"encoder attention, {num_heads} heads"
+        case DecoderAttention(num_heads):
+            return f"decoder attention, {num_heads} heads"
+        case CrossAttention(num_heads):
+            return f"cross attention, {num_heads} heads"

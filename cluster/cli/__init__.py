@@ -1,0 +1,1 @@
+"""The `moesaic` command and its verbs."""

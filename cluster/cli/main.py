@@ -1,0 +1,30 @@
+"""The `moesaic` command: the entry point, which says clearly what is missing where not everything is installed."""
+
+from __future__ import annotations
+
+import sys
+
+OWN_PACKAGES = frozenset({"cluster", "expert_worker", "gateway", "moesaic", "router"})
+# What only `moesaic bench` needs.
+BENCH_PACKAGES = frozenset({"aiohttp", "matplotlib"})
+
+
+def main() -> None:
+    """Runs one verb and exits with 0 (done), 1 (failed) or 2 (bad input)."""
+    try:
+        from cluster.cli.commands import app
+
+        app()
+    except KeyboardInterrupt:  # before a verb could take the signal
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in OWN_PACKAGES:
+            raise
+        extra = "bench" if package in BENCH_PACKAGES else "serve"
+        print(f"error: the command needs {package}: pip install 'moesaic[{extra}]'", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

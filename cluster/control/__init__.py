@@ -1,0 +1,1 @@
+"""The control plane: what is wanted, what is observed, what is published."""

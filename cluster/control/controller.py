@@ -1,0 +1,241 @@
+"""The controller: observes the processes, names the epoch, publishes the routing table.
+
+Level-triggered: it follows every process for itself and draws its conclusions from what it sees now, so that it may
+restart at any time and find its way. It publishes nothing before it has heard of every worker once: half a table after
+a restart would take replicas away from routers that still serve with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from cluster.processes.host import ProcessReport
+from moesaic.epoch import Epoch, ExpertAddress, merge_versions
+from moesaic.errors import FailedPrecondition, MoesaicError, Unavailable
+from moesaic.routing_table import Replica, RoutingTable
+from moesaic.v1 import common_pb2, control_pb2
+
+log = logging.getLogger(__name__)
+
+# Between two questions to a process that did not answer.
+RETRY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process that belongs to the cluster, whether it runs or not."""
+
+    name: str
+    role: control_pb2.ProcessRole
+    # Expert workers only.
+    experts: frozenset[ExpertAddress] = frozenset()
+    device: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What is wanted: the model's experts and the processes that serve it."""
+
+    model: str
+    experts: frozenset[ExpertAddress]
+    members: tuple[Member, ...]
+
+    @property
+    def workers(self) -> frozenset[str]:
+        return frozenset(
+            member.name for member in self.members if member.role == control_pb2.PROCESS_ROLE_EXPERT_WORKER
+        )
+
+
+class ProcessObserver(Protocol):
+    """The controller's eyes."""
+
+    async def report(self, name: str, seen: int) -> ProcessReport:
+        """The process's report once its revision is not `seen`, or the same one after a while.
+
+        Raises Unavailable as soon as the process is gone or does not answer.
+        """
+        ...
+
+    async def describe(self, address: str) -> Replica:
+        """What a READY worker holds. Raises Unavailable."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What routers follow: what the model is, if that is known yet, and where it is."""
+
+    epoch: Epoch | None
+    table: RoutingTable
+
+
+class Controller:
+    """Follows the members of one cluster. `run` is its loop; everything else may be asked at any time."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        observer: ProcessObserver,
+        *,
+        first_revision: int = 0,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """`first_revision`: above every revision of the controllers before this one."""
+        self._cluster = cluster
+        self._observer = observer
+        self._sleep = sleep
+        self._reports: dict[str, ProcessReport] = {}
+        self._gone: dict[str, str] = {}
+        self._replicas: dict[str, Replica] = {}
+        self._unheard = set(cluster.workers)
+        self._revision = first_revision
+        self._epoch: Epoch | None = None
+        self._problem = ""
+        self._snapshot: Snapshot | None = None
+        self._published = asyncio.Event()
+
+    async def run(self) -> None:
+        """Follows all members until it is cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for member in self._cluster.members:
+                group.create_task(self._follow(member.name))
+
+    async def watch(self) -> AsyncIterator[Snapshot]:
+        """The newest snapshot once there is one, and every newer one; a slow reader skips those in between."""
+        sent: Snapshot | None = None
+        while True:
+            published, snapshot = self._published, self._snapshot
+            if snapshot is None or snapshot is sent:
+                await published.wait()
+            else:
+                sent = snapshot
+                yield snapshot
+
+    def topology(self) -> control_pb2.GetTopologyResponse:
+        """All members and what is known of them."""
+        return control_pb2.GetTopologyResponse(
+            model=self._cluster.model,
+            epoch=self._epoch.id if self._epoch else "",
+            revision=self._revision if self._snapshot else 0,
+            processes=[self._process(member) for member in self._cluster.members],
+        )
+
+    async def _follow(self, name: str) -> None:
+        seen = 0
+        while True:
+            try:
+                report = await self._observer.report(name, seen)
+                replica = await self._replica_of(report)
+            except MoesaicError as error:
+                self._lose(name, error.message)
+                seen = 0
+                await self._sleep(RETRY_S)
+            else:
+                seen = report.revision
+                self._keep(report, replica)
+
+    async def _replica_of(self, report: ProcessReport) -> Replica | None:
+        if report.name not in self._cluster.workers or not report.ready:
+            return None
+        last, known = self._reports.get(report.name), self._replicas.get(report.name)
+        if known is not None and last is not None and last.revision == report.revision:
+            return known
+        replica = await self._observer.describe(report.address)
+        if replica.worker != report.name:
+            raise Unavailable(f"{report.address} is {replica.worker} now")
+        return replica
+
+    def _keep(self, report: ProcessReport, replica: Replica | None) -> None:
+        self._gone.pop(report.name, None)
+        self._reports[report.name] = report
+        self._set_replica(report.name, replica)
+
+    def _lose(self, name: str, reason: str) -> None:
+        if name not in self._gone:
+            log.warning("process lost", extra={"fields": {"process": name, "reason": reason}})
+        self._gone[name] = reason
+        self._set_replica(name, None)
+
+    def _set_replica(self, name: str, replica: Replica | None) -> None:
+        self._unheard.discard(name)
+        if replica is not None:
+            self._replicas[name] = replica
+        else:
+            self._replicas.pop(name, None)
+        if not self._unheard:
+            self._publish_changes()
+
+    def _publish_changes(self) -> None:
+        if self._epoch is None:
+            self._epoch = self._name_epoch()
+        served = (self._served(replica) for _, replica in sorted(self._replicas.items()))
+        replicas = tuple(replica for replica in served if replica.versions)
+        if self._snapshot is not None and replicas == self._snapshot.table.replicas:
+            return
+        self._revision += 1
+        self._snapshot = Snapshot(self._epoch, RoutingTable(self._revision, replicas))
+        log.info(
+            "routing table",
+            extra={"fields": {"revision": self._revision, "workers": [r.worker for r in replicas]}},
+        )
+        published, self._published = self._published, asyncio.Event()
+        published.set()
+
+    def _name_epoch(self) -> Epoch | None:
+        """The epoch, once every expert is held by someone."""
+        self._problem = ""
+        try:
+            versions = merge_versions(
+                [replica.versions for replica in self._replicas.values()], self._cluster.experts
+            )
+        except FailedPrecondition as error:
+            if error.reason != "EXPERTS_MISSING":  # workers that are not there yet are no problem
+                log.error("no epoch", extra={"fields": {"reason": error.reason}})
+                self._problem = error.message
+            return None
+        return Epoch.of(self._cluster.model, versions)
+
+    def _served(self, replica: Replica) -> Replica:
+        """The replica with those versions only that the epoch names."""
+        if self._epoch is None:
+            return replica
+        wanted = self._epoch.versions
+        versions = {key: digest for key, digest in replica.versions.items() if wanted.get(key) == digest}
+        return replace(replica, versions=versions)
+
+    def _process(self, member: Member) -> control_pb2.Process:
+        process = control_pb2.Process(
+            name=member.name,
+            role=member.role,
+            state=control_pb2.PROCESS_STATE_PENDING,
+            device=member.device,
+            experts=[
+                common_pb2.ExpertAddress(layer=address.layer, slot=address.slot)
+                for address in sorted(member.experts)
+            ],
+        )
+        report, reason = self._reports.get(member.name), self._gone.get(member.name)
+        if report is not None:
+            process.restarts = report.restarts
+        if reason is not None:
+            process.detail = reason
+        elif report is not None:
+            _fill(process, report)
+        if self._problem and member.role == control_pb2.PROCESS_ROLE_CONTROLLER:
+            process.state, process.detail = control_pb2.PROCESS_STATE_FAILED, self._problem
+        return process
+
+
+def _fill(process: control_pb2.Process, report: ProcessReport) -> None:
+    process.state = report.state
+    process.address = report.address
+    process.node = report.node
+    process.pid = report.pid
+    process.loaded_bytes = report.loaded_bytes
+    process.total_bytes = report.total_bytes
+    process.detail = report.detail

@@ -1,0 +1,230 @@
+"""Who holds what and sits where: the experts of each worker, the nodes of workers and routers. Pure functions.
+
+Per layer, every worker gets a quota: the even share, or its share by weight. Quotas laid end to end around the circle
+of the layer's slots give every slot its copies and no worker the same expert twice, so that losing one worker never
+takes two copies of an expert. What a layer cannot split evenly is made up for in the next, so that bytes stay even too:
+the layers of a dense model, of one expert each, go around the workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from typing import NamedTuple
+
+from moesaic.epoch import ExpertAddress
+from moesaic.errors import InvalidArgument
+from moesaic.families import MoeModel
+from moesaic.settings import Device
+
+MAX_WORKERS = 64
+# Ray counts fractions of a GPU in ten-thousandths.
+_GPU_SHARES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One machine of the Ray cluster and what it offers."""
+
+    id: str
+    address: str
+    num_cpus: int
+    num_gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where one worker or router runs, and its share of that node."""
+
+    node: Node
+    num_gpus: float
+    threads: int
+
+
+class LayerLoad(NamedTuple):
+    """What one layer has to be placed."""
+
+    num_slots: int
+    # Of one expert.
+    num_bytes: int
+
+
+def layer_loads(model: MoeModel) -> dict[int, LayerLoad]:
+    """Every layer that has experts."""
+    return {
+        layer: LayerLoad(num_slots, model.expert_bytes(layer)) for layer, num_slots in model.num_slots.items()
+    }
+
+
+def place_experts(
+    layers: Mapping[int, LayerLoad],
+    num_workers: int,
+    replicas: int = 1,
+    weights: Sequence[float] | None = None,
+) -> tuple[frozenset[ExpertAddress], ...]:
+    """The experts of each worker.
+
+    Every expert is on exactly `replicas` different workers. Without `weights` the workers' numbers differ by at most
+    one in every layer, and their bytes by at most one expert in all; with them both follow the weights as far as whole
+    experts allow. No worker is left empty. Raises InvalidArgument with field `workers`, `replicas` or `weights`.
+    """
+    _check_counts(sum(load.num_slots for load in layers.values()), num_workers, replicas)
+    wanted = [Fraction(1)] * num_workers if weights is None else _checked(weights, num_workers)
+    held: list[set[ExpertAddress]] = [set() for _ in range(num_workers)]
+    # What a worker's bytes lack to its share of the layers so far.
+    behind = [Fraction(0)] * num_workers
+    # What is large comes first, so that what is small can make up for it.
+    for layer, load in sorted(layers.items(), key=lambda item: -item[1].num_bytes):
+        shares = _shares(load.num_slots, replicas, wanted)
+        behind = [bytes_ + share * load.num_bytes for bytes_, share in zip(behind, shares, strict=True)]
+        quotas = _quotas(shares, behind, load.num_bytes)
+        behind = [bytes_ - quota * load.num_bytes for bytes_, quota in zip(behind, quotas, strict=True)]
+        position = 0
+        for experts, quota in zip(held, quotas, strict=True):
+            experts.update(
+                ExpertAddress(layer, index % load.num_slots) for index in range(position, position + quota)
+            )
+            position += quota
+    if empty := [index for index, experts in enumerate(held) if not experts]:
+        raise InvalidArgument(f"weights: worker {empty[0]} would hold no expert", field="weights")
+    return tuple(map(frozenset, held))
+
+
+def seat_workers(
+    nodes: Sequence[Node],
+    num_workers: int | None,
+    device: Device,
+    *,
+    home: str,
+    num_routers: int = 1,
+    at_most: int = MAX_WORKERS,
+) -> tuple[Seat, ...]:
+    """The node, GPU share and threads of each worker.
+
+    A node offers one place per GPU, or one when it has none or `device` is cpu. None workers: one in each place, up to
+    `at_most`; otherwise they go around the places. Routers take part in the GPUs of their nodes, but not in the
+    cores: a router rests while workers compute for it.
+    """
+    places = _places(nodes, device)
+    if not places:
+        raise InvalidArgument("device: no node of the cluster has a GPU", field="device")
+    count = min(len(places), at_most) if num_workers is None else num_workers
+    seated = [places[index % len(places)] for index in range(count)]
+    routers = _router_nodes(nodes, num_routers, device, home)
+    return tuple(
+        Seat(
+            node,
+            _gpu_share(node, seated.count(node) + routers.count(node), device),
+            threads=_thread_share(node, seated.count(node)),
+        )
+        for node in seated
+    )
+
+
+def seat_routers(
+    nodes: Sequence[Node], workers: Sequence[Seat], num_routers: int, device: Device, *, home: str
+) -> tuple[Seat, ...]:
+    """The node, GPU share and threads of each router: the first on `home`, the others around the nodes like it.
+
+    Routers of one node share its cores with each other, not with the workers there.
+    """
+    seated = _router_nodes(nodes, num_routers, device, home)
+    held = [worker.node for worker in workers]
+    return tuple(
+        Seat(
+            node,
+            _gpu_share(node, held.count(node) + seated.count(node), device),
+            threads=_thread_share(node, seated.count(node)),
+        )
+        for node in seated
+    )
+
+
+def _check_counts(num_experts: int, num_workers: int, replicas: int) -> None:
+    if not 1 <= num_workers <= MAX_WORKERS:
+        raise InvalidArgument(f"workers: must be in [1, {MAX_WORKERS}]", field="workers")
+    if not num_experts:
+        raise InvalidArgument("workers: the model has no experts for one to hold", field="workers")
+    if replicas < 1:
+        raise InvalidArgument("replicas: must be at least 1", field="replicas")
+    if replicas > num_workers:
+        raise InvalidArgument(
+            f"replicas: {replicas} copies of an expert need {replicas} workers, there are {num_workers}",
+            field="replicas",
+        )
+    copies = num_experts * replicas
+    if num_workers > copies:
+        raise InvalidArgument(
+            f"workers: {num_workers} workers for {copies} experts: at most {copies}", field="workers"
+        )
+
+
+def _checked(weights: Sequence[float], num_workers: int) -> list[Fraction]:
+    if len(weights) != num_workers:
+        raise InvalidArgument(f"weights: must name all {num_workers} workers", field="weights")
+    if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
+        raise InvalidArgument("weights: must be finite and above 0", field="weights")
+    return [Fraction(weight) for weight in weights]
+
+
+def _shares(num_slots: int, replicas: int, wanted: Sequence[Fraction]) -> list[Fraction]:
+    """Each worker's exact share of one layer in experts, by weight, capped at one copy of every expert."""
+    shares = [Fraction(0)] * len(wanted)
+    open_workers, left = set(range(len(wanted))), Fraction(num_slots * replicas)
+    while open_workers:
+        total = sum(wanted[worker] for worker in open_workers)
+        full = {worker for worker in open_workers if left * wanted[worker] > num_slots * total}
+        for worker in full or open_workers:
+            shares[worker] = Fraction(num_slots) if full else left * wanted[worker] / total
+        open_workers -= full or open_workers
+        left -= num_slots * len(full)
+    return shares
+
+
+def _quotas(shares: Sequence[Fraction], behind: Sequence[Fraction], expert_bytes: int) -> list[int]:
+    """Whole numbers for one layer: each share rounded down, or up for whoever would be furthest behind in bytes."""
+    quotas = [math.floor(share) for share in shares]
+    can_round_up = [worker for worker, share in enumerate(shares) if share > quotas[worker]]
+    furthest_first = sorted(
+        can_round_up, key=lambda worker: (quotas[worker] * expert_bytes - behind[worker], worker)
+    )
+    for worker in islice(furthest_first, int(sum(shares)) - sum(quotas)):
+        quotas[worker] += 1
+    return quotas
+
+
+def _places(nodes: Sequence[Node], device: Device) -> list[Node]:
+    """One entry per place, the first place of every node before the second of any."""
+    places: list[tuple[int, Node]] = []
+    for node in nodes:
+        if _uses_gpu(node, device):
+            places += [(gpu, node) for gpu in range(node.num_gpus)]
+        elif device != "cuda":
+            places.append((0, node))
+    return [node for _, node in sorted(places, key=lambda place: place[0])]
+
+
+def _router_nodes(nodes: Sequence[Node], num_routers: int, device: Device, home: str) -> list[Node]:
+    """Nodes with a GPU or nodes without, as `home` is: routers of two kinds would not give the same tokens."""
+    first = next(node for node in nodes if node.id == home)
+    others = [node for node in nodes if node != first and _uses_gpu(node, device) == _uses_gpu(first, device)]
+    alike = [first, *others]
+    return [alike[index % len(alike)] for index in range(num_routers)]
+
+
+def _uses_gpu(node: Node, device: Device) -> bool:
+    return device != "cpu" and node.num_gpus > 0
+
+
+def _gpu_share(node: Node, num_tenants: int, device: Device) -> float:
+    """Equal for all tenants of a node, so that Ray can pack the shares of its GPUs in any order."""
+    if not _uses_gpu(node, device):
+        return 0.0
+    return _GPU_SHARES // math.ceil(num_tenants / node.num_gpus) / _GPU_SHARES
+
+
+def _thread_share(node: Node, num_processes: int) -> int:
+    return max(1, node.num_cpus // num_processes)

@@ -1,0 +1,117 @@
+"""The controller's eyes: reports through the actors, loss through the workers' own health.
+
+A process is asked for its report and holds the question until something changes. That road notices a death after a
+second or two; the health stream of a worker's gRPC server breaks within milliseconds. Whichever speaks first counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.processes.host import ProcessReport
+from moesaic import rpc
+from moesaic.epoch import versions_from_proto
+from moesaic.errors import MoesaicError, Unavailable
+from moesaic.routing_table import Replica
+from moesaic.v1 import expert_pb2, expert_pb2_grpc
+
+if TYPE_CHECKING:
+    from cluster.processes.specs import Peers
+
+EXPERT_SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
+# How long a process may hold a question: while it loads, progress is news.
+LOADING_HOLD_S = 0.25
+READY_HOLD_S = 5.0
+DESCRIBE_TIMEOUT_S = 5.0
+
+
+class ProcessWatch:
+    """Asks peers for reports and keeps a health stream open to each worker that was described."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._last: dict[str, ProcessReport] = {}
+        self._losses: dict[str, asyncio.Task[str]] = {}
+
+    async def report(self, name: str, seen: int) -> ProcessReport:
+        """As ProcessObserver says."""
+        last = self._last.pop(name, None)
+        hold_s = READY_HOLD_S if last is not None and last.ready else LOADING_HOLD_S
+        question = self._peers.report(name, seen, hold_s)
+        try:
+            report = await _unless_lost(question, self._losses.get(last.address) if last else None)
+        except MoesaicError:
+            if last is not None:
+                self._drop(last.address)
+            raise
+        if last is not None and last.address != report.address:
+            self._drop(last.address)
+        self._last[name] = report
+        return report
+
+    async def describe(self, address: str) -> Replica:
+        """As ProcessObserver says; from now on the worker's loss is noticed at once."""
+        self._drop(address)
+        channel = rpc.aio_channel(address)
+        try:
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                health, answer = await _ask(channel)
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            await channel.close()
+            raise Unavailable(f"{address} does not answer") from error
+        except MoesaicError:
+            await channel.close()
+            raise
+        self._losses[address] = asyncio.create_task(_until_lost(channel, health))
+        return Replica(answer.worker, address, answer.incarnation, versions_from_proto(answer.experts))
+
+    def _drop(self, address: str) -> None:
+        if (task := self._losses.pop(address, None)) is not None:
+            task.cancel()
+
+
+async def _unless_lost(
+    question: Coroutine[Any, Any, ProcessReport], loss: asyncio.Task[str] | None
+) -> ProcessReport:
+    """The answer; raises Unavailable as soon as the process is known to be lost."""
+    ask = asyncio.create_task(question)
+    try:
+        await asyncio.wait({ask, loss} if loss else {ask}, return_when=asyncio.FIRST_COMPLETED)
+        if loss is not None and loss.done():
+            raise Unavailable(loss.result())
+        return await ask
+    finally:
+        ask.cancel()
+
+
+async def _ask(channel: grpc.aio.Channel) -> tuple[AsyncIterator[Any], expert_pb2.DescribeResponse]:
+    """The stream of the worker's health, which is SERVING now, and what it holds."""
+    question = health_pb2.HealthCheckRequest(service=EXPERT_SERVICE)
+    health: AsyncIterator[Any] = aiter(health_pb2_grpc.HealthStub(channel).Watch(question))
+    if not _serving(await anext(health, None)):
+        raise Unavailable("it does not serve")
+    stub = expert_pb2_grpc.ExpertServiceStub(channel)
+    return health, await stub.Describe(expert_pb2.DescribeRequest())
+
+
+async def _until_lost(channel: grpc.aio.Channel, health: AsyncIterator[Any]) -> str:
+    """Why the worker cannot be used any more, as soon as that is so."""
+    async with channel:
+        try:
+            async for status in health:
+                if not _serving(status):
+                    return "it does not serve"
+        except grpc.aio.AioRpcError:
+            return "its connection broke"
+    return "it closed its connection"
+
+
+def _serving(status: Any) -> bool:
+    return isinstance(status, health_pb2.HealthCheckResponse) and bool(
+        status.status == health_pb2.HealthCheckResponse.SERVING
+    )

@@ -1,0 +1,85 @@
+"""The controller as a server: ControlService over gRPC, with the controller's loop behind it.
+
+Routers follow Watch; `moesaic status` asks GetTopology. A controller that is gone takes nothing away from routers: they
+go on with the last table and come back when it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from cluster.control.controller import Controller
+from moesaic import rpc
+from moesaic.v1 import control_pb2, control_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+# A controller that failed by a bug starts over from what it sees then.
+RESTART_S = 1.0
+SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
+
+
+class ControlService(control_pb2_grpc.ControlServiceServicer):
+    """Decode, ask the controller, encode."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    async def Watch(
+        self, request: control_pb2.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[control_pb2.WatchResponse]:
+        async for snapshot in self._controller.watch():
+            yield control_pb2.WatchResponse(
+                epoch=snapshot.epoch.to_proto() if snapshot.epoch else None,
+                routing_table=snapshot.table.to_proto(),
+            )
+
+    async def GetTopology(
+        self, request: control_pb2.GetTopologyRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> control_pb2.GetTopologyResponse:
+        return self._controller.topology()
+
+
+class ControlServer:
+    """A hosted server: the controller's loop and its gRPC port."""
+
+    loaded_bytes = 0
+    total_bytes = 0
+
+    def __init__(self, controller: Controller, host: str) -> None:
+        self._controller = controller
+        self._host = host
+        self._server = rpc.Server({SERVICE: self._add_servicer})
+        self._loop: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        port = await self._server.start(self._host, 0)
+        self._loop = asyncio.create_task(self._keep_running())
+        return f"{self._host}:{port}"
+
+    async def load(self) -> None:
+        await self._server.set_serving(True)
+
+    async def stop(self, drain_s: float) -> None:
+        """Watchers never end by themselves: there is nothing to drain."""
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+        await self._server.stop(0.0)
+
+    def _add_servicer(self, server: grpc.aio.Server) -> None:
+        service = ControlService(self._controller)
+        control_pb2_grpc.add_ControlServiceServicer_to_server(service, server)
+
+    async def _keep_running(self) -> None:
+        while True:
+            try:
+                await self._controller.run()
+            except Exception:  # the loop of this process
+                log.exception("the controller failed")
+                await asyncio.sleep(RESTART_S)

@@ -1,0 +1,1 @@
+"""From nothing to ready and back to nothing."""

@@ -1,0 +1,165 @@
+"""From planned processes to a cluster that answers, and back to nothing.
+
+Everything is started at once and then watched through the controller, the same way as `moesaic status` looks at it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from cluster.processes.blueprint import PlannedProcess
+from cluster.processes.specs import CONTROLLER, GATEWAY, Peers, router_names
+from moesaic import rpc
+from moesaic.errors import FailedPrecondition, MoesaicError, Unavailable
+from moesaic.settings import Settings
+from moesaic.v1 import control_pb2, control_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.15
+ASK_TIMEOUT_S = 5.0
+# A process that died this often before the cluster was ready will not make it.
+MAX_START_RESTARTS = 3
+
+Topology = control_pb2.GetTopologyResponse
+
+
+class StoppablePeers(Peers, Protocol):
+    """Peers that can be told to stop."""
+
+    async def stop(self, name: str, drain_s: float) -> None:
+        """Returns when the process has drained. Raises Unavailable."""
+        ...
+
+
+class ProcessStarter(Protocol):
+    """What the launcher needs of Ray."""
+
+    @property
+    def peers(self) -> StoppablePeers: ...
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def start(self, process: PlannedProcess) -> None: ...
+
+    async def kill(self, names: Iterable[str]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where a cluster answers, as HOST:PORT. `grpc` is the first router's."""
+
+    http: str
+    grpc: str
+
+
+class Launcher:
+    """Starts and ends the processes of one cluster."""
+
+    def __init__(
+        self, starter: ProcessStarter, processes: Sequence[PlannedProcess], settings: Settings
+    ) -> None:
+        self._starter = starter
+        self._processes = processes
+        self._settings = settings
+        self._routers = router_names(settings.cluster.routers)
+        self._names: list[str] = []
+        self._ready = False
+
+    def submit(self) -> None:
+        """Asks for all processes at once. Raises FailedPrecondition when this Ray serves a model already."""
+        if self._starter.names():
+            raise FailedPrecondition(
+                "address: Moesaic serves on this Ray already; `moesaic stop` ends that", field="address"
+            )
+        for process in self._processes:
+            self._starter.start(process)
+            self._names.append(process.spec.name)
+
+    async def wait_ready(self, show: Callable[[Topology], None]) -> Endpoints:
+        """Returns when a real token has passed every layer and the gateway listens; shows what it sees meanwhile.
+
+        Raises Unavailable as soon as a process has failed, or after `cluster.start_timeout_s`.
+        """
+        timeout_s = self._settings.cluster.start_timeout_s
+        topology = Topology()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not (topology.processes and all(map(_ready, topology.processes))):
+                    await asyncio.sleep(POLL_S)
+                    topology = await self._look() or topology
+                    show(topology)
+                    _refuse_failed(topology)
+                peers = self._starter.peers
+                endpoints = Endpoints(
+                    http=await peers.address(GATEWAY), grpc=await peers.address(self._routers[0])
+                )
+        except TimeoutError as error:
+            raise Unavailable(f"not ready after {timeout_s:.0f} s: {_waiting_for(topology)}") from error
+        self._ready = True
+        return endpoints
+
+    async def stop(self, force: asyncio.Event) -> None:
+        """Ends all processes; running requests may end before, unless `force` is set."""
+        if self._ready:
+            drain = asyncio.create_task(self._drain(self._settings.cluster.drain_timeout_s))
+            forced = asyncio.create_task(force.wait())
+            await asyncio.wait({drain, forced}, return_when=asyncio.FIRST_COMPLETED)
+            drain.cancel()
+            forced.cancel()
+        await self._starter.kill(self._names)
+
+    async def _drain(self, drain_s: float) -> None:
+        """From the outside in: whoever is stopped first has nobody left who asks."""
+        await self._stop_process(GATEWAY, drain_s)
+        await self._stop_all(self._routers, drain_s)
+        await self._stop_all([name for name in self._names if name not in (GATEWAY, *self._routers)], 0.0)
+
+    async def _stop_all(self, names: Iterable[str], drain_s: float) -> None:
+        await asyncio.gather(*(self._stop_process(name, drain_s) for name in names))
+
+    async def _stop_process(self, name: str, drain_s: float) -> None:
+        try:
+            await self._starter.peers.stop(name, drain_s)
+        except Unavailable as error:
+            log.warning("%s could not drain: %s", name, error.message)
+
+    async def _look(self) -> Topology | None:
+        """The controller's view; None while it does not answer."""
+        with contextlib.suppress(MoesaicError, grpc.aio.AioRpcError):
+            address = await self._starter.peers.address(CONTROLLER)
+            async with rpc.aio_channel(address) as channel:
+                stub = control_pb2_grpc.ControlServiceStub(channel)
+                answer: Topology = await stub.GetTopology(
+                    control_pb2.GetTopologyRequest(), timeout=ASK_TIMEOUT_S
+                )
+                return answer
+        return None
+
+
+def _ready(process: control_pb2.Process) -> bool:
+    return process.state == control_pb2.PROCESS_STATE_READY
+
+
+def _refuse_failed(topology: Topology) -> None:
+    for process in topology.processes:
+        if process.state == control_pb2.PROCESS_STATE_FAILED:
+            raise Unavailable(f"{process.name}: {process.detail}")
+        if process.restarts >= MAX_START_RESTARTS:
+            raise Unavailable(f"{process.name}: its process died {process.restarts} times while it started")
+
+
+def _waiting_for(topology: Topology) -> str:
+    waiting = [process for process in topology.processes if not _ready(process)]
+    if not waiting:
+        return "the controller does not answer"
+    first = waiting[0]
+    state = control_pb2.ProcessState.Name(first.state).removeprefix("PROCESS_STATE_")
+    return f"{first.name} is {state}" + (f" ({first.detail})" if first.detail else "")

@@ -1,0 +1,174 @@
+"""`moesaic serve`: check everything, start, stay up, end cleanly.
+
+What can be wrong with the input is found before anything runs: settings, model folder, placement, ports. Standard
+output carries the ready line and nothing else; whatever Ray prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import random
+import socket
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from cluster.checkpoints.model_source import DEMO_MODEL, find_model, name_model
+from cluster.launch.launcher import Endpoints, Launcher
+from cluster.launch.milestones import Milestones
+from cluster.launch.stop_signals import StopSignals
+from cluster.processes.blueprint import check_counts, draw_blueprint
+from cluster.terminal.load_progress import LoadProgress
+from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.errors import InvalidArgument, Unavailable
+from moesaic.families import MoeModel, describe_model
+from moesaic.settings import Settings
+from moesaic.v1 import control_pb2
+
+if TYPE_CHECKING:
+    from cluster.processes.ray_cluster import RayCluster
+
+# Controller and gateway.
+NUM_OTHER_PROCESSES = 2
+# Above the ports that Ray gives its workers and below those that Linux hands out by itself: while the processes start,
+# neither takes one of these away.
+QUIET_PORTS = range(20_000, 32_768)
+NUM_CANDIDATES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedModel:
+    """A folder whose files are whole and whose config fits its tensors, and its name in the API."""
+
+    folder: Path
+    name: str
+    shape: MoeModel
+
+
+def check_model(settings: Settings) -> CheckedModel:
+    """The model of the settings, checked before a process is started.
+
+    Raises CheckpointError, or InvalidArgument when it cannot be spread as the settings say.
+    """
+    source = settings.model or str(DEMO_MODEL)
+    folder = find_model(source).resolve()
+    shape = describe_model(open_checkpoint(folder), settings.dense_layers)
+    check_counts(settings, shape)
+    return CheckedModel(folder, settings.served_model_name or name_model(source), shape)
+
+
+@contextlib.asynccontextmanager
+async def running_cluster(
+    settings: Settings,
+    model: CheckedModel,
+    progress: LoadProgress,
+    milestones: Milestones,
+    signals: StopSignals,
+) -> AsyncIterator[Endpoints]:
+    """A cluster that answers, until the context is left.
+
+    Raises StopRequested when a signal comes before it does, Unavailable when it cannot.
+    """
+
+    def show(topology: control_pb2.GetTopologyResponse) -> None:
+        milestones.look(topology)
+        progress.show(topology)
+
+    milestones.reach("input checked")
+    with contextlib.redirect_stdout(sys.stderr):
+        async with _connected(settings, signals) as ray:
+            milestones.reach("Ray runs")
+            processes = draw_blueprint(settings, model.folder, model.name, model.shape, ray.nodes(), ray.home)
+            launcher = Launcher(ray, processes, settings)
+            try:
+                launcher.submit()
+                with progress:
+                    endpoints = await signals.unless_stopped(launcher.wait_ready(show))
+                milestones.reach("ready")
+                yield endpoints
+            finally:
+                await launcher.stop(signals.force)
+
+
+@contextlib.asynccontextmanager
+async def _connected(settings: Settings, signals: StopSignals) -> AsyncIterator[RayCluster]:
+    """A Ray to start processes on. Stops everything and raises Unavailable when it dies meanwhile."""
+    from cluster.processes.ray_cluster import RayCluster  # ray takes its time: a wrong flag is told before
+
+    num_processes = NUM_OTHER_PROCESSES + settings.cluster.routers + (settings.cluster.workers or 1)
+    ray = RayCluster.connect(settings, num_processes=num_processes)
+    watch = asyncio.create_task(_stop_when_lost(ray, signals))
+    try:
+        yield ray
+    finally:
+        lost = watch.done()
+        watch.cancel()
+        ray.close()
+        if lost:
+            raise Unavailable("Ray has died, and every process of the cluster with it")
+
+
+async def _stop_when_lost(ray: RayCluster, signals: StopSignals) -> None:
+    await ray.lost()
+    signals.stop.set()
+    signals.force.set()
+
+
+async def serve(settings: Settings, model: CheckedModel, *, as_json: bool) -> None:
+    """Serves until a signal asks to stop; running requests may end within `cluster.drain_timeout_s`."""
+    out, console = sys.stdout, Console(stderr=True)
+    with StopSignals() as signals:
+        async with running_cluster(
+            settings, model, LoadProgress(console), Milestones(), signals
+        ) as endpoints:
+            print(_ready_line(endpoints, as_json=as_json), file=out, flush=True)
+            await signals.stop.wait()
+            console.print("stopping: running requests may end; once more to stop at once", highlight=False)
+
+
+def _ready_line(endpoints: Endpoints, *, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"ready": {"http": endpoints.http, "grpc": endpoints.grpc}})
+    return f"ready http={endpoints.http} grpc={endpoints.grpc}"
+
+
+def with_ports(settings: Settings) -> Settings:
+    """The settings with a free port in place of 0: a server that is restarted comes back at the address of the ready line.
+
+    Raises InvalidArgument for a port that is taken, before anything runs.
+    """
+    if settings.http_port and settings.http_port == settings.grpc_port:
+        raise InvalidArgument("grpc_port: must differ from http_port", field="grpc_port")
+    with contextlib.ExitStack() as probes:  # held together, so that two free ports are two
+        ports = {
+            field: _bind(field, settings.host, port, probes)
+            for field, port in (("http_port", settings.http_port), ("grpc_port", settings.grpc_port))
+        }
+    return settings.model_copy(update=ports)
+
+
+def _bind(field: str, host: str, port: int, probes: contextlib.ExitStack) -> int:
+    """Binds the port, or for 0 one that is free and stays so until its server takes it; returns it."""
+    refusal: OSError | None = None
+    for candidate in [port] if port else random.sample(QUIET_PORTS, NUM_CANDIDATES):
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[
+                0
+            ]
+            probe = probes.enter_context(socket.socket(family, kind, protocol))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return candidate
+        except OSError as error:
+            refusal = error
+    assert refusal is not None
+    in_use = refusal.errno == errno.EADDRINUSE
+    problem = "is in use" if in_use else f"cannot be used: {refusal.strerror}"
+    raise InvalidArgument(f"{field}: {host}:{port} {problem}", field=field) from refusal

@@ -1,0 +1,1 @@
+"""A running cluster as seen from outside."""

@@ -1,0 +1,1 @@
+"""What each process of a cluster runs, and the Ray actors that host them."""

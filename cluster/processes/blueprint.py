@@ -1,0 +1,173 @@
+"""Settings, a model and the nodes of a cluster -> the processes to start, each with its seat. Pure.
+
+The routers come first: of all processes they take longest to start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.control.controller import Cluster, Member
+from cluster.control.placement import (
+    MAX_WORKERS,
+    Node,
+    Seat,
+    layer_loads,
+    place_experts,
+    seat_routers,
+    seat_workers,
+)
+from cluster.processes.specs import (
+    CONTROLLER,
+    GATEWAY,
+    ControllerSpec,
+    ExpertWorkerSpec,
+    GatewaySpec,
+    ProcessSpec,
+    RouterSpec,
+    router_names,
+)
+from expert_worker.config import WorkerConfig
+from gateway.config import GatewayConfig
+from moesaic.families import MoeModel
+from moesaic.settings import Device, Settings
+from moesaic.v1 import control_pb2
+from router.config import RouterConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedProcess:
+    """A process and where it runs. `pinned`: nowhere else, for its public address is that of this machine."""
+
+    spec: ProcessSpec
+    seat: Seat
+    # What it reserves; the controller and the gateway hardly need any.
+    num_cpus: int
+    pinned: bool
+
+
+def check_counts(settings: Settings, model: MoeModel) -> None:
+    """Whether the model can be served and spread as asked, before anything runs. Raises InvalidArgument."""
+    model.context_length(settings.engine.max_model_len)
+    if settings.cluster.workers is not None:
+        place_experts(layer_loads(model), settings.cluster.workers, settings.cluster.replicas)
+
+
+def draw_blueprint(
+    settings: Settings, folder: Path, name: str, model: MoeModel, nodes: Sequence[Node], home: str
+) -> tuple[PlannedProcess, ...]:
+    """All processes that serve the model in `folder` as `name`; the command runs on the node with id `home`.
+
+    Raises InvalidArgument with field `workers`, `replicas` or `device`.
+    """
+    replicas = settings.cluster.replicas
+    at_most = min(MAX_WORKERS, len(model.addresses) * replicas)
+    num_routers = settings.cluster.routers
+    seats = seat_workers(
+        nodes,
+        settings.cluster.workers,
+        settings.device,
+        home=home,
+        num_routers=num_routers,
+        at_most=at_most,
+    )
+    workers = _workers(settings, folder, model, seats)
+    router_seats = seat_routers(nodes, seats, num_routers, settings.device, home=home)
+    routers = _routers(settings, folder, name, router_seats)
+    quiet_seat = Seat(router_seats[0].node, num_gpus=0.0, threads=1)
+    cluster = Cluster(
+        model=folder.name,
+        experts=frozenset(model.addresses),
+        members=(
+            Member(CONTROLLER, control_pb2.PROCESS_ROLE_CONTROLLER),
+            Member(GATEWAY, control_pb2.PROCESS_ROLE_GATEWAY),
+            *_members((*routers, *workers)),
+        ),
+    )
+    return (
+        *routers,
+        PlannedProcess(ControllerSpec(cluster), quiet_seat, num_cpus=0, pinned=False),
+        *workers,
+        PlannedProcess(_gateway(settings), quiet_seat, num_cpus=0, pinned=True),
+    )
+
+
+def _workers(
+    settings: Settings, folder: Path, model: MoeModel, seats: Sequence[Seat]
+) -> tuple[PlannedProcess, ...]:
+    """None where the router holds the whole model."""
+    if not seats:
+        return ()
+    placement = place_experts(layer_loads(model), len(seats), settings.cluster.replicas)
+    return tuple(
+        PlannedProcess(
+            ExpertWorkerSpec(
+                WorkerConfig(
+                    name=f"expert-worker-{index}",
+                    model=folder,
+                    experts=experts,
+                    host=seat.node.address,
+                    port=0,
+                    device=_device(seat),
+                    dtype=settings.dtype,
+                    settings=settings.worker.model_copy(
+                        update={"threads": settings.worker.threads or seat.threads}
+                    ),
+                    dense_layers=settings.dense_layers,
+                )
+            ),
+            seat,
+            num_cpus=1,
+            pinned=False,
+        )
+        for index, (experts, seat) in enumerate(zip(placement, seats, strict=True))
+    )
+
+
+def _routers(
+    settings: Settings, folder: Path, served_name: str, seats: Sequence[Seat]
+) -> tuple[PlannedProcess, ...]:
+    """The first has the public address and keeps it; the others are known to the gateway alone and may move."""
+    return tuple(
+        _router(settings, folder, served_name, name, seat, is_public=index == 0)
+        for index, (name, seat) in enumerate(zip(router_names(len(seats)), seats, strict=True))
+    )
+
+
+def _router(
+    settings: Settings, folder: Path, served_name: str, name: str, seat: Seat, *, is_public: bool
+) -> PlannedProcess:
+    config = RouterConfig(
+        model=folder,
+        served_name=served_name,
+        host=settings.host if is_public else seat.node.address,
+        port=settings.grpc_port if is_public else 0,
+        device=_device(seat),
+        dtype=settings.dtype,
+        engine=settings.engine.model_copy(update={"threads": settings.engine.threads or seat.threads}),
+        dense_layers=settings.dense_layers,
+    )
+    spec = RouterSpec(name, config, is_public, settings.cluster.start_timeout_s)
+    return PlannedProcess(spec, seat, num_cpus=1, pinned=is_public)
+
+
+def _gateway(settings: Settings) -> GatewaySpec:
+    config = GatewayConfig(settings.host, settings.http_port, settings.gateway)
+    return GatewaySpec(config, router_names(settings.cluster.routers))
+
+
+def _members(processes: Sequence[PlannedProcess]) -> Iterator[Member]:
+    for process in processes:
+        match process.spec:
+            case ExpertWorkerSpec(config):
+                yield Member(
+                    config.name, control_pb2.PROCESS_ROLE_EXPERT_WORKER, config.experts, config.device
+                )
+            case RouterSpec(name, config):
+                yield Member(name, control_pb2.PROCESS_ROLE_ROUTER, device=config.device)
+
+
+def _device(seat: Seat) -> Device:
+    return "cuda" if seat.num_gpus else "cpu"

@@ -1,0 +1,379 @@
+"""The Ray seam: the only file that imports ray. It starts, inspects and ends processes; no token ever passes here.
+
+`RayCluster` is this process's connection to Ray; `HostActor` is what Ray starts, one process each. ray is imported
+inside the functions, as it reads at import from the environment that a local Ray has to stay on loopback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from cluster.control.placement import Node
+from cluster.processes.blueprint import PlannedProcess
+from cluster.processes.host import ProcessHost, ProcessReport
+from cluster.processes.specs import ProcessSpec, Surroundings, make_server, set_threads
+from moesaic import telemetry
+from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
+from moesaic.settings import Settings
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "moesaic"
+# Nothing goes through the object store; this is the least that Ray accepts.
+OBJECT_STORE_BYTES = 75 << 20
+CONNECT_TIMEOUT_S = 5.0
+# What an answer may take on top of the time that the process may hold the question.
+ANSWER_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 10.0
+KILL_PERIOD_S = 0.05
+LOSS_PERIOD_S = 1.0
+
+# Of itself Ray would try for a quarter of an hour.
+_JOIN_ENVIRONMENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "10"}
+# Workers' log lines are JSON already: no colour, no prefix, nothing left out.
+_LOG_ENVIRONMENT = {"RAY_DISABLE_WORKER_LOG_PREFIX": "1", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
+# Ray takes loopback for an address of its own only where it believes that there can be no cluster.
+_LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_LOCAL_ENVIRONMENT = {
+    # Ray's default makes way for everything else on the machine; here its processes are the service.
+    "RAY_worker_niceness": "0",
+    # Nothing leaves the machine.
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Logging:
+    """How the processes log and trace."""
+
+    level: str
+    otlp_endpoint: str | None
+
+
+class HostActor:
+    """One process of the cluster. Ray calls `__init__` again when the process died, so it starts by itself."""
+
+    def __init__(self, spec: ProcessSpec, logs: Logging) -> None:
+        os.dup2(2, 1)  # stdout belongs to nobody here; what a library prints goes to the log
+        set_threads(spec, os.environ)
+        telemetry.configure(spec.name, otlp_endpoint=logs.otlp_endpoint, log_level=logs.level)
+        around = Surroundings(node=_own_address(), restarts=_own_restarts(), peers=RayPeers())
+        self._host = ProcessHost(
+            spec.name, lambda: make_server(spec, around), node=around.node, restarts=around.restarts
+        )
+        self._running = asyncio.create_task(self._host.run())
+
+    async def report(self, seen: int, hold_s: float) -> ProcessReport:
+        return await self._host.report(seen, hold_s)
+
+    async def stop(self, drain_s: float) -> None:
+        self._running.cancel()
+        await asyncio.gather(self._running, return_exceptions=True)
+        await self._host.stop(drain_s)
+        telemetry.flush()
+
+
+class RayPeers:
+    """The processes by name, asked through Ray. The names stay; what is behind them is looked up when it changes."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
+
+    async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
+        handle = await self.handle(name)
+        report: ProcessReport = await self._call(
+            name, handle.report.remote(seen, hold_s), hold_s + ANSWER_TIMEOUT_S
+        )
+        return report
+
+    async def address(self, name: str) -> str:
+        report = await self.report(name, seen=0, hold_s=0.0)
+        if not report.address:
+            raise Unavailable(f"{name} does not listen yet")
+        return report.address
+
+    async def stop(self, name: str, drain_s: float) -> None:
+        """Drains the process; it stays until it is killed. Raises Unavailable."""
+        handle = await self.handle(name)
+        await self._call(name, handle.stop.remote(drain_s), drain_s + ANSWER_TIMEOUT_S)
+
+    async def handle(self, name: str) -> Any:
+        """Ray's handle of a process. Raises Unavailable when Ray knows none of that name."""
+        import ray
+
+        if name not in self._handles:
+            try:
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    self._handles[name] = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+            except (ValueError, TimeoutError) as error:
+                raise Unavailable(f"{name} is not there") from error
+        return self._handles[name]
+
+    def remember(self, name: str, handle: Any) -> None:
+        """What `handle` would look up."""
+        self._handles[name] = handle
+
+    async def _call(self, name: str, reference: Any, timeout_s: float) -> Any:
+        from ray.exceptions import ActorDiedError, RayError
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await reference
+        except ActorDiedError as error:
+            self._handles.pop(name, None)
+            raise Unavailable(f"its process died: {_last_line(error)}", reason="PROCESS_DIED") from error
+        except RayError as error:
+            raise Unavailable("its process is being restarted") from error
+        except TimeoutError as error:
+            raise Unavailable("its process does not answer, or waits for a place on a node") from error
+
+
+class RayCluster:
+    """This process's connection to Ray, and the processes that it starts there."""
+
+    def __init__(self, logs: Logging, *, temp_folder: Path | None) -> None:
+        self._logs = logs
+        self._temp_folder = temp_folder
+        self.peers = RayPeers()
+
+    @classmethod
+    def connect(cls, settings: Settings, *, num_processes: int) -> Self:
+        """Joins the Ray that `cluster.address` names, or starts one."""
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its core would tell of every connection that ends
+        logs = Logging(telemetry.choose_log_level(settings.log_level), settings.otlp_endpoint)
+        if settings.cluster.address is not None:
+            return cls.join(settings.cluster.address, logs)
+        return cls.local(logs, num_processes=num_processes)
+
+    @classmethod
+    def local(cls, logs: Logging, *, num_processes: int) -> Self:
+        """Starts a Ray of our own, on loopback and with a token. `num_processes`: about as many as will be started."""
+        os.environ.update({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT, **_LOCAL_ENVIRONMENT})
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.pop("RAY_AUTH_MODE", None)  # left to itself, Ray asks for the token
+        folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
+        os.environ["TMPDIR"] = str(folder)  # whatever a library leaves in a temporary folder goes with it
+        cluster = cls(logs, temp_folder=folder)
+        try:
+            cluster._connect(
+                address="local",
+                num_cpus=num_processes,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+            )
+            if any(node.address != "127.0.0.1" for node in cluster.nodes()):
+                raise FailedPrecondition("Ray did not stay on loopback")
+        except BaseException as error:
+            cluster.close()
+            if isinstance(error, (ConnectionError, RuntimeError, OSError)):
+                raise Unavailable(f"Ray cannot start: {_first_line(error)}") from error
+            raise
+        return cluster
+
+    @classmethod
+    def join(cls, address: str, logs: Logging) -> Self:
+        """Connects to a Ray that runs already. Raises Unavailable with field `address` when there is none."""
+        host = _probe(address)
+        os.environ.update({**_LOG_ENVIRONMENT, **_JOIN_ENVIRONMENT})
+        if host in ("localhost", "127.0.0.1"):
+            os.environ.update(_LOOPBACK_ENVIRONMENT)
+        cluster = cls(logs, temp_folder=None)
+        try:
+            cluster._connect(address=address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            cluster.close()
+            raise Unavailable(f"address: cannot join Ray: {_first_line(error)}", field="address") from error
+        return cluster
+
+    @property
+    def home(self) -> str:
+        """Id of the node that this process runs on."""
+        import ray
+
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id
+
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes that are alive, this process's own first."""
+        nodes = [_node(entry, local=self._local) for entry in _entries() if entry["Alive"]]
+        return tuple(sorted(nodes, key=lambda node: (node.id != self.home, node.address, node.id)))
+
+    def names(self) -> tuple[str, ...]:
+        """The processes of Moesaic that this Ray knows."""
+        import ray
+
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        return tuple(sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE))
+
+    def start(self, process: PlannedProcess) -> None:
+        """Asks Ray for a process and returns at once; Ray restarts it whenever it dies."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        node_id = process.seat.node.id
+        name = process.spec.name
+        handle = (
+            ray.remote(HostActor)
+            .options(
+                name=name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                max_restarts=-1,
+                max_task_retries=0,
+                # A Ray of our own has nobody to share its cores with.
+                num_cpus=0 if self._local else process.num_cpus,
+                num_gpus=process.seat.num_gpus,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=not process.pinned),
+            )
+            .remote(process.spec, self._logs)
+        )
+        self.peers.remember(name, handle)
+
+    async def kill(self, names: Iterable[str]) -> None:
+        """Ends processes for good, and returns when a joined Ray has buried them; a local one takes them with it."""
+        if self._local:
+            return
+        await asyncio.gather(*(self._kill(name) for name in names))
+
+    async def lost(self) -> None:
+        """Returns when the Ray that was started here has died; never for a joined one, which heals by itself."""
+        raylets = [child for child in psutil.Process().children() if self._local and child.name() == "raylet"]
+        while all(map(_is_alive, raylets)):
+            await asyncio.sleep(LOSS_PERIOD_S)
+
+    def close(self) -> None:
+        """Leaves Ray; a local one ends, with everything that it started."""
+        import ray
+
+        if self._temp_folder is None:
+            ray.shutdown()
+            return
+        own = psutil.Process().children(recursive=True)
+        if _has_head(own):
+            ray.shutdown()
+        else:
+            atexit.unregister(ray.shutdown)
+        _end(own)
+        shutil.rmtree(self._temp_folder, ignore_errors=True)
+
+    @property
+    def _local(self) -> bool:
+        return self._temp_folder is not None
+
+    def _connect(self, **options: Any) -> None:
+        import ray
+        from ray._private import utils
+
+        # Ray would take SIGTERM for itself and answer it by leaving its own start half done.
+        utils.set_sigterm_handler = lambda handler: None
+        ray.init(namespace=NAMESPACE, log_to_driver=True, logging_level=logging.ERROR, **options)
+
+    async def _kill(self, name: str) -> None:
+        import ray
+
+        with contextlib.suppress(Unavailable):  # it is gone
+            ray.kill(await self.peers.handle(name), no_restart=True)
+            for _ in range(int(END_TIMEOUT_S / KILL_PERIOD_S)):
+                await self.peers.report(name, seen=0, hold_s=0.0)
+                await asyncio.sleep(KILL_PERIOD_S)
+            log.error("%s outlived its end", name)
+
+
+def _own_address() -> str:
+    import ray
+
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
+def _entries() -> list[dict[str, Any]]:
+    import ray
+
+    entries: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return entries
+
+
+def _own_restarts() -> int:
+    """How often Ray has restarted this actor."""
+    import ray
+    from ray._private import state  # no public road to this number without the dashboard
+
+    entry = state.actors(ray.get_runtime_context().get_actor_id())
+    return int(entry.get("NumRestarts", 0))
+
+
+def _node(entry: Mapping[str, Any], *, local: bool) -> Node:
+    resources = entry["Resources"]
+    # A local Ray is told the number of processes, so that each finds a place; its cores are this machine's.
+    num_cpus = len(os.sched_getaffinity(0)) if local else int(resources.get("CPU", 1))
+    return Node(
+        id=entry["NodeID"],
+        address=entry["NodeManagerAddress"],
+        num_cpus=num_cpus,
+        num_gpus=int(resources.get("GPU", 0)),
+    )
+
+
+def _probe(address: str) -> str:
+    """The host of an address at which somebody answers: Ray itself would take long to say that nobody does."""
+    if "://" in address:
+        raise InvalidArgument(
+            "address: the Ray Client protocol is not supported: name HOST:PORT of the head, or auto",
+            field="address",
+        )
+    if address == "auto":
+        return ""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InvalidArgument("address: must be HOST:PORT or auto", field="address")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise Unavailable(f"address: no Ray answers at {address}", field="address") from error
+    return host
+
+
+def _has_head(processes: Iterable[psutil.Process]) -> bool:
+    """Whether Ray's head lives: without it ray.shutdown would block this process for minutes."""
+    return any(_is_alive(process) and process.name() == "gcs_server" for process in processes)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end(processes: Iterable[psutil.Process]) -> None:
+    """Sees to it that processes are gone, also those of a start that broke off, which nobody has told to end."""
+    alive = [process for process in processes if _is_alive(process)]
+    for ask in (psutil.Process.terminate, psutil.Process.kill):
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                ask(process)
+        _, alive = psutil.wait_procs(alive, timeout=END_TIMEOUT_S / 2)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

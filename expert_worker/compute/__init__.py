@@ -1,0 +1,1 @@
+"""From waiting calls to one grouped pass."""

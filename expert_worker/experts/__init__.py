@@ -1,0 +1,1 @@
+"""The experts that a worker holds: read, checked, computed."""

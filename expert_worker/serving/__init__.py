@@ -1,0 +1,1 @@
+"""How calls reach a worker and answers leave it."""

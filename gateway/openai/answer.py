@@ -1,0 +1,104 @@
+"""What the calls of one HTTP request have brought so far, in pieces that a reply is made of.
+
+A piece is what one message adds to one choice, or a whole choice at once: streamed chunks and collected replies are
+rendered by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moesaic.completion import FINISH_REASONS
+from moesaic.errors import DataLoss
+from moesaic.v1 import inference_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is added to choice `index`; `is_first` when nothing was before."""
+
+    index: int
+    is_first: bool
+    prompt: pb.PromptInfo
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[pb.TokenLogprob, ...]
+    finish_reason: str | None
+    # The stop string or the id of the stop token that ended it; empty without one.
+    stop: str
+
+
+class Answer:
+    """The choices of one request: `num_prompts` x `num_choices`, numbered prompt by prompt."""
+
+    def __init__(self, num_prompts: int, num_choices: int) -> None:
+        self.model = ""
+        self.epoch = ""
+        self._num_choices = num_choices
+        self._unfinished = set(range(num_prompts * num_choices))
+        self._prompts: dict[int, pb.PromptInfo] = {}
+        # Of every choice that has begun.
+        self._completion_tokens: dict[int, int] = {}
+        # Of every prompt that has a finished choice: the fewest that any of its choices found in the cache.
+        self._cached_tokens: dict[int, int] = {}
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self._prompts.values())
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(self._completion_tokens.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were not computed for this request. Its choices share their prompt: that is no hit."""
+        return sum(self._cached_tokens.values())
+
+    def add(self, prompt_number: int, message: pb.GenerateResponse) -> Piece | None:
+        """Takes a message in; None when it held the prompt alone."""
+        self.model, self.epoch = message.model, message.epoch
+        if message.HasField("prompt"):
+            self._prompts[prompt_number] = message.prompt
+        if not (message.token_ids or message.text or message.finish_reason):
+            return None
+        index = prompt_number * self._num_choices + message.index
+        is_first = index not in self._completion_tokens
+        self._completion_tokens[index] = self._completion_tokens.get(index, 0) + len(message.token_ids)
+        finish_reason = FINISH_REASONS.get(message.finish_reason)
+        if finish_reason is not None:
+            self._completion_tokens[index] = message.usage.completion_tokens
+            cached = message.usage.cached_prompt_tokens
+            self._cached_tokens[prompt_number] = min(cached, self._cached_tokens.get(prompt_number, cached))
+            self._unfinished.discard(index)
+        return Piece(
+            index=index,
+            is_first=is_first,
+            prompt=self._prompts.get(prompt_number, pb.PromptInfo()),
+            text=message.text,
+            token_ids=tuple(message.token_ids),
+            logprobs=tuple(message.logprobs),
+            finish_reason=finish_reason,
+            stop=message.stop,
+        )
+
+    def check_complete(self) -> None:
+        """Raises DataLoss when the router fell silent without an end or an error."""
+        if self._unfinished:
+            raise DataLoss("the answer broke off", reason="INCOMPLETE_ANSWER")
+
+
+def join(pieces: Sequence[Piece]) -> Piece:
+    """The pieces of one choice, in order, as one."""
+    last = pieces[-1]
+    return Piece(
+        index=last.index,
+        is_first=True,
+        prompt=last.prompt,
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token_id for piece in pieces for token_id in piece.token_ids),
+        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        finish_reason=last.finish_reason,
+        stop=last.stop,
+    )

@@ -1,0 +1,125 @@
+"""Errors as HTTP clients expect them: a status, OpenAI's envelope, and whether a retry can help.
+
+The mapping is a table over moesaic.errors; what HTTP itself refuses (path, method, size, media type) has a table of
+its own. A message is what the router or the gateway wrote for the caller: never a path, an address or a stack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from gateway.openai.requests import COMBINATION, UNION_BRANCHES
+from gateway.openai.strict_json import readable
+from moesaic import errors
+from moesaic.errors import InvalidArgument, MoesaicError
+
+# 499 is for the log alone: nobody is left to read it.
+CLIENT_GONE = 499
+
+_STATUS: dict[type[MoesaicError], int] = {
+    errors.InvalidArgument: 400,
+    # Not 501: openai-python retries every 5xx.
+    errors.Unsupported: 400,
+    errors.NotFound: 404,
+    errors.Aborted: 409,
+    errors.Overloaded: 429,
+    errors.Cancelled: CLIENT_GONE,
+    # Of an answer, not of a change: the server's own condition.
+    errors.FailedPrecondition: 500,
+    errors.InternalError: 500,
+    errors.Unavailable: 503,
+    errors.DataLoss: 503,
+    errors.DeadlineExceeded: 504,
+}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+    431: "headers_too_large",
+}
+# A second attempt may find a free place or a living replica; anywhere else it would only fail again.
+_RETRYABLE = frozenset({429, 503})
+_DEFAULT_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class HttpError:
+    """An error on its way to an HTTP client."""
+
+    status: int
+    message: str
+    param: str | None
+    code: str
+    retry_after_s: float | None = None
+
+    @property
+    def envelope(self) -> dict[str, Any]:
+        """`{"error": {"message", "type", "param", "code"}}`."""
+        return {
+            "error": {"message": self.message, "type": self._type, "param": self.param, "code": self.code}
+        }
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.status not in _RETRYABLE:
+            return {"x-should-retry": "false"}
+        return {"retry-after": str(max(1, math.ceil(self.retry_after_s or _DEFAULT_RETRY_S)))}
+
+    @property
+    def _type(self) -> str:
+        return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+
+def from_moesaic(error: MoesaicError) -> HttpError:
+    """The nearest status of an error of ours; `code` carries its reason."""
+    status = next((_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS), 500)
+    return HttpError(status, error.message, error.field, error.reason.lower(), error.retry_after_s)
+
+
+def from_http(error: HTTPException) -> HttpError:
+    """What the framework refuses before a route is reached."""
+    return HttpError(
+        error.status_code, str(error.detail), None, _HTTP_CODES.get(error.status_code, "invalid_request")
+    )
+
+
+def from_validation(error: RequestValidationError) -> HttpError:
+    """The first field that does not fit the request's type."""
+    first = error.errors()[0]
+    param = first["ctx"]["param"] if first["type"] == COMBINATION else _param(first["loc"])
+    return from_moesaic(InvalidArgument(_complaint(first, param), field=param))
+
+
+def response(error: HttpError, extra_headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error.envelope, error.status, headers={**(extra_headers or {}), **error.headers})
+
+
+def _param(loc: tuple[str | int, ...]) -> str | None:
+    """`messages[0].content`, without the names that unions give their branches."""
+    path = ""
+    for part in loc[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in UNION_BRANCHES:
+            path += f".{readable(part)}" if path else readable(part)
+    return path or None
+
+
+def _complaint(error: dict[str, Any], param: str | None) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"unknown field {param}"
+    if error["type"] == "missing":
+        return f"missing field {param}" if param else "the body is empty"
+    if error["type"] == COMBINATION:
+        return str(error["msg"])
+    return f"{param or 'the body'}: {error['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,220 @@
+"""From the pieces of an answer to reply bodies: one renderer for completions, one for chat completions.
+
+A renderer belongs to one request. `chunks` is what a stream sends for one piece, `reply` the same answer as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel
+
+from gateway.openai import logprobs, replies
+from gateway.openai.answer import Answer, Piece, join
+from gateway.openai.requests import ChatCompletionRequest, CompletionRequest, GenerationBody
+from moesaic.v1 import inference_pb2 as pb
+
+
+class Renderer(Protocol):
+    """The shape of a reply to one request."""
+
+    # The router's name of a field -> the name that this API gives it.
+    params: ClassVar[Mapping[str, str]]
+
+    @property
+    def request(self) -> GenerationBody: ...
+
+    def calls(self) -> list[pb.GenerateRequest]: ...
+
+    def chunks(self, answer: Answer, piece: Piece) -> Sequence[BaseModel]: ...
+
+    def usage_chunk(self, answer: Answer) -> BaseModel: ...
+
+    def reply(self, answer: Answer, choices: Sequence[Sequence[Piece]]) -> BaseModel: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What names a reply."""
+
+    request_id: str
+    # Seconds since 1970.
+    created: int
+
+
+class CompletionRenderer:
+    """POST /v1/completions."""
+
+    params: ClassVar[Mapping[str, str]] = {
+        "prompt_logprobs": "logprobs",
+        "include_stop_in_output": "include_stop_str_in_output",
+    }
+
+    def __init__(self, request: CompletionRequest, identity: Identity) -> None:
+        self.request = request
+        self._identity = identity
+        # Per choice, where its next token's text begins.
+        self._offsets: dict[int, int] = {}
+
+    def calls(self) -> list[pb.GenerateRequest]:
+        return self.request.calls()
+
+    def chunks(self, answer: Answer, piece: Piece) -> Sequence[BaseModel]:
+        usage = _chunk_usage(self.request, answer)
+        return [self._body(answer, choices=[self._choice(piece)], **usage)]
+
+    def usage_chunk(self, answer: Answer) -> BaseModel:
+        return self._body(answer, choices=[], usage=_usage(answer))
+
+    def reply(self, answer: Answer, choices: Sequence[Sequence[Piece]]) -> BaseModel:
+        rendered = [self._choice(join(pieces)) for pieces in choices]
+        return self._body(answer, choices=rendered, usage=_usage(answer))
+
+    def _body(self, answer: Answer, **fields: Any) -> replies.CompletionReply:
+        return replies.CompletionReply(
+            id=f"cmpl-{self._identity.request_id}",
+            object="text_completion",
+            created=self._identity.created,
+            model=answer.model,
+            epoch=answer.epoch,
+            **fields,
+        )
+
+    def _choice(self, piece: Piece) -> replies.CompletionChoice:
+        echo = bool(self.request.echo) and piece.is_first
+        optional: dict[str, Any] = {}
+        if self.request.return_token_ids:
+            optional["token_ids"] = list(piece.token_ids)
+            if piece.is_first:
+                optional["prompt_token_ids"] = list(piece.prompt.token_ids)
+        return replies.CompletionChoice(
+            index=piece.index,
+            text=piece.prompt.text + piece.text if echo else piece.text,
+            logprobs=self._logprobs(piece, echo),
+            finish_reason=piece.finish_reason,
+            stop_reason=_stop_reason(self.request, piece),
+            **optional,
+        )
+
+    def _logprobs(self, piece: Piece, echo: bool) -> replies.CompletionLogprobs | None:
+        if self.request.logprobs is None:
+            return None
+        entries = [*piece.prompt.logprobs, *piece.logprobs] if echo else list(piece.logprobs)
+        offset = self._offsets.get(piece.index, 0)
+        self._offsets[piece.index] = offset + logprobs.num_chars(entries)
+        return logprobs.for_completion(entries, offset)
+
+
+class ChatRenderer:
+    """POST /v1/chat/completions."""
+
+    params: ClassVar[Mapping[str, str]] = {
+        "prompt": "messages",
+        "chat": "messages",
+        "template_kwargs": "chat_template_kwargs",
+        "logprobs": "top_logprobs",
+        "include_stop_in_output": "include_stop_str_in_output",
+    }
+
+    def __init__(self, request: ChatCompletionRequest, identity: Identity) -> None:
+        self.request = request
+        self._identity = identity
+
+    def calls(self) -> list[pb.GenerateRequest]:
+        return self.request.calls()
+
+    def chunks(self, answer: Answer, piece: Piece) -> Sequence[BaseModel]:
+        """The first chunk of a choice names the role, and the prompt's ids where they were asked for."""
+        usage = _chunk_usage(self.request, answer)
+        delta = replies.ChatDelta(content=piece.text)
+        chunks = [self._chunk(answer, choices=[self._chunk_choice(piece, delta)], **usage)]
+        if piece.is_first:
+            opening = replies.ChatChunkChoice(
+                index=piece.index,
+                delta=replies.ChatDelta(role="assistant", content=""),
+                logprobs=None,
+                finish_reason=None,
+            )
+            chunks.insert(0, self._chunk(answer, choices=[opening], **usage, **self._prompt_token_ids(piece)))
+        return chunks
+
+    def usage_chunk(self, answer: Answer) -> BaseModel:
+        return self._chunk(answer, choices=[], usage=_usage(answer))
+
+    def reply(self, answer: Answer, choices: Sequence[Sequence[Piece]]) -> BaseModel:
+        joined = [join(pieces) for pieces in choices]
+        return replies.ChatReply(
+            **self._head(answer),
+            object="chat.completion",
+            choices=[
+                replies.ChatChoice(
+                    message=replies.ChatMessage(role="assistant", content=piece.text), **self._common(piece)
+                )
+                for piece in joined
+            ],
+            usage=_usage(answer),
+            **self._prompt_token_ids(joined[0]),
+        )
+
+    def _chunk(self, answer: Answer, **fields: Any) -> replies.ChatChunk:
+        return replies.ChatChunk(**self._head(answer), object="chat.completion.chunk", **fields)
+
+    def _chunk_choice(self, piece: Piece, delta: replies.ChatDelta) -> replies.ChatChunkChoice:
+        return replies.ChatChunkChoice(delta=delta, **self._common(piece))
+
+    def _head(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "id": f"chatcmpl-{self._identity.request_id}",
+            "created": self._identity.created,
+            "model": answer.model,
+            "epoch": answer.epoch,
+        }
+
+    def _common(self, piece: Piece) -> dict[str, Any]:
+        """What a choice and a chunk of it share."""
+        num_top = self.request.top_logprobs or 0
+        fields: dict[str, Any] = {
+            "index": piece.index,
+            "logprobs": logprobs.for_chat(piece.logprobs, num_top) if self.request.logprobs else None,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": _stop_reason(self.request, piece),
+        }
+        if self.request.return_token_ids:
+            fields["token_ids"] = list(piece.token_ids)
+        return fields
+
+    def _prompt_token_ids(self, piece: Piece) -> dict[str, Any]:
+        return {"prompt_token_ids": list(piece.prompt.token_ids)} if self.request.return_token_ids else {}
+
+
+def _usage(answer: Answer) -> replies.Usage:
+    return replies.Usage(
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+        total_tokens=answer.prompt_tokens + answer.completion_tokens,
+        prompt_tokens_details=replies.PromptTokensDetails(cached_tokens=answer.cached_tokens),
+    )
+
+
+def _chunk_usage(request: GenerationBody, answer: Answer) -> dict[str, replies.Usage | None]:
+    """`usage` of a chunk: so far, or null where only the last chunk has it; absent where nobody asked."""
+    options = request.stream_options
+    if options is None or not (options.include_usage or options.continuous_usage_stats):
+        return {}
+    return {"usage": _usage(answer) if options.continuous_usage_stats else None}
+
+
+def _stop_reason(request: GenerationBody, piece: Piece) -> str | int | None:
+    """The stop string, or the id of the stop token, that the client named and that ended the choice."""
+    if not piece.stop:
+        return None
+    strings = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if piece.stop in strings:
+        return piece.stop
+    return (
+        int(piece.stop)
+        if piece.stop.isdigit() and int(piece.stop) in (request.stop_token_ids or [])
+        else None
+    )

@@ -1,0 +1,1 @@
+"""The routers behind the gateway: which one answers, and the channel to it."""

@@ -1,0 +1,1 @@
+"""A model's folder: its config and the headers of its safetensors files."""

@@ -1,0 +1,177 @@
+"""A model folder as an index: which tensor lies in which file, with its dtype and shape.
+
+Router and workers must find the same tensors, so both read the folder through here. Only headers are read, and nothing
+but safetensors is ever opened.
+
+Two forms are known: that of Hugging Face (config.json, model*.safetensors) and that of Mistral's own releases
+(params.json, consolidated*.safetensors). A folder that has both, as published ones do, is read in the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moesaic.checkpoints.mistral_params import PARAMS_FILE, read_params
+from moesaic.checkpoints.safetensors_file import (
+    MAX_INDEX_BYTES,
+    TensorEntry,
+    check_tensor_name,
+    is_name,
+    read_header,
+    read_json,
+    refuse,
+)
+from moesaic.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+NATIVE_INDEX_FILE = "consolidated.safetensors.index.json"
+NATIVE_SINGLE_FILE = "consolidated.safetensors"
+CONVERT_COMMAND = "moesaic convert FOLDER OUT"
+
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_NATIVE_PREFIX = "consolidated"
+_NATIVE_SHARD = re.compile(r"consolidated-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model folder whose files are whole: its config and the entry of every tensor.
+
+    The config is always that of Hugging Face. `config_file` is the file that it was read from, and `spelling` what
+    that file calls those keys that it spells otherwise.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+    config_file: str = CONFIG_FILE
+    spelling: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def native(self) -> bool:
+        """Whether tensors have the names and the rotary order of Mistral's own releases."""
+        return self.config_file == PARAMS_FILE
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Reads the config, the shard index and all safetensors headers of a folder; no weights.
+
+    Raises CheckpointError whose `field` is `model` for the folder as a whole, else the name of the file at fault.
+    """
+    try:
+        return _open(Path(folder))
+    except OSError as error:
+        raise CheckpointError(f"model: cannot be read: {error.strerror}", field="model") from error
+
+
+def _open(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        refuse("model", "no such folder")
+    names = {path.name for path in folder.iterdir()}
+    if not any(name.endswith(".safetensors") for name in names):
+        _refuse_without_safetensors(names)
+    if names & {SINGLE_FILE, INDEX_FILE} or not _native_files(names):
+        return _open_hugging_face(folder, names)
+    return _open_native(folder, names)
+
+
+def _open_hugging_face(folder: Path, names: set[str]) -> Checkpoint:
+    if CONFIG_FILE not in names:
+        refuse("model", f"the folder has no {CONFIG_FILE}")
+    config = read_json(folder / CONFIG_FILE)
+    if PARAMS_FILE in names and _native_files(names):
+        _check_same_model(config, read_json(folder / PARAMS_FILE))
+    if SINGLE_FILE in names:
+        tensors = read_header(folder / SINGLE_FILE)
+    elif INDEX_FILE in names:
+        tensors = _read_shards(folder, INDEX_FILE)
+    else:
+        refuse("model", f"the folder has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    return Checkpoint(folder, config, tensors)
+
+
+def _open_native(folder: Path, names: set[str]) -> Checkpoint:
+    if PARAMS_FILE not in names:
+        refuse("model", f"the folder has no {PARAMS_FILE}")
+    if pickles := [name for name in _pickles(names) if name.startswith(_NATIVE_PREFIX)]:
+        safe = _native_files(names)[0]
+        refuse("model", f"weights are in {pickles[0]} and in {safe}: only one of them may be here")
+    config = read_params(read_json(folder / PARAMS_FILE))
+    if NATIVE_SINGLE_FILE in names:
+        tensors = read_header(folder / NATIVE_SINGLE_FILE)
+    elif NATIVE_INDEX_FILE in names:
+        tensors = _read_shards(folder, NATIVE_INDEX_FILE)
+    else:
+        tensors = _join_headers(folder, _native_files(names))
+    return Checkpoint(folder, config.values, tensors, PARAMS_FILE, config.spelling)
+
+
+def _refuse_without_safetensors(names: set[str]) -> NoReturn:
+    if pickles := _pickles(names):
+        refuse(
+            "model", f"weights are in {pickles[0]}, only safetensors is served: run `{CONVERT_COMMAND}` first"
+        )
+    refuse("model", "the folder has no safetensors file")
+
+
+def _pickles(names: set[str]) -> list[str]:
+    return sorted(name for name in names if Path(name).suffix in PICKLE_SUFFIXES)
+
+
+def _native_files(names: set[str]) -> list[str]:
+    return sorted(name for name in names if name == NATIVE_SINGLE_FILE or _NATIVE_SHARD.fullmatch(name))
+
+
+def _check_same_model(config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """Published folders carry one model in both forms; two models in one folder are somebody's mistake."""
+    for key, native in (("hidden_size", "dim"), ("num_hidden_layers", "n_layers")):
+        if key in config and native in params and config[key] != params[native]:
+            refuse(
+                f"{PARAMS_FILE}: {native}",
+                f"does not match {key} of {CONFIG_FILE}: the folder mixes two models",
+            )
+
+
+def _join_headers(folder: Path, shards: list[str]) -> dict[str, TensorEntry]:
+    """All tensors of numbered shards without an index."""
+    counts = {int(match[2]) for shard in shards if (match := _NATIVE_SHARD.fullmatch(shard))}
+    if counts != {len(shards)}:
+        refuse("model", f"shards are missing: {len(shards)} are here, of {max(counts)}")
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards:
+        header = read_header(folder / shard)
+        if twice := sorted(header.keys() & tensors.keys()):
+            refuse(shard, f"tensor {twice[0]} is in another shard, too")
+        tensors |= header
+    return tensors
+
+
+def _read_shards(folder: Path, index: str) -> dict[str, TensorEntry]:
+    weight_map = read_json(folder / index, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        refuse(index, "weight_map must be a non-empty object")
+    for name, shard in weight_map.items():
+        check_tensor_name(index, name)
+        if not _is_shard_name(shard):
+            refuse(index, "weight_map must name safetensors files of the folder itself")
+    headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            refuse(shard, f"tensor {name} is missing, which {index} says is here")
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _is_shard_name(shard: object) -> bool:
+    return (
+        isinstance(shard, str)
+        and shard.endswith(".safetensors")
+        and not shard.startswith(".")
+        and not set(shard) & {"/", "\\"}
+        and is_name(shard)
+    )

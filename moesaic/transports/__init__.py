@@ -1,0 +1,1 @@
+"""What both ends of a connection between router and worker agree on."""

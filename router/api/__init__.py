@@ -1,0 +1,1 @@
+"""The public service: requests checked and completed, events turned into replies."""

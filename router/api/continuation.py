@@ -1,0 +1,163 @@
+"""One of the n answers to a request: the engine's events in, the messages of the stream out.
+
+It owns the text: incomplete characters wait for their last byte, stop strings cut it. It knows neither gRPC nor the
+engine; the service cancels the sequence when `finished` turns true before the engine said so.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moesaic.v1 import inference_pb2
+from router.api.sampling_request import TextOptions
+from router.engine.request import (
+    Finished,
+    FinishReason,
+    SampledToken,
+    SamplingParams,
+    Started,
+    Timing,
+    TokenLogprobs,
+)
+from router.text.detokenizer import StopMatcher
+from router.text.text import Text
+
+_FINISH_REASONS = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class Continuation:
+    """Makes the messages of one index: one per token, and a last one with finish reason, usage and timing."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        text: Text,
+        params: SamplingParams,
+        options: TextOptions,
+        *,
+        request_id: str,
+        model: str,
+        continues: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`continues`: whether the text goes on from the prompt's, or is one of its own."""
+        self.index = index
+        # Drawn here: a client's request id is never a key.
+        self.sequence_id = uuid.uuid4().hex
+        self.params = params
+        self.model = model
+        self.epoch = ""
+        self.num_tokens = 0
+        self.finished = False
+        self._num_prompt_tokens = len(prompt)
+        self._text = text
+        self._options = options
+        self._detokenizer = text.detokenizer(
+            prompt if continues else (), skip_special_tokens=options.skip_special_tokens
+        )
+        self._matcher = StopMatcher(options.stop, include_stop=options.include_stop)
+        self._request_id = request_id
+        self._clock = clock
+        self._admitted_s = clock()
+        self._queued_s = 0.0
+        self._num_cached = 0
+        self._first_token_s: float | None = None
+
+    def message(self, **fields: Any) -> inference_pb2.GenerateResponse:
+        """A message of this continuation."""
+        return inference_pb2.GenerateResponse(
+            request_id=self._request_id, model=self.model, epoch=self.epoch, index=self.index, **fields
+        )
+
+    def on_started(self, event: Started) -> None:
+        self._queued_s = event.queued_s
+        self._num_cached = event.num_cached
+
+    def on_token(self, token: SampledToken) -> list[inference_pb2.GenerateResponse]:
+        """The token's own message, and the last one when a stop string is complete."""
+        self.num_tokens += 1
+        if self._first_token_s is None:
+            self._first_token_s = self._clock()
+        text, stop = self._text_of(token.token_id)
+        logprobs = [] if token.logprobs is None else [logprob_message(self._text, token.logprobs)]
+        messages = [self.message(text=text, token_ids=[token.token_id], logprobs=logprobs)]
+        if stop is not None:
+            messages.append(self._last("", FinishReason.STOP, stop, self._own_timing()))
+        return messages
+
+    def on_finished(self, event: Finished) -> inference_pb2.GenerateResponse:
+        """The last message, with the text that was still held back."""
+        text, stop = self._search(self._detokenizer.flush())
+        if stop is not None:
+            return self._last(text, FinishReason.STOP, stop, event.timing)
+        requested = event.stop_token_id is not None and event.stop_token_id in self._options.stop_token_ids
+        stop = str(event.stop_token_id) if requested else ""
+        return self._last(text + self._matcher.flush(), event.reason, stop, event.timing)
+
+    def _text_of(self, token_id: int) -> tuple[str, str | None]:
+        if token_id in self.params.stop_token_ids and not self._options.include_stop:
+            return "", None
+        return self._search(self._detokenizer.push(token_id))
+
+    def _search(self, piece: str) -> tuple[str, str | None]:
+        """Stop strings count from the token that fulfils min_tokens."""
+        if self.num_tokens < self.params.min_tokens:
+            return piece, None
+        return self._matcher.push(piece)
+
+    def _last(
+        self, text: str, reason: FinishReason, stop: str, timing: Timing
+    ) -> inference_pb2.GenerateResponse:
+        self.finished = True
+        return self.message(
+            text=text,
+            finish_reason=_FINISH_REASONS[reason],
+            stop=stop,
+            usage=inference_pb2.Usage(
+                prompt_tokens=self._num_prompt_tokens,
+                completion_tokens=self.num_tokens,
+                cached_prompt_tokens=self._num_cached,
+            ),
+            timing=inference_pb2.Timing(
+                queued_s=timing.queued_s, first_token_s=timing.first_token_s, total_s=timing.total_s
+            ),
+        )
+
+    def _own_timing(self) -> Timing:
+        """A stop string ends a sequence before the engine reports its times."""
+        now = self._clock()
+        first_token_s = (self._first_token_s or now) - self._admitted_s
+        return Timing(queued_s=self._queued_s, first_token_s=first_token_s, total_s=now - self._admitted_s)
+
+
+def prompt_message(
+    token_ids: Sequence[int], prompt_text: str, text: Text, scores: Sequence[TokenLogprobs] | None
+) -> inference_pb2.PromptInfo:
+    """The prompt as it was read; with `scores` (from its second token on) one entry per token."""
+    info = inference_pb2.PromptInfo(token_ids=token_ids, text=prompt_text)
+    if scores is not None:
+        spelled, spelled_bytes = text.spell(token_ids[0])
+        info.logprobs.add(token_id=token_ids[0], text=spelled, token_bytes=spelled_bytes)
+        info.logprobs.extend(logprob_message(text, score) for score in scores)
+    return info
+
+
+def logprob_message(text: Text, logprobs: TokenLogprobs) -> inference_pb2.TokenLogprob:
+    spelled, spelled_bytes = text.spell(logprobs.token_id)
+    return inference_pb2.TokenLogprob(
+        token_id=logprobs.token_id,
+        logprob=logprobs.logprob,
+        text=spelled,
+        token_bytes=spelled_bytes,
+        top=[
+            inference_pb2.Alternative(token_id=token_id, logprob=logprob, text=text.spell(token_id)[0])
+            for token_id, logprob in logprobs.top
+        ],
+    )

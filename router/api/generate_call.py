@@ -1,0 +1,179 @@
+"""One Generate call inside the router: its continuations and their sequences in the engine.
+
+The engine reports on its own thread and never waits: events reach the event loop through a mailbox (mailbox.py) and wait
+in a queue that max_tokens bounds, however slowly the client reads. Whatever ends a call cancels every sequence that it
+still has in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+from opentelemetry import context as trace_context
+from opentelemetry import trace
+
+from moesaic import telemetry
+from moesaic.errors import DeadlineExceeded
+from router.api.continuation import Continuation
+from router.api.event_bridge import Mailbox
+from router.api.prompt import Prompt
+from router.engine.request import Failed, PromptScored, SequenceEvent, SequenceRequest
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What the service needs of the engine. All methods are thread-safe and return at once."""
+
+    def submit(self, request: SequenceRequest) -> str:
+        """Admits a sequence; returns the epoch it is pinned to. Raises Overloaded or Unavailable."""
+        ...
+
+    def cancel(self, sequence_id: str) -> None:
+        """Ends a sequence without further events, if it is still there."""
+        ...
+
+
+class Call:
+    """The continuations of one Generate call: admitted together, cancelled together, their events in one queue."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        request_id: str,
+        prompt: Prompt,
+        continuations: Sequence[Continuation],
+        deadline_s: float,
+        *,
+        tenant: str,
+        mailbox: Mailbox,
+    ) -> None:
+        self.prompt = prompt
+        self.continuations = continuations
+        self.deadline_s = deadline_s
+        self._engine = engine
+        self._request_id = request_id
+        self._tenant = tenant
+        self._mailbox = mailbox
+        # Holds at most max_tokens events and a few more of every continuation.
+        self._events: deque[tuple[Continuation, SequenceEvent]] = deque()
+        # Of the one who waits for the next event.
+        self._waiter: asyncio.Future[None] | None = None
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(deadline_s - time.monotonic(), self._expire)
+        # The prompt's scores go out first: what other continuations report until then waits here.
+        self._before_scores: list[tuple[Continuation, SequenceEvent]] | None = (
+            [] if self.scores_prompt else None
+        )
+        self._in_engine: set[str] = set()
+        self._span = trace.get_current_span()
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.continuations[0].params.prompt_logprobs is not None
+
+    @property
+    def is_open(self) -> bool:
+        return any(not continuation.finished for continuation in self.continuations)
+
+    def admit(self) -> None:
+        """Submits all sequences or none."""
+        trace_of_call = trace_context.get_current()
+        for continuation in self.continuations:
+            continuation.epoch = self._engine.submit(
+                SequenceRequest(
+                    sequence_id=continuation.sequence_id,
+                    prompt=self.prompt.token_ids,
+                    sampling=continuation.params,
+                    deadline_s=self.deadline_s,
+                    on_event=partial(self._mailbox.put, self._take, continuation),
+                    trace=trace_of_call,
+                    tenant=self._tenant,
+                    decoder_prompt=self.prompt.decoder_token_ids,
+                )
+            )
+            self._in_engine.add(continuation.sequence_id)
+        self._report_start()
+
+    async def next_event(self) -> tuple[Continuation, SequenceEvent]:
+        """The next event of a continuation that is not finished. Raises DeadlineExceeded."""
+        while True:
+            while not self._events:
+                await self._wait()
+            continuation, event = self._events.popleft()
+            if not continuation.finished:
+                return continuation, event
+
+    def forget(self, continuation: Continuation) -> None:
+        """The engine has ended this sequence itself."""
+        self._in_engine.discard(continuation.sequence_id)
+
+    def release(self, continuation: Continuation) -> None:
+        """Ends one sequence in the engine."""
+        self.forget(continuation)
+        self._engine.cancel(continuation.sequence_id)
+
+    def cancel(self) -> None:
+        """Ends whatever is still in the engine."""
+        self._timer.cancel()
+        while self._in_engine:
+            self._engine.cancel(self._in_engine.pop())
+
+    def report_end(self) -> None:
+        """Counts, never content, for the trace and the log."""
+        if self._span.is_recording():
+            self._span.set_attribute(telemetry.OUTPUT_TOKENS, self._num_tokens)
+        fields = {
+            "request_id": self._request_id,
+            "epoch": self.continuations[0].epoch,
+            "prompt_tokens": len(self.prompt.token_ids),
+            "completion_tokens": self._num_tokens,
+            "complete": not self.is_open,
+        }
+        log.info("request ended", extra={"fields": fields})
+
+    def _report_start(self) -> None:
+        if self._span.is_recording():
+            first = self.continuations[0]
+            self._span.set_attributes(
+                {
+                    telemetry.REQUEST_ID: self._request_id,
+                    telemetry.MODEL: first.model,
+                    telemetry.EPOCH: first.epoch,
+                    telemetry.INPUT_TOKENS: len(self.prompt.token_ids),
+                }
+            )
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _expire(self) -> None:
+        self._put(
+            self.continuations[0],
+            Failed(DeadlineExceeded(f"deadline passed after {self._num_tokens} tokens")),
+        )
+
+    @property
+    def _num_tokens(self) -> int:
+        return sum(continuation.num_tokens for continuation in self.continuations)
+
+    def _take(self, continuation: Continuation, event: SequenceEvent) -> None:
+        if self._before_scores is not None and not isinstance(event, PromptScored | Failed):
+            self._before_scores.append((continuation, event))
+            return
+        self._put(continuation, event)
+        if self._before_scores is not None and isinstance(event, PromptScored):
+            self._events.extend(self._before_scores)
+            self._before_scores = None
+
+    def _put(self, continuation: Continuation, event: SequenceEvent) -> None:
+        self._events.append((continuation, event))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

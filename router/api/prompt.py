@@ -1,0 +1,174 @@
+"""The prompt of a request: text, token ids or a conversation, checked and turned into tokens.
+
+Everything here may take time in proportion to the prompt and touches nothing else, so that the service can run it off
+its event loop. Errors name the field as the HTTP API knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from google.protobuf import struct_pb2
+
+from moesaic.errors import InvalidArgument, Unsupported
+from moesaic.v1 import inference_pb2
+from router.api.sampling_request import ModelLimits, check_token_ids, context_exceeded, encoded
+from router.text.text import Conversation, Text
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model reads, and the same as text (after the chat template)."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    # Where an encoder reads it: what the answer begins with.
+    decoder_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the context, what is taken before anything is generated."""
+        return len(self.token_ids) + len(self.decoder_token_ids)
+
+
+def read_prompt(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:
+    """Raises InvalidArgument, or Unsupported for a model without tokenizer, chat template, or anything that follows a
+    prompt."""
+    if limits.encodes_prompts:
+        _refuse_continuing(request)
+    match request.WhichOneof("prompt"):
+        case "text":
+            prompt = _from_text(request, text, limits)
+        case "token_ids":
+            prompt = _from_token_ids(request, text, limits)
+        case "chat":
+            prompt = _from_chat(request, text, limits)
+        case _:
+            raise _empty()
+    if not prompt.token_ids:
+        raise _empty()
+    return replace(prompt, decoder_token_ids=_decoder_prompt(request, limits))
+
+
+def tokenize(request: inference_pb2.TokenizeRequest, text: Text) -> tuple[int, ...]:
+    """The tokens of a text of any length; of an empty one, those that the tokenizer adds by itself."""
+    if request.WhichOneof("prompt") == "chat":
+        return render(request.chat, text).encode()
+    _check_text("prompt", request.text)
+    return text.encode(request.text, add_special_tokens=_default_true(request))
+
+
+def render(chat: inference_pb2.Chat, text: Text) -> Conversation:
+    """A conversation in the model's format. A generation prompt is the default unless the final message is to be continued."""
+    if not chat.messages:
+        raise InvalidArgument("messages: must not be empty", field="messages")
+    opens_turn = not chat.continue_final_message
+    if chat.HasField("add_generation_prompt"):
+        opens_turn = chat.add_generation_prompt
+    if opens_turn and chat.continue_final_message:
+        raise InvalidArgument(
+            "continue_final_message: excludes add_generation_prompt", field="continue_final_message"
+        )
+    return text.render_chat(
+        [_message(message) for message in chat.messages],
+        add_generation_prompt=opens_turn,
+        continue_final_message=chat.continue_final_message,
+        variables=_plain_struct(chat.template_kwargs),
+    )
+
+
+def _refuse_continuing(request: inference_pb2.GenerateRequest) -> None:
+    if request.WhichOneof("prompt") == "chat":
+        raise encoded("messages")
+    if request.echo:
+        raise encoded("echo")
+
+
+def _decoder_prompt(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> tuple[int, ...]:
+    token_ids = tuple(request.decoder_prompt)
+    if token_ids and not limits.encodes_prompts:
+        raise Unsupported(
+            "decoder_prompt: this model has no encoder; its answer continues the prompt",
+            field="decoder_prompt",
+        )
+    check_token_ids("decoder_prompt", token_ids, limits.vocab_size)
+    return token_ids
+
+
+def _from_text(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:
+    if not request.text:
+        raise _empty()
+    _check_text("prompt", request.text)
+    added = _default_true(request)
+    return _encoded(request.text, lambda: text.encode(request.text, add_special_tokens=added), text, limits)
+
+
+def _from_token_ids(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:
+    token_ids = tuple(request.token_ids.ids)
+    if len(token_ids) > limits.max_model_len:
+        raise context_exceeded(limits.max_model_len, f"but the prompt has {len(token_ids)}")
+    check_token_ids("prompt", token_ids, limits.vocab_size)
+    sampling = request.sampling
+    skip = sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True
+    return Prompt(token_ids, text.decode(token_ids, skip_special_tokens=skip))
+
+
+def _from_chat(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:
+    conversation = render(request.chat, text)
+    return _encoded(conversation.text, conversation.encode, text, limits)
+
+
+def _encoded(content: str, encode: Callable[[], tuple[int, ...]], text: Text, limits: ModelLimits) -> Prompt:
+    # Before the work of tokenizing: a text that cannot fit, whatever its tokens are.
+    if text.least_tokens(content) > limits.max_model_len:
+        raise context_exceeded(limits.max_model_len, "but the prompt has more")
+    token_ids = encode()
+    check_token_ids("prompt", token_ids, limits.vocab_size)
+    return Prompt(token_ids, content)
+
+
+def _default_true(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> bool:
+    return request.add_special_tokens if request.HasField("add_special_tokens") else True
+
+
+def _message(message: inference_pb2.ChatMessage) -> dict[str, str]:
+    if not message.role:
+        raise InvalidArgument("messages: every message must have a role", field="messages")
+    fields = {"role": message.role, "content": message.content}
+    if message.name:
+        fields["name"] = message.name
+    for value in fields.values():
+        _check_text("messages", value)
+    return fields
+
+
+def _check_text(field: str, content: str) -> None:
+    if "\0" in content:
+        raise InvalidArgument(f"{field}: must not contain NUL", field=field)
+
+
+def _plain_struct(struct: struct_pb2.Struct) -> dict[str, Any]:
+    return {key: _plain(value) for key, value in struct.fields.items()}
+
+
+def _plain(value: struct_pb2.Value) -> Any:
+    """A JSON value as templates expect it: whole numbers are integers."""
+    match value.WhichOneof("kind"):
+        case "struct_value":
+            return _plain_struct(value.struct_value)
+        case "list_value":
+            return [_plain(item) for item in value.list_value.values]
+        case "number_value":
+            number = value.number_value
+            return int(number) if number.is_integer() else number
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+    return None
+
+
+def _empty() -> InvalidArgument:
+    return InvalidArgument("prompt: must not be empty", field="prompt")

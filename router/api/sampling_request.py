@@ -1,0 +1,183 @@
+"""The sampling part of a request: every bound checked, every default filled in.
+
+Field names in errors are those of the HTTP API. What concerns tokens goes to the engine, what concerns text stays
+with the service. Messages name the field and its bounds, never the value.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, replace
+
+from moesaic.errors import InvalidArgument, Unsupported
+from moesaic.v1 import inference_pb2
+from router.engine.request import SamplingParams
+
+MAX_CONTINUATIONS = 64
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIAS = 100.0
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What a request must fit."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    # An encoder reads prompts, which predicts none of their tokens.
+    encodes_prompts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How the text of a continuation is made and where it stops. `stop_token_ids` are those of the request alone."""
+
+    stop: tuple[str, ...]
+    stop_token_ids: frozenset[int]
+    include_stop: bool
+    skip_special_tokens: bool
+
+
+def parse_sampling(
+    message: inference_pb2.SamplingParams, *, num_prompt_tokens: int, limits: ModelLimits
+) -> tuple[SamplingParams, TextOptions]:
+    """Checks a request's sampling parameters against the bounds of inference.proto and of the model.
+
+    Raises InvalidArgument that names the field; Unsupported for what this kind of model does not have.
+    """
+    if limits.encodes_prompts and message.HasField("prompt_logprobs"):
+        raise encoded("prompt_logprobs")
+    text = _text_options(message, limits)
+    max_tokens = _max_tokens(message, num_prompt_tokens, limits)
+    _require(message.min_tokens <= max_tokens, "min_tokens", f"must be in [0, max_tokens = {max_tokens}]")
+    _require(message.top_k <= limits.vocab_size, "top_k", f"must be in [0, {limits.vocab_size}]")
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=message.min_tokens,
+        temperature=_temperature(message),
+        top_p=_within("top_p", message.top_p if message.HasField("top_p") else 1.0, 0, 1, above=True),
+        top_k=message.top_k,
+        min_p=_within("min_p", message.min_p, 0, 1),
+        presence_penalty=_penalty("presence_penalty", message.presence_penalty),
+        frequency_penalty=_penalty("frequency_penalty", message.frequency_penalty),
+        repetition_penalty=_repetition_penalty(message),
+        seed=message.seed if message.HasField("seed") else secrets.randbits(63),
+        stop_token_ids=text.stop_token_ids | (frozenset() if message.ignore_eos else limits.eos_token_ids),
+        logit_bias=_logit_bias(message, limits),
+        logprobs=_num_logprobs("logprobs", message),
+        prompt_logprobs=_num_logprobs("prompt_logprobs", message),
+    )
+    # Otherwise min_tokens would leave no token to choose.
+    selectable = limits.vocab_size - len(params.stop_token_ids)
+    _require(
+        selectable > 0 or not params.min_tokens, "stop_token_ids", "must leave a token that does not stop"
+    )
+    return params, text
+
+
+def num_continuations(n: int) -> int:
+    """`n` of a request; 0 is absent. Raises InvalidArgument."""
+    _require(n <= MAX_CONTINUATIONS, "n", f"must be in [1, {MAX_CONTINUATIONS}]")
+    return n or 1
+
+
+def continuation_params(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of continuation `index`: a seed of its own; the prompt is scored by the first alone."""
+    seed = (params.seed + index + 2**63) % 2**64 - 2**63
+    return replace(params, seed=seed, prompt_logprobs=params.prompt_logprobs if index == 0 else None)
+
+
+def check_token_ids(field: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+    """Raises InvalidArgument when one is not in the vocabulary."""
+    in_range = not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size)
+    _require(in_range, field, f"token id out of range, must be in [0, {vocab_size - 1}]")
+
+
+def context_exceeded(max_model_len: int, details: str) -> InvalidArgument:
+    """The error of a prompt that does not fit; clients know it by this wording."""
+    return InvalidArgument(
+        f"prompt: this model's maximum context length is {max_model_len} tokens, {details}",
+        field="prompt",
+        reason="CONTEXT_LENGTH_EXCEEDED",
+    )
+
+
+def encoded(field: str) -> Unsupported:
+    """The error of a request that takes an encoder's prompt for the beginning of what is generated."""
+    return Unsupported(
+        f"{field}: an encoder reads this model's prompts, and a decoder answers: nothing continues a prompt",
+        field=field,
+    )
+
+
+def _max_tokens(message: inference_pb2.SamplingParams, num_prompt_tokens: int, limits: ModelLimits) -> int:
+    left = limits.max_model_len - num_prompt_tokens
+    if not message.HasField("max_tokens"):
+        if left < 1:
+            raise context_exceeded(limits.max_model_len, f"but the prompt has {num_prompt_tokens}")
+        return left
+    if message.max_tokens > left:
+        details = f"but the prompt has {num_prompt_tokens} and max_tokens asks for {message.max_tokens} more"
+        raise context_exceeded(limits.max_model_len, details)
+    return message.max_tokens
+
+
+def _text_options(message: inference_pb2.SamplingParams, limits: ModelLimits) -> TextOptions:
+    stop = tuple(message.stop)
+    _require(len(stop) <= MAX_STOPS, "stop", f"must be at most {MAX_STOPS} strings")
+    fits = all(0 < len(string) <= MAX_STOP_CHARS and "\0" not in string for string in stop)
+    _require(fits, "stop", f"every string must have 1 to {MAX_STOP_CHARS} characters, none of them NUL")
+    check_token_ids("stop_token_ids", tuple(message.stop_token_ids), limits.vocab_size)
+    skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
+    return TextOptions(stop, frozenset(message.stop_token_ids), message.include_stop_in_output, skip)
+
+
+def _temperature(message: inference_pb2.SamplingParams) -> float:
+    temperature = message.temperature if message.HasField("temperature") else 1.0
+    _require(math.isfinite(temperature) and temperature >= 0, "temperature", "must be a finite number from 0")
+    return temperature
+
+
+def _penalty(field: str, value: float) -> float:
+    return _within(field, value, -MAX_PENALTY, MAX_PENALTY)
+
+
+def _repetition_penalty(message: inference_pb2.SamplingParams) -> float:
+    value = message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
+    return _within("repetition_penalty", value, 0, MAX_REPETITION_PENALTY, above=True)
+
+
+def _logit_bias(message: inference_pb2.SamplingParams, limits: ModelLimits) -> dict[int, float]:
+    bias = dict(message.logit_bias)
+    _require(len(bias) <= MAX_LOGIT_BIASES, "logit_bias", f"must have at most {MAX_LOGIT_BIASES} entries")
+    check_token_ids("logit_bias", tuple(bias), limits.vocab_size)
+    for value in bias.values():
+        _within("logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+    return bias
+
+
+def _num_logprobs(field: str, message: inference_pb2.SamplingParams) -> int | None:
+    if not message.HasField(field):
+        return None
+    num: int = getattr(message, field)
+    _require(num <= MAX_LOGPROBS, field, f"must be in [0, {MAX_LOGPROBS}]")
+    return num
+
+
+def _within(field: str, value: float, low: float, high: float, *, above: bool = False) -> float:
+    """`value` when it lies in [low, high], or in (low, high] with `above`; NaN lies nowhere."""
+    inside = (low < value if above else low <= value) and value <= high
+    _require(inside, field, f"must be in {'(' if above else '['}{low:g}, {high:g}]")
+    return value
+
+
+def _require(condition: bool, field: str, rule: str) -> None:
+    if not condition:
+        raise InvalidArgument(f"{field}: {rule}", field=field)

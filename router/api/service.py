@@ -1,0 +1,269 @@
+"""The public gRPC service of a router: validate, tokenize, admit, stream, cancel.
+
+Text lives here, token ids live in the engine. A call that is refused was never admitted; a call that ends early (an
+error, a deadline, a client that went away) leaves nothing behind in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+
+from moesaic import __version__, rpc
+from moesaic.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable, Unsupported
+from moesaic.v1 import inference_pb2, inference_pb2_grpc
+from router.api.continuation import Continuation, prompt_message
+from router.api.event_bridge import Mailbox
+from router.api.generate_call import Call, Engine
+from router.api.prompt import read_prompt, tokenize
+from router.api.sampling_request import (
+    ModelLimits,
+    check_token_ids,
+    continuation_params,
+    num_continuations,
+    parse_sampling,
+)
+from router.engine.request import Failed, Finished, PromptScored, Started, TokenGenerated, TokenLogprobs
+from router.text.text import Text
+
+MAX_TENANT_CHARS = 256
+REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# Work on larger messages goes to a thread, so that it does not hold up the streams of others.
+_LARGE_BYTES = 16 << 10
+_LARGE_NUM_LOGPROBS = 256
+# How long after its deadline a call may still wait for a client that does not read.
+_UNREAD_GRACE_S = 1.0
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the router says about its model. `created`: seconds since 1970, when it became ready. `encodes_prompts`:
+    whether an encoder reads them, and a decoder answers with a text of its own."""
+
+    model: str
+    family: str
+    max_model_len: int
+    vocab_size: int
+    num_layers: int
+    num_experts: int
+    top_k: int
+    created: int
+    encodes_prompts: bool = False
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """moesaic.v1.InferenceService for one model. Errors are MoesaicErrors; moesaic.rpc makes statuses of them. Made on
+    the event loop that serves it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        text: Text,
+        facts: ModelFacts,
+        *,
+        stats: Callable[[], inference_pb2.GetRouterStatsResponse],
+        epoch: Callable[[], str],
+        control_address: Callable[[], str],
+        request_timeout_s: float,
+    ) -> None:
+        self._engine = engine
+        self._text = text
+        self._facts = facts
+        self._limits = ModelLimits(
+            facts.max_model_len, facts.vocab_size, text.eos_token_ids, facts.encodes_prompts
+        )
+        self._stats = stats
+        self._epoch = epoch
+        self._control_address = control_address
+        self._request_timeout_s = request_timeout_s
+        self._mailbox = Mailbox()
+        self._draining = False
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; running ones go on."""
+        self._draining = True
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: _Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        self._check_open(request.model)
+        call = await self._call(request, context)
+        context.add_done_callback(lambda _: call.cancel())  # type: ignore[arg-type]
+        unread = asyncio.create_task(_end_unread(context, asyncio.current_task(), call.deadline_s))
+        try:
+            call.admit()
+            async for response in self._responses(call):
+                yield response
+        finally:
+            call.cancel()
+            unread.cancel()
+            call.report_end()
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: _Context
+    ) -> inference_pb2.TokenizeResponse:
+        self._check_open(request.model)
+        token_ids = await _off_loop(request.ByteSize() > _LARGE_BYTES, lambda: tokenize(request, self._text))
+        return inference_pb2.TokenizeResponse(
+            token_ids=token_ids,
+            tokens=map(self._text.token, token_ids),
+            max_model_len=self._facts.max_model_len,
+        )
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: _Context
+    ) -> inference_pb2.DetokenizeResponse:
+        self._check_open(request.model)
+        if not self._text.has_tokenizer:
+            raise Unsupported("tokens: this model has no tokenizer", field="tokens")
+        token_ids = tuple(request.token_ids)
+        check_token_ids("tokens", token_ids, self._limits.vocab_size)
+        text = await _off_loop(
+            request.ByteSize() > _LARGE_BYTES,
+            lambda: self._text.decode(token_ids, skip_special_tokens=False),
+        )
+        return inference_pb2.DetokenizeResponse(text=text)
+
+    async def GetModelInfo(
+        self, request: inference_pb2.GetModelInfoRequest, context: _Context
+    ) -> inference_pb2.GetModelInfoResponse:
+        facts = self._facts
+        return inference_pb2.GetModelInfoResponse(
+            model=facts.model,
+            version=__version__,
+            family=facts.family,
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+            num_layers=facts.num_layers,
+            num_experts=facts.num_experts,
+            num_experts_per_token=facts.top_k,
+            epoch=self._epoch(),
+            has_tokenizer=self._text.has_tokenizer,
+            has_chat_template=self._text.has_chat_template and not facts.encodes_prompts,
+            eos_token_ids=sorted(self._text.eos_token_ids),
+            created=facts.created,
+            control_address=self._control_address(),
+            encodes_prompts=facts.encodes_prompts,
+        )
+
+    async def GetRouterStats(
+        self, request: inference_pb2.GetRouterStatsRequest, context: _Context
+    ) -> inference_pb2.GetRouterStatsResponse:
+        return self._stats()
+
+    def _check_open(self, model: str) -> None:
+        if self._draining:
+            raise Unavailable("the router is draining", reason="DRAINING", retry_after_s=1.0)
+        if model not in ("", self._facts.model):
+            raise NotFound("model: no such model", field="model", reason="MODEL_NOT_FOUND")
+
+    async def _call(self, request: inference_pb2.GenerateRequest, context: _Context) -> Call:
+        """Everything that can be refused before a sequence is admitted."""
+        request_id = _request_id(request, context)
+        deadline_s = _deadline_s(context, self._request_timeout_s)
+        n = num_continuations(request.n)
+        if len(request.tenant) > MAX_TENANT_CHARS:
+            raise InvalidArgument(f"tenant: must be at most {MAX_TENANT_CHARS} characters", field="tenant")
+        prompt = await _off_loop(
+            request.ByteSize() > _LARGE_BYTES, lambda: read_prompt(request, self._text, self._limits)
+        )
+        params, options = parse_sampling(
+            request.sampling, num_prompt_tokens=prompt.num_tokens, limits=self._limits
+        )
+        if options.stop and not self._text.has_tokenizer:
+            raise Unsupported("stop: this model has no tokenizer, use stop_token_ids", field="stop")
+        continuations = [
+            Continuation(
+                index,
+                prompt.token_ids,
+                self._text,
+                continuation_params(params, index),
+                options,
+                request_id=request_id,
+                model=self._facts.model,
+                continues=not self._facts.encodes_prompts,
+            )
+            for index in range(n)
+        ]
+        return Call(
+            self._engine,
+            request_id,
+            prompt,
+            continuations,
+            deadline_s,
+            tenant=request.tenant,
+            mailbox=self._mailbox,
+        )
+
+    async def _responses(self, call: Call) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        if not call.scores_prompt:
+            yield await self._prompt_response(call, None)
+        while call.is_open:
+            continuation, event = await call.next_event()
+            match event:
+                case Started():
+                    continuation.on_started(event)
+                case PromptScored(logprobs):
+                    yield await self._prompt_response(call, logprobs)
+                case TokenGenerated(token):
+                    responses = continuation.on_token(token)
+                    if continuation.finished:  # by a stop string: the engine need not go on
+                        call.release(continuation)
+                    for response in responses:
+                        yield response
+                case Finished():
+                    call.forget(continuation)
+                    yield continuation.on_finished(event)
+                case Failed(error):
+                    raise error
+
+    async def _prompt_response(
+        self, call: Call, scores: tuple[TokenLogprobs, ...] | None
+    ) -> inference_pb2.GenerateResponse:
+        prompt = call.prompt
+        info = await _off_loop(
+            scores is not None and len(scores) > _LARGE_NUM_LOGPROBS,
+            lambda: prompt_message(prompt.token_ids, prompt.text, self._text, scores),
+        )
+        return call.continuations[0].message(prompt=info)
+
+
+async def _off_loop(is_large: bool, work: Callable[[], _Result]) -> _Result:
+    return await asyncio.to_thread(work) if is_large else work()
+
+
+async def _end_unread(context: _Context, handler: asyncio.Task[Any] | None, deadline_s: float) -> None:
+    """Ends a call whose client stopped reading: its handler waits in a write, where no deadline of ours can reach."""
+    await asyncio.sleep(deadline_s + _UNREAD_GRACE_S - time.monotonic())
+    assert handler is not None
+    try:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "deadline passed, the answer was not read")
+    except grpc.aio.AbortError:
+        handler.cancel()
+
+
+def _request_id(request: inference_pb2.GenerateRequest, context: _Context) -> str:
+    request_id = request.request_id or rpc.request_id(context) or uuid.uuid4().hex
+    if not REQUEST_ID_PATTERN.fullmatch(request_id):
+        raise InvalidArgument(
+            "request_id: must be 1 to 128 letters, digits, dots, underscores or hyphens", field="request_id"
+        )
+    return request_id
+
+
+def _deadline_s(context: _Context, default_timeout_s: float) -> float:
+    """The caller's deadline on the monotonic clock. Raises DeadlineExceeded when it has passed."""
+    remaining_s: float | None = context.time_remaining()
+    if remaining_s is not None and remaining_s <= 0:
+        raise DeadlineExceeded("deadline passed before the start")
+    return time.monotonic() + (default_timeout_s if remaining_s is None else remaining_s)

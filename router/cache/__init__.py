@@ -1,0 +1,1 @@
+"""The tensors behind the scheduler's blocks and states."""

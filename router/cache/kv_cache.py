@@ -1,0 +1,246 @@
+"""Keys and values in blocks: a pool that counts, a table per sequence, one tensor per layer.
+
+The pool is pure bookkeeping and can prove itself: every block is free, used by one or more sequences, or kept. A kept
+block is full of keys and values that have a name (see prefix_cache.py) and no user; the pool takes it when it needs
+room, the one that was used longest ago first.
+
+Shapes: S cache positions (blocks x block_tokens), G key/value heads, d head size, T tokens of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.families.model import (
+    Attention,
+    CrossAttention,
+    DecoderAttention,
+    EncoderAttention,
+    Hyena,
+    LatentAttention,
+    Mixer,
+)
+from router.cache.state_cache import StateCache
+
+
+class OutOfBlocks(Exception):
+    """The pool cannot give that many blocks; the scheduler makes room."""
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_tokens` positions, with the number of their users."""
+
+    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_tokens = block_tokens
+        # Lowest numbers first, so that a short test and a long day touch the same memory.
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._users = [0] * num_blocks
+        # Named blocks without a user, the one that was used longest ago first.
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._names: dict[int, bytes] = {}
+        self._named: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be given away, kept ones included."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that some sequence uses."""
+        return self.num_blocks - self.num_free
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks `num_tokens` positions need."""
+        return -(-num_tokens // self.block_tokens)
+
+    def extend(self, blocks: list[int], num_tokens: int) -> None:
+        """Grows a sequence's table to hold `num_tokens` positions. Raises OutOfBlocks and then changes nothing."""
+        missing = self.blocks_for(num_tokens) - len(blocks)
+        if missing > self.num_free:
+            raise OutOfBlocks
+        for _ in range(missing):
+            block = self._free.pop() if self._free else self._evict()
+            self._users[block] = 1
+            blocks.append(block)
+
+    def release(self, blocks: list[int]) -> None:
+        """Lets go of all blocks of a sequence and empties its table."""
+        # The last first: of a chain that nobody uses, the end goes before what it hangs on.
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                self._put_away(block)
+        blocks.clear()
+
+    def name(self, block: int, name: bytes) -> None:
+        """What a used block holds from now on. The first block of a name stays the one that is found by it."""
+        if name not in self._named and block not in self._names:
+            self._names[block] = name
+            self._named[name] = block
+
+    def share(self, name: bytes) -> int | None:
+        """The block of that name, with one more user; None if there is none."""
+        block = self._named.get(name)
+        if block is not None:
+            self._kept.pop(block, None)
+            self._users[block] += 1
+        return block
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """These used blocks are not found by name any more; whoever uses them goes on."""
+        for block in blocks:
+            self._unname(block)
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """Asserts that every block is free, kept or used, by just as many tables as it has users."""
+        used = Counter(block for table in tables for block in table)
+        where = Counter(self._free)
+        where.update(self._kept.keys())
+        where.update(used.keys())
+        wrong = {block for block, places in where.items() if places != 1}
+        wrong |= {block for block, users in enumerate(self._users) if users != used[block]}
+        assert not wrong and len(where) == self.num_blocks, (
+            f"KV blocks do not add up: {len(where)} of {self.num_blocks}, wrong: {sorted(wrong)}"
+        )
+        nameless = self._kept.keys() - self._names.keys()
+        assert not nameless and self._named == {name: block for block, name in self._names.items()}, (
+            "names of KV blocks do not add up"
+        )
+        assert self._names.keys().isdisjoint(self._free), "a free KV block has a name"
+
+    def _put_away(self, block: int) -> None:
+        if block in self._names:
+            self._kept[block] = None
+        else:
+            self._free.append(block)
+
+    def _evict(self) -> int:
+        block, _ = self._kept.popitem(last=False)
+        self._unname(block)
+        return block
+
+    def _unname(self, block: int) -> None:
+        name = self._names.pop(block, None)
+        if name is not None:
+            del self._named[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """Where the keys and values of `count` contexts lie, `num_blocks` blocks of each."""
+
+    count: int
+    num_blocks: int
+    # The blocks of all of them, [count * num_blocks]; or the first block of a single one that lies in a row.
+    blocks: torch.Tensor | int
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerCache:
+    """The memory of one layer in the three forms in which it is used. A part is keys, values, or both at once."""
+
+    rows: torch.Tensor  # [S, parts * G * d]
+    blocks: torch.Tensor  # [blocks, block_tokens * parts * G * d]
+    heads: torch.Tensor  # [parts, 1, G, S, d]
+    token_shape: tuple[int, int, int]  # parts, G, d
+
+
+class KVCache:
+    """The tensors: per layer, what its mixer keeps of every position. Attention: keys and values side by side. Latent
+    attention: one vector that is both. Layers with a recurrent state have nothing here."""
+
+    def __init__(
+        self,
+        mixers: Sequence[Mixer],
+        *,
+        num_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        states: StateCache | None = None,
+    ) -> None:
+        # Of layers that have a recurrent state in place of keys and values.
+        self.states = states
+        self._block_tokens = block_tokens
+        self._layers = {
+            layer: _layer_cache(shape, num_blocks, block_tokens, dtype, device)
+            for layer, mixer in enumerate(mixers)
+            if (shape := _token_shape(mixer)) is not None
+        }
+        self._gathered = torch.empty(0, dtype=dtype, device=device)
+
+    def write(self, layer: int, positions: torch.Tensor, rows: torch.Tensor) -> None:
+        """Stores rows [T, parts * G * d], keys before values, at cache positions [T]."""
+        self._layers[layer].rows.index_copy_(0, positions, rows)
+
+    def read(self, layer: int, contexts: Contexts, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of n contexts, [n, G, L, d] each: `span` of their positions. Good until the next read.
+
+        Of latent attention both are the same [n, 1, L, d].
+        """
+        cached = self._layers[layer]
+        if isinstance(contexts.blocks, int):
+            first = contexts.blocks * self._block_tokens
+            parts = cached.heads[..., first + span.start : first + span.stop, :].unbind()
+        else:
+            copied = self._copy(cached.blocks, contexts.blocks)
+            shape = (contexts.count, contexts.num_blocks * self._block_tokens, *cached.token_shape)
+            parts = copied.view(shape).permute(2, 0, 3, 1, 4)[..., span, :].unbind()
+        return parts[0], parts[-1]
+
+    def _copy(self, blocks: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """These blocks one behind the other, in memory that every layer and step uses again."""
+        num_items = len(wanted) * blocks.shape[1]
+        if self._gathered.numel() < num_items:
+            self._gathered = blocks.new_empty(num_items)
+        copied = self._gathered[:num_items].view(len(wanted), -1)
+        return torch.index_select(blocks, 0, wanted, out=copied)
+
+    @staticmethod
+    def token_bytes(mixers: Iterable[Mixer], dtype: torch.dtype) -> int:
+        """Bytes that one token takes over all layers."""
+        shapes = (_token_shape(mixer) for mixer in mixers)
+        return sum(math.prod(shape) for shape in shapes if shape is not None) * dtype.itemsize
+
+
+def _token_shape(mixer: Mixer) -> tuple[int, int, int] | None:
+    """What a layer keeps of a token: parts, heads, size of a head. None: nothing."""
+    match mixer:
+        case Attention():
+            return 2, mixer.num_kv_heads, mixer.head_dim
+        case LatentAttention():
+            return 1, 1, mixer.latent_dim + mixer.rotary_dim
+        case DecoderAttention() | CrossAttention():
+            return 2, mixer.num_heads, mixer.head_dim
+        case Hyena() | EncoderAttention():
+            return None
+
+
+def _layer_cache(
+    token_shape: tuple[int, int, int],
+    num_blocks: int,
+    block_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _LayerCache:
+    tensor = _zeros((num_blocks * block_tokens, *token_shape), dtype, device)
+    return _LayerCache(
+        tensor.flatten(1), tensor.view(num_blocks, -1), tensor.permute(1, 2, 0, 3)[:, None], token_shape
+    )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros: what is masked is still multiplied, so it must be finite. On a CPU they take no memory before they are
+    written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)

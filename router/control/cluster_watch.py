@@ -1,0 +1,130 @@
+"""Where a router learns what the model is and where it runs: a stream of whole snapshots.
+
+`ControlWatch` follows a controller and goes on with the last snapshot while there is none; `NamedWorkers` asks workers
+that a person named by hand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from moesaic import rpc
+from moesaic.epoch import Epoch, ExpertAddress, merge_versions, versions_from_proto
+from moesaic.errors import FailedPrecondition, MoesaicError
+from moesaic.routing_table import Replica, RoutingTable
+from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+CALL_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The epoch (None while some expert is held by nobody) and the replicas that are ready."""
+
+    epoch: Epoch | None
+    table: RoutingTable
+
+
+class ClusterView(Protocol):
+    """A source of snapshots."""
+
+    def watch(self) -> AsyncIterator[Snapshot]:
+        """Every change, the present state first; ends only when it is cancelled."""
+        ...
+
+    @property
+    def control_address(self) -> str:
+        """Where the controller answers; empty without one."""
+        ...
+
+
+class ControlWatch:
+    """Follows `ControlService.Watch`; looks the controller's address up again after every break."""
+
+    def __init__(self, resolve: Callable[[], Awaitable[str]]) -> None:
+        self._resolve = resolve
+        self._address = ""
+
+    @property
+    def control_address(self) -> str:
+        return self._address
+
+    async def watch(self) -> AsyncIterator[Snapshot]:
+        while True:
+            try:
+                self._address = await self._resolve()
+                async for snapshot in self._follow(self._address):
+                    yield snapshot
+            except (MoesaicError, grpc.aio.AioRpcError) as error:
+                log.warning("the controller is away", extra={"fields": {"error": type(error).__name__}})
+            await asyncio.sleep(POLL_S)
+
+    async def _follow(self, address: str) -> AsyncIterator[Snapshot]:
+        async with rpc.aio_channel(address) as channel:
+            stream = control_pb2_grpc.ControlServiceStub(channel).Watch(control_pb2.WatchRequest())
+            async for message in stream:
+                epoch = Epoch.from_proto(message.epoch) if message.epoch.id else None
+                yield Snapshot(epoch, RoutingTable.from_proto(message.routing_table))
+
+
+class NamedWorkers:
+    """Asks the workers at fixed addresses what they hold, again and again.
+
+    `experts` are those of the model; one that has none needs no workers.
+    """
+
+    def __init__(self, addresses: Sequence[str], *, model: str, experts: Collection[ExpertAddress]) -> None:
+        self._addresses = tuple(addresses)
+        self._model = model
+        self._experts = frozenset(experts)
+
+    @property
+    def control_address(self) -> str:
+        return ""
+
+    async def watch(self) -> AsyncIterator[Snapshot]:
+        channels = {address: rpc.aio_channel(address) for address in self._addresses}
+        known: dict[str, Replica] | None = None
+        revision = 0
+        try:
+            while True:
+                last = known or {}
+                answers = await asyncio.gather(
+                    *(_describe(address, channels[address], last.get(address)) for address in channels)
+                )
+                now = {replica.address: replica for replica in answers if replica is not None}
+                if now != known:
+                    known, revision = now, revision + 1
+                    replicas = tuple(now.values())
+                    yield Snapshot(self._epoch(replicas), RoutingTable(revision, replicas))
+                await asyncio.sleep(POLL_S)
+        finally:
+            for channel in channels.values():
+                await channel.close()
+
+    def _epoch(self, replicas: tuple[Replica, ...]) -> Epoch | None:
+        try:
+            versions = merge_versions((replica.versions for replica in replicas), self._experts)
+        except FailedPrecondition as error:
+            log.info("the model is not complete yet", extra={"fields": {"reason": error.reason}})
+            return None
+        return Epoch.of(self._model, versions)
+
+
+async def _describe(address: str, channel: grpc.aio.Channel, last: Replica | None) -> Replica | None:
+    """What a worker holds; None while it loads, restarts or is gone. One that is only slow is what it was."""
+    stub = expert_pb2_grpc.ExpertServiceStub(channel)
+    try:
+        answer = await stub.Describe(expert_pb2.DescribeRequest(), timeout=CALL_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        return last if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED else None
+    return Replica(answer.worker, address, answer.incarnation, versions_from_proto(answer.experts))

@@ -1,0 +1,1 @@
+"""The model without its experts: one decoder a kind of family."""

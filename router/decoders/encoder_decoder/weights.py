@@ -1,0 +1,207 @@
+"""The weights of an encoder-decoder, each laid out for its use as it is read; nothing is held twice.
+
+Shapes: D hidden size, F inner size, H heads, d head size, E slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.compute.linear import Linear
+from moesaic.families.encoder_decoder import Arithmetic, Names, StackNames
+from moesaic.families.model import MoeModel
+from router.attention.views import Layout
+from router.decoders.dense_tensors import read_dense
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
+    "silu": functional.silu,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    weight: torch.Tensor  # [D]
+    # None: the mean is left in.
+    bias: torch.Tensor | None
+    eps: float
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        return functional.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnAttention:
+    norm: Norm
+    projections: Linear  # D -> 3 * H * d: queries, keys, values
+    output: Linear  # H * d -> D
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Crossing:
+    norm: Norm
+    queries: Linear  # D -> H * d
+    sources: Linear  # D -> 2 * H * d, of what the encoder gives: keys, values
+    output: Linear  # H * d -> D
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mlp:
+    """down(act(up x))."""
+
+    up: Linear  # D -> F
+    down: Linear  # F -> D
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T, D] in fresh memory."""
+        return self.down(self.activation(self.up(hidden)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scorer:
+    """Gate logits in float32, whatever the model computes in."""
+
+    weight: torch.Tensor  # [E, D]
+    bias: torch.Tensor | None  # [E]
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden.float(), self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    attention: OwnAttention
+    cross: Crossing | None
+    mlp_norm: Norm
+    # Neither: workers compute all of it, as the one expert of the layer.
+    scorer: Scorer | None
+    mlp: Mlp | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Side:
+    """The encoder or the decoder."""
+
+    embedding: torch.Tensor  # [V, D]
+    layers: tuple[Layer, ...]
+    norm: Norm
+    # [buckets, H], where positions are told by a bias.
+    relative_bias: torch.Tensor | None
+
+
+class Reader:
+    """Reads one side after the other, each layer by itself."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: MoeModel,
+        names: Names,
+        arithmetic: Arithmetic,
+        layout: Layout,
+    ) -> None:
+        self.num_bytes = 0
+        self._checkpoint = checkpoint
+        self._model = model
+        self._names = names
+        self._arithmetic = arithmetic
+        self._layout = layout
+
+    def sides(self) -> tuple[Side, Side]:
+        shared = self._read_embeddings()
+        first = self._model.num_encoder_layers
+        return (
+            self._side(self._names.encoder, shared, range(first)),
+            self._side(self._names.decoder, shared, range(first, self._model.num_layers)),
+        )
+
+    def head(self, decoder: Side) -> Linear:
+        """Tied ones are held in both forms where a product wants one of its own."""
+        if self._names.head in self._model.dense:
+            return Linear(self._read({self._names.head})[self._names.head])
+        head = Linear(decoder.embedding)
+        if self._layout.device.type == "cpu":
+            self.num_bytes += head.num_bytes
+        return head
+
+    def _read_embeddings(self) -> Mapping[str, torch.Tensor]:
+        names = self._names
+        wanted = {names.shared, names.encoder.embedding, names.decoder.embedding}
+        return self._read(wanted & self._model.dense.keys())
+
+    def _side(self, names: StackNames, embeddings: Mapping[str, torch.Tensor], layers: range) -> Side:
+        bias = None
+        if self._arithmetic.relative is not None:
+            name = names.block.format(block=0) + names.attention + self._names.relative_bias
+            bias = self._read({name})[name]
+        own = names.embedding if names.embedding in embeddings else self._names.shared
+        ends = self._read(name for name in self._model.dense if name.startswith(f"{names.norm}."))
+        return Side(
+            embeddings[own],
+            tuple(self._layer(names, layers.start, layer) for layer in layers),
+            self._norm(ends, names.norm),
+            bias,
+        )
+
+    def _layer(self, names: StackNames, first: int, layer: int) -> Layer:
+        prefix = names.block.format(block=layer - first)
+        wanted = [name for name in self._model.dense if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in self._read(wanted).items()}
+        queries, keys, values, output = self._names.projections
+        attention = OwnAttention(
+            self._norm(tensors, names.attention_norm),
+            self._joined(tensors, names.attention, queries, keys, values),
+            self._joined(tensors, names.attention, output),
+        )
+        cross = None
+        if names.cross:
+            cross = Crossing(
+                self._norm(tensors, names.cross_norm),
+                self._joined(tensors, names.cross, queries),
+                self._joined(tensors, names.cross, keys, values),
+                self._joined(tensors, names.cross, output),
+            )
+        gate = names.mlp + self._names.gate
+        scorer = None
+        if f"{gate}.weight" in tensors:
+            scorer = Scorer(tensors[f"{gate}.weight"], tensors.get(f"{gate}.bias"))
+        mlp = None if layer in self._model.experts else self._mlp(tensors, names.mlp)
+        return Layer(attention, cross, self._norm(tensors, names.mlp_norm), scorer, mlp)
+
+    def _mlp(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> Mlp:
+        return Mlp(
+            self._joined(tensors, prefix, self._names.up),
+            self._joined(tensors, prefix, self._names.down),
+            _ACTIVATIONS[self._arithmetic.activation],
+        )
+
+    def _joined(self, tensors: Mapping[str, torch.Tensor], prefix: str, *names: str) -> Linear:
+        """Several projections of the same input as one."""
+        weights = [tensors[f"{prefix}{name}.weight"] for name in names]
+        biases = [tensors[bias] for name in names if (bias := f"{prefix}{name}.bias") in tensors]
+        return Linear(torch.cat(weights), bias=torch.cat(biases) if biases else None)
+
+    def _norm(self, tensors: Mapping[str, torch.Tensor], name: str) -> Norm:
+        return Norm(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), self._arithmetic.norm_eps)
+
+    def _read(self, wanted: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Gates stay in float32, as they are computed in it."""
+        names = set(wanted)
+        exact = {name for name in names if f".{self._names.gate}." in name}
+        tensors: dict[str, torch.Tensor] = {}
+        for some, dtype in ((exact, torch.float32), (names - exact, self._layout.dtype)):
+            dense = {name: self._model.dense[name] for name in some}
+            tensors |= read_dense(self._checkpoint, dense, dtype=dtype, device=self._layout.device)
+        self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        return tensors

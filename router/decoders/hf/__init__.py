@@ -1,0 +1,1 @@
+"""The modules of transformers, wired into our seams."""

@@ -1,0 +1,145 @@
+"""What takes the place of the blocks of transformers whose experts are elsewhere.
+
+Shapes: T tokens, D hidden size, E slots, K experts per token.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from moesaic.errors import Unsupported
+from moesaic.families.model import ExpertLayer, GateRule
+from router.decoders.hf.wiring import Wiring
+from router.dispatch.dispatcher import DispatchStep
+from router.dispatch.layer_call import LayerCall
+from router.gating.gate import Assignment, assign, everyone
+from router.phase_clock import PhaseClock
+
+
+class CurrentStep:
+    """Whose experts are asked: those of the micro-batch that is on its way through the modules."""
+
+    experts: DispatchStep
+
+
+class RemoteExperts:
+    """The experts of one layer, as the modules know them. All layers share the step that they are in."""
+
+    def __init__(self, layer: int, step: CurrentStep) -> None:
+        self._layer = layer
+        self._step = step
+
+    def send(self, rows: torch.Tensor, assignment: Assignment) -> LayerCall:
+        """Asks for rows [T, D] and waits for nothing."""
+        return self._step.experts.send(self._layer, rows, assignment.slots, assignment.weights)
+
+    def receive(self, call: LayerCall) -> torch.Tensor:
+        """[T, D]"""
+        return self._step.experts.receive(call)
+
+
+class Gate(nn.Module):
+    """Takes the place of a family's own gate: rows [E, D] and a rule. Parameters have the names that they have there."""
+
+    def __init__(
+        self,
+        num_slots: int,
+        hidden_size: int,
+        rule: GateRule,
+        clock: PhaseClock,
+        *,
+        exact: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = _empty(num_slots, hidden_size)
+        self.bias = _empty(num_slots) if rule.biased else None
+        self.e_score_correction_bias = _empty(num_slots) if rule.selection_bias else None
+        self._rule = rule
+        self._clock = clock
+        self._exact = exact
+
+    def forward(self, rows: torch.Tensor) -> Assignment:
+        """Scores rows [T, D]."""
+        started = time.perf_counter()
+        if self._exact:
+            logits = nn.functional.linear(rows.float(), self.weight.float(), self.bias)
+        else:
+            logits = nn.functional.linear(rows, self.weight, self.bias)
+        assignment = assign(logits, self._rule, selection_bias=self.e_score_correction_bias)
+        self._clock.add("gate", time.perf_counter() - started)
+        return assignment
+
+
+class MoeBlock(nn.Module):
+    """A gate, remote experts, and the shared expert of the family's own block, which is computed while they work."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        wiring: Wiring,
+        layer: ExpertLayer,
+        remote: RemoteExperts,
+        clock: PhaseClock,
+    ) -> None:
+        """Raises Unsupported where several weights would have to go onto one row."""
+        super().__init__()
+        assert layer.gate is not None
+        if layer.gate.weighs == "input" and layer.gate.top_k > 1:
+            raise Unsupported("model: experts that weigh their input take one a token", field="model")
+        gate = Gate(layer.num_slots, layer.module.hidden_size, layer.gate, clock, exact=wiring.exact_gate)
+        # Under the family's names, by which parameters are found.
+        self.add_module(wiring.gate, gate)
+        for name in (wiring.shared, wiring.shared_gate):
+            if name is not None:
+                self.add_module(name, block.get_submodule(name))
+        self._wiring = wiring
+        self._rule = layer.gate
+        self._remote = remote
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        """hidden [.., D] -> [.., D]."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        assignment: Assignment = self.get_submodule(self._wiring.gate)(rows)
+        asked = rows
+        if self._rule.weighs == "input":
+            # One slot a token, so that one row can carry its weight.
+            asked = rows * assignment.weights.to(rows.dtype)
+            assignment = Assignment(torch.ones_like(assignment.weights), assignment.slots)
+        call = self._remote.send(asked, assignment)
+        shared = self._compute_shared(rows)
+        output = self._remote.receive(call)
+        if shared is not None:
+            output = output + shared
+        output = output.view(hidden.shape)
+        return (output, None) if self._wiring.returns_pair else output
+
+    def _compute_shared(self, rows: torch.Tensor) -> torch.Tensor | None:
+        if self._wiring.shared is None:
+            return None
+        shared: torch.Tensor = self.get_submodule(self._wiring.shared)(rows)
+        if self._wiring.shared_gate is None:
+            return shared
+        weights: torch.Tensor = self.get_submodule(self._wiring.shared_gate)(rows)
+        return shared * weights.sigmoid()
+
+
+class RemoteMlp(nn.Module):
+    """The MLP of a dense layer, computed by the one expert of it."""
+
+    def __init__(self, remote: RemoteExperts) -> None:
+        super().__init__()
+        self._remote = remote
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [.., D] -> [.., D]."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        output = self._remote.receive(self._remote.send(rows, everyone(rows)))
+        return output.view(hidden.shape)
+
+
+def _empty(*shape: int) -> nn.Parameter:
+    """A parameter that is still to be read."""
+    return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)

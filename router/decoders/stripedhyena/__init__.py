@@ -1,0 +1,1 @@
+"""StripedHyena: attention and Hyena mixers in one stack."""

@@ -1,0 +1,1 @@
+"""Dispatch and combine: one MoE layer computed by experts in other processes."""

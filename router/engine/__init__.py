@@ -1,0 +1,1 @@
+"""The loop: choose a step, run it, sample, report."""

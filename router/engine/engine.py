@@ -1,0 +1,335 @@
+"""The loop of a router: take what came in, choose a batch, run it, sample, report. One thread owns all of it.
+
+Callers of other threads only put commands into an inbox; nobody on the engine's thread waits for those who listen. Every sequence ends with exactly one Finished or Failed, or
+silently when it was cancelled; whatever the end, its KV blocks are free at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.epoch import Epoch
+from moesaic.errors import DeadlineExceeded, InternalError, MoesaicError, Overloaded, Unavailable
+from router.attention.packed_batch import pack
+from router.cache.kv_cache import KVCache
+from router.decoders.decoder import MicroBatch, RouterModel
+from router.dispatch.dispatcher import Dispatcher
+from router.engine import sampler
+from router.engine.live_sequence import LiveSequence, Reading
+from router.engine.overlap import Overlap, halves
+from router.engine.request import Failed, Finished, SampledToken, SequenceRequest
+from router.phase_clock import INSIDE_FORWARD, PhaseClock
+from router.scheduling.scheduler import Scheduler, count
+from router.scheduling.sequence import Chunk
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start, and the state of the queues."""
+
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    preemptions: int
+    prefix_lookup_tokens: int
+    prefix_hit_tokens: int
+    overlapped_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    sequence_id: str
+
+
+class Engine:
+    """Runs the sequences of one epoch on one model."""
+
+    def __init__(
+        self,
+        model: RouterModel,
+        cache: KVCache,
+        scheduler: Scheduler,
+        dispatcher: Dispatcher,
+        clock: PhaseClock,
+        *,
+        epoch: Epoch,
+        overlap: Overlap | None,
+        max_waiting: int,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._scheduler = scheduler
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._epoch = epoch
+        self._overlap = overlap
+        self._max_open = scheduler.limits.max_running + max_waiting
+        self._live: dict[str, LiveSequence] = {}
+        # Bounded by `_max_open`: whoever is not admitted puts nothing in.
+        self._inbox: queue.SimpleQueue[SequenceRequest | _Cancel | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._num_open = 0
+        self._stopping = False
+        self._steps = self._overlapped_steps = self._prompt_tokens = self._generated_tokens = 0
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that were submitted and have not ended."""
+        return self._num_open
+
+    def submit(self, request: SequenceRequest) -> str:
+        """Admits a sequence and returns the epoch it is pinned to. Raises Overloaded or Unavailable. Thread-safe."""
+        with self._lock:
+            if self._stopping:
+                raise _stopping()
+            if self._num_open >= self._max_open:
+                raise Overloaded(
+                    f"the router has its {self._max_open} sequences running or waiting",
+                    reason="QUEUE_FULL",
+                    retry_after_s=1.0,
+                )
+            self._num_open += 1
+            self._inbox.put(request)
+        return self._epoch.id
+
+    def cancel(self, sequence_id: str) -> None:
+        """Ends a sequence without further events, if it is still there. Thread-safe."""
+        self._inbox.put(_Cancel(sequence_id))
+
+    def stop(self, timeout_s: float) -> None:
+        """Fails what is still running and ends the thread."""
+        with self._lock:
+            self._stopping = True
+            self._inbox.put(None)
+        self._thread.join(timeout_s)
+
+    def stats(self) -> EngineStats:
+        prefixes = self._scheduler.prefixes
+        return EngineStats(
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_used=self._scheduler.pool.num_used,
+            kv_blocks_total=self._scheduler.pool.num_blocks,
+            preemptions=self._scheduler.num_preemptions,
+            prefix_lookup_tokens=0 if prefixes is None else prefixes.num_looked_up,
+            prefix_hit_tokens=0 if prefixes is None else prefixes.num_hit,
+            overlapped_steps=self._overlapped_steps,
+        )
+
+    def _loop(self) -> None:
+        try:
+            while self._take_commands():
+                started = time.perf_counter()
+                self._expire()
+                chunks = self._scheduler.schedule()
+                self._clock.add("schedule", time.perf_counter() - started)
+                if chunks:
+                    self._step(chunks)
+                if not self._live:
+                    self._scheduler.check_integrity()
+        except Exception:
+            # Outside a step only a bug comes here: health turns false, and whoever waits is told below.
+            log.exception("the engine died")
+        finally:
+            self._abandon()
+
+    def _take_commands(self) -> bool:
+        """Empties the inbox; blocks while there is nothing to run. False: stop."""
+        while not self._live or not self._inbox.empty():
+            command = self._inbox.get()
+            if command is None:
+                return False
+            if isinstance(command, SequenceRequest):
+                live = LiveSequence(command)
+                self._live[command.sequence_id] = live
+                self._scheduler.add(live.sequence)
+            elif live_sequence := self._live.get(command.sequence_id):
+                self._end(live_sequence)
+        return True
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for live in [live for live in self._live.values() if live.request.deadline_s <= now]:
+            self._fail(live, DeadlineExceeded(f"deadline passed after {len(live.sequence.output)} tokens"))
+
+    def _step(self, chunks: tuple[Chunk, ...]) -> None:
+        """One batch: forward, then what each sequence gets from it. An unexpected error fails this batch alone."""
+        lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
+        started = time.perf_counter()
+        splits = self._overlap is not None and self._overlap.decide(*count(chunks))
+        parts: list[MicroBatch] = []
+        try:
+            parts, readings = self._pack(halves(chunks) if splits else (chunks,))
+            for reading in readings:
+                reading.live.note_step(reading.chunk)
+            logits = self._forward(parts)
+            self._deliver(self._whole(readings), logits)
+        except Exception:
+            log.exception("a step failed")
+            for part in parts:
+                part.experts.abandon()
+            for live in lives:
+                self._fail(live, InternalError("internal error"))
+        else:
+            if not any(part.experts.failed for part in parts):
+                self._observe(chunks, splits, time.perf_counter() - started)
+        self._steps += 1
+        self._overlapped_steps += splits
+
+    def _pack(self, parts: Iterable[tuple[Chunk, ...]]) -> tuple[list[MicroBatch], list[Reading]]:
+        """The step's micro-batches, and what each of their chunks wants of them."""
+        started = time.perf_counter()
+        batches: list[MicroBatch] = []
+        readings: list[Reading] = []
+        for chunks in parts:
+            lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
+            experts = self._dispatcher.begin(
+                self._epoch,
+                deadline_s=max(live.request.deadline_s for live in lives),
+                # The first recorded trace of the batch: one set of spans for all its sequences, or none.
+                context=next((live.trace for live in lives if live.trace is not None), None),
+            )
+            batch = pack(chunks, self._model.layout)
+            first_logit = sum(len(earlier.rows) for earlier in batches)
+            rows: list[int] = []
+            for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True):
+                reading = live.read(chunk, first_row, first_logit + len(rows), experts.failed)
+                rows += reading.wanted
+                readings.append(reading)
+            batches.append(MicroBatch(batch, torch.tensor(rows, dtype=torch.long), experts))
+        self._clock.add("schedule", time.perf_counter() - started)
+        return batches, readings
+
+    def _forward(self, parts: Sequence[MicroBatch]) -> torch.Tensor:
+        """Runs the model and gives the logits [N, V] of the wanted rows, part by part."""
+        started, inside_s = time.perf_counter(), self._clock.total(INSIDE_FORWARD)
+        if self._scheduler.states is not None and self._cache.states is not None:
+            self._cache.states.apply(self._scheduler.states.take_copies())
+        logits = self._model.forward(parts, self._cache)
+        inside_s = self._clock.total(INSIDE_FORWARD) - inside_s
+        self._clock.add("dense", time.perf_counter() - started - inside_s)
+        return logits
+
+    def _whole(self, readings: list[Reading]) -> list[Reading]:
+        """Fails the sequences for which an expert was missing; the others have their chunks in the cache now."""
+        for reading in readings:
+            error = reading.error
+            if error is not None:
+                self._fail(reading.live, error)
+        whole = [reading for reading in readings if self._is_live(reading)]
+        for reading in whole:
+            before = reading.live.sequence.num_prompt_tokens - reading.chunk.start
+            self._prompt_tokens += max(0, min(reading.chunk.num_tokens, before))
+            self._scheduler.advance(reading.chunk)
+        return whole
+
+    def _deliver(self, readings: list[Reading], logits: torch.Tensor) -> None:
+        """Scores prompts, samples next tokens, reports them and ends what is finished."""
+        started = time.perf_counter()
+        for reading in readings:
+            self._score(reading, logits)
+        readings = [reading for reading in readings if self._is_live(reading)]
+        drawing = [reading for reading in readings if reading.samples]
+        tokens = self._sample(drawing, logits)
+        self._clock.add("sample", time.perf_counter() - started)
+        started = time.perf_counter()
+        for reading in readings:
+            if reading.chunk.reaches_end:
+                self._end_if(reading.live, reading.live.reach_end_of_prompt())
+        for reading, token in zip(drawing, tokens, strict=True):
+            if isinstance(token, MoesaicError):
+                self._reject(reading.live, token)
+            else:
+                self._generated_tokens += 1
+                self._end_if(reading.live, reading.live.take_token(token))
+        self._clock.add("deliver", time.perf_counter() - started)
+
+    def _score(self, reading: Reading, logits: torch.Tensor) -> None:
+        """Scores the prompt's tokens of a chunk, where they are wanted."""
+        if not reading.scored or not self._is_live(reading):
+            return
+        num_top = reading.live.request.sampling.prompt_logprobs or 0
+        try:
+            scores = sampler.score(logits[reading.scored_logits], reading.targets, num_top)
+        except MoesaicError as error:
+            self._reject(reading.live, error)
+        else:
+            reading.live.take_scores(scores)
+
+    def _sample(self, readings: list[Reading], logits: torch.Tensor) -> list[SampledToken | MoesaicError]:
+        """The next token of each sequence."""
+        if not readings:
+            return []
+        wanted = [reading.last_logit for reading in readings]
+        rows = logits if len(wanted) == len(logits) else logits[wanted]
+        return sampler.sample(rows, [reading.live.sampling for reading in readings])
+
+    def _observe(self, chunks: tuple[Chunk, ...], splits: bool, seconds: float) -> None:
+        """Tells those who learn from steps how long this one took."""
+        self._scheduler.observe(chunks, seconds)
+        if self._overlap is not None:
+            self._overlap.observe(*count(chunks), split=splits, seconds=seconds)
+
+    def _is_live(self, reading: Reading) -> bool:
+        return reading.live.request.sequence_id in self._live
+
+    def _end_if(self, live: LiveSequence, finished: Finished | None) -> None:
+        if finished is not None:
+            self._end(live)
+            live.request.on_event(finished)
+
+    def _reject(self, live: LiveSequence, error: MoesaicError) -> None:
+        """Fails a sequence whose values are wrong: nobody else shall find them in the cache."""
+        self._scheduler.distrust(live.sequence)
+        self._fail(live, error)
+
+    def _fail(self, live: LiveSequence, error: MoesaicError) -> None:
+        if live.request.sequence_id in self._live:
+            self._end(live)
+            live.request.on_event(Failed(error))
+
+    def _end(self, live: LiveSequence) -> None:
+        """Forgets a sequence; its blocks are free before anybody hears of its end."""
+        if self._live.pop(live.request.sequence_id, None) is not None:
+            self._scheduler.remove(live.sequence)
+            with self._lock:
+                self._num_open -= 1
+
+    def _abandon(self) -> None:
+        """Whatever is left when the loop ends gets an answer."""
+        with self._lock:
+            self._stopping = True
+        while not self._inbox.empty():
+            command = self._inbox.get()
+            if isinstance(command, SequenceRequest):
+                command.on_event(Failed(_stopping()))
+        for live in list(self._live.values()):
+            self._fail(live, _stopping())
+
+
+def _stopping() -> MoesaicError:
+    return Unavailable("the router is stopping", reason="STOPPING", retry_after_s=1.0)

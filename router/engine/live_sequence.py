@@ -1,0 +1,157 @@
+"""One request inside the engine: its tokens, its random numbers, its times, and what it reads of a batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from moesaic.errors import MoesaicError
+from router.engine.request import (
+    Finished,
+    FinishReason,
+    PromptScored,
+    SampledToken,
+    SequenceRequest,
+    Started,
+    Timing,
+    TokenGenerated,
+    TokenLogprobs,
+)
+from router.engine.sampler import SamplingState, make_generator
+from router.scheduling.sequence import Chunk, Sequence
+
+
+class LiveSequence:
+    """A request between admission and end. Belongs to the engine's thread."""
+
+    def __init__(self, request: SequenceRequest) -> None:
+        self.request = request
+        params = request.sampling
+        self.sequence = Sequence(
+            request.sequence_id,
+            [*request.prompt, *request.decoder_prompt],
+            len(request.prompt),
+            tenant=request.tenant,
+            reads_all=params.prompt_logprobs is not None,
+        )
+        self.sampling = SamplingState(
+            params=params,
+            prompt=request.prompt,
+            output=self.sequence.output,
+            generator=make_generator(params),
+        )
+        # The context that its layers' spans belong to, if anybody records them.
+        self.trace = request.trace if _is_recorded(request.trace) else None
+        self._admitted_s = time.monotonic()
+        self._first_step_s: float | None = None
+        self._first_token_s: float | None = None
+        # Of the prompt's tokens from the second on; a preempted sequence does not score them again.
+        self._prompt_logprobs: list[TokenLogprobs] = []
+
+    def read(
+        self, chunk: Chunk, first_row: int, first_logit: int, failed: Mapping[int, MoesaicError]
+    ) -> Reading:
+        """What this sequence wants of a micro-batch in which its chunk starts at `first_row`."""
+        num_scored = first_scored = 0
+        if self.sequence.reads_all:
+            # The row of position p scores the token at p + 1.
+            first = max(chunk.start, len(self._prompt_logprobs))
+            last = min(chunk.end, self.sequence.num_prompt_tokens - 1)
+            first_scored, num_scored = first - chunk.start, max(0, last - first)
+        return Reading(
+            live=self,
+            chunk=chunk,
+            rows=range(first_row, first_row + chunk.num_tokens),
+            scored=range(first_row + first_scored, first_row + first_scored + num_scored),
+            samples=chunk.reaches_end and self.request.sampling.max_tokens > 0,
+            first_logit=first_logit,
+            failed=failed,
+        )
+
+    def note_step(self, chunk: Chunk) -> None:
+        """Remembers and reports when the first step began, and where: what lies before it was in the cache."""
+        if self._first_step_s is None:
+            self._first_step_s = time.monotonic()
+            self.request.on_event(Started(self._first_step_s - self._admitted_s, chunk.start))
+
+    def take_scores(self, scores: list[TokenLogprobs]) -> None:
+        """Collects log probabilities of the prompt's tokens."""
+        self._prompt_logprobs += scores
+
+    def reach_end_of_prompt(self) -> Finished | None:
+        """Reports the prompt's scores if they were asked for; with nothing to generate, this is the end."""
+        if self.request.sampling.prompt_logprobs is not None and not self.sequence.output:
+            self.request.on_event(PromptScored(tuple(self._prompt_logprobs)))
+        return None if self.request.sampling.max_tokens else self._finished(FinishReason.LENGTH)
+
+    def take_token(self, token: SampledToken) -> Finished | None:
+        """Appends and reports a token; the end it brings, if it does."""
+        if self._first_token_s is None:
+            self._first_token_s = time.monotonic()
+        self.sequence.append(token.token_id)
+        self.request.on_event(TokenGenerated(token))
+        if token.token_id in self.request.sampling.stop_token_ids:
+            return self._finished(FinishReason.STOP, token.token_id)
+        if len(self.sequence.output) >= self.request.sampling.max_tokens:
+            return self._finished(FinishReason.LENGTH)
+        return None
+
+    def _finished(self, reason: FinishReason, stop_token_id: int | None = None) -> Finished:
+        now = time.monotonic()
+        timing = Timing(
+            queued_s=(self._first_step_s or now) - self._admitted_s,
+            first_token_s=(self._first_token_s or now) - self._admitted_s,
+            total_s=now - self._admitted_s,
+        )
+        return Finished(reason, stop_token_id, timing)
+
+
+def _is_recorded(context: Context | None) -> bool:
+    return context is not None and trace.get_current_span(context).is_recording()
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The rows of a micro-batch that belong to one sequence, and those among them whose logits it wants."""
+
+    live: LiveSequence
+    chunk: Chunk
+    rows: range
+    # Rows that score the next token of the prompt.
+    scored: range
+    # Whether the last row predicts a new token.
+    samples: bool
+    # Where the wanted rows begin among the logits of the step.
+    first_logit: int
+    # The micro-batch's rows that have no valid output, known after the forward.
+    failed: Mapping[int, MoesaicError]
+
+    @property
+    def wanted(self) -> list[int]:
+        return [*self.scored, self.rows[-1]] if self.samples else [*self.scored]
+
+    @property
+    def last_logit(self) -> int:
+        """Where the row that predicts a new token stands among the logits of the step."""
+        return self.first_logit + len(self.scored)
+
+    @property
+    def scored_logits(self) -> slice:
+        return slice(self.first_logit, self.last_logit)
+
+    @property
+    def targets(self) -> list[int]:
+        """The tokens that `scored` scores."""
+        first = self.chunk.start + self.scored.start - self.rows.start + 1
+        return self.live.sequence.tokens[first : first + len(self.scored)]
+
+    @property
+    def error(self) -> MoesaicError | None:
+        """Why its rows have no valid output, if they have none."""
+        if not self.failed:
+            return None
+        return next((self.failed[row] for row in self.rows if row in self.failed), None)

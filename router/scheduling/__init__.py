@@ -1,0 +1,1 @@
+"""What a step runs: pure decisions about sequences, blocks and prompts."""

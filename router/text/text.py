@@ -1,0 +1,223 @@
+"""The text side of a model: tokenizer, chat format, end-of-sequence ids.
+
+It is read from the checkpoint's files of text alone: tokenizer.json, tekken.json or a SentencePiece tokenizer.model,
+tokenizer_config.json and the chat template. No code of a checkpoint is ever run. A folder without a tokenizer serves
+token ids.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from moesaic.errors import CheckpointError, InvalidArgument, Unsupported
+from router.text.chat_template import TOKENIZER_CONFIG_FILE, ChatTemplate, find_template
+from router.text.control_tokens import ControlTokens
+from router.text.detokenizer import Detokenizer
+from router.text.mistral_chat import MistralChat, find_mistral_chat
+from router.text.mistral_tokenizer import find_native_file, read_native
+from router.text.tokenizer import TextTokenizer
+from router.text.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILE = "tokenizer.json"
+# Names that a template's variables may not have: they would steer the rendering itself, up to another template.
+_RESERVED_VARIABLES = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
+    "messages"
+}
+_NO_TEMPLATE = "this model has no chat template"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as one text, control tokens included. `encode`: its token ids; takes time in proportion to the text.
+
+    The ids are not always those of the text: what a message spells like a control token is none.
+    """
+
+    text: str
+    encode: Callable[[], tuple[int, ...]]
+
+
+class Text:
+    """Text to token ids and back. Without a tokenizer, tokens spell nothing and the rest is Unsupported.
+
+    `no_chat`: why there is no chat format, where there is none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer | None,
+        eos_token_ids: frozenset[int],
+        chat: ChatTemplate | MistralChat | None = None,
+        *,
+        no_chat: str = _NO_TEMPLATE,
+    ) -> None:
+        self.eos_token_ids = eos_token_ids
+        self._tokenizer = tokenizer
+        self._chat = chat
+        self._no_chat = no_chat
+        self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer.backend)
+        self._control_tokens = None if tokenizer is None else ControlTokens(tokenizer)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be had at all."""
+        return self._tokenizer is not None and self._chat is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of a text. Thread-safe; takes time in proportion to the text. Raises Unsupported."""
+        if self._tokenizer is None:
+            raise _no_tokenizer()
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of how many tokens `text` has, known at once. Raises Unsupported."""
+        if self._vocabulary is None:
+            raise _no_tokenizer()
+        return -(-len(text.encode()) // self._vocabulary.longest_token_bytes)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of all tokens together; what the pieces of a detokenizer join to."""
+        detokenizer = self.detokenizer((), skip_special_tokens=skip_special_tokens)
+        return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
+
+    def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
+        """A detokenizer for what follows `prompt`."""
+        if self._vocabulary is None:
+            return Detokenizer(lambda _: b"", prompt, drop_leading_space=False)
+        vocabulary = self._vocabulary
+        return Detokenizer(
+            vocabulary.visible_bytes_of if skip_special_tokens else vocabulary.bytes_of,
+            prompt,
+            drop_leading_space=vocabulary.adds_leading_space,
+        )
+
+    def token(self, token_id: int) -> str:
+        """The vocabulary's own spelling, such as "▁Hello"; empty for an id that it does not hold."""
+        return "" if self._vocabulary is None else self._vocabulary.token(token_id)
+
+    def spell(self, token_id: int) -> tuple[str, bytes]:
+        """One token as text, with U+FFFD where it holds part of a character, and as bytes."""
+        spelled = b"" if self._vocabulary is None else self._vocabulary.bytes_of(token_id)
+        return spelled.decode(errors="replace"), spelled
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> Conversation:
+        """The conversation in the checkpoint's own format. Thread-safe.
+
+        Raises Unsupported without a format, InvalidArgument when it refuses the messages.
+        """
+        tokenizer, control = self._tokenizer, self._control_tokens
+        if tokenizer is None or control is None or self._chat is None:
+            raise Unsupported(f"messages: {self._no_chat}", field="messages")
+        _check_variables(variables)
+        if isinstance(self._chat, MistralChat):
+            if variables:
+                message = f"chat_template_kwargs: {_NO_TEMPLATE}, so it has no variables"
+                raise InvalidArgument(message, field="chat_template_kwargs")
+            token_ids = self._chat.encode(messages, continue_final_message=continue_final_message)
+            return Conversation(self.decode(token_ids, skip_special_tokens=False), lambda: token_ids)
+        rendered = self._chat.render(
+            control.mark(messages),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={**tokenizer.special_names, **control.mark(variables)},
+        )
+        return Conversation(control.unmarked(rendered), lambda: control.encode(rendered))
+
+
+def load_text(folder: str | Path) -> Text:
+    """The text side of a checkpoint folder.
+
+    Raises CheckpointError when a tokenizer, a template or an end-of-sequence id is there and not usable.
+    """
+    folder = Path(folder)
+    config = _read_object(folder / TOKENIZER_CONFIG_FILE)
+    native_file = None if (folder / TOKENIZER_FILE).is_file() else find_native_file(folder)
+    tokenizer = _load_tokenizer(folder) if native_file is None else read_native(native_file, config)
+    eos_token_ids = _eos_token_ids(folder)
+    if tokenizer is None:
+        return Text(None, eos_token_ids)
+    if tokenizer.eos_token_id is not None:
+        eos_token_ids |= {tokenizer.eos_token_id}
+    template = find_template(folder, config)
+    if template is not None:
+        return Text(tokenizer, eos_token_ids, ChatTemplate(template))
+    if native_file is None:
+        return Text(tokenizer, eos_token_ids)
+    found = find_mistral_chat(native_file, tokenizer)
+    if isinstance(found, str):
+        return Text(tokenizer, eos_token_ids, no_chat=f"{_NO_TEMPLATE}; {found}")
+    fields = {"version": found.version}
+    log.info("no chat template: conversations are in Mistral's own format", extra={"fields": fields})
+    return Text(tokenizer, eos_token_ids, found)
+
+
+def _load_tokenizer(folder: Path) -> TextTokenizer | None:
+    if not (folder / TOKENIZER_FILE).is_file():
+        log.warning("the model folder has no tokenizer: prompts are token ids only")
+        return None
+    try:
+        # Named, not looked up by the folder's config: this class reads tokenizer.json as it is, and no code.
+        found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises bare exceptions for a file that it cannot read
+        raise CheckpointError(f"{TOKENIZER_FILE} cannot be read", field=TOKENIZER_FILE) from error
+    return TextTokenizer(found.backend_tokenizer, found.special_tokens_map)
+
+
+def _eos_token_ids(folder: Path) -> frozenset[int]:
+    """generation_config.json decides; without an entry there, config.json."""
+    for name in ("generation_config.json", "config.json"):
+        found = _read_object(folder / name).get("eos_token_id")
+        if found is not None:
+            return _checked_ids(found, name)
+    return frozenset()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not a JSON object", field=path.name) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object", field=path.name)
+    return found
+
+
+def _checked_ids(found: object, name: str) -> frozenset[int]:
+    token_ids = found if isinstance(found, list) else [found]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in token_ids):
+        message = f"{name}: eos_token_id must be a token id or a list of token ids"
+        raise CheckpointError(message, field="eos_token_id")
+    return frozenset(token_ids)
+
+
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    reserved = _RESERVED_VARIABLES & variables.keys()
+    if reserved:
+        message = f"chat_template_kwargs: {min(reserved)} cannot be set"
+        raise InvalidArgument(message, field="chat_template_kwargs")
+
+
+def _no_tokenizer() -> Unsupported:
+    return Unsupported("prompt: this model has no tokenizer, send token ids", field="prompt")

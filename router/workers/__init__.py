@@ -1,0 +1,1 @@
+"""The replicas of the newest routing table and the links to them."""

@@ -1,0 +1,207 @@
+"""The command line: bad input is one line on stderr and exit code 2, and nothing is started for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.checkpoints import write_mixtral
+from support.sparse_checkpoints import TINY_MISTRAL, write_sparse_decoder
+from typer.testing import CliRunner
+
+from cluster.cli import main as cli
+from cluster.cli.commands import app
+from cluster.launch import serve as serving
+from moesaic import __version__
+from moesaic.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mixtral(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*arguments: object) -> None:
+        raise AssertionError("bad input must be told before anything runs")
+
+    monkeypatch.setattr(serving, "running_cluster", start)
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def refused(*arguments: str) -> str:
+    """The one line on stderr of a command that must exit with 2."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    line, end, rest = result.stderr.partition("\n")
+    assert (end, rest) == ("\n", "")
+    return line
+
+
+def broken(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "broken"))
+
+
+def test_an_unknown_folder_is_told() -> None:
+    assert refused("serve", "/no/such/folder") == "error: model: no such folder"
+
+
+def test_a_missing_file_of_weights_is_told(tiny: Path, tmp_path: Path) -> None:
+    folder = broken(tiny, tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert refused("serve", str(folder)).startswith("error: model: ")
+
+
+def test_a_truncated_file_of_weights_is_told(tiny: Path, tmp_path: Path) -> None:
+    folder = broken(tiny, tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    assert refused("serve", str(folder)).startswith("error: model.safetensors: truncated")
+
+
+def test_a_config_that_does_not_fit_the_tensors_is_told(tiny: Path, tmp_path: Path) -> None:
+    folder = broken(tiny, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 5}))
+    assert "num_local_experts" in refused("serve", str(folder))
+
+
+def test_a_folder_of_pickles_is_told_what_converts_it(tmp_path: Path) -> None:
+    (tmp_path / "consolidated.00.pth").write_bytes(b"never read")
+    line = refused("serve", str(tmp_path))
+    assert line.startswith("error: model: weights are in consolidated.00.pth")
+    assert "moesaic convert FOLDER OUT" in line
+
+
+def test_workers_for_a_model_that_the_router_computes_alone_are_told(tmp_path: Path) -> None:
+    folder = write_sparse_decoder(tmp_path / "dense", TINY_MISTRAL)
+    line = refused("serve", str(folder), "--dense-layers", "router", "--workers", "1")
+    assert line == "error: workers: the model has no experts for one to hold"
+
+
+def test_more_workers_than_experts_are_told(tiny: Path) -> None:
+    assert refused("serve", str(tiny), "--workers", "9") == (
+        "error: workers: 9 workers for 8 experts: at most 8"
+    )
+
+
+def test_more_copies_than_workers_are_told(tiny: Path) -> None:
+    assert "replicas: 3 copies" in refused("serve", str(tiny), "--workers", "2", "--replicas", "3")
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])
+def test_a_port_in_use_is_told_with_its_flag(tiny: Path, taken_port: int, flag: str) -> None:
+    other = "--grpc-port" if flag == "--http-port" else "--http-port"
+    line = refused("serve", str(tiny), flag, str(taken_port), other, "0")
+    field = flag.removeprefix("--").replace("-", "_")
+    assert line == f"error: {field}: 127.0.0.1:{taken_port} is in use"
+
+
+def test_one_port_for_both_is_told(tiny: Path) -> None:
+    line = refused("serve", str(tiny), "--http-port", "7777", "--grpc-port", "7777")
+    assert line == "error: grpc_port: must differ from http_port"
+
+
+def test_an_unknown_key_in_the_config_file_is_told(tiny: Path, tmp_path: Path) -> None:
+    config = tmp_path / "moesaic.yaml"
+    config.write_text("engine:\n  max_bach_tokens: 1\n")
+    assert refused("serve", str(tiny), "--config", str(config)).startswith("error: engine.max_bach_tokens: ")
+
+
+def test_a_missing_config_file_is_told(tiny: Path) -> None:
+    assert refused("serve", str(tiny), "--config", "/no/such.yaml") == "error: config: no such file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--device", "tpu"), "device"),
+        (("--dtype", "int3"), "dtype"),
+        (("--dense-layers", "gateway"), "dense_layers"),
+        (("--workers", "0"), "cluster.workers"),
+        (("--routers", "65"), "cluster.routers"),
+        (("--expert-dtype", "int3"), "worker.expert_dtype"),
+        (("--http-port", "70000"), "http_port"),
+    ],
+)
+def test_a_value_out_of_bounds_is_told_with_its_setting(
+    tiny: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    assert refused("serve", str(tiny), *arguments).startswith(f"error: {says}: ")
+
+
+def test_what_flags_say_reaches_routers_and_workers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Settings] = []
+
+    async def serve(settings: Settings, model: object, *, as_json: bool) -> None:
+        served.append(settings)
+
+    monkeypatch.setattr(serving, "serve", serve)
+    flags = ("--routers", "3", "--expert-dtype", "int8", "--batch-invariant", "--dense-layers", "experts")
+    ports = ("--http-port", "0", "--grpc-port", "0")
+    result = CliRunner().invoke(app, ["serve", str(tiny), *flags, *ports])
+    assert result.exit_code == 0, result.output
+    (settings,) = served
+    assert (settings.cluster.routers, settings.worker.expert_dtype) == (3, "int8")
+    assert settings.dense_layers == "experts"
+    assert settings.engine.batch_invariant and settings.worker.batch_invariant
+
+
+def test_with_json_an_error_is_json_too(tiny: Path) -> None:
+    error = json.loads(refused("serve", str(tiny), "--workers", "9", "--json"))["error"]
+    assert (error["field"], error["reason"]) == ("workers", "INVALID_ARGUMENT")
+
+
+def test_stopping_needs_the_address_of_a_ray() -> None:
+    assert refused("stop").startswith("error: address: ")
+
+
+@pytest.mark.parametrize("verb", [("generate", "Hello"), ("status",)])
+def test_a_client_verb_without_a_router_says_so_and_fails(verb: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*verb, "--grpc", "127.0.0.1:1"])
+    assert result.exit_code == 1
+    assert result.stderr == "error: no router answers at 127.0.0.1:1: is `moesaic serve` running?\n"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"moesaic {__version__}\n")
+
+
+def test_a_client_verb_imports_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from cluster.cli.commands import app;"
+        "CliRunner().invoke(app, ['status', '--grpc', '127.0.0.1:1']);"
+        "CliRunner().invoke(app, ['generate', 'x', '--grpc', '127.0.0.1:1']);"
+        "print({'ray', 'torch', 'transformers', 'fastapi'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
+def test_a_client_install_says_what_the_command_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "cluster.cli.commands")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: the command needs typer: pip install 'moesaic[serve]'\n"

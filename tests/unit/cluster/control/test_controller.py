@@ -1,0 +1,290 @@
+"""The controller against a cluster that is only played: what it publishes, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from cluster.control.controller import Cluster, Controller, Member, Snapshot
+from cluster.processes.host import ProcessReport
+from moesaic.epoch import Epoch, ExpertAddress
+from moesaic.errors import Unavailable
+from moesaic.routing_table import Replica
+from moesaic.v1 import control_pb2 as pb
+
+pytestmark = pytest.mark.timeout(20)
+
+EXPERTS = {
+    "w0": frozenset({ExpertAddress(0, 0), ExpertAddress(1, 0)}),
+    "w1": frozenset({ExpertAddress(0, 1), ExpertAddress(1, 1)}),
+}
+CLUSTER = Cluster(
+    model="tiny",
+    experts=frozenset().union(*EXPERTS.values()),
+    members=(
+        Member("controller", pb.PROCESS_ROLE_CONTROLLER),
+        Member("router", pb.PROCESS_ROLE_ROUTER),
+        *(Member(name, pb.PROCESS_ROLE_EXPERT_WORKER, held, "cpu") for name, held in EXPERTS.items()),
+    ),
+)
+
+
+def digest(address: ExpertAddress, salt: int = 0) -> bytes:
+    return bytes([address.layer, address.slot, salt]) + bytes(29)
+
+
+def replica(name: str, start: int = 1, salt: int = 0) -> Replica:
+    versions = {address: digest(address, salt) for address in sorted(EXPERTS[name])}
+    return Replica(name, f"127.0.0.1:{start}", f"{name}-{start}", versions)
+
+
+@dataclass
+class PlayedCluster:
+    """An observer whose processes do what the test says."""
+
+    reports: dict[str, ProcessReport | None] = field(default_factory=dict)
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    described: list[str] = field(default_factory=list)
+
+    async def tell(
+        self, name: str, state: pb.ProcessState, revision: int, start: int = 1, detail: str = ""
+    ) -> None:
+        async with self.changed:
+            self.reports[name] = ProcessReport(
+                name, revision, state, f"127.0.0.1:{start}", "n", 100 + start, start - 1, 5, 10, detail
+            )
+            self.changed.notify_all()
+
+    async def ready(self, name: str, start: int = 1, salt: int = 0) -> None:
+        self.replicas[f"127.0.0.1:{start}"] = replica(name, start, salt)
+        await self.tell(name, pb.PROCESS_STATE_READY, 3, start)
+
+    async def kill(self, name: str) -> None:
+        async with self.changed:
+            self.reports[name] = None
+            self.changed.notify_all()
+
+    async def report(self, name: str, seen: int) -> ProcessReport:
+        async with self.changed:
+            await self.changed.wait_for(lambda: name in self.reports and self._news(name, seen))
+            report = self.reports[name]
+        if report is None:
+            raise Unavailable("it died")
+        return report
+
+    async def describe(self, address: str) -> Replica:
+        self.described.append(address)
+        return self.replicas[address]
+
+    def _news(self, name: str, seen: int) -> bool:
+        report = self.reports[name]
+        return report is None or report.revision != seen
+
+
+async def yield_to_others(seconds: float) -> None:
+    await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def following(
+    played: PlayedCluster, cluster: Cluster = CLUSTER, first_revision: int = 0
+) -> AsyncIterator[Controller]:
+    controller = Controller(cluster, played, first_revision=first_revision, sleep=yield_to_others)
+    running = asyncio.create_task(controller.run())
+    try:
+        yield controller
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def until(snapshots: AsyncIterator[Snapshot], *workers: str) -> Snapshot:
+    """The next snapshot whose table has just these workers."""
+    async with asyncio.timeout(5):
+        async for snapshot in snapshots:
+            if tuple(replica.worker for replica in snapshot.table.replicas) == workers:
+                return snapshot
+    raise AssertionError("the watch ended")
+
+
+def process(controller: Controller, name: str) -> pb.Process:
+    return next(process for process in controller.topology().processes if process.name == name)
+
+
+async def test_nothing_is_published_before_every_worker_was_heard_of() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        first = asyncio.ensure_future(anext(controller.watch()))
+        await played.ready("w0", 1)
+        await asyncio.sleep(0.02)
+        assert not first.done()
+        await played.tell("w1", pb.PROCESS_STATE_LOADING, 2, 2)
+        snapshot = await asyncio.wait_for(first, 5)
+        assert [replica.worker for replica in snapshot.table.replicas] == ["w0"]
+        assert snapshot.epoch is None
+
+
+async def test_the_epoch_is_named_once_every_expert_is_held() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        snapshot = await until(controller.watch(), "w0", "w1")
+        assert snapshot.epoch is not None
+        assert snapshot.epoch.model == "tiny"
+        assert set(snapshot.epoch.versions) == EXPERTS["w0"] | EXPERTS["w1"]
+        assert controller.topology().epoch == snapshot.epoch.id
+
+
+async def test_a_worker_that_dies_leaves_the_table_and_comes_back_as_another_replica() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        snapshots = controller.watch()
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        before = await until(snapshots, "w0", "w1")
+        await played.kill("w1")
+        without = await until(snapshots, "w0")
+        assert without.table.revision > before.table.revision
+        assert without.epoch == before.epoch
+        lost = process(controller, "w1")
+        assert (lost.state, lost.detail, lost.address, lost.pid) == (
+            pb.PROCESS_STATE_PENDING,
+            "it died",
+            "",
+            0,
+        )
+        await played.ready("w1", 3)
+        after = await until(snapshots, "w0", "w1")
+        assert after.table.revision > without.table.revision
+        assert after.table.replicas[1].incarnation == "w1-3"
+        assert (process(controller, "w1").restarts, process(controller, "w1").detail) == (2, "")
+
+
+async def test_a_restart_between_two_looks_is_seen_by_the_report() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        snapshots = controller.watch()
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(snapshots, "w0", "w1")
+        await played.tell("w1", pb.PROCESS_STATE_LOADING, 2, 3)
+        await until(snapshots, "w0")
+        await played.ready("w1", 3)
+        assert (await until(snapshots, "w0", "w1")).table.replicas[1].address == "127.0.0.1:3"
+
+
+async def test_a_draining_worker_leaves_the_table() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        snapshots = controller.watch()
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(snapshots, "w0", "w1")
+        await played.tell("w0", pb.PROCESS_STATE_DRAINING, 4, 1)
+        await until(snapshots, "w1")
+
+
+async def test_the_same_report_again_neither_asks_the_worker_nor_publishes() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        before = await until(controller.watch(), "w0", "w1")
+        controller._keep(played.reports["w0"], await controller._replica_of(played.reports["w0"]))  # type: ignore[arg-type]
+        assert played.described == ["127.0.0.1:1", "127.0.0.1:2"]
+        assert (await anext(controller.watch())) is before
+
+
+async def test_a_replica_serves_only_the_versions_that_the_epoch_names() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        snapshots = controller.watch()
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(snapshots, "w0", "w1")
+        await played.kill("w1")
+        await until(snapshots, "w0")
+        await played.ready("w1", 3, salt=9)
+        await played.kill("w0")
+        assert (await until(snapshots)).table.replicas == ()
+
+
+async def test_workers_that_disagree_are_a_problem_of_the_controller() -> None:
+    played = PlayedCluster()
+    more = Member("w2", pb.PROCESS_ROLE_EXPERT_WORKER, EXPERTS["w0"])
+    twice = replace(CLUSTER, members=(*CLUSTER.members, more))
+    async with following(played, twice) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        other = Replica("w2", "127.0.0.1:3", "w2-3", {key: digest(key, 7) for key in sorted(EXPERTS["w0"])})
+        played.replicas["127.0.0.1:3"] = other
+        await played.tell("w2", pb.PROCESS_STATE_READY, 3, 3)
+        snapshot = await until(controller.watch(), "w0", "w1", "w2")
+        assert snapshot.epoch is None
+        own = process(controller, "controller")
+        assert own.state == pb.PROCESS_STATE_FAILED
+        assert own.detail == "workers hold different versions of layer 0 slot 0"
+
+
+async def test_a_model_without_experts_has_an_epoch_as_soon_as_anybody_is_heard_of() -> None:
+    played = PlayedCluster()
+    alone = Cluster("tiny", frozenset(), CLUSTER.members[:2])
+    async with following(played, alone) as controller:
+        await played.tell("router", pb.PROCESS_STATE_LOADING, 1)
+        snapshot = await until(controller.watch())
+        assert snapshot.epoch == Epoch.of("tiny", {})
+        assert snapshot.table.replicas == ()
+
+
+async def test_a_restarted_controller_publishes_above_the_revisions_of_the_one_before() -> None:
+    played = PlayedCluster()
+    await played.ready("w0", 1)
+    await played.ready("w1", 2)
+    async with following(played, first_revision=1 << 32) as controller:
+        snapshot = await until(controller.watch(), "w0", "w1")
+        assert snapshot.table.revision > 1 << 32
+
+
+async def test_a_worker_that_answers_under_another_name_is_not_taken_for_it() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        played.replicas["127.0.0.1:2"] = replica("w0", 2)
+        await played.tell("w1", pb.PROCESS_STATE_READY, 3, 2)
+        assert (await until(controller.watch(), "w0")).epoch is None
+        assert process(controller, "w1").detail == "127.0.0.1:2 is w0 now"
+
+
+async def test_a_slow_watcher_gets_the_newest_snapshot_and_not_those_in_between() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        slow = controller.watch()
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(controller.watch(), "w0", "w1")
+        for revision in range(4, 8):
+            state = pb.PROCESS_STATE_READY if revision % 2 else pb.PROCESS_STATE_DRAINING
+            await played.tell("w1", state, revision, 2)
+            await asyncio.sleep(0.01)
+        newest = (await anext(controller.watch())).table.revision
+        assert newest > 4
+        assert (await anext(slow)).table.revision == newest
+
+
+async def test_the_topology_shows_progress_and_why_a_process_failed() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.tell("w0", pb.PROCESS_STATE_LOADING, 2, 1)
+        await played.tell("w1", pb.PROCESS_STATE_FAILED, 2, 2, detail="no memory")
+        await until(controller.watch())
+        loading, failed = process(controller, "w0"), process(controller, "w1")
+        assert (loading.loaded_bytes, loading.total_bytes, loading.device) == (5, 10, "cpu")
+        assert [(address.layer, address.slot) for address in loading.experts] == [(0, 0), (1, 0)]
+        assert (failed.state, failed.detail) == (pb.PROCESS_STATE_FAILED, "no memory")
+        assert process(controller, "router").state == pb.PROCESS_STATE_PENDING

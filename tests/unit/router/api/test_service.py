@@ -1,0 +1,790 @@
+"""The public service over real gRPC, with a fake engine and a tokenizer made in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support.fake_engine import EPOCH, FakeEngine, finished, generates, scores, token
+from support.tiny_tokenizer import byte_level, sentencepiece, write_folder
+
+from moesaic import __version__, rpc, telemetry
+from moesaic.errors import DataLoss, Overloaded, Unavailable, from_rpc_error
+from moesaic.v1 import inference_pb2 as pb
+from moesaic.v1 import inference_pb2_grpc
+from router.api import service as service_module
+from router.api.service import InferenceService, ModelFacts
+from router.engine.request import Failed, PromptScored, Started
+from router.text.text import Text, load_text
+
+SERVICE = "moesaic.v1.InferenceService"
+MAX_MODEL_LEN, VOCAB_SIZE = 512, 420
+
+
+@dataclass
+class Rig:
+    """A served model, and a client of it."""
+
+    address: str
+    engine: FakeEngine
+    service: InferenceService
+    stub: inference_pb2_grpc.InferenceServiceStub
+    text: Text
+
+    def call(self, request: pb.GenerateRequest, **kwargs: Any) -> Any:
+        return self.stub.Generate(request, **{"timeout": 20, **kwargs})
+
+    async def generate(self, request: pb.GenerateRequest, **kwargs: Any) -> list[pb.GenerateResponse]:
+        return [response async for response in self.call(request, **kwargs)]
+
+    async def error(self, request: pb.GenerateRequest, **kwargs: Any) -> Any:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await self.generate(request, **kwargs)
+        return from_rpc_error(caught.value)
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        return self.text.encode(text, add_special_tokens=False)
+
+
+@asynccontextmanager
+async def serving(
+    engine: FakeEngine, text: Text, *, request_timeout_s: float = 20.0, encodes_prompts: bool = False
+) -> AsyncIterator[Rig]:
+    service = InferenceService(
+        engine,
+        text,
+        ModelFacts(
+            *("tiny", "mixtral", MAX_MODEL_LEN, VOCAB_SIZE, 2, 8, 2),
+            created=1_700_000_000,
+            encodes_prompts=encodes_prompts,
+        ),
+        stats=lambda: pb.GetRouterStatsResponse(steps=7),
+        epoch=lambda: EPOCH,
+        control_address=lambda: "control:1",
+        request_timeout_s=request_timeout_s,
+    )
+    server = rpc.Server(
+        {SERVICE: lambda s: inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, s)}
+    )
+    port = await server.start("127.0.0.1", 0)
+    try:
+        address = f"127.0.0.1:{port}"
+        async with rpc.aio_channel(address) as channel:
+            yield Rig(address, engine, service, inference_pb2_grpc.InferenceServiceStub(channel), text)
+    finally:
+        await server.stop(0)
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    return load_text(write_folder(tmp_path_factory.mktemp("byte_level"), byte_level()))
+
+
+@pytest.fixture(scope="module")
+def no_text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "config.json").write_text('{"eos_token_id": 2}')
+    return load_text(folder)
+
+
+@pytest.fixture
+async def rig(text: Text) -> AsyncIterator[Rig]:
+    """A model that answers " once upon a time" for ever."""
+    engine = FakeEngine(generates(text.encode(" once upon a time 😀", add_special_tokens=False)))
+    async with serving(engine, text) as rig:
+        yield rig
+
+
+def ask(prompt: str = "Once upon", n: int = 0, **sampling: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text=prompt, n=n, sampling=pb.SamplingParams(**sampling))
+
+
+def text_of(responses: Sequence[pb.GenerateResponse], index: int = 0) -> str:
+    return "".join(response.text for response in responses if response.index == index)
+
+
+def last_of(responses: Sequence[pb.GenerateResponse], index: int = 0) -> pb.GenerateResponse:
+    return [response for response in responses if response.index == index][-1]
+
+
+# One answer.
+
+
+async def test_the_prompt_comes_first_then_one_message_per_token_then_the_end(rig: Rig) -> None:
+    answer = rig.ids(" once upon a time 😀")[:5]
+    responses = await rig.generate(ask(max_tokens=5))
+    first, *tokens, last = responses
+    assert first.prompt == pb.PromptInfo(token_ids=(1, *rig.ids("Once upon")), text="Once upon")
+    assert [list(response.token_ids) for response in tokens] == [[token_id] for token_id in answer]
+    assert text_of(responses) == rig.text.decode(answer, skip_special_tokens=True)
+    assert last.finish_reason == pb.FINISH_REASON_LENGTH
+    assert (last.stop, list(last.token_ids)) == ("", [])
+    assert last.usage == pb.Usage(prompt_tokens=len(first.prompt.token_ids), completion_tokens=5)
+    assert last.timing == pb.Timing(queued_s=0.25, first_token_s=0.5, total_s=1.5)
+    assert {(r.model, r.epoch, r.index) for r in responses} == {("tiny", EPOCH, 0)}
+    assert not any(response.HasField("prompt") for response in tokens)
+    assert all(r.finish_reason == pb.FINISH_REASON_UNSPECIFIED and not r.HasField("usage") for r in tokens)
+    assert rig.engine.cancelled == []
+
+
+async def test_the_tenant_reaches_the_engine_and_cached_tokens_the_usage(text: Text) -> None:
+    async with serving(FakeEngine(lambda request: [Started(0.1, 16), token(5), finished()]), text) as rig:
+        request = ask(max_tokens=1)
+        request.tenant = "blue"
+        assert last_of(await rig.generate(request)).usage.cached_prompt_tokens == 16
+        assert [sequence.tenant for sequence in rig.engine.requests] == ["blue"]
+        request.tenant = "x" * 257
+        error = await rig.error(request)
+        assert error.code == grpc.StatusCode.INVALID_ARGUMENT and error.field == "tenant"
+
+
+async def test_the_request_id_is_taken_from_the_field_then_the_metadata_then_drawn(rig: Rig) -> None:
+    metadata = (("x-request-id", "from-metadata"),)
+    request = ask(max_tokens=1)
+    request.request_id = "from.field_1"
+    assert {r.request_id for r in await rig.generate(request, metadata=metadata)} == {"from.field_1"}
+    request.request_id = ""
+    assert {r.request_id for r in await rig.generate(request, metadata=metadata)} == {"from-metadata"}
+    (drawn,) = {r.request_id for r in await rig.generate(request)}
+    assert len(drawn) == 32
+    assert (await rig.error(request, metadata=(("x-request-id", "a b"),))).field == "request_id"
+    sequence_ids = {request.sequence_id for request in rig.engine.requests}
+    assert len(sequence_ids) == 3
+    assert not sequence_ids & {"from.field_1", "from-metadata", drawn}
+
+
+async def test_a_character_split_over_tokens_comes_whole(text: Text) -> None:
+    rocket = [next(i for i in range(3, 300) if text.spell(i)[1] == bytes([byte])) for byte in "🚀".encode()]
+    async with serving(FakeEngine(generates([*rocket, *rocket[:2]])), text) as rig:
+        _, *tokens, last = await rig.generate(ask(max_tokens=6))
+        assert [response.text for response in tokens] == ["", "", "", "🚀", "", ""]
+        assert last.text == "�"
+
+
+async def test_token_ids_are_a_prompt_too(rig: Rig) -> None:
+    ids = (1, *rig.ids("Once upon"))
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), sampling=pb.SamplingParams(max_tokens=1))
+    first, *_ = await rig.generate(request)
+    assert first.prompt == pb.PromptInfo(token_ids=ids, text="Once upon")
+    assert rig.engine.requests[0].prompt == ids
+
+
+async def test_special_tokens_are_added_unless_refused(rig: Rig) -> None:
+    request = ask(max_tokens=1)
+    request.add_special_tokens = False
+    (first, *_) = await rig.generate(request)
+    assert tuple(first.prompt.token_ids) == rig.ids("Once upon")
+
+
+async def test_a_model_without_a_tokenizer_serves_token_ids(no_text: Text) -> None:
+    async with serving(FakeEngine(generates([5, 6])), no_text) as rig:
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=[3, 4]), sampling=pb.SamplingParams(max_tokens=2, logprobs=1)
+        )
+        first, *tokens, last = await rig.generate(request)
+        assert first.prompt == pb.PromptInfo(token_ids=[3, 4])
+        assert [(list(r.token_ids), r.text, r.logprobs[0].token_bytes) for r in tokens] == [
+            ([5], "", b""),
+            ([6], "", b""),
+        ]
+        assert last.usage.completion_tokens == 2
+        for refused in (
+            ask(),
+            chat("hi"),
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(stop=["a"])),
+        ):
+            assert (await rig.error(refused)).code == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_the_continuation_begins_where_the_prompt_ended(tmp_path: Path) -> None:
+    text = load_text(write_folder(tmp_path, sentencepiece()))
+    hen = text.encode("hen", add_special_tokens=False)
+    async with serving(FakeEngine(generates(hen)), text) as rig:
+        responses = await rig.generate(ask("a", max_tokens=len(hen)))
+        assert responses[0].prompt.text + text_of(responses) == "a hen"
+
+
+def chat(*contents: str, **fields: Any) -> pb.GenerateRequest:
+    roles = ("user", "assistant")
+    messages = [pb.ChatMessage(role=roles[i % 2], content=content) for i, content in enumerate(contents)]
+    return pb.GenerateRequest(
+        chat=pb.Chat(messages=messages, **fields), sampling=pb.SamplingParams(max_tokens=1)
+    )
+
+
+async def test_a_conversation_goes_through_the_template(rig: Rig) -> None:
+    (first, *_) = await rig.generate(chat("Hi"))
+    assert first.prompt.text == "<s>[user]Hi</s>[assistant]"
+    assert first.prompt.token_ids[0] == 1
+    assert list(first.prompt.token_ids).count(1) == 1
+    (first, *_) = await rig.generate(chat("Hi", add_generation_prompt=False))
+    assert first.prompt.text == "<s>[user]Hi</s>"
+    (first, *_) = await rig.generate(chat("Hi", "Well", continue_final_message=True))
+    assert first.prompt.text == "<s>[user]Hi</s>[assistant]Well"
+    (first, *_) = await rig.generate(chat("Hi", template_kwargs={"mood": [1, 2.5, True, None, {"a": "b"}]}))
+    assert first.prompt.text == "<s>[user]Hi</s>([1, 2.5, True, None, {'a': 'b'}])[assistant]"
+
+
+# Several answers.
+
+
+async def test_n_continuations_have_their_own_seeds_and_interleave(rig: Rig) -> None:
+    responses = await rig.generate(ask(n=3, max_tokens=4, seed=40))
+    assert [request.sampling.seed for request in rig.engine.requests] == [40, 41, 42]
+    assert len({text_of(responses, index) for index in range(3)}) == 1
+    for index in range(3):
+        assert last_of(responses, index).usage.completion_tokens == 4
+    assert sum(response.HasField("prompt") for response in responses) == 1
+    assert responses[0].HasField("prompt")
+    assert len(responses) == 1 + 3 * 5
+
+
+async def test_a_seed_is_drawn_once_for_all_continuations(rig: Rig) -> None:
+    await rig.generate(ask(n=2, max_tokens=1))
+    await rig.generate(ask(max_tokens=1))
+    first, second, third = (request.sampling.seed for request in rig.engine.requests)
+    assert second == first + 1
+    assert third not in (first, second)
+
+
+async def test_all_continuations_are_admitted_or_none(rig: Rig) -> None:
+    rig.engine.script = None
+    rig.engine.num_places = 2
+    rig.engine.refusal = Overloaded("full", reason="QUEUE_FULL", retry_after_s=2.5)
+    error = await rig.error(ask(n=3))
+    assert (error.code, error.reason, error.retry_after_s) == (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "QUEUE_FULL",
+        2.5,
+    )
+    assert rig.engine.open == set()
+    assert len(rig.engine.cancelled) == 2
+
+
+async def test_the_failure_of_one_continuation_fails_the_call_and_ends_the_others(rig: Rig) -> None:
+    rig.engine.script = None
+    call = rig.call(ask(n=3))
+    await rig.engine.until(lambda engine: len(engine.requests) == 3)
+    rig.engine.emit(0, token(5))
+    rig.engine.emit(1, token(5), Failed(DataLoss("not finite", reason="NON_FINITE_LOGITS")))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    error = from_rpc_error(caught.value)
+    assert (error.code, error.reason) == (grpc.StatusCode.DATA_LOSS, "NON_FINITE_LOGITS")
+    await rig.engine.until(lambda engine: not engine.open)
+    assert {rig.engine.requests[0].sequence_id, rig.engine.requests[2].sequence_id} <= set(
+        rig.engine.cancelled
+    )
+
+
+# Stopping.
+
+
+async def test_a_stop_string_across_tokens_cuts_the_text_and_ends_the_sequence(text: Text) -> None:
+    answer = [text.encode(part, add_special_tokens=False) for part in ("and so it", " en", "ds", " here")]
+    flat = [token_id for part in answer for token_id in part]
+    async with serving(FakeEngine(generates(flat)), text) as rig:
+        responses = await rig.generate(ask(stop=["ends", "never"], max_tokens=100))
+        last = responses[-1]
+        num_tokens = sum(map(len, answer[:3]))
+        assert text_of(responses) == "and so it "
+        assert (last.finish_reason, last.stop) == (pb.FINISH_REASON_STOP, "ends")
+        assert last.usage.completion_tokens == num_tokens
+        assert sum(len(response.token_ids) for response in responses) == num_tokens
+        assert 0 <= last.timing.first_token_s <= last.timing.total_s < 10
+        assert rig.engine.cancelled == [rig.engine.requests[0].sequence_id]
+
+        kept = await rig.generate(ask(stop=["ends"], max_tokens=100, include_stop_in_output=True))
+        assert text_of(kept) == "and so it ends"
+
+
+async def test_one_continuation_stops_by_its_text_while_another_goes_on(rig: Rig) -> None:
+    rig.engine.script = None
+    call = rig.call(ask(n=2, stop=["hen"]))
+    await rig.engine.until(lambda engine: len(engine.requests) == 2)
+    rig.engine.emit(0, *map(token, rig.ids(" a hen")), *map(token, rig.ids(" more")))
+    await rig.engine.until(lambda engine: len(engine.cancelled) == 1)
+    rig.engine.emit(1, *map(token, rig.ids(" a cat")), finished())
+    responses = [response async for response in call]
+    assert [text_of(responses, index) for index in range(2)] == [" a ", " a cat"]
+    assert [last_of(responses, index).stop for index in range(2)] == ["hen", ""]
+
+
+async def test_text_held_back_for_a_stop_string_comes_with_the_end(rig: Rig) -> None:
+    answer = rig.text.decode(rig.ids(" once upon a time 😀")[:3], skip_special_tokens=True)
+    responses = await rig.generate(ask(stop=[answer[-2:] + "!"], max_tokens=3))
+    assert text_of(responses) == answer
+    assert last_of(responses).text == answer[-2:]
+    assert last_of(responses).finish_reason == pb.FINISH_REASON_LENGTH
+
+
+async def test_stop_strings_wait_for_min_tokens(text: Text) -> None:
+    a = text.encode("a", add_special_tokens=False)
+    async with serving(FakeEngine(generates(a)), text) as rig:
+        responses = await rig.generate(ask(stop=["a"], min_tokens=4, max_tokens=9))
+        assert last_of(responses).usage.completion_tokens == 4
+        assert text_of(responses) == "aaa"
+
+
+async def test_a_stop_token_ends_the_text_before_itself(rig: Rig) -> None:
+    upon, eos = rig.ids(" hen")[0], 2
+    rig.engine.script = generates([upon, upon, eos])
+    responses = await rig.generate(ask(max_tokens=9, skip_special_tokens=False))
+    last = last_of(responses)
+    assert text_of(responses) == rig.text.spell(upon)[0] * 2
+    # The end of the sequence is nobody's stop token.
+    assert (last.finish_reason, last.stop, last.usage.completion_tokens) == (pb.FINISH_REASON_STOP, "", 3)
+    assert list(responses[-2].token_ids) == [eos]
+
+    responses = await rig.generate(ask(max_tokens=9, stop_token_ids=[upon]))
+    assert (text_of(responses), last_of(responses).stop) == ("", str(upon))
+    responses = await rig.generate(ask(max_tokens=9, stop_token_ids=[upon], include_stop_in_output=True))
+    assert text_of(responses) == rig.text.spell(upon)[0]
+
+
+async def test_the_end_of_the_sequence_can_be_ignored(rig: Rig) -> None:
+    rig.engine.script = generates([2])
+    responses = await rig.generate(ask(max_tokens=5, ignore_eos=True))
+    assert last_of(responses).usage.completion_tokens == 5
+    assert last_of(responses).finish_reason == pb.FINISH_REASON_LENGTH
+
+
+async def test_without_max_tokens_the_rest_of_the_context_is_used(rig: Rig) -> None:
+    responses = await rig.generate(ask())
+    usage = last_of(responses).usage
+    assert usage.prompt_tokens + usage.completion_tokens == MAX_MODEL_LEN
+
+
+# Log probabilities.
+
+
+async def test_tokens_come_with_their_log_probabilities_and_bytes(text: Text) -> None:
+    half = next(i for i in range(3, 300) if text.spell(i)[1] == b"\xf0")
+    async with serving(FakeEngine(generates([half])), text) as rig:
+        _, generated, _ = await rig.generate(ask(max_tokens=1, logprobs=2))
+        (entry,) = generated.logprobs
+        assert (entry.token_id, entry.logprob, entry.text, entry.token_bytes) == (half, -0.25, "�", b"\xf0")
+        assert [(top.token_id, top.logprob, top.text) for top in entry.top] == [
+            (0, 0, "<unk>"),
+            (1, -0.25, "<s>"),
+        ]
+
+
+async def test_a_prompt_is_scored_without_generating(rig: Rig) -> None:
+    responses = await rig.generate(ask(max_tokens=0, prompt_logprobs=1))
+    prompt = responses[0].prompt
+    assert len(responses) == 2
+    assert last_of(responses).usage.completion_tokens == 0
+    assert [entry.token_id for entry in prompt.logprobs] == list(prompt.token_ids)
+    assert not prompt.logprobs[0].HasField("logprob")
+    assert [entry.logprob for entry in prompt.logprobs[1:3]] == [-0.25, -0.5]
+    assert all(len(entry.top) == 1 for entry in prompt.logprobs[1:])
+
+
+async def test_a_long_prompt_is_scored_too(rig: Rig) -> None:
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[5] * 400), sampling=pb.SamplingParams(max_tokens=0, prompt_logprobs=20)
+    )
+    (first, _) = await rig.generate(request)
+    assert len(first.prompt.logprobs) == 400
+
+
+async def test_the_prompt_and_its_scores_come_before_all_tokens_of_all_continuations(rig: Rig) -> None:
+    rig.engine.script = None
+    call = rig.call(ask(n=2, max_tokens=1, prompt_logprobs=0))
+    await rig.engine.until(lambda engine: len(engine.requests) == 2)
+    assert [request.sampling.prompt_logprobs for request in rig.engine.requests] == [0, None]
+    rig.engine.emit(1, token(5), finished())
+    prompt = rig.engine.requests[0].prompt
+    rig.engine.emit(0, PromptScored(tuple(scores(prompt[1:], 0))), token(6), finished())
+    responses = [response async for response in call]
+    assert len(responses[0].prompt.logprobs) == len(prompt)
+    assert [list(r.token_ids) for r in responses if r.token_ids and r.index == 1] == [[5]]
+    assert [list(r.token_ids) for r in responses if r.token_ids and r.index == 0] == [[6]]
+
+
+# Ends that nobody wished for.
+
+
+async def test_a_client_that_cancels_frees_all_its_sequences(rig: Rig) -> None:
+    rig.engine.script = None
+    call = rig.call(ask(n=3))
+    await rig.engine.until(lambda engine: len(engine.open) == 3)
+    rig.engine.emit(0, token(5))
+    await call.read()
+    call.cancel()
+    await rig.engine.until(lambda engine: not engine.open)
+    assert sorted(rig.engine.cancelled) == sorted(request.sequence_id for request in rig.engine.requests)
+
+
+async def test_a_client_that_cancels_without_reading_frees_its_sequences(rig: Rig) -> None:
+    rig.engine.script = generates(rig.ids(" once upon a time"))
+    call = rig.call(ask(n=64))
+    await rig.engine.until(lambda engine: len(engine.requests) == 64)
+    call.cancel()
+    await rig.engine.until(lambda engine: not engine.open)
+
+
+async def test_a_client_that_disconnects_frees_its_sequences(text: Text) -> None:
+    async with serving(FakeEngine(), text) as rig:
+        async with rpc.aio_channel(rig.address) as channel:
+            call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(ask(), timeout=20)
+            await rig.engine.until(lambda engine: len(engine.open) == 1)
+        assert call.done()
+        await rig.engine.until(lambda engine: not engine.open)
+
+
+async def test_a_deadline_reaches_the_engine_and_ends_the_call(rig: Rig) -> None:
+    rig.engine.script = None
+    before = asyncio.get_running_loop().time()
+    error = await rig.error(ask(), timeout=0.2)
+    assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert before < rig.engine.requests[0].deadline_s <= asyncio.get_running_loop().time() + 0.1
+    await rig.engine.until(lambda engine: not engine.open)
+
+
+async def test_a_call_without_a_deadline_gets_the_default(text: Text) -> None:
+    async with serving(FakeEngine(), text, request_timeout_s=0.1) as rig:
+        error = await rig.error(ask(n=2), timeout=None)
+        assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert error.message == "deadline passed after 0 tokens"
+        assert rig.engine.open == set()
+
+
+async def test_a_client_that_never_reads_is_cut_off(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_UNREAD_GRACE_S", 0.1)
+    async with serving(FakeEngine(generates([5])), text, request_timeout_s=0.4) as rig:
+        calls_before = len(asyncio.all_tasks())
+        call = rig.call(ask("Once upon " * 20, n=64, logprobs=20), timeout=None)
+        await asyncio.sleep(1.0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async with asyncio.timeout(20):
+                async for _ in call:
+                    pass
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert rig.engine.open == set()
+        assert len(asyncio.all_tasks()) <= calls_before
+
+
+async def test_an_unexpected_error_is_internal_and_the_service_lives_on(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.engine.refusal = RuntimeError("secret path /model")
+    with caplog.at_level(logging.CRITICAL):
+        error = await rig.error(ask())
+    assert (error.code, error.message) == (grpc.StatusCode.INTERNAL, "internal error")
+    rig.engine.refusal = None
+    assert len(await rig.generate(ask(max_tokens=1))) == 3
+
+
+async def test_a_draining_service_finishes_what_runs_and_refuses_the_rest(rig: Rig) -> None:
+    rig.engine.script = None
+    running = rig.call(ask())
+    await rig.engine.until(lambda engine: len(engine.open) == 1)
+    rig.service.drain()
+    error = await rig.error(ask())
+    assert (error.code, error.reason, error.retry_after_s) == (grpc.StatusCode.UNAVAILABLE, "DRAINING", 1.0)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=5)
+    rig.engine.emit(0, *map(token, rig.ids(" a hen")), finished())
+    assert text_of([response async for response in running]) == " a hen"
+    assert (await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)).model == "tiny"
+
+
+async def test_the_engines_refusal_reaches_the_client(rig: Rig) -> None:
+    rig.engine.refusal = Unavailable("stopping", reason="STOPPING", retry_after_s=1.0)
+    assert (await rig.error(ask())).reason == "STOPPING"
+
+
+async def test_fifty_streams_at_once_each_get_their_own_text(rig: Rig) -> None:
+    words = ["hen", "cat", "naïve", "東京", "😀 😀", "a time"]
+
+    def script(request: Any) -> Any:
+        said = words[request.sampling.seed % len(words)] * (1 + request.sampling.seed % 5)
+        return generates([*rig.ids(said), 2])(request)
+
+    rig.engine.script = script
+    answers = await asyncio.gather(*(rig.generate(ask(seed=seed)) for seed in range(50)))
+    for seed, responses in enumerate(answers):
+        assert text_of(responses) == words[seed % len(words)] * (1 + seed % 5)
+        assert last_of(responses).finish_reason == pb.FINISH_REASON_STOP
+
+
+# Bad input: every row with its status, field and reason; the engine never hears of it.
+
+CODE = grpc.StatusCode
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "field", "reason"),
+    [
+        (pb.GenerateRequest(), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
+        (ask(""), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
+        (ask("a\0b"), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds()), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
+        (
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, VOCAB_SIZE])),
+            CODE.INVALID_ARGUMENT,
+            "prompt",
+            "INVALID_ARGUMENT",
+        ),
+        (
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=[2**32 - 1])),
+            CODE.INVALID_ARGUMENT,
+            "prompt",
+            "INVALID_ARGUMENT",
+        ),
+        (
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * 513)),
+            CODE.INVALID_ARGUMENT,
+            "prompt",
+            "CONTEXT_LENGTH_EXCEEDED",
+        ),
+        (
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * 512)),
+            CODE.INVALID_ARGUMENT,
+            "prompt",
+            "CONTEXT_LENGTH_EXCEEDED",
+        ),
+        (ask("word " * 2000), CODE.INVALID_ARGUMENT, "prompt", "CONTEXT_LENGTH_EXCEEDED"),
+        (ask("x" * (1 << 20)), CODE.INVALID_ARGUMENT, "prompt", "CONTEXT_LENGTH_EXCEEDED"),
+        (ask(max_tokens=MAX_MODEL_LEN), CODE.INVALID_ARGUMENT, "prompt", "CONTEXT_LENGTH_EXCEEDED"),
+        (ask(n=65), CODE.INVALID_ARGUMENT, "n", "INVALID_ARGUMENT"),
+        (ask(temperature=-1), CODE.INVALID_ARGUMENT, "temperature", "INVALID_ARGUMENT"),
+        (ask(stop=[""]), CODE.INVALID_ARGUMENT, "stop", "INVALID_ARGUMENT"),
+        (ask(logprobs=21), CODE.INVALID_ARGUMENT, "logprobs", "INVALID_ARGUMENT"),
+        (pb.GenerateRequest(text="a", model="other"), CODE.NOT_FOUND, "model", "MODEL_NOT_FOUND"),
+        (pb.GenerateRequest(text="a", model="../etc"), CODE.NOT_FOUND, "model", "MODEL_NOT_FOUND"),
+        (
+            pb.GenerateRequest(text="a", request_id="a/b"),
+            CODE.INVALID_ARGUMENT,
+            "request_id",
+            "INVALID_ARGUMENT",
+        ),
+        (
+            pb.GenerateRequest(text="a", request_id="x" * 129),
+            CODE.INVALID_ARGUMENT,
+            "request_id",
+            "INVALID_ARGUMENT",
+        ),
+        (
+            pb.GenerateRequest(text="a", request_id="a\n"),
+            CODE.INVALID_ARGUMENT,
+            "request_id",
+            "INVALID_ARGUMENT",
+        ),
+        (chat(), CODE.INVALID_ARGUMENT, "messages", "INVALID_ARGUMENT"),
+        (chat("a\0"), CODE.INVALID_ARGUMENT, "messages", "INVALID_ARGUMENT"),
+        (
+            pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(content="a")])),
+            CODE.INVALID_ARGUMENT,
+            "messages",
+            "INVALID_ARGUMENT",
+        ),
+        (
+            pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="ghost")])),
+            CODE.INVALID_ARGUMENT,
+            "messages",
+            "INVALID_ARGUMENT",
+        ),
+        (
+            chat("a", "b", add_generation_prompt=True, continue_final_message=True),
+            CODE.INVALID_ARGUMENT,
+            "continue_final_message",
+            "INVALID_ARGUMENT",
+        ),
+        (
+            chat("a", template_kwargs={"chat_template": "{{ 1 }}"}),
+            CODE.INVALID_ARGUMENT,
+            "chat_template_kwargs",
+            "INVALID_ARGUMENT",
+        ),
+    ],
+)
+async def test_bad_input_is_refused_by_name(
+    rig: Rig, request_: pb.GenerateRequest, code: grpc.StatusCode, field: str, reason: str
+) -> None:
+    error = await rig.error(request_)
+    assert (error.code, error.field, error.reason) == (code, field, reason)
+    assert rig.engine.requests == []
+    if reason == "CONTEXT_LENGTH_EXCEEDED":
+        assert "this model's maximum context length is 512 tokens" in error.message
+
+
+async def test_a_model_without_a_template_refuses_conversations(tmp_path: Path) -> None:
+    text = load_text(write_folder(tmp_path, byte_level(), chat_template=None))
+    async with serving(FakeEngine(), text) as rig:
+        error = await rig.error(chat("hi"))
+        assert (error.code, error.field) == (CODE.UNIMPLEMENTED, "messages")
+
+
+# Models whose prompts an encoder reads.
+
+
+async def test_what_a_decoder_answers_is_a_text_of_its_own(tmp_path: Path) -> None:
+    text = load_text(write_folder(tmp_path, sentencepiece()))
+    answer = generates(text.encode("upon a time", add_special_tokens=False))
+    async with serving(FakeEngine(answer), text, encodes_prompts=True) as rig:
+        responses = await rig.generate(ask("Once", max_tokens=3))
+    assert text_of(responses) == text.decode(
+        [token for response in responses for token in response.token_ids], skip_special_tokens=True
+    )
+    assert not text_of(responses).startswith(" ")
+    assert last_of(responses).usage.prompt_tokens == len(text.encode("Once", add_special_tokens=True))
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (ask(prompt_logprobs=0), "prompt_logprobs"),
+        (ask(prompt_logprobs=2, max_tokens=0), "prompt_logprobs"),
+        (pb.GenerateRequest(text="a", echo=True), "echo"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])), "messages"),
+    ],
+)
+async def test_nothing_is_served_that_takes_a_prompt_for_the_beginning_of_the_answer(
+    text: Text, request_: pb.GenerateRequest, field: str
+) -> None:
+    async with serving(FakeEngine(), text, encodes_prompts=True) as rig:
+        error = await rig.error(request_)
+        assert (error.code, error.field) == (CODE.UNIMPLEMENTED, field)
+        assert "an encoder reads this model's prompts" in error.message
+        assert rig.engine.requests == []
+        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
+        assert info.encodes_prompts and not info.has_chat_template
+
+
+async def test_what_a_decoder_begins_with_reaches_the_engine_and_takes_its_place_in_the_context(
+    text: Text,
+) -> None:
+    request = ask("Once upon", max_tokens=2)
+    request.decoder_prompt.extend([7, 8])
+    prompt = text.encode("Once upon", add_special_tokens=True)
+    async with serving(FakeEngine(generates((5, 6, 7))), text, encodes_prompts=True) as rig:
+        responses = await rig.generate(request)
+        assert rig.engine.requests[0].decoder_prompt == (7, 8)
+        assert rig.engine.requests[0].prompt == prompt
+        assert [token for response in responses for token in response.token_ids] == [5, 6]
+        request.sampling.max_tokens = MAX_MODEL_LEN - 1 - len(prompt)
+        assert (await rig.error(request)).reason == "CONTEXT_LENGTH_EXCEEDED"
+        request.decoder_prompt.append(VOCAB_SIZE)
+        error = await rig.error(request)
+        assert (error.code, error.field) == (CODE.INVALID_ARGUMENT, "decoder_prompt")
+
+
+async def test_without_an_encoder_there_is_nothing_for_a_decoder_to_begin_with(rig: Rig) -> None:
+    request = ask()
+    request.decoder_prompt.append(7)
+    error = await rig.error(request)
+    assert (error.code, error.field) == (CODE.UNIMPLEMENTED, "decoder_prompt")
+
+
+# The other methods.
+
+
+async def test_a_text_or_a_conversation_is_tokenized_as_its_prompt_would_be(rig: Rig) -> None:
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon"), timeout=5)
+    assert tuple(reply.token_ids) == (1, *rig.ids("Once upon"))
+    assert list(reply.tokens) == [rig.text.token(token_id) for token_id in reply.token_ids]
+    assert reply.max_model_len == MAX_MODEL_LEN
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="", add_special_tokens=False), timeout=5)
+    assert list(reply.token_ids) == []
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(chat=chat("Hi").chat), timeout=5)
+    assert list(reply.tokens)[:2] == ["<s>", "["]
+    long = await rig.stub.Tokenize(pb.TokenizeRequest(text="hen " * 20_000), timeout=20)
+    assert len(long.token_ids) > MAX_MODEL_LEN
+
+
+async def test_token_ids_are_detokenized_with_their_special_tokens(rig: Rig) -> None:
+    ids = (1, *rig.ids("naïve 😀"), 2)
+    reply = await rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids), timeout=5)
+    assert reply.text == "<s>naïve 😀</s>"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=[VOCAB_SIZE]), timeout=5)
+    assert from_rpc_error(caught.value).field == "tokens"
+
+
+async def test_tokenizing_needs_a_tokenizer_and_the_right_model(no_text: Text) -> None:
+    async with serving(FakeEngine(), no_text) as rig:
+        for call in (
+            rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=5),
+            rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1]), timeout=5),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() == CODE.UNIMPLEMENTED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.Tokenize(pb.TokenizeRequest(text="a", model="b"), timeout=5)
+        assert caught.value.code() == CODE.NOT_FOUND
+
+
+async def test_the_model_describes_itself(rig: Rig) -> None:
+    info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
+    assert info == pb.GetModelInfoResponse(
+        model="tiny",
+        version=__version__,
+        family="mixtral",
+        max_model_len=MAX_MODEL_LEN,
+        vocab_size=VOCAB_SIZE,
+        num_layers=2,
+        num_experts=8,
+        num_experts_per_token=2,
+        epoch=EPOCH,
+        has_tokenizer=True,
+        has_chat_template=True,
+        eos_token_ids=[2],
+        created=1_700_000_000,
+        control_address="control:1",
+    )
+    assert (await rig.stub.GetRouterStats(pb.GetRouterStatsRequest(), timeout=5)).steps == 7
+
+
+# What others see of a request.
+
+
+async def test_a_request_span_counts_tokens_and_reaches_the_engine(
+    rig: Rig, spans: InMemorySpanExporter
+) -> None:
+    request = ask(n=2, max_tokens=3)
+    request.request_id = "r1"
+    await rig.generate(request)
+    (span,) = spans.get_finished_spans()
+    assert dict(span.attributes or {}) == {
+        telemetry.REQUEST_ID: "r1",
+        telemetry.MODEL: "tiny",
+        telemetry.EPOCH: EPOCH,
+        telemetry.INPUT_TOKENS: 1 + len(rig.ids("Once upon")),
+        telemetry.OUTPUT_TOKENS: 6,
+    }
+    for sequence in rig.engine.requests:
+        assert sequence.trace is not None
+        assert trace.get_current_span(sequence.trace).get_span_context() == span.get_span_context()
+
+
+async def test_logs_and_spans_hold_no_content(
+    rig: Rig, spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "xyzzy-marker"
+    with caplog.at_level(logging.DEBUG):
+        await rig.generate(ask(secret, max_tokens=3, stop=[secret]))
+        await rig.error(ask(secret, temperature=-1))
+        await rig.error(chat(secret, template_kwargs={"tokenize": secret}))
+        await rig.error(
+            pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role=secret, content=secret)]))
+        )
+    logs = [r for r in caplog.records if r.name.startswith(("router", "moesaic"))]
+    seen = [f"{record.getMessage()} {getattr(record, 'fields', '')}" for record in logs]
+    seen += [str(span.to_json()) for span in spans.get_finished_spans()]
+    assert sum("request ended" in line for line in seen) == 1
+    assert not any(secret in line or str(list(rig.ids(secret)))[1:-1] in line for line in seen)

@@ -1,0 +1,397 @@
+"""The engine's loop with a model that counts: the next token is the sum of a sequence's tokens, modulo the vocabulary.
+
+Any mistake in packing, positions, preemption or bookkeeping changes the sum, and with it the text.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from support.fake_links import make_epoch, make_pool
+
+from moesaic.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    InternalError,
+    MoesaicError,
+    Overloaded,
+    Unavailable,
+)
+from moesaic.families.model import Attention
+from router.attention.views import Layout
+from router.cache.kv_cache import BlockPool, Contexts, KVCache
+from router.decoders.decoder import MicroBatch, RouterModel
+from router.dispatch.dispatcher import Dispatcher, DispatchRules
+from router.engine.engine import Engine
+from router.engine.overlap import Overlap
+from router.engine.request import (
+    Failed,
+    Finished,
+    FinishReason,
+    PromptScored,
+    SamplingParams,
+    SequenceEvent,
+    SequenceRequest,
+    Started,
+    TokenGenerated,
+)
+from router.phase_clock import PhaseClock
+from router.scheduling.prefix_cache import PrefixCache
+from router.scheduling.scheduler import Limits, Scheduler
+
+VOCABULARY = 50
+WAIT_S = 10.0
+
+
+class CountingModel:
+    """Keeps each token id in the cache, so that the sum over a context is what its blocks really hold."""
+
+    mixers = (Attention(num_heads=1, num_kv_heads=1, head_dim=1),)
+    layout = Layout.of(mixers, block_tokens=4, device=torch.device("cpu"), dtype=torch.float32)
+
+    def __init__(self) -> None:
+        self.on_forward: Callable[[MicroBatch], None] = lambda part: None
+
+    def forward(self, parts: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
+        return torch.cat([self._forward(part, cache) for part in parts])
+
+    def _forward(self, part: MicroBatch, cache: KVCache) -> torch.Tensor:
+        self.on_forward(part)
+        batch = part.batch
+        cache.write(0, batch.cache_positions, batch.token_ids[0].float()[:, None].expand(-1, 2))
+        sums = torch.empty(batch.num_tokens)
+        for chunk, first_row in zip(batch.chunks, batch.first_rows, strict=True):
+            blocks = torch.tensor(chunk.sequence.blocks)
+            stored, _ = cache.read(0, Contexts(1, len(blocks), blocks), slice(0, chunk.end))
+            sums[first_row : first_row + chunk.num_tokens] = stored.flatten().cumsum(0)[chunk.start :]
+        return torch.nn.functional.one_hot(sums[part.rows].long() % VOCABULARY, VOCABULARY).float()
+
+
+def expected_tokens(prompt: tuple[int, ...], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(sum(tokens) % VOCABULARY)
+    return tokens[len(prompt) :]
+
+
+class Harness:
+    """An engine over the counting model, and what its sequences reported."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        limits: Limits | None = None,
+        max_waiting: int = 64,
+        overlap: Overlap | None = None,
+    ) -> None:
+        self.model = CountingModel()
+        self.blocks = BlockPool(num_blocks, 4)
+        self.scheduler = Scheduler(
+            limits or Limits(max_batch_tokens=16, max_running=8),
+            self.blocks,
+            prefixes=PrefixCache(self.blocks, "epoch"),
+        )
+        epoch = make_epoch(1, 2)
+        pool, _ = make_pool(epoch, {"a": range(2)})
+        self.dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=1.0))
+        self.engine = Engine(
+            cast(RouterModel, self.model),
+            KVCache(
+                self.model.mixers,
+                num_blocks=num_blocks,
+                block_tokens=4,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+            ),
+            self.scheduler,
+            self.dispatcher,
+            PhaseClock(),
+            epoch=epoch,
+            overlap=overlap,
+            max_waiting=max_waiting,
+        )
+
+    def submit(
+        self,
+        name: str,
+        prompt: tuple[int, ...],
+        *,
+        timeout_s: float = WAIT_S,
+        tenant: str = "",
+        **sampling: Any,
+    ) -> queue.SimpleQueue[SequenceEvent]:
+        events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
+        params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})
+        deadline_s = time.monotonic() + timeout_s
+        self.engine.submit(SequenceRequest(name, prompt, params, deadline_s, events.put, tenant=tenant))
+        return events
+
+
+def collect(events: queue.SimpleQueue[SequenceEvent]) -> tuple[list[int], Finished | Failed]:
+    """All tokens and the end of a sequence."""
+    tokens = []
+    while True:
+        event = events.get(timeout=WAIT_S)
+        if isinstance(event, TokenGenerated):
+            tokens.append(event.token.token_id)
+        elif isinstance(event, Finished | Failed):
+            return tokens, event
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    made = Harness()
+    yield made
+    made.engine.stop(WAIT_S)
+
+
+def test_many_sequences_at_once_get_what_each_gets_alone(harness: Harness) -> None:
+    prompts = [tuple(range(1, 2 + index)) for index in range(20)]
+    waiting = [harness.submit(str(i), prompt) for i, prompt in enumerate(prompts)]
+    harness.engine.start()
+    for prompt, events in zip(prompts, waiting, strict=True):
+        tokens, end = collect(events)
+        assert tokens == expected_tokens(prompt, 8)
+        assert isinstance(end, Finished) and end.reason is FinishReason.LENGTH
+
+
+def test_sequences_that_do_not_fit_together_are_preempted_and_still_exact() -> None:
+    harness = Harness(num_blocks=6, limits=Limits(max_batch_tokens=64, max_running=8))
+    prompts = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    waiting = [harness.submit(str(i), prompt, max_tokens=16) for i, prompt in enumerate(prompts)]
+    harness.engine.start()
+    for prompt, events in zip(prompts, waiting, strict=True):
+        assert collect(events)[0] == expected_tokens(prompt, 16)
+    assert harness.engine.stats().preemptions > 0
+    harness.engine.stop(WAIT_S)
+    assert harness.blocks.num_used == 0
+
+
+def test_a_stop_token_is_reported_and_ends_the_sequence(harness: Harness) -> None:
+    stop = expected_tokens((3, 4), 3)[2]
+    events = harness.submit("a", (3, 4), stop_token_ids=frozenset({stop}))
+    harness.engine.start()
+    tokens, end = collect(events)
+    assert tokens == expected_tokens((3, 4), 3)
+    assert isinstance(end, Finished) and (end.reason, end.stop_token_id) == (FinishReason.STOP, stop)
+
+
+def test_the_prompt_is_scored_once_even_in_chunks(harness: Harness) -> None:
+    prompt = tuple(range(1, 40))  # longer than a batch
+    events = harness.submit("a", prompt, max_tokens=0, prompt_logprobs=1)
+    harness.engine.start()
+    assert isinstance(events.get(timeout=WAIT_S), Started)
+    scored = events.get(timeout=WAIT_S)
+    assert isinstance(scored, PromptScored)
+    assert [entry.token_id for entry in scored.logprobs] == list(prompt[1:])
+    assert [entry.top[0][0] for entry in scored.logprobs] == [
+        sum(prompt[:n]) % VOCABULARY for n in range(1, len(prompt))
+    ]
+    assert isinstance(events.get(timeout=WAIT_S), Finished)
+
+
+def test_a_cancelled_sequence_frees_its_blocks_and_says_nothing_more(harness: Harness) -> None:
+    running, release = threading.Event(), threading.Event()
+
+    def hold(part: MicroBatch) -> None:
+        running.set()
+        release.wait(WAIT_S)
+
+    harness.model.on_forward = hold
+    events = harness.submit("a", (1, 2), max_tokens=1000)
+    other = harness.submit("b", (1, 2))
+    harness.engine.start()
+    assert running.wait(WAIT_S)
+    harness.engine.cancel("a")
+    release.set()
+    collect(other)
+    harness.engine.stop(WAIT_S)
+    heard = []
+    while not events.empty():
+        heard.append(events.get())
+    assert all(isinstance(event, Started | TokenGenerated) for event in heard)
+    assert harness.blocks.num_used == 0 and harness.engine.num_open == 0
+
+
+def test_a_passed_deadline_ends_a_sequence_with_its_own_error(harness: Harness) -> None:
+    late = harness.submit("late", (1,), timeout_s=-1.0)
+    good = harness.submit("good", (2, 3))
+    harness.engine.start()
+    _, end = collect(late)
+    assert isinstance(end, Failed) and isinstance(end.error, DeadlineExceeded)
+    assert collect(good)[0] == expected_tokens((2, 3), 8)
+
+
+def test_one_more_than_the_queue_holds_is_refused_with_a_time_to_retry() -> None:
+    harness = Harness(limits=Limits(16, 1), max_waiting=1)
+    harness.submit("a", (1,))
+    harness.submit("b", (1,))
+    with pytest.raises(Overloaded) as refused:
+        harness.submit("c", (1,))
+    assert refused.value.retry_after_s
+
+
+def test_tokens_that_lack_an_expert_fail_their_own_sequence_only(harness: Harness) -> None:
+    lost: MoesaicError = Unavailable("layer 0: an expert worker failed")
+
+    def lose_the_first(part: MicroBatch) -> None:
+        for chunk, row in zip(part.batch.chunks, part.batch.first_rows, strict=True):
+            if chunk.sequence.sequence_id == "unlucky":
+                part.experts.failed[row] = lost
+
+    harness.model.on_forward = lose_the_first
+    unlucky, lucky = harness.submit("unlucky", (1, 2)), harness.submit("lucky", (3, 4))
+    harness.engine.start()
+    tokens, end = collect(unlucky)
+    assert tokens == [] and isinstance(end, Failed) and end.error is lost
+    assert collect(lucky)[0] == expected_tokens((3, 4), 8)
+
+
+def test_an_unexpected_error_fails_its_batch_and_the_loop_goes_on(harness: Harness) -> None:
+    def fail_once(part: MicroBatch) -> None:
+        harness.model.on_forward = lambda part: None
+        raise RuntimeError("a bug")
+
+    harness.model.on_forward = fail_once
+    events = harness.submit("a", (1, 2))
+    harness.engine.start()
+    _, end = collect(events)
+    assert isinstance(end, Failed) and isinstance(end.error, InternalError)
+    assert collect(harness.submit("b", (1, 2)))[0] == expected_tokens((1, 2), 8)
+
+
+def test_an_engine_that_dies_says_so_and_answers_whoever_waits(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def break_down() -> None:
+        raise RuntimeError("a bug outside a step")
+
+    monkeypatch.setattr(harness.scheduler, "schedule", break_down)
+    events = harness.submit("a", (1,))
+    harness.engine.start()
+    _, end = collect(events)
+    assert isinstance(end, Failed) and isinstance(end.error, Unavailable)
+    harness.engine.stop(WAIT_S)
+    assert not harness.engine.alive
+    assert "the engine died" in caplog.text
+    with pytest.raises(Unavailable):
+        harness.submit("b", (1,))
+
+
+def test_stopping_answers_everybody_and_admits_nobody(harness: Harness) -> None:
+    events = harness.submit("a", (1,), max_tokens=100_000)
+    harness.engine.start()
+    harness.engine.stop(WAIT_S)
+    _, end = collect(events)
+    assert isinstance(end, Failed) and isinstance(end.error, Unavailable)
+    with pytest.raises(Unavailable):
+        harness.submit("b", (1,))
+
+
+def test_a_prompt_that_was_read_before_is_not_read_again_and_says_so(harness: Harness) -> None:
+    prompt = tuple(range(1, 12))
+    harness.engine.start()
+    first = harness.submit("a", prompt)
+    assert first.get(timeout=WAIT_S) == Started(pytest.approx(0, abs=WAIT_S), 0)
+    assert collect(first)[0] == expected_tokens(prompt, 8)
+    second = harness.submit("b", prompt)
+    assert second.get(timeout=WAIT_S) == Started(pytest.approx(0, abs=WAIT_S), 8)
+    assert collect(second)[0] == expected_tokens(prompt, 8)
+    stats = harness.engine.stats()
+    assert (stats.prefix_lookup_tokens, stats.prefix_hit_tokens) == (22, 8)
+    assert stats.prompt_tokens == 11 + 3
+
+
+def test_a_step_that_lacks_an_expert_leaves_nothing_in_the_cache(harness: Harness) -> None:
+    prompt = tuple(range(1, 12))
+
+    def lose_the_last(part: MicroBatch) -> None:
+        part.experts.failed[part.batch.num_tokens - 1] = Unavailable("layer 0: an expert worker failed")
+
+    harness.model.on_forward = lose_the_last
+    harness.engine.start()
+    _, end = collect(harness.submit("a", prompt))
+    assert isinstance(end, Failed)
+    harness.model.on_forward = lambda part: None
+    assert collect(harness.submit("b", prompt))[0] == expected_tokens(prompt, 8)
+    assert harness.engine.stats().prefix_hit_tokens == 0
+
+
+def test_values_that_are_not_finite_are_not_found_by_anybody_else(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = tuple(range(1, 12))
+    forward = harness.model.forward
+    monkeypatch.setattr(harness.model, "forward", lambda *args: forward(*args) * torch.nan)
+    harness.engine.start()
+    _, end = collect(harness.submit("a", prompt))
+    assert isinstance(end, Failed) and isinstance(end.error, DataLoss)
+    monkeypatch.undo()
+    assert collect(harness.submit("b", prompt))[0] == expected_tokens(prompt, 8)
+    assert harness.engine.stats().prefix_hit_tokens == 0
+
+
+class AlwaysSplit(Overlap):
+    """Two micro-batches whenever there are two tokens."""
+
+    def decide(self, num_decoding: int, num_prompt_tokens: int) -> bool:
+        return num_decoding + num_prompt_tokens > 1
+
+
+def test_two_micro_batches_give_what_one_gives() -> None:
+    harness = Harness(overlap=AlwaysSplit())
+    prompts = [tuple(range(1, 2 + 3 * index)) for index in range(12)]
+    waiting = [harness.submit(str(i), prompt) for i, prompt in enumerate(prompts)]
+    scored = harness.submit("scored", tuple(range(1, 40)), max_tokens=2, prompt_logprobs=0)
+    harness.engine.start()
+    for prompt, events in zip(prompts, waiting, strict=True):
+        assert collect(events)[0] == expected_tokens(prompt, 8)
+    assert isinstance(scored.get(timeout=WAIT_S), Started)
+    scores = scored.get(timeout=WAIT_S)
+    assert isinstance(scores, PromptScored)
+    assert [entry.token_id for entry in scores.logprobs] == list(range(2, 40))
+    assert collect(scored)[0] == expected_tokens(tuple(range(1, 40)), 2)
+    assert harness.engine.stats().overlapped_steps > 0
+    harness.engine.stop(WAIT_S)
+    assert harness.blocks.num_used == 0
+
+
+@pytest.mark.parametrize("part_number", [0, 1])
+def test_a_prompt_that_was_cut_in_two_fails_once_whichever_part_lacks_an_expert(part_number: int) -> None:
+    harness = Harness(overlap=AlwaysSplit())
+    parts: list[MicroBatch] = []
+
+    def lose_one(part: MicroBatch) -> None:
+        parts.append(part)
+        if len(parts) - 1 == part_number:
+            part.experts.failed[0] = Unavailable("layer 0: an expert worker failed")
+
+    harness.model.on_forward = lose_one
+    events = harness.submit("a", tuple(range(1, 12)))
+    harness.engine.start()
+    _, end = collect(events)
+    harness.engine.stop(WAIT_S)
+    assert isinstance(end, Failed) and isinstance(end.error, Unavailable)
+    assert events.empty() and harness.blocks.num_used == 0
+
+
+def test_preempted_sequences_of_several_tenants_are_exact_beside_what_is_cached() -> None:
+    harness = Harness(num_blocks=8, limits=Limits(max_batch_tokens=16, max_running=8))
+    prompts = [(1, 2, 3, 4, 5, index % 2) for index in range(8)]
+    harness.engine.start()
+    waiting = [
+        harness.submit(str(i), prompt, tenant="ab"[i % 2], max_tokens=16) for i, prompt in enumerate(prompts)
+    ]
+    for prompt, events in zip(prompts, waiting, strict=True):
+        assert collect(events)[0] == expected_tokens(prompt, 16)
+    assert harness.engine.stats().preemptions > 0
+    harness.engine.stop(WAIT_S)
+    assert harness.blocks.num_used == 0
+    harness.scheduler.check_integrity()

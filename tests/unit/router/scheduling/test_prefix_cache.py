@@ -1,0 +1,303 @@
+"""Cached prefixes: found by name, shared without a copy, given up when the room is needed, never wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from router.cache.kv_cache import BlockPool
+from router.scheduling.prefix_cache import PrefixCache
+from router.scheduling.scheduler import Limits, Scheduler
+from router.scheduling.sequence import Chunk, Sequence
+
+BLOCK = 4
+
+
+def make_scheduler(
+    pool: BlockPool, *, budget: int = 100, max_running: int = 8, epoch: str = "e"
+) -> Scheduler:
+    return Scheduler(Limits(budget, max_running), pool, prefixes=PrefixCache(pool, epoch))
+
+
+def make_sequence(name: str, tokens: list[int], *, tenant: str = "", reads_all: bool = False) -> Sequence:
+    return Sequence(name, list(tokens), len(tokens), tenant=tenant, reads_all=reads_all)
+
+
+def compute(scheduler: Scheduler, chunks: tuple[Chunk, ...], token: int = 0) -> None:
+    """What the engine does with a batch; each sequence that reached its end gets `token`."""
+    for chunk in chunks:
+        ends = chunk.reaches_end
+        scheduler.advance(chunk)
+        if ends:
+            chunk.sequence.append(token)
+
+
+def starts(chunks: tuple[Chunk, ...]) -> dict[str, int]:
+    return {chunk.sequence.sequence_id: chunk.start for chunk in chunks}
+
+
+def run_alone(scheduler: Scheduler, sequence: Sequence) -> int:
+    """Reads a sequence's prompt and lets it go; how many of its tokens it found."""
+    scheduler.add(sequence)
+    first = scheduler.schedule()
+    chunks = first
+    while not sequence.output:
+        compute(scheduler, chunks)
+        chunks = () if sequence.output else scheduler.schedule()
+    scheduler.remove(sequence)
+    return first[0].start
+
+
+def test_a_prompt_that_was_read_before_is_read_from_its_last_full_block_on() -> None:
+    pool = BlockPool(16, BLOCK)
+    scheduler = make_scheduler(pool)
+    prompt = list(range(11))
+    assert run_alone(scheduler, make_sequence("first", prompt)) == 0
+    assert run_alone(scheduler, make_sequence("second", prompt)) == 8
+    assert scheduler.prefixes is not None
+    assert (scheduler.prefixes.num_looked_up, scheduler.prefixes.num_hit) == (22, 8)
+    assert pool.num_used == 0
+
+
+def test_the_last_token_is_computed_even_if_every_block_is_there() -> None:
+    scheduler = make_scheduler(BlockPool(16, BLOCK))
+    prompt = list(range(8))
+    run_alone(scheduler, make_sequence("first", prompt))
+    assert run_alone(scheduler, make_sequence("second", prompt)) == 4
+
+
+def test_another_beginning_makes_another_block_of_the_same_tokens() -> None:
+    scheduler = make_scheduler(BlockPool(16, BLOCK))
+    run_alone(scheduler, make_sequence("first", [1, 1, 1, 1, 7, 7, 7, 7, 0]))
+    assert run_alone(scheduler, make_sequence("second", [2, 2, 2, 2, 7, 7, 7, 7, 0])) == 0
+    assert run_alone(scheduler, make_sequence("third", [1, 1, 1, 1, 8, 8, 8, 8, 0])) == 4
+
+
+def test_neither_another_tenant_nor_another_epoch_finds_a_prefix() -> None:
+    pool = BlockPool(32, BLOCK)
+    scheduler, prompt = make_scheduler(pool), list(range(11))
+    run_alone(scheduler, make_sequence("first", prompt, tenant="a"))
+    assert run_alone(scheduler, make_sequence("second", prompt, tenant="b")) == 0
+    assert run_alone(make_scheduler(pool, epoch="f"), make_sequence("third", prompt, tenant="a")) == 0
+    assert run_alone(scheduler, make_sequence("fourth", prompt, tenant="a")) == 8
+
+
+def test_a_tenant_cannot_spell_another_epoch() -> None:
+    pool = BlockPool(32, BLOCK)
+    run_alone(make_scheduler(pool, epoch="e"), make_sequence("first", list(range(11)), tenant="x\0y"))
+    assert run_alone(make_scheduler(pool, epoch="ex"), make_sequence("b", list(range(11)), tenant="y")) == 0
+
+
+def test_who_wants_the_whole_prompt_scored_takes_nothing_but_leaves_it_to_others() -> None:
+    scheduler, prompt = make_scheduler(BlockPool(16, BLOCK)), list(range(11))
+    assert run_alone(scheduler, make_sequence("first", prompt, reads_all=True)) == 0
+    assert run_alone(scheduler, make_sequence("second", prompt, reads_all=True)) == 0
+    assert run_alone(scheduler, make_sequence("third", prompt)) == 8
+    assert scheduler.prefixes is not None and scheduler.prefixes.num_looked_up == len(prompt)
+
+
+def test_a_conversation_goes_on_behind_its_own_answer() -> None:
+    scheduler = make_scheduler(BlockPool(16, BLOCK))
+    sequence = make_sequence("first", [1, 2, 3, 4, 5, 6])
+    scheduler.add(sequence)
+    for _ in range(4):
+        compute(scheduler, scheduler.schedule(), token=9)
+    scheduler.remove(sequence)
+    assert run_alone(scheduler, make_sequence("second", [1, 2, 3, 4, 5, 6, 9, 9, 9, 3])) == 8
+
+
+def test_what_was_never_advanced_is_never_found() -> None:
+    pool = BlockPool(16, BLOCK)
+    scheduler, prompt = make_scheduler(pool), list(range(11))
+    failed = make_sequence("failed", prompt)
+    scheduler.add(failed)
+    scheduler.schedule()  # an expert was missing: the engine removes it without advancing
+    scheduler.remove(failed)
+    scheduler.check_integrity()
+    assert run_alone(scheduler, make_sequence("second", prompt)) == 0
+
+
+def test_blocks_whose_values_were_wrong_are_forgotten() -> None:
+    pool = BlockPool(16, BLOCK)
+    scheduler, prompt = make_scheduler(pool), list(range(11))
+    wrong = make_sequence("wrong", prompt)
+    scheduler.add(wrong)
+    compute(scheduler, scheduler.schedule())
+    scheduler.distrust(wrong)
+    scheduler.remove(wrong)
+    scheduler.check_integrity()
+    assert run_alone(scheduler, make_sequence("second", prompt)) == 0
+
+
+def test_continuations_of_one_prompt_wait_for_the_first_and_share_it() -> None:
+    pool = BlockPool(32, BLOCK)
+    scheduler, prompt = make_scheduler(pool, budget=8), list(range(18))
+    continuations = [make_sequence(str(index), prompt) for index in range(4)]
+    for sequence in continuations:
+        scheduler.add(sequence)
+    assert starts(scheduler.schedule()) == {"0": 0}
+    compute(scheduler, (Chunk(continuations[0], 0, 8),))
+    assert starts(scheduler.schedule()) == {"0": 8}
+    compute(scheduler, (Chunk(continuations[0], 8, 8),))
+    assert starts(scheduler.schedule()) == {"0": 16, "1": 16, "2": 16, "3": 16}
+    assert pool.num_used == 4 + 4  # four shared, and one of each
+    scheduler.check_integrity()
+
+
+def test_another_prompt_does_not_wait_behind_those_who_share_one() -> None:
+    scheduler = make_scheduler(BlockPool(32, BLOCK), budget=24)
+    for name in "ab":
+        scheduler.add(make_sequence(name, list(range(18))))
+    scheduler.add(make_sequence("c", [7] * 6))
+    assert starts(scheduler.schedule()) == {"a": 0, "c": 0}
+
+
+def test_who_waited_for_a_prompt_reads_it_when_its_reader_is_gone() -> None:
+    scheduler = make_scheduler(BlockPool(32, BLOCK), budget=8)
+    first, second = make_sequence("a", list(range(18))), make_sequence("b", list(range(18)))
+    scheduler.add(first)
+    scheduler.add(second)
+    scheduler.schedule()
+    scheduler.remove(first)
+    assert starts(scheduler.schedule()) == {"b": 0}
+
+
+def test_kept_blocks_make_room_the_longest_unused_first_and_a_chain_from_its_end() -> None:
+    pool = BlockPool(8, BLOCK)
+    scheduler = make_scheduler(pool)
+    old, new = [1] * 13, [2] * 13
+    run_alone(scheduler, make_sequence("old", old))
+    run_alone(scheduler, make_sequence("new", new))  # three blocks of each are kept
+    assert pool.num_free == 8
+    run_alone(scheduler, make_sequence("third", [3] * 14))  # takes two free ones, and two of the old
+    assert run_alone(scheduler, make_sequence("new again", [*new[:12], 5])) == 12
+    assert run_alone(scheduler, make_sequence("old again", [*old[:12], 5])) == 4
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
+    pool = BlockPool(6, BLOCK)
+    scheduler = make_scheduler(pool)
+    old, new = make_sequence("old", [1] * 11), make_sequence("new", [2] * 11)
+    scheduler.add(old)
+    scheduler.add(new)
+    for _ in range(2):
+        compute(scheduler, scheduler.schedule(), token=5)
+    compute(scheduler, scheduler.schedule(), token=5)  # the old one needs a fourth block, and takes it
+    assert scheduler.num_preemptions == 1 and new.blocks == []
+    scheduler.remove(old)
+    assert starts(scheduler.schedule()) == {"new": 8}
+    scheduler.check_integrity()
+
+
+def test_sharing_needs_no_room_for_what_is_shared() -> None:
+    pool = BlockPool(7, BLOCK)
+    scheduler, prompt = make_scheduler(pool), list(range(18))
+    first = make_sequence("first", prompt)
+    scheduler.add(first)
+    compute(scheduler, scheduler.schedule())  # five blocks, four of them full
+    second = make_sequence("second", prompt)
+    scheduler.add(second)
+    assert starts(scheduler.schedule()) == {"first": 18, "second": 16}
+    assert pool.num_used == 6
+
+
+def test_the_integrity_check_sees_a_lost_user() -> None:
+    pool = BlockPool(4, BLOCK)
+    table: list[int] = []
+    pool.extend(table, 4)
+    pool.name(table[0], b"name")
+    shared = pool.share(b"name")
+    assert shared == table[0]
+    pool.check_integrity([table, [shared]])
+    with pytest.raises(AssertionError, match="do not add up"):
+        pool.check_integrity([table])
+
+
+@dataclass
+class World:
+    """An engine that keeps in every cache position the whole prefix that its keys and values were computed from."""
+
+    scheduler: Scheduler
+    cache: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+
+    def step(self) -> None:
+        chunks = self.scheduler.schedule()
+        for chunk in chunks:
+            self._compute(chunk)
+        for chunk in chunks:
+            ends = chunk.reaches_end
+            self.scheduler.advance(chunk)
+            if ends:
+                chunk.sequence.append(next_token(chunk.sequence.tokens))
+        self.scheduler.check_integrity()
+
+    def _compute(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        for position in range(chunk.start, chunk.end):
+            place = (sequence.blocks[position // BLOCK], position % BLOCK)
+            self.cache[place] = tuple(sequence.tokens[: position + 1])
+        for position in range(chunk.end):
+            place = (sequence.blocks[position // BLOCK], position % BLOCK)
+            assert self.cache[place] == tuple(sequence.tokens[: position + 1]), "read what it did not mean"
+
+
+def next_token(tokens: list[int]) -> int:
+    return (sum(tokens) * 31 + len(tokens)) % 3
+
+
+# Few tokens and few tenants, so that prefixes meet.
+Prompts = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 1), min_size=1, max_size=20), st.sampled_from(["", "a"]), st.booleans()
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+@given(
+    prompts=Prompts,
+    budget=st.integers(1, 24),
+    max_running=st.integers(1, 5),
+    num_blocks=st.integers(7, 24),
+    cancelled=st.sets(st.integers(0, 9), max_size=3),
+    data=st.data(),
+)
+def test_whatever_the_schedule_every_sequence_reads_its_own_tokens_and_nothing_leaks(
+    prompts: list[tuple[list[int], str, bool]],
+    budget: int,
+    max_running: int,
+    num_blocks: int,
+    cancelled: set[int],
+    data: st.DataObject,
+) -> None:
+    pool = BlockPool(num_blocks, BLOCK)  # the longest sequence has 20 + 6 tokens: it fits alone
+    scheduler = make_scheduler(pool, budget=budget, max_running=max_running)
+    world = World(scheduler)
+    coming = [
+        make_sequence(str(index), tokens, tenant=tenant, reads_all=reads_all)
+        for index, (tokens, tenant, reads_all) in enumerate(prompts)
+    ]
+    open_sequences: list[Sequence] = []
+    for _ in range(3000):
+        if coming and (not open_sequences or data.draw(st.booleans())):
+            open_sequences.append(coming.pop(0))
+            scheduler.add(open_sequences[-1])
+        world.step()
+        for sequence in list(open_sequences):
+            gives_up = int(sequence.sequence_id) in cancelled and len(sequence.output) == 2
+            if len(sequence.output) >= 6 or gives_up:
+                open_sequences.remove(sequence)
+                scheduler.remove(sequence)
+                expected = sequence.tokens[: sequence.num_prompt_tokens]
+                for _ in sequence.output:
+                    expected.append(next_token(expected))
+                assert sequence.tokens == expected
+        if not coming and not open_sequences:
+            break
+    assert not coming and not open_sequences
+    assert pool.num_used == 0
+    scheduler.check_integrity()

@@ -1,0 +1,180 @@
+"""What a step runs: pure decisions over token counts and blocks."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from router.cache.kv_cache import BlockPool, OutOfBlocks
+from router.scheduling.scheduler import Limits, Scheduler
+from router.scheduling.sequence import Chunk, Sequence
+
+
+def make_sequence(name: str, num_tokens: int) -> Sequence:
+    return Sequence(name, list(range(num_tokens)), num_tokens)
+
+
+def run(chunks: tuple[Chunk, ...]) -> None:
+    """What the engine does with a batch: computes it, and appends a token where the end was reached."""
+    for chunk in chunks:
+        ends = chunk.reaches_end
+        chunk.sequence.num_computed = chunk.end
+        if ends:
+            chunk.sequence.append(0)
+
+
+def test_prompts_are_admitted_in_order_of_arrival_within_the_token_budget() -> None:
+    scheduler = Scheduler(Limits(max_batch_tokens=10, max_running=8), BlockPool(16, 4))
+    first, second = make_sequence("first", 6), make_sequence("second", 6)
+    scheduler.add(first)
+    scheduler.add(second)
+
+    chunks = scheduler.schedule()
+
+    assert [(chunk.sequence, chunk.start, chunk.num_tokens) for chunk in chunks] == [
+        (first, 0, 6),
+        (second, 0, 4),
+    ]
+    assert chunks[0].reaches_end and not chunks[1].reaches_end
+
+
+def test_sequences_that_decode_come_before_the_rest_of_a_prompt() -> None:
+    scheduler = Scheduler(Limits(max_batch_tokens=4, max_running=8), BlockPool(16, 4))
+    long, short = make_sequence("long", 9), make_sequence("short", 1)
+    scheduler.add(long)
+    run(scheduler.schedule())
+    scheduler.add(short)
+    run(scheduler.schedule())  # the long prompt still takes the whole budget
+    run(scheduler.schedule())  # its last token, and the short one
+
+    chunks = scheduler.schedule()
+
+    assert {chunk.sequence.sequence_id: chunk.num_tokens for chunk in chunks} == {"long": 1, "short": 1}
+
+
+def test_no_more_sequences_run_than_allowed() -> None:
+    scheduler = Scheduler(Limits(max_batch_tokens=100, max_running=2), BlockPool(16, 4))
+    for name in "abc":
+        scheduler.add(make_sequence(name, 3))
+
+    assert len(scheduler.schedule()) == 2
+    assert len(scheduler.waiting) == 1
+
+
+def test_when_blocks_run_out_the_newest_sequence_starts_over_and_loses_no_token() -> None:
+    scheduler = Scheduler(Limits(max_batch_tokens=100, max_running=8), BlockPool(4, 4))
+    old, new = make_sequence("old", 8), make_sequence("new", 8)
+    scheduler.add(old)
+    scheduler.add(new)
+    run(scheduler.schedule())  # both prompts fill the pool; each has one token more now
+
+    chunks = scheduler.schedule()
+
+    assert [chunk.sequence for chunk in chunks] == [old]
+    assert scheduler.num_preemptions == 1
+    assert list(scheduler.waiting) == [new] and new.num_computed == 0 and len(new.tokens) == 9
+    scheduler.check_integrity()
+
+
+def test_a_removed_sequence_gives_all_its_blocks_back() -> None:
+    pool = BlockPool(8, 4)
+    scheduler = Scheduler(Limits(max_batch_tokens=100, max_running=8), pool)
+    sequence = make_sequence("a", 9)
+    scheduler.add(sequence)
+    scheduler.schedule()
+    assert pool.num_used == 3
+
+    scheduler.remove(sequence)
+
+    assert pool.num_used == 0
+    assert scheduler.schedule() == ()
+
+
+def test_the_pool_refuses_without_taking_anything() -> None:
+    pool = BlockPool(2, 4)
+    table: list[int] = []
+    with pytest.raises(OutOfBlocks):
+        pool.extend(table, 9)
+    assert table == [] and pool.num_free == 2
+
+
+def test_the_integrity_check_sees_a_block_that_two_sequences_own() -> None:
+    pool = BlockPool(2, 4)
+    table: list[int] = []
+    pool.extend(table, 4)
+    with pytest.raises(AssertionError, match="do not add up"):
+        pool.check_integrity([table, table])
+
+
+def test_a_prompt_that_is_read_as_a_whole_may_be_the_last_of_a_longer_batch() -> None:
+    limits = Limits(max_batch_tokens=10, max_running=8, whole_prompts=True)
+    scheduler = Scheduler(limits, BlockPool(16, 4))
+    first, second, third = (make_sequence(name, length) for name, length in (("a", 6), ("b", 20), ("c", 3)))
+    for sequence in (first, second, third):
+        scheduler.add(sequence)
+
+    chunks = scheduler.schedule()
+    run(chunks)
+
+    assert [(chunk.sequence, chunk.start, chunk.num_tokens) for chunk in chunks] == [
+        (first, 0, 6),
+        (second, 0, 20),
+    ]
+    assert [(chunk.sequence, chunk.num_tokens) for chunk in scheduler.schedule()] == [
+        (first, 1),
+        (second, 1),
+        (third, 3),
+    ]
+
+
+def test_what_was_generated_behind_a_whole_prompt_is_cut_where_the_budget_ends() -> None:
+    limits = Limits(max_batch_tokens=4, max_running=8, whole_prompts=True)
+    scheduler = Scheduler(limits, BlockPool(16, 4))
+    sequence = make_sequence("started over", 6)
+    for _ in range(7):
+        sequence.append(0)
+    scheduler.add(sequence)
+    cuts = []
+    for _ in range(3):
+        chunks = scheduler.schedule()
+        cuts += [(chunk.start, chunk.end) for chunk in chunks]
+        run(chunks)
+    assert cuts == [(0, 6), (6, 10), (10, 13)]
+
+
+@given(
+    prompts=st.lists(st.integers(1, 24), min_size=1, max_size=8),
+    budget=st.integers(1, 16),
+    max_running=st.integers(1, 6),
+    num_blocks=st.integers(10, 20),
+    whole_prompts=st.booleans(),
+)
+def test_every_sequence_finishes_and_no_block_is_lost_whatever_the_bounds(
+    prompts: list[int], budget: int, max_running: int, num_blocks: int, whole_prompts: bool
+) -> None:
+    pool = BlockPool(num_blocks, 4)  # the longest sequence has 24 + 8 tokens: it fits alone
+    scheduler = Scheduler(Limits(budget, max_running, whole_prompts), pool)
+    open_sequences = [make_sequence(str(index), length) for index, length in enumerate(prompts)]
+    for sequence in open_sequences:
+        scheduler.add(sequence)
+
+    for _ in range(2000):
+        chunks = scheduler.schedule()
+        in_bounds = chunks[:-1] if whole_prompts and chunks and chunks[-1].start == 0 else chunks
+        assert sum(chunk.num_tokens for chunk in in_bounds) <= budget
+        assert not whole_prompts or all(
+            chunk.start >= chunk.sequence.num_prompt_tokens or chunk.end >= chunk.sequence.num_prompt_tokens
+            for chunk in chunks
+        )
+        assert len(scheduler.running) <= max_running
+        scheduler.check_integrity()
+        run(chunks)
+        for sequence in [s for s in open_sequences if len(s.output) >= 8]:
+            open_sequences.remove(sequence)
+            scheduler.remove(sequence)
+        if not open_sequences:
+            break
+
+    assert not open_sequences
+    assert pool.num_used == 0

@@ -1,0 +1,90 @@
+"""Which replica a call goes to, as routing tables come and replicas fail."""
+
+from __future__ import annotations
+
+import pytest
+from support.fake_links import FakeLink, digest, make_epoch
+
+from moesaic.epoch import ExpertAddress
+from moesaic.routing_table import Replica, RoutingTable
+from router.workers.replica_pool import SHUN_S, ReplicaPool
+
+EPOCH = make_epoch(1, 2)
+FIRST = ExpertAddress(0, 0)
+
+
+class Rig:
+    """A pool over fake links and a clock that stands still."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.links: dict[str, FakeLink] = {}
+        self.pool = ReplicaPool(connect=self._connect, clock=lambda: self.now_s)
+
+    def _connect(self, replica: Replica) -> FakeLink:
+        self.links[replica.incarnation] = FakeLink(replica)
+        return self.links[replica.incarnation]
+
+    def publish(self, revision: int, *incarnations: str) -> None:
+        """A table of workers that hold everything; "a2" is the second start of worker "a"."""
+        replicas = (Replica(name[0], f"{name}:1", name, EPOCH.versions) for name in incarnations)
+        self.pool.update(RoutingTable(revision, tuple(replicas)))
+
+    def pick(self, *exclude: str) -> str | None:
+        link = self.pool.pick(FIRST, digest(0, 0), exclude=exclude)
+        return None if link is None else link.replica.incarnation
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def test_a_new_table_opens_links_and_closes_those_that_are_gone(rig: Rig) -> None:
+    rig.publish(1, "a1", "b1")
+    rig.publish(2, "b1", "c1")
+    assert rig.links["a1"].closed and not rig.links["b1"].closed
+    assert [link.replica.worker for link in rig.pool.links] == ["b", "c"]
+
+
+def test_a_restarted_worker_is_another_replica(rig: Rig) -> None:
+    rig.publish(1, "a1")
+    rig.publish(2, "a2")
+    assert rig.links["a1"].closed and rig.pick() == "a2"
+
+
+def test_an_older_table_changes_nothing(rig: Rig) -> None:
+    rig.publish(2, "a1")
+    rig.publish(1, "b1")
+    assert rig.pick() == "a1"
+
+
+def test_a_replica_that_failed_is_left_alone_for_a_moment(rig: Rig) -> None:
+    rig.publish(1, "a1", "b1")
+    rig.pool.shun(rig.links["a1"])
+    assert rig.pick() == "b1"
+    rig.now_s += SHUN_S + 0.1
+    assert rig.pick() == "a1"
+
+
+def test_a_replica_that_failed_is_asked_when_there_is_no_other(rig: Rig) -> None:
+    rig.publish(1, "a1")
+    rig.pool.shun(rig.links["a1"])
+    assert rig.pick() == "a1"
+
+
+def test_an_excluded_worker_is_never_picked(rig: Rig) -> None:
+    rig.publish(1, "a1", "b1")
+    assert rig.pick("a") == "b1"
+    assert rig.pick("a", "b") is None
+
+
+def test_another_version_of_an_expert_is_not_a_replica_of_it(rig: Rig) -> None:
+    rig.publish(1, "a1")
+    assert rig.pool.pick(FIRST, b"other" * 6 + b"..") is None
+
+
+def test_what_nobody_holds_is_missing(rig: Rig) -> None:
+    assert len(rig.pool.missing(EPOCH)) == 2
+    rig.publish(1, "a1")
+    assert rig.pool.missing(EPOCH) == []
