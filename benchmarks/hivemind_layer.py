@@ -34,7 +34,8 @@ from harness.turns import Side, take_turns
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.families import describe_model
 from moesaic.families.model import GateRule
-from router.control.cluster_watch import NamedWorkers, Snapshot
+from moesaic.routing_table import Snapshot
+from router.control.cluster_watch import NamedWorkers
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.gating.gate import assign
 from router.phase_clock import PhaseClock

@@ -28,10 +28,10 @@ from expert_worker.experts.stored_weight import stored_bytes
 from expert_worker.serving.service import SERVICE, ExpertService, LoadedModel
 from moesaic import rpc
 from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from moesaic.compute.device import choose_device, choose_dtype
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
-from moesaic.wire.tensors import choose_device, choose_dtype
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesaic.epoch import ExpertAddress, versions_from_proto, versions_to_proto
+from moesaic.epoch import Epoch, ExpertAddress, versions_from_proto, versions_to_proto
 from moesaic.v1 import control_pb2
 
 
@@ -53,3 +53,11 @@ class RoutingTable:
     @classmethod
     def from_proto(cls, message: control_pb2.RoutingTable) -> RoutingTable:
         return cls(message.revision, tuple(Replica.from_proto(replica) for replica in message.replicas))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What routers follow: what the model is (None while some expert is held by nobody) and where it is."""
+
+    epoch: Epoch | None
+    table: RoutingTable

@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.compute.device import choose_device, choose_dtype
 from moesaic.epoch import Epoch
-from moesaic.errors import InvalidArgument
 from moesaic.families import MoeModel, describe_model
-from moesaic.families.model import Hyena
 from moesaic.settings import EngineSettings
 from moesaic.v1 import common_pb2
-from moesaic.wire.tensors import choose_device, choose_dtype
 from router.attention.views import Layout
-from router.cache.kv_cache import BlockPool, KVCache
-from router.cache.state_cache import StateCache, StatePool
+from router.cache.kv_cache import KVCache
+from router.cache.sizing import choose_max_model_len, make_block_pool, make_state_cache, make_state_pool
 from router.config import RouterConfig
 from router.decoders.decoder import RouterModel
 from router.decoders.load import load_model
@@ -26,9 +23,11 @@ from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.engine.engine import Engine
 from router.engine.overlap import Overlap
 from router.phase_clock import PhaseClock
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefill_budget import Pace
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
+from router.scheduling.state_pool import StatePool
 from router.text.text import Text, load_text
 from router.workers.replica_pool import ReplicaPool
 
@@ -41,10 +40,6 @@ WIRE_DTYPES: dict[str, common_pb2.Dtype] = {
     "float8": common_pb2.DTYPE_FLOAT8_E4M3,
     "int8": common_pb2.DTYPE_INT8,
 }
-
-# Without a setting the cache holds one sequence of full length, at least this much, at most this share of the memory.
-MIN_CACHE_BYTES = 256 << 20
-MAX_CACHE_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +105,8 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, shape.dtype)
     dispatcher = Dispatcher(pool, clock, _dispatch_rules(config.engine))
-    blocks = _block_pool(config.engine, shape, dtype, device)
-    max_model_len = _max_model_len(config.engine, shape, blocks.num_blocks * blocks.block_tokens)
+    blocks = make_block_pool(config.engine, shape, dtype, device)
+    max_model_len = choose_max_model_len(config.engine, shape, blocks.num_blocks * blocks.block_tokens)
     model = load_model(
         checkpoint,
         shape,
@@ -127,14 +122,14 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         clock=clock,
         capacity=config.engine.capacity,
     )
-    states = _state_pool(config.engine, shape)
+    states = make_state_pool(config.engine, shape)
     cache = KVCache(
         shape.mixers,
         num_blocks=blocks.num_blocks,
         block_tokens=blocks.block_tokens,
         dtype=dtype,
         device=device,
-        states=None if states is None else _state_cache(shape, states, dtype, device),
+        states=None if states is None else make_state_cache(shape, states, dtype, device),
     )
     return Parts(
         settings=config.engine,
@@ -156,52 +151,3 @@ def _dispatch_rules(settings: EngineSettings) -> DispatchRules:
         wire_dtype=WIRE_DTYPES.get(settings.wire_dtype),
         combine_sum=settings.combine == "sum",
     )
-
-
-def _block_pool(
-    settings: EngineSettings, shape: MoeModel, dtype: torch.dtype, device: torch.device
-) -> BlockPool:
-    token_bytes = KVCache.token_bytes(shape.mixers, dtype)
-    if settings.kv_cache_mib is not None:
-        cache_bytes = settings.kv_cache_mib << 20
-    else:
-        one_sequence = token_bytes * shape.context_length(settings.max_model_len)
-        most = int(_free_bytes(device) * MAX_CACHE_SHARE)
-        cache_bytes = min(max(MIN_CACHE_BYTES, one_sequence), most)
-    # A token of a model that never attends takes none, and is counted all the same.
-    num_blocks = max(1, cache_bytes // (max(1, token_bytes) * settings.kv_block_tokens))
-    return BlockPool(num_blocks, settings.kv_block_tokens)
-
-
-def _state_pool(settings: EngineSettings, shape: MoeModel) -> StatePool | None:
-    """As many states are kept for prefixes as sequences may run."""
-    if not any(isinstance(mixer, Hyena) for mixer in shape.mixers):
-        return None
-    return StatePool(settings.max_running_sequences, settings.max_running_sequences)
-
-
-def _state_cache(shape: MoeModel, states: StatePool, dtype: torch.dtype, device: torch.device) -> StateCache:
-    return StateCache(shape.mixers, shape.hidden_size, num_slots=states.num_slots, dtype=dtype, device=device)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Of the memory that the cache will lie in."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
-def _max_model_len(settings: EngineSettings, shape: MoeModel, num_positions: int) -> int:
-    """What model and cache allow. A length that was asked for is served or refused, never cut."""
-    longest = shape.context_length(settings.max_model_len)
-    if longest <= num_positions:
-        return longest
-    if settings.max_model_len is not None:
-        raise InvalidArgument(
-            f"max_model_len: the KV cache holds {num_positions} tokens; raise engine.kv_cache_mib",
-            field="max_model_len",
-        )
-    log.warning(
-        "the KV cache is shorter than the context", extra={"fields": {"max_model_len": num_positions}}
-    )
-    return num_positions

@@ -10,24 +10,21 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Any
-
-import psutil
 
 from moesaic import rpc
 from moesaic.epoch import Epoch
 from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
+from router.api.loading_service import LoadingService
 from router.api.service import InferenceService, ModelFacts
+from router.api.stats import router_stats
 from router.assembly import Parts, load_parts
 from router.config import RouterConfig
 from router.control.cluster_watch import ClusterView
 from router.engine.engine import Engine
-from router.engine.request import Failed, SamplingParams, SequenceEvent, SequenceRequest, TokenGenerated
-from router.gating.gate_stats import GateReading
+from router.engine.readiness import pass_one_token
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
 from router.workers.transports.negotiate import open_ways
@@ -51,7 +48,7 @@ class RouterServer:
         self._config = config
         self._view = view
         self._started_s = time.monotonic()
-        self._door = _Door()
+        self._door = LoadingService()
         self._server = rpc.Server(
             {
                 SERVICE: lambda server: inference_pb2_grpc.add_InferenceServiceServicer_to_server(
@@ -94,7 +91,7 @@ class RouterServer:
                 self._engine = engine = self._parts.engine(epoch)
                 sys.setswitchinterval(SWITCH_INTERVAL_S)
                 engine.start()
-                await _pass_one_token(engine, timeout_s)
+                await pass_one_token(engine, timeout_s)
         except TimeoutError as error:
             raise Unavailable(
                 f"not every expert had a worker within {timeout_s:.0f} s", reason="NOT_READY"
@@ -145,6 +142,15 @@ class RouterServer:
                 log.warning("health changed", extra={"fields": {"serving": serving}})
                 await self._server.set_serving(serving)
 
+    def _stats(self, parts: Parts, engine: Engine) -> inference_pb2.GetRouterStatsResponse:
+        return router_stats(
+            engine.stats(),
+            phases=self._clock.snapshot(),
+            links=self._pool.links,
+            gates=parts.model.gates.snapshot(),
+            uptime_s=time.monotonic() - self._started_s,
+        )
+
     def _service(self, parts: Parts, engine: Engine, epoch: Epoch) -> InferenceService:
         return InferenceService(
             engine,
@@ -160,111 +166,8 @@ class RouterServer:
                 created=int(time.time()),
                 encodes_prompts=parts.encodes_prompts,
             ),
-            stats=lambda: self._stats(engine, parts.model.gates.snapshot()),
+            stats=lambda: self._stats(parts, engine),
             epoch=lambda: epoch.id,
             control_address=lambda: self._view.control_address,
             request_timeout_s=self._config.engine.request_timeout_s,
         )
-
-    def _stats(self, engine: Engine, gates: Sequence[GateReading]) -> inference_pb2.GetRouterStatsResponse:
-        stats = engine.stats()
-        return inference_pb2.GetRouterStatsResponse(
-            steps=stats.steps,
-            prompt_tokens=stats.prompt_tokens,
-            generated_tokens=stats.generated_tokens,
-            running_sequences=stats.running,
-            waiting_sequences=stats.waiting,
-            kv_blocks_used=stats.kv_blocks_used,
-            kv_blocks_total=stats.kv_blocks_total,
-            preemptions=stats.preemptions,
-            phases=[
-                inference_pb2.PhaseTime(phase=phase, seconds=seconds)
-                for phase, seconds in self._clock.snapshot().items()
-            ],
-            workers=[_traffic(link) for link in self._pool.links],
-            resident_bytes=psutil.Process().memory_info().rss,
-            uptime_s=time.monotonic() - self._started_s,
-            prefix_lookup_tokens=stats.prefix_lookup_tokens,
-            prefix_hit_tokens=stats.prefix_hit_tokens,
-            overlapped_steps=stats.overlapped_steps,
-            gates=[
-                inference_pb2.GateStats(
-                    layer=gate.layer, z_loss=gate.z_loss, assignments=gate.assignments, dropped=gate.dropped
-                )
-                for gate in gates
-            ],
-        )
-
-
-class _Door(inference_pb2_grpc.InferenceServiceServicer):
-    """Answers from the first moment: Unavailable until the service behind it is there."""
-
-    def __init__(self) -> None:
-        self.service: InferenceService | None = None
-
-    def _open(self) -> InferenceService:
-        if self.service is None:
-            raise Unavailable("the router is loading", reason="LOADING", retry_after_s=1.0)
-        return self.service
-
-    async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: Any
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        async for response in self._open().Generate(request, context):
-            yield response
-
-    async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> Any:
-        return await self._open().Tokenize(request, context)
-
-    async def Detokenize(self, request: inference_pb2.DetokenizeRequest, context: Any) -> Any:
-        return await self._open().Detokenize(request, context)
-
-    async def GetModelInfo(self, request: inference_pb2.GetModelInfoRequest, context: Any) -> Any:
-        return await self._open().GetModelInfo(request, context)
-
-    async def GetRouterStats(self, request: inference_pb2.GetRouterStatsRequest, context: Any) -> Any:
-        return await self._open().GetRouterStats(request, context)
-
-
-async def _pass_one_token(engine: Engine, timeout_s: float) -> None:
-    """Generates one token, through every layer and back. Raises what it failed with."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[None] = loop.create_future()
-
-    def report(event: SequenceEvent) -> None:
-        loop.call_soon_threadsafe(resolve, event)
-
-    def resolve(event: SequenceEvent) -> None:
-        if answer.done():
-            return
-        if isinstance(event, Failed):
-            answer.set_exception(event.error)
-        elif isinstance(event, TokenGenerated):
-            answer.set_result(None)
-
-    engine.submit(
-        SequenceRequest(
-            sequence_id="readiness",
-            prompt=(0,),
-            sampling=SamplingParams(max_tokens=1, temperature=0.0),
-            deadline_s=time.monotonic() + timeout_s,
-            on_event=report,
-        )
-    )
-    await answer
-
-
-def _traffic(link: WorkerLink) -> inference_pb2.WorkerTraffic:
-    return inference_pb2.WorkerTraffic(
-        worker=link.replica.worker,
-        address=link.replica.address,
-        connected=link.connected,
-        calls=link.traffic.calls,
-        rows=link.traffic.rows,
-        failed_calls=link.traffic.failed_calls,
-        sent_bytes=link.traffic.sent_bytes,
-        received_bytes=link.traffic.received_bytes,
-        transport=link.traffic.transport,
-        call_p50_us=link.traffic.latency_us(0.5),
-        call_p99_us=link.traffic.latency_us(0.99),
-    )

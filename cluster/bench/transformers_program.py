@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
+from moesaic.compute.device import choose_device, choose_dtype
 from moesaic.settings import Device, DType
-from moesaic.wire.tensors import choose_device, choose_dtype
 
 TRIAL_STEPS = 3
 # Of prompts, a part stands for all: beyond some hundred rows nothing changes any more.

@@ -1,4 +1,4 @@
-"""`moesaic convert`: pickles in, an ordinary Hugging Face folder of safetensors out.
+"""Conversion: pickles in, an ordinary Hugging Face folder of safetensors out.
 
 Everything is checked before anything is written: the model must be one that is served, whole, and fit the disk. Memory
 holds one tensor and a bounded part of the mapped files; a run that was killed goes on where it was.
@@ -6,19 +6,15 @@ holds one tensor and a bounded part of the mapped files; a run that was killed g
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from cluster.checkpoints.conversion_folder import ConversionFolder, find_companions
 from cluster.checkpoints.conversion_plan import plan_shards, plan_tensors
 from cluster.checkpoints.pickled_model import PickledModel, open_pickles
-from cluster.terminal.convert_progress import ConvertProgress, Progressed
-from cluster.terminal.tables import count, files, size
+from cluster.terminal.convert_progress import Progressed
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import DataLoss, InvalidArgument
 from moesaic.families import MoeModel, describe_model
@@ -39,17 +35,13 @@ class Conversion:
     bytes: int
 
 
-def run_convert(folder: Path, out: Path, *, shard_mib: int, as_json: bool) -> None:
-    """Raises CheckpointError for what cannot be converted, InvalidArgument for an `out` that cannot be written."""
-    with ConvertProgress(Console(stderr=True)) as progress:
-        done = convert(folder, out, max_shard_bytes=shard_mib << 20, tell=progress.show)
-    print(json.dumps(asdict(done)) if as_json else _summary(done))
-
-
 def convert(
     folder: Path, out: Path, *, max_shard_bytes: int, tell: Callable[[Progressed], None]
 ) -> Conversion:
-    """`tell` is told after every tensor. Raises as `run_convert` does."""
+    """`tell` is called after every tensor.
+
+    Raises CheckpointError for what cannot be converted, InvalidArgument for an `out` that cannot be written.
+    """
     pickled = open_pickles(folder)
     model = describe_model(pickled.checkpoint, "experts")
     shards = plan_shards(plan_tensors(pickled.checkpoint, model), max_shard_bytes)
@@ -101,11 +93,3 @@ def _config(pickled: PickledModel, model: MoeModel) -> dict[str, Any]:
     """The config of Hugging Face, which also names the dtype."""
     config = dict(pickled.checkpoint.config)
     return config if {"torch_dtype", "dtype"} & config.keys() else config | {"torch_dtype": model.dtype}
-
-
-def _summary(done: Conversion) -> str:
-    kept = f", {done.kept_shards} of them from an earlier run" if done.kept_shards else ""
-    return (
-        f"{done.family}: {count(done.parameters)} parameters in {done.dtype}, {count(done.active_parameters)} active;\n"
-        f"{count(done.tensors)} tensors, {size(done.bytes)}, in {files(done.shards)}{kept}: {done.folder}"
-    )

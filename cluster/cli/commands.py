@@ -185,7 +185,7 @@ def convert(
 ) -> None:
     """Write a model of pickles as an ordinary Hugging Face folder, in safetensors."""
     with exit_with_code(as_json=as_json):
-        from cluster.checkpoints.conversion import run_convert
+        from cluster.cli.convert import run_convert
 
         run_convert(folder, out, shard_mib=shard_mib, as_json=as_json)
 

@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cluster.processes.host import ProcessReport
+from cluster.control.process_report import ProcessReport
 from moesaic.epoch import Epoch, ExpertAddress, merge_versions
 from moesaic.errors import FailedPrecondition, MoesaicError, Unavailable
-from moesaic.routing_table import Replica, RoutingTable
+from moesaic.routing_table import Replica, RoutingTable, Snapshot
 from moesaic.v1 import common_pb2, control_pb2
 
 log = logging.getLogger(__name__)
@@ -64,14 +64,6 @@ class ProcessObserver(Protocol):
     async def describe(self, address: str) -> Replica:
         """What a READY worker holds. Raises Unavailable."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What routers follow: what the model is, if that is known yet, and where it is."""
-
-    epoch: Epoch | None
-    table: RoutingTable
 
 
 class Controller:

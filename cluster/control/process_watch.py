@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.processes.host import ProcessReport
+from cluster.control.process_report import ProcessReport
 from moesaic import rpc
 from moesaic.epoch import versions_from_proto
 from moesaic.errors import MoesaicError, Unavailable
@@ -21,7 +21,7 @@ from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 
 if TYPE_CHECKING:
-    from cluster.processes.specs import Peers
+    from cluster.control.peers import Peers
 
 EXPERT_SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
 # How long a process may hold a question: while it loads, progress is news.

@@ -11,9 +11,10 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
+from cluster.control.process_report import ProcessReport
 from moesaic.errors import MoesaicError
 from moesaic.v1 import control_pb2
 
@@ -41,26 +42,6 @@ class HostedServer(Protocol):
         ...
 
     async def stop(self, drain_s: float) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessReport:
-    """A process at one moment. `revision` grows with every change but progress; it starts anew with the process."""
-
-    name: str
-    revision: int
-    state: control_pb2.ProcessState
-    address: str
-    node: str
-    pid: int
-    restarts: int
-    loaded_bytes: int = 0
-    total_bytes: int = 0
-    detail: str = ""
-
-    @property
-    def ready(self) -> bool:
-        return self.state == control_pb2.PROCESS_STATE_READY
 
 
 class ProcessHost:

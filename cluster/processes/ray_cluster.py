@@ -23,9 +23,11 @@ from typing import Any, Self
 import psutil
 
 from cluster.control.placement import Node
+from cluster.control.process_report import ProcessReport
 from cluster.processes.blueprint import PlannedProcess
-from cluster.processes.host import ProcessHost, ProcessReport
-from cluster.processes.specs import ProcessSpec, Surroundings, make_server, set_threads
+from cluster.processes.host import ProcessHost
+from cluster.processes.servers import Surroundings, make_server
+from cluster.processes.specs import ProcessSpec, set_threads
 from moesaic import telemetry
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
 from moesaic.settings import Settings

@@ -6,34 +6,20 @@ imported: neither the command nor the controller nor the gateway ever loads torc
 
 from __future__ import annotations
 
-import asyncio
-import importlib
 from collections.abc import MutableMapping
-from dataclasses import dataclass, replace
-from functools import partial
-from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cluster.control.controller import Cluster, Controller
-from cluster.control.process_watch import ProcessWatch
-from cluster.control.service import ControlServer
-from cluster.processes.host import HostedServer, ProcessReport
+from cluster.control.controller import Cluster
 from expert_worker.config import WorkerConfig
 from gateway.config import GatewayConfig
 from router.config import RouterConfig
 
 if TYPE_CHECKING:
-    from gateway.server import GatewayServer
-    from router.server import RouterServer
+    pass
 
 CONTROLLER = "controller"
 GATEWAY = "gateway"
-
-READY_PERIOD_S = 0.1
-READY_TIMEOUT_S = 5.0
-# Revisions of a controller that was restarted n times begin at n of these: always above those before it.
-_REVISIONS_PER_START = 1 << 32
 
 
 def router_names(num_routers: int) -> tuple[str, ...]:
@@ -88,29 +74,6 @@ class GatewaySpec:
 ProcessSpec = ControllerSpec | ExpertWorkerSpec | RouterSpec | GatewaySpec
 
 
-class Peers(Protocol):
-    """The other processes of the cluster, looked up by name whenever they are asked."""
-
-    async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
-        """The report of a process, at the latest after `hold_s` when it is still of revision `seen`.
-
-        Raises Unavailable when the process does not answer soon after `hold_s`."""
-        ...
-
-    async def address(self, name: str) -> str:
-        """HOST:PORT of a process that listens. Raises Unavailable."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """Where a process finds itself: the address of its node, how often it was restarted, and the others."""
-
-    node: str
-    restarts: int
-    peers: Peers
-
-
 def set_threads(spec: ProcessSpec, environment: MutableMapping[str, str]) -> None:
     """Bounds the CPU threads of this process. Only works before torch is imported."""
     # Idle OpenMP threads that spin would starve the other processes of the node: a worker's hold a core while the router
@@ -119,109 +82,6 @@ def set_threads(spec: ProcessSpec, environment: MutableMapping[str, str]) -> Non
     environment["GOMP_SPINCOUNT"] = "2000"
     if (threads := _threads(spec)) is not None:
         environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)
-
-
-async def make_server(spec: ProcessSpec, around: Surroundings) -> HostedServer:
-    """The server of this process, not yet started."""
-    match spec:
-        case ControllerSpec():
-            observer = ProcessWatch(around.peers)
-            first_revision = around.restarts * _REVISIONS_PER_START
-            return ControlServer(
-                Controller(spec.cluster, observer, first_revision=first_revision), around.node
-            )
-        case ExpertWorkerSpec():
-            return await _make_expert_worker(spec, around)
-        case RouterSpec():
-            return await _make_router(spec, around)
-        case GatewaySpec():
-            return await _make_gateway(spec, around)
-
-
-async def _make_expert_worker(spec: ExpertWorkerSpec, around: Surroundings) -> HostedServer:
-    await _import("expert_worker.server")
-    from expert_worker.server import WorkerServer
-
-    return WorkerServer(replace(spec.config, host=around.node))
-
-
-async def _make_router(spec: RouterSpec, around: Surroundings) -> HostedServer:
-    await _import("router.server")
-    from router.control.cluster_watch import ControlWatch
-    from router.server import RouterServer
-
-    config = spec.config if spec.is_public else replace(spec.config, host=around.node)
-    view = ControlWatch(lambda: around.peers.address(CONTROLLER))
-    return _HostedRouter(RouterServer(config, view), spec.start_timeout_s)
-
-
-async def _make_gateway(spec: GatewaySpec, around: Surroundings) -> HostedServer:
-    await _import("gateway.server")
-    from gateway.server import GatewayServer
-
-    routers = {name: partial(around.peers.address, name) for name in spec.routers}
-    return _HostedGateway(GatewayServer(spec.config, routers))
-
-
-class _HostedRouter:
-    """A router serves once a real token has passed every layer."""
-
-    loaded_bytes = 0
-    total_bytes = 0
-
-    def __init__(self, server: RouterServer, start_timeout_s: float) -> None:
-        self._server = server
-        self._start_timeout_s = start_timeout_s
-
-    async def start(self) -> str:
-        return await self._server.start()
-
-    async def load(self) -> None:
-        await self._server.load()
-        await self._server.wait_ready(self._start_timeout_s)
-
-    async def stop(self, drain_s: float) -> None:
-        await self._server.stop(drain_s)
-
-
-class _HostedGateway:
-    """A gateway serves once it has found a router that does: before, it answers requests with 503."""
-
-    loaded_bytes = 0
-    total_bytes = 0
-
-    def __init__(self, server: GatewayServer) -> None:
-        self._server = server
-        self._address = ""
-
-    async def start(self) -> str:
-        self._address = await self._server.start()
-        return self._address
-
-    async def load(self) -> None:
-        while not await asyncio.to_thread(_says_ready, self._address):
-            await asyncio.sleep(READY_PERIOD_S)
-
-    async def stop(self, drain_s: float) -> None:
-        await self._server.stop(drain_s)
-
-
-def _says_ready(address: str) -> bool:
-    """What the gateway at HOST:PORT answers to GET /ready."""
-    connection = HTTPConnection(address, timeout=READY_TIMEOUT_S)
-    try:
-        # By a name that a gateway answers to wherever it listens.
-        connection.request("GET", "/ready", headers={"Host": "localhost"})
-        return connection.getresponse().status == HTTPStatus.OK
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-async def _import(module: str) -> None:
-    """In a thread: torch takes a second, and the process should answer meanwhile."""
-    await asyncio.to_thread(importlib.import_module, module)
 
 
 def _threads(spec: ProcessSpec) -> int | None:

@@ -10,18 +10,15 @@ to be.
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 
 import torch
-from torch import Tensor
 
-from expert_worker.experts.dequantise import dequantise_fp8_block, dequantise_mxfp4
 from expert_worker.experts.expert import (
     ExpertForm,
     ExpertWeights,
@@ -30,22 +27,17 @@ from expert_worker.experts.expert import (
     empty_weights,
     make_linear,
 )
+from expert_worker.experts.expert_reader import ExpertReader, _Scratch
 from expert_worker.experts.store import HeldExpert
-from expert_worker.experts.stored_weight import Region, StoredWeight, locate
+from expert_worker.experts.stored_weight import locate
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.compute.linear import keeps_weight
-from moesaic.epoch import ExpertAddress, VersionHasher
-from moesaic.errors import CheckpointError, Unavailable
+from moesaic.epoch import ExpertAddress
 from moesaic.families import MoeModel
-from moesaic.families.model import Encoding, ExpertModule
-from moesaic.families.tensor_check import FP8_BLOCK
+from moesaic.families.model import ExpertModule
 
 # More wait for the disk and for memory, not for a thread.
 MAX_THREADS = 4
-# That are read, hashed and copied at a time: they stay in the cache meanwhile.
-_BYTES_AT_ONCE = 1 << 20
-# Of an encoded weight that are decoded at a time.
-_NUMBERS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +123,7 @@ class _Loader:
         """One expert, on one thread."""
         experts, form = self.model.experts[place.address.layer], self.form
         module = experts.module
-        reader = _ExpertReader(locate(self.checkpoint, experts, place.address), self.stopping, self.scratch)
+        reader = ExpertReader(locate(self.checkpoint, experts, place.address), self.stopping, self.scratch)
         memory = self._memory(place, module)
         gate_and_up = ("gate", "up") if module.gated else ("up",)
         reader.read(gate_and_up, memory.up, memory.up_bias)
@@ -152,139 +144,3 @@ class _Loader:
         scratch = self.scratch.take("weights", most).view(form.dtype)
         up, down = (scratch[: weight.numel()].view_as(weight) for weight in (memory.up, memory.down))
         return replace(memory, up=up, down=down)
-
-
-class _Scratch(threading.local):
-    """Memory of a thread that is used over and over: to get new pages costs more than to fill them."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
-
-    def take(self, use: str, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8, valid until the next call for the same use."""
-        memory = self._memory.get(use)
-        if memory is None or len(memory) < num_bytes:
-            self._memory[use] = memory = torch.empty(num_bytes, dtype=torch.uint8)
-        return memory[:num_bytes]
-
-
-class _ExpertReader:
-    """Reads the weights of one expert, and names it by what it has read."""
-
-    def __init__(
-        self, weights: Mapping[str, StoredWeight], stopping: threading.Event, scratch: _Scratch
-    ) -> None:
-        self._weights = weights
-        self._stopping = stopping
-        self._scratch = scratch
-        self._digests: dict[str, tuple[tuple[int, ...], bytes]] = {}
-        # Gate and up may share what holds them: it is read once.
-        self._uses = Counter(region for weight in weights.values() for region in weight.regions)
-        self._shared: dict[Region, Tensor] = {}
-        for region in self._uses:
-            region.announce()
-
-    def read(self, names: Sequence[str], weights: Tensor, biases: Tensor | None) -> None:
-        """Fills equal runs of rows of `weights` with the weights of these names, and `biases` with theirs."""
-        for name, target in zip(names, weights.chunk(len(names)), strict=True):
-            self._read(name, target)
-        if biases is not None:
-            for name, target in zip(names, biases.chunk(len(names)), strict=True):
-                self._read(f"{name}_bias", target)
-
-    def version(self, module: ExpertModule, dtype: str) -> bytes:
-        kind = f"{'glu' if module.gated else 'mlp'} {module.activation}"
-        hasher = VersionHasher(kind if module.limit is None else f"{kind} {module.limit}", dtype)
-        for name in module.weights:
-            hasher.update(name, *self._digests[name])
-        return hasher.digest()
-
-    def _read(self, name: str, target: Tensor) -> None:
-        weight = self._weights[name]
-        if weight.is_run:
-            digest = self._copy_run(weight, target)
-        elif weight.scales is None:
-            digest = _copy(weight, self._fetch(weight.data), target)
-        else:
-            digest = _decode(weight, self._fetch(weight.data), self._fetch(weight.scales), target)
-        self._digests[name] = tuple(target.shape), digest
-
-    def _copy_run(self, weight: StoredWeight, target: Tensor) -> bytes:
-        """As `_copy` does, in pieces."""
-        data, digest = weight.data, hashlib.sha256()
-        row_bytes = data.num_bytes // data.shape[0]
-        count = max(1, _BYTES_AT_ONCE // row_bytes)
-        memory = self._scratch.take("piece", count * row_bytes)
-        for number, part in enumerate(target.split(count)):
-            self._check_stopping()
-            first = number * count
-            piece = data.part(first, first + len(part)).read(memory)
-            digest.update(_raw_bytes(piece))
-            _check_finite(piece, weight)
-            part.copy_(piece)
-        return digest.digest()
-
-    def _fetch(self, region: Region) -> Tensor:
-        self._check_stopping()
-        read = self._shared.pop(region, None)
-        if read is None:
-            read = region.read()
-        self._uses[region] -= 1
-        if self._uses[region]:
-            self._shared[region] = read
-        return read
-
-    def _check_stopping(self) -> None:
-        if self._stopping.is_set():
-            raise Unavailable("stopped while loading")
-
-
-def _copy(weight: StoredWeight, data: Tensor, target: Tensor) -> bytes:
-    """Fills the target with a weight that is stored as plain numbers; returns the digest of them."""
-    own = data.view(len(data), -1)[weight.rows, weight.columns]
-    own = (own.T if weight.transposed else own).contiguous()
-    _check_finite(own, weight)
-    target.copy_(own.view(target.shape))
-    return hashlib.sha256(_raw_bytes(own)).digest()
-
-
-def _decode(weight: StoredWeight, data: Tensor, scales: Tensor, target: Tensor) -> bytes:
-    """Fills the target with what an encoded weight stands for; returns the digest of the code."""
-    own, own_scales = data[weight.rows], _scales_of_rows(weight, len(data), scales)
-    filled = target.T if weight.transposed else target
-    count = max(1, _NUMBERS_AT_ONCE // (target.numel() // len(filled)))
-    parts = (tensor.split(count) for tensor in (own, own_scales, filled))
-    for codes, factors, part in zip(*parts, strict=True):
-        decoded = _DEQUANTISE[weight.encoding](codes, factors)[:, weight.columns]
-        _check_finite(decoded, weight)
-        part.copy_(decoded.to(part.dtype))
-    where = f"{weight.encoding} {weight.columns} {weight.transposed} {weight.scale_row}\0"
-    digest = hashlib.sha256(where.encode())
-    digest.update(_raw_bytes(own))
-    digest.update(_raw_bytes(own_scales if weight.encoding == "mxfp4" else scales))
-    return digest.digest()
-
-
-_DEQUANTISE: dict[Encoding, Callable[[Tensor, Tensor], Tensor]] = {
-    "fp8_block": dequantise_fp8_block,
-    "mxfp4": dequantise_mxfp4,
-}
-
-
-def _scales_of_rows(weight: StoredWeight, num_rows: int, scales: Tensor) -> Tensor:
-    """The scales of every own row: of mxfp4 they are stored so, of fp8_block a row of them serves a block."""
-    if weight.encoding == "mxfp4":
-        return scales[weight.rows]
-    blocks = torch.arange(weight.scale_row, weight.scale_row + num_rows)[weight.rows] // FP8_BLOCK
-    return scales.index_select(0, blocks)
-
-
-def _raw_bytes(stored: Tensor) -> memoryview:
-    return stored.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _check_finite(numbers: Tensor, weight: StoredWeight) -> None:
-    # Two numbers tell: the extremes of a tensor with NaN are NaN.
-    if not all(extreme.isfinite().item() for extreme in torch.aminmax(numbers)):
-        name = weight.data.tensor
-        raise CheckpointError(f"tensor {name} holds NaN or infinity", field=name)

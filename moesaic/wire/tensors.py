@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moesaic.errors import InvalidArgument
 from moesaic.v1 import common_pb2
 
 if TYPE_CHECKING:
-    from moesaic.settings import Device, DType
+    pass
 
 TORCH_DTYPES: dict[common_pb2.Dtype, torch.dtype] = {
     common_pb2.DTYPE_FLOAT32: torch.float32,
@@ -90,22 +89,6 @@ def decode_rows(header: common_pb2.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return rows
     scales = torch.frombuffer(header.scales, dtype=torch.float32).to(rows.device)
     return rows.float() * scales[:, None]
-
-
-def choose_device(device: Device) -> torch.device:
-    """auto: CUDA where there is one. Raises InvalidArgument for CUDA where there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgument("device: cuda is not available here", field="device")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
-def choose_dtype(dtype: DType, device: torch.device, stored: str) -> torch.dtype:
-    """auto: bfloat16 on CUDA when the checkpoint is `stored` as bfloat16, else float32."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and stored == "bfloat16" else "float32"
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def _hear_the_read_only_warning() -> None:

@@ -13,16 +13,9 @@ from typing import Any
 
 from moesaic.v1 import inference_pb2
 from router.api.sampling_request import TextOptions
-from router.engine.request import (
-    Finished,
-    FinishReason,
-    SampledToken,
-    SamplingParams,
-    Started,
-    Timing,
-    TokenLogprobs,
-)
-from router.text.detokenizer import StopMatcher
+from router.engine.request import Finished, FinishReason, Started, Timing
+from router.engine.sampling_params import SampledToken, SamplingParams, TokenLogprobs
+from router.text.stop_strings import StopMatcher
 from router.text.text import Text
 
 _FINISH_REASONS = {

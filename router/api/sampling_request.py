@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from moesaic.errors import InvalidArgument, Unsupported
 from moesaic.v1 import inference_pb2
-from router.engine.request import SamplingParams
+from router.engine.sampling_params import SamplingParams
 
 MAX_CONTINUATIONS = 64
 MAX_LOGPROBS = 20

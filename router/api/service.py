@@ -30,7 +30,8 @@ from router.api.sampling_request import (
     num_continuations,
     parse_sampling,
 )
-from router.engine.request import Failed, Finished, PromptScored, Started, TokenGenerated, TokenLogprobs
+from router.engine.request import Failed, Finished, PromptScored, Started, TokenGenerated
+from router.engine.sampling_params import TokenLogprobs
 from router.text.text import Text
 
 MAX_TENANT_CHARS = 256

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
@@ -17,21 +16,13 @@ import grpc
 from moesaic import rpc
 from moesaic.epoch import Epoch, ExpertAddress, merge_versions, versions_from_proto
 from moesaic.errors import FailedPrecondition, MoesaicError
-from moesaic.routing_table import Replica, RoutingTable
+from moesaic.routing_table import Replica, RoutingTable, Snapshot
 from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 CALL_TIMEOUT_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The epoch (None while some expert is held by nobody) and the replicas that are ready."""
-
-    epoch: Epoch | None
-    table: RoutingTable
 
 
 class ClusterView(Protocol):

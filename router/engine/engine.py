@@ -24,7 +24,8 @@ from router.dispatch.dispatcher import Dispatcher
 from router.engine import sampler
 from router.engine.live_sequence import LiveSequence, Reading
 from router.engine.overlap import Overlap, halves
-from router.engine.request import Failed, Finished, SampledToken, SequenceRequest
+from router.engine.request import Failed, Finished, SequenceRequest
+from router.engine.sampling_params import SampledToken
 from router.phase_clock import INSIDE_FORWARD, PhaseClock
 from router.scheduling.scheduler import Scheduler, count
 from router.scheduling.sequence import Chunk

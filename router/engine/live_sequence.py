@@ -14,14 +14,13 @@ from router.engine.request import (
     Finished,
     FinishReason,
     PromptScored,
-    SampledToken,
     SequenceRequest,
     Started,
     Timing,
     TokenGenerated,
-    TokenLogprobs,
 )
 from router.engine.sampler import SamplingState, make_generator
+from router.engine.sampling_params import SampledToken, TokenLogprobs
 from router.scheduling.sequence import Chunk, Sequence
 
 

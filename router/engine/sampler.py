@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import DataLoss, MoesaicError
-from router.engine.request import SampledToken, SamplingParams, TokenLogprobs
+from router.engine.sampling_params import SampledToken, SamplingParams, TokenLogprobs
 
 # Positions of a prompt that are scored at once: bounds the memory of [T, V] intermediates.
 _SCORED_ROWS = 64

@@ -15,9 +15,9 @@ from __future__ import annotations
 from array import array
 from hashlib import blake2b
 
-from router.cache.kv_cache import BlockPool
-from router.cache.state_cache import StatePool
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.sequence import Sequence
+from router.scheduling.state_pool import StatePool
 
 DIGEST_BYTES = 32
 

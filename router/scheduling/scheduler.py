@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from router.cache.kv_cache import BlockPool, OutOfBlocks
-from router.cache.state_cache import StatePool
+from router.scheduling.block_pool import BlockPool, OutOfBlocks
 from router.scheduling.fair_queue import FairQueue
 from router.scheduling.prefill_budget import Pace
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.sequence import Chunk, Sequence
+from router.scheduling.state_pool import StatePool
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from support.fake_links import make_epoch
 from moesaic import rpc
 from moesaic.epoch import Epoch
 from moesaic.errors import Unavailable
-from moesaic.routing_table import Replica, RoutingTable
+from moesaic.routing_table import Replica, RoutingTable, Snapshot
 from moesaic.v1 import control_pb2, control_pb2_grpc
-from router.control.cluster_watch import ControlWatch, NamedWorkers, Snapshot
+from router.control.cluster_watch import ControlWatch, NamedWorkers
 
 EPOCH = make_epoch(1, 2)
 WAIT_S = 10.0

@@ -20,7 +20,7 @@ TIMEOUT_S = 120
 KILLED_IN_THE_THIRD_FILE = """
 import os, signal, sys
 from pathlib import Path
-from cluster.convert import convert
+from cluster.checkpoints.conversion import convert
 
 def tell(progress):
     if progress.done_files == 2:
@@ -33,7 +33,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=1 << 20, tell=tell
 GROWTH = """
 import re, sys
 from pathlib import Path
-from cluster.convert import convert
+from cluster.checkpoints.conversion import convert
 
 def kibibytes(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

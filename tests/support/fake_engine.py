@@ -12,14 +12,13 @@ from router.engine.request import (
     Finished,
     FinishReason,
     PromptScored,
-    SampledToken,
     SequenceEvent,
     SequenceRequest,
     Started,
     Timing,
     TokenGenerated,
-    TokenLogprobs,
 )
+from router.engine.sampling_params import SampledToken, TokenLogprobs
 
 EPOCH = "epoch-1"
 TIMING = Timing(queued_s=0.25, first_token_s=0.5, total_s=1.5)

@@ -20,16 +20,17 @@ from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import MoesaicError
 from moesaic.families import DenseLayers, describe_model
+from moesaic.routing_table import Snapshot
 from moesaic.settings import DType, EngineSettings
 from router.assembly import Parts, load_parts
 from router.attention.packed_batch import pack
-from router.cache.kv_cache import BlockPool
 from router.config import RouterConfig
-from router.control.cluster_watch import NamedWorkers, Snapshot
+from router.control.cluster_watch import NamedWorkers
 from router.decoders.decoder import MicroBatch
 from router.dispatch.dispatcher import DispatchStep
 from router.gating.gate import NO_SLOT
 from router.phase_clock import PhaseClock
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.sequence import Chunk
 from router.scheduling.sequence import Sequence as ScheduledSequence

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from router.attention.packed_batch import PackedBatch, pack
 from router.attention.views import Layout
-from router.cache.kv_cache import BlockPool
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.sequence import Sequence
 

@@ -24,7 +24,7 @@ from moesaic.families.model import Attention, DenseTensor
 from router.attention.packed_batch import pack
 from router.attention.paged import attend
 from router.attention.views import Layout
-from router.cache.kv_cache import BlockPool, KVCache
+from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch
 from router.decoders.encoder_decoder import weights as encoder_decoder_weights
 from router.decoders.lean import weights as lean_weights
@@ -33,6 +33,7 @@ from router.dispatch.combine import combine
 from router.dispatch.dispatcher import DispatchStep
 from router.dispatch.host_staging import staging_for
 from router.phase_clock import PhaseClock
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.sequence import Chunk, Sequence
 
 # Not the host, and without numbers. In a build of torch without CUDA a fake `cuda` cannot even be indexed.

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from cluster.control.controller import Cluster, Controller, Member, Snapshot
-from cluster.processes.host import ProcessReport
+from cluster.control.controller import Cluster, Controller, Member
+from cluster.control.process_report import ProcessReport
 from moesaic.epoch import Epoch, ExpertAddress
 from moesaic.errors import Unavailable
-from moesaic.routing_table import Replica
+from moesaic.routing_table import Replica, Snapshot
 from moesaic.v1 import control_pb2 as pb
 
 pytestmark = pytest.mark.timeout(20)

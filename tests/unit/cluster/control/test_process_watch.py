@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from cluster.control.process_report import ProcessReport
 from cluster.control.process_watch import EXPERT_SERVICE, ProcessWatch
-from cluster.processes.host import ProcessReport
 from moesaic import rpc
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import Unavailable

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import pytest
 
+from cluster.control.process_report import ProcessReport
 from cluster.control.service import SERVICE
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.processes.blueprint import PlannedProcess
-from cluster.processes.host import ProcessReport
 from moesaic import rpc
 from moesaic.errors import FailedPrecondition, Unavailable
 from moesaic.settings import Settings, load_settings

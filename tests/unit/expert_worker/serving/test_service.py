@@ -20,7 +20,8 @@ from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.compute_pass import compute_calls
 from expert_worker.experts.store import ExpertStore
 from expert_worker.serving.call_handler import CallDesk
-from expert_worker.serving.service import SERVICE, ExpertService, LoadedModel, _CallStream
+from expert_worker.serving.grpc_stream import CallStream
+from expert_worker.serving.service import SERVICE, ExpertService, LoadedModel
 from moesaic import rpc, telemetry
 from moesaic.errors import from_rpc_error, from_status
 from moesaic.families import MoeModel
@@ -272,7 +273,7 @@ async def test_a_caller_that_reads_nothing_is_not_read_from_for_ever() -> None:
 
     desk = CallDesk(worker="w", max_call_rows=64)  # it never opens: every call is refused
     batcher = Batcher(compute_calls, max_queued_calls=4, max_pass_rows=64)
-    responses = _CallStream(desk, batcher, limit=5).responses(requests())
+    responses = CallStream(desk, batcher, limit=5).responses(requests())
     first = await anext(responses)
     await asyncio.sleep(0.02)
     assert taken <= 6

@@ -6,17 +6,11 @@ import pytest
 import torch
 from support.wire_tensors import from_wire, to_wire
 
+from moesaic.compute.device import choose_device, choose_dtype
 from moesaic.errors import InvalidArgument
 from moesaic.v1 import common_pb2
 from moesaic.wire.tensor_check import SCALED_DTYPES, check_tensor
-from moesaic.wire.tensors import (
-    choose_device,
-    choose_dtype,
-    data_of,
-    decode_rows,
-    encode_rows,
-    view_rows,
-)
+from moesaic.wire.tensors import data_of, decode_rows, encode_rows, view_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

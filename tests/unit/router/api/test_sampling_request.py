@@ -16,7 +16,7 @@ from router.api.sampling_request import (
     num_continuations,
     parse_sampling,
 )
-from router.engine.request import SamplingParams
+from router.engine.sampling_params import SamplingParams
 
 LIMITS = ModelLimits(max_model_len=100, vocab_size=50, eos_token_ids=frozenset({2, 3}))
 

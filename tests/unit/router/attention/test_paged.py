@@ -14,7 +14,8 @@ from moesaic.families.model import Attention, Hyena, Mixer
 from router.attention.packed_batch import PackedBatch, pack
 from router.attention.paged import attend, softmax_beside_sinks
 from router.attention.views import Layout
-from router.cache.kv_cache import BlockPool, KVCache
+from router.cache.kv_cache import KVCache
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.sequence import Chunk, Sequence
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 
 from moesaic.families.model import Attention, Hyena
-from router.cache.kv_cache import BlockPool
-from router.cache.state_cache import StateCache, StateCopy, StatePool, StateRows
+from router.cache.state_cache import StateCache, StateRows
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.sequence import Chunk, Sequence
+from router.scheduling.state_pool import StateCopy, StatePool
 
 BLOCK = 4
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from moesaic.errors import (
 )
 from moesaic.families.model import Attention
 from router.attention.views import Layout
-from router.cache.kv_cache import BlockPool, Contexts, KVCache
+from router.cache.kv_cache import Contexts, KVCache
 from router.decoders.decoder import MicroBatch, RouterModel
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.engine.engine import Engine
@@ -35,13 +35,14 @@ from router.engine.request import (
     Finished,
     FinishReason,
     PromptScored,
-    SamplingParams,
     SequenceEvent,
     SequenceRequest,
     Started,
     TokenGenerated,
 )
+from router.engine.sampling_params import SamplingParams
 from router.phase_clock import PhaseClock
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
 

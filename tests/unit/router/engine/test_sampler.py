@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from moesaic.errors import DataLoss
 from router.engine import sampler
-from router.engine.request import SampledToken, SamplingParams
 from router.engine.sampler import SamplingState, make_generator, sample, score
+from router.engine.sampling_params import SampledToken, SamplingParams
 
 VOCAB = 50
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.cache.kv_cache import BlockPool
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefill_budget import MIN_CHUNK, Pace
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.sequence import Sequence

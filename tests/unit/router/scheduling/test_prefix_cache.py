@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from router.cache.kv_cache import BlockPool
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.sequence import Chunk, Sequence

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from router.cache.kv_cache import BlockPool, OutOfBlocks
+from router.scheduling.block_pool import BlockPool, OutOfBlocks
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.sequence import Chunk, Sequence
 

@@ -14,7 +14,7 @@ from support.tiny_tokenizer import byte_level, sentencepiece, write_folder
 from tokenizers import Tokenizer, decoders, models
 
 from moesaic.errors import CheckpointError, InvalidArgument, Unsupported
-from router.text.detokenizer import StopMatcher
+from router.text.stop_strings import StopMatcher
 from router.text.text import Text, load_text
 from router.text.vocabulary import Spelling
 

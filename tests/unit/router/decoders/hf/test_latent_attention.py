@@ -27,11 +27,12 @@ from transformers.models.youtu.configuration_youtu import YoutuConfig
 from moesaic.errors import Unsupported
 from moesaic.families.model import LatentAttention, Mixer
 from router.attention.views import Layout
-from router.cache.kv_cache import BlockPool, KVCache
+from router.cache.kv_cache import KVCache
 from router.decoders.hf import latent_attention
 from router.decoders.hf.attention import AttentionStep
 from router.decoders.hf.latent_attention import LatentAttentionModule
 from router.phase_clock import PhaseClock
+from router.scheduling.block_pool import BlockPool
 
 HIDDEN, BLOCK_TOKENS = 32, 4
 MIXER = LatentAttention(num_heads=4, latent_dim=24, rotary_dim=6, key_dim=8, value_dim=10)

@@ -21,13 +21,14 @@ from moesaic.settings import Decoder
 from router.attention.packed_batch import pack
 from router.attention.rotary import rotary_turns
 from router.attention.views import Layout
-from router.cache.kv_cache import BlockPool, KVCache
+from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch, RouterModel
 from router.decoders.hf.decoder import StockDecoder
 from router.decoders.lean.decoder import LeanDecoder
 from router.decoders.load import load_model
 from router.dispatch.dispatcher import DispatchStep
 from router.phase_clock import PhaseClock
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.sequence import Chunk, Sequence
 
 BLOCK_TOKENS = 4

@@ -20,8 +20,6 @@ from support.striped_hyena import EVO, Reference, write_striped_hyena
 from moesaic.epoch import Epoch
 from moesaic.errors import DataLoss, MoesaicError, Unavailable, Unsupported
 from router.assembly import load_parts
-from router.cache.kv_cache import BlockPool
-from router.cache.state_cache import StatePool
 from router.decoders.decoder import MicroBatch
 from router.decoders.stripedhyena.decoder import rms_norm
 from router.engine.engine import Engine
@@ -30,14 +28,16 @@ from router.engine.request import (
     Failed,
     Finished,
     PromptScored,
-    SamplingParams,
     SequenceEvent,
     SequenceRequest,
     TokenGenerated,
 )
+from router.engine.sampling_params import SamplingParams
 from router.phase_clock import PhaseClock
+from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
+from router.scheduling.state_pool import StatePool
 from router.workers.replica_pool import ReplicaPool
 
 WAIT_S = 60.0

@@ -1,0 +1,28 @@
+"""`moesaic convert`: pickles in, an ordinary Hugging Face folder of safetensors out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.checkpoints.conversion import Conversion, convert
+from cluster.terminal.convert_progress import ConvertProgress
+from cluster.terminal.tables import count, files, size
+
+
+def run_convert(folder: Path, out: Path, *, shard_mib: int, as_json: bool) -> None:
+    """Converts, shows how far it is, and says what was done. Raises as `convert` does."""
+    with ConvertProgress(Console(stderr=True)) as progress:
+        done = convert(folder, out, max_shard_bytes=shard_mib << 20, tell=progress.show)
+    print(json.dumps(asdict(done)) if as_json else _summary(done))
+
+
+def _summary(done: Conversion) -> str:
+    kept = f", {done.kept_shards} of them from an earlier run" if done.kept_shards else ""
+    return (
+        f"{done.family}: {count(done.parameters)} parameters in {done.dtype}, {count(done.active_parameters)} active;\n"
+        f"{count(done.tensors)} tensors, {size(done.bytes)}, in {files(done.shards)}{kept}: {done.folder}"
+    )

@@ -1,0 +1,74 @@
+"""How much of the memory the caches take, and how long a sequence may then be."""
+
+from __future__ import annotations
+
+import logging
+
+import psutil
+import torch
+
+from moesaic.errors import InvalidArgument
+from moesaic.families import MoeModel
+from moesaic.families.model import Hyena
+from moesaic.settings import EngineSettings
+from router.cache.kv_cache import KVCache
+from router.cache.state_cache import StateCache
+from router.scheduling.block_pool import BlockPool
+from router.scheduling.state_pool import StatePool
+
+log = logging.getLogger(__name__)
+
+# Without a setting the cache holds one sequence of full length, at least this much, at most this share of the memory.
+MIN_CACHE_BYTES = 256 << 20
+MAX_CACHE_SHARE = 0.25
+
+
+def make_block_pool(
+    settings: EngineSettings, shape: MoeModel, dtype: torch.dtype, device: torch.device
+) -> BlockPool:
+    token_bytes = KVCache.token_bytes(shape.mixers, dtype)
+    if settings.kv_cache_mib is not None:
+        cache_bytes = settings.kv_cache_mib << 20
+    else:
+        one_sequence = token_bytes * shape.context_length(settings.max_model_len)
+        most = int(_free_bytes(device) * MAX_CACHE_SHARE)
+        cache_bytes = min(max(MIN_CACHE_BYTES, one_sequence), most)
+    # A token of a model that never attends takes none, and is counted all the same.
+    num_blocks = max(1, cache_bytes // (max(1, token_bytes) * settings.kv_block_tokens))
+    return BlockPool(num_blocks, settings.kv_block_tokens)
+
+
+def make_state_pool(settings: EngineSettings, shape: MoeModel) -> StatePool | None:
+    """As many states are kept for prefixes as sequences may run."""
+    if not any(isinstance(mixer, Hyena) for mixer in shape.mixers):
+        return None
+    return StatePool(settings.max_running_sequences, settings.max_running_sequences)
+
+
+def make_state_cache(
+    shape: MoeModel, states: StatePool, dtype: torch.dtype, device: torch.device
+) -> StateCache:
+    return StateCache(shape.mixers, shape.hidden_size, num_slots=states.num_slots, dtype=dtype, device=device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of the memory that the cache will lie in."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def choose_max_model_len(settings: EngineSettings, shape: MoeModel, num_positions: int) -> int:
+    """What model and cache allow. A length that was asked for is served or refused, never cut."""
+    longest = shape.context_length(settings.max_model_len)
+    if longest <= num_positions:
+        return longest
+    if settings.max_model_len is not None:
+        raise InvalidArgument(
+            f"max_model_len: the KV cache holds {num_positions} tokens; raise engine.kv_cache_mib",
+            field="max_model_len",
+        )
+    log.warning(
+        "the KV cache is shorter than the context", extra={"fields": {"max_model_len": num_positions}}
+    )
+    return num_positions

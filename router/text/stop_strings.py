@@ -1,0 +1,45 @@
+"""Stop strings, found in text that grows token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Finds the first stop string in text that comes in pieces, and holds back what may be the start of one.
+
+    First is the match that ends first; of those that end together, the longest.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include_stop: bool) -> None:
+        self._stops = tuple(stops)
+        self._include_stop = include_stop
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, str | None]:
+        """The text that is certain now, and the stop string that ends it; nothing may be pushed after one."""
+        text = self._held + piece
+        match = self._first_match(text)
+        if match is not None:
+            start, stop = match
+            self._held = ""
+            return text[: start + len(stop) if self._include_stop else start], stop
+        self._held = self._possible_start(text)
+        return text[: len(text) - len(self._held)], None
+
+    def flush(self) -> str:
+        """What was held back, when the text ends without a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_match(self, text: str) -> tuple[int, str] | None:
+        matches = [(start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        return min(matches, key=lambda match: (match[0] + len(match[1]), match[0]), default=None)
+
+    def _possible_start(self, text: str) -> str:
+        """The longest end of `text` with which a stop string begins."""
+        longest = max(map(len, self._stops), default=1) - 1
+        for start in range(max(len(text) - longest, 0), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._stops):
+                return text[start:]
+        return ""
