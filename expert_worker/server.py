@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -46,11 +46,16 @@ GOODBYE_S = 1.0
 class WorkerServer:
     """One expert worker. `start`, then `load`, then `wait`; `stop` at any time."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(
+        self, config: WorkerConfig, *, on_contents_change: Callable[[], object] = lambda: None
+    ) -> None:
+        """`on_contents_change` is called after every change of `contents_revision`, from any thread."""
         self.incarnation = uuid.uuid4().hex
         self.loaded_bytes = 0
         self.total_bytes = 0
         self._config = config
+        self._on_contents_change = on_contents_change
+        self._served: ExpertStore | None = None
         settings = config.settings
         self._service = ExpertService(
             worker=config.name,
@@ -75,6 +80,11 @@ class WorkerServer:
         self._stopping = threading.Event()
         self._health: asyncio.Task[None] | None = None
 
+    @property
+    def contents_revision(self) -> int:
+        """Grows with every expert that is added or removed while the worker serves; 0 before."""
+        return 0 if self._served is None else self._served.revision
+
     async def start(self) -> str:
         """Binds; returns HOST:PORT. Health is NOT_SERVING until `load` is through."""
         port = await self._server.start(self._config.host, self._config.port)
@@ -93,6 +103,7 @@ class WorkerServer:
         if self._stopping.is_set():
             raise Unavailable("stopped while loading")
         self._service.serve(loaded)
+        self._served = loaded.store
         self._health = asyncio.create_task(self._watch_health())
         await self._server.set_serving(True)
 
@@ -162,7 +173,7 @@ class WorkerServer:
         )
 
     def _load_store(self, checkpoint: Checkpoint, model: MoeModel, form: ExpertForm) -> ExpertStore:
-        store = ExpertStore()
+        store = ExpertStore(self._on_contents_change)
         for address, held in load_experts(
             checkpoint, model, self._config.experts, form, stopping=self._stopping
         ):
@@ -195,8 +206,8 @@ def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[Call]:
     """One call a layer, a row of zeros to every expert held."""
     hidden = torch.zeros(1, hidden_size)
     by_layer: dict[int, list[Expert]] = {}
-    for address, expert in store.experts().items():
-        by_layer.setdefault(address.layer, []).append(expert)
+    for version, expert in store.experts().items():
+        by_layer.setdefault(version.address.layer, []).append(expert)
     return [
         Call(
             layer=layer,

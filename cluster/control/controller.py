@@ -166,7 +166,7 @@ class Controller:
         if self._epoch is None:
             self._epoch = self._name_epoch()
         served = (self._served(replica) for _, replica in sorted(self._replicas.items()))
-        replicas = tuple(replica for replica in served if replica.versions)
+        replicas = tuple(replica for replica in served if replica.holdings)
         if self._snapshot is not None and replicas == self._snapshot.table.replicas:
             return
         self._revision += 1
@@ -183,7 +183,7 @@ class Controller:
         self._problem = ""
         try:
             versions = merge_versions(
-                [replica.versions for replica in self._replicas.values()], self._cluster.experts
+                [replica.holdings for replica in self._replicas.values()], self._cluster.experts
             )
         except FailedPrecondition as error:
             if error.reason != "EXPERTS_MISSING":  # workers that are not there yet are no problem
@@ -193,12 +193,10 @@ class Controller:
         return Epoch.of(self._cluster.model, versions)
 
     def _served(self, replica: Replica) -> Replica:
-        """The replica with those versions only that the epoch names."""
+        """The replica with only those versions that some epoch in use names."""
         if self._epoch is None:
             return replica
-        wanted = self._epoch.versions
-        versions = {key: digest for key, digest in replica.versions.items() if wanted.get(key) == digest}
-        return replace(replica, versions=versions)
+        return replace(replica, holdings=replica.holdings & self._epoch.expert_versions)
 
     def _process(self, member: Member) -> control_pb2.Process:
         process = control_pb2.Process(

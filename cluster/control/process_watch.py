@@ -15,7 +15,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.control.process_report import ProcessReport
 from moesaic import rpc
-from moesaic.epoch import versions_from_proto
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
@@ -68,7 +67,7 @@ class ProcessWatch:
             await channel.close()
             raise
         self._losses[address] = asyncio.create_task(_until_lost(channel, health))
-        return Replica(answer.worker, address, answer.incarnation, versions_from_proto(answer.experts))
+        return Replica.from_description(address, answer)
 
     def _drop(self, address: str) -> None:
         if (task := self._losses.pop(address, None)) is not None:

@@ -50,6 +50,7 @@ class ControlServer:
 
     loaded_bytes = 0
     total_bytes = 0
+    contents_revision = 0
 
     def __init__(self, controller: Controller, host: str) -> None:
         self._controller = controller

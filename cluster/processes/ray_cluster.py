@@ -17,6 +17,7 @@ import socket
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ from cluster.control.placement import Node
 from cluster.control.process_report import ProcessReport
 from cluster.processes.blueprint import PlannedProcess
 from cluster.processes.host import ProcessHost
-from cluster.processes.servers import Surroundings, make_server
+from cluster.processes.servers import ProcessContext, make_server
 from cluster.processes.specs import ProcessSpec, set_threads
 from moesaic import telemetry
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
@@ -73,9 +74,9 @@ class HostActor:
         os.dup2(2, 1)  # stdout belongs to nobody here; what a library prints goes to the log
         set_threads(spec, os.environ)
         telemetry.configure(spec.name, otlp_endpoint=logs.otlp_endpoint, log_level=logs.level)
-        around = Surroundings(node=_own_address(), restarts=_own_restarts(), peers=RayPeers())
+        context = ProcessContext(node=_own_address(), restarts=_own_restarts(), peers=RayPeers())
         self._host = ProcessHost(
-            spec.name, lambda: make_server(spec, around), node=around.node, restarts=around.restarts
+            spec.name, partial(make_server, spec, context), node=context.node, restarts=context.restarts
         )
         self._running = asyncio.create_task(self._host.run())
 

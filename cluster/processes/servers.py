@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
@@ -38,53 +39,58 @@ _REVISIONS_PER_START = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """Where a process finds itself: the address of its node, how often it was restarted, and the others."""
+class ProcessContext:
+    """What a process knows of its place in the cluster: the address of its node, how often it was restarted, and the
+    other processes."""
 
     node: str
     restarts: int
     peers: Peers
 
 
-async def make_server(spec: ProcessSpec, around: Surroundings) -> HostedServer:
-    """The server of this process, not yet started."""
+async def make_server(
+    spec: ProcessSpec, context: ProcessContext, on_contents_change: Callable[[], object]
+) -> HostedServer:
+    """The server of this process, not yet started. It calls `on_contents_change` from any thread."""
     match spec:
         case ControllerSpec():
-            observer = ProcessWatch(around.peers)
-            first_revision = around.restarts * _REVISIONS_PER_START
+            observer = ProcessWatch(context.peers)
+            first_revision = context.restarts * _REVISIONS_PER_START
             return ControlServer(
-                Controller(spec.cluster, observer, first_revision=first_revision), around.node
+                Controller(spec.cluster, observer, first_revision=first_revision), context.node
             )
         case ExpertWorkerSpec():
-            return await _make_expert_worker(spec, around)
+            return await _make_expert_worker(spec, context, on_contents_change)
         case RouterSpec():
-            return await _make_router(spec, around)
+            return await _make_router(spec, context)
         case GatewaySpec():
-            return await _make_gateway(spec, around)
+            return await _make_gateway(spec, context)
 
 
-async def _make_expert_worker(spec: ExpertWorkerSpec, around: Surroundings) -> HostedServer:
+async def _make_expert_worker(
+    spec: ExpertWorkerSpec, context: ProcessContext, on_contents_change: Callable[[], object]
+) -> HostedServer:
     await _import("expert_worker.server")
     from expert_worker.server import WorkerServer
 
-    return WorkerServer(replace(spec.config, host=around.node))
+    return WorkerServer(replace(spec.config, host=context.node), on_contents_change=on_contents_change)
 
 
-async def _make_router(spec: RouterSpec, around: Surroundings) -> HostedServer:
+async def _make_router(spec: RouterSpec, context: ProcessContext) -> HostedServer:
     await _import("router.server")
     from router.control.cluster_watch import ControlWatch
     from router.server import RouterServer
 
-    config = spec.config if spec.is_public else replace(spec.config, host=around.node)
-    view = ControlWatch(lambda: around.peers.address(CONTROLLER))
+    config = spec.config if spec.is_public else replace(spec.config, host=context.node)
+    view = ControlWatch(lambda: context.peers.address(CONTROLLER))
     return _HostedRouter(RouterServer(config, view), spec.start_timeout_s)
 
 
-async def _make_gateway(spec: GatewaySpec, around: Surroundings) -> HostedServer:
+async def _make_gateway(spec: GatewaySpec, context: ProcessContext) -> HostedServer:
     await _import("gateway.server")
     from gateway.server import GatewayServer
 
-    routers = {name: partial(around.peers.address, name) for name in spec.routers}
+    routers = {name: partial(context.peers.address, name) for name in spec.routers}
     return _HostedGateway(GatewayServer(spec.config, routers))
 
 
@@ -93,6 +99,7 @@ class _HostedRouter:
 
     loaded_bytes = 0
     total_bytes = 0
+    contents_revision = 0
 
     def __init__(self, server: RouterServer, start_timeout_s: float) -> None:
         self._server = server
@@ -114,6 +121,7 @@ class _HostedGateway:
 
     loaded_bytes = 0
     total_bytes = 0
+    contents_revision = 0
 
     def __init__(self, server: GatewayServer) -> None:
         self._server = server

@@ -276,7 +276,7 @@ class DispatchStep:
 
     def _note_failure(self, call: LayerCall, asked: WorkerCall, error: MoesaicError | TimeoutError) -> None:
         worker = asked.link.replica.worker
-        self._pool.shun(asked.link)
+        self._pool.back_off(asked.link)
         if not isinstance(error, Overloaded):
             self._silent.add(worker)
         call.fail(asked.part, _failure(call.layer, error))

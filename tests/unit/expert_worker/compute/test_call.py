@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.expert_calls import compute_request
+from support.expert_calls import compute_request, experts_of, versions_of
 from support.wire_tensors import to_wire
 
 from expert_worker.compute.call import Call, read_call
@@ -23,7 +23,7 @@ Edit = Callable[[expert_pb2.ComputeRequest], Any]
 
 @pytest.fixture
 def request_of_two(store: ExpertStore) -> expert_pb2.ComputeRequest:
-    return compute_request(torch.ones(4, 32), {0: [0, 2], 2: [1, 2, 3]}, store.versions(), layer=1)
+    return compute_request(torch.ones(4, 32), {0: [0, 2], 2: [1, 2, 3]}, versions_of(store), layer=1)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_good_request_becomes_a_call(
     assert (call.layer, call.num_rows, call.combine_sum, call.deadline_s) == (1, 5, False, 110.0)
     assert (call.counts, call.rows.tolist(), call.weights) == ([2, 3], [0, 2, 1, 2, 3], None)
     assert torch.equal(call.hidden, torch.ones(4, 32))
-    held = store.experts()
+    held = experts_of(store)
     assert call.experts == [held[1, 0], held[1, 2]]  # type: ignore[index]
 
 
@@ -56,7 +56,7 @@ def test_a_layer_without_experts_is_refused(
 
 
 def test_a_request_for_sums_carries_one_weight_per_row(read: Callable[..., Call], store: ExpertStore) -> None:
-    request = compute_request(torch.ones(2, 32), {0: [0, 1]}, store.versions(), weights={0: [0.25, 0.75]})
+    request = compute_request(torch.ones(2, 32), {0: [0, 1]}, versions_of(store), weights={0: [0.25, 0.75]})
     weights = read(request).weights
     assert weights is not None and weights.tolist() == [0.25, 0.75]
 
@@ -102,7 +102,7 @@ def test_a_wrong_request_is_refused_by_field(
 def test_weights_of_a_sum_must_be_finite_and_one_per_row(
     read: Callable[..., Call], store: ExpertStore, weights: list[float]
 ) -> None:
-    request = compute_request(torch.ones(2, 32), {0: [0, 1]}, store.versions(), weights={0: weights})
+    request = compute_request(torch.ones(2, 32), {0: [0, 1]}, versions_of(store), weights={0: weights})
     with pytest.raises(InvalidArgument) as caught:
         read(request)
     assert caught.value.field == "experts[0].weights"

@@ -23,7 +23,7 @@ from h2.connection import H2Connection
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from support.expert_calls import ReferenceExperts, compute_request
+from support.expert_calls import ReferenceExperts, compute_request, versions_of
 from support.gated_computing import Gate
 from support.wire_tensors import from_wire
 from torch import Tensor
@@ -173,7 +173,7 @@ async def worker(model: MoeModel, store: ExpertStore) -> AsyncIterator[Worker]:
 @pytest.fixture
 def make_call(store: ExpertStore) -> MakeCall:
     def make(rows: dict[int, list[int]], **fields: Any) -> expert_pb2.ComputeRequest:
-        return compute_request(fields.pop("hidden", HIDDEN), rows, store.versions(), **fields)
+        return compute_request(fields.pop("hidden", HIDDEN), rows, versions_of(store), **fields)
 
     return make
 

@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from support.expert_calls import ReferenceExperts, compute_request
+from support.expert_calls import ReferenceExperts, compute_request, versions_of
 from support.gated_computing import Gate
 
 from expert_worker.compute.batcher import Batcher
@@ -78,7 +78,7 @@ async def worker(model: MoeModel, store: ExpertStore) -> AsyncIterator[Worker]:
 @pytest.fixture
 def make_call(store: ExpertStore) -> MakeCall:
     def make(rows: dict[int, list[int]], **fields: Any) -> expert_pb2.ComputeRequest:
-        return compute_request(fields.pop("hidden", HIDDEN), rows, store.versions(), **fields)
+        return compute_request(fields.pop("hidden", HIDDEN), rows, versions_of(store), **fields)
 
     return make
 
