@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.compute_pass import compute_calls
 from expert_worker.config import WorkerConfig
 from expert_worker.experts import allocator
@@ -75,7 +75,6 @@ class WorkerServer:
             compute_calls,
             max_queued_calls=settings.max_queued_calls,
             max_pass_rows=settings.max_call_rows,
-            max_merge_wait_s=settings.max_merge_wait_ms / 1000,
         )
         self._stopping = threading.Event()
         self._health: asyncio.Task[None] | None = None
@@ -202,14 +201,14 @@ def _check_experts(experts: frozenset[ExpertAddress], model: MoeModel) -> None:
         raise InvalidArgument(f"experts: the model has no slot {slot} in layer {layer}", field="experts")
 
 
-def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[Call]:
+def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[ExpertCall]:
     """One call a layer, a row of zeros to every expert held."""
     hidden = torch.zeros(1, hidden_size)
     by_layer: dict[int, list[Expert]] = {}
     for version, expert in store.experts().items():
         by_layer.setdefault(version.address.layer, []).append(expert)
     return [
-        Call(
+        ExpertCall(
             layer=layer,
             hidden=hidden,
             experts=experts,

@@ -86,8 +86,6 @@ class WorkerSettings(_Group):
     max_call_rows: int = Field(16384, ge=1)
     threads: int | None = Field(None, ge=1)
     expert_dtype: ExpertDType = "auto"
-    # The longest that a call waits for others of its layer to share a pass with; alone it never waits.
-    max_merge_wait_ms: float = Field(2.0, ge=0)
     # The door to the same-host lane.
     lane: Switch = "auto"
     # A port of its own for gRPC that the compute thread speaks itself.

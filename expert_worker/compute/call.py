@@ -31,7 +31,7 @@ from moesaic.wire.tensors import WIRE_ROWS, decode_rows, view_rows
 ROW_DTYPES = tuple(WIRE_ROWS)
 
 
-class Call(NamedTuple):
+class ExpertCall(NamedTuple):
     """One layer's work for one batch of one caller. With weights one row per row of `hidden` comes back, the weighted
     sum of its experts, else one per (row, expert), expert by expert."""
 
@@ -62,7 +62,7 @@ def read_call(
     store: ExpertStore,
     max_rows: int,
     now_s: float,
-) -> Call:
+) -> ExpertCall:
     """Checks a request and resolves its experts. `now_s` is when the caller's time began.
 
     Raises InvalidArgument for a wrong message, FailedPrecondition for an expert or version that is not held,
@@ -89,7 +89,7 @@ def read_call(
     experts, rows, weights, ends = _read_experts(
         request.experts, layer, num_rows, combine == expert_pb2.COMBINE_SUM, store
     )
-    return Call(
+    return ExpertCall(
         layer,
         decode_rows(hidden, view_rows(hidden, framed.data)),
         experts,

@@ -17,13 +17,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.experts.device import to_device, to_host
 from expert_worker.experts.expert import Expert, compute_experts
 from moesaic.errors import InvalidArgument, MoesaicError
 
 
-def compute_calls(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
+def compute_calls(calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
     """For every call its output, in the dtype of its rows and on the CPU, or why it is refused.
 
     Output: [N, D], expert by expert, or [R, D] summed in fp32 in the order of the call's experts.
@@ -43,7 +43,7 @@ def _check_finite(hidden: Tensor) -> MoesaicError | None:
     return InvalidArgument("hidden must be finite", field="hidden.data")
 
 
-def _compute(calls: Sequence[Call]) -> list[Tensor]:
+def _compute(calls: Sequence[ExpertCall]) -> list[Tensor]:
     """For every call its answer, on the device."""
     if not calls:
         return []
@@ -54,7 +54,7 @@ def _compute(calls: Sequence[Call]) -> list[Tensor]:
     return [_answer(call, compute_experts(call.experts, gathered, call.counts))]
 
 
-def _compute_merged(calls: Sequence[Call]) -> list[Tensor]:
+def _compute_merged(calls: Sequence[ExpertCall]) -> list[Tensor]:
     """Expert by expert, and for each expert call by call."""
     # Call by call and expert by expert, which rows of those of all calls; and by expert, which of these parts are its.
     parts: list[Tensor] = []
@@ -82,7 +82,7 @@ def _gather(hidden: Tensor, rows: Tensor, expert: Expert) -> Tensor:
     return moved.index_select(0, to_device(rows, expert.device))
 
 
-def _answer(call: Call, outputs: Tensor) -> Tensor:
+def _answer(call: ExpertCall, outputs: Tensor) -> Tensor:
     """One call's answer from the outputs [N, D] of its experts, which are its own to overwrite."""
     if call.weights is None:
         return outputs.to(call.hidden.dtype)

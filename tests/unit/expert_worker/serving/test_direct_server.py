@@ -29,7 +29,7 @@ from support.wire_tensors import from_wire
 from torch import Tensor
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.experts.store import ExpertStore
 from expert_worker.serving import direct_connection
 from expert_worker.serving import direct_server as direct_door
@@ -296,7 +296,7 @@ def test_a_flood_that_takes_long_to_read_lets_the_passes_of_others_in(
     monkeypatch.setattr(direct_connection, "READ_BYTES", 64)
     unread: list[int] = []
 
-    def compute(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
+    def compute(calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
         unread.append(worker.num_arrived())
         return worker.gate(calls)
 

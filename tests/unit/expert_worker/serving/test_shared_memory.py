@@ -23,7 +23,7 @@ from support.expert_calls import ReferenceExperts, compute_request, versions_of
 from support.gated_computing import Gate
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.experts.store import ExpertStore
 from expert_worker.serving.call_handler import CallDesk
 from expert_worker.serving.shared_memory import Lanes
@@ -169,7 +169,7 @@ async def test_calls_of_a_lane_and_of_a_stream_share_a_pass(worker: Worker, make
     with worker.link() as blocker, worker.link() as link:
         worker.gate.close_behind(partial(send, blocker, make_call({0: [0]}, layer=1)))
         send(link, make_call({0: [0]}))
-        call = Call(0, HIDDEN, (), (), torch.empty(0, dtype=torch.int64), None, float("inf"))
+        call = ExpertCall(0, HIDDEN, (), (), torch.empty(0, dtype=torch.int64), None, float("inf"))
         waiting = asyncio.create_task(worker.batcher.submit(call))
         await asyncio.sleep(0)
         worker.gate.open.set()
