@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from expert_worker.compute.call import ExpertCall
-from expert_worker.experts.device import to_device, to_host
 from expert_worker.experts.expert import Expert, compute_experts
+from moesaic.compute.host_copy import to_device, to_host
 from moesaic.errors import InvalidArgument, MoesaicError
 
 

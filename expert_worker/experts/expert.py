@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expert_worker.experts.activation import Activation, choose_activation
-from expert_worker.experts.device import to_device
+from moesaic.compute.elementwise import CUT_GELU_ELEMENTS
+from moesaic.compute.host_copy import to_device
 from moesaic.compute.linear import Linear, WeightForm, check_form
 from moesaic.errors import InvalidArgument
 from moesaic.families.model import ExpertModule
@@ -29,9 +30,6 @@ from moesaic.settings import ExpertDType
 # What the grouped kernel asks of every stride, and of the device.
 _GROUPED_ALIGN_BYTES = 16
 _GROUPED_MIN_CAPABILITY = (8, 0)
-# From so many elements torch cuts an elementwise product into one piece a thread, and the last bits of exp() differ
-# between the middle of a piece and its end. That of gelu; others are cut from twice as many.
-_UNCUT_ELEMENTS = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +131,7 @@ def assemble_expert(
         up,
         down,
         choose_activation(module, row_by_row=form.batch_invariant),
-        max(1, _UNCUT_ELEMENTS // module.inner_size) if form.batch_invariant else None,
+        max(1, CUT_GELU_ELEMENTS // module.inner_size) if form.batch_invariant else None,
         stack,
         index,
     )

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from expert_worker.experts.dequantise import dequantise_fp8_block, dequantise_mxfp4
 from expert_worker.experts.stored_weight import Region, StoredWeight
+from moesaic.compute.dequantise import dequantise_fp8_block, dequantise_mxfp4, fp8_row_scales
 from moesaic.epoch import VersionHasher
 from moesaic.errors import CheckpointError, Unavailable
 from moesaic.families.model import Encoding, ExpertModule
-from moesaic.families.tensor_check import FP8_BLOCK
 
 # That are read, hashed and copied at a time: they stay in the cache meanwhile.
 _BYTES_AT_ONCE = 1 << 20
@@ -144,8 +143,7 @@ def _scales_of_rows(weight: StoredWeight, num_rows: int, scales: Tensor) -> Tens
     """The scales of every own row: of mxfp4 they are stored so, of fp8_block a row of them serves a block."""
     if weight.encoding == "mxfp4":
         return scales[weight.rows]
-    blocks = torch.arange(weight.scale_row, weight.scale_row + num_rows)[weight.rows] // FP8_BLOCK
-    return scales.index_select(0, blocks)
+    return fp8_row_scales(scales, weight.scale_row, num_rows)[weight.rows]
 
 
 def _raw_bytes(stored: Tensor) -> memoryview:

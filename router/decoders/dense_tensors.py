@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 
 from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.compute.dequantise import dequantise_fp8_block, fp8_row_scales
 from moesaic.families.model import DenseTensor
-from moesaic.families.tensor_check import FP8_BLOCK
 
 
 def read_dense(
@@ -30,7 +30,8 @@ def read_dense(
                 rows = slice(None) if stored.rows is None else slice(*stored.rows)
                 tensor = shard.get_slice(stored.source)[rows]
                 if stored.scales is not None:
-                    tensor = _decode_fp8(tensor, rows.start or 0, _read(checkpoint, stored.scales))
+                    scales = fp8_row_scales(_read(checkpoint, stored.scales), rows.start or 0, len(tensor))
+                    tensor = dequantise_fp8_block(tensor, scales)
                 if stored.rotary_heads is not None:
                     tensor = pairs_half_apart(tensor, stored.rotary_heads)
                 # A copy: without it the tensor may be a view of the mapped file.
@@ -42,13 +43,6 @@ def pairs_half_apart(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     pairs behind the first ones."""
     halves: torch.Tensor = rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     return halves
-
-
-def _decode_fp8(tensor: torch.Tensor, first_row: int, scales: torch.Tensor) -> torch.Tensor:
-    """float8 rows [n, I] from `first_row` on, times the factor of the block that each number lies in."""
-    rows = torch.arange(first_row, first_row + tensor.shape[0]) // FP8_BLOCK
-    columns = torch.arange(tensor.shape[1]) // FP8_BLOCK
-    return tensor.float() * scales[rows][:, columns]
 
 
 def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:

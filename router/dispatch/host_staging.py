@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moesaic.compute.host_copy import to_host
+
 
 class Staging(Protocol):
     def to_host(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -47,12 +49,7 @@ class CudaStaging:
         self._device = device
 
     def to_host(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        staged = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-            for tensor in tensors
-        ]
-        torch.cuda.current_stream(self._device).synchronize()
-        return staged
+        return to_host(tensors)
 
     def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.compute.elementwise import CUT_ELEMENTS
 from moesaic.compute.linear import Linear
 from moesaic.families.model import Attention, ExpertLayer, GateRule, MoeModel
 from router.attention.rotary import pairs_side_by_side
@@ -21,8 +22,6 @@ from router.decoders.dense_tensors import read_dense
 from router.decoders.lean import supported as names
 from router.gating.gate import Assignment, assign, everyone
 
-# From so many elements torch cuts an elementwise product into one piece a thread.
-_UNCUT_ELEMENTS = 32768
 # So many numbers, or a multiple of it, torch computes in whole vectors on any CPU.
 _VECTORS = 64
 
@@ -163,7 +162,7 @@ class Reader:
             self._linear(torch.cat((gate, up))),
             self._linear(down),
             None if shared_gate is None else self._small(shared_gate),
-            max(1, _UNCUT_ELEMENTS // len(gate)) if self._layout.invariant else None,
+            max(1, CUT_ELEMENTS // len(gate)) if self._layout.invariant else None,
         )
 
     def _read(self, *wanted: str) -> dict[str, torch.Tensor]:
