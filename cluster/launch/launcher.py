@@ -15,7 +15,7 @@ from typing import Protocol
 import grpc
 
 from cluster.control.peers import Peers
-from cluster.processes.blueprint import PlannedProcess
+from cluster.processes.process_plan import PlannedProcess
 from cluster.processes.specs import CONTROLLER, GATEWAY, router_names
 from moesaic import rpc
 from moesaic.errors import FailedPrecondition, MoesaicError, Unavailable

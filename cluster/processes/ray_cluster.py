@@ -25,8 +25,8 @@ import psutil
 
 from cluster.control.placement import Node
 from cluster.control.process_report import ProcessReport
-from cluster.processes.blueprint import PlannedProcess
 from cluster.processes.host import ProcessHost
+from cluster.processes.process_plan import PlannedProcess
 from cluster.processes.servers import ProcessContext, make_server
 from cluster.processes.specs import ProcessSpec, set_threads
 from moesaic import telemetry

@@ -55,7 +55,7 @@ def check_counts(settings: Settings, model: MoeModel) -> None:
         place_experts(layer_loads(model), settings.cluster.workers, settings.cluster.replicas)
 
 
-def draw_blueprint(
+def plan_processes(
     settings: Settings, folder: Path, name: str, model: MoeModel, nodes: Sequence[Node], home: str
 ) -> tuple[PlannedProcess, ...]:
     """All processes that serve the model in `folder` as `name`; the command runs on the node with id `home`.
