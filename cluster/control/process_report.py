@@ -1,4 +1,4 @@
-"""A process at one moment, as its host reports it."""
+"""The state of a process at one moment, as its host reports it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moesaic.v1 import control_pb2
 
 @dataclass(frozen=True, slots=True)
 class ProcessReport:
-    """A process at one moment.
+    """The state of one process.
 
     `revision` grows with every change but progress, `contents_revision` with every change of the experts that a READY
     worker holds. Both start anew with the process.

@@ -1,7 +1,7 @@
-"""The controller's eyes: reports through the actors, loss through the workers' own health.
+"""How the controller observes processes: by their reports, and by the health streams of the workers.
 
-A process is asked for its report and holds the question until something changes. That road notices a death after a
-second or two; the health stream of a worker's gRPC server breaks within milliseconds. Whichever speaks first counts.
+A process is asked for its report, and answers when something changes. By this alone a death is noticed after a second or
+two; the health stream of a worker's gRPC server breaks within milliseconds. Whichever comes first counts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cluster.control.peers import Peers
 
 EXPERT_SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
-# How long a process may hold a question: while it loads, progress is news.
+# How long a process may hold a question. It is short while the process loads, because reports then show progress.
 LOADING_HOLD_S = 0.25
 READY_HOLD_S = 5.0
 DESCRIBE_TIMEOUT_S = 5.0
@@ -38,7 +38,7 @@ class ProcessWatch:
         self._losses: dict[str, asyncio.Task[str]] = {}
 
     async def report(self, name: str, seen: int) -> ProcessReport:
-        """As ProcessObserver says."""
+        """See ProcessObserver."""
         last = self._last.pop(name, None)
         hold_s = READY_HOLD_S if last is not None and last.ready else LOADING_HOLD_S
         question = self._peers.report(name, seen, hold_s)
@@ -54,7 +54,7 @@ class ProcessWatch:
         return report
 
     async def describe(self, address: str) -> Replica:
-        """As ProcessObserver says; from now on the worker's loss is noticed at once."""
+        """See ProcessObserver. From now on the loss of the worker is noticed at once."""
         self._drop(address)
         channel = rpc.aio_channel(address)
         try:
@@ -77,7 +77,7 @@ class ProcessWatch:
 async def _unless_lost(
     question: Coroutine[Any, Any, ProcessReport], loss: asyncio.Task[str] | None
 ) -> ProcessReport:
-    """The answer; raises Unavailable as soon as the process is known to be lost."""
+    """The answer to the question. Raises Unavailable as soon as the process is known to be lost."""
     ask = asyncio.create_task(question)
     try:
         await asyncio.wait({ask, loss} if loss else {ask}, return_when=asyncio.FIRST_COMPLETED)
@@ -89,7 +89,7 @@ async def _unless_lost(
 
 
 async def _ask(channel: grpc.aio.Channel) -> tuple[AsyncIterator[Any], expert_pb2.DescribeResponse]:
-    """The stream of the worker's health, which is SERVING now, and what it holds."""
+    """The health stream of a worker that is SERVING, and its description."""
     question = health_pb2.HealthCheckRequest(service=EXPERT_SERVICE)
     health: AsyncIterator[Any] = aiter(health_pb2_grpc.HealthStub(channel).Watch(question))
     if not _serving(await anext(health, None)):
@@ -99,7 +99,7 @@ async def _ask(channel: grpc.aio.Channel) -> tuple[AsyncIterator[Any], expert_pb
 
 
 async def _until_lost(channel: grpc.aio.Channel, health: AsyncIterator[Any]) -> str:
-    """Why the worker cannot be used any more, as soon as that is so."""
+    """Waits until the worker cannot be used any more; returns the reason."""
     async with channel:
         try:
             async for status in health:
