@@ -1,4 +1,4 @@
-"""Specs become servers: what each process of the cluster runs."""
+"""Makes the server that a process of the cluster runs, from its spec."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ if TYPE_CHECKING:
     from gateway.server import GatewayServer
     from router.server import RouterServer
 
-
 READY_PERIOD_S = 0.1
 READY_TIMEOUT_S = 5.0
 
-
-# Revisions of a controller that was restarted n times begin at n of these: always above those before it.
+# The revisions of a controller that was restarted n times begin at n times this, above those of every earlier start.
 _REVISIONS_PER_START = 1 << 32
 
 
@@ -95,7 +93,7 @@ async def _make_gateway(spec: GatewaySpec, context: ProcessContext) -> HostedSer
 
 
 class _HostedRouter:
-    """A router serves once a real token has passed every layer."""
+    """A hosted router. It serves as soon as a real token has passed every layer."""
 
     loaded_bytes = 0
     total_bytes = 0
@@ -117,7 +115,7 @@ class _HostedRouter:
 
 
 class _HostedGateway:
-    """A gateway serves once it has found a router that does: before, it answers requests with 503."""
+    """A hosted gateway. It serves as soon as it has found a router that serves; until then it answers with 503."""
 
     loaded_bytes = 0
     total_bytes = 0
@@ -132,18 +130,18 @@ class _HostedGateway:
         return self._address
 
     async def load(self) -> None:
-        while not await asyncio.to_thread(_says_ready, self._address):
+        while not await asyncio.to_thread(_is_ready, self._address):
             await asyncio.sleep(READY_PERIOD_S)
 
     async def stop(self, drain_s: float) -> None:
         await self._server.stop(drain_s)
 
 
-def _says_ready(address: str) -> bool:
-    """What the gateway at HOST:PORT answers to GET /ready."""
+def _is_ready(address: str) -> bool:
+    """Whether the gateway at HOST:PORT answers GET /ready with 200."""
     connection = HTTPConnection(address, timeout=READY_TIMEOUT_S)
     try:
-        # By a name that a gateway answers to wherever it listens.
+        # A gateway accepts this name wherever it listens.
         connection.request("GET", "/ready", headers={"Host": "localhost"})
         return connection.getresponse().status == HTTPStatus.OK
     except (OSError, HTTPException):
@@ -153,5 +151,5 @@ def _says_ready(address: str) -> bool:
 
 
 async def _import(module: str) -> None:
-    """In a thread: torch takes a second, and the process should answer meanwhile."""
+    """Imports in a thread, because torch takes a second, during which the process has to answer."""
     await asyncio.to_thread(importlib.import_module, module)
