@@ -1,7 +1,7 @@
-"""The worker as a whole: bind, load, warm up, serve, drain. Runs alike by hand and inside a Ray actor.
+"""The worker as a whole: bind, load, warm up, serve, drain. It runs by hand and inside a Ray actor alike.
 
-The port is bound before the weights are read, so that whoever started the process can watch it load; health says
-SERVING only while the compute thread really computes.
+The port is bound before the weights are read, so that the loading can be watched. Health is SERVING only while the compute
+thread really computes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 0.5
 WARM_UP_TIMEOUT_S = 60.0
-# One stream per router, and whoever watches health or asks for statistics.
+# Enough for one stream per router, and for clients that watch health or ask for statistics.
 MAX_CONCURRENT_RPCS = 256
-# After the drain only the goodbye of each stream is left to send.
-GOODBYE_S = 1.0
+# After the drain only the end of each stream is left to send.
+FINAL_FLUSH_S = 1.0
 
 
 class WorkerServer:
-    """One expert worker. `start`, then `load`, then `wait`; `stop` at any time."""
+    """One expert worker. Call `start`, then `load`, then `wait`; `stop` may be called at any time."""
 
     def __init__(
         self, config: WorkerConfig, *, on_contents_change: Callable[[], object] = lambda: None
@@ -61,7 +61,7 @@ class WorkerServer:
             worker=config.name,
             incarnation=self.incarnation,
             max_call_rows=settings.max_call_rows,
-            # Twice the queue, so that a caller that floods is refused before it is only slowed down.
+            # Twice the queue, so that a caller with too many calls is refused before its stream is slowed down.
             max_stream_calls=2 * settings.max_queued_calls,
             lane=settings.lane == "auto",
             direct_host=config.host if settings.direct == "auto" else None,
@@ -85,7 +85,7 @@ class WorkerServer:
         return 0 if self._served is None else self._served.revision
 
     async def start(self) -> str:
-        """Binds; returns HOST:PORT. Health is NOT_SERVING until `load` is through."""
+        """Binds; returns HOST:PORT. Health is NOT_SERVING until `load` has returned."""
         port = await self._server.start(self._config.host, self._config.port)
         self._batcher.start()
         return f"{self._config.host}:{port}"
@@ -93,8 +93,8 @@ class WorkerServer:
     async def load(self) -> None:
         """Reads the weights in a thread, computes a first pass of every layer, and starts to serve.
 
-        Raises CheckpointError, InvalidArgument (experts or device), FailedPrecondition when the device is too small,
-        Unavailable when `stop` came first.
+        Raises CheckpointError, InvalidArgument with field `experts` or `device`, FailedPrecondition when the device has
+        too little memory, Unavailable when `stop` was called first.
         """
         loaded = await asyncio.to_thread(self._load)
         for call in _warm_up_calls(loaded.store, loaded.model.hidden_size):
@@ -113,9 +113,9 @@ class WorkerServer:
             self._health.cancel()
         await self._server.set_serving(False)
         drained = await self._service.drain(drain_s)
-        stopped = await self._batcher.stop(GOODBYE_S)
+        stopped = await self._batcher.stop(FINAL_FLUSH_S)
         self._service.close()
-        await self._server.stop(GOODBYE_S)
+        await self._server.stop(FINAL_FLUSH_S)
         if not (drained and stopped):
             log.warning("calls were cut off", extra={"fields": {"drain_s": drain_s}})
 
@@ -202,7 +202,7 @@ def _check_experts(experts: frozenset[ExpertAddress], model: MoeModel) -> None:
 
 
 def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[ExpertCall]:
-    """One call a layer, a row of zeros to every expert held."""
+    """One call per layer, which sends a row of zeros to every expert that is held."""
     hidden = torch.zeros(1, hidden_size)
     by_layer: dict[int, list[Expert]] = {}
     for version, expert in store.experts().items():

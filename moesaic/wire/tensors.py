@@ -1,4 +1,4 @@
-"""Between torch tensors and the wire, and which device and dtype a process computes in. The only module of this package
+"""Conversion between torch tensors and the wire. Beside `moesaic.compute`, no other module of the package imports torch.
 that may import torch.
 
 Encoding makes rows whose bytes are the data, decoding a view of the bytes that came, which is read-only by nature:
