@@ -1,4 +1,4 @@
-"""The configuration of an expert worker. It imports no torch, so that a process that only plans workers stays light."""
+"""The configuration of an expert worker. It imports no torch, so that planning a worker stays light."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The worker as a whole: bind, load, warm up, serve, drain. It runs by hand and inside a Ray actor alike.
 
-The port is bound before the weights are read, so that the loading can be watched. Health is SERVING only while the compute
-thread really computes.
+The port is bound before the weights are read, so that the loading can be watched. Health is SERVING only
+while the compute thread really computes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class WorkerServer:
             worker=config.name,
             incarnation=self.incarnation,
             max_call_rows=settings.max_call_rows,
-            # Twice the queue, so that a caller with too many calls is refused before its stream is slowed down.
+            # Twice the queue, so that a caller with too many calls is refused before its stream is slowed
+            # down.
             max_stream_calls=2 * settings.max_queued_calls,
             lane=settings.lane == "auto",
             direct_host=config.host if settings.direct == "auto" else None,
@@ -93,8 +94,8 @@ class WorkerServer:
     async def load(self) -> None:
         """Reads the weights in a thread, computes a first pass of every layer, and starts to serve.
 
-        Raises CheckpointError, InvalidArgument with field `experts` or `device`, FailedPrecondition when the device has
-        too little memory, Unavailable when `stop` was called first.
+        Raises CheckpointError, InvalidArgument with field `experts` or `device`, FailedPrecondition when the
+        device has too little memory, Unavailable when `stop` was called first.
         """
         loaded = await asyncio.to_thread(self._load)
         for call in _warm_up_calls(loaded.store, loaded.model.hidden_size):

@@ -1,9 +1,10 @@
 """What the model is: expert versions and the epoch.
 
-The digest of an expert version is the sha256 of its kind, dtype and weights, so that the same weights have the same
-digest in any checkpoint layout. An epoch names the version in every (layer, slot), and its id is the hash of that table
-and of the model's name. Two processes with the same epoch id therefore compute with the same experts; the hash covers
-neither the gates nor the dense weights, which every router reads from the model folder.
+The digest of an expert version is the sha256 of its kind, dtype and weights, so that the same weights have
+the same digest in any checkpoint layout. An epoch names the version in every (layer, slot), and its id is the
+hash of that table and of the model's name. Two processes with the same epoch id therefore compute with the
+same experts; the hash covers neither the gates nor the dense weights, which every router reads from the model
+folder.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Epoch:
 
     @classmethod
     def from_proto(cls, message: control_pb2.Epoch) -> Epoch:
-        """Raises FailedPrecondition for an id that is not the hash of the content, or a slot that is named twice."""
+        """Raises FailedPrecondition if the id is not the hash of the content, or a slot is named twice."""
         versions: dict[ExpertAddress, bytes] = {}
         for address, digest in map(_version_from_proto, message.experts):
             if address in versions:
@@ -95,9 +96,10 @@ class Epoch:
 def merge_versions(
     held: Iterable[Collection[ExpertVersion]], wanted: Collection[ExpertAddress]
 ) -> dict[ExpertAddress, bytes]:
-    """The one version of each expert of the model, out of what each worker holds. `wanted` has the model's experts.
+    """The one version of each of the model's experts, `wanted`, out of what each worker holds.
 
-    Raises FailedPrecondition where a slot is held in several versions, is held by no worker, or is not of the model.
+    Raises FailedPrecondition where a slot is held in several versions, is held by no worker, or is not of the
+    model.
     """
     versions: dict[ExpertAddress, bytes] = {}
     for address, digest in sorted(frozenset[ExpertVersion]().union(*held)):

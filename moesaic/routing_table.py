@@ -1,7 +1,7 @@
 """Where the model is: an immutable snapshot of the replicas that are ready now.
 
-A routing table is replaced as a whole, never patched, and the newest one is always used, so that failover works inside
-a pinned epoch.
+A routing table is replaced as a whole, never patched, and the newest one is always used, so that failover
+works inside a pinned epoch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from moesaic.v1 import control_pb2, expert_pb2
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One running worker: its name, its address, the id of this start of its process, and the versions that it holds.
+    """One running worker: its name, its address, the id of this start, and the versions that it holds.
 
     It may hold several versions of one slot.
     """
@@ -63,7 +63,7 @@ class RoutingTable:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What routers follow: what the model is and where it is. There is no epoch until every expert has a replica."""
+    """What the model is (None while the workers make no epoch) and where it is."""
 
     epoch: Epoch | None
     table: RoutingTable

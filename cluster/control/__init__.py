@@ -1,1 +1,1 @@
-"""The control plane: observes the processes, decides what the model is and where it is, and publishes both."""
+"""The control plane: observes the processes, and publishes what the model is and where it is."""

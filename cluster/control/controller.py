@@ -1,8 +1,8 @@
 """The controller: observes the processes, names the epoch and publishes the routing table.
 
-It is level-triggered: it follows every process by itself and decides by what it observes now, so that it may restart at
-any time. It publishes nothing before it has an observation of every worker: after a restart, half a table would take
-replicas away from routers that still use them.
+It is level-triggered: it follows every process by itself and decides by what it observes now, so that it may
+restart at any time. It publishes nothing before it has an observation of every worker: after a restart, half
+a table would take replicas away from routers that still use them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ProcessObserver(Protocol):
 
 
 class Controller:
-    """Follows the members of one cluster. `run` is its loop; `watch` and `topology` may be called at any time."""
+    """Follows the members of a cluster. `run` is its loop; the other methods may be called at any time."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Controller:
                 group.create_task(self._follow(member.name))
 
     async def watch(self) -> AsyncIterator[Snapshot]:
-        """The newest snapshot as soon as there is one, then every newer one; a slow reader skips those in between."""
+        """The newest snapshot once there is one, then every newer one; slow readers skip some in between."""
         sent: Snapshot | None = None
         while True:
             published, snapshot = self._published, self._snapshot

@@ -11,8 +11,8 @@ from moesaic.v1 import control_pb2
 class ProcessReport:
     """The state of one process.
 
-    `revision` grows with every change but progress, `contents_revision` with every change of the experts that a READY
-    worker holds. Both start anew with the process.
+    `revision` grows with every change but progress, `contents_revision` with every change of the experts that
+    a READY worker holds. Both start anew with the process.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """How the controller observes processes: by their reports, and by the health streams of the workers.
 
-A process is asked for its report, and answers when something changes. By this alone a death is noticed after a second or
-two; the health stream of a worker's gRPC server breaks within milliseconds. Whichever comes first counts.
+A process is asked for its report, and answers when something changes. By this alone a death is noticed after
+a second or two; the health stream of a worker's gRPC server breaks within milliseconds. Whichever comes first
+counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from cluster.control.peers import Peers
 
 EXPERT_SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
-# How long a process may hold a question. It is short while the process loads, because reports then show progress.
+# How long a process may hold a question. It is short while the process loads, because reports then show
+# progress.
 LOADING_HOLD_S = 0.25
 READY_HOLD_S = 5.0
 DESCRIBE_TIMEOUT_S = 5.0

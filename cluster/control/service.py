@@ -1,7 +1,7 @@
 """The controller as a server: ControlService over gRPC, and the loop of the controller.
 
-Routers follow Watch; `moesaic status` calls GetTopology. While the controller is away, routers go on with their last
-table, and they follow it again as soon as it is back.
+Routers follow Watch; `moesaic status` calls GetTopology. While the controller is away, routers go on with
+their last table, and they follow it again as soon as it is back.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """One process of the cluster: runs its server and reports on it.
 
-A host takes its server from PENDING over LOADING to READY. A question for its report is held until something changes, so
-that nobody has to poll. A server that cannot start is reported as FAILED with the reason and is started again: a file
-or memory that was missing may be there by then. A host knows nothing of Ray, whose actor only passes calls on to it.
+A host takes its server from PENDING over LOADING to READY. A question for its report is held until something
+changes, so that nobody has to poll. A server that cannot start is reported as FAILED with the reason and is
+started again: a file or memory that was missing may be there by then. A host knows nothing of Ray, whose
+actor only passes calls on to it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class HostedServer(Protocol):
     async def stop(self, drain_s: float) -> None: ...
 
 
-# Makes a server, which calls the function that it is given after every change of its contents, from any thread.
+# Makes a server, which calls the function that it is given after every change of its contents, from any
+# thread.
 MakeServer = Callable[[Callable[[], object]], Awaitable[HostedServer]]
 
 

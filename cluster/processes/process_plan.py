@@ -41,8 +41,8 @@ from router.config import RouterConfig
 class PlannedProcess:
     """A process and where it runs.
 
-    It reserves `num_cpus`; the controller and the gateway reserve none, because they hardly compute. A `pinned` process
-    runs on its node and nowhere else, because it has the public address of that machine.
+    It reserves `num_cpus`; the controller and the gateway reserve none, because they hardly compute. A
+    `pinned` process runs on its node and nowhere else, because it has the public address of that machine.
     """
 
     spec: ProcessSpec
@@ -52,7 +52,7 @@ class PlannedProcess:
 
 
 def check_counts(settings: Settings, model: MoeModel) -> None:
-    """Checks before anything runs that the model can be served and spread as the settings say. Raises InvalidArgument."""
+    """Checks that the model can be served and spread as the settings say. Raises InvalidArgument."""
     model.context_length(settings.engine.max_model_len)
     if settings.cluster.workers is not None:
         place_experts(layer_loads(model), settings.cluster.workers, settings.cluster.replicas)
@@ -132,7 +132,7 @@ def _workers(
 def _routers(
     settings: Settings, folder: Path, served_name: str, seats: Sequence[Seat]
 ) -> tuple[PlannedProcess, ...]:
-    """The routers. The first one is pinned to the public address; only the gateway knows the others, which may move."""
+    """The routers. Only the first one is pinned, to the public address; the gateway finds the others."""
     return tuple(
         _router(settings, folder, served_name, name, seat, is_public=index == 0)
         for index, (name, seat) in enumerate(zip(router_names(len(seats)), seats, strict=True))

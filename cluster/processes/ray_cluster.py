@@ -1,7 +1,8 @@
-"""Starts, inspects and ends processes through Ray. The only file that imports ray; no token passes through it.
+"""Starts, inspects and ends processes through Ray. Only this file imports ray; no token passes through it.
 
-`RayCluster` is the connection of this process to Ray, and `HostActor` is the actor that Ray runs, one in each process. ray
-is imported inside functions, because at import it reads the variables that keep a local Ray on loopback.
+`RayCluster` is the connection of this process to Ray, and `HostActor` is the actor that Ray runs, one in each
+process. ray is imported inside functions, because at import it reads the variables that keep a local Ray on
+loopback.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Logging:
 
 
 class HostActor:
-    """The actor of one process of the cluster. It starts its server in `__init__`, which Ray calls again after a death."""
+    """The actor of one process. `__init__` starts the server, because Ray calls it again after a death."""
 
     def __init__(self, spec: ProcessSpec, logs: Logging) -> None:
         os.dup2(2, 1)  # nothing is printed to stdout on purpose: what a library prints goes to the log
@@ -91,7 +92,7 @@ class HostActor:
 
 
 class RayPeers:
-    """Reaches the processes through Ray by their names. The actor behind a name is looked up again when it has died."""
+    """Reaches the processes through Ray by name. A handle is looked up again after its actor has died."""
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
@@ -249,7 +250,7 @@ class RayCluster:
         self.peers.remember(name, handle)
 
     async def kill(self, names: Iterable[str]) -> None:
-        """Ends processes for good; returns when a joined Ray has removed them. A local Ray ends them when it ends."""
+        """Ends processes for good; a joined Ray has then removed them, a local one does so at its end."""
         if self._local:
             return
         await asyncio.gather(*(self._kill(name) for name in names))
@@ -323,7 +324,8 @@ def _own_restarts() -> int:
 
 def _node(entry: Mapping[str, Any], *, local: bool) -> Node:
     resources = entry["Resources"]
-    # The "CPUs" of a local Ray are its number of processes, so that each of them fits; the cores are this machine's.
+    # The "CPUs" of a local Ray are its number of processes, so that each of them fits; the cores are this
+    # machine's.
     num_cpus = len(os.sched_getaffinity(0)) if local else int(resources.get("CPU", 1))
     return Node(
         id=entry["NodeID"],
@@ -334,7 +336,7 @@ def _node(entry: Mapping[str, Any], *, local: bool) -> Node:
 
 
 def _probe(address: str) -> str:
-    """The host of an address, after checking that something listens there: Ray itself would take long to find out."""
+    """The host of an address at which something listens. Ray itself would take long to find that out."""
     if "://" in address:
         raise InvalidArgument(
             "address: the Ray Client protocol is not supported: name HOST:PORT of the head, or auto",

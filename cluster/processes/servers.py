@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 READY_PERIOD_S = 0.1
 READY_TIMEOUT_S = 5.0
 
-# The revisions of a controller that was restarted n times begin at n times this, above those of every earlier start.
+# The revisions of a controller that was restarted n times begin at n times this, above those of every earlier
+# start.
 _REVISIONS_PER_START = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessContext:
-    """What a process knows of its place in the cluster: the address of its node, how often it was restarted, and the
-    other processes."""
+    """What a process is given: the address of its node, its number of restarts, and the other processes."""
 
     node: str
     restarts: int
@@ -115,7 +115,7 @@ class _HostedRouter:
 
 
 class _HostedGateway:
-    """A hosted gateway. It serves as soon as it has found a router that serves; until then it answers with 503."""
+    """A hosted gateway. It serves once it has found a router that serves; until then it answers with 503."""
 
     loaded_bytes = 0
     total_bytes = 0

@@ -1,7 +1,7 @@
 """The specs of the processes of a cluster.
 
-A spec is plain data that is sent to the process. The server is made there, and the heavy packages are imported only there:
-neither the command nor the controller nor the gateway ever loads torch.
+A spec is plain data that is sent to the process. The server is made there, and the heavy packages are
+imported only there: neither the command nor the controller nor the gateway ever loads torch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ExpertWorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
-    """One router. If it `is_public` it listens at the address of its config, else at the address of its node."""
+    """One router. If it `is_public` it listens at the address of its config, else at that of its node."""
 
     name: str
     config: RouterConfig
@@ -72,9 +72,9 @@ ProcessSpec = ControllerSpec | ExpertWorkerSpec | RouterSpec | GatewaySpec
 
 def set_threads(spec: ProcessSpec, environment: MutableMapping[str, str]) -> None:
     """Bounds the CPU threads of this process. It has an effect only before torch is imported."""
-    # Idle OpenMP threads that spin would starve the other processes of the node: those of a worker would hold a core while
-    # the router begins its next layer. Spinning for some tens of microseconds bridges the gap between the products of one
-    # pass.
+    # Idle OpenMP threads that spin would starve the other processes of the node: those of a worker would hold
+    # a core while the router begins its next layer. Spinning for some tens of microseconds bridges the gap
+    # between the products of one pass.
     environment["OMP_WAIT_POLICY"] = "PASSIVE"
     environment["GOMP_SPINCOUNT"] = "2000"
     if (threads := _threads(spec)) is not None:

@@ -1,10 +1,10 @@
 """The compute thread, which owns the device, and the bounded queue of calls before it.
 
-The thread takes the oldest call together with every other waiting call of its layer, so that concurrent callers share
-one grouped pass. It reads shared memory and direct streams itself and answers where it computes, so that no hand-over
-between threads lies between such a call and its pass. A full queue refuses a call at once, a call whose caller stopped
-waiting is dropped before it starts, and a failing pass fails only its own calls. The thread's heartbeat shows whether
-the worker still computes.
+The thread takes the oldest call together with every other waiting call of its layer, so that concurrent
+callers share one grouped pass. It reads shared memory and direct streams itself and answers where it
+computes, so that no hand-over between threads lies between such a call and its pass. A full queue refuses a
+call at once, a call whose caller stopped waiting is dropped before it starts, and a failing pass fails only
+its own calls. The thread's heartbeat shows whether the worker still computes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BatcherStats:
 
 
 class Batcher:
-    """Computes calls in passes. A pass is of one layer and has at most `max_pass_rows` rows, unless one call has more."""
+    """Computes calls in passes of one layer and of at most `max_pass_rows` rows, unless one call has more."""
 
     def __init__(
         self,
@@ -65,7 +65,8 @@ class Batcher:
         self._stopping = False
         self._computing = False
         self._heartbeat_s = clock()
-        # Since when the thread has time for what it reads itself. What was sent earlier has waited for the thread.
+        # Since when the thread has time for what it reads itself. What was sent earlier has waited for the
+        # thread.
         self.listening_since_s = self._heartbeat_s
         self._passes = 0
         self._busy_s = 0.0
@@ -84,7 +85,7 @@ class Batcher:
         self._poller.remove(source)
 
     def await_room(self, source: Source, awaited: bool) -> None:
-        """Sets whether the source is also read when it has room to write. Must be called on the compute thread."""
+        """Sets whether the source is also read when it has room to write. For the compute thread only."""
         self._poller.await_room(source, awaited)
 
     def offer(self, ticket: Ticket) -> None:
@@ -108,8 +109,8 @@ class Batcher:
     async def submit(self, call: ExpertCall) -> Computed:
         """Queues a call and waits for its output.
 
-        Raises Overloaded when the queue is full, Unavailable after `stop`, DeadlineExceeded when the caller's time is
-        over, InvalidArgument for rows that are not finite, InternalError when the pass failed.
+        Raises Overloaded when the queue is full, Unavailable after `stop`, DeadlineExceeded when the caller's
+        time is over, InvalidArgument for rows that are not finite, InternalError when the pass failed.
         """
         ticket = _AwaitedTicket(call, self._clock())
         self.offer(ticket)
@@ -135,7 +136,7 @@ class Batcher:
         return BatcherStats(self._passes, self._busy_s)
 
     async def stop(self, timeout_s: float) -> bool:
-        """Refuses new calls, fails the waiting ones and waits for the running pass; False when that does not end."""
+        """Refuses new calls, fails waiting ones and awaits the running pass; False if that does not end."""
         self._stopping = True
         if self._thread.ident is not None:
             self._poller.wake()
@@ -154,7 +155,7 @@ class Batcher:
             self._poller.close()
 
     def _abandon(self) -> None:
-        """Fails the waiting calls. Like every answer this happens on the compute thread, which owns its sources."""
+        """Fails the waiting calls, like every answer on the compute thread, which owns its sources."""
         with self._lock:
             self._stopping = True
             abandoned = self._waiting.clear()
@@ -194,7 +195,7 @@ class Batcher:
             )
 
     def _drop_late(self, tickets: Sequence[Ticket], now_s: float) -> list[Ticket]:
-        """The tickets whose callers still wait; those whose time is over are answered with DeadlineExceeded."""
+        """The tickets whose callers still wait. Those whose time is over are answered with an error."""
         live: list[Ticket] = []
         for ticket in tickets:
             if ticket.call.deadline_s <= now_s:

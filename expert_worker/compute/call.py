@@ -1,7 +1,7 @@
 """One call: the work that a caller asks for in one layer, checked against what the worker holds.
 
-Every error of a message is found here, before anything is computed, except NaN in the rows: reading all of them is left
-to the compute thread.
+Every error of a message is found here, before anything is computed, except NaN in the rows: reading all of
+them is left to the compute thread.
 
 Shapes: D hidden size, R rows of `hidden`, N (row, expert) pairs to compute.
 """
@@ -34,8 +34,8 @@ ROW_DTYPES = tuple(WIRE_ROWS)
 class ExpertCall(NamedTuple):
     """The work of one layer for one batch of one caller.
 
-    With weights the answer has one row per row of `hidden`, the weighted sum of its experts. Without, it has one row
-    per (row, expert) pair, expert by expert.
+    With weights the answer has one row per row of `hidden`, the weighted sum of its experts. Without, it has
+    one row per (row, expert) pair, expert by expert.
     """
 
     layer: int
@@ -106,7 +106,7 @@ def read_call(
 def _read_experts(
     groups: Sequence[expert_pb2.ExpertRows], layer: int, num_rows: int, combine_sum: bool, store: ExpertStore
 ) -> tuple[list[Expert], npt.NDArray[np.int64], npt.NDArray[np.float32] | None, list[int]]:
-    """The experts, the rows and weights of all experts joined, and the bounds of each expert's rows, beginning with 0.
+    """The experts, their rows and weights joined, and the bounds of each expert's rows, beginning with 0.
 
     The rows are checked for all experts at once, because the cost of numpy is by the call, not by the row.
     """

@@ -64,7 +64,7 @@ class CallQueue:
         return left
 
     def take_pass(self, max_rows: int) -> list[Ticket]:
-        """Removes the calls of the next pass: the oldest one and, in order, those of its layer that fit beside it."""
+        """Removes the oldest call and, in order, those of its layer that fit into a pass beside it."""
         taken: list[Ticket] = []
         left: deque[Ticket] = deque()
         num_rows = 0

@@ -1,9 +1,9 @@
 """One pass: several calls of one layer computed together.
 
-Rows that different callers send to the same expert go through one multiplication, and every caller gets its own rows
-back. A call whose rows hold NaN or infinity is refused alone; the others are computed. Most passes hold one call with a
-few rows, so the overhead around the products is kept to few torch calls: one gathers the rows, one joins or adds up the
-answers.
+Rows that different callers send to the same expert go through one multiplication, and every caller gets its
+own rows back. A call whose rows hold NaN or infinity is refused alone; the others are computed. Most passes
+hold one call with a few rows, so the overhead around the products is kept to few torch calls: one gathers the
+rows, one joins or adds up the answers.
 
 Shapes: D hidden size, R rows of a call's `hidden`, N (row, expert) pairs of a call or of a pass.
 """
@@ -27,8 +27,8 @@ from moesaic.errors import InvalidArgument, MoesaicError
 def compute_calls(calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
     """For every call its output, or the error that refuses it.
 
-    An output is on the CPU and in the dtype of the call's rows: [N, D], expert by expert, or [R, D], summed in fp32 in
-    the order of the call's experts.
+    An output is on the CPU and in the dtype of the call's rows: [N, D], expert by expert, or [R, D], summed
+    in fp32 in the order of the call's experts.
     """
     refused = {i: error for i, call in enumerate(calls) if (error := _check_finite(call.hidden)) is not None}
     accepted = [call for i, call in enumerate(calls) if i not in refused]
@@ -37,8 +37,9 @@ def compute_calls(calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
 
 
 def _check_finite(hidden: Tensor) -> MoesaicError | None:
-    # A finite sum proves that every number is finite; a sum that is not may also be an overflow of finite numbers.
-    # The sum gets a wider dtype only where it would not fit otherwise, because that costs a copy of all rows.
+    # A finite sum proves that every number is finite; a sum that is not may also be an overflow of finite
+    # numbers. The sum gets a wider dtype only where it would not fit otherwise, because that costs a copy of
+    # all rows.
     dtype = torch.float32 if hidden.dtype == torch.float16 else None
     if math.isfinite(hidden.sum(dtype=dtype).item()) or bool(hidden.isfinite().all()):
         return None
@@ -57,9 +58,9 @@ def _compute(calls: Sequence[ExpertCall]) -> list[Tensor]:
 
 
 def _compute_merged(calls: Sequence[ExpertCall]) -> list[Tensor]:
-    """The answers to several calls. The rows of a pass lie expert by expert, and for each expert call by call."""
-    # A part is the rows of one expert of one call, as indices into the joined rows of all calls; parts are in the order
-    # of calls and their experts. `asked` has the parts of every expert.
+    """The answers to several calls. Rows are computed expert by expert, and for each expert call by call."""
+    # A part is the rows of one expert of one call, as indices into the joined rows of all calls; parts are in
+    # the order of calls and their experts. `asked` has the parts of every expert.
     parts: list[Tensor] = []
     asked: defaultdict[Expert, list[int]] = defaultdict(list)
     first_row = 0

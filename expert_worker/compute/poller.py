@@ -9,13 +9,15 @@ from typing import Protocol
 
 
 class Source(Protocol):
-    """A file descriptor that the compute thread reads: it brings calls, or connections that will bring calls."""
+    """A file descriptor that brings calls, or connections, to the compute thread."""
 
     def fileno(self) -> int: ...
 
     def read(self) -> None:
-        """Takes what is there without waiting. Called on the compute thread when there is something to read, or room to
-        write where that is awaited."""
+        """Takes what is there without waiting.
+
+        Called on the compute thread when there is something to read, or room to write where that is awaited.
+        """
         ...
 
     def close(self) -> None: ...

@@ -1,6 +1,7 @@
 """The activation of an expert, between its two products: [n, W] -> [n, F].
 
-Shapes: n rows, F inner size, W outputs of the first product: 2F with a gate (gate outputs before up outputs), else F.
+Shapes: n rows, F inner size, W outputs of the first product: 2F with a gate (gate outputs before up outputs),
+else F.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def _row_by_row(function: Activation, rows: Tensor) -> Tensor:
 def _apart(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of the rows with a gap behind each.
 
-    An elementwise kernel treats adjoining rows as one long vector, and computes exp() of the last numbers of a vector
-    in another way than of those before. Rows with gaps are computed one by one, and so are the two halves of gated rows.
+    An elementwise kernel treats adjoining rows as one long vector, and computes exp() of the last numbers of
+    a vector in another way than of those before. Rows with gaps are computed one by one, and so are the two
+    halves of gated rows.
     """
     return rows.new_empty(len(rows), rows.shape[1] + 1, dtype=dtype)[:, :-1].copy_(rows)
 

@@ -1,8 +1,9 @@
-"""How the C allocator treats large blocks that are freed: weights and the buffers of a pass need opposite settings.
+"""How the C allocator treats freed blocks: loading weights and computing passes need opposite settings.
 
-While weights load, each large block is mapped by itself, so that the memory that weights were made from goes back to the
-system and leaves no holes between them. While passes run, freed buffers stay with the process: the next pass would fault
-in every page again, which costs more than the arithmetic around the products. Without glibc these functions do nothing.
+While weights load, each large block is mapped by itself, so that the memory that weights were made from goes
+back to the system and leaves no holes between them. While passes run, freed buffers stay with the process:
+otherwise the next pass would fault in every page again, which costs more than the arithmetic around the
+products. Without glibc these functions do nothing.
 """
 
 from __future__ import annotations

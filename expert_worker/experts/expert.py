@@ -1,11 +1,12 @@
-"""The maths of the experts of one pass: y = down(act(up x)), or y = down(act(gate x) * up x) for gated experts.
+"""The maths of the experts of one pass: y = down(act(up x)), or y = down(act(gate x) * up x) with a gate.
 
-Rows lie in one tensor, grouped by expert; none is ever dropped. On a CPU the experts are computed one after another, each
-from its own run of rows: the bits of an answer depend on these rows alone, whichever worker holds the expert and whatever
-other rows are in the pass. On CUDA one grouped kernel computes all experts of a stack.
+Rows lie in one tensor, grouped by expert; none is ever dropped. On a CPU the experts are computed one after
+another, each from its own run of rows: the bits of an answer depend on these rows alone, whichever worker
+holds the expert and whatever other rows are in the pass. On CUDA one grouped kernel computes all experts of a
+stack.
 
-Shapes: D hidden size, F inner size, W outputs of the first product (2F with a gate, else F), S experts of a stack,
-n rows of one expert, N rows of a pass.
+Shapes: D hidden size, F inner size, W outputs of the first product (2F with a gate, else F), S experts of a
+stack, n rows of one expert, N rows of a pass.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def choose_form(
     *,
     batch_invariant: bool,
 ) -> ExpertForm:
-    """The form of experts with the setting `expert_dtype`; `auto` is `dtype`, in which everything else is computed.
+    """The form for the setting `expert_dtype`; `auto` is `dtype`, in which everything else is computed.
 
     Raises InvalidArgument for a form that this device or one of these modules does not support.
     """
@@ -170,8 +171,7 @@ def empty_weights(module: ExpertModule, form: ExpertForm, num_experts: int | Non
 
 
 def can_stack(form: ExpertForm, module: ExpertModule) -> bool:
-    """Whether the grouped kernel can compute such experts here. It is not batch-invariant: its tiles depend on all rows
-    of a pass."""
+    """Whether the grouped kernel computes such experts here. Its tiles depend on all rows of a pass."""
     row_bytes = {size * form.dtype.itemsize for size in (module.hidden_size, module.inner_size)}
     return (
         form.device.type == "cuda"

@@ -1,11 +1,11 @@
 """The text form of a set of experts, as the option `--experts` takes it.
 
-A comma-separated list of items [LAYERS:]SLOTS. LAYERS and SLOTS are each a number or a range FIRST-LAST that includes
-both ends; without LAYERS an item is of every layer that has experts. `0-3`: slots 0 to 3 of every layer. `0:0-7,1:2`:
-slots 0 to 7 of layer 0, and slot 2 of layer 1. `all`: every expert.
+A comma-separated list of items [LAYERS:]SLOTS. LAYERS and SLOTS are each a number or a range FIRST-LAST that
+includes both ends; without LAYERS an item is of every layer that has experts. `0-3`: slots 0 to 3 of every
+layer. `0:0-7,1:2`: slots 0 to 7 of layer 0, and slot 2 of layer 1. `all`: every expert.
 
-Layers may differ in their number of slots. An item names those of its slots that exist in each of its layers; its last
-slot must exist in one of them, and every layer of LAYERS must have experts.
+Layers may differ in their number of slots. An item names those of its slots that exist in each of its layers;
+its last slot must exist in one of them, and every layer of LAYERS must have experts.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class ExpertReader:
             region.announce()
 
     def read(self, names: Sequence[str], weights: Tensor, biases: Tensor | None) -> None:
-        """Fills equal runs of rows of `weights` with the weights of these names, and of `biases` with their biases."""
+        """Fills equal runs of rows of `weights`, and of `biases`, with the weights of these names."""
         for name, target in zip(names, weights.chunk(len(names)), strict=True):
             self._read(name, target)
         if biases is not None:
@@ -141,7 +141,7 @@ _DEQUANTISE: dict[Encoding, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _scales_of_rows(weight: StoredWeight, num_rows: int, scales: Tensor) -> Tensor:
-    """The scales of each row of the weight. mxfp4 stores them row by row, fp8_block one row of them per block."""
+    """The scales of each row: mxfp4 stores them so, fp8_block stores one row of them per block of rows."""
     if weight.encoding == "mxfp4":
         return scales[weight.rows]
     return fp8_row_scales(scales, weight.scale_row, num_rows)[weight.rows]

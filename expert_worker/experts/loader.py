@@ -1,9 +1,9 @@
 """Loads experts from a checkpoint: only the bytes of this worker's share, several experts at a time.
 
-Each expert's weights are hashed into its version as they are stored, in the order [outputs, inputs] whatever the layout,
-decoded where they are encoded, checked to be finite, and laid out or quantised in the form in which they are computed.
-One thread loads one expert, and no more experts are under way than there are threads, so that the share never exists
-twice in memory.
+Each expert's weights are hashed into its version as they are stored, in the order [outputs, inputs] whatever
+the layout, decoded where they are encoded, checked to be finite, and laid out or quantised in the form in
+which they are computed. One thread loads one expert, and no more experts are under way than there are
+threads, so that the share never exists twice in memory.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Place:
 
 
 def choose_places(model: MoeModel, addresses: Iterable[ExpertAddress], form: ExpertForm) -> Iterator[Place]:
-    """The places of the experts, in order of layer and slot; those of a layer share a stack if that can be computed."""
+    """The places in order of layer and slot. A layer's experts share a stack where that can be computed."""
     for layer, of_layer in groupby(sorted(addresses), key=lambda address: address.layer):
         group, module = list(of_layer), model.experts[layer].module
         stack = empty_weights(module, form, len(group)) if can_stack(form, module) else None
@@ -94,7 +94,7 @@ def load_experts(
 
 
 def _start_threads(count: int) -> ThreadPoolExecutor:
-    """Threads that compute their products without torch's helper threads, which would compete with each other."""
+    """Threads that compute without torch's helper threads, which would compete with each other."""
     ready = threading.Barrier(count + 1)
 
     def begin() -> None:
@@ -106,7 +106,8 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
     for _ in range(count):
         pool.submit(int)
     ready.wait()
-    # torch sets the number for the calling thread and for all threads that start later; the latter is not wanted.
+    # torch sets the number for the calling thread and for all threads that start later; the latter is not
+    # wanted.
     torch.set_num_threads(num_threads)
     return pool
 
@@ -136,8 +137,8 @@ class _Loader:
     def _memory(self, place: Place, module: ExpertModule) -> ExpertWeights:
         """The memory that the expert's weights are read into.
 
-        Products that copy their weights into another layout need them only until then. Such weights are read into
-        scratch memory, which the expert's other product and the next expert use again.
+        Products that copy their weights into another layout need them only until then. Such weights are read
+        into scratch memory, which the expert's other product and the next expert use again.
         """
         form, memory = self.form, place.memory(module, self.form)
         sizes = (module.hidden_size, module.inner_size)

@@ -1,7 +1,7 @@
 """The expert versions that this worker holds.
 
-The worker knows nothing of epochs: a caller names the version that it wants of every slot, and gets that very version or
-a refusal that says what is held instead.
+The worker knows nothing of epochs: a caller names the version that it wants of every slot, and gets that very
+version or a refusal that says what is held instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class ExpertStore:
         """`on_change` is called after every change, on the thread that made it."""
         self._on_change = on_change
         self._lock = threading.Lock()
-        # The experts of a slot by digest. Each inner mapping is replaced as a whole, so that `get` needs no lock.
+        # The experts of a slot by digest. Each inner mapping is replaced as a whole, so that `get` needs no
+        # lock.
         self._held: dict[ExpertAddress, Mapping[bytes, Expert]] = {}
         self._revision = 0
 
@@ -64,7 +65,7 @@ class ExpertStore:
         self._on_change()
 
     def get(self, address: ExpertAddress, version: bytes, *, field: str) -> Expert:
-        """The expert in this very version. Raises FailedPrecondition with reason NOT_HELD or WRONG_VERSION."""
+        """The expert in this very version. Raises FailedPrecondition: NOT_HELD or WRONG_VERSION."""
         held = self._held.get(address)
         if held is None:
             raise FailedPrecondition(

@@ -1,7 +1,7 @@
-"""Where the bytes of an expert lie in the checkpoint's files, and how they are read: only this expert's bytes.
+"""Where the bytes of an expert lie in the checkpoint, and how they are read: no others are.
 
-Files are read, not mapped: a file that shrinks while it is read is an error that names the file, where a mapping would
-end the process, and exactly the bytes that are asked for are read.
+Files are read, not mapped: a file that shrinks while it is read is an error that names the file, where a
+mapping would end the process, and exactly the bytes that are asked for are read.
 
 Shapes: O outputs, I inputs of a weight.
 """
@@ -58,8 +58,7 @@ class Region:
             os.posix_fadvise(file.fileno(), self.first_byte, self.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, memory: Tensor | None = None) -> Tensor:
-        """Reads the region, into the beginning of uint8 `memory` if it is given. Raises CheckpointError with the file's
-        name."""
+        """Reads the region, into the beginning of `memory` if given. Raises CheckpointError with the file."""
         if memory is None:
             memory = torch.empty(self.num_bytes, dtype=torch.uint8)
         memory = memory[: self.num_bytes]
@@ -79,11 +78,10 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """One weight of one expert: its `rows` and `columns` of `data`, [O, I], or [I, O] where `transposed`. A bias is one
-    column.
+    """One weight of one expert: `rows` and `columns` of `data`, [O, I], or [I, O] where `transposed`.
 
-    `scales` of fp8_block has the scales of the blocks of `data`, whose first row is row `scale_row` of a block; of mxfp4
-    it has those of every row.
+    `scales` of fp8_block has the scales of the blocks of `data`, whose first row is row `scale_row` of a
+    block; of mxfp4 it has those of every row.
     """
 
     data: Region
@@ -123,7 +121,8 @@ def _locate(checkpoint: Checkpoint, pattern: WeightPattern, address: ExpertAddre
     transposed = pattern.transposed and len(shape) > 1
     own = _part(pattern, shape[1] if transposed else shape[0])
     everything = slice(None)
-    # Adjoining rows are read alone. Where the weight is some columns, or every n-th row, the others are read with it.
+    # Adjoining rows are read alone. Where the weight is some columns, or every n-th row, the others are read
+    # with it.
     first, end = (0, shape[0]) if transposed or pattern.interleaved else (own.start, own.stop)
     own_rows = own if pattern.interleaved and not transposed else everything
     scales, scale_row = None, 0

@@ -1,7 +1,7 @@
 """Weights that a checkpoint keeps in few bits, decoded to the float32 numbers that they stand for.
 
-Both encodings have few distinct values, which are looked up. The result is exact except for one rounding, of value times
-scale, in float8.
+Both encodings have few distinct values, which are looked up. The result is exact except for one rounding, of
+value times scale, in float8.
 
 Shapes: n rows, I inputs, G groups of inputs, B blocks of rows.
 """
@@ -26,7 +26,7 @@ _FP8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def dequantise_fp8_block(values: Tensor, scales: Tensor) -> Tensor:
-    """[n, I] float32, from float8 values [n, I] and the scales [n, G] of the blocks of every row in any float dtype.
+    """[n, I] float32, from float8 values [n, I] and each row's scales [n, G] in any float dtype.
 
     The last block of a row may be cut short.
     """
@@ -39,7 +39,7 @@ def dequantise_fp8_block(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def fp8_row_scales(scales: Tensor, first_row: int, num_rows: int) -> Tensor:
-    """[n, G]: for each of the rows from `first_row` on its row of the scales [B, G], of which one serves a block."""
+    """The scales [n, G] of the rows from `first_row` on, from [B, G] with one row per block of rows."""
     return scales.index_select(0, torch.arange(first_row, first_row + num_rows) // FP8_BLOCK)
 
 

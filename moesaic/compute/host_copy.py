@@ -1,7 +1,7 @@
 """Copies between the host's memory and the device that computes. Where that is the CPU, nothing is copied.
 
-With CUDA tensors travel through pinned memory, so that no copy waits by itself: the device runs behind, and `to_host`
-waits for it once, for all tensors together.
+With CUDA tensors travel through pinned memory, so that no copy waits by itself: the device runs behind, and
+`to_host` waits for it once, for all tensors together.
 """
 
 from __future__ import annotations

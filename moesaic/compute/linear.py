@@ -1,12 +1,12 @@
 """A weight matrix in the form in which its product is computed: `Linear` maps rows [n, I] to rows [n, O].
 
-Experts and the router's own projections share it, so that one file decides how a product is computed. The kernel is
-chosen by device, dtype, form and width alone, never by a timing: all processes on machines of one kind give the same
-bits. On a CPU a float matrix is laid out once for oneDNN, which would otherwise do so in every call; the bits of a row
-then depend neither on where its memory lies nor on its place among the rows.
+Experts and the router's own projections share it, so that one file decides how a product is computed. The
+kernel is chosen by device, dtype, form and width alone, never by a timing: all processes on machines of one
+kind give the same bits. On a CPU a float matrix is laid out once for oneDNN, which would otherwise do so in
+every call; the bits of a row then depend neither on where its memory lies nor on its place among the rows.
 
-Whether the bits of a row depend on the number of rows in the call is up to the kernel: a single row often takes another
-one. With `batch_invariant` all products have the same number of rows, filled up with zeros.
+Whether the bits of a row depend on the number of rows in the call is up to the kernel: a single row often
+takes another one. With `batch_invariant` all products have the same number of rows, filled up with zeros.
 
 Shapes: n rows, I inputs, O outputs, G groups of inputs.
 """
@@ -26,15 +26,16 @@ from moesaic.errors import InvalidArgument
 
 log = logging.getLogger(__name__)
 
-# How a weight is held. float: as it is given. int8: with one scale per output; rows are quantised one by one and sums
-# are exact. int4: with one scale and one zero per group.
+# How a weight is held. float: as it is given. int8: with one scale per output; rows are quantised one by one
+# and sums are exact. int4: with one scale and one zero per group.
 WeightForm = Literal["float", "int8", "int4"]
 
-# The number of rows of every batch-invariant product. A smaller one wastes less on a single row, a larger one reads the
-# weight less often.
+# The number of rows of every batch-invariant product. A smaller one wastes less on a single row, a larger one
+# reads the weight less often.
 ROW_TILE = 16
-# oneDNN keeps megabytes for every number of rows that it has ever seen and never frees them. A product therefore has one
-# of these numbers of rows, filled up with zeros; more rows are computed as several products.
+# oneDNN keeps megabytes for every number of rows that it has ever seen and never frees them. A product
+# therefore has one of these numbers of rows, filled up with zeros; more rows are computed as several
+# products.
 ROW_COUNTS: tuple[int, ...] = (
     *(1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64),
     *(80, 96, 112, 128, 160, 192, 224, 256),
@@ -102,7 +103,8 @@ class Linear:
         product = (
             _with_counts(self._product, rows, self._row_counts) if self._row_counts else self._product(rows)
         )
-        # The addition is the same for a number whatever lies beside it, so it keeps a product batch-invariant.
+        # The addition is the same for a number whatever lies beside it, so it keeps a product
+        # batch-invariant.
         return product if self._bias is None else product.add_(self._bias)
 
 
@@ -135,7 +137,7 @@ def _choose_product(weight: Tensor, form: WeightForm) -> _Product:
 
 
 def _with_counts(product: _Product, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The product of any number of rows, computed as products that each have one of the `counts`, which ascend."""
+    """The product of any number of rows, as products with one of the `counts`, which ascend."""
     num_rows = len(rows)
     if num_rows > counts[-1]:
         return torch.cat([_with_counts(product, part, counts) for part in rows.split(counts[-1])])
@@ -206,7 +208,7 @@ class _Int8:
 
 
 class _WidenedInt8:
-    """A weight that is held in 8 bits and widened for every product: on CUDA, and on CPUs without 8-bit products."""
+    """A weight in 8 bits that is widened for every product: on CUDA, and on CPUs without 8-bit products."""
 
     row_counts: tuple[int, ...] = ()
 
@@ -249,14 +251,14 @@ def _quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight as int32 [O, I] with values from 0 to 15, and bfloat16 [G, O, 2]: the scale of each group and the number
-    that its 8 stands for."""
+    """int32 [O, I] from 0 to 15, and bfloat16 [G, O, 2]: each group's scale and the value of its 8."""
     quantised = torch.empty_like(weight, dtype=torch.int32)
     scales_and_zeros = []
     for part, of in zip(quantised.split(_ROWS_AT_ONCE), weight.split(_ROWS_AT_ONCE), strict=True):
         groups = of.float().unflatten(1, (-1, INT4_GROUP))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        # Scale and zero are rounded to bfloat16 first, so that the steps are computed from the numbers that are held.
+        # Scale and zero are rounded to bfloat16 first, so that the steps are computed from the numbers that
+        # are held.
         scale = ((high - low) / 15).clamp_min_(_TINY).bfloat16()
         zero = (low + 8 * scale.float()).bfloat16()
         steps = (groups - zero.float()).div_(scale.float()).round_().add_(8).clamp_(0, 15)
@@ -265,8 +267,8 @@ def _quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantised, torch.cat(scales_and_zeros).transpose(0, 1).contiguous()
 
 
-# The packed products are not a documented part of torch. Each is therefore tried on a small weight before it is used, once
-# per process, dtype and width. The weight is always the same, and so is the result.
+# The packed products are not a documented part of torch. Each is therefore tried on a small weight before it
+# is used, once per process, dtype and width. The weight is always the same, and so is the result.
 
 _PROBE_OUTPUTS = 64
 _PROBE_ROWS = (1, 3, ROW_TILE)
@@ -280,7 +282,8 @@ def _packing_works(dtype: torch.dtype, in_features: int) -> bool:
 
 @lru_cache
 def _int8_works(in_features: int) -> bool:
-    # The tolerance allows for rounding to 8 bits. A CPU whose sums of 8-bit products overflow is far beyond it.
+    # The tolerance allows for rounding to 8 bits. A CPU whose sums of 8-bit products overflow is far beyond
+    # it.
     return _agrees(_Int8, torch.float32, in_features, 3e-2)
 
 
@@ -292,7 +295,7 @@ def _int4_works() -> bool:
 def _agrees(
     kind: type[_Packed | _Int8 | _Int4], dtype: torch.dtype, in_features: int, tolerance: float
 ) -> bool:
-    """Whether the kernel exists and its error, relative to the norm of the plain product, is within `tolerance`."""
+    """Whether the kernel exists and its error, relative to the plain product, is within `tolerance`."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_PROBE_OUTPUTS, in_features, generator=generator)
     weight[0] = 1
@@ -300,7 +303,8 @@ def _agrees(
         product = kind(weight.to(dtype))
         for num_rows in _PROBE_ROWS:
             rows = torch.randn(num_rows, in_features, generator=generator)
-            # The largest row against the largest weights: if sums of 8-bit products overflow at all, this one does.
+            # The largest row against the largest weights: if sums of 8-bit products overflow at all, this one
+            # does.
             rows[-1] = 1
             expected = F.linear(rows, weight)
             error = (product(rows.to(product.dtype)).float() - expected).norm() / expected.norm()

@@ -1,7 +1,7 @@
 """How a router learns what the model is and where it runs: a stream of whole snapshots.
 
-`ControlWatch` follows a controller; while the controller is away, the last snapshot stays in use. `NamedWorkers` asks
-workers whose addresses a person gave.
+`ControlWatch` follows a controller; while the controller is away, the last snapshot stays in use.
+`NamedWorkers` asks workers whose addresses a person gave.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ClusterView(Protocol):
 
 
 class ControlWatch:
-    """Follows `ControlService.Watch`, and resolves the controller's address again whenever the stream breaks."""
+    """Follows `ControlService.Watch`; resolves the controller's address again when the stream breaks."""
 
     def __init__(self, resolve: Callable[[], Awaitable[str]]) -> None:
         self._resolve = resolve
@@ -112,7 +112,7 @@ class NamedWorkers:
 
 
 async def _describe(address: str, channel: grpc.aio.Channel, last: Replica | None) -> Replica | None:
-    """The replica at an address; None while it loads, restarts or is gone. A slow worker counts as unchanged."""
+    """The replica at an address; None while it loads or is gone. A slow worker counts as unchanged."""
     stub = expert_pb2_grpc.ExpertServiceStub(channel)
     try:
         answer = await stub.Describe(expert_pb2.DescribeRequest(), timeout=CALL_TIMEOUT_S)

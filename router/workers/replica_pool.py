@@ -1,8 +1,8 @@
 """The replicas of the newest routing table, and the choice of the one that a call goes to.
 
-A link is opened once per incarnation and closed when the incarnation leaves the table; what a replica holds always comes
-from the newest table. A call goes to the replica with the fewest calls in flight. A replica whose last call failed is
-passed over for a moment, unless no other one holds the expert version.
+A link is opened once per incarnation and closed when the incarnation leaves the table; what a replica holds
+always comes from the newest table. A call goes to the replica with the fewest calls in flight. A replica
+whose last call failed is passed over for a moment, unless no other one holds the expert version.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class ReplicaPool:
         self._lock = threading.Lock()
         self._revision = -1
         self._links: dict[str, WorkerLink] = {}
-        # The links ordered by worker name, and those that hold an expert version in the same order. Both are replaced as
-        # a whole, so that readers need no lock.
+        # The links ordered by worker name, and those that hold an expert version in the same order. Both are
+        # replaced as a whole, so that readers need no lock.
         self._ordered: tuple[WorkerLink, ...] = ()
         self._holders: Mapping[tuple[ExpertAddress, bytes], tuple[WorkerLink, ...]] = {}
         self._backed_off_until: dict[str, float] = {}
@@ -66,7 +66,7 @@ class ReplicaPool:
     def pick(
         self, address: ExpertAddress, digest: bytes, *, exclude: Collection[str] = ()
     ) -> WorkerLink | None:
-        """The link to call for an expert version; None when no worker holds it, apart from those in `exclude`."""
+        """The link to call for an expert version; None if no worker but those in `exclude` holds it."""
         holders = self._holders.get((address, digest), ())
         if exclude:
             holders = tuple(link for link in holders if link.replica.worker not in exclude)
