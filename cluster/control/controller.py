@@ -131,6 +131,7 @@ class Controller:
                 self._keep(report, replica)
 
     async def _replica_of(self, report: ProcessReport) -> Replica | None:
+        """The worker as a replica, described again whenever its report changed, as with new contents."""
         if report.name not in self._cluster.workers or not report.ready:
             return None
         last, known = self._reports.get(report.name), self._replicas.get(report.name)

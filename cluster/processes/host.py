@@ -136,18 +136,24 @@ class ProcessHost:
             log.exception("cannot stop", extra={"fields": {"process": self._report.name}})
 
     async def _set_state(self, state: control_pb2.ProcessState, address: str = "", detail: str = "") -> None:
-        contents_revision = self._server.contents_revision if self._server is not None else 0
-        await self._change(state=state, address=address, detail=detail, contents_revision=contents_revision)
+        async with self._changed:
+            self._change(
+                state=state, address=address, detail=detail, contents_revision=self._contents_revision()
+            )
 
     async def _note_contents(self) -> None:
-        """Reports the contents of the server as a change if they are others than before."""
-        if self._server is not None and self._server.contents_revision != self._report.contents_revision:
-            await self._change(contents_revision=self._server.contents_revision)
-
-    async def _change(self, **changes: Any) -> None:
+        """Reports a change if the server holds other contents than reported."""
         async with self._changed:
-            self._report = replace(self._report, revision=self._report.revision + 1, **changes)
-            self._changed.notify_all()
+            if (revision := self._contents_revision()) != self._report.contents_revision:
+                self._change(contents_revision=revision)
+
+    def _contents_revision(self) -> int:
+        return 0 if self._server is None else self._server.contents_revision
+
+    def _change(self, **changes: Any) -> None:
+        """Must be called inside the condition."""
+        self._report = replace(self._report, revision=self._report.revision + 1, **changes)
+        self._changed.notify_all()
 
 
 def _reason(error: Exception) -> str:
