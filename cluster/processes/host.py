@@ -1,7 +1,7 @@
 """One process of the cluster: runs its server and reports on it.
 
 A host takes its server from PENDING over LOADING to READY. A question for its report is held until something
-changes, so that nobody has to poll. A server that cannot start is reported as FAILED with the reason and is
+changes, so that no polling is needed. A server that cannot start is reported as FAILED with the reason and is
 started again: a file or memory that was missing may be there by then. A host knows nothing of Ray, whose
 actor only passes calls on to it.
 """

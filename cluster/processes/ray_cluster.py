@@ -296,7 +296,7 @@ class RayCluster:
             for _ in range(int(END_TIMEOUT_S / KILL_PERIOD_S)):
                 await self.peers.report(name, seen=0, hold_s=0.0)
                 await asyncio.sleep(KILL_PERIOD_S)
-            log.error("%s outlived its end", name)
+            log.error("%s is still alive after it was killed", name)
 
 
 def _own_address() -> str:

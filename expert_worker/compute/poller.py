@@ -35,7 +35,7 @@ class Poller:
 
     def wake(self) -> None:
         """Ends the current `wait`, or the next one. May be called from any thread."""
-        # A full pipe wakes already, and a closed one has nobody who waits.
+        # A full pipe wakes already, and nothing waits on a closed one.
         with contextlib.suppress(OSError):
             self._wake_writer.send(b"\0")
 
