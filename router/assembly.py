@@ -21,7 +21,6 @@ from router.decoders.decoder import RouterModel
 from router.decoders.load import load_model
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.engine.engine import Engine
-from router.engine.overlap import Overlap
 from router.phase_clock import PhaseClock
 from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefill_budget import Pace
@@ -79,8 +78,8 @@ class Parts:
             self.dispatcher,
             self.clock,
             epoch=epoch,
-            # It would cut prompts.
-            overlap=Overlap() if settings.overlap == "auto" and not self.encodes_prompts else None,
+            # Two micro-batches would cut the prompts that an encoder has to read as a whole.
+            overlap=settings.overlap == "on" and not self.encodes_prompts,
             max_waiting=settings.max_waiting_sequences,
         )
 

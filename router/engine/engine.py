@@ -23,11 +23,11 @@ from router.decoders.decoder import MicroBatch, RouterModel
 from router.dispatch.dispatcher import Dispatcher
 from router.engine import sampler
 from router.engine.live_sequence import LiveSequence, Reading
-from router.engine.overlap import Overlap, halves
+from router.engine.overlap import micro_batches
 from router.engine.request import Failed, Finished, SequenceRequest
 from router.engine.sampling_params import SampledToken
 from router.phase_clock import INSIDE_FORWARD, PhaseClock
-from router.scheduling.scheduler import Scheduler, count
+from router.scheduling.scheduler import Scheduler
 from router.scheduling.sequence import Chunk
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Engine:
         clock: PhaseClock,
         *,
         epoch: Epoch,
-        overlap: Overlap | None,
+        overlap: bool,
         max_waiting: int,
     ) -> None:
         self._model = model
@@ -181,10 +181,9 @@ class Engine:
         """One batch: forward, then what each sequence gets from it. An unexpected error fails this batch alone."""
         lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
         started = time.perf_counter()
-        splits = self._overlap is not None and self._overlap.decide(*count(chunks))
         parts: list[MicroBatch] = []
         try:
-            parts, readings = self._pack(halves(chunks) if splits else (chunks,))
+            parts, readings = self._pack(micro_batches(chunks) if self._overlap else (chunks,))
             for reading in readings:
                 reading.live.note_step(reading.chunk)
             logits = self._forward(parts)
@@ -197,9 +196,9 @@ class Engine:
                 self._fail(live, InternalError("internal error"))
         else:
             if not any(part.experts.failed for part in parts):
-                self._observe(chunks, splits, time.perf_counter() - started)
+                self._scheduler.observe(chunks, time.perf_counter() - started)
         self._steps += 1
-        self._overlapped_steps += splits
+        self._overlapped_steps += len(parts) > 1
 
     def _pack(self, parts: Iterable[tuple[Chunk, ...]]) -> tuple[list[MicroBatch], list[Reading]]:
         """The step's micro-batches, and what each of their chunks wants of them."""
@@ -288,12 +287,6 @@ class Engine:
         wanted = [reading.last_logit for reading in readings]
         rows = logits if len(wanted) == len(logits) else logits[wanted]
         return sampler.sample(rows, [reading.live.sampling for reading in readings])
-
-    def _observe(self, chunks: tuple[Chunk, ...], splits: bool, seconds: float) -> None:
-        """Tells those who learn from steps how long this one took."""
-        self._scheduler.observe(chunks, seconds)
-        if self._overlap is not None:
-            self._overlap.observe(*count(chunks), split=splits, seconds=seconds)
 
     def _is_live(self, reading: Reading) -> bool:
         return reading.live.request.sequence_id in self._live

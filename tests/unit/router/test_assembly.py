@@ -1,19 +1,31 @@
-"""How long a sequence may be: what the model, the cache and the setting allow together."""
+"""What a router is made of, by its settings: how long a sequence may be, and whether a step may be cut."""
 
 from __future__ import annotations
 
+import queue
+import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support.checkpoints import write_mixtral
+from support.encoder_decoders import write_switch
+from support.expert_calls import ReferenceExperts
+from support.local_router import ReferenceStep
 
+from moesaic.epoch import Epoch
 from moesaic.errors import InvalidArgument
 from moesaic.settings import EngineSettings
 from router.assembly import Parts, load_parts
 from router.config import RouterConfig
+from router.dispatch.dispatcher import Dispatcher
+from router.engine.request import Failed, Finished, SequenceEvent, SequenceRequest
+from router.engine.sampling_params import SamplingParams
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
+
+WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +59,30 @@ def test_a_small_cache_shortens_the_context_unless_a_length_was_asked_for(model:
     assert load(model, kv_cache_mib=1).max_model_len == 2048
     with pytest.raises(InvalidArgument, match="KV cache holds 2048"):
         load(model, kv_cache_mib=1, max_model_len=3000)
+
+
+class ReferenceDispatcher:
+    """A Dispatcher that computes every expert here."""
+
+    def __init__(self, folder: Path) -> None:
+        self._experts = ReferenceExperts(folder)
+
+    def begin(self, epoch: Epoch, **_: Any) -> ReferenceStep:
+        return ReferenceStep(self._experts)
+
+
+def test_overlap_never_cuts_what_an_encoder_has_to_read_as_a_whole(tmp_path: Path) -> None:
+    write_switch(tmp_path, 1)
+    parts = replace(
+        load(tmp_path, overlap="on", threads=1), dispatcher=cast(Dispatcher, ReferenceDispatcher(tmp_path))
+    )
+    engine = parts.engine(Epoch.of("tiny", {}))
+    events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    deadline_s = time.monotonic() + WAIT_S
+    engine.submit(SequenceRequest("a", (5, 6, 7, 8), params, deadline_s, events.put))
+    engine.start()
+    while not isinstance(event := events.get(timeout=WAIT_S), Finished):
+        assert not isinstance(event, Failed), event.error
+    engine.stop(WAIT_S)
+    assert engine.stats().steps > 0 and engine.stats().overlapped_steps == 0

@@ -23,7 +23,6 @@ from router.assembly import load_parts
 from router.decoders.decoder import MicroBatch
 from router.decoders.stripedhyena.decoder import rms_norm
 from router.engine.engine import Engine
-from router.engine.overlap import Overlap
 from router.engine.request import (
     Failed,
     Finished,
@@ -46,13 +45,6 @@ MAX_RUNNING = 8
 EPOCH = Epoch.of("tiny", {})
 
 
-class AlwaysSplit(Overlap):
-    """Two micro-batches whenever there are two tokens."""
-
-    def decide(self, num_decoding: int, num_prompt_tokens: int) -> bool:
-        return num_decoding + num_prompt_tokens > 1
-
-
 class Harness:
     """The real engine over a tiny model."""
 
@@ -62,7 +54,7 @@ class Harness:
         *,
         num_blocks: int = 256,
         num_kept: int = 8,
-        overlap: Overlap | None = None,
+        overlap: bool = False,
         max_batch_tokens: int = 64,
     ) -> None:
         config = router_config(folder, "router", kv_block_tokens=BLOCK)
@@ -157,16 +149,16 @@ Make = Callable[..., Harness]
 
 
 @pytest.mark.parametrize("max_batch_tokens", [64, 5])
-@pytest.mark.parametrize("overlap", [None, AlwaysSplit()])
+@pytest.mark.parametrize("overlap", [False, True])
 def test_prompts_of_many_lengths_at_once_each_get_what_they_get_alone(
-    make: Make, greedy: Greedy, max_batch_tokens: int, overlap: Overlap | None
+    make: Make, greedy: Greedy, max_batch_tokens: int, overlap: bool
 ) -> None:
     harness = make(max_batch_tokens=max_batch_tokens, overlap=overlap)
     prompts = random_prompts(1, 2, 3, 11, 16, 17, 30)
     waiting = [harness.submit(str(index), prompt) for index, prompt in enumerate(prompts)]
     for prompt, events in zip(prompts, waiting, strict=True):
         assert collect(events)[0] == greedy(prompt)
-    if overlap is not None:
+    if overlap:
         assert harness.engine.stats().overlapped_steps > 0
 
 
