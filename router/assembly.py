@@ -13,7 +13,7 @@ from moesaic.epoch import Epoch
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import EngineSettings
 from moesaic.v1 import common_pb2
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.cache.sizing import choose_max_model_len, make_block_pool, make_state_cache, make_state_pool
 from router.config import RouterConfig
@@ -23,7 +23,7 @@ from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.engine.engine import Engine
 from router.phase_clock import PhaseClock
 from router.scheduling.block_pool import BlockPool
-from router.scheduling.prefill_budget import Pace
+from router.scheduling.prefill_budget import PrefillBudget
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.state_pool import StatePool
@@ -42,7 +42,7 @@ WIRE_DTYPES: dict[str, common_pb2.Dtype] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class LoadedRouter:
     """Everything that is loaded from the checkpoint, ready for an epoch."""
 
     settings: EngineSettings
@@ -68,7 +68,9 @@ class Parts:
             ),
             self.blocks,
             prefixes=self._prefixes(epoch),
-            pace=Pace(max_batch_tokens=settings.max_batch_tokens, max_stall=settings.max_stall),
+            prefill_budget=PrefillBudget(
+                max_batch_tokens=settings.max_batch_tokens, max_stall=settings.max_stall
+            ),
             states=self.states,
         )
         return Engine(
@@ -95,7 +97,7 @@ class Parts:
         return PrefixCache(self.blocks, epoch.id, self.states)
 
 
-def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Parts:
+def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> LoadedRouter:
     """Reads all but the expert weights. Raises CheckpointError, InvalidArgument."""
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
@@ -109,7 +111,7 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
     model = load_model(
         checkpoint,
         shape,
-        Layout.of(
+        AttentionLayout.of(
             shape.mixers,
             block_tokens=blocks.block_tokens,
             device=device,
@@ -130,7 +132,7 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         device=device,
         states=None if states is None else make_state_cache(shape, states, dtype, device),
     )
-    return Parts(
+    return LoadedRouter(
         settings=config.engine,
         shape=shape,
         text=load_text(config.model),

@@ -20,7 +20,7 @@ from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.loading_service import LoadingService
 from router.api.service import InferenceService, ModelFacts
 from router.api.stats import router_stats
-from router.assembly import Parts, load_parts
+from router.assembly import LoadedRouter, load_router
 from router.config import RouterConfig
 from router.control.cluster_watch import ClusterView
 from router.engine.engine import Engine
@@ -61,7 +61,7 @@ class RouterServer:
         self._epoch: asyncio.Future[Epoch] | None = None
         # Whether the newest routing table holds every expert of the epoch.
         self._covered = False
-        self._parts: Parts | None = None
+        self._loaded: LoadedRouter | None = None
         self._engine: Engine | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -80,15 +80,15 @@ class RouterServer:
 
     async def load(self) -> None:
         """Reads everything but the experts. Raises CheckpointError."""
-        self._parts = await asyncio.to_thread(load_parts, self._config, self._pool, self._clock)
+        self._loaded = await asyncio.to_thread(load_router, self._config, self._pool, self._clock)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Returns once a real token has passed every layer. Raises Unavailable after `timeout_s`."""
-        assert self._parts is not None and self._epoch is not None, "start and load come first"
+        assert self._loaded is not None and self._epoch is not None, "start and load come first"
         try:
             async with asyncio.timeout(timeout_s):
                 epoch = await asyncio.shield(self._epoch)
-                self._engine = engine = self._parts.engine(epoch)
+                self._engine = engine = self._loaded.engine(epoch)
                 sys.setswitchinterval(SWITCH_INTERVAL_S)
                 engine.start()
                 await pass_one_token(engine, timeout_s)
@@ -96,7 +96,7 @@ class RouterServer:
             raise Unavailable(
                 f"not every expert had a worker within {timeout_s:.0f} s", reason="NOT_READY"
             ) from error
-        self._door.service = self._service(self._parts, engine, epoch)
+        self._door.service = self._service(self._loaded, engine, epoch)
         await self._server.set_serving(True)
         self._tasks.append(asyncio.create_task(self._keep_health_true(engine)))
 
@@ -142,31 +142,31 @@ class RouterServer:
                 log.warning("health changed", extra={"fields": {"serving": serving}})
                 await self._server.set_serving(serving)
 
-    def _stats(self, parts: Parts, engine: Engine) -> inference_pb2.GetRouterStatsResponse:
+    def _stats(self, loaded: LoadedRouter, engine: Engine) -> inference_pb2.GetRouterStatsResponse:
         return router_stats(
             engine.stats(),
             phases=self._clock.snapshot(),
             links=self._pool.links,
-            gates=parts.model.gates.snapshot(),
+            gates=loaded.model.gates.snapshot(),
             uptime_s=time.monotonic() - self._started_s,
         )
 
-    def _service(self, parts: Parts, engine: Engine, epoch: Epoch) -> InferenceService:
+    def _service(self, loaded: LoadedRouter, engine: Engine, epoch: Epoch) -> InferenceService:
         return InferenceService(
             engine,
-            parts.text,
+            loaded.text,
             ModelFacts(
                 model=self._config.served_name,
-                family=parts.shape.family,
-                max_model_len=parts.max_model_len,
-                vocab_size=parts.shape.vocab_size,
-                num_layers=parts.shape.num_layers,
-                num_experts=max(parts.shape.num_slots.values(), default=0),
-                top_k=max((layer.top_k for layer in parts.shape.experts.values()), default=0),
+                family=loaded.shape.family,
+                max_model_len=loaded.max_model_len,
+                vocab_size=loaded.shape.vocab_size,
+                num_layers=loaded.shape.num_layers,
+                num_experts=max(loaded.shape.num_slots.values(), default=0),
+                top_k=max((layer.top_k for layer in loaded.shape.experts.values()), default=0),
                 created=int(time.time()),
-                encodes_prompts=parts.encodes_prompts,
+                encodes_prompts=loaded.encodes_prompts,
             ),
-            stats=lambda: self._stats(parts, engine),
+            stats=lambda: self._stats(loaded, engine),
             epoch=lambda: epoch.id,
             control_address=lambda: self._view.control_address,
             request_timeout_s=self._config.engine.request_timeout_s,

@@ -14,18 +14,18 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
-class Mailbox:
+class EventBridge:
     """Calls what was put into it on the loop that it was made on, in order."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         # As bounded as what its senders have open: max_tokens and a few more of every sequence.
-        self._letters: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._events: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._is_woken = False
 
     def put(self, take: Callable[..., None], *args: Any) -> None:
         """Has `take(*args)` called on the loop. Thread-safe; neither waits nor raises."""
-        self._letters.append((take, args))
+        self._events.append((take, args))
         if not self._is_woken:
             self._is_woken = True
             try:
@@ -36,6 +36,6 @@ class Mailbox:
     def _empty(self) -> None:
         # Before the letters are read: whatever is put in from here on wakes the loop again.
         self._is_woken = False
-        while self._letters:
-            take, args = self._letters.popleft()
+        while self._events:
+            take, args = self._events.popleft()
             take(*args)

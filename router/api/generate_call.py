@@ -1,6 +1,6 @@
 """One Generate call inside the router: its continuations and their sequences in the engine.
 
-The engine reports on its own thread and never waits: events reach the event loop through a mailbox (mailbox.py) and wait
+The engine reports on its own thread and never waits: events reach the event loop through the event bridge (event_bridge.py) and wait
 in a queue that max_tokens bounds, however slowly the client reads. Whatever ends a call cancels every sequence that it
 still has in the engine.
 """
@@ -21,14 +21,14 @@ from opentelemetry import trace
 from moesaic import telemetry
 from moesaic.errors import DeadlineExceeded
 from router.api.continuation import Continuation
-from router.api.event_bridge import Mailbox
+from router.api.event_bridge import EventBridge
 from router.api.prompt import Prompt
 from router.engine.request import Failed, PromptScored, SequenceEvent, SequenceRequest
 
 log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
+class SequenceEngine(Protocol):
     """What the service needs of the engine. All methods are thread-safe and return at once."""
 
     def submit(self, request: SequenceRequest) -> str:
@@ -40,19 +40,19 @@ class Engine(Protocol):
         ...
 
 
-class Call:
+class GenerateCall:
     """The continuations of one Generate call: admitted together, cancelled together, their events in one queue."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: SequenceEngine,
         request_id: str,
         prompt: Prompt,
         continuations: Sequence[Continuation],
         deadline_s: float,
         *,
         tenant: str,
-        mailbox: Mailbox,
+        bridge: EventBridge,
     ) -> None:
         self.prompt = prompt
         self.continuations = continuations
@@ -60,7 +60,7 @@ class Call:
         self._engine = engine
         self._request_id = request_id
         self._tenant = tenant
-        self._mailbox = mailbox
+        self._bridge = bridge
         # Holds at most max_tokens events and a few more of every continuation.
         self._events: deque[tuple[Continuation, SequenceEvent]] = deque()
         # Of the one who waits for the next event.
@@ -92,7 +92,7 @@ class Call:
                     prompt=self.prompt.token_ids,
                     sampling=continuation.params,
                     deadline_s=self.deadline_s,
-                    on_event=partial(self._mailbox.put, self._take, continuation),
+                    on_event=partial(self._bridge.put, self._take, continuation),
                     trace=trace_of_call,
                     tenant=self._tenant,
                     decoder_prompt=self.prompt.decoder_token_ids,

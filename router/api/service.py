@@ -20,8 +20,8 @@ from moesaic import __version__, rpc
 from moesaic.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable, Unsupported
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.continuation import Continuation, prompt_message
-from router.api.event_bridge import Mailbox
-from router.api.generate_call import Call, Engine
+from router.api.event_bridge import EventBridge
+from router.api.generate_call import GenerateCall, SequenceEngine
 from router.api.prompt import read_prompt, tokenize
 from router.api.sampling_request import (
     ModelLimits,
@@ -68,7 +68,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: SequenceEngine,
         text: Text,
         facts: ModelFacts,
         *,
@@ -87,7 +87,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._epoch = epoch
         self._control_address = control_address
         self._request_timeout_s = request_timeout_s
-        self._mailbox = Mailbox()
+        self._bridge = EventBridge()
         self._draining = False
 
     def drain(self) -> None:
@@ -168,7 +168,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         if model not in ("", self._facts.model):
             raise NotFound("model: no such model", field="model", reason="MODEL_NOT_FOUND")
 
-    async def _call(self, request: inference_pb2.GenerateRequest, context: _Context) -> Call:
+    async def _call(self, request: inference_pb2.GenerateRequest, context: _Context) -> GenerateCall:
         """Everything that can be refused before a sequence is admitted."""
         request_id = _request_id(request, context)
         deadline_s = _deadline_s(context, self._request_timeout_s)
@@ -196,17 +196,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             )
             for index in range(n)
         ]
-        return Call(
+        return GenerateCall(
             self._engine,
             request_id,
             prompt,
             continuations,
             deadline_s,
             tenant=request.tenant,
-            mailbox=self._mailbox,
+            bridge=self._bridge,
         )
 
-    async def _responses(self, call: Call) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    async def _responses(self, call: GenerateCall) -> AsyncIterator[inference_pb2.GenerateResponse]:
         if not call.scores_prompt:
             yield await self._prompt_response(call, None)
         while call.is_open:
@@ -229,7 +229,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     raise error
 
     async def _prompt_response(
-        self, call: Call, scores: tuple[TokenLogprobs, ...] | None
+        self, call: GenerateCall, scores: tuple[TokenLogprobs, ...] | None
     ) -> inference_pb2.GenerateResponse:
         prompt = call.prompt
         info = await _off_loop(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from router.attention.plan import AttentionPlan, plan_attention
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.scheduling.sequence import Chunk
 
 
@@ -39,7 +39,7 @@ class PackedBatch:
         return self.plans[self.view_of[layer]]
 
 
-def pack(chunks: tuple[Chunk, ...], layout: Layout) -> PackedBatch:
+def pack(chunks: tuple[Chunk, ...], layout: AttentionLayout) -> PackedBatch:
     """Lays the chunks of a step out as tensors."""
     token_ids: list[int] = []
     positions: list[int] = []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from router.attention.views import Layout, View
+from router.attention.views import AttentionLayout, View
 from router.cache.kv_cache import Contexts
 from router.scheduling.sequence import Chunk
 
@@ -98,7 +98,7 @@ class _Run:
         return self.end - self.start
 
 
-def plan_attention(placed: list[tuple[Chunk, int]], view: View, layout: Layout) -> AttentionPlan:
+def plan_attention(placed: list[tuple[Chunk, int]], view: View, layout: AttentionLayout) -> AttentionPlan:
     """The calls for chunks that begin at these rows of the batch."""
     if layout.invariant:
         return AttentionPlan(tuple(_tiled_groups(placed, view, layout)), ())
@@ -110,7 +110,7 @@ def plan_attention(placed: list[tuple[Chunk, int]], view: View, layout: Layout) 
 
 
 def decode_groups(
-    rows: list[Row], layout: Layout, *, bias: torch.Tensor | None = None
+    rows: list[Row], layout: AttentionLayout, *, bias: torch.Tensor | None = None
 ) -> tuple[DecodeGroup, ...]:
     """The calls for rows that are attended by themselves. `bias` [H, P]: what each head adds to the scores of keys so
     far before the last that a row sees."""
@@ -118,7 +118,7 @@ def decode_groups(
     return tuple(_decode_group(group, layout, bias) for group in grouped)
 
 
-def _decode_row(chunk: Chunk, row: int, view: View, layout: Layout) -> Row:
+def _decode_row(chunk: Chunk, row: int, view: View, layout: AttentionLayout) -> Row:
     first = view.first(chunk.start)
     base = first - first % layout.block_tokens
     blocks = chunk.sequence.blocks[base // layout.block_tokens : -(-chunk.end // layout.block_tokens)]
@@ -141,7 +141,7 @@ def _group_by_length(rows: list[Row], device: torch.device) -> Iterator[list[Row
         yield group
 
 
-def _decode_group(rows: list[Row], layout: Layout, bias: torch.Tensor | None) -> DecodeGroup:
+def _decode_group(rows: list[Row], layout: AttentionLayout, bias: torch.Tensor | None) -> DecodeGroup:
     rows = sorted(rows, key=lambda row: row.row)
     longest = max(row.length for row in rows)
     if len(rows) == 1 and bias is None:
@@ -158,7 +158,9 @@ def _decode_group(rows: list[Row], layout: Layout, bias: torch.Tensor | None) ->
     )
 
 
-def _prefill_chunks(placed: list[tuple[Chunk, int]], view: View, layout: Layout) -> Iterator[PrefillChunk]:
+def _prefill_chunks(
+    placed: list[tuple[Chunk, int]], view: View, layout: AttentionLayout
+) -> Iterator[PrefillChunk]:
     runs = [list(_runs(chunk, view, layout)) for chunk, _ in placed]
     band = _Band.over(
         [run for of_chunk in runs for run in of_chunk if not _is_causal(run, view)], view, layout
@@ -183,7 +185,7 @@ def _prefill_chunks(placed: list[tuple[Chunk, int]], view: View, layout: Layout)
         )
 
 
-def _runs(chunk: Chunk, view: View, layout: Layout) -> Iterator[_Run]:
+def _runs(chunk: Chunk, view: View, layout: AttentionLayout) -> Iterator[_Run]:
     """A chunk in calls: none goes on where the tokens of the view's next chunk begin."""
     most = _CALL_QUERIES.get(layout.device.type, chunk.num_tokens)
     start = chunk.start
@@ -201,7 +203,9 @@ def _is_causal(run: _Run, view: View) -> bool:
     return run.base == run.start and (view.window is None or run.num_queries <= view.window)
 
 
-def _tiled_groups(placed: list[tuple[Chunk, int]], view: View, layout: Layout) -> Iterator[DecodeGroup]:
+def _tiled_groups(
+    placed: list[tuple[Chunk, int]], view: View, layout: AttentionLayout
+) -> Iterator[DecodeGroup]:
     """For every row a call whose shape its position alone decides. Rows of a sequence that see the same tiles share
     theirs: in a call every row is a product of its own."""
     runs = [list(_tiled_runs(chunk, view)) for chunk, _ in placed]
@@ -227,7 +231,9 @@ def _tiled_runs(chunk: Chunk, view: View) -> Iterator[_Run]:
         start = min(ends)
 
 
-def _tiled_group(run: _Run, chunk: Chunk, first_row: int, band: _Band, layout: Layout) -> DecodeGroup:
+def _tiled_group(
+    run: _Run, chunk: Chunk, first_row: int, band: _Band, layout: AttentionLayout
+) -> DecodeGroup:
     first_block, skipped = divmod(run.base, layout.block_tokens)
     num_blocks = -(-(skipped + run.length) // layout.block_tokens)
     blocks = chunk.sequence.blocks[first_block : first_block + num_blocks]
@@ -250,7 +256,7 @@ class _Band:
     most_before: int
 
     @classmethod
-    def over(cls, runs: list[_Run], view: View, layout: Layout) -> _Band:
+    def over(cls, runs: list[_Run], view: View, layout: AttentionLayout) -> _Band:
         """Wide and high enough for all these runs."""
         before = max((run.start - run.base for run in runs), default=0)
         after = max((run.base + run.length - run.start for run in runs), default=0)
@@ -270,14 +276,14 @@ class _Band:
         return mask if mask.device.type == "cpu" else mask.contiguous()
 
 
-def _row_index(rows: list[Row], layout: Layout) -> slice | torch.Tensor:
+def _row_index(rows: list[Row], layout: AttentionLayout) -> slice | torch.Tensor:
     numbers = [row.row for row in rows]
     if numbers[-1] - numbers[0] + 1 == len(numbers):
         return slice(numbers[0], numbers[-1] + 1)
     return torch.tensor(numbers).to(layout.device)
 
 
-def _contexts(tables: Sequence[Sequence[int]], layout: Layout) -> Contexts:
+def _contexts(tables: Sequence[Sequence[int]], layout: AttentionLayout) -> Contexts:
     """Contexts of the same number of blocks each. A single one whose blocks lie in a row is read where it is."""
     first, num_blocks = tables[0][0], len(tables[0])
     if len(tables) == 1 and list(tables[0]) == list(range(first, first + num_blocks)):
@@ -285,11 +291,13 @@ def _contexts(tables: Sequence[Sequence[int]], layout: Layout) -> Contexts:
     return Contexts(len(tables), num_blocks, _table(tables, layout).flatten())
 
 
-def _table(blocks: Sequence[int] | Sequence[Sequence[int]], layout: Layout) -> torch.Tensor:
+def _table(blocks: Sequence[int] | Sequence[Sequence[int]], layout: AttentionLayout) -> torch.Tensor:
     return torch.from_numpy(np.array(blocks)).to(layout.device)
 
 
-def _row_mask(rows: list[Row], length: int, layout: Layout, bias: torch.Tensor | None) -> torch.Tensor:
+def _row_mask(
+    rows: list[Row], length: int, layout: AttentionLayout, bias: torch.Tensor | None
+) -> torch.Tensor:
     """[n, 1, 1, L], or with a bias [n, H, 1, L]."""
     bounds = torch.tensor([(row.first - row.base, row.end - row.base) for row in rows]).to(layout.device)
     places = torch.arange(length, device=layout.device)

@@ -29,7 +29,7 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class AttentionLayout:
     """How the steps of one model are laid out. Layers that see alike share a view: `view_of` has the index in `views`
     of every layer that has one: encoder-decoders lay out their own (see two_sided_batch.py)."""
 
@@ -50,7 +50,7 @@ class Layout:
         device: torch.device,
         dtype: torch.dtype,
         invariant: bool = False,
-    ) -> Layout:
+    ) -> AttentionLayout:
         """The layout of a model with these mixers, one a layer."""
         views = {
             layer: _view(mixer)

@@ -21,7 +21,7 @@ MAX_RISE = 2.0
 MIN_SHARE = 0.02
 
 
-class Pace:
+class PrefillBudget:
     """Prices of steps, and the budget that follows."""
 
     def __init__(self, *, max_batch_tokens: int, max_stall: float) -> None:
@@ -30,7 +30,7 @@ class Pace:
         self._undisturbed: dict[int, deque[float]] = {}
         self._token_s: float | None = None
 
-    def budget(self, num_decoding: int, num_unread: int = 1) -> int:
+    def tokens(self, num_decoding: int, num_unread: int = 1) -> int:
         """Prompt tokens that a step may read beside `num_decoding` sequences, where `num_unread` prompts are not read yet."""
         room = self._max_batch_tokens - num_decoding
         if num_decoding == 0:

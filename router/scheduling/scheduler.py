@@ -1,7 +1,7 @@
 """Chooses what the next step runs. No tensors, no clock, no I/O: the same calls give the same batches.
 
 Running sequences come first, those that decode before those that still read their prompt; what is left of the token
-budget goes to chunks of prompts, beside sequences that decode no more than `pace.py` allows. Waiting sequences are
+budget goes to chunks of prompts, beside sequences that decode no more than prefill_budget.py allows. Waiting sequences are
 admitted in the order of `fair_queue.py`. When the KV pool runs dry the newest sequence gives its blocks back and starts
 over later from its own tokens: it loses time, never a token.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from router.scheduling.block_pool import BlockPool, OutOfBlocks
 from router.scheduling.fair_queue import FairQueue
-from router.scheduling.prefill_budget import Pace
+from router.scheduling.prefill_budget import PrefillBudget
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.sequence import Chunk, Sequence
 from router.scheduling.state_pool import StatePool
@@ -31,7 +31,7 @@ class Limits:
 
 class Scheduler:
     """What runs and what waits, over one block pool, and one of states where the model has recurrent ones. Without
-    `prefixes` nothing is shared; without `pace` a step reads as much of prompts as fits into it."""
+    `prefixes` nothing is shared; without `prefill_budget` a step reads as much of prompts as fits into it."""
 
     def __init__(
         self,
@@ -39,14 +39,14 @@ class Scheduler:
         pool: BlockPool,
         *,
         prefixes: PrefixCache | None = None,
-        pace: Pace | None = None,
+        prefill_budget: PrefillBudget | None = None,
         states: StatePool | None = None,
     ) -> None:
         self.limits = limits
         self.pool = pool
         self.prefixes = prefixes
         self.states = states
-        self._pace = pace
+        self._prefill_budget = prefill_budget
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -68,8 +68,8 @@ class Scheduler:
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         budget = self._extend(chunks, decoding, self.limits.max_batch_tokens)
         reading = [sequence for sequence in self.running if sequence.num_pending > 1]
-        if self._pace is not None:
-            budget = min(budget, self._pace.budget(len(chunks), len(reading) + len(self.waiting)))
+        if self._prefill_budget is not None:
+            budget = min(budget, self._prefill_budget.tokens(len(chunks), len(reading) + len(self.waiting)))
         budget = self._extend(chunks, reading, budget)
         self._admit(chunks, budget)
         return tuple(chunks)
@@ -91,8 +91,8 @@ class Scheduler:
 
     def observe(self, chunks: tuple[Chunk, ...], seconds: float) -> None:
         """How long a step took."""
-        if self._pace is not None:
-            self._pace.observe(*count(chunks), seconds)
+        if self._prefill_budget is not None:
+            self._prefill_budget.observe(*count(chunks), seconds)
 
     def check_integrity(self) -> None:
         sequences = (*self.running, *self.waiting)

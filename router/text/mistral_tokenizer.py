@@ -26,7 +26,7 @@ _VERSIONED = re.compile(r".+\.model\.v(\d+)(?:m\d+)?")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def find_native_file(folder: Path) -> Path | None:
+def find_mistral_file(folder: Path) -> Path | None:
     """tekken.json, else the highest tokenizer.model.vN, else tokenizer.model."""
     if (folder / TEKKEN_FILE).is_file():
         return folder / TEKKEN_FILE
@@ -39,7 +39,7 @@ def find_native_file(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def read_native(path: Path, config: Mapping[str, Any]) -> TextTokenizer:
+def read_mistral_tokenizer(path: Path, config: Mapping[str, Any]) -> TextTokenizer:
     """`config`: what tokenizer_config.json says, where there is one, of further tokens, of names of special ones, and
     of those that a text begins and ends with. Raises CheckpointError that names the file."""
     if path.stat().st_size > MAX_FILE_BYTES:

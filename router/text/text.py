@@ -22,7 +22,7 @@ from router.text.chat_template import TOKENIZER_CONFIG_FILE, ChatTemplate, find_
 from router.text.control_tokens import ControlTokens
 from router.text.detokenizer import Detokenizer
 from router.text.mistral_chat import MistralChat, find_mistral_chat
-from router.text.mistral_tokenizer import find_native_file, read_native
+from router.text.mistral_tokenizer import find_mistral_file, read_mistral_tokenizer
 from router.text.tokenizer import TextTokenizer
 from router.text.vocabulary import Vocabulary
 
@@ -152,8 +152,10 @@ def load_text(folder: str | Path) -> Text:
     """
     folder = Path(folder)
     config = _read_object(folder / TOKENIZER_CONFIG_FILE)
-    native_file = None if (folder / TOKENIZER_FILE).is_file() else find_native_file(folder)
-    tokenizer = _load_tokenizer(folder) if native_file is None else read_native(native_file, config)
+    mistral_file = None if (folder / TOKENIZER_FILE).is_file() else find_mistral_file(folder)
+    tokenizer = (
+        _load_tokenizer(folder) if mistral_file is None else read_mistral_tokenizer(mistral_file, config)
+    )
     eos_token_ids = _eos_token_ids(folder)
     if tokenizer is None:
         return Text(None, eos_token_ids)
@@ -162,9 +164,9 @@ def load_text(folder: str | Path) -> Text:
     template = find_template(folder, config)
     if template is not None:
         return Text(tokenizer, eos_token_ids, ChatTemplate(template))
-    if native_file is None:
+    if mistral_file is None:
         return Text(tokenizer, eos_token_ids)
-    found = find_mistral_chat(native_file, tokenizer)
+    found = find_mistral_chat(mistral_file, tokenizer)
     if isinstance(found, str):
         return Text(tokenizer, eos_token_ids, no_chat=f"{_NO_TEMPLATE}; {found}")
     fields = {"version": found.version}

@@ -17,7 +17,7 @@ from support.local_router import ReferenceStep
 from moesaic.epoch import Epoch
 from moesaic.errors import InvalidArgument
 from moesaic.settings import EngineSettings
-from router.assembly import Parts, load_parts
+from router.assembly import LoadedRouter, load_router
 from router.config import RouterConfig
 from router.dispatch.dispatcher import Dispatcher
 from router.engine.request import Failed, Finished, SequenceEvent, SequenceRequest
@@ -36,9 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def load(model: Path, **engine: Any) -> Parts:
+def load(model: Path, **engine: Any) -> LoadedRouter:
     config = RouterConfig(model, "tiny", "127.0.0.1", 0, "cpu", "float32", EngineSettings(**engine))
-    return load_parts(config, ReplicaPool(), PhaseClock())
+    return load_router(config, ReplicaPool(), PhaseClock())
 
 
 def test_without_a_setting_the_cache_holds_the_whole_context(model: Path) -> None:
@@ -73,10 +73,10 @@ class ReferenceDispatcher:
 
 def test_overlap_never_cuts_what_an_encoder_has_to_read_as_a_whole(tmp_path: Path) -> None:
     write_switch(tmp_path, 1)
-    parts = replace(
+    loaded = replace(
         load(tmp_path, overlap="on", threads=1), dispatcher=cast(Dispatcher, ReferenceDispatcher(tmp_path))
     )
-    engine = parts.engine(Epoch.of("tiny", {}))
+    engine = loaded.engine(Epoch.of("tiny", {}))
     events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
     params = SamplingParams(max_tokens=2, temperature=0.0)
     deadline_s = time.monotonic() + WAIT_S

@@ -24,7 +24,7 @@ from moesaic.errors import (
     Unavailable,
 )
 from moesaic.families.model import Attention
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import Contexts, KVCache
 from router.decoders.decoder import MicroBatch, RouterModel
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
@@ -53,7 +53,7 @@ class CountingModel:
     """Keeps each token id in the cache, so that the sum over a context is what its blocks really hold."""
 
     mixers = (Attention(num_heads=1, num_kv_heads=1, head_dim=1),)
-    layout = Layout.of(mixers, block_tokens=4, device=torch.device("cpu"), dtype=torch.float32)
+    layout = AttentionLayout.of(mixers, block_tokens=4, device=torch.device("cpu"), dtype=torch.float32)
 
     def __init__(self) -> None:
         self.on_forward: Callable[[MicroBatch], None] = lambda part: None

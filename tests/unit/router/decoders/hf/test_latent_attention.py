@@ -26,7 +26,7 @@ from transformers.models.youtu.configuration_youtu import YoutuConfig
 
 from moesaic.errors import Unsupported
 from moesaic.families.model import LatentAttention, Mixer
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.hf import latent_attention
 from router.decoders.hf.attention import AttentionStep
@@ -120,7 +120,7 @@ def paged(
     """Hidden states [T, D] of every sequence -> outputs [T, D], by ours."""
     dtype = hidden["one"].dtype
     cpu = torch.device("cpu")
-    layout = Layout.of([mixer], block_tokens=BLOCK_TOKENS, device=cpu, dtype=dtype)
+    layout = AttentionLayout.of([mixer], block_tokens=BLOCK_TOKENS, device=cpu, dtype=dtype)
     cache = KVCache([mixer], num_blocks=64, block_tokens=BLOCK_TOKENS, dtype=dtype, device=cpu)
     ours = LatentAttentionModule(module, 0, mixer)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in hidden}

@@ -19,7 +19,7 @@ from support.striped_hyena import EVO, Reference, write_striped_hyena
 
 from moesaic.epoch import Epoch
 from moesaic.errors import DataLoss, MoesaicError, Unavailable, Unsupported
-from router.assembly import load_parts
+from router.assembly import load_router
 from router.decoders.decoder import MicroBatch
 from router.decoders.stripedhyena.decoder import rms_norm
 from router.engine.engine import Engine
@@ -58,9 +58,9 @@ class Harness:
         max_batch_tokens: int = 64,
     ) -> None:
         config = router_config(folder, "router", kv_block_tokens=BLOCK)
-        parts = load_parts(config, ReplicaPool(), PhaseClock())
-        self.model = parts.model
-        self.cache = parts.cache
+        loaded = load_router(config, ReplicaPool(), PhaseClock())
+        self.model = loaded.model
+        self.cache = loaded.cache
         self.blocks = BlockPool(num_blocks, BLOCK)
         self.states = StatePool(MAX_RUNNING, num_kept)
         scheduler = Scheduler(
@@ -70,11 +70,11 @@ class Harness:
             states=self.states,
         )
         self.engine = Engine(
-            parts.model,
-            parts.cache,
+            loaded.model,
+            loaded.cache,
             scheduler,
-            parts.dispatcher,
-            parts.clock,
+            loaded.dispatcher,
+            loaded.clock,
             epoch=EPOCH,
             overlap=overlap,
             max_waiting=64,
@@ -262,8 +262,8 @@ def test_in_bfloat16_rounding_does_not_add_up_along_the_sequence(
 ) -> None:
     write_striped_hyena(tmp_path, seed=3, dtype=torch.bfloat16, **variant)
     config = replace(router_config(tmp_path, "router"), dtype="bfloat16")
-    parts = load_parts(config, ReplicaPool(), PhaseClock())
-    router = LocalRouter(parts, lambda: parts.dispatcher.begin(EPOCH, deadline_s=0.0))
+    loaded = load_router(config, ReplicaPool(), PhaseClock())
+    router = LocalRouter(loaded, lambda: loaded.dispatcher.begin(EPOCH, deadline_s=0.0))
     (prompt,) = random_prompts(150)
     expected = Reference(tmp_path).logits(prompt)
     for budget in (512, 1):
@@ -282,5 +282,5 @@ def test_what_is_not_to_be_had_of_it_is_refused(
     folder: Path, settings: dict[str, object], field: str
 ) -> None:
     with pytest.raises(Unsupported) as refused:
-        load_parts(router_config(folder, "router", **settings), ReplicaPool(), PhaseClock())
+        load_router(router_config(folder, "router", **settings), ReplicaPool(), PhaseClock())
     assert refused.value.field == field
