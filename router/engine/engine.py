@@ -298,7 +298,7 @@ class Engine:
 
     def _reject(self, live: LiveSequence, error: MoesaicError) -> None:
         """Fails a sequence whose values are wrong: nobody else shall find them in the cache."""
-        self._scheduler.distrust(live.sequence)
+        self._scheduler.discard_cached(live.sequence)
         self._fail(live, error)
 
     def _fail(self, live: LiveSequence, error: MoesaicError) -> None:

@@ -1,4 +1,4 @@
-"""What the scheduler works with: a sequence as it sees one, and the chunk of it that a step runs."""
+"""What the scheduler works with: its view of a sequence, and the chunk of one that a step runs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ class Sequence:
     """The scheduler's half of a request: how many tokens there are, how many are computed, which blocks are held."""
 
     sequence_id: str
-    # Prompt and generated tokens; between them what a decoder is given, where an encoder reads the prompt.
+    # Prompt and generated tokens. Where an encoder reads the prompt, the decoder's own start tokens lie between them.
     tokens: list[int]
     num_prompt_tokens: int
-    # Shares the router and the cached prefixes with nobody but itself.
+    # The tenant, with whom alone cached prefixes are shared, and whose served tokens decide who is admitted next.
     tenant: str = ""
-    # Every token's logits are wanted: nothing may be taken from the prefix cache.
+    # Whether the logits of every token are wanted, so that nothing may be taken from the prefix cache.
     reads_all: bool = False
-    # Leading tokens whose keys and values are in the cache.
+    # The number of leading tokens whose keys and values are in the cache.
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     # The generated tokens alone.
     output: list[int] = field(default_factory=list)
-    # Names of its leading full blocks, as far as anybody asked (see prefix_cache.py).
-    names: list[bytes] = field(default_factory=list)
-    # The slot of its recurrent state while it runs, where the model has one (see state_cache.py).
+    # The hashes of its leading full blocks, as far as they have been needed (see prefix_cache.py).
+    block_hashes: list[bytes] = field(default_factory=list)
+    # The slot of its recurrent state while it runs, where the model has one (see state_pool.py).
     state: int | None = None
-    # How many tokens are computed, multiples of a block, when that state is worth a copy: chunks end there.
-    marks: tuple[int, ...] = ()
+    # Numbers of computed tokens, multiples of a block, at which a snapshot of that state is made: chunks end there.
+    snapshot_points: tuple[int, ...] = ()
 
     @property
     def num_pending(self) -> int:

@@ -53,7 +53,7 @@ class Harness:
         folder: Path,
         *,
         num_blocks: int = 256,
-        num_kept: int = 8,
+        num_snapshots: int = 8,
         overlap: bool = False,
         max_batch_tokens: int = 64,
     ) -> None:
@@ -62,7 +62,7 @@ class Harness:
         self.model = loaded.model
         self.cache = loaded.cache
         self.blocks = BlockPool(num_blocks, BLOCK)
-        self.states = StatePool(MAX_RUNNING, num_kept)
+        self.states = StatePool(MAX_RUNNING, num_snapshots)
         scheduler = Scheduler(
             Limits(max_batch_tokens, MAX_RUNNING),
             self.blocks,
@@ -198,7 +198,7 @@ def test_preempted_sequences_start_over_and_are_exact(make: Make, greedy: Greedy
 
 
 def test_slots_of_the_ended_are_used_again_from_zero(make: Make, greedy: Greedy) -> None:
-    harness = make(num_kept=1)
+    harness = make(num_snapshots=1)
     for index, prompt in enumerate(random_prompts(9, 2, 1, 13, 5)):
         assert collect(harness.submit(str(index), prompt, num_new=3))[0] == greedy(prompt, 3)
 
