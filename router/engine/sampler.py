@@ -21,10 +21,10 @@ from torch import Tensor
 
 from moesaic.errors import DataLoss, MoesaicError
 from router.engine.sampling_params import SampledToken, SamplingParams, TokenLogprobs
+from router.top_k import top_ids
 
 # Positions of a prompt that are scored at once: bounds the memory of [T, V] intermediates.
 _SCORED_ROWS = 64
-_LOW_32_BITS = 0xFFFFFFFF
 # Candidates that are ranked for min-p and top-p before all of them are.
 _WIDTHS = (128, 2048)
 # How many more a ranking looks at, for equal scores.
@@ -303,23 +303,14 @@ def _ranked(scores: Tensor, num: int) -> Tensor:
     """
     width = num + _SPARE
     if width >= scores.shape[1]:
-        return _ranked_of(scores, torch.arange(scores.shape[1], device=scores.device), num)
+        return top_ids(scores, torch.arange(scores.shape[1], device=scores.device), num)
     values, ids = scores.topk(width, dim=-1)
-    ranked = _ranked_of(values, ids, num)
+    ranked = top_ids(values, ids, num)
     tied = values[:, num - 1] == values[:, -1]
     if tied.any():
         everything = torch.arange(scores.shape[1], device=scores.device)
-        ranked[tied] = _ranked_of(scores[tied], everything, num)
+        ranked[tied] = top_ids(scores[tied], everything, num)
     return ranked
-
-
-def _ranked_of(scores: Tensor, ids: Tensor, num: int) -> Tensor:
-    """The same of scores [M, W] that belong to `ids` ([M, W] or [W]): one exact top-k over integers that hold the
-    score's order above and the id below."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes one zero of the two
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    keys = (order << 32) | (_LOW_32_BITS - ids)
-    return _LOW_32_BITS - (keys.topk(num, dim=-1).values & _LOW_32_BITS)
 
 
 def _token_logprobs(scores: Tensor, targets: Sequence[int], num_top: int) -> list[TokenLogprobs]:

@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from moesaic.errors import CheckpointError
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
-_ALPHABET: Mapping[int, str] = bytes_to_unicode()
-_BYTE_OF_CHARACTER = {character: byte for byte, character in _ALPHABET.items()}
+
+
+def _byte_alphabet() -> dict[int, str]:
+    printable = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+# The character by which a byte-level vocabulary writes each byte, as GPT-2 chose them: itself where it is printable in
+# Latin-1 and no space, else one behind Latin-1.
+BYTE_ALPHABET = _byte_alphabet()
+_BYTE_OF_CHARACTER = {character: byte for byte, character in BYTE_ALPHABET.items()}
 
 
 @dataclass(frozen=True, slots=True)

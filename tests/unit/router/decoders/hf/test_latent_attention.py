@@ -184,8 +184,16 @@ def test_in_bfloat16_it_is_as_close_to_the_truth_as_the_module_of_transformers(
 def test_heads_are_expanded_one_by_one_where_memory_has_no_room_for_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    num_heads, attend = [], latent_attention.attend_parts
+
+    def count(queries: torch.Tensor, *rest: Any) -> None:
+        num_heads.append(len(queries))
+        attend(queries, *rest)
+
+    monkeypatch.setattr(latent_attention, "attend_parts", count)
     monkeypatch.setattr(latent_attention, "_MOST_EXPANDED", 1)
     test_prompts_in_chunks_and_decoded_tokens_equal_the_module_of_transformers("v3", 64)
+    assert set(num_heads) == {1}
 
 
 def test_the_cache_holds_one_compressed_vector_a_token() -> None:
