@@ -1,4 +1,4 @@
-"""What a router is made of before it knows the epoch: text, model, cache, dispatcher; and how much the cache may take."""
+"""Loads what does not depend on the epoch: text, model, caches, dispatcher; makes the engine for an epoch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from router.workers.replica_pool import ReplicaPool
 
 log = logging.getLogger(__name__)
 
-# Rows on the wire, by setting; `auto` is what the model computes in.
+# The dtype of rows on the wire by setting. Not listed is `auto`, the dtype that the model computes in.
 WIRE_DTYPES: dict[str, common_pb2.Dtype] = {
     "float32": common_pb2.DTYPE_FLOAT32,
     "bfloat16": common_pb2.DTYPE_BFLOAT16,
@@ -43,7 +43,7 @@ WIRE_DTYPES: dict[str, common_pb2.Dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class LoadedRouter:
-    """Everything that is loaded from the checkpoint, ready for an epoch."""
+    """Everything of a router that is loaded once, from which an engine is made when the epoch is known."""
 
     settings: EngineSettings
     shape: MoeModel
@@ -51,14 +51,14 @@ class LoadedRouter:
     model: RouterModel
     cache: KVCache
     blocks: BlockPool
-    # Of a model that has recurrent states.
+    # None for a model without recurrent states.
     states: StatePool | None
     dispatcher: Dispatcher
     clock: PhaseClock
     max_model_len: int
 
     def engine(self, epoch: Epoch) -> Engine:
-        """An engine for sequences of `epoch`, not started."""
+        """An engine for sequences of `epoch`, which has not been started."""
         settings = self.settings
         scheduler = Scheduler(
             Limits(
@@ -87,18 +87,18 @@ class LoadedRouter:
 
     @property
     def encodes_prompts(self) -> bool:
-        """Whether prompts are read by an encoder, as a whole."""
+        """Whether prompts are read as a whole, by an encoder."""
         return self.shape.num_encoder_layers > 0
 
     def _prefixes(self, epoch: Epoch) -> PrefixCache | None:
-        """What an encoder makes of a prompt's beginning depends on its end: there is nothing to be shared."""
+        """None where an encoder reads prompts: what it computes for a beginning depends on the end."""
         if not self.settings.prefix_cache or self.encodes_prompts:
             return None
         return PrefixCache(self.blocks, epoch.id, self.states)
 
 
 def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> LoadedRouter:
-    """Reads all but the expert weights. Raises CheckpointError, InvalidArgument."""
+    """Reads everything but the expert weights. Raises CheckpointError, InvalidArgument."""
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     checkpoint = open_checkpoint(config.model)

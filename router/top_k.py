@@ -14,7 +14,7 @@ _ID_MASK = (1 << _ID_BITS) - 1
 def top_ids(scores: torch.Tensor, ids: torch.Tensor, num: int) -> torch.Tensor:
     """The ids of the `num` highest of float32 scores [M, W], highest first: [M, num]. `ids` is [M, W] or [W].
 
-    One top-k over integer keys, no two of which are equal: the order of the score above, the inverted id below.
+    One top-k over distinct integer keys: the order of the score above, the inverted id below.
     """
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns minus zero into zero
     # The bits of positive floats are ordered as the floats are, those of negative ones in reverse.

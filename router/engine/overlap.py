@@ -1,4 +1,4 @@
-"""Cuts a step into the two micro-batches that overlap: one computes in the router while workers compute the other."""
+"""Cuts a step into two micro-batches: the router computes one while workers compute the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def micro_batches(chunks: tuple[Chunk, ...]) -> tuple[tuple[Chunk, ...], ...]:
 
 
 def halves(chunks: tuple[Chunk, ...]) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
-    """Two parts with about equally many tokens, in order. A chunk that lies across the middle is cut in two."""
+    """Two parts with about equally many tokens, in order. A chunk across the middle is cut in two."""
     left = sum(chunk.num_tokens for chunk in chunks) // 2
     first: list[Chunk] = []
     second: list[Chunk] = []

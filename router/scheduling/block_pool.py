@@ -1,8 +1,8 @@
 """Which blocks of the KV cache are free, in use, or evictable. Pure.
 
-The pool can check its own state: every block is free, in use by one or more sequences, or evictable. An evictable block
-holds cached keys and values under a block hash (see prefix_cache.py) and has no user. When the pool runs out of free
-blocks it evicts the least recently used one.
+The pool can check its own state: every block is free, in use by one or more sequences, or evictable. An
+evictable block holds cached keys and values under a block hash (see prefix_cache.py) and has no user. When
+the pool runs out of free blocks it evicts the least recently used one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BlockPool:
         return -(-num_tokens // self.block_tokens)
 
     def extend(self, blocks: list[int], num_tokens: int) -> None:
-        """Grows a sequence's block table to hold `num_tokens` positions. Raises OutOfBlocks, and then changes nothing."""
+        """Grows a block table to hold `num_tokens` positions. Changes nothing if it raises OutOfBlocks."""
         missing = self.blocks_for(num_tokens) - len(blocks)
         if missing > self.num_free:
             raise OutOfBlocks
@@ -63,7 +63,7 @@ class BlockPool:
         blocks.clear()
 
     def set_hash(self, block: int, block_hash: bytes) -> None:
-        """Makes a block in use available under its hash. The first block of a hash stays the one that is shared."""
+        """Makes a block in use available under its hash. Only the first block of a hash is shared."""
         if block_hash not in self._block_of and block not in self._hash_of:
             self._hash_of[block] = block_hash
             self._block_of[block_hash] = block

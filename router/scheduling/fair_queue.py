@@ -1,8 +1,8 @@
-"""Which sequence is admitted next: that of the tenant that was served the fewest tokens; within a tenant, the oldest.
+"""Admits the oldest sequence of the tenant that was served the fewest tokens.
 
-These are the virtual token counters of fair queueing: a tenant is charged for the prompt tokens that are computed for
-it and for every token that it receives. A tenant that had nothing waiting rejoins at the level of those that have, so
-idle time earns no credit. With a single tenant this is first come, first served.
+These are the virtual token counters of fair queueing: a tenant is charged for the prompt tokens that are
+computed for it and for every token that it receives. A tenant that had nothing waiting rejoins at the level
+of those that have, so idle time earns no credit. With a single tenant this is first come, first served.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Iterator
 
 from router.scheduling.sequence import Sequence
 
-# The number of tenants whose counters are remembered. Any other starts at the level of those that wait, as a new one
-# does.
+# The number of tenants whose counters are remembered. Any other counts as a new tenant.
 MAX_TENANTS = 1024
 
 
@@ -35,7 +34,7 @@ class FairQueue:
         return len(self._returned) + self._num_waiting
 
     def __iter__(self) -> Iterator[Sequence]:
-        """The order of admission. The sequence that was yielded last may be admitted or removed during the iteration."""
+        """The order of admission. The sequence yielded last may be admitted or removed meanwhile."""
         yield from tuple(self._returned)
         heads = [
             entry for tenant in self._waiting if (entry := self._next_entry(tenant, self._entries(tenant)))
@@ -101,6 +100,6 @@ class FairQueue:
     def _next_entry(
         self, tenant: str, entries: Iterator[tuple[int, Sequence]]
     ) -> tuple[int, int, Sequence, Iterator[tuple[int, Sequence]]] | None:
-        """The heap entry of a tenant's next sequence. It sorts by the tenant's tokens, then by the unique arrival."""
+        """The heap entry of a tenant's next sequence: sorted by the tenant's tokens, then by arrival."""
         arrival, sequence = next(entries, (0, None))
         return None if sequence is None else (self._served.get(tenant, 0), arrival, sequence, entries)

@@ -1,10 +1,10 @@
-"""How many prompt tokens a step may read beside decoding sequences without delaying their next tokens for long.
+"""How many prompt tokens a step may read without delaying the sequences that decode for long.
 
-The budget follows from two figures that are learned from the steps themselves: the time of a step of decoding sequences
-alone, and the time that each prompt token adds to it. A mixed step may take `max_stall` times as long as an undisturbed
-one while a single prompt is read. It may take longer the more prompts wait for the fewer decoding sequences: small
-chunks read slowly, and then the waiting requests lose more than the running ones gain. Pure: it is given seconds as
-numbers.
+The budget follows from two figures that are learned from the steps themselves: the time of a step of decoding
+sequences alone, and the time that each prompt token adds to it. A mixed step may take `max_stall` times as
+long as an undisturbed one while a single prompt is read. It may take longer the more prompts wait for the
+fewer decoding sequences: small chunks read slowly, and then the waiting requests lose more than the running
+ones gain. Pure: it is given seconds as numbers.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-# The fewest tokens that a step reads: a prompt makes progress even when little is known or little time is left.
+# The fewest prompt tokens that a step reads, so that prompts always make progress.
 MIN_CHUNK = 16
 # The number of undisturbed steps that are remembered for each number of sequences, grouped by powers of two.
 NUM_STEPS = 15
-# The share of a new price that enters the average: a rising one is followed quickly, a falling one slowly. A single
-# slow step counts as MAX_RISE times the price at most.
+# The share of a new price that enters the average: a rising one is followed quickly, a falling one slowly. A
+# single slow step counts as MAX_RISE times the price at most.
 RISING, FALLING = 0.5, 0.3
 MAX_RISE = 2.0
-# The least share of a mixed step that is attributed to its prompt tokens, so that a noisy clock yields no price of zero.
+# The least share of a mixed step that its prompt tokens account for, lest a noisy clock make the price zero.
 MIN_SHARE = 0.02
 
 
@@ -34,7 +34,7 @@ class PrefillBudget:
         self._token_s: float | None = None
 
     def tokens(self, num_decoding: int, num_unread: int = 1) -> int:
-        """How many prompt tokens a step may read beside `num_decoding` sequences while `num_unread` prompts are not read yet."""
+        """How many prompt tokens a step may read, given `num_decoding` sequences and `num_unread` prompts."""
         room = self._max_batch_tokens - num_decoding
         if num_decoding == 0:
             return room
@@ -52,7 +52,7 @@ class PrefillBudget:
             return
         undisturbed_s = self._step_s(num_decoding) if num_decoding else 0.0
         if undisturbed_s is None:
-            # No step has only decoded so far: time that the prompt tokens do not account for is that of decoding.
+            # No step has only decoded so far: what prompt tokens do not account for is decoding.
             if self._token_s is not None and seconds > num_prompt_tokens * self._token_s:
                 self._learn_step(num_decoding, seconds - num_prompt_tokens * self._token_s)
             return
@@ -71,7 +71,7 @@ class PrefillBudget:
         self._token_s += share * (min(token_s, MAX_RISE * self._token_s) - self._token_s)
 
     def _step_s(self, num_decoding: int) -> float | None:
-        """The median time of undisturbed steps with about that many sequences, or with the nearest number that is known."""
+        """The median time of undisturbed steps with that many sequences, or the nearest known number."""
         if not self._undisturbed:
             return None
         size = num_decoding.bit_length()

@@ -1,13 +1,13 @@
 """Finds keys and values that were computed before: full blocks by hash, shared without a copy.
 
-The hash of a block covers its tokens and its parent's hash. The chain begins with the epoch and the tenant, so neither
-another version of the model nor another tenant ever gets these blocks. Only blocks whose tokens are all computed have a
-hash, and such a block is never written again: a sequence writes behind the blocks that it shares.
+The hash of a block covers its tokens and its parent's hash. The chain begins with the epoch and the tenant,
+so neither another version of the model nor another tenant ever gets these blocks. Only full, computed blocks
+have a hash, and they are never written again: a sequence writes behind the blocks that it shares.
 
-Where a model has recurrent states, a prefix can be reused only with both its blocks and a snapshot of the state after
-the last of them. Keys and values are cached for every token, states at few points: at the last full block of a prompt,
-for prompts that begin alike and for the next turn of a conversation; and where a prompt diverges from blocks that were
-found, since an earlier prompt has diverged there as well.
+Where a model has recurrent states, a prefix can be reused only with both its blocks and a snapshot of the
+state after the last of them. Keys and values are cached for every token, states at few points: at the last
+full block of a prompt, for prompts that begin alike and for the next turn of a conversation; and where a
+prompt diverges from blocks that were found, since an earlier prompt has diverged there as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DIGEST_BYTES = 32
 
 
 class PrefixCache:
-    """The cached prefixes of one epoch: the blocks of a pool by hash, and the snapshots of states that belong to them."""
+    """The cached prefixes of one epoch: blocks of a pool by hash, and snapshots of the states after them."""
 
     def __init__(self, pool: BlockPool, epoch: str, states: StatePool | None = None) -> None:
         self._pool = pool
@@ -65,7 +65,7 @@ class PrefixCache:
                 self._states.snapshot(sequence.state, hashes[last - 1])
 
     def pending_hashes(self, sequence: Sequence) -> list[bytes]:
-        """The hashes of the blocks at whose end others can join, once this sequence has computed its prompt."""
+        """The hashes at which others can join, once this sequence has computed its prompt."""
         size = self._pool.block_tokens
         if self._states is None:
             return sequence.block_hashes[sequence.num_computed // size :]
@@ -78,7 +78,7 @@ class PrefixCache:
     def should_wait(self, sequence: Sequence, num_shared: int, pending: set[bytes]) -> bool:
         """Whether a running sequence is computing what follows this one's shared blocks.
 
-        `pending` holds the hashes that running sequences will have cached. To wait costs less than to compute twice.
+        `pending`: the hashes of what running sequences compute. Waiting costs less than computing it twice.
         """
         if sequence.reads_all:
             return False
@@ -86,7 +86,7 @@ class PrefixCache:
         return any(block_hash in pending for block_hash in (missing[:1] if self._states is None else missing))
 
     def block_hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
-        """The hashes of the sequence's first `num_blocks` blocks. Each is computed once in the sequence's life."""
+        """The hashes of a sequence's first `num_blocks` blocks, each computed once in its life."""
         size, hashes = self._pool.block_tokens, sequence.block_hashes
         while len(hashes) < num_blocks:
             start = len(hashes) * size
@@ -96,7 +96,7 @@ class PrefixCache:
         return hashes[:num_blocks]
 
     def _up_to_snapshot(self, sequence: Sequence, found: list[int], states: StatePool) -> list[int]:
-        """The blocks that were found up to the last with a snapshot. Sets snapshot points where snapshots are missing."""
+        """The found blocks up to the last with a snapshot. Sets snapshot points where they are missing."""
         size, hashes = self._pool.block_tokens, sequence.block_hashes
         usable = next((n for n in range(len(found), 0, -1) if states.has_snapshot(hashes[n - 1])), 0)
         last = (len(sequence.tokens) - 1) // size

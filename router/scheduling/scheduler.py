@@ -1,9 +1,9 @@
 """Chooses what the next step runs. No tensors, no clock, no I/O: the same calls give the same batches.
 
-Running sequences come first, those that decode before those that still read their prompt. What is left of the token
-budget goes to chunks of prompts; beside decoding sequences, no more than the prefill budget allows. Waiting sequences
-are admitted in the order of fair_queue.py. When the KV pool runs dry the newest sequence is preempted: it gives its
-blocks back and later starts over from its own tokens, so it loses time, never a token.
+Running sequences come first, those that decode before those that still read their prompt. What is left of the
+token budget goes to chunks of prompts; beside decoding sequences, no more than the prefill budget allows.
+Waiting sequences are admitted in the order of fair_queue.py. When the KV pool runs dry the newest sequence is
+preempted: its blocks are freed and it later starts over from its own tokens. It loses time, never a token.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Limits:
 
     max_batch_tokens: int
     max_running: int
-    # Whether prompts are never cut, because an encoder reads them in both directions. The last prompt of a batch may
-    # then exceed `max_batch_tokens`.
+    # Whether prompts are never cut, because an encoder reads them in both directions. The last prompt of a
+    # batch may then exceed `max_batch_tokens`.
     whole_prompts: bool = False
 
 
 class Scheduler:
-    """Which sequences run and which wait, over one pool of KV blocks and, for recurrent models, one of state slots.
+    """Which sequences run and which wait, over a pool of KV blocks and, for recurrent models, one of states.
 
-    Without `prefixes` nothing is shared. Without `prefill_budget` a step reads as many prompt tokens as fit into it.
+    Without `prefixes` nothing is shared. Without `prefill_budget` a step reads as many prompt tokens as fit.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Scheduler:
         self._free(sequence)
 
     def schedule(self) -> tuple[Chunk, ...]:
-        """The next batch, with blocks allocated for all of it: at most `max_batch_tokens` tokens (but see `Limits`)."""
+        """The next batch, its blocks allocated: at most `max_batch_tokens` tokens (but see `Limits`)."""
         chunks: list[Chunk] = []
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         budget = self._extend(chunks, decoding, self.limits.max_batch_tokens)
@@ -131,8 +131,7 @@ class Scheduler:
             if self.prefixes is not None and self.prefixes.should_wait(sequence, len(blocks), pending):
                 self.pool.release(blocks)
                 continue
-            # There must be room for the whole sequence, not just its first chunk: else two long prompts starve each
-            # other.
+            # Room for all of it, not just its first chunk: else two long prompts starve each other.
             if self.pool.blocks_for(len(sequence.tokens)) - len(blocks) > self.pool.num_free:
                 self.pool.release(blocks)
                 break
@@ -190,7 +189,7 @@ class Scheduler:
         )
 
     def _newest_idle(self, chunks: list[Chunk]) -> Sequence:
-        """The last admitted of the running sequences that are not in this batch yet. The caller's own is one of them."""
+        """The newest running sequence that is not in this batch yet, the caller's own being one such."""
         scheduled = {chunk.sequence.sequence_id for chunk in chunks}
         return next(sequence for sequence in reversed(self.running) if sequence.sequence_id not in scheduled)
 
@@ -210,8 +209,8 @@ class Scheduler:
 
 
 def count(chunks: Iterable[Chunk]) -> tuple[int, int]:
-    """The number of sequences that decode, and of prompt tokens. A prompt's single last token costs what a decoded one
-    does, and counts as one."""
+    """The number of sequences that decode, and of prompt tokens. A prompt's single last token costs what a
+    decoded one does, and counts as one."""
     num_decoding = num_prompt_tokens = 0
     for chunk in chunks:
         if chunk.num_tokens == 1:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The scheduler's half of a request: how many tokens there are, how many are computed, which blocks are held."""
+    """The scheduler's half of a request: its tokens, how many of them are computed, which blocks it holds."""
 
     sequence_id: str
-    # Prompt and generated tokens. Where an encoder reads the prompt, the decoder's own start tokens lie between them.
+    # The prompt, the decoder's own prompt where an encoder reads the first, and the generated tokens.
     tokens: list[int]
     num_prompt_tokens: int
-    # The tenant, with whom alone cached prefixes are shared, and whose served tokens decide who is admitted next.
+    # Whom it is computed for. Prefixes are shared, and served tokens counted, by tenant.
     tenant: str = ""
     # Whether the logits of every token are wanted, so that nothing may be taken from the prefix cache.
     reads_all: bool = False
@@ -26,7 +26,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     # The slot of its recurrent state while it runs, where the model has one (see state_pool.py).
     state: int | None = None
-    # Numbers of computed tokens, multiples of a block, at which a snapshot of that state is made: chunks end there.
+    # Numbers of computed tokens, multiples of a block, at which chunks end and that state is copied.
     snapshot_points: tuple[int, ...] = ()
 
     @property

@@ -1,8 +1,8 @@
 """Which slots of the state cache are free, belong to a running sequence, or hold a snapshot. Pure.
 
 A snapshot is a copy of a recurrent state as it was at the end of a block, under the hash of that block (see
-prefix_cache.py). Snapshots are evictable, the least recently used first. The pool only records which copies are to be
-made, in order; `StateCache.apply` makes them before the next step, because states change in steps alone.
+prefix_cache.py). Snapshots are evictable, the least recently used first. The pool records the copies to be
+made, in order; `StateCache.apply` makes them before the next step, as states change in steps alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class StateCopy:
 
 
 class StatePool:
-    """Slots for `num_running` sequences and `num_snapshots` snapshots; slots without a sequence hold snapshots, too."""
+    """Slots for `num_running` sequences and `num_snapshots` snapshots, more while fewer sequences run."""
 
     def __init__(self, num_running: int, num_snapshots: int) -> None:
         if num_snapshots < 1:
@@ -72,7 +72,7 @@ class StatePool:
         return copies
 
     def check_integrity(self, slots: Iterable[int]) -> None:
-        """Asserts that every slot is free, holds a snapshot, or is one of these, the slots of the sequences."""
+        """Asserts that every slot is free, holds a snapshot, or is one of the sequences' own `slots`."""
         where = Counter((*self._free, *self._snapshots.values(), *slots))
         assert len(where) == self.num_slots and set(where.values()) <= {1}, (
             f"state slots do not add up: {len(where)} of {self.num_slots}, "

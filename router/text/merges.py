@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 
 def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that joins to a piece. The piece with the highest score is merged first; of pairs whose
-    pieces have the same score, the one with the longer first half, then the one with the longer second half."""
+    """Every pair of pieces that joins to a piece, that of the highest score first. At equal scores, the
+    longer first half comes first, then the longer second half."""
     pairs = [
         (left, right)
         for piece in scores

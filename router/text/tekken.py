@@ -1,6 +1,6 @@
-"""Mistral's tekken.json, ranks of byte strings and a pattern, as a tokenizer of the `tokenizers` library.
+"""Reads Mistral's tekken.json, byte strings by rank and a pattern, into a tokenizer of `tokenizers`.
 
-The token ids are those of Mistral's own library for every text, which is not needed.
+For every text the token ids are those of Mistral's own library, which is not needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from router.text.merges import merges_by_score
 from router.text.tokenizer import TokenizerParts
 from router.text.vocabulary import BYTE_ALPHABET
 
-# Special tokens of the files that do not list them, in order of id.
+# The special tokens, in order of id, of files that do not list them.
 _UNLISTED_SPECIALS = [
     "<unk>",
     "<s>",
@@ -40,16 +40,16 @@ _UNLISTED_SPECIALS = [
     "[/SYSTEM_PROMPT]",
     "[TOOL_CONTENT]",
 ]
-# That a file may keep places for: published ones do for a thousand.
+# The most special tokens that a file may reserve ids for. Published files reserve a thousand.
 _MOST_SPECIALS = 1 << 16
 _NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def read_tekken(path: Path) -> TokenizerParts:
-    """Ids: as many special tokens as the file keeps places for, then the vocabulary by rank. Raises CheckpointError."""
+    """The ids reserved for special tokens come first, then the vocabulary by rank. Raises CheckpointError."""
     try:
         return _parse(json.loads(path.read_bytes()))
-    except Exception as error:  # the library raises bare exceptions for a pattern that is none
+    except Exception as error:  # the library raises bare exceptions for an invalid pattern
         raise CheckpointError(f"{path.name} is not a tekken tokenizer", field=path.name) from error
 
 

@@ -53,7 +53,7 @@ def test_tokenizer_json_goes_before_all_others_then_tekken_then_the_highest_vers
     assert load_text(tmp_path).token(3) != "[INST]"
 
 
-def test_a_folder_with_no_such_file_has_no_native_tokenizer(tmp_path: Path) -> None:
+def test_a_folder_with_no_such_file_has_no_tokenizer_of_mistrals(tmp_path: Path) -> None:
     assert find_mistral_file(tmp_path) is None
 
 
