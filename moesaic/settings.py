@@ -7,9 +7,9 @@ and the standard OTEL_* variables are the exporter's own. Part of the `serve` ex
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -29,7 +29,15 @@ ExpertDType = Literal["auto", "fp32", "bf16", "int8", "int4"]
 WireDType = Literal["auto", "float32", "bfloat16", "float8", "int8"]
 # lean: our own decoder where the family is one that it knows; stock: the modules of transformers.
 Decoder = Literal["auto", "lean", "stock"]
-Switch = Literal["auto", "off"]
+
+
+def _yaml_word(value: Any) -> Any:
+    """YAML reads an unquoted on or off as a boolean."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "off"], BeforeValidator(_yaml_word)]
+OnOff = Annotated[Literal["on", "off"], BeforeValidator(_yaml_word)]
 # off: every token gets its experts. model: those families that have a capacity drop what full slots cannot take; which
 # tokens those are depends on what else is in the batch.
 CapacityLimit = Literal["off", "model"]
@@ -62,8 +70,8 @@ class EngineSettings(_Group):
     prefix_cache: bool = True
     # How much longer than an undisturbed one a decode step may take because prompts are read beside it.
     max_stall: float = Field(1.8, gt=1.0)
-    # Two micro-batches in flight where the engine measures that it wins.
-    overlap: Switch = "auto"
+    # Two micro-batches in flight, so that the router computes one while the workers compute the other.
+    overlap: OnOff = "off"
     wire_dtype: WireDType = "auto"
     # rows: bit-exact under any placement; sum: workers add up, fewer bytes, the last bits depend on placement.
     combine: Literal["rows", "sum"] = "rows"

@@ -55,7 +55,10 @@ def main(
         str | None, typer.Option(help="auto or off: gRPC to workers without threads between.")
     ] = None,
     overlap: Annotated[
-        str | None, typer.Option(help="auto or off: two micro-batches in flight where that wins.")
+        str | None,
+        typer.Option(
+            help="on or off: two micro-batches in flight, so that router and workers compute at once."
+        ),
     ] = None,
     batch_invariant: Annotated[
         bool | None,

@@ -1,4 +1,4 @@
-"""A router's counters as the service reports them."""
+"""A router's counters in the form in which the service reports them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def router_stats(
     gates: Sequence[GateReading],
     uptime_s: float,
 ) -> inference_pb2.GetRouterStatsResponse:
-    """The counters of engine, clock (seconds by phase), links and gates in one message."""
+    """One message with the counters of engine, links and gates, and the seconds of each phase."""
     return inference_pb2.GetRouterStatsResponse(
         steps=stats.steps,
         prompt_tokens=stats.prompt_tokens,

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from router.attention.packed_batch import PackedBatch
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.dispatch.dispatcher import DispatchStep
 from router.gating.gate_stats import GateHealth
@@ -32,7 +32,7 @@ class RouterModel(Protocol):
     """Attention, gates, norms, embeddings and head of one model; what experts compute comes from elsewhere."""
 
     # How its batches are to be packed.
-    layout: Layout
+    layout: AttentionLayout
     gates: GateHealth
 
     @property

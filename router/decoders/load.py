@@ -7,7 +7,7 @@ from moesaic.errors import InvalidArgument, Unsupported
 from moesaic.families.model import MoeModel
 from moesaic.families.stripedhyena import FAMILY
 from moesaic.settings import CapacityLimit, Decoder
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.decoder import RouterModel
 from router.decoders.encoder_decoder.decoder import EncoderDecoder
 from router.decoders.lean.decoder import LeanDecoder
@@ -19,7 +19,7 @@ from router.phase_clock import PhaseClock
 def load_model(
     checkpoint: Checkpoint,
     model: MoeModel,
-    layout: Layout,
+    layout: AttentionLayout,
     *,
     decoder: Decoder,
     num_positions: int,
@@ -57,7 +57,7 @@ def load_model(
     return StockDecoder(checkpoint, model, layout, num_positions=num_positions, clock=clock)
 
 
-def _refuse_variants(model: MoeModel, layout: Layout, decoder: Decoder) -> None:
+def _refuse_variants(model: MoeModel, layout: AttentionLayout, decoder: Decoder) -> None:
     """Of models that have one decoder, which is not batch-invariant."""
     if decoder == "stock" or layout.invariant:
         field = "engine.decoder" if decoder == "stock" else "engine.batch_invariant"
@@ -65,7 +65,7 @@ def _refuse_variants(model: MoeModel, layout: Layout, decoder: Decoder) -> None:
 
 
 def _describe(
-    checkpoint: Checkpoint, model: MoeModel, layout: Layout, decoder: Decoder
+    checkpoint: Checkpoint, model: MoeModel, layout: AttentionLayout, decoder: Decoder
 ) -> DecoderLayout | None:
     """None: stock."""
     if decoder == "stock":

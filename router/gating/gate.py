@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 
 from moesaic.families.model import GateRule, Groups
+from router.top_k import top_ids
 
 # The slot of a rank that nobody computes.
 NO_SLOT = -1
 
 # From this many scores on it is faster to find the best of a row than to sort all of it.
 _SORTED_SCORES = 2048
-_SCORE_BITS = 32
 
 
 class Assignment(NamedTuple):
@@ -168,16 +168,9 @@ def _empty(
 
 def _best(choice: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest of each row [T, E] and where they are, [T, K] both."""
-    # torch.topk promises no order among equals: a stable sort does, and so do keys of which no two are equal.
+    # A stable sort leaves equal scores in the order of their slots, as `top_ids` does.
     if choice.numel() <= _SORTED_SCORES:
         ranked, order = choice.sort(dim=-1, descending=True, stable=True)
         return ranked[:, :top_k], order[:, :top_k]
-    last_slot = choice.shape[1] - 1
-    backwards = torch.arange(last_slot, -1, -1, device=choice.device)
-    # Floats from zero up are ordered as their bits are, those below in reverse. Minus zero plus zero is zero.
-    bits = (choice + 0.0).view(torch.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = bits.long().bitwise_left_shift_(_SCORE_BITS).bitwise_or_(backwards)
-    best = keys.topk(top_k, dim=-1).values
-    slots = last_slot - (best & ((1 << _SCORE_BITS) - 1))
+    slots = top_ids(choice, torch.arange(choice.shape[1], device=choice.device), top_k)
     return choice.gather(1, slots), slots

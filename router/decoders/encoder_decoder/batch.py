@@ -17,7 +17,7 @@ import torch
 
 from router.attention.packed_batch import PackedBatch
 from router.attention.plan import DecodeGroup, Row, decode_groups
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.scheduling.sequence import Chunk
 
 
@@ -57,7 +57,7 @@ class DecoderRows:
 
     @classmethod
     def of(
-        cls, batch: PackedBatch, layout: Layout, *, start_token: int, bias: torch.Tensor | None
+        cls, batch: PackedBatch, layout: AttentionLayout, *, start_token: int, bias: torch.Tensor | None
     ) -> DecoderRows:
         """`bias` [H, P]: of self-attention, by how far a key lies back."""
         tokens: list[int] = []
@@ -89,7 +89,7 @@ class DecoderRows:
         return [place_of[token] for token in wanted]
 
 
-def _row(row: int, chunk: Chunk, first: int, end: int, layout: Layout) -> Row:
+def _row(row: int, chunk: Chunk, first: int, end: int, layout: AttentionLayout) -> Row:
     """One that sees the positions [first, end) of its sequence."""
     first_block = first // layout.block_tokens
     base = first_block * layout.block_tokens

@@ -24,7 +24,7 @@ from moesaic.families.encoder_decoder import Arithmetic
 from moesaic.families.model import CrossAttention, DecoderAttention, EncoderAttention, MoeModel
 from router.attention.paged import attend_group
 from router.attention.plan import DecodeGroup
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch
 from router.decoders.encoder_decoder.batch import DecoderRows, PromptRows
@@ -67,7 +67,7 @@ class EncoderDecoder:
         self,
         checkpoint: Checkpoint,
         model: MoeModel,
-        layout: Layout,
+        layout: AttentionLayout,
         *,
         num_positions: int,
         clock: PhaseClock,

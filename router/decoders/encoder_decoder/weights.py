@@ -16,7 +16,7 @@ from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.compute.linear import Linear
 from moesaic.families.encoder_decoder import Arithmetic, Names, StackNames
 from moesaic.families.model import MoeModel
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.dense_tensors import read_dense
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -109,7 +109,7 @@ class Reader:
         model: MoeModel,
         names: Names,
         arithmetic: Arithmetic,
-        layout: Layout,
+        layout: AttentionLayout,
     ) -> None:
         self.num_bytes = 0
         self._checkpoint = checkpoint

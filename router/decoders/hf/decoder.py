@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError, Unsupported
 from moesaic.families.model import LatentAttention, MoeModel
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch
 from router.decoders.dense_tensors import read_dense
@@ -43,7 +43,7 @@ class StockDecoder:
         self,
         checkpoint: Checkpoint,
         model: MoeModel,
-        layout: Layout,
+        layout: AttentionLayout,
         *,
         num_positions: int,
         clock: PhaseClock,
@@ -174,7 +174,7 @@ def _load(
     modules: PreTrainedModel,
     checkpoint: Checkpoint,
     model: MoeModel,
-    layout: Layout,
+    layout: AttentionLayout,
     exact: frozenset[str],
 ) -> None:
     """Reads every parameter. Raises CheckpointError for one that is missing or that the modules do not have."""

@@ -21,7 +21,7 @@ from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families.model import Attention, MoeModel
 from router.attention.paged import attend
 from router.attention.rotary import rotary_turns, turn_
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch
 from router.decoders.lean.supported import DecoderLayout
@@ -44,7 +44,7 @@ class LeanDecoder:
         checkpoint: Checkpoint,
         model: MoeModel,
         decoder: DecoderLayout,
-        layout: Layout,
+        layout: AttentionLayout,
         *,
         num_positions: int,
         clock: PhaseClock,

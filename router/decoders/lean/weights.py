@@ -17,7 +17,7 @@ from moesaic.compute.elementwise import CUT_ELEMENTS
 from moesaic.compute.linear import Linear
 from moesaic.families.model import Attention, ExpertLayer, GateRule, MoeModel
 from router.attention.rotary import pairs_side_by_side
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.dense_tensors import read_dense
 from router.decoders.lean import supported as names
 from router.gating.gate import Assignment, assign, everyone
@@ -98,7 +98,7 @@ class Layer:
 class Reader:
     """Reads one layer after the other."""
 
-    def __init__(self, checkpoint: Checkpoint, model: MoeModel, layout: Layout) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: MoeModel, layout: AttentionLayout) -> None:
         self.num_bytes = 0
         self._checkpoint = checkpoint
         self._model = model

@@ -20,7 +20,7 @@ from moesaic.families.config import Config
 from moesaic.families.model import MoeModel
 from moesaic.families.stripedhyena import read_arithmetic
 from router.attention.rotary import rotary_turns
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.cache.state_cache import StateRows
 from router.decoders.decoder import MicroBatch
@@ -44,7 +44,7 @@ class StripedHyena:
         self,
         checkpoint: Checkpoint,
         model: MoeModel,
-        layout: Layout,
+        layout: AttentionLayout,
         *,
         num_positions: int,
         clock: PhaseClock,

@@ -22,7 +22,7 @@ from moesaic.families import stripedhyena as names
 from moesaic.families.model import Attention, Hyena, MoeModel
 from moesaic.families.stripedhyena import Arithmetic
 from router.attention.rotary import pairs_side_by_side
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.dense_tensors import read_dense
 from router.decoders.stripedhyena.filters import LongFilter, ShortFilter, by_role, complex_of
 from router.decoders.stripedhyena.mixers import AttentionMixer, HyenaMixer, SequenceMixer
@@ -70,7 +70,7 @@ class Reader:
         checkpoint: Checkpoint,
         model: MoeModel,
         arithmetic: Arithmetic,
-        layout: Layout,
+        layout: AttentionLayout,
         clock: PhaseClock,
     ) -> None:
         self.num_bytes = 0

@@ -27,11 +27,11 @@ def test_the_z_loss_is_that_of_transformers() -> None:
 def test_every_gate_tells_the_z_loss_of_its_own_logits(tmp_path: Path, decoder: str) -> None:
     write_mixtral(tmp_path, seed=2)
     router = lonely_router(tmp_path, decoder=decoder)
-    assert [gate.z_loss for gate in router._parts.model.gates.snapshot()] == [None, None]
+    assert [gate.z_loss for gate in router.loaded.model.gates.snapshot()] == [None, None]
     router.run([PROMPT])
     with torch.inference_mode():
         outputs = random_mixtral(seed=2)(torch.tensor([PROMPT]), output_router_logits=True)
-    for gate, logits in zip(router._parts.model.gates.snapshot(), outputs.router_logits, strict=True):
+    for gate, logits in zip(router.loaded.model.gates.snapshot(), outputs.router_logits, strict=True):
         assert gate.z_loss == pytest.approx(float(logits.logsumexp(-1).square().mean()), rel=1e-4)
         assert (gate.assignments, gate.dropped) == (0, 0)
 
@@ -41,7 +41,7 @@ def test_gates_that_families_keep_are_looked_at_too(tmp_path: Path, family: str)
     write_family(tmp_path, random_model(family))
     router = lonely_router(tmp_path)
     router.run([PROMPT])
-    gates = router._parts.model.gates.snapshot()
+    gates = router.loaded.model.gates.snapshot()
     assert gates and all(gate.z_loss is not None and gate.z_loss > 0 for gate in gates)
 
 

@@ -17,7 +17,7 @@ from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import CheckpointError, InvalidArgument, Unsupported
 from moesaic.families import describe_model
 from moesaic.families.model import Attention
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.hf.attention import AttentionStep, Temperature, paged_attention
 from router.decoders.hf.config import modules_config
 from router.decoders.hf.decoder import StockDecoder
@@ -33,7 +33,7 @@ def change_config(folder: Path, **values: Any) -> Path:
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> StockDecoder:
     checkpoint = open_checkpoint(folder)
     model = describe_model(checkpoint)
-    layout = Layout.of(model.mixers, block_tokens=16, device=torch.device("cpu"), dtype=dtype)
+    layout = AttentionLayout.of(model.mixers, block_tokens=16, device=torch.device("cpu"), dtype=dtype)
     return StockDecoder(checkpoint, model, layout, num_positions=64, clock=PhaseClock())
 
 

@@ -20,7 +20,7 @@ from moesaic.families import DenseLayers, describe_model
 from moesaic.settings import Decoder
 from router.attention.packed_batch import pack
 from router.attention.rotary import rotary_turns
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch, RouterModel
 from router.decoders.hf.decoder import StockDecoder
@@ -72,7 +72,7 @@ class Harness:
     ) -> None:
         checkpoint = open_checkpoint(folder)
         shape = describe_model(checkpoint, dense_layers)
-        layout = Layout.of(
+        layout = AttentionLayout.of(
             shape.mixers,
             block_tokens=BLOCK_TOKENS,
             device=torch.device("cpu"),
