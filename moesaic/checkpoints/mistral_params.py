@@ -52,14 +52,14 @@ Window = int | None
 
 
 @dataclass(frozen=True, slots=True)
-class NativeConfig:
+class ParamsConfig:
     """`spelling` has the keys of `values` that params.json calls otherwise."""
 
     values: Mapping[str, Any]
     spelling: Mapping[str, str]
 
 
-def read_params(params: Mapping[str, Any]) -> NativeConfig:
+def read_params(params: Mapping[str, Any]) -> ParamsConfig:
     """The config of a dense or a sparse decoder. Raises CheckpointError that names the key."""
     given = _flatten(params)
     for key in given:
@@ -86,7 +86,7 @@ def read_params(params: Mapping[str, Any]) -> NativeConfig:
         "rope_theta": _read_theta(given),
         "tie_word_embeddings": _read_tied(given),
     }
-    return NativeConfig(values | _read_windows(given, sizes, sparse=sparse), spelling)
+    return ParamsConfig(values | _read_windows(given, sizes, sparse=sparse), spelling)
 
 
 def _fail(key: str, problem: str) -> NoReturn:

@@ -7,8 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moesaic.checkpoints.checkpoint import Checkpoint
-from moesaic.families import blocks
-from moesaic.families import mistral_format as native
+from moesaic.families import blocks, mistral_format
 from moesaic.families.config import Config
 from moesaic.families.decoder import Decoder, assemble, expert_layout, read_decoder, read_layer_types
 from moesaic.families.model import Attention, ExpertLayer, ExpertModule, Layout, MoeModel
@@ -70,7 +69,9 @@ def _describe(
     attention = blocks.read_attention(config, hidden_size)
     module = ExpertModule(hidden_size, inner_size, config.choice("hidden_act", ("silu",)), biased=mlp_bias)
     parameters = _with_biases(_MLP) if mlp_bias else _MLP
-    layout, dtype = expert_layout(checkpoint, (native.DENSE if checkpoint.native else parameters,), layer=0)
+    layout, dtype = expert_layout(
+        checkpoint, (mistral_format.DENSE if checkpoint.in_mistral_format else parameters,), layer=0
+    )
     names = {weight: pattern.tensor for weight, pattern in parameters.items()}
     experts = ExpertLayer(1, module, layout, dtype, None, names)
 
@@ -91,11 +92,11 @@ def _describe(
             ),
         ),
         witnesses=(
-            *native.witnesses(decoder),
+            *mistral_format.witnesses(decoder),
             ("intermediate_size", inner_size, layout["gate"].name(0, 0), 0),
         ),
     )
-    return native.rename(checkpoint, config, model) if checkpoint.native else model
+    return mistral_format.rename(checkpoint, config, model) if checkpoint.in_mistral_format else model
 
 
 def _with_window(attention: Attention, window: int | None) -> Attention:

@@ -7,8 +7,7 @@ and as Mistral released it.
 from __future__ import annotations
 
 from moesaic.checkpoints.checkpoint import Checkpoint
-from moesaic.families import blocks
-from moesaic.families import mistral_format as native
+from moesaic.families import blocks, mistral_format
 from moesaic.families.config import Config
 from moesaic.families.decoder import assemble, expert_layout, expert_witnesses, read_decoder, read_slots
 from moesaic.families.model import DenseTensor, ExpertLayer, ExpertModule, GateRule, MoeModel
@@ -20,11 +19,14 @@ GATE = blocks.LAYER + "mlp.gate.weight"
 
 # Every layout with its gate.
 _LAYOUTS = ((CLASSIC, CLASSIC_GATE), (blocks.fused(blocks.LAYER + "mlp.experts."), GATE))
-_NATIVE_LAYOUTS = ((native.SEPARATE, native.SEPARATE_GATE), (native.STACKED, native.STACKED_GATE))
+_MISTRAL_LAYOUTS = (
+    (mistral_format.SEPARATE, mistral_format.SEPARATE_GATE),
+    (mistral_format.STACKED, mistral_format.STACKED_GATE),
+)
 
 
 def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    layouts = _NATIVE_LAYOUTS if checkpoint.native else _LAYOUTS
+    layouts = _MISTRAL_LAYOUTS if checkpoint.in_mistral_format else _LAYOUTS
     layout, dtype = expert_layout(checkpoint, (known for known, _ in layouts), layer=0)
     gate = next(name for known, name in layouts if known is layout)
     decoder = read_decoder(config)
@@ -54,11 +56,11 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
             *(layer(index) for index in range(decoder.num_layers)),
         ),
         witnesses=(
-            *native.witnesses(decoder),
+            *mistral_format.witnesses(decoder),
             *expert_witnesses(0, experts, slots, gate, "intermediate_size"),
         ),
     )
-    return native.rename(checkpoint, config, model) if checkpoint.native else model
+    return mistral_format.rename(checkpoint, config, model) if checkpoint.in_mistral_format else model
 
 
 def published_name(parameter: str) -> str:
