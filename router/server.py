@@ -147,7 +147,7 @@ class RouterServer:
             engine.stats(),
             phases=self._clock.snapshot(),
             links=self._pool.links,
-            gates=parts.model.gates.snapshot(),
+            gates=parts.model.gate_stats.snapshot(),
             uptime_s=time.monotonic() - self._started_s,
         )
 

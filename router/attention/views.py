@@ -31,7 +31,7 @@ class View:
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the steps of one model are laid out. Layers that see alike share a view: `view_of` has the index in `views`
-    of every layer that has one: encoder-decoders lay out their own (see two_sided_batch.py)."""
+    of every layer that has one: encoder-decoders lay out their own (see decoders/encoder_decoder/batch.py)."""
 
     block_tokens: int
     views: tuple[View, ...]
