@@ -1,10 +1,10 @@
-"""A model folder as an index: which tensor lies in which file, with its dtype and shape.
+"""The index of a model folder: the file, dtype and shape of every tensor.
 
-Router and workers must find the same tensors, so both read the folder through here. Only headers are read, and nothing
-but safetensors is ever opened.
+Router and workers must find the same tensors, so both read the folder through this module. Only headers are read, and no
+weights file but safetensors is ever opened.
 
-Two forms are known: that of Hugging Face (config.json, model*.safetensors) and that of Mistral's own releases
-(params.json, consolidated*.safetensors). A folder that has both, as published ones do, is read in the first.
+Two formats are supported: that of Hugging Face (config.json, model*.safetensors) and that of Mistral's own releases
+(params.json, consolidated*.safetensors). A folder that has both, as published ones do, is read in the former.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _MISTRAL_SHARD = re.compile(r"consolidated-(\d{5})-of-(\d{5})\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model folder whose files are whole: its config and the entry of every tensor.
+    """A model folder whose files are complete: its config and the entry of every tensor.
 
-    The config is always that of Hugging Face. `config_file` is the file that it was read from, and `spelling` what
-    that file calls those keys that it spells otherwise.
+    The config is always in the form of Hugging Face. `config_file` is the file from which it was read, and `spelling` has
+    the names of that file for the keys that it spells differently.
     """
 
     folder: Path
@@ -60,9 +60,9 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Reads the config, the shard index and all safetensors headers of a folder; no weights.
+    """Reads the config, the shard index and all safetensors headers of a folder, but no weights.
 
-    Raises CheckpointError whose `field` is `model` for the folder as a whole, else the name of the file at fault.
+    Raises CheckpointError, whose `field` is the name of the file at fault, or `model` for the folder as a whole.
     """
     try:
         return _open(Path(folder))
@@ -129,7 +129,7 @@ def _mistral_files(names: set[str]) -> list[str]:
 
 
 def _check_same_model(config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """Published folders carry one model in both forms; two models in one folder are somebody's mistake."""
+    """Published folders contain one model in both formats. Two different models in one folder are a mistake."""
     for key, param in (("hidden_size", "dim"), ("num_hidden_layers", "n_layers")):
         if key in config and param in params and config[key] != params[param]:
             refuse(
@@ -139,7 +139,7 @@ def _check_same_model(config: Mapping[str, Any], params: Mapping[str, Any]) -> N
 
 
 def _join_headers(folder: Path, shards: list[str]) -> dict[str, TensorEntry]:
-    """All tensors of numbered shards without an index."""
+    """The tensors of all numbered shards, for a folder without an index."""
     counts = {int(match[2]) for shard in shards if (match := _MISTRAL_SHARD.fullmatch(shard))}
     if counts != {len(shards)}:
         refuse("model", f"shards are missing: {len(shards)} are here, of {max(counts)}")

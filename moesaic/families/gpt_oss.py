@@ -1,10 +1,8 @@
-"""gpt-oss: every second layer within a window, a learned sink for each head, biased experts with a clamped gate.
+"""gpt-oss: every second layer has a window, each head a learned sink, and experts have biases and a clamped gate.
 
-The experts of a layer lie in one tensor, as float with input rows and with gate and up taking turns column by column,
-or as mxfp4 with output rows.
+The experts of a layer are stacked in one tensor: as floats, transposed to [in, out] with alternating gate and up
+columns, or as mxfp4 in [out, in] with alternating rows.
 """
-
-# Shapes: D hidden size, E slots, F inner size, H query heads.
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ from moesaic.families.model import Attention, ExpertLayer, ExpertModule, GateRul
 _EXPERTS = MLP + "experts."
 _ROUTER = MLP + "router."
 _WINDOW = "sliding_attention"
-# The slope of the sigmoid that the experts' activation has built in.
+# The slope of the sigmoid in the activation of the experts, which cannot be configured here.
 _ALPHA = 1.702
 
 

@@ -1,9 +1,7 @@
-"""GraniteMoE: the experts of a layer in two stacked tensors, weighed by the softmax over the chosen ones alone.
+"""GraniteMoE: the experts of a layer are in two stacked tensors, and weighed by the softmax over the chosen ones alone.
 
-Its multipliers of embeddings, attention, residuals and logits are a matter of the router, which computes with them.
+The family's multipliers of embeddings, attention, residuals and logits are applied by the modules in the router.
 """
-
-# Shapes: D hidden size, E slots, F inner size.
 
 from __future__ import annotations
 

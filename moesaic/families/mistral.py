@@ -1,6 +1,4 @@
-"""Mistral, Ministral and Llama: dense decoders of one build, whose MLPs are the only experts of their layers."""
-
-# Shapes: D hidden size.
+"""Mistral, Ministral and Llama: dense decoders of one structure, whose MLPs are the only experts of their layers."""
 
 from __future__ import annotations
 
@@ -12,21 +10,21 @@ from moesaic.families.config import Config
 from moesaic.families.decoder import Decoder, assemble, expert_layout, read_decoder, read_layer_types
 from moesaic.families.model import Attention, ExpertLayer, ExpertModule, Layout, MoeModel
 
-# What transformers takes for a `sliding_window` that is missing: only an explicit null means none.
+# The window that transformers assumes if `sliding_window` is missing; only an explicit null means no window.
 DEFAULT_WINDOW = 4096
 
 _MLP = blocks.dense_layout(blocks.LAYER + "mlp.")
 
 
 def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    """Mistral: one window for all layers, or none."""
+    """Mistral: all layers have the same window, or none."""
     decoder = read_decoder(config)
     window = read_window(config)
     return _describe(checkpoint, config, decoder, "mistral", (window,) * decoder.num_layers)
 
 
 def describe_ministral(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    """Layers with the window, layers without."""
+    """Ministral: each layer has the window or none."""
     decoder, window = read_decoder(config), read_window(config)
     kinds = read_layer_types(config, decoder.num_layers, "full_attention", "sliding_attention")
     if kinds is None:
@@ -36,7 +34,7 @@ def describe_ministral(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 
 def describe_llama(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    """No windows; projections and MLP may have biases."""
+    """Llama: no layer has a window; projections and MLP may have biases."""
     decoder = read_decoder(config)
     return _describe(
         checkpoint,

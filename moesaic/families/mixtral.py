@@ -1,8 +1,4 @@
-"""Mixtral: as transformers keeps it, with one tensor for every weight of every expert or all experts of a layer stacked,
-and as Mistral released it.
-"""
-
-# Shapes: D hidden size, E slots.
+"""Mixtral in the layouts of transformers, which have separate or stacked experts, and in those of Mistral's releases."""
 
 from __future__ import annotations
 
@@ -14,10 +10,10 @@ from moesaic.families.model import DenseTensor, ExpertLayer, ExpertModule, GateR
 
 CLASSIC = blocks.separate(blocks.LAYER + "block_sparse_moe.experts.{slot}.", "w1", "w3", "w2")
 CLASSIC_GATE = blocks.LAYER + "block_sparse_moe.gate.weight"
-# The parameter of transformers, which is also its name beside fused experts.
+# The parameter of transformers; files with fused experts use this name too.
 GATE = blocks.LAYER + "mlp.gate.weight"
 
-# Every layout with its gate.
+# Each layout of experts, with the name of the gate that goes with it.
 _LAYOUTS = ((CLASSIC, CLASSIC_GATE), (blocks.fused(blocks.LAYER + "mlp.experts."), GATE))
 _MISTRAL_LAYOUTS = (
     (mistral_format.SEPARATE, mistral_format.SEPARATE_GATE),
@@ -64,5 +60,5 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 
 def published_name(parameter: str) -> str:
-    """What a parameter of transformers is called on disk: only the gate is called otherwise."""
+    """The published name of a parameter of transformers; only that of the gate differs."""
     return parameter.replace(".mlp.gate.", ".block_sparse_moe.gate.")

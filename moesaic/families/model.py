@@ -15,7 +15,7 @@ from typing import Any, Literal
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import InvalidArgument
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +356,7 @@ class MoeModel:
     def expert_bytes(self, layer: int) -> int:
         """The bytes of one expert of this layer, in the dtype of its weights."""
         experts = self.experts[layer]
-        return experts.module.num_parameters * ITEM_BYTES[experts.dtype]
+        return experts.module.num_parameters * _ITEM_BYTES[experts.dtype]
 
     @property
     def expert_tensors(self) -> frozenset[str]:

@@ -1,9 +1,7 @@
-"""OLMoE and FlexOlmo: experts in every layer, norms over all heads of queries and of keys at once.
+"""OLMoE and FlexOlmo: every layer has experts, and one norm each for all heads of queries and all heads of keys.
 
-FlexOlmo norms what a block answers, where OLMoE norms what it is asked; its experts come from different owners.
+OLMoE normalises the input of each block, FlexOlmo its output; the experts of FlexOlmo come from different owners.
 """
-
-# Shapes: D hidden size, E slots, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Phi-3.5-MoE: norms with biases, and two experts a token, each chosen and weighed by itself in the sparse mixer."""
-
-# Shapes: D hidden size, E slots, V vocabulary.
+"""Phi-3.5-MoE: norms have biases, and a sparse mixer chooses and weighs the two experts of a token one by one."""
 
 from __future__ import annotations
 
@@ -69,8 +67,8 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 
 def _context(config: Config, max_model_len: int) -> int:
-    """Its long positions change for all tokens of a batch as soon as one sequence passes the length that it was first
-    trained on; up to there they do not."""
+    """Limits the context to the length of the original training. Beyond it, the positions of all tokens of a batch would
+    change as soon as one sequence exceeds that length."""
     values = config.values.get("rope_parameters") or config.values.get("rope_scaling")
     if not isinstance(values, Mapping) or "longrope" not in (values.get("rope_type"), values.get("type")):
         return max_model_len

@@ -1,10 +1,8 @@
-"""Qwen2-MoE and Qwen3-MoE: experts in every `decoder_sparse_step`-th layer, dense MLPs in the others.
+"""Qwen2-MoE and Qwen3-MoE: every `decoder_sparse_step`-th layer has experts, the others have dense MLPs.
 
-Qwen2 has biases on queries, keys and values, and beside the experts a shared one behind a sigmoid. Qwen3 has norms on
-the heads of queries and keys instead.
+Qwen2 has biases on queries, keys and values, and a shared expert that is weighed by a sigmoid. Qwen3 instead has norms
+over each head of queries and keys.
 """
-
-# Shapes: D hidden size, E slots, d head size.
 
 from __future__ import annotations
 
@@ -102,7 +100,8 @@ def _has_window(config: Config) -> bool:
 
 
 def _qwen2_windows(config: Config, decoder: Decoder) -> Iterator[int | None]:
-    """Where the layers are not named one by one, every second one below `max_window_layers` has the window."""
+    """The window of each layer. If the config does not list the layers' types, every second layer below
+    `max_window_layers` has the window."""
     kinds = read_layer_types(config, decoder.num_layers, "full_attention", "sliding_attention")
     below = config.count("max_window_layers", default=28) if _has_window(config) else 0
     for layer in range(decoder.num_layers):
