@@ -24,12 +24,12 @@ MLP_LAYOUTS = (
 MAX_SLOTS = 1 << 12
 
 # A config key, the size that follows from it, a tensor, and the dimension of the tensor that must have this size.
-Witness = tuple[str, int, str, int]
+SizeCheck = tuple[str, int, str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Decoder:
-    """The sizes of the whole decoder."""
+class DecoderSizes:
+    """The sizes of the model as a whole."""
 
     num_layers: int
     hidden_size: int
@@ -56,12 +56,12 @@ class Channels:
     sparse: frozenset[int]
     module: ExpertModule
     layers: Mapping[int, ExpertLayer]
-    witnesses: tuple[Witness, ...]
+    size_checks: tuple[SizeCheck, ...]
 
 
-def read_decoder(config: Config, *, tied: bool = False) -> Decoder:
+def read_decoder(config: Config, *, tied: bool = False) -> DecoderSizes:
     """`tied`: whether the family's head is tied if the config does not say."""
-    return Decoder(
+    return DecoderSizes(
         num_layers=config.size("num_hidden_layers", most=MAX_LAYERS),
         hidden_size=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
@@ -92,7 +92,7 @@ def read_layer_types(config: Config, num_layers: int, *served: str) -> tuple[str
 
 
 def read_num_predictors(config: Config) -> int:
-    """The number of layers behind the last one that predict further tokens. Serving does not use them."""
+    """The number of layers after the last one that predict further tokens. Serving does not use them."""
     return config.count("num_nextn_predict_layers", "num_mtp_layers", most=MAX_LAYERS)
 
 
@@ -120,7 +120,7 @@ def dense_layer(prefix: str, module: ExpertModule, dtype: str) -> ExpertLayer:
 def read_channels(
     checkpoint: Checkpoint,
     config: Config,
-    decoder: Decoder,
+    decoder: DecoderSizes,
     slots: Slots,
     rule: GateRule,
     sparse: frozenset[int],
@@ -138,13 +138,13 @@ def read_channels(
         sparse,
         module,
         {layer: experts if layer in sparse else dense for layer in range(decoder.num_layers)},
-        tuple(expert_witnesses(first, experts, slots, MLP + "gate.weight", "moe_intermediate_size")),
+        tuple(expert_size_checks(first, experts, slots, MLP + "gate.weight", "moe_intermediate_size")),
     )
 
 
-def expert_witnesses(
+def expert_size_checks(
     layer: int, experts: ExpertLayer, slots: Slots, gate: str, inner_key: str
-) -> Iterator[Witness]:
+) -> Iterator[SizeCheck]:
     """The tensors of one layer that show the number of slots and the width of each; `gate` has {layer}."""
     first = next(iter(experts.layout.values()))
     rows = experts.module.inner_size * first.part[1]
@@ -155,22 +155,22 @@ def expert_witnesses(
 def assemble(
     checkpoint: Checkpoint,
     config: Config,
-    decoder: Decoder,
+    decoder: DecoderSizes,
     *,
     family: str,
     mixers: tuple[Mixer, ...],
     experts: Mapping[int, ExpertLayer],
     dense: Iterable[blocks.Named],
-    witnesses: Iterable[Witness],
+    size_checks: Iterable[SizeCheck],
     num_predictors: int = 0,
 ) -> MoeModel:
     """Builds the model of these parts, after a check of the sizes that its config states."""
     embedding = "model.embed_tokens.weight"
-    sizes: tuple[Witness, ...] = (
+    sizes: tuple[SizeCheck, ...] = (
         ("vocab_size", decoder.vocab_size, embedding, 0),
         ("hidden_size", decoder.hidden_size, embedding, 1),
     )
-    check_sizes(checkpoint, config, (*sizes, *witnesses))
+    check_sizes(checkpoint, config, (*sizes, *size_checks))
     end = decoder.num_layers + num_predictors
     check_num_layers(checkpoint, config, "num_hidden_layers", end, blocks.LAYER)
     beyond = tuple(blocks.LAYER.format(layer=layer) for layer in range(decoder.num_layers, end))

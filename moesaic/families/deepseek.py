@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and DeepSeek-V3: attention over one compressed vector a token, dense first layers, shared experts in
+"""DeepSeek-V2 and DeepSeek-V3: attention over one compressed vector per token, dense first layers, shared experts in
 addition to the routed ones, and a gate that first chooses among groups of experts.
 
 V2 scores by softmax and keeps the groups with the best expert. V3 scores by sigmoid, adds a bias that takes part in the
@@ -126,7 +126,7 @@ def _describe(
         mixers=(attention,) * decoder.num_layers,
         experts=channels.layers,
         dense=dense(),
-        witnesses=channels.witnesses,
+        size_checks=channels.size_checks,
         num_predictors=read_num_predictors(config),
     )
 

@@ -17,8 +17,8 @@ from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MAX_SLOTS,
     MLP_LAYOUTS,
-    Decoder,
-    Witness,
+    DecoderSizes,
+    SizeCheck,
     assemble,
     expert_layout,
     read_decoder,
@@ -140,13 +140,13 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=mixers,
         experts=_read_experts(checkpoint, config, decoder),
         dense=(),
-        witnesses=_witnesses(mixers[0]),
+        size_checks=_size_checks(mixers[0]),
         num_predictors=read_num_predictors(config),
     )
     return _with_dense(checkpoint, family, model)
 
 
-def _read_experts(checkpoint: Checkpoint, config: Config, decoder: Decoder) -> dict[int, ExpertLayer]:
+def _read_experts(checkpoint: Checkpoint, config: Config, decoder: DecoderSizes) -> dict[int, ExpertLayer]:
     """The experts of the layers that have any."""
     sparse = _sparse_layers(checkpoint, decoder)
     layout, dtype = expert_layout(checkpoint, _LAYOUTS, sparse[0])
@@ -180,7 +180,7 @@ def _per_layer(config: Config, key: str, num_layers: int) -> tuple[int, ...]:
     return sizes
 
 
-def _sparse_layers(checkpoint: Checkpoint, decoder: Decoder) -> tuple[int, ...]:
+def _sparse_layers(checkpoint: Checkpoint, decoder: DecoderSizes) -> tuple[int, ...]:
     """The layers that have experts. If there are none, the first layer, so that the error names one of its tensors."""
     firsts = [next(iter(layout.values())) for layout in _LAYOUTS]
     found = tuple(
@@ -192,7 +192,7 @@ def _sparse_layers(checkpoint: Checkpoint, decoder: Decoder) -> tuple[int, ...]:
 
 
 def _mixers(
-    checkpoint: Checkpoint, config: Config, decoder: Decoder, family: _Family
+    checkpoint: Checkpoint, config: Config, decoder: DecoderSizes, family: _Family
 ) -> Iterator[Attention | LatentAttention]:
     if family.latent:
         yield from (read_latent_attention(config),) * decoder.num_layers
@@ -213,7 +213,7 @@ def _mixers(
         )
 
 
-def _witnesses(mixer: Mixer) -> Iterator[Witness]:
+def _size_checks(mixer: Mixer) -> Iterator[SizeCheck]:
     """The tensors that show the sizes of attention. The cache depends on these sizes, and the description of this model
     has no tensor that would show them."""
     prefix = blocks.LAYER.format(layer=0) + "self_attn."

@@ -50,6 +50,6 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=(attention,) * decoder.num_layers,
         experts=channels.layers,
         dense=dense(),
-        witnesses=channels.witnesses,
+        size_checks=channels.size_checks,
         num_predictors=read_num_predictors(config),
     )

@@ -14,10 +14,10 @@ from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MLP,
-    Decoder,
+    DecoderSizes,
     assemble,
     expert_layout,
-    expert_witnesses,
+    expert_size_checks,
     read_decoder,
     read_layer_types,
     read_slots,
@@ -88,11 +88,11 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=_mixers(config, decoder, attention),
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=dense(),
-        witnesses=expert_witnesses(0, experts, slots, _ROUTER + "weight", "intermediate_size"),
+        size_checks=expert_size_checks(0, experts, slots, _ROUTER + "weight", "intermediate_size"),
     )
 
 
-def _mixers(config: Config, decoder: Decoder, attention: Attention) -> tuple[Attention, ...]:
+def _mixers(config: Config, decoder: DecoderSizes, attention: Attention) -> tuple[Attention, ...]:
     kinds = read_layer_types(config, decoder.num_layers, "full_attention", _WINDOW) or tuple(
         "full_attention" if layer % 2 else _WINDOW for layer in range(decoder.num_layers)
     )
@@ -100,7 +100,9 @@ def _mixers(config: Config, decoder: Decoder, attention: Attention) -> tuple[Att
     return tuple(replace(attention, window=window if kind == _WINDOW else None) for kind in kinds)
 
 
-def _layer(layer: int, decoder: Decoder, attention: Attention, num_slots: int, bias: bool) -> blocks.Named:
+def _layer(
+    layer: int, decoder: DecoderSizes, attention: Attention, num_slots: int, bias: bool
+) -> blocks.Named:
     hidden_size = decoder.hidden_size
     yield from blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias, output_bias=bias)
     yield blocks.tensor(blocks.LAYER.format(layer=layer) + "self_attn.sinks", attention.num_heads)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
-from moesaic.families.decoder import assemble, expert_layout, expert_witnesses, read_decoder, read_slots
+from moesaic.families.decoder import assemble, expert_layout, expert_size_checks, read_decoder, read_slots
 from moesaic.families.model import (
     DenseTensor,
     ExpertLayer,
@@ -63,5 +63,5 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=(attention,) * decoder.num_layers,
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=dense(),
-        witnesses=expert_witnesses(0, experts, slots, gate, "intermediate_size"),
+        size_checks=expert_size_checks(0, experts, slots, gate, "intermediate_size"),
     )

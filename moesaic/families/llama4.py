@@ -13,11 +13,11 @@ from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.decoder import (
-    Decoder,
+    DecoderSizes,
     assemble,
     dense_layer,
     expert_layout,
-    expert_witnesses,
+    expert_size_checks,
     read_decoder,
     read_layer_types,
     read_slots,
@@ -80,7 +80,7 @@ def describe_text(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=_mixers(config, decoder, attention),
         experts={layer: experts if layer in sparse else dense_mlp for layer in range(decoder.num_layers)},
         dense=dense(),
-        witnesses=expert_witnesses(min(sparse), experts, slots, _GATE, "intermediate_size"),
+        size_checks=expert_size_checks(min(sparse), experts, slots, _GATE, "intermediate_size"),
     )
 
 
@@ -126,7 +126,7 @@ def _sparse_layers(config: Config, num_layers: int) -> frozenset[int]:
     return sparse
 
 
-def _mixers(config: Config, decoder: Decoder, attention: Attention) -> tuple[Attention, ...]:
+def _mixers(config: Config, decoder: DecoderSizes, attention: Attention) -> tuple[Attention, ...]:
     kinds = read_layer_types(config, decoder.num_layers, _FULL, _CHUNKED) or tuple(
         _CHUNKED if rotary else _FULL for rotary in _rotary_layers(config, decoder.num_layers)
     )

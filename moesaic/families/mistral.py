@@ -7,7 +7,7 @@ from dataclasses import replace
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks, mistral_format
 from moesaic.families.config import Config
-from moesaic.families.decoder import Decoder, assemble, expert_layout, read_decoder, read_layer_types
+from moesaic.families.decoder import DecoderSizes, assemble, expert_layout, read_decoder, read_layer_types
 from moesaic.families.model import Attention, ExpertLayer, ExpertModule, Layout, MoeModel
 
 # The window that transformers assumes if `sliding_window` is missing; only an explicit null means no window.
@@ -56,7 +56,7 @@ def read_window(config: Config) -> int | None:
 def _describe(
     checkpoint: Checkpoint,
     config: Config,
-    decoder: Decoder,
+    decoder: DecoderSizes,
     family: str,
     windows: tuple[int | None, ...],
     *,
@@ -89,8 +89,8 @@ def _describe(
                 for index in range(decoder.num_layers)
             ),
         ),
-        witnesses=(
-            *mistral_format.witnesses(decoder),
+        size_checks=(
+            *mistral_format.size_checks(decoder),
             ("intermediate_size", inner_size, layout["gate"].name(0, 0), 0),
         ),
     )

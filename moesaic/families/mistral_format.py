@@ -13,7 +13,7 @@ from dataclasses import replace
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
-from moesaic.families.decoder import Decoder, Witness
+from moesaic.families.decoder import DecoderSizes, SizeCheck
 from moesaic.families.model import Attention, DenseTensor, Mixer, MoeModel, WeightPattern
 from moesaic.families.tensor_check import check_num_layers
 
@@ -44,7 +44,7 @@ _NAMES = (
 )
 
 
-def witnesses(decoder: Decoder) -> tuple[Witness, ...]:
+def size_checks(decoder: DecoderSizes) -> tuple[SizeCheck, ...]:
     """The tensor that shows the sizes of the whole model."""
     return (
         ("vocab_size", decoder.vocab_size, _EMBEDDING, 0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks, mistral_format
 from moesaic.families.config import Config
-from moesaic.families.decoder import assemble, expert_layout, expert_witnesses, read_decoder, read_slots
+from moesaic.families.decoder import assemble, expert_layout, expert_size_checks, read_decoder, read_slots
 from moesaic.families.model import DenseTensor, ExpertLayer, ExpertModule, GateRule, MoeModel
 
 CLASSIC = blocks.separate(blocks.LAYER + "block_sparse_moe.experts.{slot}.", "w1", "w3", "w2")
@@ -51,9 +51,9 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
             blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied),
             *(layer(index) for index in range(decoder.num_layers)),
         ),
-        witnesses=(
-            *mistral_format.witnesses(decoder),
-            *expert_witnesses(0, experts, slots, gate, "intermediate_size"),
+        size_checks=(
+            *mistral_format.size_checks(decoder),
+            *expert_size_checks(0, experts, slots, gate, "intermediate_size"),
         ),
     )
     return mistral_format.rename(checkpoint, config, model) if checkpoint.in_mistral_format else model

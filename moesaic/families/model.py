@@ -52,7 +52,7 @@ class GateRule:
     renormalise: bool = False
     # Added to the sum by which weights are divided.
     epsilon: float = 0.0
-    # Slots behind the first are dropped where their weight is not above this; the other weights stay as they are.
+    # Slots after the first are dropped where their weight is not above this; the other weights stay as they are.
     second_threshold: float | None = None
     scale: float = 1.0
     # What the weight multiplies: the output of the expert, or its input.
@@ -216,7 +216,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """Attention over one compressed vector a token, from which all heads derive keys and values (DeepSeek's MLA)."""
+    """Attention over one compressed vector per token, from which all heads derive keys and values (DeepSeek's MLA)."""
 
     num_heads: int
     latent_dim: int

@@ -52,7 +52,7 @@ NAMES = Names(
 )
 
 _NORM_EPS = 1e-5
-_DRAWN = "would leave to chance what a token gets; served: all, sampling (without its noise)"
+_DRAWN = "would choose the experts of a token at random; served: all, sampling (without its noise)"
 
 
 def read_arithmetic(config: Config) -> Arithmetic:

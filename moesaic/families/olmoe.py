@@ -13,10 +13,10 @@ from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MLP,
     MLP_LAYOUTS,
-    Decoder,
+    DecoderSizes,
     assemble,
     expert_layout,
-    expert_witnesses,
+    expert_size_checks,
     read_decoder,
     read_slots,
 )
@@ -62,11 +62,11 @@ def _describe(checkpoint: Checkpoint, config: Config, family: str, norms: tuple[
         mixers=(attention,) * decoder.num_layers,
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=dense(),
-        witnesses=expert_witnesses(0, experts, slots, _GATE, "intermediate_size"),
+        size_checks=expert_size_checks(0, experts, slots, _GATE, "intermediate_size"),
     )
 
 
-def _attention(prefix: str, decoder: Decoder, attention: Attention, bias: bool) -> blocks.Named:
+def _attention(prefix: str, decoder: DecoderSizes, attention: Attention, bias: bool) -> blocks.Named:
     yield from blocks.attention_tensors(prefix, attention, decoder.hidden_size, bias=bias, output_bias=bias)
     yield blocks.tensor(prefix + "q_norm.weight", attention.num_heads * attention.head_dim)
     yield blocks.tensor(prefix + "k_norm.weight", attention.num_kv_heads * attention.head_dim)

@@ -13,7 +13,7 @@ from typing import Any
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
-from moesaic.families.decoder import Decoder, Slots, assemble, expert_layout, read_decoder, read_slots
+from moesaic.families.decoder import DecoderSizes, Slots, assemble, expert_layout, read_decoder, read_slots
 from moesaic.families.model import (
     ACTIVATIONS,
     Attention,
@@ -168,13 +168,13 @@ def _describe(checkpoint: Checkpoint, config: Config, names: _Names, layouts: tu
         dense.append(_block(layer, names, attention, decoder.hidden_size, normed=normed))
         if slots is not None:
             dense.append(_gate(layer, slots, decoder.hidden_size))
-    witnesses = [
+    size_checks = [
         ("vocab_size", decoder.vocab_size, f"{names.embedding}.weight", 0),
         ("hidden_size", decoder.hidden_size, f"{names.embedding}.weight", 1),
         ("intermediate_size", module.inner_size, layout["up"].name(0, 0), 0),
     ]
     if slots is not None:
-        witnesses.append((slots.key, slots.count, _PHIXTRAL_GATE.format(layer=0), 0))
+        size_checks.append((slots.key, slots.count, _PHIXTRAL_GATE.format(layer=0), 0))
     model = assemble(
         checkpoint,
         config,
@@ -183,7 +183,7 @@ def _describe(checkpoint: Checkpoint, config: Config, names: _Names, layouts: tu
         mixers=(attention,) * decoder.num_layers,
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=dense,
-        witnesses=witnesses,
+        size_checks=size_checks,
     )
     # A tied checkpoint may contain the head's copy of the embedding.
     return replace(model, ignored=frozenset({f"{names.head}.weight"})) if decoder.tied else model
@@ -199,7 +199,7 @@ def _read_slots(config: Config, layout: Layout) -> Slots | None:
     return None
 
 
-def _ends(decoder: Decoder, names: _Names) -> blocks.Named:
+def _ends(decoder: DecoderSizes, names: _Names) -> blocks.Named:
     size, vocab_size = decoder.hidden_size, decoder.vocab_size
     yield "model.embed_tokens.weight", DenseTensor((vocab_size, size), f"{names.embedding}.weight")
     yield from _both("model.final_layernorm", names.final_norm, size)

@@ -9,10 +9,10 @@ from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.decoder import (
-    Decoder,
+    DecoderSizes,
     assemble,
     expert_layout,
-    expert_witnesses,
+    expert_size_checks,
     read_decoder,
     read_slots,
 )
@@ -62,7 +62,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=(attention,) * decoder.num_layers,
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=dense(),
-        witnesses=expert_witnesses(0, experts, slots, gate, "intermediate_size"),
+        size_checks=expert_size_checks(0, experts, slots, gate, "intermediate_size"),
     )
 
 
@@ -80,14 +80,14 @@ def _context(config: Config, max_model_len: int) -> int:
     return min(original, max_model_len)
 
 
-def _ends(decoder: Decoder, *, head_bias: bool) -> blocks.Named:
+def _ends(decoder: DecoderSizes, *, head_bias: bool) -> blocks.Named:
     yield from blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
     yield blocks.tensor("model.norm.bias", decoder.hidden_size)
     if head_bias:
         yield blocks.tensor("lm_head.bias", decoder.vocab_size)
 
 
-def _layer(layer: int, decoder: Decoder, attention: Attention, bias: bool) -> blocks.Named:
+def _layer(layer: int, decoder: DecoderSizes, attention: Attention, bias: bool) -> blocks.Named:
     prefix, hidden_size = blocks.LAYER.format(layer=layer), decoder.hidden_size
     yield from blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm", bias=True)
     yield from blocks.attention_tensors(

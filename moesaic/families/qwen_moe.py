@@ -15,7 +15,7 @@ from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MLP,
     Channels,
-    Decoder,
+    DecoderSizes,
     assemble,
     read_channels,
     read_decoder,
@@ -50,7 +50,7 @@ def describe_qwen2(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=tuple(replace(attention, window=window) for window in _qwen2_windows(config, decoder)),
         experts=channels.layers,
         dense=dense(),
-        witnesses=channels.witnesses,
+        size_checks=channels.size_checks,
     )
 
 
@@ -76,11 +76,11 @@ def describe_qwen3(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=(attention,) * decoder.num_layers,
         experts=channels.layers,
         dense=dense(),
-        witnesses=channels.witnesses,
+        size_checks=channels.size_checks,
     )
 
 
-def _read_channels(checkpoint: Checkpoint, config: Config, decoder: Decoder) -> Channels:
+def _read_channels(checkpoint: Checkpoint, config: Config, decoder: DecoderSizes) -> Channels:
     slots = read_slots(config, "num_experts", "num_local_experts")
     rule = GateRule(slots.top_k, renormalise=config.flag("norm_topk_prob", default=False))
     return read_channels(checkpoint, config, decoder, slots, rule, _sparse_layers(config, decoder.num_layers))
@@ -99,7 +99,7 @@ def _has_window(config: Config) -> bool:
     return config.flag("use_sliding_window", default=False)
 
 
-def _qwen2_windows(config: Config, decoder: Decoder) -> Iterator[int | None]:
+def _qwen2_windows(config: Config, decoder: DecoderSizes) -> Iterator[int | None]:
     """The window of each layer. If the config does not list the layers' types, every second layer below
     `max_window_layers` has the window."""
     kinds = read_layer_types(config, decoder.num_layers, "full_attention", "sliding_attention")
@@ -111,7 +111,7 @@ def _qwen2_windows(config: Config, decoder: Decoder) -> Iterator[int | None]:
 
 def _layer(
     layer: int,
-    decoder: Decoder,
+    decoder: DecoderSizes,
     attention: Attention,
     channels: Channels,
     *,

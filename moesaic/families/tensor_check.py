@@ -58,14 +58,14 @@ def check_tensors(checkpoint: Checkpoint, model: MoeModel) -> None:
 
 
 def check_sizes(
-    checkpoint: Checkpoint, config: Config, witnesses: Iterable[tuple[str, int, str, int]]
+    checkpoint: Checkpoint, config: Config, size_checks: Iterable[tuple[str, int, str, int]]
 ) -> None:
     """Raises CheckpointError, which names the config key. If a size of the config is wrong, many tensors disagree with it,
     so the key says more than the first of these tensors.
 
-    A witness is a key, the size that follows from it, a tensor, and the dimension of it that must have this size.
+    A check is a key, the size that follows from it, a tensor, and the dimension of it that must have this size.
     """
-    for key, size, name, dimension in witnesses:
+    for key, size, name, dimension in size_checks:
         entry = checkpoint.tensors.get(name)
         if entry is not None and len(entry.shape) > 1 and entry.shape[dimension] != size:
             config.fail(key, f"does not match tensor {name} of shape {list(entry.shape)}")

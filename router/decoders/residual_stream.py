@@ -27,7 +27,7 @@ class ResidualStream:
     local_output: torch.Tensor | None = None  # [T, D]
 
     def add_layer_output(self) -> None:
-        """Waits for the experts of the current layer and adds all that the layer gives."""
+        """Waits for the experts of the current layer and adds all outputs of the layer."""
         if self.call is not None:
             self.hidden += self.micro_batch.experts.receive(self.call)
             self.call = None
@@ -47,7 +47,7 @@ class ResidualStream:
 
 
 def final_hidden(streams: Sequence[ResidualStream]) -> torch.Tensor:
-    """The hidden states behind the last layer, one stream after the other."""
+    """The hidden states after the last layer, one stream after the other."""
     for stream in streams:
         stream.add_layer_output()
     return streams[0].hidden if len(streams) == 1 else torch.cat([stream.hidden for stream in streams])

@@ -1,7 +1,7 @@
 """The gate of a layer: it scores every slot for every token and selects the best ones, by the family's rule as data.
 
 A mask removes slots from a layer: the remaining ones are scored, grouped and weighted as if the others did not exist,
-so that no weight depends on a masked slot. Where fewer slots remain than a token may have, the ranks behind them are
+so that no weight depends on a masked slot. Where fewer slots remain than a token may have, the ranks after them are
 empty: their slot is NO_SLOT, their weight is zero, and no expert is called for them.
 
 Shapes: T tokens, D hidden size, E slots (experts), K experts per token, G groups.
@@ -115,7 +115,7 @@ def renormalise(chosen: Assignment, rule: GateRule, *, may_be_empty: bool) -> As
 
 
 def drop_second(chosen: Assignment, threshold: float) -> Assignment:
-    """Drops the slots behind the first whose weight is not above the threshold."""
+    """Drops the slots after the first whose weight is not above the threshold."""
     dropped = chosen.weights <= threshold
     dropped[:, 0] = False
     return drop(chosen, dropped)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from moesaic.families.model import MoeModel
 
-# The z-loss costs a few operations a layer.
+# Only every such step is sampled: the z-loss costs a few operations per layer.
 STEPS_PER_SAMPLE = 64
 
 

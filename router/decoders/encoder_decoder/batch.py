@@ -2,9 +2,8 @@
 decoder runs.
 
 The first row of the decoder, its start token, has the position of the prompt's last token, because that is the row whose
-logits predict the next token. The i-th generated token (from 0) has its own position, i behind the prompt. So a prompt
-of n tokens leaves the keys and values of cross-attention at the positions [0, n), and those of self-attention begin at
-n - 1.
+logits predict the next token. After a prompt of n tokens, the i-th generated token (from 0) has the position n + i. So the
+keys and values of cross-attention have the positions [0, n), and those of self-attention begin at n - 1.
 
 Shapes: T tokens of the batch, S of prompts, U rows of the decoder, H heads, P positions that can be served.
 """

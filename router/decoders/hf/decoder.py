@@ -102,7 +102,7 @@ def _build(
 
 
 def _replace_blocks(modules: PreTrainedModel, model: MoeModel, step: CurrentStep, clock: PhaseClock) -> None:
-    """Replaces all experts in the modules by stand-ins that call the workers."""
+    """Replaces all experts in the modules by objects that call the workers."""
     wiring = WIRINGS.get(model.family, Wiring())
     layers = _decoder_layers(modules)
     for index, layer in sorted(model.experts.items()):

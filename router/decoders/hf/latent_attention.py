@@ -1,4 +1,4 @@
-"""DeepSeek's latent attention over a cache of one compressed vector a token. It equals the modules of transformers, but
+"""DeepSeek's latent attention over a cache of one compressed vector per token. It equals the modules of transformers, but
 does not cache the keys and values of every head.
 
 Each head derives its keys U c and values W c linearly from the cached vector c, so there are two ways to attend.

@@ -48,7 +48,7 @@ _KNOWN = frozenset({
 @dataclass(frozen=True, slots=True)
 class SupportedModel:
     """A pre-norm decoder with the constants of its arithmetic. Its layers are RMSNorm, rotary attention, RMSNorm, and
-    experts or an MLP; behind the last come RMSNorm and the head."""
+    experts or an MLP; after the last come RMSNorm and the head."""
 
     model: MoeModel
     norm_eps: float
