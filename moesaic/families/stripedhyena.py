@@ -75,6 +75,13 @@ class Arithmetic:
     activation: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StripedHyenaModel(MoeModel):
+    """A MoeModel with the arithmetic of its decoder."""
+
+    arithmetic: Arithmetic
+
+
 def read_arithmetic(config: Config) -> Arithmetic:
     interpolated = config.flag("use_interpolated_rotary_pos_emb", default=False)
     return Arithmetic(
@@ -87,13 +94,15 @@ def read_arithmetic(config: Config) -> Arithmetic:
     )
 
 
-def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
+def describe(checkpoint: Checkpoint, config: Config) -> StripedHyenaModel:
     _refuse_unknown(config)
+    # The constants are read first so that errors in them are found before those in tensors.
+    arithmetic = read_arithmetic(config)
     hidden_size, num_layers = config.size("hidden_size"), config.size("num_layers", most=MAX_LAYERS)
     vocab_size, tied = config.size("vocab_size"), config.flag("tie_embeddings", default=False)
     prefix = next((p for p in _PREFIXES if p + EMBEDDING in checkpoint.tensors), _PREFIXES[0])
     mixers = _mixers(config, hidden_size, num_layers)
-    experts = _experts(checkpoint, config, prefix, hidden_size)
+    experts = _experts(checkpoint, config, prefix, hidden_size, arithmetic.activation)
     check_sizes(
         checkpoint,
         config,
@@ -112,7 +121,8 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     dense = dict(_ends(hidden_size, vocab_size, tied=tied))
     for layer, mixer in enumerate(mixers):
         dense |= _block(config, BLOCK.format(layer=layer), mixer, hidden_size)
-    return MoeModel(
+    return StripedHyenaModel(
+        arithmetic=arithmetic,
         family=FAMILY,
         num_layers=num_layers,
         hidden_size=hidden_size,
@@ -137,8 +147,6 @@ def _refuse_unknown(config: Config) -> None:
         config.fail("hyena_filter_groups", "must be 1: filters that channels share are not served")
     if not config.flag("final_norm", default=True):
         config.fail("final_norm", "must be true")
-    # The constants are read here so that errors in them are found before those in tensors.
-    read_arithmetic(config)
 
 
 def _required(config: Config, key: str) -> float:
@@ -178,12 +186,14 @@ def _mixers(config: Config, hidden_size: int, num_layers: int) -> tuple[Mixer, .
     return tuple(attention if layer in attends else hyena for layer in range(num_layers))
 
 
-def _experts(checkpoint: Checkpoint, config: Config, prefix: str, hidden_size: int) -> ExpertLayer:
+def _experts(
+    checkpoint: Checkpoint, config: Config, prefix: str, hidden_size: int, activation: str
+) -> ExpertLayer:
     """The MLP of a block, as the layer's one expert."""
     inner_size = _inner_size(config, hidden_size)
     return ExpertLayer(
         num_slots=1,
-        module=ExpertModule(hidden_size, inner_size, read_arithmetic(config).activation),
+        module=ExpertModule(hidden_size, inner_size, activation),
         layout={weight: WeightPattern(prefix + BLOCK + name) for weight, name in MLP.items()},
         dtype=stored_dtype(checkpoint, prefix + BLOCK.format(layer=0) + MLP["gate"]),
         gate=None,

@@ -6,7 +6,7 @@ from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.errors import InvalidArgument, Unsupported
 from moesaic.families.encoder_decoder import EncoderDecoderModel
 from moesaic.families.model import MoeModel
-from moesaic.families.stripedhyena import FAMILY
+from moesaic.families.stripedhyena import StripedHyenaModel
 from moesaic.settings import CapacityLimit, Decoder
 from router.attention.views import Layout
 from router.decoders.decoder import RouterModel
@@ -36,7 +36,7 @@ def load_model(
         raise Unsupported(
             f"engine.capacity: experts of a {model.family} have none; use off", field="engine.capacity"
         )
-    if model.family == FAMILY or isinstance(model, EncoderDecoderModel):
+    if isinstance(model, StripedHyenaModel | EncoderDecoderModel):
         _refuse_variants(model, layout, decoder)
     if isinstance(model, EncoderDecoderModel):
         return EncoderDecoder(
@@ -47,7 +47,7 @@ def load_model(
             clock=clock,
             limits_slots=capacity == "model",
         )
-    if model.family == FAMILY:
+    if isinstance(model, StripedHyenaModel):
         return StripedHyena(checkpoint, model, layout, num_positions=num_positions, clock=clock)
     supported = _supported(checkpoint, model, layout, decoder)
     if supported is not None:

@@ -16,9 +16,7 @@ import torch
 from torch.nn import functional
 
 from moesaic.checkpoints.checkpoint import Checkpoint
-from moesaic.families.config import Config
-from moesaic.families.model import MoeModel
-from moesaic.families.stripedhyena import read_arithmetic
+from moesaic.families.stripedhyena import StripedHyenaModel
 from router.attention.rotary import rotary_turns
 from router.attention.views import Layout
 from router.cache.kv_cache import KVCache
@@ -43,7 +41,7 @@ class StripedHyena:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        model: MoeModel,
+        model: StripedHyenaModel,
         layout: Layout,
         *,
         num_positions: int,
@@ -51,8 +49,8 @@ class StripedHyena:
     ) -> None:
         self.layout = layout
         self.gate_stats = GateStats.of(model)
-        self._arithmetic = read_arithmetic(Config(checkpoint.config))
-        reader = BlockReader(checkpoint, model, self._arithmetic, layout, clock)
+        self._arithmetic = model.arithmetic
+        reader = BlockReader(checkpoint, model, layout, clock)
         self._blocks = tuple(reader.block(layer) for layer in range(model.num_layers))
         self._embedding, self._norm, self._head = reader.ends()
         head_dim = model.hidden_size // model.mixers[0].num_heads

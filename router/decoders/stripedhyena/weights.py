@@ -19,8 +19,8 @@ from torch.nn import functional
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.compute.linear import Linear
 from moesaic.families import stripedhyena as names
-from moesaic.families.model import Attention, Hyena, MoeModel
-from moesaic.families.stripedhyena import Arithmetic
+from moesaic.families.model import Attention, Hyena
+from moesaic.families.stripedhyena import StripedHyenaModel
 from router.attention.rotary import pairs_side_by_side
 from router.attention.views import Layout
 from router.decoders.dense_tensors import read_dense
@@ -66,17 +66,12 @@ class BlockReader:
     """Reads one block after the other."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: MoeModel,
-        arithmetic: Arithmetic,
-        layout: Layout,
-        clock: PhaseClock,
+        self, checkpoint: Checkpoint, model: StripedHyenaModel, layout: Layout, clock: PhaseClock
     ) -> None:
         self.num_bytes = 0
         self._checkpoint = checkpoint
         self._model = model
-        self._arithmetic = arithmetic
+        self._arithmetic = model.arithmetic
         self._layout = layout
         self._clock = clock
 
