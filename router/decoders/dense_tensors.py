@@ -5,7 +5,7 @@ A file may store them in another form: several joined into one, with rotary rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,9 +17,14 @@ from moesaic.families.tensor_check import FP8_BLOCK
 
 
 def read_dense(
-    checkpoint: Checkpoint, dense: Mapping[str, DenseTensor], *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    dense: Mapping[str, DenseTensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    exact: Collection[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields each tensor with its name, one at a time, file by file."""
+    """Yields each tensor with its name, one at a time, file by file; those named in `exact` are float32 for any dtype."""
     by_file: dict[Path, list[str]] = {}
     for name in sorted(dense):
         by_file.setdefault(checkpoint.tensors[dense[name].source].file, []).append(name)
@@ -34,7 +39,7 @@ def read_dense(
                 if stored.rotary_heads is not None:
                     tensor = pairs_half_apart(tensor, stored.rotary_heads)
                 # A copy: without it the tensor may be a view of the mapped file.
-                yield name, tensor.to(device, dtype, copy=True)
+                yield name, tensor.to(device, torch.float32 if name in exact else dtype, copy=True)
 
 
 def pairs_half_apart(rows: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -187,11 +187,11 @@ class SideReader:
 
     def _read(self, wanted: Iterable[str]) -> dict[str, torch.Tensor]:
         """Reads tensors by name. Those of gates stay float32, as gates are computed in it."""
-        names = set(wanted)
-        exact = {name for name in names if f".{self._names.gate}." in name}
-        tensors: dict[str, torch.Tensor] = {}
-        for some, dtype in ((exact, torch.float32), (names - exact, self._layout.dtype)):
-            dense = {name: self._model.dense[name] for name in some}
-            tensors |= read_dense(self._checkpoint, dense, dtype=dtype, device=self._layout.device)
+        layout = self._layout
+        dense = {name: self._model.dense[name] for name in wanted}
+        exact = {name for name in dense if f".{self._names.gate}." in name}
+        tensors = dict(
+            read_dense(self._checkpoint, dense, dtype=layout.dtype, device=layout.device, exact=exact)
+        )
         self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         return tensors

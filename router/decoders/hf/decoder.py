@@ -181,14 +181,8 @@ def _load(
     exact: frozenset[str],
 ) -> None:
     """Reads every parameter. Raises CheckpointError for one that is missing or that no module has."""
-    kept = {name: tensor for name, tensor in model.dense.items() if name in exact}
-    others = {name: tensor for name, tensor in model.dense.items() if name not in exact}
-    tensors = {
-        name: tensor
-        for dense, dtype in ((kept, torch.float32), (others, layout.dtype))
-        for name, tensor in read_dense(checkpoint, dense, dtype=dtype, device=layout.device)
-    }
-    unexpected = modules.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    tensors = read_dense(checkpoint, model.dense, dtype=layout.dtype, device=layout.device, exact=exact)
+    unexpected = modules.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys
     if unexpected:
         source = model.dense[unexpected[0]].source
         raise CheckpointError(f"tensor {source} is not part of the model", field=source)

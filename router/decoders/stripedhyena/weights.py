@@ -146,10 +146,11 @@ class BlockReader:
         return Mlp(Linear(torch.cat((gate, up))), Linear(down), activation)
 
     def _read(self, *wanted: str) -> dict[str, torch.Tensor]:
+        layout = self._layout
+        dense = {name: self._model.dense[name] for name in wanted}
         exact = {name for name in wanted if name.endswith(_EXACT)}
-        tensors: dict[str, torch.Tensor] = {}
-        for some, dtype in ((exact, torch.float32), (set(wanted) - exact, self._layout.dtype)):
-            dense = {name: self._model.dense[name] for name in some}
-            tensors |= read_dense(self._checkpoint, dense, dtype=dtype, device=self._layout.device)
+        tensors = dict(
+            read_dense(self._checkpoint, dense, dtype=layout.dtype, device=layout.device, exact=exact)
+        )
         self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         return tensors
