@@ -27,8 +27,8 @@ DType = Literal["auto", "float32", "bfloat16"]
 ExpertDType = Literal["auto", "fp32", "bf16", "int8", "int4"]
 # Rows on the wire. auto: the compute type, so nothing is lost; float8 and int8 carry a scale a row and lose some.
 WireDType = Literal["auto", "float32", "bfloat16", "float8", "int8"]
-# lean: our own decoder where the family is one that it knows; stock: the modules of transformers.
-Decoder = Literal["auto", "lean", "stock"]
+# lean: our own decoder, for the models that it supports. hf: the modules of transformers. auto: lean where possible.
+Decoder = Literal["auto", "lean", "hf"]
 
 
 def _yaml_word(value: Any) -> Any:

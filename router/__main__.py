@@ -39,7 +39,7 @@ def main(
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     decoder: Annotated[
         str | None,
-        typer.Option(help="auto, lean or stock: our own decoder, or the modules of transformers."),
+        typer.Option(help="auto, lean (our own decoder) or hf (the modules of transformers)."),
     ] = None,
     wire_dtype: Annotated[
         str | None, typer.Option(help="Rows on the wire: auto, float32, bfloat16, float8 or int8.")

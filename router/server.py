@@ -148,7 +148,7 @@ class RouterServer:
             engine.stats(),
             phases=self._clock.snapshot(),
             links=self._pool.links,
-            gates=loaded.model.gates.snapshot(),
+            gates=loaded.model.gate_stats.snapshot(),
             uptime_s=time.monotonic() - self._started_s,
         )
 

@@ -69,7 +69,7 @@ class Shard:
 
 def plan_tensors(checkpoint: Checkpoint, model: MoeModel) -> tuple[PlannedTensor, ...]:
     """Every tensor of the new folder, layer by layer. `model` describes `checkpoint` with its dense layers as experts."""
-    planned = _from_native(checkpoint, model) if checkpoint.native else _as_they_are(checkpoint)
+    planned = _from_native(checkpoint, model) if checkpoint.in_mistral_format else _as_they_are(checkpoint)
     return tuple(sorted(planned, key=lambda tensor: _natural(tensor.name)))
 
 

@@ -110,7 +110,7 @@ def _stored(checkpoint: Checkpoint) -> Stored:
 
 def _layout(checkpoint: Checkpoint, model: MoeModel | None) -> str:
     """The form of the folder, and how the experts of a gated layer lie in it."""
-    form = NATIVE if checkpoint.native else HUGGING_FACE
+    form = NATIVE if checkpoint.in_mistral_format else HUGGING_FACE
     gated = [] if model is None else [layer for layer in model.experts.values() if layer.gate is not None]
     if not gated:
         return form

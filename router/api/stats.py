@@ -8,7 +8,7 @@ import psutil
 
 from moesaic.v1 import inference_pb2
 from router.engine.engine import EngineStats
-from router.gating.gate_stats import GateReading
+from router.gating.gate_stats import LayerGateStats
 from router.workers.worker_link import WorkerLink
 
 
@@ -17,7 +17,7 @@ def router_stats(
     *,
     phases: Mapping[str, float],
     links: Sequence[WorkerLink],
-    gates: Sequence[GateReading],
+    gates: Sequence[LayerGateStats],
     uptime_s: float,
 ) -> inference_pb2.GetRouterStatsResponse:
     """One message with the counters of engine, links and gates, and the seconds of each phase."""

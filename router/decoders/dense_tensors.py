@@ -1,11 +1,11 @@
-"""Reading the tensors that the router holds, each once and by the name of the parameter that it becomes.
+"""Reads the tensors that the router holds, each once and under the name of its parameter.
 
-A file may hold them in other forms: several in one, rotary rows in another order, as float8 in blocks.
+A file may store them in another form: several joined into one, with rotary rows in another order, as float8 in blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,9 +17,14 @@ from moesaic.families.model import DenseTensor
 
 
 def read_dense(
-    checkpoint: Checkpoint, dense: Mapping[str, DenseTensor], *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    dense: Mapping[str, DenseTensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    exact: Collection[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors by name, file by file, one at a time."""
+    """Yields each tensor with its name, one at a time, file by file; those named in `exact` are float32 for any dtype."""
     by_file: dict[Path, list[str]] = {}
     for name in sorted(dense):
         by_file.setdefault(checkpoint.tensors[dense[name].source].file, []).append(name)
@@ -35,12 +40,12 @@ def read_dense(
                 if stored.rotary_heads is not None:
                     tensor = pairs_half_apart(tensor, stored.rotary_heads)
                 # A copy: without it the tensor may be a view of the mapped file.
-                yield name, tensor.to(device, dtype, copy=True)
+                yield name, tensor.to(device, torch.float32 if name in exact else dtype, copy=True)
 
 
 def pairs_half_apart(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows [h * d, ...] of queries or keys whose rotary pairs lie side by side: in each head, the second ones of all
-    pairs behind the first ones."""
+    """Reorders rows [h * d, ...] of queries or keys whose rotary pairs lie side by side: in each head, the first members
+    of all pairs come before the second ones."""
     halves: torch.Tensor = rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     return halves
 

@@ -1,7 +1,7 @@
-"""The attention seam of transformers: the modules make queries, keys and values, and paged attention does the rest.
+"""The attention seam of transformers: the modules compute queries, keys and values, and paged attention does the rest.
 
-Windows, chunks and masks are the batch's own, laid out by the model's mixers. Whatever else a family hands to its
-attention function and is not known here is refused by name: it would change the arithmetic.
+Windows, chunks and masks come from the batch, which follows the model's mixers. Any other argument that a family passes to
+its attention function is refused by name if it is not known here: it would change the arithmetic.
 
 Shapes: T tokens, H query heads, G key/value heads, d head size.
 """
@@ -24,7 +24,7 @@ from router.phase_clock import PhaseClock
 
 ATTENTION_NAME = "moesaic_paged"
 
-# Arguments that say what the batch knows better, or what only training and other caches want.
+# Arguments whose content the batch already has, and those that only training or other caches need.
 _IGNORED = frozenset({
     "attention_mask", "cache_position", "cache_params", "dropout", "is_causal", "output_attentions",
     "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "use_cache",
@@ -33,7 +33,7 @@ _IGNORED = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """What attention needs to know of the step; it reaches `paged_attention` as an argument of the model's forward."""
+    """The step as attention sees it. It reaches `paged_attention` as an argument of the model's forward."""
 
     batch: PackedBatch
     cache: KVCache
@@ -43,7 +43,7 @@ class AttentionStep:
 
 @dataclass(frozen=True, slots=True)
 class Temperature:
-    """Llama-4: in layers without rotary positions queries grow with their position."""
+    """The temperature of Llama-4: in layers without rotary positions, queries are scaled up with their position."""
 
     scale: float
     floor: float
@@ -54,9 +54,9 @@ class Temperature:
 
 
 def register_attention() -> None:
-    """Makes the seam known to transformers; any number of times."""
+    """Registers the seam with transformers; may be called any number of times."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
-    # Masks are the batch's own, so the model builds none.
+    # The batch has the masks, so the model builds none.
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
 
 

@@ -1,7 +1,7 @@
-"""What mixes the tokens of each sequence: attention over its keys and values, or a Hyena over its recurrent state.
+"""The sequence mixers of a block: attention over keys and values, or a Hyena over a recurrent state.
 
-A block does not know which of the two it has. Either is given the normed rows of a packed batch and gives as many rows,
-which the block's output projection takes; what later tokens need of these it leaves in its own kind of cache.
+Both have one interface: they map the normed rows of a packed batch to as many rows, which go to the output projection of
+the block, and keep what later tokens need in their own kind of cache.
 
 Shapes: T tokens, D hidden size, H query heads, G key/value heads, d head size, n sequences with one token each.
 """
@@ -27,17 +27,17 @@ from router.phase_clock import PhaseClock
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MixerStep:
-    """A micro-batch as mixers see it, worked out once for all layers."""
+    """A micro-batch as mixers see it, prepared once for all layers."""
 
     batch: PackedBatch
     cache: KVCache
-    turns: torch.Tensor  # [T, 1, d / 2], complex: how far each position turns each pair
+    turns: torch.Tensor  # [T, 1, d / 2], complex: the rotation of each pair at each position
     states: StateRows
 
 
 class SequenceMixer(Protocol):
     def __call__(self, hidden: torch.Tensor, step: MixerStep) -> torch.Tensor:
-        """hidden [T, D], normed -> [T, D]. Writes the cache."""
+        """Normed hidden [T, D] -> [T, D]. Writes the cache."""
         ...
 
 
@@ -65,8 +65,8 @@ class AttentionMixer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HyenaMixer:
-    """A SequenceMixer over recurrent states: x2 * (h (x1 * v)), where a short filter gives x2, x1 and v, and h is a
-    long one."""
+    """A SequenceMixer over recurrent states: x2 * (h (x1 * v)), where the short filter gives x2, x1 and v, and h is the
+    long filter."""
 
     layer: int
     projections: Linear  # D -> 3 D: the channels of x2, of x1, of v
