@@ -28,7 +28,7 @@ class StepProfile:
     steps: int
     overlapped_steps: int
     tokens_per_step: float
-    # Phases as the routers name them.
+    # By phase, in the names and the order of `router.phase_clock.Phase`.
     phases_ms: dict[str, float]
     step_ms: float
     # Of the routers' time: waiting for something to do, and what no phase counts.

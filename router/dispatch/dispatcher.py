@@ -41,7 +41,7 @@ from router.dispatch.host_staging import staging_for
 from router.dispatch.layer_call import LayerCall, WorkerCall
 from router.dispatch.layer_request import LayerMessage
 from router.dispatch.row_grouping import Part, SlotOrder
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 from router.workers.replica_pool import ReplicaPool
 from router.workers.transports.base import Answer
 from router.workers.worker_link import WorkerLink
@@ -116,11 +116,10 @@ class DispatchStep:
     ) -> LayerCall:
         """Sends a layer to its workers without waiting for any. `tokens` says which of the micro-batch's tokens the
         rows of `hidden` are; None: all of them. `hidden` and `weights` must not change before `receive`."""
-        started_s = time.perf_counter()
-        call = self._open(layer, hidden, slots, weights, tokens)
-        self._in_flight.append(call)
-        self._send_wave(call, range(len(call.order.slots)))
-        self._clock.add("encode", time.perf_counter() - started_s)
+        with self._clock.phase(Phase.ENCODE):
+            call = self._open(layer, hidden, slots, weights, tokens)
+            self._in_flight.append(call)
+            self._send_wave(call, range(len(call.order.slots)))
         return call
 
     def receive(self, call: LayerCall) -> Tensor:
@@ -129,9 +128,8 @@ class DispatchStep:
         for _ in range(MAX_ATTEMPTS - 1):
             if not call.errors:
                 break
-            started_s = time.perf_counter()
-            self._send_wave(call, sorted(call.errors))
-            self._clock.add("encode", time.perf_counter() - started_s)
+            with self._clock.phase(Phase.ENCODE):
+                self._send_wave(call, sorted(call.errors))
             total = self._collect(call)
         if call.errors:
             self.failed.update(call.failed_tokens())
@@ -217,7 +215,7 @@ class DispatchStep:
         """Waits for a wave and adds up everything that has landed, [T, D] float32. A call that failed puts its places
         into `errors`, a good one takes them out."""
         slowest, slowest_us = expert_pb2.ComputeTiming(), 0
-        waited_s = decode_s = 0.0
+        waited_s = 0.0
         for asked in call.wave:
             started_s = time.perf_counter()
             asked.landed = True
@@ -228,17 +226,14 @@ class DispatchStep:
                 self._note_failure(call, asked, error)
                 _end_span(asked.span, error)
                 continue
-            arrived_s = time.perf_counter()
-            waited_s += arrived_s - started_s
+            waited_s += time.perf_counter() - started_s
             if (busy_us := answer.busy_us) > slowest_us:
                 slowest, slowest_us = answer.response.timing, busy_us
-            self._take(call, asked, answer)
-            decode_s += time.perf_counter() - arrived_s
-        self._note_times(slowest, slowest_us, waited_s, decode_s)
-        started_s = time.perf_counter()
-        total = self._add_up(call)
-        self._clock.add("combine", time.perf_counter() - started_s)
-        return total
+            with self._clock.phase(Phase.DECODE):
+                self._take(call, asked, answer)
+        self._note_times(slowest, slowest_us, waited_s)
+        with self._clock.phase(Phase.COMBINE):
+            return self._add_up(call)
 
     def _take(self, call: LayerCall, asked: WorkerCall, answer: Answer) -> None:
         """Checks an answer and puts its rows where they belong."""
@@ -283,15 +278,12 @@ class DispatchStep:
         for place in asked.part.places:
             call.tried[place].add(worker)
 
-    def _note_times(
-        self, slowest: expert_pb2.ComputeTiming, slowest_us: int, waited_s: float, decode_s: float
-    ) -> None:
-        self._clock.add("worker decode", slowest.decode_us / 1e6)
-        self._clock.add("worker queue", slowest.queue_us / 1e6)
-        self._clock.add("worker compute", slowest.compute_us / 1e6)
-        self._clock.add("worker encode", slowest.encode_us / 1e6)
-        self._clock.add("wire", max(0.0, waited_s - slowest_us / 1e6))
-        self._clock.add("decode", decode_s)
+    def _note_times(self, slowest: expert_pb2.ComputeTiming, slowest_us: int, waited_s: float) -> None:
+        self._clock.add(Phase.WORKER_DECODE, slowest.decode_us / 1e6)
+        self._clock.add(Phase.WORKER_QUEUE, slowest.queue_us / 1e6)
+        self._clock.add(Phase.WORKER_COMPUTE, slowest.compute_us / 1e6)
+        self._clock.add(Phase.WORKER_ENCODE, slowest.encode_us / 1e6)
+        self._clock.add(Phase.WIRE, max(0.0, waited_s - slowest_us / 1e6))
 
 
 def _end_span(span: trace.Span, error: Exception | None = None) -> None:

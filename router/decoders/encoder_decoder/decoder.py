@@ -10,7 +10,6 @@ logits are wanted, V vocabulary, P positions that can be served.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +38,7 @@ from router.decoders.residual_stream import Flight
 from router.gating.capacity import assign_within, runs
 from router.gating.gate import NO_SLOT, Assignment, assign
 from router.gating.gate_stats import GateHealth
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 
 _FAMILIES = {family.FAMILY: family for family in (nllb_moe, switch_transformers)}
 # Of a prompt, where each has a bias of its own for every key.
@@ -145,13 +144,12 @@ class EncoderDecoder:
     def _read(self, layer: int, weights: Layer, flight: _Reading) -> None:
         """A layer of the encoder up to its experts, which are asked and not waited for."""
         qkv = weights.attention.projections(weights.attention.norm(flight.hidden))
-        started = time.perf_counter()
-        num_heads, head_dim = self._heads[0]
-        queries, keys, values = qkv.view(len(qkv), 3, num_heads, head_dim).unbind(1)
-        attended = attend_prompts(
-            queries, keys, values, flight.prompts.lengths, self._scaling(head_dim), self._both_ways
-        )
-        self._clock.add("attention", time.perf_counter() - started)
+        with self._clock.phase(Phase.ATTENTION):
+            num_heads, head_dim = self._heads[0]
+            queries, keys, values = qkv.view(len(qkv), 3, num_heads, head_dim).unbind(1)
+            attended = attend_prompts(
+                queries, keys, values, flight.prompts.lengths, self._scaling(head_dim), self._both_ways
+            )
         flight.hidden += weights.attention.output(attended)
         self._ask(layer, weights, flight, flight.prompts.lengths)
 
@@ -188,13 +186,12 @@ class EncoderDecoder:
         self, layer: int, queries: torch.Tensor, groups: Sequence[DecodeGroup], cache: KVCache
     ) -> torch.Tensor:
         """[U, H, d] -> [U, H * d]"""
-        started = time.perf_counter()
-        attended = queries.new_empty(len(queries), queries[0].numel())
-        scaling = self._scaling(queries.shape[2])
-        for group in groups:
-            attended[group.rows] = attend_group(layer, queries[group.rows], group, cache, scaling)
-        self._clock.add("attention", time.perf_counter() - started)
-        return attended
+        with self._clock.phase(Phase.ATTENTION):
+            attended = queries.new_empty(len(queries), queries[0].numel())
+            scaling = self._scaling(queries.shape[2])
+            for group in groups:
+                attended[group.rows] = attend_group(layer, queries[group.rows], group, cache, scaling)
+            return attended
 
     def _ask(self, layer: int, weights: Layer, flight: Flight, lengths: Sequence[int]) -> None:
         """`lengths`: how many consecutive rows are counted as one sequence, where slots can be full."""
@@ -215,19 +212,18 @@ class EncoderDecoder:
                 torch.ones(one_slot, device=normed.device),
                 torch.zeros(one_slot, dtype=torch.long, device=normed.device),
             )
-        started = time.perf_counter()
-        logits = weights.scorer(normed)
-        if self.gates.looks:
-            self.gates.look(layer, logits)
-        if self._limits_slots and experts.capacity is not None:
-            assignment, num_dropped = assign_within(
-                logits, experts.gate, experts.capacity, runs(experts.capacity, lengths)
-            )
-            num_kept = int((assignment.slots != NO_SLOT).sum())
-            self.gates.count(layer, num_kept + num_dropped, num_dropped)
-        else:
-            assignment = assign(logits, experts.gate)
-        self._clock.add("gate", time.perf_counter() - started)
+        with self._clock.phase(Phase.GATE):
+            logits = weights.scorer(normed)
+            if self.gates.looks:
+                self.gates.look(layer, logits)
+            if self._limits_slots and experts.capacity is not None:
+                assignment, num_dropped = assign_within(
+                    logits, experts.gate, experts.capacity, runs(experts.capacity, lengths)
+                )
+                num_kept = int((assignment.slots != NO_SLOT).sum())
+                self.gates.count(layer, num_kept + num_dropped, num_dropped)
+            else:
+                assignment = assign(logits, experts.gate)
         return assignment
 
     def _embed(self, embedding: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

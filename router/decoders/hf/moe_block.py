@@ -5,8 +5,6 @@ Shapes: T tokens, D hidden size, E slots, K experts per token.
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import nn
 
@@ -16,7 +14,7 @@ from router.decoders.hf.wiring import Wiring
 from router.dispatch.dispatcher import DispatchStep
 from router.dispatch.layer_call import LayerCall
 from router.gating.gate import Assignment, assign, everyone
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 
 
 class CurrentStep:
@@ -63,14 +61,12 @@ class Gate(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> Assignment:
         """Scores rows [T, D]."""
-        started = time.perf_counter()
-        if self._exact:
-            logits = nn.functional.linear(rows.float(), self.weight.float(), self.bias)
-        else:
-            logits = nn.functional.linear(rows, self.weight, self.bias)
-        assignment = assign(logits, self._rule, selection_bias=self.e_score_correction_bias)
-        self._clock.add("gate", time.perf_counter() - started)
-        return assignment
+        with self._clock.phase(Phase.GATE):
+            if self._exact:
+                logits = nn.functional.linear(rows.float(), self.weight.float(), self.bias)
+            else:
+                logits = nn.functional.linear(rows, self.weight, self.bias)
+            return assign(logits, self._rule, selection_bias=self.e_score_correction_bias)
 
 
 class MoeBlock(nn.Module):

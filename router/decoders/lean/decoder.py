@@ -10,7 +10,6 @@ vocabulary, P positions that can be served.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ from router.decoders.lean.supported import DecoderLayout
 from router.decoders.lean.weights import Layer, Reader
 from router.decoders.residual_stream import Flight, landed
 from router.gating.gate_stats import GateHealth
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,11 +89,10 @@ class LeanDecoder:
         hidden += layer.output(attended)
         normed = self._normed(hidden, layer.experts_norm)
         if layer.gate is not None:
-            started = time.perf_counter()
-            assignment = layer.gate(normed)
-            if self.gates.looks and layer.gate.logits is not None:
-                self.gates.look(index, layer.gate.logits(normed))
-            self._clock.add("gate", time.perf_counter() - started)
+            with self._clock.phase(Phase.GATE):
+                assignment = layer.gate(normed)
+                if self.gates.looks and layer.gate.logits is not None:
+                    self.gates.look(index, layer.gate.logits(normed))
             flight.call = flight.part.experts.send(
                 index, normed, assignment.slots, assignment.weights, tokens=flight.tokens
             )
@@ -106,15 +104,13 @@ class LeanDecoder:
         num_heads, head_dim = self._attention.num_heads, self._attention.head_dim
         normed = self._normed(flight.hidden, layer.attention_norm)
         qkv = layer.projections(normed, num_heads, head_dim, self._norm_eps)
-        started = time.perf_counter()
-        batch = flight.part.batch
-        num_turned = num_heads + self._attention.num_kv_heads
-        heads = qkv.view(len(qkv), -1, head_dim)
-        turn_(heads[:, :num_turned], flight.turns)
-        cache.write(index, batch.cache_positions, qkv[:, num_heads * head_dim :])
-        attended = attend(index, heads[:, :num_heads], batch, cache, self._scaling)
-        self._clock.add("attention", time.perf_counter() - started)
-        return attended
+        with self._clock.phase(Phase.ATTENTION):
+            batch = flight.part.batch
+            num_turned = num_heads + self._attention.num_kv_heads
+            heads = qkv.view(len(qkv), -1, head_dim)
+            turn_(heads[:, :num_turned], flight.turns)
+            cache.write(index, batch.cache_positions, qkv[:, num_heads * head_dim :])
+            return attend(index, heads[:, :num_heads], batch, cache, self._scaling)
 
     def _normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(hidden, weight.shape, weight, self._norm_eps)
