@@ -8,7 +8,7 @@ from time import perf_counter
 
 
 class Phase(enum.StrEnum):
-    """The phases of a step, in the order in which a step goes through them. The stats report them by these values."""
+    """The phases of a step, in their order. The values are their names in the statistics."""
 
     SCHEDULE = "schedule"
     ATTENTION = "attention"

@@ -1,8 +1,7 @@
-"""Checks of tensors on the wire: raw little-endian bytes with dtype and shape. No torch here; `tensors.py` makes the
-views.
+"""Checks of tensors on the wire, which are raw little-endian bytes with dtype and shape. Imports no torch.
 
-A tensor that arrives is checked before its bytes are touched: dtype, shape and byte count have to be those that the
-receiver expects, so that a wrong message is an error with a field name and never a wrong number.
+A tensor that arrives is checked before its bytes are touched: dtype, shape and byte count have to be those
+that the receiver expects, so that a wrong message is an error with a field name and never a wrong number.
 """
 
 from __future__ import annotations
@@ -43,8 +42,9 @@ def check_tensor(
     shape: Sequence[int | None],
     num_bytes: int | None = None,
 ) -> None:
-    """Raises InvalidArgument unless the tensor has one of `dtypes`, has `shape` (None: any extent), holds exactly the
-    bytes of both (`num_bytes`, where its data are not in the message) and one scale per row if its dtype has scales."""
+    """Raises InvalidArgument unless the tensor has one of `dtypes`, has `shape` (None: any extent), holds
+    exactly the bytes of both (`num_bytes`, where its data are not in the message) and one scale per row if
+    its dtype has scales."""
     dtype, extents = tensor.dtype, tensor.shape[:]
     if dtype not in dtypes:
         expected = ", ".join(dtype_name(dtype) for dtype in dtypes)

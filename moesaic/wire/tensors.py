@@ -1,7 +1,7 @@
 """Conversion between torch tensors and the wire. The only module of this package that may import torch.
 
-Encoding makes rows whose bytes are the data. Decoding makes a view of the bytes that arrived; it is read-only, and a
-caller that writes copies it first. int8 rows travel with one float32 scale each.
+Encoding makes rows whose bytes are the data. Decoding makes a view of the bytes that arrived; it is
+read-only, and a caller that writes copies it first. int8 rows travel with one float32 scale each.
 
 Shapes: R rows, D their width.
 """
@@ -27,13 +27,13 @@ WIRE_DTYPES: dict[torch.dtype, common_pb2.Dtype] = {
 }
 # The largest element of an int8 row.
 LARGEST_INT8 = 127.0
-# A row whose elements are all smaller counts as a row of zeros: its scale would lose its precision, and then be zero.
+# A row without a larger element counts as a row of zeros: its scale would lose precision, or become zero.
 SMALLEST_EXTREME = 1e-30
 
 
 def encode_rows(rows: torch.Tensor, dtype: common_pb2.Dtype) -> tuple[common_pb2.Tensor, torch.Tensor]:
-    """Rows [R, D] of any device in a dtype of the wire: the header, without data, and the contiguous CPU rows whose
-    bytes (`data_of`) are the data. Rows that already have this form are not copied."""
+    """Rows [R, D] of any device in a dtype of the wire: the header, without data, and the contiguous CPU rows
+    whose bytes (`data_of`) are the data. Rows that already have this form are not copied."""
     wire, scales = narrow(rows.detach(), dtype)
     wire = wire.cpu().contiguous()
     return header_of(wire, scales), wire
@@ -42,13 +42,13 @@ def encode_rows(rows: torch.Tensor, dtype: common_pb2.Dtype) -> tuple[common_pb2
 def narrow(rows: torch.Tensor, dtype: common_pb2.Dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows [R, D] in a dtype of the wire, and their scales [R] in float32 if the dtype has scales.
 
-    A row that is not finite gets a scale that is not finite: its elements may turn into any number, so the receiver
-    checks the scale."""
+    A row that is not finite gets a scale that is not finite: its elements may turn into any number, so the
+    receiver checks the scale."""
     if dtype not in SCALED_DTYPES:
         return rows.to(TORCH_DTYPES[dtype]), None
     rows = rows.float()
     extreme = rows.abs().amax(dim=1)
-    # Slightly less than what just fits, so that the largest number does not become infinite when it is decoded.
+    # Slightly below the exact fit, so that the largest number does not become infinite when it is decoded.
     scales = extreme * ((1 - 2**-22) / LARGEST_INT8)
     scales = torch.where(extreme < SMALLEST_EXTREME, 1.0, scales)
     scaled = (rows / scales[:, None]).clamp_(-LARGEST_INT8, LARGEST_INT8)
@@ -69,13 +69,13 @@ def data_of(rows: torch.Tensor) -> memoryview:
 
 
 def view_rows(header: common_pb2.Tensor, data: memoryview) -> torch.Tensor:
-    """Rows in a dtype of the wire, as a read-only view of `data`. The header has to be checked (`check_tensor`)."""
+    """Rows in a dtype of the wire, a read-only view of `data`, whose header `check_tensor` has passed."""
     shape, dtype = tuple(header.shape), TORCH_DTYPES[header.dtype]
     return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
 
 
 def decode_rows(header: common_pb2.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The numbers that the rows of a checked header stand for: the rows themselves, or float32 if they have scales."""
+    """The numbers that the rows of a checked header stand for: float32 for scaled rows, else the rows."""
     if header.dtype not in SCALED_DTYPES:
         return rows
     scales = torch.frombuffer(header.scales, dtype=torch.float32).to(rows.device)
@@ -83,8 +83,8 @@ def decode_rows(header: common_pb2.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _spend_the_read_only_warning() -> None:
-    """torch warns once per process that a view of bytes is read-only. The views here are meant to be, so the warning is
-    provoked and suppressed when this module is imported."""
+    """torch warns once per process that a view of bytes is read-only. The views here are meant to be, so the
+    warning is provoked and suppressed when this module is imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.frombuffer(b"\0", dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """The combine half of an MoE layer: the answers of the workers, collected and added up.
 
-An answer is copied as soon as it arrives, because its bytes belong to its transport. All answers are collected in host
-memory and go to the model's device together.
+An answer is copied as soon as it arrives, because its bytes belong to its transport. All answers are
+collected in host memory and go to the model's device together.
 
 Shapes: T tokens, K experts per token, D hidden size, n assignments and R tokens of one worker.
 """
@@ -24,7 +24,7 @@ from router.workers.transports.base import Answer
 
 
 class Combiner(Protocol):
-    """Collects the answers of a layer. The result is right once the rows of every worker are added or cleared."""
+    """Collects the answers of a layer. The result is valid once all rows have been added or cleared."""
 
     def add(self, rows: WorkerRows, answer: Answer) -> None:
         """Copies a checked answer."""
@@ -43,14 +43,15 @@ class Combiner(Protocol):
         ...
 
     def looks_finite(self, result: Tensor) -> bool:
-        """Checks all numbers at once: any of them that is not finite shows in their sum. On a GPU the check reads the
-        answers in host memory while the GPU adds them up, since reading `result` would wait for the GPU."""
+        """Checks all numbers at once: any of them that is not finite shows in their sum. On a GPU the check
+        reads the answers in host memory while the GPU adds them up, since reading `result` would wait for the
+        GPU."""
         ...
 
 
 class RowCombiner:
-    """COMBINE_ROWS: one row per assignment, added up by rank in float32. Neither the placement nor the order of arrival
-    affects the result."""
+    """COMBINE_ROWS: one row per assignment, added up by rank in float32. Neither the placement nor the order
+    of arrival affects the result."""
 
     def __init__(
         self, staging: Staging, groups: RowsBySlot, weights: Tensor, width: int, dtype: torch.dtype
@@ -91,13 +92,13 @@ class RowCombiner:
         return _is_sum_finite(result if result.device.type == "cpu" else self._outputs)
 
     def _clear(self, assignments: Indices | list[int]) -> None:
-        # Uninitialised memory must not reach other tokens: attention multiplies it by zero, and NaN stays NaN.
+        # Uninitialised memory must not reach other tokens: attention multiplies it by zero, but NaN stays.
         self._outputs.index_fill_(0, _tensor_of(assignments), 0)
 
 
 class SumCombiner:
-    """COMBINE_SUM: one row per token that a worker was sent, the weighted sum over that worker's experts. The sums are
-    added in the order of the calls, so placement affects the last bits."""
+    """COMBINE_SUM: one row per token that a worker was sent, the weighted sum over that worker's experts. The
+    sums are added in the order of the calls, so placement affects the last bits."""
 
     def __init__(self, staging: Staging, hidden: Tensor) -> None:
         """`hidden` [T, D] is the layer's input."""

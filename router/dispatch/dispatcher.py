@@ -2,15 +2,16 @@
 
     output[t] = sum over ranks k of weights[t, k] * expert slots[t, k] of hidden[t]
 
-Dispatch groups the rows by worker and sends one message per worker with each token's hidden state once; all workers are
-in flight together. Combine adds up the answers by slot rank (the gate's best expert first) in float32, so neither the
-placement nor the order of arrival can affect the sum. Rows that a worker failed to compute are sent to another replica,
-once. A token that still lacks an expert is reported as failed, and only its own sequence fails.
+Dispatch groups the rows by worker and sends one message per worker with each token's hidden state once; all
+workers are in flight together. Combine adds up the answers by slot rank (the gate's best expert first) in
+float32, so neither the placement nor the order of arrival can affect the sum. Rows that a worker failed to
+compute are sent to another replica, once. A token that still lacks an expert is reported as failed, and only
+its own sequence fails.
 
-With `combine_sum` a worker adds up what its experts make of a token, and the partial sums are added in the order of the
-calls: fewer bytes come back, and placement affects the last bits.
+With `combine_sum` a worker adds up what its experts make of a token, and the partial sums are added in the
+order of the calls: fewer bytes come back, and placement affects the last bits.
 
-Shapes: T tokens, D hidden size, K experts per token. An assignment is one (token, rank) pair, numbered token * K + rank.
+Shapes: T tokens, D hidden size, K experts per token.
 """
 
 from __future__ import annotations
@@ -73,15 +74,15 @@ class Dispatcher:
         self._rules = rules
 
     def begin(self, epoch: Epoch, *, deadline_s: float, context: Context | None = None) -> DispatchStep:
-        """Begins a step of `epoch` that ends by `deadline_s` (monotonic); its spans are children of `context`."""
+        """Begins a step that ends by `deadline_s` (monotonic); its spans are children of `context`."""
         return DispatchStep(
             self._pool, self._clock, self._rules, epoch, deadline_s=deadline_s, context=context
         )
 
 
 class DispatchStep:
-    """The layers of one micro-batch, each sent and received in order; several micro-batches may be in flight at once.
-    Afterwards `failed` says which of its tokens have no valid output, and why."""
+    """The layers of one micro-batch, each sent and received in order; several micro-batches may be in flight
+    at once. Afterwards `failed` says which of its tokens have no valid output, and why."""
 
     def __init__(
         self,
@@ -99,7 +100,8 @@ class DispatchStep:
         self._epoch = epoch
         self._deadline_s = deadline_s
         self._context = context
-        # Workers that failed a call in this step, and are not asked again in it: waiting for them in every layer would add up.
+        # The workers that failed a call in this step, other than by being overloaded. They are not asked
+        # again in it: waiting for them in every layer would add up.
         self._silent: set[str] = set()
         self._in_flight: list[LayerCall] = []
         self.failed: dict[int, MoesaicError] = {}
@@ -117,8 +119,9 @@ class DispatchStep:
         *,
         tokens: Sequence[int] | None = None,
     ) -> LayerCall:
-        """Sends a layer to its workers without waiting for any of them. `tokens` says which of the micro-batch's tokens
-        the rows of `hidden` are; None: all of them. `hidden` and `weights` must not change before `receive`."""
+        """Sends a layer to its workers without waiting for any of them. `tokens` are the tokens of the
+        micro-batch that `hidden` holds; None: all of them. `hidden` and `weights` must not change before
+        `receive`."""
         with self._clock.phase(Phase.ENCODE):
             layer_call = self._open(layer, hidden, slots, weights, tokens)
             self._in_flight.append(layer_call)
@@ -140,8 +143,7 @@ class DispatchStep:
 
     def abandon(self) -> None:
         """Gives up the calls that are still in flight, so that their links do not wait for the answers."""
-        waves = (wave for layer_call in self._in_flight for wave in layer_call.waves)
-        for call in (call for wave in waves for call in wave.calls if not call.received):
+        for call in (call for layer_call in self._in_flight for call in layer_call.in_flight):
             with contextlib.suppress(MoesaicError, TimeoutError):
                 call.link.receive(call.pending, 0.0)
             _end_span(call.span)
@@ -156,17 +158,13 @@ class DispatchStep:
         wire, slots, *others = staging.to_host([wire, slots, *(one for one in optional if one is not None)])
         sum_weights = others.pop().numpy().ravel() if combine_sum else None
         scales = others.pop() if others else None
+        request = LayerRequest(self._epoch.id, layer, wire, scales, sum_weights)
         groups = RowsBySlot.of(slots)
+        if combine_sum:
+            return LayerCall(request, groups, SumCombiner(staging, hidden), hidden.dtype, tokens)
         decoded_dtype = wire.dtype if scales is None else torch.float32
-        return LayerCall(
-            request=LayerRequest(self._epoch.id, layer, wire, scales, sum_weights),
-            groups=groups,
-            combiner=SumCombiner(staging, hidden)
-            if combine_sum
-            else RowCombiner(staging, groups, weights, hidden.shape[1], decoded_dtype),
-            dtype=hidden.dtype,
-            tokens=tokens,
-        )
+        combiner = RowCombiner(staging, groups, weights, hidden.shape[1], decoded_dtype)
+        return LayerCall(request, groups, combiner, hidden.dtype, tokens)
 
     def _send_wave(self, layer_call: LayerCall) -> None:
         """Asks one replica for each missing group, with one message per worker."""
@@ -196,6 +194,7 @@ class DispatchStep:
     def _send(
         self, layer: LayerRequest, link: WorkerLink, rows: WorkerRows, versions: list[bytes], timeout_ms: int
     ) -> WorkerCall:
+        """Sends one worker its rows, in a span of its own if the step is traced."""
         request, hidden = layer.to_worker(rows, versions, timeout_ms)
         span: trace.Span = trace.INVALID_SPAN
         if self._context is not None:
@@ -245,6 +244,7 @@ class DispatchStep:
             return None
 
     def _accept(self, layer_call: LayerCall, call: WorkerCall, answer: Answer) -> None:
+        """Takes an answer; one that is not valid fails its call."""
         try:
             layer_call.accept(call, answer)
         except DataLoss as error:
@@ -254,7 +254,7 @@ class DispatchStep:
             _end_span(call.span)
 
     def _combine(self, layer_call: LayerCall) -> Tensor:
-        """The sum of everything that was answered, [T, D] float32; finite wherever the sums of finite rows are."""
+        """The sum of all answers, [T, D] float32; finite wherever the sums of finite rows are."""
         combiner = layer_call.combiner
         total = combiner.result()
         if not combiner.looks_finite(total) and self._fail_not_finite(layer_call):
@@ -262,7 +262,7 @@ class DispatchStep:
         return total
 
     def _fail_not_finite(self, layer_call: LayerCall) -> bool:
-        """Fails the calls whose rows are not finite. False if there are none: the sum of finite rows may overflow."""
+        """Fails the calls whose rows are not finite. There may be none: sums of finite rows may overflow."""
         calls = [
             call
             for call in layer_call.answered

@@ -17,7 +17,7 @@ from router.workers.transports.base import Answer
 
 @dataclass(slots=True, eq=False)
 class LayerCall:
-    """Every group of the layer is missing until a worker has answered for it. Belongs to the step that sent it."""
+    """Every group of the layer is missing until a worker has answered for it."""
 
     request: LayerRequest
     groups: RowsBySlot
@@ -29,16 +29,22 @@ class LayerCall:
     waves: list[Wave] = field(default_factory=list)
     # The calls whose answers are in the combiner.
     answered: list[WorkerCall] = field(default_factory=list)
-    # By group without an answer: the workers that failed to compute it, and why the last attempt failed.
+    # The groups without an answer, and for each of them the workers that failed to compute it.
     missing: dict[int, frozenset[str]] = field(init=False)
+    # Why the last attempt at each of these groups failed.
     errors: dict[int, MoesaicError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.missing = dict.fromkeys(range(len(self.groups.slots)), frozenset())
 
+    @property
+    def in_flight(self) -> list[WorkerCall]:
+        """The calls whose answers have not been waited for."""
+        return [call for wave in self.waves for call in wave.calls if not call.received]
+
     def begin_wave(self, *, silent: Set[str], deadline_s: float) -> Wave:
-        """A wave for every group that is missing. It leaves out the workers that failed the group before, and those that
-        are silent."""
+        """A wave for every group that is missing. It leaves out the workers that failed the group before, and
+        those that are silent."""
         excluded = {group: failed | silent for group, failed in sorted(self.missing.items())}
         wave = Wave(excluded, deadline_s, [])
         self.waves.append(wave)
@@ -61,7 +67,7 @@ class LayerCall:
         self._leave_out(call.rows, error)
 
     def fail_unheld(self, group: int, error: MoesaicError) -> None:
-        """Leaves out a group that no replica can be asked for. The error of a replica that failed before says more."""
+        """Leaves out a group that no replica can be asked for. An earlier error of a replica is kept."""
         if group not in self.errors:
             self._leave_out(self.groups.worker_rows([group]), error)
 

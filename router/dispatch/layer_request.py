@@ -31,8 +31,8 @@ class LayerRequest:
         scales: Tensor | None,
         weights: npt.NDArray[np.float32] | None,
     ) -> None:
-        """`hidden` [T, D] is in a dtype of the wire, with scales [T] if the dtype has scales; weights [T * K] ask for
-        weighted sums."""
+        """`hidden` [T, D] is in a dtype of the wire, with scales [T] if the dtype has scales; weights [T * K]
+        ask for weighted sums."""
         self.layer = layer
         self._epoch = epoch
         self._hidden = hidden
@@ -50,8 +50,8 @@ class LayerRequest:
     def to_worker(
         self, rows: WorkerRows, versions: Sequence[bytes], timeout_ms: int
     ) -> tuple[expert_pb2.ComputeRequest, Tensor]:
-        """The request for the rows of one worker, in these versions of its slots, and the hidden states [R, D] that are
-        sent with it."""
+        """The request for the rows of one worker, with a version for each of its slots, and the hidden states
+        [R, D] that are sent with it."""
         request, hidden = expert_pb2.ComputeRequest(), self._hidden
         request.CopyFrom(self._common)
         request.timeout_ms = timeout_ms
@@ -70,8 +70,8 @@ class LayerRequest:
         return request, hidden
 
     def check(self, answer: Answer, rows: WorkerRows, versions: Sequence[bytes]) -> None:
-        """Raises DataLoss unless the answer is for exactly this request: epoch, versions, dtype, shape, bytes and
-        scales."""
+        """Raises DataLoss unless the answer is for exactly this request: epoch, versions, dtype, shape, bytes
+        and scales."""
         response = answer.response
         if response.epoch != self._epoch or response.versions != versions:
             raise DataLoss("the worker computed with another version", reason="WRONG_VERSION")

@@ -1,10 +1,10 @@
 """The rows of a layer grouped by slot, and what each worker gets of them.
 
-The code uses numpy, because every step here is tiny and an operation of torch costs several times as much, and for a
-single token plain lists, which cost a fraction of numpy's.
+The code uses numpy, because every step here is tiny and an operation of torch costs several times as much,
+and for a single token plain lists, which cost a fraction of numpy's.
 
-Shapes: T tokens, K experts per token, n assignments and R tokens of one worker. An assignment is one (token, rank) pair,
-numbered token * K + rank. A group is the assignments of one slot.
+Shapes: T tokens, K experts per token, n assignments and R tokens of one worker. An assignment is a pair of a
+token and a rank, numbered token * K + rank. A group is the assignments of one slot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class WorkerRows(NamedTuple):
-    """The rows of one worker: the assignments of some groups, and the tokens that have to be sent for them."""
+    """The rows of one worker: the assignments of some groups, and the tokens that are sent for them."""
 
     # Indices of the groups in their `RowsBySlot`, ascending.
     groups: Sequence[int]
@@ -40,7 +40,7 @@ class WorkerRows(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowsBySlot:
-    """The groups of a layer: the slots that are used, ascending, and the assignments of each, ascending too."""
+    """The groups of a layer: the slots that are used and the assignments of each, both ascending."""
 
     slots: Sequence[int]
     assignments: Indices | list[int]  # group by group: all T * K except those to no slot
@@ -52,7 +52,7 @@ class RowsBySlot:
 
     @classmethod
     def of(cls, slots: Tensor) -> RowsBySlot:
-        """Groups the assignments of slots [T, K] on the CPU, which holds NO_SLOT for a rank without a slot."""
+        """Groups the assignments of slots [T, K] on the CPU; a rank without a slot has NO_SLOT."""
         num_tokens, num_ranks = slots.shape
         if num_tokens == 1:
             return cls._of_token(*slots.tolist())
@@ -115,7 +115,7 @@ class RowsBySlot:
 
 
 def _needed(tokens: Indices, num_tokens: int) -> tuple[Indices | None, Indices]:
-    """The distinct ones among `tokens`, None for all of them, and the index of each of `tokens` among these."""
+    """The distinct tokens, None for all there are, and the index of each of `tokens` among them."""
     wanted = np.zeros(num_tokens, dtype=bool)
     wanted[tokens] = True
     if wanted.all():

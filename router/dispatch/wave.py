@@ -27,10 +27,10 @@ class WorkerCall:
 
 
 class Wave(NamedTuple):
-    """Each of some groups asked of one replica, if there is one."""
+    """The calls for some groups of a layer, each group asked of one replica."""
 
-    # For each group that is asked for, the workers that are left out.
+    # The groups, and for each of them the workers that are left out.
     excluded: Mapping[int, Collection[str]]
-    # When waiting for its answers ends, on the monotonic clock.
+    # When waiting for the answers ends, on the monotonic clock.
     deadline_s: float
     calls: list[WorkerCall]
