@@ -25,8 +25,8 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
 # How an expert's weights are held. auto: the compute type; int8 and int4 lose some precision (docs/performance.md).
 ExpertDType = Literal["auto", "fp32", "bf16", "int8", "int4"]
-# Rows on the wire. auto: the compute type, so nothing is lost; float8 and int8 carry a scale a row and lose some.
-WireDType = Literal["auto", "float32", "bfloat16", "float8", "int8"]
+# Rows on the wire. auto: the compute type, so nothing is lost; int8 carries a scale per row and loses some precision.
+WireDType = Literal["auto", "float32", "bfloat16", "int8"]
 # lean: our own decoder, for the models that it supports. hf: the modules of transformers. auto: lean where possible.
 Decoder = Literal["auto", "lean", "hf"]
 

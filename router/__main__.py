@@ -42,7 +42,7 @@ def main(
         typer.Option(help="auto, lean (our own decoder) or hf (the modules of transformers)."),
     ] = None,
     wire_dtype: Annotated[
-        str | None, typer.Option(help="Rows on the wire: auto, float32, bfloat16, float8 or int8.")
+        str | None, typer.Option(help="Rows on the wire: auto, float32, bfloat16 or int8.")
     ] = None,
     combine: Annotated[
         str | None,

@@ -12,7 +12,7 @@ from moesaic.compute.device import choose_device, choose_dtype
 from moesaic.epoch import Epoch
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import EngineSettings
-from moesaic.v1 import common_pb2
+from moesaic.wire.tensor_check import dtype_named
 from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.cache.sizing import choose_max_model_len, make_block_pool, make_state_cache, make_state_pool
@@ -31,14 +31,6 @@ from router.text.text import Text, load_text
 from router.workers.replica_pool import ReplicaPool
 
 log = logging.getLogger(__name__)
-
-# The dtype of rows on the wire by setting. Not listed is `auto`, the dtype that the model computes in.
-WIRE_DTYPES: dict[str, common_pb2.Dtype] = {
-    "float32": common_pb2.DTYPE_FLOAT32,
-    "bfloat16": common_pb2.DTYPE_BFLOAT16,
-    "float8": common_pb2.DTYPE_FLOAT8_E4M3,
-    "int8": common_pb2.DTYPE_INT8,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +141,6 @@ def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> L
 def _dispatch_rules(settings: EngineSettings) -> DispatchRules:
     return DispatchRules(
         call_timeout_s=settings.call_timeout_s,
-        wire_dtype=WIRE_DTYPES.get(settings.wire_dtype),
+        wire_dtype=None if settings.wire_dtype == "auto" else dtype_named(settings.wire_dtype),
         combine_sum=settings.combine == "sum",
     )

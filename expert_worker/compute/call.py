@@ -26,9 +26,9 @@ from moesaic.families import MoeModel
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import Framed
 from moesaic.wire.tensor_check import check_tensor
-from moesaic.wire.tensors import WIRE_ROWS, decode_rows, view_rows
+from moesaic.wire.tensors import TORCH_DTYPES, decode_rows, view_rows
 
-ROW_DTYPES = tuple(WIRE_ROWS)
+ROW_DTYPES = tuple(TORCH_DTYPES)
 
 
 class ExpertCall(NamedTuple):

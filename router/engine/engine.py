@@ -27,7 +27,7 @@ from router.engine.live_sequence import LiveSequence, Reading
 from router.engine.overlap import micro_batches
 from router.engine.request import Failed, Finished, SequenceRequest
 from router.engine.sampling_params import SampledToken
-from router.phase_clock import INSIDE_FORWARD, PhaseClock
+from router.phase_clock import INSIDE_FORWARD, Phase, PhaseClock
 from router.scheduling.scheduler import Scheduler
 from router.scheduling.sequence import Chunk
 
@@ -145,10 +145,9 @@ class Engine:
     def _loop(self) -> None:
         try:
             while self._take_commands():
-                started = time.perf_counter()
-                self._expire()
-                chunks = self._scheduler.schedule()
-                self._clock.add("schedule", time.perf_counter() - started)
+                with self._clock.phase(Phase.SCHEDULE):
+                    self._expire()
+                    chunks = self._scheduler.schedule()
                 if chunks:
                     self._step(chunks)
                 if not self._live:
@@ -203,26 +202,25 @@ class Engine:
 
     def _pack(self, parts: Iterable[tuple[Chunk, ...]]) -> tuple[list[MicroBatch], list[Reading]]:
         """The micro-batches of a step, and what each chunk reads from their output."""
-        started = time.perf_counter()
-        batches: list[MicroBatch] = []
-        readings: list[Reading] = []
-        for chunks in parts:
-            lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
-            experts = self._dispatcher.begin(
-                self._epoch,
-                deadline_s=max(live.request.deadline_s for live in lives),
-                # A batch has one set of spans, in the first recorded trace among those of its sequences.
-                context=next((live.trace for live in lives if live.trace is not None), None),
-            )
-            batch = pack(chunks, self._model.layout)
-            first_logit = sum(len(earlier.rows) for earlier in batches)
-            rows: list[int] = []
-            for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True):
-                reading = live.read(chunk, first_row, first_logit + len(rows), experts.failed)
-                rows += reading.wanted
-                readings.append(reading)
-            batches.append(MicroBatch(batch, torch.tensor(rows, dtype=torch.long), experts))
-        self._clock.add("schedule", time.perf_counter() - started)
+        with self._clock.phase(Phase.SCHEDULE):
+            batches: list[MicroBatch] = []
+            readings: list[Reading] = []
+            for chunks in parts:
+                lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
+                experts = self._dispatcher.begin(
+                    self._epoch,
+                    deadline_s=max(live.request.deadline_s for live in lives),
+                    # A batch has one set of spans, in the first recorded trace among those of its sequences.
+                    context=next((live.trace for live in lives if live.trace is not None), None),
+                )
+                batch = pack(chunks, self._model.layout)
+                first_logit = sum(len(earlier.rows) for earlier in batches)
+                rows: list[int] = []
+                for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True):
+                    reading = live.read(chunk, first_row, first_logit + len(rows), experts.failed)
+                    rows += reading.wanted
+                    readings.append(reading)
+                batches.append(MicroBatch(batch, torch.tensor(rows, dtype=torch.long), experts))
         return batches, readings
 
     def _forward(self, parts: Sequence[MicroBatch]) -> torch.Tensor:
@@ -232,7 +230,7 @@ class Engine:
             self._cache.states.apply(self._scheduler.states.take_copies())
         logits = self._model.forward(parts, self._cache)
         inside_s = self._clock.total(INSIDE_FORWARD) - inside_s
-        self._clock.add("dense", time.perf_counter() - started - inside_s)
+        self._clock.add(Phase.DENSE, time.perf_counter() - started - inside_s)
         return logits
 
     def _complete(self, readings: list[Reading]) -> list[Reading]:
@@ -250,24 +248,22 @@ class Engine:
 
     def _deliver(self, readings: list[Reading], logits: torch.Tensor) -> None:
         """Scores prompts, samples next tokens, reports them and ends what is finished."""
-        started = time.perf_counter()
-        for reading in readings:
-            self._score(reading, logits)
-        readings = [reading for reading in readings if self._is_live(reading)]
-        drawing = [reading for reading in readings if reading.samples]
-        tokens = self._sample(drawing, logits)
-        self._clock.add("sample", time.perf_counter() - started)
-        started = time.perf_counter()
-        for reading in readings:
-            if reading.chunk.reaches_end:
-                self._end_if(reading.live, reading.live.reach_end_of_prompt())
-        for reading, token in zip(drawing, tokens, strict=True):
-            if isinstance(token, MoesaicError):
-                self._reject(reading.live, token)
-            else:
-                self._generated_tokens += 1
-                self._end_if(reading.live, reading.live.take_token(token))
-        self._clock.add("deliver", time.perf_counter() - started)
+        with self._clock.phase(Phase.SAMPLE):
+            for reading in readings:
+                self._score(reading, logits)
+            readings = [reading for reading in readings if self._is_live(reading)]
+            drawing = [reading for reading in readings if reading.samples]
+            tokens = self._sample(drawing, logits)
+        with self._clock.phase(Phase.DELIVER):
+            for reading in readings:
+                if reading.chunk.reaches_end:
+                    self._end_if(reading.live, reading.live.reach_end_of_prompt())
+            for reading, token in zip(drawing, tokens, strict=True):
+                if isinstance(token, MoesaicError):
+                    self._reject(reading.live, token)
+                else:
+                    self._generated_tokens += 1
+                    self._end_if(reading.live, reading.live.take_token(token))
 
     def _score(self, reading: Reading, logits: torch.Tensor) -> None:
         """Takes the log probabilities of a chunk's prompt tokens, if the request asks for them."""

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from support.checkpoints import AttentionLayout, write_mixtral
+from support.checkpoints import Layout, write_mixtral
 from support.expert_calls import ReferenceExperts, compute_request
 from support.processes import Process, running_workers
 from support.wire_tensors import from_wire
@@ -161,7 +161,7 @@ def read_to_the_end(responses: Any, answers: list[expert_pb2.ComputeResponse]) -
 
 
 @pytest.mark.parametrize("layout", ["classic", "fused"])
-def test_a_process_holds_its_share_and_little_more(tmp_path: Path, layout: AttentionLayout) -> None:
+def test_a_process_holds_its_share_and_little_more(tmp_path: Path, layout: Layout) -> None:
     """Two layers of eight experts of 6 MiB: one worker has an eighth of them, another one has all."""
     expert_bytes = 3 * 512 * 1024 * 4
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8}

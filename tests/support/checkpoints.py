@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-AttentionLayout = Literal["classic", "fused"]
+Layout = Literal["classic", "fused"]
 
 TINY_MIXTRAL: dict[str, Any] = {
     "vocab_size": 96,
@@ -31,7 +31,7 @@ TINY_MIXTRAL: dict[str, Any] = {
 def write_mixtral(
     folder: Path,
     *,
-    layout: AttentionLayout = "classic",
+    layout: Layout = "classic",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_size: int | str = "1GB",

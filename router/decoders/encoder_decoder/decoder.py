@@ -11,7 +11,6 @@ logits are wanted, V vocabulary, P positions that can be served.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +37,7 @@ from router.decoders.residual_stream import ResidualStream
 from router.gating.capacity import assign_with_capacity, run_lengths
 from router.gating.gate import NO_SLOT, Assignment, Gate, assign_all
 from router.gating.gate_stats import GateStats
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 
 # The queries of a prompt that are attended at once, where each has a bias of its own for every key.
 _QUERIES_AT_ONCE = 256
@@ -140,13 +139,12 @@ class EncoderDecoder:
     def _encode(self, layer: int, weights: SideLayer, stream: _EncoderStream) -> None:
         """Computes a layer of the encoder up to the call of its experts, without waiting for their answer."""
         qkv = weights.attention.projections(weights.attention.norm(stream.hidden))
-        started = time.perf_counter()
-        num_heads, head_dim = self._heads[0]
-        queries, keys, values = qkv.view(len(qkv), 3, num_heads, head_dim).unbind(1)
-        attended = attend_prompts(
-            queries, keys, values, stream.prompts.lengths, self._scaling(head_dim), self._encoder_bias
-        )
-        self._clock.add("attention", time.perf_counter() - started)
+        with self._clock.phase(Phase.ATTENTION):
+            num_heads, head_dim = self._heads[0]
+            queries, keys, values = qkv.view(len(qkv), 3, num_heads, head_dim).unbind(1)
+            attended = attend_prompts(
+                queries, keys, values, stream.prompts.lengths, self._scaling(head_dim), self._encoder_bias
+            )
         stream.hidden += weights.attention.output(attended)
         self._mix_channels(layer, weights, stream, stream.prompts.lengths)
 
@@ -187,13 +185,12 @@ class EncoderDecoder:
         self, layer: int, queries: torch.Tensor, groups: Sequence[DecodeGroup], cache: KVCache
     ) -> torch.Tensor:
         """[U, H, d] -> [U, H * d]"""
-        started = time.perf_counter()
-        attended = queries.new_empty(len(queries), queries[0].numel())
-        scaling = self._scaling(queries.shape[2])
-        for group in groups:
-            attended[group.rows] = attend_group(layer, queries[group.rows], group, cache, scaling)
-        self._clock.add("attention", time.perf_counter() - started)
-        return attended
+        with self._clock.phase(Phase.ATTENTION):
+            attended = queries.new_empty(len(queries), queries[0].numel())
+            scaling = self._scaling(queries.shape[2])
+            for group in groups:
+                attended[group.rows] = attend_group(layer, queries[group.rows], group, cache, scaling)
+            return attended
 
     def _mix_channels(
         self, layer: int, weights: SideLayer, stream: ResidualStream, lengths: Sequence[int]
@@ -212,19 +209,18 @@ class EncoderDecoder:
         )
 
     def _assign(self, layer: int, gate: Gate, normed: torch.Tensor, lengths: Sequence[int]) -> Assignment:
-        started = time.perf_counter()
-        if self.gate_stats.sampling:
-            self.gate_stats.record_logits(layer, gate.logits(normed))
-        capacity = self._experts[layer].capacity if self._limits_slots else None
-        if capacity is None:
-            assignment = gate.assign(normed)
-        else:
-            assignment, num_dropped = assign_with_capacity(
-                gate.logits(normed), gate.rule, capacity, run_lengths(capacity, lengths)
-            )
-            num_kept = int((assignment.slots != NO_SLOT).sum())
-            self.gate_stats.record_dropped(layer, num_kept + num_dropped, num_dropped)
-        self._clock.add("gate", time.perf_counter() - started)
+        with self._clock.phase(Phase.GATE):
+            if self.gate_stats.sampling:
+                self.gate_stats.record_logits(layer, gate.logits(normed))
+            capacity = self._experts[layer].capacity if self._limits_slots else None
+            if capacity is None:
+                assignment = gate.assign(normed)
+            else:
+                assignment, num_dropped = assign_with_capacity(
+                    gate.logits(normed), gate.rule, capacity, run_lengths(capacity, lengths)
+                )
+                num_kept = int((assignment.slots != NO_SLOT).sum())
+                self.gate_stats.record_dropped(layer, num_kept + num_dropped, num_dropped)
         return assignment
 
     def _embed(self, embedding: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ Shapes: T tokens, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from moesaic.families.model import Attention, Mixer
 from router.attention.packed_batch import PackedBatch
 from router.attention.paged import attend
 from router.cache.kv_cache import KVCache
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 
 ATTENTION_NAME = "moesaic_paged"
 
@@ -74,17 +73,16 @@ def paged_attention(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, d], key and value [1, G, T, d], s_aux [H] -> ([1, T, H, d], None)."""
-    started = time.perf_counter()
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    _check_arguments(step.mixers[layer], sliding_window, s_aux, others)
-    rows = torch.cat((key, value), dim=1)[0].transpose(0, 1).flatten(1)
-    step.cache.write(layer, step.batch.cache_positions, rows)
-    queries = query[0].transpose(0, 1).contiguous()
-    temperature: Temperature | None = getattr(module, "temperature", None)
-    if temperature is not None:
-        queries = (queries * temperature.of(step.batch.positions[0])[:, None, None]).to(queries.dtype)
-    output = attend(layer, queries, step.batch, step.cache, scaling, s_aux)
-    step.clock.add("attention", time.perf_counter() - started)
+    with step.clock.phase(Phase.ATTENTION):
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        _check_arguments(step.mixers[layer], sliding_window, s_aux, others)
+        rows = torch.cat((key, value), dim=1)[0].transpose(0, 1).flatten(1)
+        step.cache.write(layer, step.batch.cache_positions, rows)
+        queries = query[0].transpose(0, 1).contiguous()
+        temperature: Temperature | None = getattr(module, "temperature", None)
+        if temperature is not None:
+            queries = (queries * temperature.of(step.batch.positions[0])[:, None, None]).to(queries.dtype)
+        output = attend(layer, queries, step.batch, step.cache, scaling, s_aux)
     return output[None], None
 
 

@@ -12,7 +12,6 @@ compressed vector, r size of the rotary part of a key, k size of the rest of a h
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from router.attention.paged import attend_chunk, attend_group, attend_parts
 from router.attention.plan import PrefillChunk
 from router.cache.kv_cache import KVCache
 from router.decoders.hf.attention import AttentionStep
+from router.phase_clock import Phase
 
 # The modules of transformers that compute the same, and whether their rotary pairs lie side by side. None: the config
 # decides.
@@ -88,10 +88,9 @@ class LatentAttentionModule(nn.Module):
         latent, key = self.kv_a_proj_with_mqa(hidden).split([mixer.latent_dim, mixer.rotary_dim], dim=-1)
         row = torch.cat((self.kv_a_layernorm(latent), self._turned(key, turns)), dim=-1)
         queries = torch.cat((queries, self._turned(rotary, turns[:, None])), dim=-1)
-        started = time.perf_counter()
-        step.cache.write(self._layer, step.batch.cache_positions, row)
-        attended = self._attend(queries, step.batch, step.cache)
-        step.clock.add("attention", time.perf_counter() - started)
+        with step.clock.phase(Phase.ATTENTION):
+            step.cache.write(self._layer, step.batch.cache_positions, row)
+            attended = self._attend(queries, step.batch, step.cache)
         output: torch.Tensor = self.o_proj(attended)
         return output[None], None
 

@@ -5,8 +5,6 @@ Shapes: T tokens, D hidden size, E slots, K experts per token.
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import nn
 
@@ -16,7 +14,7 @@ from router.decoders.hf.wiring import Wiring
 from router.dispatch.dispatcher import DispatchStep
 from router.dispatch.layer_call import LayerCall
 from router.gating.gate import Assignment, Gate, assign_all
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 
 
 class CurrentStep:
@@ -75,11 +73,9 @@ class GateModule(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> Assignment:
         """Scores rows [T, D]."""
-        started = time.perf_counter()
-        gate = Gate(self._rule, self.weight, self.bias, self.e_score_correction_bias, self._exact)
-        assignment = gate.assign(rows)
-        self._clock.add("gate", time.perf_counter() - started)
-        return assignment
+        with self._clock.phase(Phase.GATE):
+            gate = Gate(self._rule, self.weight, self.bias, self.e_score_correction_bias, self._exact)
+            return gate.assign(rows)
 
 
 class MoeBlock(nn.Module):

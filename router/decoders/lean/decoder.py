@@ -10,7 +10,6 @@ vocabulary, P positions that can be served.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ from router.decoders.lean.weights import DecoderLayer, LayerReader
 from router.decoders.residual_stream import ResidualStream, final_hidden
 from router.gating.gate import assign_all
 from router.gating.gate_stats import GateStats
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,11 +92,10 @@ class LeanDecoder:
         hidden += layer.output(attended)
         normed = self._normed(hidden, layer.experts_norm)
         if index in self._expert_layers:
-            started = time.perf_counter()
-            assignment = assign_all(normed) if layer.gate is None else layer.gate.assign(normed)
-            if self.gate_stats.sampling and layer.gate is not None:
-                self.gate_stats.record_logits(index, layer.gate.logits(normed))
-            self._clock.add("gate", time.perf_counter() - started)
+            with self._clock.phase(Phase.GATE):
+                assignment = assign_all(normed) if layer.gate is None else layer.gate.assign(normed)
+                if self.gate_stats.sampling and layer.gate is not None:
+                    self.gate_stats.record_logits(index, layer.gate.logits(normed))
             stream.call = stream.micro_batch.experts.send(
                 index, normed, assignment.slots, assignment.weights, tokens=stream.tokens
             )
@@ -109,15 +107,13 @@ class LeanDecoder:
         num_heads, head_dim = self._attention.num_heads, self._attention.head_dim
         normed = self._normed(stream.hidden, layer.attention_norm)
         qkv = layer.projections(normed, num_heads, head_dim, self._norm_eps)
-        started = time.perf_counter()
-        batch = stream.micro_batch.batch
-        num_turned = num_heads + self._attention.num_kv_heads
-        heads = qkv.view(len(qkv), -1, head_dim)
-        turn_(heads[:, :num_turned], stream.turns)
-        cache.write(index, batch.cache_positions, qkv[:, num_heads * head_dim :])
-        attended = attend(index, heads[:, :num_heads], batch, cache, self._scaling)
-        self._clock.add("attention", time.perf_counter() - started)
-        return attended
+        with self._clock.phase(Phase.ATTENTION):
+            batch = stream.micro_batch.batch
+            num_turned = num_heads + self._attention.num_kv_heads
+            heads = qkv.view(len(qkv), -1, head_dim)
+            turn_(heads[:, :num_turned], stream.turns)
+            cache.write(index, batch.cache_positions, qkv[:, num_heads * head_dim :])
+            return attend(index, heads[:, :num_heads], batch, cache, self._scaling)
 
     def _normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(hidden, weight.shape, weight, self._norm_eps)

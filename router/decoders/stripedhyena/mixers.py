@@ -8,7 +8,6 @@ Shapes: T tokens, D hidden size, H query heads, G key/value heads, d head size, 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +21,7 @@ from router.attention.rotary import turn_
 from router.cache.kv_cache import KVCache
 from router.cache.state_cache import StateRows
 from router.decoders.stripedhyena.filters import LongFilter, ShortFilter
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,15 +51,13 @@ class AttentionMixer:
 
     def __call__(self, hidden: torch.Tensor, step: MixerStep) -> torch.Tensor:
         qkv = self.projections(hidden)
-        started = time.perf_counter()
-        num_heads, head_dim = self.shape.num_heads, self.shape.head_dim
-        heads = qkv.view(len(qkv), -1, head_dim)
-        turn_(heads[:, : num_heads + self.shape.num_kv_heads], step.turns)
-        step.cache.write(self.layer, step.batch.cache_positions, qkv[:, num_heads * head_dim :])
-        queries = heads[:, :num_heads]
-        attended = attend(self.layer, queries, step.batch, step.cache, head_dim**-0.5)
-        self.clock.add("attention", time.perf_counter() - started)
-        return attended
+        with self.clock.phase(Phase.ATTENTION):
+            num_heads, head_dim = self.shape.num_heads, self.shape.head_dim
+            heads = qkv.view(len(qkv), -1, head_dim)
+            turn_(heads[:, : num_heads + self.shape.num_kv_heads], step.turns)
+            step.cache.write(self.layer, step.batch.cache_positions, qkv[:, num_heads * head_dim :])
+            queries = heads[:, :num_heads]
+            return attend(self.layer, queries, step.batch, step.cache, head_dim**-0.5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,20 +73,19 @@ class HyenaMixer:
 
     def __call__(self, hidden: torch.Tensor, step: MixerStep) -> torch.Tensor:
         channels = self.projections(hidden)
-        started = time.perf_counter()
-        assert step.cache.states is not None
-        inputs, modes = step.cache.states.of(self.layer)
-        mixed = torch.empty_like(hidden)
-        for run, slot in step.states.runs:
-            filtered, inputs[slot] = self.short.run(channels[run], inputs[slot])
-            x2, x1, v = filtered.chunk(3, dim=1)
-            output, modes[slot] = self.long.run(x1 * v, modes[slot])
-            mixed[run] = (output * x2).to(mixed.dtype)
-        rows, slots = step.states.rows, step.states.slots
-        if len(slots):
-            filtered, inputs[slots] = self.short.step(channels[rows], inputs[slots])
-            x2, x1, v = filtered.chunk(3, dim=1)
-            output, modes[slots] = self.long.step(x1 * v, modes[slots])
-            mixed[rows] = (output * x2).to(mixed.dtype)
-        self.clock.add("attention", time.perf_counter() - started)
+        with self.clock.phase(Phase.ATTENTION):
+            assert step.cache.states is not None
+            inputs, modes = step.cache.states.of(self.layer)
+            mixed = torch.empty_like(hidden)
+            for run, slot in step.states.runs:
+                filtered, inputs[slot] = self.short.run(channels[run], inputs[slot])
+                x2, x1, v = filtered.chunk(3, dim=1)
+                output, modes[slot] = self.long.run(x1 * v, modes[slot])
+                mixed[run] = (output * x2).to(mixed.dtype)
+            rows, slots = step.states.rows, step.states.slots
+            if len(slots):
+                filtered, inputs[slots] = self.short.step(channels[rows], inputs[slots])
+                x2, x1, v = filtered.chunk(3, dim=1)
+                output, modes[slots] = self.long.step(x1 * v, modes[slots])
+                mixed[rows] = (output * x2).to(mixed.dtype)
         return mixed

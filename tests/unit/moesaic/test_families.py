@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import AttentionLayout, write_mixtral
+from support.checkpoints import Layout, write_mixtral
 
 from moesaic.checkpoints.checkpoint import SINGLE_FILE, open_checkpoint
 from moesaic.errors import CheckpointError
@@ -18,13 +18,13 @@ from moesaic.families.model import Attention, ExpertModule, GateRule, WeightPatt
 
 
 @pytest.fixture(params=["classic", "fused"])
-def layout(request: pytest.FixtureRequest) -> AttentionLayout:
-    chosen: AttentionLayout = request.param
+def layout(request: pytest.FixtureRequest) -> Layout:
+    chosen: Layout = request.param
     return chosen
 
 
 @pytest.fixture
-def folder(tmp_path: Path, layout: AttentionLayout) -> Path:
+def folder(tmp_path: Path, layout: Layout) -> Path:
     return write_mixtral(tmp_path / layout, layout=layout)
 
 

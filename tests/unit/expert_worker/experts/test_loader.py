@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import AttentionLayout, write_mixtral
+from support.checkpoints import Layout, write_mixtral
 from support.expert_calls import ReferenceExperts
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def mapped_files() -> list[str]:
 
 
 @pytest.mark.parametrize("layout", ["classic", "fused"])
-def test_an_expert_holds_the_very_weights_of_the_checkpoint(tmp_path: Path, layout: AttentionLayout) -> None:
+def test_an_expert_holds_the_very_weights_of_the_checkpoint(tmp_path: Path, layout: Layout) -> None:
     write_mixtral(tmp_path, layout=layout, max_shard_size=20_000)
     reference = ReferenceExperts(tmp_path)
     for (layer, slot), held in load(tmp_path, [ExpertAddress(1, 2), ExpertAddress(0, 3)]).items():

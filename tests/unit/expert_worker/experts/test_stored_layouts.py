@@ -23,7 +23,7 @@ from moesaic.compute.linear import Linear
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import CheckpointError
 from moesaic.families.model import (
-    AttentionLayout,
+    Layout,
     Encoding,
     ExpertLayer,
     ExpertModule,
@@ -58,7 +58,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def describe(module: ExpertModule, layout: AttentionLayout, dtype: str = "float32") -> MoeModel:
+def describe(module: ExpertModule, layout: Layout, dtype: str = "float32") -> MoeModel:
     """A model of one layer, the second, that has experts."""
     layer = ExpertLayer(SLOTS, module, layout, dtype, gate=None)
     return MoeModel("test", 2, HIDDEN, 8, 16, dtype, mixers=(), experts={1: layer}, dense={})
@@ -93,7 +93,7 @@ def assert_holds(held: Mapping[int, HeldExpert], module: ExpertModule, expected:
         assert torch.equal(down_bias, expected["down_bias"][slot])
 
 
-def separate(weights: Weights) -> tuple[dict[str, Tensor], AttentionLayout]:
+def separate(weights: Weights) -> tuple[dict[str, Tensor], Layout]:
     tensors = {
         f"1.experts.{slot}.{name}": of_slot
         for name, weight in weights.items()
@@ -102,14 +102,14 @@ def separate(weights: Weights) -> tuple[dict[str, Tensor], AttentionLayout]:
     return tensors, {name: WeightPattern("{layer}.experts.{slot}." + name) for name in weights}
 
 
-def stacked(weights: Weights) -> tuple[dict[str, Tensor], AttentionLayout]:
+def stacked(weights: Weights) -> tuple[dict[str, Tensor], Layout]:
     tensors = {f"1.{name}": weight for name, weight in weights.items()}
     return tensors, {name: WeightPattern("{layer}." + name, stacked=True) for name in weights}
 
 
 def joined(
     weights: Weights, *, interleaved: bool, transposed: bool
-) -> tuple[dict[str, Tensor], AttentionLayout]:
+) -> tuple[dict[str, Tensor], Layout]:
     """Gate and up in one tensor: halves of its rows, or row by row, as they are or as columns."""
     tensors, layout = {}, dict[str, WeightPattern]()
     for suffix in ("", "_bias"):
@@ -208,7 +208,7 @@ encodings = pytest.mark.parametrize("encoding", list(ENCODINGS))
 
 def encoded(
     weights: Weights, encoding: Encoding, arrange: object
-) -> tuple[dict[str, Tensor], AttentionLayout, dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], Layout, dict[str, Tensor]]:
     """The tensors and patterns of a layout whose matrices are encoded, and what each of its tensors decodes to."""
     encode, decode = ENCODINGS[encoding]
     tensors, layout = arrange(weights)  # type: ignore[operator]
