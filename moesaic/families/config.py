@@ -36,7 +36,7 @@ class Config:
 
     def size(self, *keys: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
         """A whole number above zero. Without a default, the key is required."""
-        key = self._spelling(keys)
+        key = self.first_present(keys)
         if self.values.get(key) is None and default is not None:
             return default
         if key not in self.values:
@@ -50,12 +50,12 @@ class Config:
 
     def optional_size(self, *keys: str) -> int | None:
         """A whole number above zero, or None if it is missing or null."""
-        key = self._spelling(keys)
+        key = self.first_present(keys)
         return None if self.values.get(key) is None else self.size(key)
 
     def count(self, *keys: str, default: int = 0, most: int = _MAX_SIZE) -> int:
         """A whole number that may be zero."""
-        key = self._spelling(keys)
+        key = self.first_present(keys)
         value = self.values.get(key)
         if value is None:
             return default
@@ -67,7 +67,7 @@ class Config:
 
     def number(self, *keys: str, default: float) -> float:
         """A finite number above zero."""
-        key = self._spelling(keys)
+        key = self.first_present(keys)
         value = self.values.get(key)
         if value is None:
             return default
@@ -76,7 +76,7 @@ class Config:
         return float(value)
 
     def flag(self, *keys: str, default: bool) -> bool:
-        key = self._spelling(keys)
+        key = self.first_present(keys)
         value = self.values.get(key)
         if value is None:
             return default
@@ -100,5 +100,6 @@ class Config:
             self.fail(key, "must be a list of whole numbers")
         return tuple(value)
 
-    def _spelling(self, keys: tuple[str, ...]) -> str:
+    def first_present(self, keys: tuple[str, ...]) -> str:
+        """The first of the keys that is present, or the first one if none is."""
         return next((key for key in keys if key in self.values), keys[0])

@@ -72,7 +72,7 @@ def read_decoder(config: Config, *, tied: bool = False) -> DecoderSizes:
 
 def read_slots(config: Config, *keys: str) -> Slots:
     """`keys` are the spellings of the number of experts."""
-    key = next((key for key in keys if key in config.values), keys[0])
+    key = config.first_present(keys)
     count, top_k = config.size(key, most=MAX_SLOTS), config.size("num_experts_per_tok")
     if top_k > count:
         config.fail("num_experts_per_tok", f"must be at most {key}, {count}")

@@ -154,8 +154,8 @@ def _read_experts(checkpoint: Checkpoint, config: Config, decoder: DecoderSizes)
     shape = checkpoint.tensors[first.name(sparse[0], 0)].shape
     inner_size = shape[-2] // first.part[1] if len(shape) > 1 else 0
     module = ExpertModule(decoder.hidden_size, inner_size, config.choice("hidden_act", ("silu",)))
-    counts = _per_layer(config, _spelling(config, _NUM_SLOTS), decoder.num_layers)
-    top_k_key = _spelling(config, _TOP_K)
+    counts = _per_layer(config, config.first_present(_NUM_SLOTS), decoder.num_layers)
+    top_k_key = config.first_present(_TOP_K)
     top_ks = _per_layer(config, top_k_key, decoder.num_layers)
     for layer in sparse:
         if top_ks[layer] > counts[layer]:
@@ -164,10 +164,6 @@ def _read_experts(checkpoint: Checkpoint, config: Config, decoder: DecoderSizes)
         layer: ExpertLayer(counts[layer], module, layout, dtype, GateRule(top_ks[layer], own=True))
         for layer in sparse
     }
-
-
-def _spelling(config: Config, keys: tuple[str, ...]) -> str:
-    return next((key for key in keys if key in config.values), keys[0])
 
 
 def _per_layer(config: Config, key: str, num_layers: int) -> tuple[int, ...]:

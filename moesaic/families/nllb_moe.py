@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.checkpoints.mistral_params import MAX_LAYERS
@@ -124,16 +125,13 @@ def _capacity(config: Config) -> Capacity:
     fraction = config.values.get("moe_eval_capacity_token_fraction", 1.0)
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not fraction <= 1:
         config.fail("moe_eval_capacity_token_fraction", "must be a number up to 1")
-    batch_prioritised = config.flag("batch_prioritized_routing", default=False)
-    renormalise_first = config.flag("normalize_router_prob_before_dropping", default=False)
+    capacity = partial(
+        Capacity,
+        batch_prioritised=config.flag("batch_prioritized_routing", default=False),
+        renormalise_first=config.flag("normalize_router_prob_before_dropping", default=False),
+    )
     if fraction > 0:
-        return Capacity(
-            "fraction",
-            float(fraction),
-            batch_prioritised=batch_prioritised,
-            renormalise_first=renormalise_first,
-        )
+        return capacity("fraction", float(fraction))
     if "expert_capacity" in config.values and not config.has("expert_capacity"):
-        return Capacity("even", batch_prioritised=batch_prioritised, renormalise_first=renormalise_first)
-    size = config.size("expert_capacity", default=64)
-    return Capacity("fixed", size, batch_prioritised=batch_prioritised, renormalise_first=renormalise_first)
+        return capacity("even")
+    return capacity("fixed", config.size("expert_capacity", default=64))
