@@ -3,7 +3,7 @@ nothing may look at a number, which on a GPU waits for all that was launched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -183,7 +183,13 @@ def _chunks(*spans: tuple[int, int]) -> tuple[Chunk, ...]:
 
 
 def _read_nothing(
-    checkpoint: Checkpoint, dense: Mapping[str, DenseTensor], *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    dense: Mapping[str, DenseTensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    exact: Collection[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in dense.items():
-        yield name, torch.empty(tensor.shape, dtype=dtype, device=device)
+        own = torch.float32 if name in exact else dtype
+        yield name, torch.empty(tensor.shape, dtype=own, device=device)

@@ -23,10 +23,10 @@ from moesaic.compute.linear import Linear
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import CheckpointError
 from moesaic.families.model import (
-    Layout,
     Encoding,
     ExpertLayer,
     ExpertModule,
+    Layout,
     MoeModel,
     WeightPattern,
 )
@@ -107,9 +107,7 @@ def stacked(weights: Weights) -> tuple[dict[str, Tensor], Layout]:
     return tensors, {name: WeightPattern("{layer}." + name, stacked=True) for name in weights}
 
 
-def joined(
-    weights: Weights, *, interleaved: bool, transposed: bool
-) -> tuple[dict[str, Tensor], Layout]:
+def joined(weights: Weights, *, interleaved: bool, transposed: bool) -> tuple[dict[str, Tensor], Layout]:
     """Gate and up in one tensor: halves of its rows, or row by row, as they are or as columns."""
     tensors, layout = {}, dict[str, WeightPattern]()
     for suffix in ("", "_bias"):
