@@ -25,7 +25,7 @@ from cluster.cli.top_view import Look, draw_look, plain_look
 from cluster.launch.stop_signals import StopSignals
 from cluster.observation.activity import activity_between
 from cluster.observation.observer import Observation, Observer
-from moesaic.errors import Unavailable
+from moesaic.errors import MoesaicError
 
 _KEYS_AT_ONCE = 64
 
@@ -59,7 +59,7 @@ async def _watch(target: str, observer: Observer, interval_s: float, signals: St
         while not signals.stop.is_set():
             try:
                 view.see(await observer.observe())
-            except Unavailable as error:
+            except MoesaicError as error:
                 view.miss(error.message)
             screen.update(view.drawn(), refresh=True)
             with contextlib.suppress(TimeoutError):

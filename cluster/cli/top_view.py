@@ -164,16 +164,16 @@ def _milliseconds(microseconds: int) -> str:
     return f"{microseconds / 1000:.2f}" if microseconds else "-"
 
 
-def _state(member: RouterActivity | WorkerActivity) -> str:
-    if not member.answers:
+def _state(process: RouterActivity | WorkerActivity) -> str:
+    if not process.answers:
         return "[red]away[/]"
-    if member.state == control_pb2.PROCESS_STATE_UNSPECIFIED:  # nobody but itself says so
+    if process.state == control_pb2.PROCESS_STATE_UNSPECIFIED:  # without a controller
         return "[green]up[/]"
-    return state_text(member.state)
+    return state_text(process.state)
 
 
-def _state_name(member: RouterActivity | WorkerActivity) -> str:
-    return Text.from_markup(_state(member)).plain
+def _state_name(process: RouterActivity | WorkerActivity) -> str:
+    return Text.from_markup(_state(process)).plain
 
 
 def _remarks(look: Look) -> Iterable[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from cluster.observation.observer import Member, Observation
+from cluster.observation.observer import Observation, ObservedProcess
 from moesaic.v1 import control_pb2, expert_pb2, inference_pb2
 
 _RouterStats = inference_pb2.GetRouterStatsResponse
@@ -71,7 +71,7 @@ class WorkerActivity:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """Everybody's part of the same seconds. Members that did not answer are there, with zeros."""
+    """What every router and worker did during the same seconds; all zeros for one that did not answer."""
 
     seconds: float
     routers: tuple[RouterActivity, ...]
@@ -128,19 +128,21 @@ def activity_between(before: Observation, after: Observation) -> Activity:
     """What was done from `before` to `after`."""
     return Activity(
         seconds=after.at_s - before.at_s,
-        routers=tuple(_router(member, before, after) for member in after.members if member.is_router),
-        workers=tuple(_worker(member, before, after) for member in after.members if not member.is_router),
+        routers=tuple(_router(process, before, after) for process in after.processes if process.is_router),
+        workers=tuple(
+            _worker(process, before, after) for process in after.processes if not process.is_router
+        ),
     )
 
 
-def _router(member: Member, before: Observation, after: Observation) -> RouterActivity:
-    old, new = _pair(before.routers, after.routers, member.name, _RouterStats(), after.at_s - before.at_s)
+def _router(process: ObservedProcess, before: Observation, after: Observation) -> RouterActivity:
+    old, new = _pair(before.routers, after.routers, process.name, _RouterStats(), after.at_s - before.at_s)
     old_s = {phase.phase: phase.seconds for phase in old.phases}
     return RouterActivity(
-        name=member.name,
-        address=member.address,
-        state=member.state,
-        answers=member.name in after.routers,
+        name=process.name,
+        address=process.address,
+        state=process.state,
+        answers=process.name in after.routers,
         steps=new.steps - old.steps,
         overlapped_steps=new.overlapped_steps - old.overlapped_steps,
         prompt_tokens=new.prompt_tokens - old.prompt_tokens,
@@ -156,15 +158,15 @@ def _router(member: Member, before: Observation, after: Observation) -> RouterAc
     )
 
 
-def _worker(member: Member, before: Observation, after: Observation) -> WorkerActivity:
-    old, new = _pair(before.workers, after.workers, member.name, _WorkerStats(), after.at_s - before.at_s)
-    links = [_link(name, member.name, before, after) for name in after.routers]
+def _worker(process: ObservedProcess, before: Observation, after: Observation) -> WorkerActivity:
+    old, new = _pair(before.workers, after.workers, process.name, _WorkerStats(), after.at_s - before.at_s)
+    links = [_link(name, process.name, before, after) for name in after.routers]
     return WorkerActivity(
-        name=member.name,
-        address=member.address,
-        state=member.state,
-        answers=member.name in after.workers,
-        detail=member.detail,
+        name=process.name,
+        address=process.address,
+        state=process.state,
+        answers=process.name in after.workers,
+        detail=process.detail,
         rows=new.rows - old.rows,
         calls=new.calls - old.calls,
         busy_s=new.busy_s - old.busy_s,
