@@ -22,8 +22,8 @@ from cluster.observation.activity import Activity, activity_between
 from cluster.observation.observer import Observation, Observer
 from cluster.terminal.load_progress import LoadProgress
 from cluster.terminal.tables import bar, count, new_table, size
-from moesaic.client import GenerateOptions
 from moesaic.errors import Unavailable
+from moesaic.generate_request import GenerateOptions
 from moesaic.settings import load_settings
 
 DEFAULT_PROMPT = "ROMEO:\n"
