@@ -1,4 +1,4 @@
-"""The HTTP routes. Each one parses a body, calls a router and renders the result; none depends on the model."""
+"""The HTTP routes. Each one parses a body, calls a router and renders the result."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _check_serving(routers: Routers) -> None:
 
 
 async def _model(routers: Routers, request: Request) -> replies.Model:
-    """The served model. It is listed only while it can be used, because clients use the list as a health check."""
+    """The served model, listed only while it can be used: clients take the list for a health check."""
     _check_serving(routers)
     info = await routers.model_info(record_of(request).request_id)
     return replies.Model(
@@ -237,7 +237,7 @@ async def _events(
     first: Piece,
     rest: AsyncGenerator[Piece, None],
 ) -> AsyncGenerator[bytes, None]:
-    """The events of a stream: chunks, usage where it was requested, and [DONE]; an error is the last event."""
+    """The events of a stream: chunks, requested usage, and [DONE], or an error as the last event."""
     try:
         for chunk in renderer.chunks(output, first):
             yield event(chunk)

@@ -1,8 +1,8 @@
 """The outermost layer of the gateway, which handles every request, whatever its outcome.
 
-Each request gets a request id, a span that continues the caller's trace, and one log line. Requests with a foreign Host
-(DNS rebinding), headers or a declared body over the limit, or beyond the number of active requests are refused here, in
-OpenAI's envelope, before the framework handles them.
+Each request gets a request id, a span that continues the caller's trace, and one log line. Requests with a
+foreign Host (DNS rebinding), headers or a declared body over the limit, or beyond the number of active
+requests are refused here, in OpenAI's envelope, before the framework handles them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _RECORD = "moesaic.record"
 
 @dataclass(slots=True)
 class Record:
-    """The facts about one request that are logged and traced. Routes fill them in; they never hold content."""
+    """The logged and traced facts about one request, filled in by its route. Never content."""
 
     request_id: str
     started_s: float = field(default_factory=time.monotonic)

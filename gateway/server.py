@@ -1,4 +1,4 @@
-"""The gateway's HTTP server. It binds at once, answers 503 until a router serves, and drains before it stops."""
+"""The HTTP server: it binds at once, answers 503 until a router serves, and drains before it stops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from gateway.upstream.routers import Routers
 from moesaic.errors import InvalidArgument, Unavailable
 
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-# Clients keep idle connections for less time than this, so that they close first and never write to a closed one.
+# Clients keep idle connections for less time than this, so that they close first and never write to a closed
+# one.
 _KEEP_ALIVE_S = 75
 _START_TIMEOUT_S = 10.0
 # After the drain, the time in which requests that were cut off send their last bytes.
@@ -45,7 +46,7 @@ class GatewayServer:
         return self._routers.serving
 
     async def start(self) -> str:
-        """Listens, and returns HOST:PORT (port 0: a free one). Raises InvalidArgument when the port is taken."""
+        """Returns HOST:PORT (for port 0, a free one). Raises InvalidArgument when the port is taken."""
         listener = _listen(self._config.host, self._config.port)
         self._serving = asyncio.create_task(self._http.serve(sockets=[listener]), name="gateway-http")
         self._routers.start()

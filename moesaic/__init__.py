@@ -1,7 +1,7 @@
 """Moesaic: a server for mixture-of-experts language models in which every expert is a service.
 
-`import moesaic` is the client library. The other modules of the package hold what the processes of a cluster share:
-contracts, errors, channels, telemetry.
+`import moesaic` is the client library. The other modules of the package hold what the processes of a cluster
+share: contracts, errors, channels, telemetry.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,8 @@
 """The client library: text or token ids in, a stream of tokens out, over gRPC.
 
-`Client` is for asyncio; `SyncClient` runs the same client on an event loop of its own. Every call has a deadline,
-carries the current trace, and fails with a class of moesaic.errors. Neither torch nor ray nor pydantic is imported.
+`Client` is for asyncio; `SyncClient` runs the same client on an event loop of its own. Every call has a
+deadline, carries the current trace, and fails with a class of moesaic.errors. Neither torch nor ray nor
+pydantic is imported.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Client:
         async for token in client.generate("Once upon a time", max_tokens=64, temperature=0.8):
             print(token, end="", flush=True)
     ```
-    The client connects at the first call. Leaving the loop early, or cancelling the task, cancels the call on the router.
+
+    The client connects at the first call. Leaving the loop early, or cancelling the task, cancels the call on
+    the router.
     """
 
     def __init__(self, target: str, *, timeout_s: float = GENERATE_TIMEOUT_S) -> None:
@@ -74,9 +77,9 @@ class Client:
         request_id: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[Token, None]:
-        """Streams `n` continuations of `prompt`, interleaved; `Token.index` is the number of a token's continuation.
+        """Streams `n` continuations of `prompt`, interleaved; `Token.index` numbers them.
 
-        `request_id` ([A-Za-z0-9._-], at most 128); the router draws one when it is absent. Raises MoesaicError.
+        `request_id` ([A-Za-z0-9._-], at most 128) is drawn by the router when absent. Raises MoesaicError.
         """
         request = generate_request(prompt, n, request_id, options)
         call = self._stub().Generate(
@@ -144,7 +147,10 @@ class Client:
         return await self._unary(call)
 
     def _stub(self) -> InferenceServiceStub:
-        """A stub on this event loop's channel. Channels belong to a loop, so a client used in another one gets a new one."""
+        """A stub on a channel of this event loop.
+
+        A client that is used in another loop gets a new channel.
+        """
         if self._closed:
             raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
         loop = asyncio.get_running_loop()
@@ -163,7 +169,7 @@ class Client:
 
 
 class SyncClient:
-    """`Client` for code without asyncio: the same methods, blocking. The event loop runs in a thread of its own."""
+    """`Client` for code without asyncio: blocking, on an event loop in a thread of its own."""
 
     def __init__(self, target: str, *, timeout_s: float = GENERATE_TIMEOUT_S) -> None:
         self._client = Client(target, timeout_s=timeout_s)

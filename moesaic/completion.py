@@ -1,6 +1,6 @@
-"""A router's output as frozen values: the tokens of a stream, and whole completions. Part of the client library.
+"""A router's output as frozen values: the tokens of a stream, and whole completions.
 
-Only the `from_pb` methods read the messages of inference.proto.
+Part of the client library. Only the `from_pb` methods read the messages of inference.proto.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ class Timing:
 class Token:
     """An addition to continuation `index`, from one message of the stream: usually one token.
 
-    `str(token)` is its text. It is empty while a character is incomplete, or while text is held back because it may
-    begin a stop string. The last token of a continuation has `finish_reason`, `usage` and `timing`; the first token of
-    the stream has `prompt`.
+    `str(token)` is its text. It is empty while a character is incomplete, or while text is held back because
+    it may begin a stop string. The last token of a continuation has `finish_reason`, `usage` and `timing`;
+    the first token of the stream has `prompt`.
     """
 
     text: str
@@ -155,7 +155,10 @@ class Completion:
 
     @classmethod
     def of(cls, tokens: Sequence[Token]) -> Self:
-        """The completion of one continuation's stream. Raises DataLoss when the stream's beginning or end is missing."""
+        """The completion of one continuation's stream.
+
+        Raises DataLoss when the stream's beginning or end is missing.
+        """
         prompt = _first(token.prompt for token in tokens)
         last = tokens[-1] if tokens else None
         if prompt is None or last is None or not (last.finish_reason and last.usage and last.timing):

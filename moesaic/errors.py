@@ -14,8 +14,8 @@ MoesaicError
 ├── DataLoss             a reply failed its checks
 └── InternalError        a bug in Moesaic; the message gives no details
 
-Every error travels as google.rpc.Status with an ErrorInfo (reason, domain, metadata.field) and, where waiting helps,
-a RetryInfo. Messages name the field and the limit, never the value, a path or a stack.
+Every error travels as google.rpc.Status with an ErrorInfo (reason, domain, metadata.field) and, where waiting
+helps, a RetryInfo. Messages name the field and the limit, never the value, a path or a stack.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MoesaicError(Exception):
 
     @property
     def exit_code(self) -> int:
-        """The exit code of a command that fails with this error: 2 where it names a field that the caller can correct, else 1."""
+        """A command's exit code: 2 where the error names a field that the caller can correct, else 1."""
         return 1 if self.field is None else 2
 
 

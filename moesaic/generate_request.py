@@ -1,6 +1,7 @@
 """The arguments of the client's calls as the messages of inference.proto. Part of the client library.
 
-A value that does not fit its field on the wire is an InvalidArgument that names the field. The router checks the rest.
+A value that does not fit its field on the wire is an InvalidArgument that names the field. The router checks
+the rest.
 """
 
 from __future__ import annotations

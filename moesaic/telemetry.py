@@ -1,7 +1,7 @@
 """Traces and logs: the names of spans and attributes, W3C context in gRPC metadata, JSON lines on stderr.
 
-Without `configure`, or without an OTLP endpoint, spans are no-ops. Neither a span nor a log line ever holds a prompt, a
-token id, or the expert that computed a token, which would reveal the prompt.
+Without `configure`, or without an OTLP endpoint, spans are no-ops. Neither a span nor a log line ever holds a
+prompt, a token id, or the expert that computed a token, which would reveal the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from opentelemetry.context import Context
 
 TRACER = trace.get_tracer("moesaic")
 
-# The names of spans and attributes follow the GenAI conventions where these exist; the project's own begin with `moe.`.
+# The names of spans and attributes follow the GenAI conventions where these exist; the project's own begin
+# with `moe.`.
 SPAN_DISPATCH = "moe.dispatch"
 SPAN_COMPUTE = "moe.compute"
 REQUEST_ID = "moesaic.request_id"
@@ -45,7 +46,7 @@ def extract(metadata: Iterable[tuple[str, str | bytes]] | None) -> Context:
 
 
 def current_traceparent() -> str:
-    """The current span's W3C `traceparent`, for messages of a long-lived stream; empty when nothing is recorded."""
+    """The current span's W3C `traceparent`, for messages of a stream; empty when nothing is recorded."""
     if not trace.get_current_span().is_recording():
         return ""
     return dict(inject()).get("traceparent", "")
@@ -57,7 +58,10 @@ def choose_log_level(wanted: str | None) -> str:
 
 
 def configure(service: str, *, otlp_endpoint: str | None, log_level: str | None = None) -> None:
-    """Sets up JSON logs, and an OTLP exporter where there is an endpoint. Called once, at the start of a process."""
+    """Sets up JSON logs, and an OTLP exporter where there is an endpoint.
+
+    Called once, at the start of a process.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service))
     logging.basicConfig(level=choose_log_level(log_level), handlers=[handler], force=True)
@@ -73,7 +77,7 @@ def flush() -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: ts, level, service, logger, message, and the entries of `extra={"fields": …}`."""
+    """One JSON object per line: ts, level, service, logger, message, and `extra={"fields": …}`."""
 
     def __init__(self, service: str) -> None:
         super().__init__()

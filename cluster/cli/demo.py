@@ -1,6 +1,7 @@
-"""`moesaic demo`: a cluster on the built-in model, one answer, and what it took.
+"""`moesaic demo`: starts a cluster on the built-in model, streams one answer and shows what it took.
 
-The tables show the answer alone: counters are read before and after it, so that the start's own test token is left out.
+The tables cover only the answer: counters are read before and after it, which leaves out the test token of
+the start.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ASK_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerShare:
-    """What one worker did for the answer. `resident_bytes` is the whole process."""
+    """The work of one worker for the answer. `resident_bytes`: the memory of the whole process."""
 
     name: str
     num_experts: int
@@ -45,7 +46,7 @@ class WorkerShare:
 
 @dataclass(frozen=True, slots=True)
 class StreamedAnswer:
-    """The generated text, and how fast it came after its first token."""
+    """The generated text, and its rate after the first token."""
 
     text: str
     num_tokens: int
@@ -54,13 +55,13 @@ class StreamedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """Everything that the demo shows."""
+    """The results of a demo, as JSON prints them."""
 
     prompt: str
     answer: StreamedAnswer
     workers: tuple[WorkerShare, ...]
     phases_s: dict[str, float]
-    # Since the command began.
+    # Seconds since the command began.
     milestones_s: dict[str, float]
 
 
@@ -109,7 +110,7 @@ async def _answer(
 async def _stream(
     target: str, prompt: str, max_tokens: int, milestones: Milestones, flow: _WordFlow | None
 ) -> StreamedAnswer:
-    """Writes prompt and answer to `flow` as they come."""
+    """Streams the answer; prompt and answer are written to `flow` as they arrive."""
     text, num_tokens, first_s = "", 0, time.monotonic()
     if flow is not None:
         flow.write(f"\n{prompt}")
@@ -130,7 +131,7 @@ async def _stream(
 
 
 class _WordFlow:
-    """Text that comes in pieces, broken between words where the terminal's line ends."""
+    """Prints text that arrives in pieces, and breaks lines between words at the terminal's width."""
 
     def __init__(self, out: Console) -> None:
         self._file = out.file

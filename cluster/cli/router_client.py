@@ -1,4 +1,4 @@
-"""The client library as the verbs use it: an unreachable router becomes a sentence that says what to check."""
+"""The client library as the verbs use it, with an error that helps where no router answers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The counters of every router and worker of a running cluster, read at one moment.
 
-One router is known by its address; its controller knows the other processes. A router whose workers were named by hand
-has no controller: the observation then covers that router and the workers that it names.
+One router is known by its address; its controller knows the other processes. A router whose workers were
+named by hand has no controller: the observation then covers that router and the workers that it names.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ObservedProcess:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a cluster reported. Counters are keyed by the process's name; a process that did not answer has none."""
+    """Reports of the processes, by name. A process that did not answer has no counters."""
 
     # On the observer's clock.
     at_s: float

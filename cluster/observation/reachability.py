@@ -13,7 +13,7 @@ _UNREACHABLE = ("failed to connect", "errors resolving", "DNS resolution failed"
 
 @contextmanager
 def explaining_absence(target: str) -> Iterator[None]:
-    """For calls to the router at `target`: an unreachable address becomes an error that says what to check."""
+    """Turns the error of an unreachable `target` into one that says what to check."""
     try:
         yield
     except Unavailable as error:

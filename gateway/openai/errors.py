@@ -1,7 +1,8 @@
 """Errors as HTTP responses: a status, OpenAI's envelope, and whether a retry can help.
 
-One table maps the classes of moesaic.errors, another one the refusals of HTTP itself (path, method, size, media type).
-A message was written for the caller by the router or the gateway; it never holds a path, an address or a stack.
+One table maps the classes of moesaic.errors, another one the refusals of HTTP itself (path, method, size,
+media type). A message was written for the caller by the router or the gateway; it never holds a path, an
+address or a stack.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ _HTTP_CODES = {
     415: "unsupported_media_type",
     431: "headers_too_large",
 }
-# A retry can succeed: the queue may have room, or a replica may be back. For any other status it would fail again.
+# A retry can succeed: the queue may have room, or a replica may be back. For any other status it would fail
+# again.
 _RETRYABLE = frozenset({429, 503})
 _DEFAULT_RETRY_S = 1.0
 

@@ -1,6 +1,7 @@
-"""Log probabilities in the two shapes of OpenAI's API: four lists for completions, one list of tokens for chat.
+"""Log probabilities in the two shapes of OpenAI's API.
 
-A router without a tokenizer sends token ids only; such a token is spelled `token_id:N`.
+Completions have four lists, chat completions one list of tokens. A router without a tokenizer sends token ids
+only; such a token is spelled `token_id:N`.
 """
 
 from __future__ import annotations

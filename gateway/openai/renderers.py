@@ -126,7 +126,7 @@ class ChatRenderer:
         return self.request.calls()
 
     def chunks(self, output: RequestOutput, piece: Piece) -> Sequence[BaseModel]:
-        """The first chunk of a choice holds the role, and the prompt's token ids where they were requested."""
+        """The first chunk of a choice holds the role, and the prompt's token ids where requested."""
         usage = _chunk_usage(self.request, output)
         delta = replies.ChatDelta(content=piece.text)
         chunks = [self._chunk(output, choices=[self._chunk_choice(piece, delta)], **usage)]
@@ -199,7 +199,7 @@ def _usage(output: RequestOutput) -> replies.Usage:
 
 
 def _chunk_usage(request: GenerationBody, output: RequestOutput) -> dict[str, replies.Usage | None]:
-    """`usage` of a chunk: the counts so far, null where only the last chunk has them, absent where not requested."""
+    """The counts so far, null where only the last chunk has them, or no field where not requested."""
     options = request.stream_options
     if options is None or not (options.include_usage or options.continuous_usage_stats):
         return {}

@@ -1,7 +1,7 @@
 """Reply bodies of OpenAI's API, with vLLM's `token_ids` and the project's `epoch`.
 
-Fields that are not set are left out of the JSON (`exclude_unset`), so that a reply holds what was requested, and
-`null` only where OpenAI sends it.
+Fields that are not set are left out of the JSON (`exclude_unset`), so that a reply holds what was requested,
+and `null` only where OpenAI sends it.
 """
 
 from __future__ import annotations

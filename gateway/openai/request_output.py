@@ -1,7 +1,7 @@
 """The output of one HTTP request so far, collected from all its calls to routers.
 
-A piece is what one message adds to one choice, or a whole choice. Streamed chunks and whole replies are both rendered
-from pieces, by the same code.
+A piece is what one message adds to one choice, or a whole choice. Streamed chunks and whole replies are both
+rendered from pieces, by the same code.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class RequestOutput:
         self._prompts: dict[int, pb.PromptInfo] = {}
         # The count of each choice that has begun.
         self._completion_tokens: dict[int, int] = {}
-        # For each prompt with a finished choice, the fewest tokens that any of its choices found in the cache.
+        # For each prompt with a finished choice, the fewest tokens that any of its choices found in the
+        # cache.
         self._cached_tokens: dict[int, int] = {}
 
     @property
@@ -53,7 +54,7 @@ class RequestOutput:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that were not computed for this request. The choices of one prompt share it without a hit."""
+        """Prompt tokens from the prefix cache. Choices that share their prompt do not count as hits."""
         return sum(self._cached_tokens.values())
 
     def add(self, prompt_number: int, message: pb.GenerateResponse) -> Piece | None:

@@ -1,7 +1,7 @@
 """The request bodies of OpenAI's API with vLLM's extensions, and their translation into a router's requests.
 
-Every field is known or refused by name; null means absent. Types and the ranges of the wire are checked here. The
-router, which knows the model, checks the meaning of a value (vocabulary, context, bounds).
+Every field is known or refused by name; null means absent. Types and the ranges of the wire are checked here.
+The router, which knows the model, checks the meaning of a value (vocabulary, context, bounds).
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ class CompletionRequest(GenerationBody):
     best_of: UInt32 | None = None
     suffix: NotServed = None
     add_special_tokens: bool | None = None
-    # For encoder-decoders: the tokens that the output begins with, such as the target language of a translator.
+    # For encoder-decoders: the tokens that the output begins with, such as the target language of a
+    # translator.
     decoder_prompt: TokenIdList | None = None
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """A strict JSON parser: text that two parsers could read differently is refused.
 
-Duplicate fields, lone surrogates, NUL, deep nesting and very large objects are errors that name the field. The types of
-the fields refuse numbers that are not finite. The size of the body is bounded before parsing, and with it the cost of
-every pass over it.
+Duplicate fields, lone surrogates, NUL, deep nesting and very large objects are errors that name the field.
+The types of the fields refuse numbers that are not finite. The size of the body is bounded before parsing,
+and with it the cost of every pass over it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""The choice of a router for each request. Pure: a router's load is the gateway's own requests that have not ended.
+"""The choice of a router for each request. Pure.
 
-A request goes to the least loaded router, unless an earlier prompt with the same beginning went to another one. That
-router holds the prefix in its cache and keeps receiving such requests until it is clearly busier than the rest. A hash
-of the prompt decides between equally loaded routers, so that several gateways send equal prompts to the same router.
+The load of a router is the work of the gateway's own requests that have not ended. A request goes to the
+least loaded router, unless an earlier prompt with the same beginning went to another one. That router holds
+the prefix in its cache and keeps receiving such requests until it is clearly busier than the rest. A hash of
+the prompt decides between equally loaded routers, so that several gateways send equal prompts to the same
+router.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from itertools import islice
 
 from moesaic.v1 import inference_pb2 as pb
 
-# The length of the compared beginning of a prompt, in characters or token ids. A shorter cached prefix is not worth
-# a busier router.
+# The length of the compared beginning of a prompt, in characters or token ids. A shorter cached prefix is not
+# worth a busier router.
 HEAD_LENGTH = 256
 # A prompt of this many tokens weighs as much as another sequence.
 TOKENS_PER_SEQUENCE = 512
@@ -28,7 +30,7 @@ MAX_PREFIXES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """The facts about a request that the choice depends on: a hash of the prompt's beginning, and the work."""
+    """The facts about a request that the choice depends on. `prefix`: a hash of the prompt's beginning."""
 
     prefix: bytes
     # The work, in units of one sequence.
@@ -52,7 +54,7 @@ class LoadBalancer:
         self._homes: dict[bytes, str] = {}
 
     def take(self, demand: Demand, candidates: Collection[str]) -> str:
-        """Chooses one of `candidates`, which must not be empty. The request counts as its load until `release`."""
+        """One of `candidates`, never empty. The request counts as the router's load until `release`."""
         name = self._choose(demand, candidates)
         self._remember(demand.prefix, name)
         self._loads[name] += demand.weight
@@ -76,7 +78,7 @@ class LoadBalancer:
 
 
 def _rank(prefix: bytes, name: str) -> bytes:
-    """Rendezvous hashing: each prefix orders the routers, and adding or removing one keeps the order of the others."""
+    """Rendezvous hashing: adding or removing a router keeps the order of the others for each prefix."""
     return blake2b(prefix + name.encode(), digest_size=8).digest()
 
 

@@ -1,7 +1,7 @@
 """The gateway's link to one router: its address, its health, and calls with deadlines.
 
-One task follows the router: it resolves the address, watches grpc.health.v1 there, and resolves the address again when
-the stream breaks or the router does not serve. Calls use the channel to the newest address.
+One task follows the router: it resolves the address, watches grpc.health.v1 there, and resolves the address
+again when the stream breaks or the router does not serve. Calls use the channel to the newest address.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ROUTER_UNREACHABLE = "ROUTER_UNREACHABLE"
 
 _RESOLVE_TIMEOUT_S = 10.0
 _RETRY_S = 0.3
-# The address of a router that does not serve is resolved again after this time: another process may have taken its
-# place.
+# The address of a router that does not serve is resolved again after this time: another process may have
+# taken its place.
 _RESOLVE_AGAIN_S = 2.0
 # The longest time that one watch of a serving router lasts. Then its address is resolved again.
 _WATCH_S = 60.0
@@ -126,7 +126,8 @@ class RouterLink:
         return InferenceServiceStub(self._channel)
 
     async def _follow(self) -> None:
-        # The flag is needed beside the cancellation, which a resolver may swallow (asyncio.wait_for of Python 3.11 does).
+        # The flag is needed beside the cancellation, which a resolver may swallow (asyncio.wait_for of Python
+        # 3.11 does).
         while not self._closing:
             try:
                 async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
@@ -149,7 +150,10 @@ class RouterLink:
             self._address, self._channel = address, rpc.aio_channel(address)
 
     async def _watch(self) -> None:
-        """Follows the router's health. Returns when the address is due to be resolved again; raises when the stream breaks."""
+        """Follows the router's health until the address must be resolved again.
+
+        Raises when the stream breaks.
+        """
         call = health_pb2_grpc.HealthStub(self._channel).Watch(
             health_pb2.HealthCheckRequest(service=SERVICE), timeout=_WATCH_S
         )
@@ -181,7 +185,8 @@ class RouterLink:
             error.code().name if isinstance(error, grpc.RpcError) else f"{type(error).__name__}: {error}"
         )
         if problem != self._problem:
-            # A router is unreachable while its cluster starts. Only the loss of one that has served is a warning.
+            # A router is unreachable while its cluster starts. Only the loss of one that has served is a
+            # warning.
             level = logging.WARNING if self._has_served else logging.INFO
             fields = {"router": self._name, "problem": problem}
             log.log(level, "no connection to a router", extra={"fields": fields})
@@ -196,7 +201,8 @@ def _errors_of_ours() -> Iterator[None]:
     except grpc.RpcError as error:
         raise _without_internals(error) from error
     except asyncio.CancelledError:
-        # gRPC raises it for a call whose channel is closed, too. Only the cancellation of the task itself is passed on.
+        # gRPC raises it for a call whose channel is closed, too. Only the cancellation of the task itself is
+        # passed on.
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise

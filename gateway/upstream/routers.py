@@ -1,8 +1,8 @@
 """All routers behind the gateway: a link to each, the choice between them, and one retry.
 
-A request whose router fails before its first message is sent to another router, once. This is safe because the client
-has not received a token and expert calls have no side effects, so the second run is equivalent to a first, with or
-without a seed. After the first message, the failure of the router ends the request.
+A request whose router fails before its first message is sent to another router, once. This is safe because
+the client has not received a token and expert calls have no side effects, so the second run is equivalent to
+a first, with or without a seed. After the first message, the failure of the router ends the request.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from gateway.upstream.router_link import ROUTER_UNREACHABLE, ResolveRouter, Rout
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.v1 import inference_pb2 as pb
 
-# The most prompts of one request that are sent to routers at once. The others wait here, not in a router's queue.
+# The most prompts of one request that are sent to routers at once. The others wait here, not in a router's
+# queue.
 MAX_PARALLEL_PROMPTS = 32
 
 _QUEUED_MESSAGES = 64
-# Reasons that concern one router alone, so that another may accept the request: it is unreachable, starts, stops or
-# is full.
+# Reasons that concern one router alone, so that another may accept the request: it is unreachable, starts,
+# stops or is full.
 _RETRY_ELSEWHERE = frozenset({ROUTER_UNREACHABLE, "LOADING", "DRAINING", "STOPPING", "QUEUE_FULL"})
 
 _Numbered = tuple[int, pb.GenerateResponse]
@@ -113,7 +114,7 @@ class Routers:
             await queue.put(None)
 
     async def _messages(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """The messages of one call, from the first chosen router or from a second one that takes its place."""
+        """The messages of one call, from the first chosen router or from a second one in its place."""
         deadline_s = time.monotonic() + self._timeout_s
         demand = Demand.of(request)
         has_begun = False
