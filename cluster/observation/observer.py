@@ -118,19 +118,13 @@ class Observer:
         """Model and counters from the target, or from the first other router that answers in its place."""
         failure: MoesaicError | None = None
         for address in dict.fromkeys((self._target, *self._routers.values())):
-            stub = inference_pb2_grpc.InferenceServiceStub(self._channel(address))
+            router = self._router(address)
             try:
                 with explaining_absence(address):
-                    return (
-                        await _answer(
-                            stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=self._timeout_s)
-                        ),
-                        await _answer(
-                            stub.GetRouterStats(
-                                inference_pb2.GetRouterStatsRequest(), timeout=self._timeout_s
-                            )
-                        ),
+                    model = await _answer(
+                        router.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=self._timeout_s)
                     )
+                    return model, await _answer(self._stats(router))
             except MoesaicError as error:
                 failure = failure or error
         assert failure is not None
@@ -140,10 +134,7 @@ class Observer:
         return await ask_topology(self._channel(address), self._timeout_s) if address else None
 
     async def _ask_router(self, address: str) -> _RouterStats | None:
-        stub = inference_pb2_grpc.InferenceServiceStub(self._channel(address))
-        return await _answer_or_none(
-            stub.GetRouterStats(inference_pb2.GetRouterStatsRequest(), timeout=self._timeout_s)
-        )
+        return await _answer_or_none(self._stats(self._router(address)))
 
     async def _ask_worker(self, address: str) -> _WorkerStats | None:
         if not address:
@@ -158,6 +149,15 @@ class Observer:
     ) -> dict[str, _R]:
         answers = await asyncio.gather(*(ask(address) for address in addresses.values()))
         return {name: answer for name, answer in zip(addresses, answers, strict=True) if answer is not None}
+
+    def _router(self, address: str) -> inference_pb2_grpc.InferenceServiceStub:
+        return inference_pb2_grpc.InferenceServiceStub(self._channel(address))
+
+    def _stats(self, router: inference_pb2_grpc.InferenceServiceStub) -> Awaitable[_RouterStats]:
+        call: Awaitable[_RouterStats] = router.GetRouterStats(
+            inference_pb2.GetRouterStatsRequest(), timeout=self._timeout_s
+        )
+        return call
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
