@@ -26,7 +26,7 @@ def tell(progress):
     if progress.done_files == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=1 << 20, tell=tell)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=1 << 20, show=tell)
 """
 
 # Bytes by which the resident set grows over the conversion, mapped pages of files included.
@@ -40,10 +40,10 @@ def kibibytes(name):
 
 tiny, large, out = map(Path, sys.argv[1:])
 # Loads every module and warms every pool before the count begins.
-convert(tiny, out / "tiny", max_shard_bytes=1 << 30, tell=lambda _: None)
+convert(tiny, out / "tiny", max_shard_bytes=1 << 30, show=lambda _: None)
 Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
 before = kibibytes("VmRSS")
-convert(large, out / "large", max_shard_bytes=1 << 30, tell=lambda _: None)
+convert(large, out / "large", max_shard_bytes=1 << 30, show=lambda _: None)
 print(kibibytes("VmHWM") - before << 10)
 """
 

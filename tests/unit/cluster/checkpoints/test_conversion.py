@@ -43,7 +43,7 @@ def mistral(**overrides: Any) -> PreTrainedModel:
 
 
 def run(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Conversion:
-    return convert(folder, out, max_shard_bytes=shard_bytes, tell=lambda _: None)
+    return convert(folder, out, max_shard_bytes=shard_bytes, show=lambda _: None)
 
 
 def refusal(folder: Path, out: Path) -> MoesaicError:
@@ -384,7 +384,7 @@ def interrupted(folder: Path, out: Path, after: Callable[[Progressed], bool]) ->
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(folder, out, max_shard_bytes=SHARD_BYTES, tell=tell)
+        convert(folder, out, max_shard_bytes=SHARD_BYTES, show=tell)
 
 
 def test_a_conversion_that_was_stopped_goes_on_with_the_files_that_are_whole(
@@ -459,7 +459,7 @@ def test_a_second_conversion_into_the_same_folder_waits_for_nobody(torrent: Path
     def tell(_: Progressed) -> None:
         assert "another conversion" in refusal(torrent, out).message
 
-    convert(torrent, out, max_shard_bytes=1 << 30, tell=tell)
+    convert(torrent, out, max_shard_bytes=1 << 30, show=tell)
 
 
 def test_a_place_that_cannot_be_written_is_told(torrent: Path, tmp_path: Path) -> None:
