@@ -58,8 +58,8 @@ class WorkerServer:
             max_call_rows=settings.max_call_rows,
             # Twice the queue, so that a caller that floods is refused before it is only slowed down.
             max_stream_calls=2 * settings.max_queued_calls,
-            lane=settings.lane == "auto",
-            direct_host=config.host if settings.direct == "auto" else None,
+            lane=settings.shared_memory == "auto",
+            direct_host=config.host if settings.direct_stream == "auto" else None,
         )
         self._server = rpc.Server(
             {SERVICE: self._service.add_to},
@@ -70,7 +70,6 @@ class WorkerServer:
             compute_calls,
             max_queued_calls=settings.max_queued_calls,
             max_pass_rows=settings.max_call_rows,
-            max_merge_wait_s=settings.max_merge_wait_ms / 1000,
         )
         self._stopping = threading.Event()
         self._health: asyncio.Task[None] | None = None

@@ -106,6 +106,12 @@ class Client:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
+    @property
+    def cannot_connect(self) -> bool:
+        """Whether no router could be reached at the last attempt to connect."""
+        state = None if self._channel is None else self._channel.get_state()
+        return state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+
     async def close(self) -> None:
         """Closes the connection; calls that still run fail with Cancelled. May be called twice."""
         self._closed = True

@@ -80,7 +80,7 @@ class Parts:
             self.clock,
             epoch=epoch,
             # It would cut prompts.
-            overlap=Overlap() if settings.overlap == "auto" and not self.encodes_prompts else None,
+            overlap=Overlap() if settings.overlap == "on" and not self.encodes_prompts else None,
             max_waiting=settings.max_waiting_sequences,
         )
 

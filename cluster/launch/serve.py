@@ -23,13 +23,13 @@ from rich.console import Console
 from cluster.checkpoints.model_source import DEMO_MODEL, find_model, name_model
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.launch.milestones import Milestones
-from cluster.launch.stop_signals import StopSignals
 from cluster.processes.blueprint import check_counts, draw_blueprint
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings
+from moesaic.stop_signals import StopSignals
 from moesaic.v1 import control_pb2
 
 if TYPE_CHECKING:

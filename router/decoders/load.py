@@ -59,8 +59,8 @@ def load_model(
 
 def _refuse_variants(model: MoeModel, layout: Layout, decoder: Decoder) -> None:
     """Of models that have one decoder, which is not batch-invariant."""
-    if decoder == "stock" or layout.invariant:
-        field = "engine.decoder" if decoder == "stock" else "engine.batch_invariant"
+    if decoder == "hf" or layout.invariant:
+        field = "engine.decoder" if decoder == "hf" else "engine.batch_invariant"
         raise Unsupported(f"{field}: not to be had of a {model.family}", field=field)
 
 
@@ -68,10 +68,10 @@ def _describe(
     checkpoint: Checkpoint, model: MoeModel, layout: Layout, decoder: Decoder
 ) -> DecoderLayout | None:
     """None: stock."""
-    if decoder == "stock":
+    if decoder == "hf":
         if layout.invariant:
             raise InvalidArgument(
-                "engine.batch_invariant: the stock decoder is not; use lean", field="engine.batch_invariant"
+                "engine.batch_invariant: the hf decoder is not; use lean", field="engine.batch_invariant"
             )
         return None
     try:

@@ -212,7 +212,7 @@ def test_a_capacity_is_refused_where_experts_have_none(shared: Path) -> None:
     assert error.value.field == "engine.capacity"
 
 
-@pytest.mark.parametrize("engine", [{"batch_invariant": True}, {"decoder": "stock"}])
+@pytest.mark.parametrize("engine", [{"batch_invariant": True}, {"decoder": "hf"}])
 def test_what_an_encoder_decoder_cannot_be_is_refused(tmp_path: Path, engine: dict[str, Any]) -> None:
     write_switch(tmp_path, 0)
     with pytest.raises(Unsupported) as error:

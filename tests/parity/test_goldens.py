@@ -119,7 +119,7 @@ def routers(
 
 
 def decoders(name: str) -> tuple[str, ...]:
-    return ("lean", "stock") if name in LEAN else ("auto",)
+    return ("lean", "hf") if name in LEAN else ("auto",)
 
 
 def with_config(checkpoint: Path, config: Path, folder: Path) -> Path:

@@ -23,7 +23,7 @@ def test_the_z_loss_is_that_of_transformers() -> None:
     assert float(z_loss(logits)) == pytest.approx(float(router_z_loss_func(logits[None])))
 
 
-@pytest.mark.parametrize("decoder", ["lean", "stock"])
+@pytest.mark.parametrize("decoder", ["lean", "hf"])
 def test_every_gate_tells_the_z_loss_of_its_own_logits(tmp_path: Path, decoder: str) -> None:
     write_mixtral(tmp_path, seed=2)
     router = lonely_router(tmp_path, decoder=decoder)

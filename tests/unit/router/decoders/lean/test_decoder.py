@@ -163,7 +163,7 @@ def test_lean_and_stock_give_the_same_logits_for_prompts_decodes_and_both_at_onc
 ) -> None:
     folder, dense_layers = known_model
     logits: dict[str, list[torch.Tensor]] = {}
-    for decoder in ("lean", "stock"):
+    for decoder in ("lean", "hf"):
         harness = Harness(folder, decoder, dense_layers)
         a, b, c = (
             harness.sequence(name, prompt(length)) for name, length in zip("abc", (21, 9, 150), strict=True)
@@ -173,7 +173,7 @@ def test_lean_and_stock_give_the_same_logits_for_prompts_decodes_and_both_at_onc
             harness.run([Chunk(a, 20, 1), Chunk(b, 3, 1), Chunk(c, 0, 149)]),
             harness.run([Chunk(c, 149, 1), Chunk(b, 4, 5)]),
         ]
-    for lean, stock in zip(logits["lean"], logits["stock"], strict=True):
+    for lean, stock in zip(logits["lean"], logits["hf"], strict=True):
         torch.testing.assert_close(lean, stock, atol=1e-5, rtol=1e-5)
 
 
@@ -273,6 +273,6 @@ def test_a_config_that_it_does_not_know_is_refused_by_name_and_left_to_transform
 def test_what_it_knows_it_runs_unless_stock_is_asked_for(tmp_path: Path) -> None:
     folder = write_mixtral(tmp_path)
     assert isinstance(Harness(folder, "auto").model, LeanDecoder)
-    assert isinstance(Harness(folder, "stock").model, StockDecoder)
+    assert isinstance(Harness(folder, "hf").model, StockDecoder)
     with pytest.raises(InvalidArgument, match="batch_invariant"):
-        Harness(folder, "stock", invariant=True)
+        Harness(folder, "hf", invariant=True)

@@ -284,7 +284,7 @@ def test_in_bfloat16_rounding_does_not_add_up_along_the_sequence(
 
 @pytest.mark.parametrize(
     ("settings", "field"),
-    [({"decoder": "stock"}, "engine.decoder"), ({"batch_invariant": True}, "engine.batch_invariant")],
+    [({"decoder": "hf"}, "engine.decoder"), ({"batch_invariant": True}, "engine.batch_invariant")],
 )
 def test_what_is_not_to_be_had_of_it_is_refused(
     folder: Path, settings: dict[str, object], field: str
