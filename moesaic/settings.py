@@ -194,7 +194,9 @@ class GatewaySettings(_Group):
     """Bounds of the HTTP gateway."""
 
     max_body_mib: int = Field(8, ge=1, description="The largest body of a request, in MiB.")
-    request_timeout_s: float = Field(600.0, gt=0, description="The longest that one HTTP request may take.")
+    request_timeout_s: float = Field(
+        600.0, gt=0, description="The deadline of a generation that came by HTTP."
+    )
     allowed_hosts: tuple[str, ...] = Field(
         (),
         description="Names by which clients may call the server, beside the local ones. On loopback no other name "

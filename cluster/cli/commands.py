@@ -108,8 +108,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text that the model continues.")],
     grpc: Router = DEFAULT_ROUTER,
     max_tokens: Annotated[int | None, typer.Option(help="The length of the answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
+    temperature: Annotated[float | None, typer.Option(help="The sampling temperature; 0 is greedy.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Nucleus sampling: the share of probability that is kept, in (0, 1].")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the answer repeatable.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="A string before which the answer ends; repeat it.")
@@ -196,12 +198,12 @@ def bench(
     output_len: Annotated[str, typer.Option(metavar="N|N-M", help="Tokens of an answer.")] = "64",
     shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.", min=0)] = 0,
     requests: Annotated[int | None, typer.Option(help="Requests of each row.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts, lengths and arrivals.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of prompts, lengths and arrivals.")] = 0,
     against: Annotated[
         str | None,
         typer.Option(metavar="transformers", help="Compare with transformers in one process, in turn."),
     ] = None,
-    pairs: Annotated[int, typer.Option(help="How often both sides take their turn.", min=1)] = 5,
+    pairs: Annotated[int, typer.Option(help="How often each side takes its turn.", min=1)] = 5,
     flags: SettingFlags,
     chart: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the results.")] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to a file.")] = None,
@@ -226,11 +228,13 @@ def bench(
         outputs = Outputs(as_json, save, chart)
         if url is not None:
             if model is not None or flags.any_given:
-                raise InvalidArgument("url: is of a server that runs: no flag can change that", field="url")
+                raise InvalidArgument("url: names a running server, which no flag can change", field="url")
             asyncio.run(bench_server(url, grpc or DEFAULT_ROUTER, plan, outputs))
             return
         if grpc is not None:
-            raise InvalidArgument("grpc: is of a server that runs: --url says which", field="grpc")
+            raise InvalidArgument(
+                "grpc: names a router of a running server: give its --url too", field="grpc"
+            )
         settings = flags.load(model=model, http_port=0, grpc_port=0, log_level="ERROR")
         asyncio.run(bench_own_cluster(settings, plan, outputs))
 
@@ -238,8 +242,8 @@ def bench(
 @app.command()
 def top(
     grpc: Router = DEFAULT_ROUTER,
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1, max=3600.0)] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Print one look and end.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two updates.", min=0.1, max=3600.0)] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
     as_json: Json = False,
 ) -> None:
     """Watch a cluster work: tokens a second, queues, and what every worker does."""
