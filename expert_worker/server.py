@@ -64,8 +64,8 @@ class WorkerServer:
             # Twice the queue, so that a caller with too many calls is refused before its stream is slowed
             # down.
             max_stream_calls=2 * settings.max_queued_calls,
-            lane=settings.lane == "auto",
-            direct_host=config.host if settings.direct == "auto" else None,
+            lane=settings.shared_memory == "auto",
+            direct_host=config.host if settings.direct_stream == "auto" else None,
         )
         self._server = rpc.Server(
             {SERVICE: self._service.add_to},

@@ -68,7 +68,7 @@ class RouterServer:
 
     def _connect(self, replica: Replica) -> WorkerLink:
         engine = self._config.engine
-        use_lane, use_direct = engine.lane == "auto", engine.direct == "auto"
+        use_lane, use_direct = engine.shared_memory == "auto", engine.direct_stream == "auto"
         opening = partial(open_ways, use_lane=use_lane, use_direct=use_direct)
         return WorkerLink(replica, open_ways=opening if use_lane or use_direct else None)
 

@@ -222,7 +222,7 @@ def test_a_caller_that_is_killed_in_the_middle_leaves_the_worker_to_the_others(
 
 def test_a_worker_may_have_no_such_port(tmp_path: Path) -> None:
     write_mixtral(tmp_path)
-    with running_workers(tmp_path, ["all"], "--direct", "off") as (worker,):
+    with running_workers(tmp_path, ["all"], "--direct-stream", "off") as (worker,):
         with rpc.channel(worker.address) as channel:
             stub = expert_pb2_grpc.ExpertServiceStub(channel)
             opened = stub.OpenLane(expert_pb2.OpenLaneRequest(), timeout=WAIT_S)

@@ -123,9 +123,9 @@ def test_both_ways_give_the_same_bits(model: Path) -> None:
 def test_only_a_caller_of_this_host_and_version_gets_a_lane_and_only_where_it_is_on(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MOESAIC_WORKER__LANE", "off")
+    monkeypatch.setenv("MOESAIC_WORKER__SHARED_MEMORY", "off")
     with running_workers(model, ["all"]) as (without,), calling(without) as other:
-        monkeypatch.delenv("MOESAIC_WORKER__LANE")
+        monkeypatch.delenv("MOESAIC_WORKER__SHARED_MEMORY")
         with running_workers(model, ["all"]) as (worker,), calling(worker) as caller:
             path = Path(caller.path())
             assert stat.S_ISSOCK(path.stat().st_mode) and stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -236,7 +236,7 @@ def test_a_router_gives_the_same_tokens_with_the_lane_and_without(
 ) -> None:
     tokens, lane_calls = [], []
     for switch in ("off", "auto"):
-        monkeypatch.setenv("MOESAIC_ENGINE__LANE", switch)
+        monkeypatch.setenv("MOESAIC_ENGINE__SHARED_MEMORY", switch)
         with running_workers(model, ["0-1", "2-3"]) as workers, running_router(model, workers) as router:
             with SyncClient(router.address) as client:
                 answer = client.complete([90, 91, 92, 17], max_tokens=48, temperature=0)

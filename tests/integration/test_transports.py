@@ -225,10 +225,10 @@ def test_a_port_that_a_firewall_shuts_leaves_grpc(model: Path, fastest: Callable
 def test_a_router_gives_the_same_tokens_over_the_direct_stream_and_without(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MOESAIC_ENGINE__LANE", "off")
+    monkeypatch.setenv("MOESAIC_ENGINE__SHARED_MEMORY", "off")
     tokens, direct_calls = [], []
     for switch in ("off", "auto"):
-        monkeypatch.setenv("MOESAIC_ENGINE__DIRECT", switch)
+        monkeypatch.setenv("MOESAIC_ENGINE__DIRECT_STREAM", switch)
         with running_workers(model, ["0-1", "2-3"]) as workers, running_router(model, workers) as router:
             with SyncClient(router.address) as client:
                 answer = client.complete([90, 91, 92, 17], max_tokens=48, temperature=0)
