@@ -85,7 +85,7 @@ def main(
 
 
 def _setup(folder: Path, kind: str) -> Setup:
-    return Setup(folder, settings={"engine.lane": "off", "worker.expert_dtype": kind})
+    return Setup(folder, settings={"engine.shared_memory": "off", "worker.expert_dtype": kind})
 
 
 def _theirs(peer: TransformersPeer, prompts: Sequence[Prompt], steps: int) -> Decoded:

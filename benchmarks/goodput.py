@@ -22,7 +22,7 @@ from harness.turns import Side, take_turns
 from harness.workload import Load, Request, quantile, random_prompts, run_load
 
 TOGETHER, SERIAL = "together", "one by one"
-SETTINGS = {"engine.prefix_cache": "false", "engine.kv_cache_mib": "1024", "engine.lane": "off"}
+SETTINGS = {"engine.prefix_cache": "false", "engine.kv_cache_mib": "1024", "engine.shared_memory": "off"}
 
 
 def main(

@@ -222,7 +222,7 @@ def _measure_ours(run: Run, folder: Path) -> Ours:
     with ExitStack() as stack:
         progress("ours: making the experts on the device")
         setup = _setup(run, folder)
-        without_lane = replace(setup, settings={**setup.settings, "engine.lane": "off"})
+        without_lane = replace(setup, settings={**setup.settings, "engine.shared_memory": "off"})
         first = stack.enter_context(serve(without_lane, run.shape.experts))
         second = stack.enter_context(serve(replace(setup, shared_workers=first.workers), run.shape.experts))
         sites = {GRPC: first, LANE: second}

@@ -40,7 +40,7 @@ from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.gating.gate import assign
 from router.phase_clock import PhaseClock
 from router.server import SWITCH_INTERVAL_S
-from router.workers.transports.base import DIRECT, GRPC, LANE, Way
+from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, TransportKind
 
 SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
 # A namespace with nothing but loopback; whatever runs inside ends with it.
@@ -54,7 +54,7 @@ WARM_UP_S, SPELL_S, MIN_CALLS = 0.5, 1.0, 12
 TRIAL_SPELLS = 10
 WORKERS = (1, 2)
 # Of our one worker, beside the judged one.
-OTHER_WAYS: dict[str, Way] = {"ours, 1 worker, grpcio": GRPC, "ours, 1 worker, lane": LANE}
+OTHER_WAYS: dict[str, TransportKind] = {"ours, 1 worker, grpcio": GRPC, "ours, 1 worker, lane": SHARED_MEMORY}
 
 
 class HivemindLayer:
@@ -93,7 +93,7 @@ class HivemindLayer:
 class OurLayer:
     """Layer 0 of a served model, from this process."""
 
-    def __init__(self, served: Served, model: Path, way: Way) -> None:
+    def __init__(self, served: Served, model: Path, way: TransportKind) -> None:
         self._way = way
         self._shape = options.read_shape(model)
         experts = describe_model(open_checkpoint(model)).addresses

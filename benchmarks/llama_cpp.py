@@ -83,7 +83,7 @@ def main(
     theirs = LlamaCpp(build, gguf, len(psutil.Process().cpu_affinity()))
     with (
         theirs.rpc_server() as (address, rpc_pid),
-        serve(Setup(folder, settings={"engine.lane": "off"})) as grpc,
+        serve(Setup(folder, settings={"engine.shared_memory": "off"})) as grpc,
         serve(Setup(folder)) as lane,
     ):
         on_rpc = ("--n-gpu-layers", "0", "--rpc", address, "--override-tensor", f"exps=RPC0[{address}]")

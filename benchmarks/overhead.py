@@ -31,9 +31,9 @@ from harness.workload import Decoded, Phases, Prompt, decode, random_prompts
 
 STEPS = {1: 48, 4: 24, 16: 16}
 TRANSPORTS = {
-    "gRPC, grpcio": {"engine.direct": "off", "engine.lane": "off"},
-    "gRPC": {"engine.direct": "auto", "engine.lane": "off"},
-    "lane": {"engine.direct": "off", "engine.lane": "auto"},
+    "gRPC, grpcio": {"engine.direct_stream": "off", "engine.shared_memory": "off"},
+    "gRPC": {"engine.direct_stream": "auto", "engine.shared_memory": "off"},
+    "lane": {"engine.direct_stream": "off", "engine.shared_memory": "auto"},
 }
 JUDGED = {"gRPC": "overhead-grpc", "lane": "overhead-lane"}
 OWN_SHARE = ("encode", "decode", "combine")

@@ -90,7 +90,7 @@ def main(
 
 
 def _setup(folder: Any) -> Setup:
-    return Setup(folder, settings={"engine.lane": "off"})
+    return Setup(folder, settings={"engine.shared_memory": "off"})
 
 
 def _point(phases: Phases, tokens: int, seconds: float) -> dict[str, Any]:

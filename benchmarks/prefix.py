@@ -85,7 +85,7 @@ def main(
 
 
 def _setup(folder: Path, cache: bool) -> Setup:
-    return Setup(folder, settings={"engine.prefix_cache": str(cache).lower(), "engine.lane": "off"})
+    return Setup(folder, settings={"engine.prefix_cache": str(cache).lower(), "engine.shared_memory": "off"})
 
 
 def _first_token(router: str, prefix: Prompt, tails: Iterator[Prompt]) -> float:

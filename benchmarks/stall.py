@@ -57,7 +57,7 @@ def main(
     vocabulary = options.read_shape(folder).vocabulary
     prompts = random_prompts(STREAMS, 32, vocabulary, seed=8)
     fresh = iter(random_prompts(1000, tokens, vocabulary, seed=9))
-    with serve(Setup(folder, settings={"engine.lane": "off"})) as site:
+    with serve(Setup(folder, settings={"engine.shared_memory": "off"})) as site:
         turns = take_turns(
             (Side(NAME, partial(_round, site.router, prompts, fresh, 1 if quick else arrivals)),),
             options.rules(rounds, quick),

@@ -47,13 +47,13 @@ from moesaic.wire.messages import Framed, decode_request, decode_response, encod
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
-from router.workers.transports.base import DIRECT, GRPC, LANE, Way
+from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, TransportKind
 
 PEERS = Path(__file__).parent / "peers"
 SIZES = {"8 KiB": 8 << 10, "128 KiB": 128 << 10, "2 MiB": 2 << 20, "16 MiB": 16 << 20}
 ENCODINGS = ("protobuf field", "ours", "raw bytes")
 METHODS = dict(zip(ENCODINGS, ("Plain", "Ours", "Raw"), strict=True))
-WAYS: dict[str, Way] = {"gRPC, grpcio": GRPC, "gRPC": DIRECT, "lane": LANE}
+WAYS: dict[str, TransportKind] = {"gRPC, grpcio": GRPC, "gRPC": DIRECT, "lane": SHARED_MEMORY}
 JUDGED_WAVES = {"gRPC": "wave-grpc", "lane": "wave-lane"}
 WAVE_WORKERS, WAVE_HIDDEN = 4, 2048
 LAYER_ROWS, LAYER_HIDDEN, LAYER_SLOTS, LAYER_TOP_K, LAYER_WORKERS = 64, 2048, 128, 8, 2
@@ -370,7 +370,7 @@ def _layer(rules: Rules, quick: bool, notes: list[str]) -> list[Figure]:
 class _Layer:
     """One layer of identity experts behind the product's own dispatcher and links."""
 
-    def __init__(self, pool: ReplicaPool, epoch: Epoch, way: Way, *, combine_sum: bool) -> None:
+    def __init__(self, pool: ReplicaPool, epoch: Epoch, way: TransportKind, *, combine_sum: bool) -> None:
         rules = DispatchRules(call_timeout_s=DEADLINE_S, combine_sum=combine_sum)
         self._pool, self._epoch, self._way = pool, epoch, way
         self._dispatcher = Dispatcher(pool, PhaseClock(), rules)
@@ -392,7 +392,7 @@ class _Layer:
 
 
 @contextmanager
-def _layer_of(workers: Sequence[Replica], way: Way, *, combine_sum: bool) -> Iterator[_Layer]:
+def _layer_of(workers: Sequence[Replica], way: TransportKind, *, combine_sum: bool) -> Iterator[_Layer]:
     pool = pool_of(way)
     pool.update(RoutingTable(1, tuple(workers)))
     epoch = Epoch.of(

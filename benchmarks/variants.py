@@ -41,7 +41,7 @@ from harness.workload import (
 
 STEPS = {1: 32, 4: 24, 16: 16}
 PREFILL_TOKENS = 512
-ON_GRPC = {"engine.lane": "off"}
+ON_GRPC = {"engine.shared_memory": "off"}
 SAMPLING = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.01"}
 
 
@@ -99,7 +99,7 @@ def _placement(folder: Path) -> Comparison:
     return Comparison(
         ("1 worker, gRPC", Setup(folder, settings=ON_GRPC)),
         {
-            "1 worker, lane": Setup(folder, settings={"engine.lane": "auto"}),
+            "1 worker, lane": Setup(folder, settings={"engine.shared_memory": "auto"}),
             "2 workers, gRPC": Setup(folder, workers=2, settings=ON_GRPC),
             "4 workers, gRPC": Setup(folder, workers=4, settings=ON_GRPC),
         },

@@ -1,4 +1,4 @@
-"""`python -m expert_worker`: one worker by hand, without Ray."""
+"""`python -m expert_worker`: one worker, without Ray."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def serve(
             "--batch-invariant", help="A row's answer does not depend on the rows beside it. Slower."
         ),
     ] = None,
-    lane: Annotated[
-        str | None, typer.Option(help="auto or off: a faster way than gRPC to routers on this host.")
+    shared_memory: Annotated[
+        str | None, typer.Option(help="auto or off: shared memory with routers on this host.")
     ] = None,
-    direct: Annotated[
-        str | None, typer.Option(help="auto or off: a port at which the compute thread itself speaks gRPC.")
+    direct_stream: Annotated[
+        str | None, typer.Option(help="auto or off: a port at which the compute thread itself serves gRPC.")
     ] = None,
     name: Annotated[str, typer.Option(help="Name of this worker in the cluster.")] = "worker-0",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
@@ -59,8 +59,8 @@ def serve(
             "threads": threads,
             "expert_dtype": expert_dtype,
             "batch_invariant": batch_invariant,
-            "lane": lane,
-            "direct": direct,
+            "shared_memory": shared_memory,
+            "direct_stream": direct_stream,
         }
         settings = load_settings(
             config,
@@ -98,7 +98,7 @@ def _worker_config(settings: Settings, name: str, experts: str, port: int) -> Wo
 
 
 async def _serve(config: WorkerConfig, drain_s: float) -> None:
-    """Until a signal; one that comes while the weights load ends that, too."""
+    """Serves until a signal. One that arrives while the weights load also ends the loading."""
     signalled = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signalled.set)
@@ -115,7 +115,7 @@ async def _serve(config: WorkerConfig, drain_s: float) -> None:
     finally:
         waiting.cancel()
         await server.stop(drain_s)
-        # After a signal, that the loading was stopped is no error.
+        # After a signal, that the loading was stopped is not an error.
         await asyncio.gather(loading, return_exceptions=True)
 
 

@@ -1,7 +1,7 @@
-"""The worker as a whole: bind, load, warm up, serve, drain. Runs alike by hand and inside a Ray actor.
+"""The worker as a whole: bind, load, warm up, serve, drain. It runs alike by hand and inside a Ray actor.
 
-The port is bound before the weights are read, so that whoever started the process can watch it load; health says
-SERVING only while the compute thread really computes.
+The port is bound before the weights are read, so that the loading can be observed from outside. Health is SERVING only
+while the compute thread works.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from expert_worker.experts.expert import Expert, ExpertForm, choose_form
 from expert_worker.experts.loader import load_experts
 from expert_worker.experts.store import ExpertStore
 from expert_worker.experts.stored_weight import stored_bytes
-from expert_worker.serving.service import SERVICE, ExpertService, LoadedModel
+from expert_worker.serving.service import ExpertService, LoadedModel
 from moesaic import rpc
 from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from moesaic.compute.device import choose_device, choose_dtype
@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 0.5
 WARM_UP_TIMEOUT_S = 60.0
-# One stream per router, and whoever watches health or asks for statistics.
+# One stream per router, and the callers that watch health or ask for statistics.
 MAX_CONCURRENT_RPCS = 256
-# After the drain only the goodbye of each stream is left to send.
-GOODBYE_S = 1.0
+# The time for the final flush: after the drain only the end of each stream is left to send.
+FINAL_FLUSH_S = 1.0
 
 
 class WorkerServer:
@@ -56,13 +56,13 @@ class WorkerServer:
             worker=config.name,
             incarnation=self.incarnation,
             max_call_rows=settings.max_call_rows,
-            # Twice the queue, so that a caller that floods is refused before it is only slowed down.
+            # Twice the queue, so that a caller that floods is refused before reading its stream stops.
             max_stream_calls=2 * settings.max_queued_calls,
-            lane=settings.lane == "auto",
-            direct_host=config.host if settings.direct == "auto" else None,
+            shared_memory=settings.shared_memory == "auto",
+            direct_host=config.host if settings.direct_stream == "auto" else None,
         )
         self._server = rpc.Server(
-            {SERVICE: self._service.add_to},
+            {rpc.EXPERT_SERVICE: self._service.add_to},
             max_message_bytes=rpc.DATA_MESSAGE_BYTES,
             max_concurrent_rpcs=MAX_CONCURRENT_RPCS,
         )
@@ -76,7 +76,7 @@ class WorkerServer:
         self._health: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
-        """Binds; returns HOST:PORT. Health is NOT_SERVING until `load` is through."""
+        """Binds and returns HOST:PORT. Health is NOT_SERVING until `load` has ended."""
         port = await self._server.start(self._config.host, self._config.port)
         self._batcher.start()
         return f"{self._config.host}:{port}"
@@ -85,7 +85,7 @@ class WorkerServer:
         """Reads the weights in a thread, computes a first pass of every layer, and starts to serve.
 
         Raises CheckpointError, InvalidArgument (experts or device), FailedPrecondition when the device is too small,
-        Unavailable when `stop` came first.
+        Unavailable when `stop` was called first.
         """
         loaded = await asyncio.to_thread(self._load)
         for call in _warm_up_calls(loaded.store, loaded.model.hidden_size):
@@ -97,15 +97,15 @@ class WorkerServer:
         await self._server.set_serving(True)
 
     async def stop(self, drain_s: float) -> None:
-        """Refuses new calls, lets running ones finish within `drain_s` seconds, then ends everything."""
+        """Refuses new calls, waits up to `drain_s` seconds for running ones, then ends everything."""
         self._stopping.set()
         if self._health is not None:
             self._health.cancel()
         await self._server.set_serving(False)
         drained = await self._service.drain(drain_s)
-        stopped = await self._batcher.stop(GOODBYE_S)
+        stopped = await self._batcher.stop(FINAL_FLUSH_S)
         self._service.close()
-        await self._server.stop(GOODBYE_S)
+        await self._server.stop(FINAL_FLUSH_S)
         if not (drained and stopped):
             log.warning("calls were cut off", extra={"fields": {"drain_s": drain_s}})
 
@@ -192,7 +192,7 @@ def _check_experts(experts: frozenset[ExpertAddress], model: MoeModel) -> None:
 
 
 def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[Call]:
-    """One call a layer, a row of zeros to every expert held."""
+    """One call per layer, with a row of zeros for every expert held."""
     hidden = torch.zeros(1, hidden_size)
     by_layer: dict[int, list[Expert]] = {}
     for address, expert in store.experts().items():

@@ -67,10 +67,11 @@ class EngineSettings(_Group):
     wire_dtype: WireDType = "auto"
     # rows: bit-exact under any placement; sum: workers add up, fewer bytes, the last bits depend on placement.
     combine: Literal["rows", "sum"] = "rows"
-    # The same-host lane to a worker, where both ends agree and it is measured faster than gRPC.
-    lane: Switch = "auto"
-    # gRPC that the engine's thread and the worker's compute thread speak themselves, where it is measured faster.
-    direct: Switch = "auto"
+    # The first transport of a call: shared memory with a worker on the same host, where both ends agree on it.
+    shared_memory: Switch = "auto"
+    # The second: gRPC that the engine's thread and the worker's compute thread read and write themselves, up to 256 KiB
+    # of rows. Every other call takes grpcio.
+    direct_stream: Switch = "auto"
     # A sequence's tokens do not depend on its batch mates. Slower; router and workers must agree.
     batch_invariant: bool = False
     # Whether experts have the capacity that their family was trained with (Switch, ST-MoE, NLLB-MoE).
@@ -88,10 +89,10 @@ class WorkerSettings(_Group):
     expert_dtype: ExpertDType = "auto"
     # The longest that a call waits for others of its layer to share a pass with; alone it never waits.
     max_merge_wait_ms: float = Field(2.0, ge=0)
-    # The door to the same-host lane.
-    lane: Switch = "auto"
-    # A port of its own for gRPC that the compute thread speaks itself.
-    direct: Switch = "auto"
+    # Whether routers on the same host may use shared memory.
+    shared_memory: Switch = "auto"
+    # Whether the compute thread itself serves gRPC, at a port of its own.
+    direct_stream: Switch = "auto"
     batch_invariant: bool = False
 
 

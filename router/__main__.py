@@ -1,4 +1,4 @@
-"""`python -m router`: a router by hand, with workers named by hand or a controller to follow."""
+"""`python -m router`: one router, without Ray, whose workers are named by hand or come from a controller."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def main(
         str | None,
         typer.Option(help="rows, or sum: workers add up, fewer bytes, placement shows in last bits."),
     ] = None,
-    lane: Annotated[
-        str | None, typer.Option(help="auto or off: a faster way than gRPC to workers on this host.")
+    shared_memory: Annotated[
+        str | None, typer.Option(help="auto or off: shared memory with workers on this host.")
     ] = None,
-    direct: Annotated[
-        str | None, typer.Option(help="auto or off: gRPC to workers without threads between.")
+    direct_stream: Annotated[
+        str | None, typer.Option(help="auto or off: gRPC to workers by the threads that compute.")
     ] = None,
     overlap: Annotated[
         str | None, typer.Option(help="auto or off: two micro-batches in flight where that wins.")
@@ -82,8 +82,8 @@ def main(
                 "decoder": decoder,
                 "wire_dtype": wire_dtype,
                 "combine": combine,
-                "lane": lane,
-                "direct": direct,
+                "shared_memory": shared_memory,
+                "direct_stream": direct_stream,
                 "overlap": overlap,
                 "batch_invariant": batch_invariant,
             },
@@ -97,7 +97,7 @@ def main(
 
 
 def _view(model: Path, dense_layers: DenseLayers, workers: list[str], control: str | None) -> ClusterView:
-    """A model without experts needs neither."""
+    """A model without experts needs neither workers nor a controller."""
     either = "name either workers (--worker) or a controller (--control)"
     if control is not None:
         if workers:
@@ -115,7 +115,7 @@ def _view(model: Path, dense_layers: DenseLayers, workers: list[str], control: s
 
 
 async def _serve(settings: Settings, model: Path, served_name: str, view: ClusterView) -> None:
-    # Heavy: torch and transformers. A wrong flag is told before.
+    # Imports torch and transformers, which takes seconds. A wrong flag is reported before.
     from router.server import RouterServer
 
     telemetry.configure("router", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)

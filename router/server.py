@@ -1,7 +1,8 @@
-"""A router process put together: model, engine, service, and the view of the cluster that feeds its replica pool.
+"""The router as a whole: model, engine, service, and the view of the cluster that feeds its replica pool.
 
 `start` binds the port (health NOT_SERVING), `load` reads the dense weights, `wait_ready` waits for the workers, starts
-the engine and lets one real token pass every layer; health says SERVING from then on, as long as it is true.
+the engine and passes one real token through every layer. From then on health is SERVING while the engine runs and every
+expert has a worker.
 """
 
 from __future__ import annotations
@@ -27,17 +28,16 @@ from router.engine.engine import Engine
 from router.engine.readiness import pass_one_token
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
-from router.workers.transports.negotiate import open_ways
+from router.workers.transports.negotiate import open_transports
 from router.workers.worker_link import WorkerLink
 
 log = logging.getLogger(__name__)
 
-SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 HEALTH_PERIOD_S = 0.25
 DRAIN_POLL_S = 0.02
 ENGINE_STOP_S = 5.0
-# How long the event loop may hold the interpreter while the engine's thread waits for it. Python's own 5 ms are as much
-# as all tokens of a step take to be streamed, and the engine would lose them in every step.
+# How long the event loop may hold the interpreter while the engine's thread waits for it. Python's default of 5 ms is as
+# long as streaming all tokens of a step takes, and the engine would lose that much in every step.
 SWITCH_INTERVAL_S = 0.0005
 
 
@@ -48,11 +48,11 @@ class RouterServer:
         self._config = config
         self._view = view
         self._started_s = time.monotonic()
-        self._door = LoadingService()
+        self._loading_service = LoadingService()
         self._server = rpc.Server(
             {
-                SERVICE: lambda server: inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-                    self._door, server
+                rpc.INFERENCE_SERVICE: lambda server: (
+                    inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._loading_service, server)
                 )
             }
         )
@@ -67,9 +67,9 @@ class RouterServer:
 
     def _connect(self, replica: Replica) -> WorkerLink:
         engine = self._config.engine
-        use_lane, use_direct = engine.lane == "auto", engine.direct == "auto"
-        opening = partial(open_ways, use_lane=use_lane, use_direct=use_direct)
-        return WorkerLink(replica, open_ways=opening if use_lane or use_direct else None)
+        use_shared_memory, use_direct = engine.shared_memory == "auto", engine.direct_stream == "auto"
+        opening = partial(open_transports, use_shared_memory=use_shared_memory, use_direct=use_direct)
+        return WorkerLink(replica, open_transports=opening if use_shared_memory or use_direct else None)
 
     async def start(self) -> str:
         """Binds the port and begins to follow the cluster. Returns HOST:PORT."""
@@ -83,7 +83,7 @@ class RouterServer:
         self._parts = await asyncio.to_thread(load_parts, self._config, self._pool, self._clock)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Returns once a real token has passed every layer. Raises Unavailable after `timeout_s`."""
+        """Returns once a real token has passed through every layer. Raises Unavailable after `timeout_s`."""
         assert self._parts is not None and self._epoch is not None, "start and load come first"
         try:
             async with asyncio.timeout(timeout_s):
@@ -96,15 +96,15 @@ class RouterServer:
             raise Unavailable(
                 f"not every expert had a worker within {timeout_s:.0f} s", reason="NOT_READY"
             ) from error
-        self._door.service = self._service(self._parts, engine, epoch)
+        self._loading_service.service = self._service(self._parts, engine, epoch)
         await self._server.set_serving(True)
         self._tasks.append(asyncio.create_task(self._keep_health_true(engine)))
 
     async def stop(self, drain_s: float) -> None:
-        """Refuses new requests, lets running ones end within `drain_s` seconds, then stops everything."""
+        """Refuses new requests, waits up to `drain_s` seconds for running ones, then stops everything."""
         await self._server.set_serving(False)
-        if self._door.service is not None:
-            self._door.service.drain()
+        if self._loading_service.service is not None:
+            self._loading_service.service.drain()
         deadline_s = time.monotonic() + drain_s
         while self._engine is not None and self._engine.num_open and time.monotonic() < deadline_s:
             await asyncio.sleep(DRAIN_POLL_S)
@@ -132,7 +132,7 @@ class RouterServer:
                 log.error("the cluster serves another epoch than this router: restart it")
 
     async def _keep_health_true(self, engine: Engine) -> None:
-        """Not serving while the engine is dead or an expert is nowhere; serving again when all are back."""
+        """Sets health to NOT_SERVING while the engine is dead or an expert has no worker, and back when both are right."""
         serving = True
         while True:
             await asyncio.sleep(HEALTH_PERIOD_S)

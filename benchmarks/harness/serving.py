@@ -27,7 +27,7 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a model is served. `settings` are keys of moesaic/settings.py, for example {"engine.lane": "off"}."""
+    """How a model is served. `settings` are keys of moesaic/settings.py, for example {"engine.shared_memory": "off"}."""
 
     model: Path
     workers: int = 1

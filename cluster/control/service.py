@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 # A controller that failed by a bug starts over from what it sees then.
 RESTART_S = 1.0
-SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
@@ -54,7 +53,7 @@ class ControlServer:
     def __init__(self, controller: Controller, host: str) -> None:
         self._controller = controller
         self._host = host
-        self._server = rpc.Server({SERVICE: self._add_servicer})
+        self._server = rpc.Server({rpc.CONTROL_SERVICE: self._add_servicer})
         self._loop: asyncio.Task[None] | None = None
 
     async def start(self) -> str:

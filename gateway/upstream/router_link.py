@@ -22,7 +22,6 @@ from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
 
 log = logging.getLogger(__name__)
 
-SERVICE = "moesaic.v1.InferenceService"
 UNARY_TIMEOUT_S = 30.0
 # The reason of the error when a call did not reach its router or was cut off from it.
 ROUTER_UNREACHABLE = "ROUTER_UNREACHABLE"
@@ -150,7 +149,7 @@ class RouterLink:
     async def _watch(self) -> None:
         """Follows the router's health; returns when it is time to look it up anew, raises when the stream breaks."""
         call = health_pb2_grpc.HealthStub(self._channel).Watch(
-            health_pb2.HealthCheckRequest(service=SERVICE), timeout=_WATCH_S
+            health_pb2.HealthCheckRequest(service=rpc.INFERENCE_SERVICE), timeout=_WATCH_S
         )
         try:
             while True:

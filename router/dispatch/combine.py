@@ -20,13 +20,13 @@ from moesaic.wire.tensor_check import SCALED_DTYPES
 from moesaic.wire.tensors import data_of, decode_rows
 from router.dispatch.host_staging import Staging
 from router.dispatch.row_grouping import Indices, Part, SlotOrder
-from router.workers.transports.base import Answer
+from router.workers.transports.base import WorkerAnswer
 
 
 class Landing(Protocol):
     """Every part has to be put or cleared before the total is right."""
 
-    def put(self, part: Part, answer: Answer) -> None:
+    def put(self, part: Part, answer: WorkerAnswer) -> None:
         """Takes a checked answer."""
         ...
 
@@ -64,7 +64,7 @@ class RowLanding:
         if len(order.empty):
             self._clear(order.empty)
 
-    def put(self, part: Part, answer: Answer) -> None:
+    def put(self, part: Part, answer: WorkerAnswer) -> None:
         header = answer.response.output
         if self._bytes is None:
             self._rows.index_copy_(0, _tensor_of(part.assignments), decode_rows(header, answer.output))
@@ -105,7 +105,7 @@ class SumLanding:
         # By the first of its places, which no two parts share: [R, D] float32.
         self._sums: dict[int, tuple[Part, Tensor]] = {}
 
-    def put(self, part: Part, answer: Answer) -> None:
+    def put(self, part: Part, answer: WorkerAnswer) -> None:
         rows = decode_rows(answer.response.output, answer.output)
         sums = self._staging.empty((len(rows), rows.shape[1]), torch.float32).copy_(rows)
         self._sums[part.places[0]] = part, sums

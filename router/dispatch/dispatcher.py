@@ -43,7 +43,7 @@ from router.dispatch.layer_request import LayerMessage
 from router.dispatch.row_grouping import Part, SlotOrder
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
-from router.workers.transports.base import Answer
+from router.workers.transports.base import WorkerAnswer
 from router.workers.worker_link import WorkerLink
 
 MAX_ATTEMPTS = 2
@@ -240,7 +240,7 @@ class DispatchStep:
         self._clock.add("combine", time.perf_counter() - started_s)
         return total
 
-    def _take(self, call: LayerCall, asked: WorkerCall, answer: Answer) -> None:
+    def _take(self, call: LayerCall, asked: WorkerCall, answer: WorkerAnswer) -> None:
         """Checks an answer and puts its rows where they belong."""
         try:
             call.message.check(answer, asked.part, asked.versions)

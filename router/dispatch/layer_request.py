@@ -16,7 +16,7 @@ from moesaic.v1 import expert_pb2
 from moesaic.wire.tensor_check import check_tensor
 from moesaic.wire.tensors import WIRE_DTYPES, header_of
 from router.dispatch.row_grouping import Part
-from router.workers.transports.base import Answer
+from router.workers.transports.base import WorkerAnswer
 
 
 class LayerMessage:
@@ -65,7 +65,7 @@ class LayerMessage:
                 expert.weights.extend(weights[start:end])
         return request, rows
 
-    def check(self, answer: Answer, part: Part, versions: Sequence[bytes]) -> None:
+    def check(self, answer: WorkerAnswer, part: Part, versions: Sequence[bytes]) -> None:
         """Raises DataLoss unless it answers just what was asked: epoch, versions, dtype, shape, bytes and scales."""
         response = answer.response
         if response.epoch != self._epoch or response.versions != versions:

@@ -65,11 +65,11 @@ def ways_to(worker: Process) -> Iterator[Ways]:
         main = expert_pb2_grpc.ExpertServiceStub(channel)
         versions = versions_from_proto(main.Describe(expert_pb2.DescribeRequest(), timeout=WAIT_S).experts)
         # Of another host, so that there is no lane for it.
-        opened = main.OpenLane(expert_pb2.OpenLaneRequest(host_id="another"), timeout=WAIT_S)
+        opened = main.OpenTransports(expert_pb2.OpenTransportsRequest(host_id="another"), timeout=WAIT_S)
         assert not opened.socket_path
-        with rpc.channel(f"127.0.0.1:{opened.compute_port}") as direct_channel:
+        with rpc.channel(f"127.0.0.1:{opened.direct_port}") as direct_channel:
             stub = expert_pb2_grpc.ExpertServiceStub(direct_channel)
-            yield Ways(main, stub, opened.compute_port, versions)
+            yield Ways(main, stub, opened.direct_port, versions)
 
 
 @pytest.fixture
@@ -224,5 +224,5 @@ def test_a_worker_may_have_no_such_port(tmp_path: Path) -> None:
     with running_workers(tmp_path, ["all"], "--direct", "off") as (worker,):
         with rpc.channel(worker.address) as channel:
             stub = expert_pb2_grpc.ExpertServiceStub(channel)
-            opened = stub.OpenLane(expert_pb2.OpenLaneRequest(), timeout=WAIT_S)
-        assert opened.compute_port == 0 and opened.incarnation
+            opened = stub.OpenTransports(expert_pb2.OpenTransportsRequest(), timeout=WAIT_S)
+        assert opened.direct_port == 0 and opened.incarnation

@@ -155,8 +155,10 @@ def test_the_machine_is_told_once() -> None:
 
 
 def test_settings_become_the_environment_of_every_process() -> None:
-    variables = Setup(Path("model"), settings={"engine.lane": "off"}, environment={"OTHER": "1"}).variables
-    assert variables["MOESAIC_ENGINE__LANE"] == "off"
+    variables = Setup(
+        Path("model"), settings={"engine.shared_memory": "off"}, environment={"OTHER": "1"}
+    ).variables
+    assert variables["MOESAIC_ENGINE__SHARED_MEMORY"] == "off"
     assert variables["OMP_WAIT_POLICY"] == "PASSIVE"
     assert variables["OTHER"] == "1"
 

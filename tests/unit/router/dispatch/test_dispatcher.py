@@ -21,7 +21,7 @@ from router.dispatch.dispatcher import Dispatcher, DispatchRules, DispatchStep
 from router.dispatch.host_staging import HostStaging
 from router.gating.gate import NO_SLOT
 from router.phase_clock import PhaseClock
-from router.workers.transports.base import Answer
+from router.workers.transports.base import WorkerAnswer
 
 NUM_SLOTS = 4
 HIDDEN = torch.arange(12, dtype=torch.float32).view(4, 3) + 1
@@ -311,11 +311,11 @@ def test_answers_may_be_overwritten_by_the_next_ones(
 ) -> None:
     memory = bytearray(4096)
 
-    def overwriting(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> Answer:
+    def overwriting(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> WorkerAnswer:
         right = scaled_rows(request, hidden)
         memory[:] = bytes([0x7E]) * len(memory)
         memory[: right.data.nbytes] = right.data
-        return Answer(right.response, memoryview(memory)[: right.data.nbytes])
+        return WorkerAnswer(right.response, memoryview(memory)[: right.data.nbytes])
 
     workers = {"a": range(2), "b": range(2, 4)}
     slots = torch.tensor([[0, 3], [2, 1], [1, 2], [3, 0]])
