@@ -1,4 +1,4 @@
-"""`python -m expert_worker`: one worker, without Ray."""
+"""`python -m expert_worker`: one worker by hand, without Ray."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _worker_config(settings: Settings, name: str, experts: str, port: int) -> Wo
 
 
 async def _serve(config: WorkerConfig, drain_s: float) -> None:
-    """Serves until a signal. One that arrives while the weights load also ends the loading."""
+    """Until a signal; one that comes while the weights load ends that, too."""
     signalled = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signalled.set)
@@ -115,7 +115,7 @@ async def _serve(config: WorkerConfig, drain_s: float) -> None:
     finally:
         waiting.cancel()
         await server.stop(drain_s)
-        # After a signal, that the loading was stopped is not an error.
+        # After a signal, that the loading was stopped is no error.
         await asyncio.gather(loading, return_exceptions=True)
 
 

@@ -1,7 +1,7 @@
-"""The worker as a whole: bind, load, warm up, serve, drain. It runs alike by hand and inside a Ray actor.
+"""The worker as a whole: bind, load, warm up, serve, drain. Runs alike by hand and inside a Ray actor.
 
-The port is bound before the weights are read, so that the loading can be observed from outside. Health is SERVING only
-while the compute thread works.
+The port is bound before the weights are read, so that whoever started the process can watch it load; health says
+SERVING only while the compute thread really computes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 0.5
 WARM_UP_TIMEOUT_S = 60.0
-# One stream per router, and the callers that watch health or ask for statistics.
+# One stream per router, and whoever watches health or asks for statistics.
 MAX_CONCURRENT_RPCS = 256
-# The time for the final flush: after the drain only the end of each stream is left to send.
+# After the drain only the end of each stream is left to send.
 FINAL_FLUSH_S = 1.0
 
 
@@ -56,7 +56,7 @@ class WorkerServer:
             worker=config.name,
             incarnation=self.incarnation,
             max_call_rows=settings.max_call_rows,
-            # Twice the queue, so that a caller that floods is refused before reading its stream stops.
+            # Twice the queue, so that a caller that floods is refused before it is only slowed down.
             max_stream_calls=2 * settings.max_queued_calls,
             shared_memory=settings.shared_memory == "auto",
             direct_host=config.host if settings.direct_stream == "auto" else None,
@@ -76,7 +76,7 @@ class WorkerServer:
         self._health: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
-        """Binds and returns HOST:PORT. Health is NOT_SERVING until `load` has ended."""
+        """Binds; returns HOST:PORT. Health is NOT_SERVING until `load` is through."""
         port = await self._server.start(self._config.host, self._config.port)
         self._batcher.start()
         return f"{self._config.host}:{port}"
@@ -85,7 +85,7 @@ class WorkerServer:
         """Reads the weights in a thread, computes a first pass of every layer, and starts to serve.
 
         Raises CheckpointError, InvalidArgument (experts or device), FailedPrecondition when the device is too small,
-        Unavailable when `stop` was called first.
+        Unavailable when `stop` came first.
         """
         loaded = await asyncio.to_thread(self._load)
         for call in _warm_up_calls(loaded.store, loaded.model.hidden_size):
@@ -97,7 +97,7 @@ class WorkerServer:
         await self._server.set_serving(True)
 
     async def stop(self, drain_s: float) -> None:
-        """Refuses new calls, waits up to `drain_s` seconds for running ones, then ends everything."""
+        """Refuses new calls, lets running ones finish within `drain_s` seconds, then ends everything."""
         self._stopping.set()
         if self._health is not None:
             self._health.cancel()
@@ -192,7 +192,7 @@ def _check_experts(experts: frozenset[ExpertAddress], model: MoeModel) -> None:
 
 
 def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[Call]:
-    """One call per layer, with a row of zeros for every expert held."""
+    """One call a layer, a row of zeros to every expert held."""
     hidden = torch.zeros(1, hidden_size)
     by_layer: dict[int, list[Expert]] = {}
     for address, expert in store.experts().items():

@@ -67,10 +67,9 @@ class EngineSettings(_Group):
     wire_dtype: WireDType = "auto"
     # rows: bit-exact under any placement; sum: workers add up, fewer bytes, the last bits depend on placement.
     combine: Literal["rows", "sum"] = "rows"
-    # The first transport of a call: shared memory with a worker on the same host, where both ends agree on it.
+    # Shared memory with a worker on the same host, where both ends agree: the first transport of every call.
     shared_memory: Switch = "auto"
-    # The second: gRPC that the engine's thread and the worker's compute thread read and write themselves, up to 256 KiB
-    # of rows. Every other call takes grpcio.
+    # gRPC that the engine's thread and the worker's compute thread speak themselves: the second, up to 256 KiB of rows.
     direct_stream: Switch = "auto"
     # A sequence's tokens do not depend on its batch mates. Slower; router and workers must agree.
     batch_invariant: bool = False
@@ -89,9 +88,9 @@ class WorkerSettings(_Group):
     expert_dtype: ExpertDType = "auto"
     # The longest that a call waits for others of its layer to share a pass with; alone it never waits.
     max_merge_wait_ms: float = Field(2.0, ge=0)
-    # Whether routers on the same host may use shared memory.
+    # Whether the worker offers shared memory to routers on its host.
     shared_memory: Switch = "auto"
-    # Whether the compute thread itself serves gRPC, at a port of its own.
+    # Whether the worker opens a second port for gRPC that its compute thread speaks itself.
     direct_stream: Switch = "auto"
     batch_invariant: bool = False
 

@@ -1,4 +1,4 @@
-"""`python -m router`: one router, without Ray, whose workers are named by hand or come from a controller."""
+"""`python -m router`: a router by hand, with workers named by hand or a controller to follow."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def main(
 
 
 def _view(model: Path, dense_layers: DenseLayers, workers: list[str], control: str | None) -> ClusterView:
-    """A model without experts needs neither workers nor a controller."""
+    """A model without experts needs neither."""
     either = "name either workers (--worker) or a controller (--control)"
     if control is not None:
         if workers:
@@ -115,7 +115,7 @@ def _view(model: Path, dense_layers: DenseLayers, workers: list[str], control: s
 
 
 async def _serve(settings: Settings, model: Path, served_name: str, view: ClusterView) -> None:
-    # Imports torch and transformers, which takes seconds. A wrong flag is reported before.
+    # Heavy: torch and transformers. A wrong flag is told before.
     from router.server import RouterServer
 
     telemetry.configure("router", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)

@@ -1,8 +1,7 @@
-"""The router as a whole: model, engine, service, and the view of the cluster that feeds its replica pool.
+"""A router process put together: model, engine, service, and the view of the cluster that feeds its replica pool.
 
 `start` binds the port (health NOT_SERVING), `load` reads the dense weights, `wait_ready` waits for the workers, starts
-the engine and passes one real token through every layer. From then on health is SERVING while the engine runs and every
-expert has a worker.
+the engine and lets one real token pass every layer; health says SERVING from then on, as long as it is true.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ log = logging.getLogger(__name__)
 HEALTH_PERIOD_S = 0.25
 DRAIN_POLL_S = 0.02
 ENGINE_STOP_S = 5.0
-# How long the event loop may hold the interpreter while the engine's thread waits for it. Python's default of 5 ms is as
-# long as streaming all tokens of a step takes, and the engine would lose that much in every step.
+# How long the event loop may hold the interpreter while the engine's thread waits for it. Python's own 5 ms are as much
+# as all tokens of a step take to be streamed, and the engine would lose them in every step.
 SWITCH_INTERVAL_S = 0.0005
 
 
@@ -48,11 +47,11 @@ class RouterServer:
         self._config = config
         self._view = view
         self._started_s = time.monotonic()
-        self._loading_service = LoadingService()
+        self._door = LoadingService()
         self._server = rpc.Server(
             {
                 rpc.INFERENCE_SERVICE: lambda server: (
-                    inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._loading_service, server)
+                    inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._door, server)
                 )
             }
         )
@@ -83,7 +82,7 @@ class RouterServer:
         self._parts = await asyncio.to_thread(load_parts, self._config, self._pool, self._clock)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Returns once a real token has passed through every layer. Raises Unavailable after `timeout_s`."""
+        """Returns once a real token has passed every layer. Raises Unavailable after `timeout_s`."""
         assert self._parts is not None and self._epoch is not None, "start and load come first"
         try:
             async with asyncio.timeout(timeout_s):
@@ -96,15 +95,15 @@ class RouterServer:
             raise Unavailable(
                 f"not every expert had a worker within {timeout_s:.0f} s", reason="NOT_READY"
             ) from error
-        self._loading_service.service = self._service(self._parts, engine, epoch)
+        self._door.service = self._service(self._parts, engine, epoch)
         await self._server.set_serving(True)
         self._tasks.append(asyncio.create_task(self._keep_health_true(engine)))
 
     async def stop(self, drain_s: float) -> None:
-        """Refuses new requests, waits up to `drain_s` seconds for running ones, then stops everything."""
+        """Refuses new requests, lets running ones end within `drain_s` seconds, then stops everything."""
         await self._server.set_serving(False)
-        if self._loading_service.service is not None:
-            self._loading_service.service.drain()
+        if self._door.service is not None:
+            self._door.service.drain()
         deadline_s = time.monotonic() + drain_s
         while self._engine is not None and self._engine.num_open and time.monotonic() < deadline_s:
             await asyncio.sleep(DRAIN_POLL_S)
@@ -132,7 +131,7 @@ class RouterServer:
                 log.error("the cluster serves another epoch than this router: restart it")
 
     async def _keep_health_true(self, engine: Engine) -> None:
-        """Sets health to NOT_SERVING while the engine is dead or an expert has no worker, and back when both are right."""
+        """Not serving while the engine is dead or an expert is nowhere; serving again when all are back."""
         serving = True
         while True:
             await asyncio.sleep(HEALTH_PERIOD_S)
