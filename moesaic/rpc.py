@@ -1,7 +1,8 @@
 """The only file that makes gRPC channels and servers: limits, keepalive, health, reflection, errors, tracing.
 
-Every server answers grpc.health.v1 and reflection, turns exceptions into google.rpc.Status in one place, and continues
-the caller's trace. Health is per service and starts as NOT_SERVING until the owner of the server sets it.
+Every server answers grpc.health.v1 and reflection, turns exceptions into google.rpc.Status in one place, and
+continues the caller's trace. Health is per service and starts as NOT_SERVING until the owner of the server
+sets it.
 """
 
 from __future__ import annotations
@@ -190,7 +191,8 @@ def _guard_stream(
         responses = call(request, context)
         try:
             while True:
-                # The span is current only while the handler runs: a cancelled stream is closed in another context.
+                # The span is current only while the handler runs: a cancelled stream is closed in another
+                # context.
                 with trace.use_span(span):
                     response = await anext(responses, _END)
                 if response is _END:

@@ -60,8 +60,8 @@ class CallHandler:
         self._closed = True
 
     def accept(self, framed: Request, sent_s: float | None = None) -> AcceptedCall | Response:
-        """The call in a message, or its refusal; never raises. The caller's timeout runs from `sent_s` if that is known,
-        else from now."""
+        """The call in a message, or its refusal; never raises. The caller's timeout runs from `sent_s` if
+        that is known, else from now."""
         request = framed.message
         span = self._start_span(request) if request.traceparent else trace.INVALID_SPAN
         start_s = time.monotonic()

@@ -1,8 +1,8 @@
 """One connection to the direct port: its gRPC streams are read and answered on the compute thread.
 
-The thread never waits for a caller: bytes that the socket does not accept at once are kept, within a bound, until it
-does. A caller that violates the protocol or does not read its answers is disconnected; its calls are dropped, and those
-of other callers continue.
+The thread never waits for a caller: bytes that the socket does not accept at once are kept, within a bound,
+until it does. A caller that violates the protocol or does not read its answers is disconnected; its calls are
+dropped, and those of other callers continue.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from moesaic.wire import messages as wire
 log = logging.getLogger(__name__)
 
 READ_BYTES = 64 << 10
-# How much of one caller's input is read before the next pass may start: enough for any call that a router sends over the
-# direct stream, and not all of a flood. The time limit stops earlier at many short frames, which are slow for their bytes.
+# How much of one caller's input is read before the next pass may start: enough for any call that a router
+# sends over the direct stream, and not all of a flood. The time limit stops earlier at many short frames,
+# which are slow for their bytes.
 MAX_READS = 8
 MAX_READ_S = 0.01
 # An epoch is bounded because refusals repeat it.
@@ -106,9 +107,8 @@ class DirectConnection:
             return
         try:
             self._send_goaway()
-        except (
-            Exception
-        ):  # a protocol that has failed before must not prevent other connections from being closed
+        except Exception:
+            # A protocol that has failed before must not prevent other connections from being closed.
             log.exception("a direct connection failed")
         self._end()
 
@@ -161,8 +161,9 @@ class DirectConnection:
             self._end_stream(stream.stream_id, error)
             self._drop_stream(stream.stream_id)
             return
-        # The clock of another host cannot say when the call was sent, so its timeout runs from now. The time that it waited
-        # in the socket while the thread computed appears only in the caller's own measure of the call.
+        # The clock of another host cannot say when the call was sent, so its timeout runs from now. The time
+        # that it waited in the socket while the thread computed appears only in the caller's own measure of
+        # the call.
         accepted = self._handler.accept(request)
         if not isinstance(accepted, AcceptedCall):
             self._respond(stream, accepted)

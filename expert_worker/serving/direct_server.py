@@ -16,8 +16,8 @@ from moesaic.transports import tcp_socket
 
 log = logging.getLogger(__name__)
 
-# One for every router that a cluster may have, each with a stream open. At the limit a new connection replaces one that
-# has no stream.
+# One for every router that a cluster may have, each with a stream open. At the limit a new connection
+# replaces one that has no stream.
 MAX_CONNECTIONS = 64
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 

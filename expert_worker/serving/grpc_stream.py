@@ -26,7 +26,7 @@ class CallStream:
         self._responses: asyncio.Queue[Response | None] = asyncio.Queue()
 
     async def responses(self, requests: AsyncIterator[Request]) -> AsyncGenerator[Response, None]:
-        """The answers in the order in which they are ready, until the caller has ended its side and has all of them."""
+        """The answers as they become ready, until the caller has ended its side and has all of them."""
         reader = asyncio.create_task(self._read(requests))
         try:
             while (response := await self._responses.get()) is not None:

@@ -1,7 +1,7 @@
-"""A listening socket that accepts or refuses every connection, even when the process has no file descriptor left.
+"""A listening socket that accepts or refuses every connection, even without a free file descriptor.
 
-Without a descriptor a connection cannot even be refused: the socket would stay readable and the thread that polls it
-would spin. So one spare descriptor is kept, which is given up to accept and close the connection.
+Without a descriptor a connection cannot even be refused: the socket would stay readable and the thread that
+polls it would spin. So one spare descriptor is kept, which is given up to accept and close the connection.
 """
 
 from __future__ import annotations

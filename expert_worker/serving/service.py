@@ -1,7 +1,8 @@
 """ExpertService: the RPCs of a worker. The call handler validates calls, the batcher computes them.
 
-A stream carries a bounded number of calls at once; each is answered in-band, with rows or with its own error, and a
-refused call never ends the stream. While the worker drains, new calls are refused and earlier ones are answered.
+A stream carries a bounded number of calls at once; each is answered in-band, with rows or with its own error,
+and a refused call never ends the stream. While the worker drains, new calls are refused and earlier ones are
+answered.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class LoadedModel:
 class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
     """The servicer of one worker. It answers Unavailable before `serve` and after `drain`.
 
-    `shared_memory` also opens the shared-memory transport, `direct_host` also a direct port at that address."""
+    `shared_memory` also opens that transport, `direct_host` also a direct port at that address."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""The worker's end of the shared-memory transport: a socket in a private folder, with a connection for every router.
+"""The worker's end of the shared-memory transport: a socket in a private folder, a connection per router.
 
-All of it runs on the compute thread: a call is read, computed and answered without a hand-over to another thread. Only
-processes of the same user are accepted. One that violates the framing is disconnected; its calls are dropped, and those
-of other routers continue.
+All of it runs on the compute thread: a call is read, computed and answered without a hand-over to another
+thread. Only processes of the same user are accepted. One that violates the framing is disconnected; its calls
+are dropped, and those of other routers continue.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class SharedMemoryServer:
         return self._path if (host_id, version) == (self._host_id, shared_memory.VERSION) else ""
 
     def close(self) -> None:
-        """Stops listening and removes the folder. The batcher calls this when it ends; it may be called again."""
+        """Stops listening and removes the folder. The batcher calls this when it ends; it may be repeated."""
         self._path = ""
         if self._listener is not None:
             self._batcher.detach(self)

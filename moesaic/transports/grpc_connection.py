@@ -1,8 +1,9 @@
-"""One end of an HTTP/2 connection that carries gRPC streams, without I/O: bytes in, events out, bytes to send.
+"""One end of an HTTP/2 connection that carries gRPC streams, without I/O: bytes and events.
 
-It serves the two places where a grpcio thread between the socket and the computation costs more than the call itself:
-the engine's connection to a worker, and the worker's compute thread. h2 implements HTTP/2; only gRPC's headers and the
-five bytes before each message are added here, so the other end may be any gRPC implementation.
+It serves the two places where a grpcio thread between the socket and the computation costs more than the call
+itself: the engine's connection to a worker, and the worker's compute thread. h2 implements HTTP/2; only
+gRPC's headers and the five bytes before each message are added here, so the other end may be any gRPC
+implementation.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ from moesaic.transports.grpc_headers import INTERNAL, UNAVAILABLE, Header
 from moesaic.transports.grpc_messages import BadMessage, MessageReader, with_prefix
 from moesaic.transports.http2 import WINDOW_BYTES, open_connection
 
-# How many received bytes are acknowledged together: seldom enough to cost nothing, and long before the window is used up.
+# How many received bytes are acknowledged together: seldom enough to cost nothing, and long before the window
+# is used up.
 _ACKNOWLEDGE_BYTES = WINDOW_BYTES // 2
 
 
 class ConnectionBroken(Exception):
-    """The other end violated HTTP/2 or sent GOAWAY. Send what `take_outgoing` still returns, then close the socket."""
+    """The other end violated HTTP/2 or sent GOAWAY. Send what `take_outgoing` returns, then close."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamOpened:
-    """A caller opened a stream (servers only). `method` is the full path: "/moesaic.v1.ExpertService/Compute"."""
+    """A caller opened a stream (servers only). `method` is a path: "/moesaic.v1.ExpertService/Compute"."""
 
     stream_id: int
     method: str
@@ -94,9 +96,10 @@ class _Held:
 class GrpcConnection:
     """Belongs to one thread. `max_message_bytes` bounds messages in both directions.
 
-    It keeps at most one incomplete message per stream and what `num_held_bytes` counts. A frame of the other end adds at
-    most a few times its own length to the outgoing bytes (a PING is answered): call `take_outgoing` after every
-    `receive`, and close the connection when the bytes that the socket does not accept exceed a bound.
+    It keeps at most one incomplete message per stream and what `num_held_bytes` counts. A frame of the other
+    end adds at most a few times its own length to the outgoing bytes (a PING is answered): call
+    `take_outgoing` after every `receive`, and close the connection when the bytes that the socket does not
+    accept exceed a bound.
     """
 
     def __init__(self, *, client: bool, max_message_bytes: int) -> None:
@@ -118,8 +121,8 @@ class GrpcConnection:
 
     @property
     def is_over(self) -> bool:
-        """Whether either end sent GOAWAY or the protocol was violated: nothing more arrives or can be sent. Write the
-        outgoing bytes and close the socket."""
+        """Whether either end sent GOAWAY or the protocol was violated: nothing more arrives or can be sent.
+        Write the outgoing bytes and close the socket."""
         return self._over
 
     @property
@@ -128,7 +131,7 @@ class GrpcConnection:
         return self._num_held_bytes
 
     def open_stream(self, method: str, authority: str) -> int:
-        """Client: begins a call and returns its id. Raises ConnectionBroken when no more streams can be opened."""
+        """Client: begins a call; its id. Raises ConnectionBroken when no more streams can be opened."""
         if self._over:
             raise ConnectionBroken("the connection is over")
         try:
@@ -171,8 +174,8 @@ class GrpcConnection:
         self._send_held(stream_id)
 
     def end_stream(self, stream_id: int, code: int = 0, details: str = "") -> None:
-        """Server: sends the status of the call after all its messages. Client: cancels it. The stream has no more
-        events."""
+        """Server: sends the status of the call after all its messages. Client: cancels it. The stream has no
+        more events."""
         stream = self._streams.pop(stream_id, None)
         if stream is None:
             return
@@ -195,8 +198,8 @@ class GrpcConnection:
             self._h2.close_connection()
 
     def receive(self, raw: bytes | memoryview) -> list[Event]:
-        """Processes received bytes. Raises ConnectionBroken, after which the connection is over. Returns no events once it
-        is over."""
+        """Processes received bytes. Raises ConnectionBroken, after which the connection is over. Returns no
+        events once it is over."""
         if self._over:
             return []
         try:
@@ -304,7 +307,8 @@ class GrpcConnection:
         events.append(StreamEnded(stream_id, code, details))
 
     def _finish(self, stream_id: int, headers: tuple[Header, ...]) -> None:
-        """Server: sends the last headers of a call. RST_STREAM follows, so that a caller that is still sending stops."""
+        """Server: sends the last headers of a call. RST_STREAM follows, so that a caller that is still
+        sending stops."""
         # The other end may have reset the stream in the same bytes, and h2 may have forgotten it already.
         with suppress(StreamClosedError, StreamIDTooLowError):
             self._h2.send_headers(stream_id, headers, end_stream=True)

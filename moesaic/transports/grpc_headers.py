@@ -24,7 +24,8 @@ CALL_ACCEPTED: tuple[Header, ...] = ((b":status", b"200"), (b"content-type", b"a
 NOT_GRPC: tuple[Header, ...] = ((b":status", b"415"),)
 
 _CODES: Mapping[bytes, int] = {b"%d" % code.value[0]: code.value[0] for code in grpc.StatusCode}
-# Escaping every byte makes them three times as long, and other implementations bound their header lists, at 8 KiB or more.
+# Escaping every byte makes them three times as long, and other implementations bound their header lists, at 8
+# KiB or more.
 _MAX_DETAILS_BYTES = 2_000
 # All printable characters except the escape itself and the space, with which a header may not begin or end.
 _PLAIN = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")

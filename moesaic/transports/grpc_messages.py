@@ -1,4 +1,4 @@
-"""gRPC messages in a stream of bytes: each follows five bytes, which hold a compression flag and its length."""
+"""gRPC messages in a stream of bytes: each follows five bytes with a compression flag and its length."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def with_prefix(message: bytes) -> bytes:
 
 
 class MessageReader:
-    """Assembles the messages of one direction of one call. `compresses` says whether the caller announced a compression,
-    which changes the status of a compressed message."""
+    """Assembles the messages of one direction of one call. `compresses` says whether the caller announced a
+    compression, which changes the status of a compressed message."""
 
     __slots__ = ("_compresses", "_max_message_bytes", "_pending")
 
@@ -41,8 +41,8 @@ class MessageReader:
         return bool(self._pending)
 
     def read(self, data: bytes) -> list[bytes] | Iterator[bytes]:
-        """The messages that `data` completes. Raises BadMessage, possibly while the result is iterated; nothing may be
-        read after that."""
+        """The messages that `data` completes. Raises BadMessage, possibly while the result is iterated;
+        nothing may be read after that."""
         if not self._pending and len(data) >= PREFIX_BYTES:
             compressed, num_bytes = _PREFIX.unpack_from(data)
             # The usual case: one frame holds exactly one message.

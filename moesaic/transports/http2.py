@@ -1,10 +1,10 @@
 """HTTP/2 connections of the h2 library, with our bounds.
 
-Three private parts are replaced, because h2 offers no option for what they do: the state machine rejects frames that
-follow GOAWAY, the frame buffer keeps up to 64 frames of one header list before it checks their size, and hyperframe
-formats every received frame for a log that is off. So pyproject.toml pins both libraries exactly, and
-tests/unit/moesaic/transports/test_http2.py checks that each part still exists and still behaves like that without its
-replacement: an upgrade fails there first.
+Three private parts are replaced, because h2 offers no option for what they do: the state machine rejects
+frames that follow GOAWAY, the frame buffer keeps up to 64 frames of one header list before it checks their
+size, and hyperframe formats every received frame for a log that is off. So pyproject.toml pins both libraries
+exactly, and tests/unit/moesaic/transports/test_http2.py checks that each part still exists and still behaves
+like that without its replacement: an upgrade fails there first.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from hyperframe.frame import ContinuationFrame, Frame, HeadersFrame, PushPromise
 # The streams that one caller may have open on one connection.
 MAX_STREAMS = 16
 
-# The flow-control window of a stream and of the connection. It is large because it protects nothing: no message waits
-# here, and an owner that processes messages more slowly than they arrive stops reading the socket instead.
+# The flow-control window of a stream and of the connection. It is large because it protects nothing: no
+# message waits here, and an owner that processes messages more slowly than they arrive stops reading the
+# socket instead.
 WINDOW_BYTES = 64 << 20
 # The largest frame. Joining larger ones costs h2 more than having fewer of them saves.
 _FRAME_BYTES = 512 << 10
@@ -55,7 +56,8 @@ def open_connection(client: bool) -> H2Connection:
 
 
 class _OpenAfterGoaway(H2ConnectionStateMachine):
-    """Stays open after a GOAWAY, so that frames that follow it in the same bytes are not an error of the other end."""
+    """Stays open after a GOAWAY, so that frames that follow it in the same bytes are not an error of the
+    other end."""
 
     def process_input(self, input_: ConnectionInputs) -> list[Event]:
         return [] if input_ is ConnectionInputs.RECV_GOAWAY else super().process_input(input_)
@@ -71,8 +73,8 @@ class _Frames(FrameBuffer):
         return frame
 
     def _update_header_buffer(self, f: Frame | None) -> Frame | None:
-        # h2 would keep 64 frames of one header list before it decodes any, and spend seconds on decoding bytes that add
-        # no header.
+        # h2 would keep 64 frames of one header list before it decodes any, and spend seconds on decoding
+        # bytes that add no header.
         if isinstance(f, HeadersFrame | ContinuationFrame | PushPromiseFrame):
             num_bytes = len(f.data) + sum(len(part.data) for part in self._headers_buffer)
             if num_bytes > _HEADER_LIST_BYTES:

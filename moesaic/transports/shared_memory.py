@@ -1,8 +1,9 @@
-"""The shared-memory transport: what router and worker agree on apart from the messages, which are those of gRPC.
+"""The shared-memory transport: what router and worker agree on apart from the messages of gRPC.
 
-A call lies in a buffer, memory of the router's that both ends map: the message first, then the rows. The answer is
-written over them. A Unix socket carries frames of one small size, which name the buffer and the parts of it in use. So a
-frame is never split and, because the number of buffers is bounded, no send ever blocks.
+A call lies in a buffer, memory of the router's that both ends map: the message first, then the rows. The
+answer is written over them. A Unix socket carries frames of one small size, which name the buffer and the
+parts of it in use. So a frame is never split and, because the number of buffers is bounded, no send ever
+blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class SharedMemoryError(Exception):
 
 
 class Frame(NamedTuple):
-    """A call to the worker, or its answer. The message begins at byte 0 of the buffer, the rows at `data_offset`."""
+    """A call to the worker, or its answer. The message begins at byte 0 of the buffer, the rows at
+    `data_offset`."""
 
     buffer: int
     message_bytes: int
@@ -82,7 +84,7 @@ class Buffer:
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        # The pages are populated at once: a page fault in the middle of a call costs more than copying its rows.
+        # The pages are populated at once: a page fault during a call costs more than copying its rows.
         self.bytes = memoryview(mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
 
     def check(self, frame: Frame) -> None:
@@ -104,7 +106,7 @@ class Buffer:
 
 
 def make_buffer(num_bytes: int) -> tuple[Buffer, int]:
-    """A new buffer, and the descriptor with which the other end can map it; the caller closes the descriptor."""
+    """A new buffer, and the descriptor with which the other end maps it; the caller closes that."""
     fd = os.memfd_create("moesaic-rows", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, num_bytes)
@@ -117,7 +119,7 @@ def make_buffer(num_bytes: int) -> tuple[Buffer, int]:
 
 
 def open_buffer(fd: int) -> Buffer:
-    """Maps the buffer of a received descriptor. Raises SharedMemoryError when it could shrink or is too large."""
+    """Maps a received descriptor. Raises SharedMemoryError when it could shrink or is too large."""
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as error:
@@ -142,10 +144,11 @@ def send_frame(connection: socket.socket, frame: Frame, fd: int | None = None) -
 
 
 def receive_frame(connection: socket.socket) -> tuple[Frame, int | None] | None:
-    """The next frame and the descriptor that came with it, which the caller closes. None at the end of the connection.
+    """The next frame and the descriptor that came with it, which the caller closes. None at the end of the
+    connection.
 
-    Raises BlockingIOError when no frame has arrived, OSError when the other end is gone, and SharedMemoryError for
-    anything that is not a frame."""
+    Raises BlockingIOError when no frame has arrived, OSError when the other end is gone, and
+    SharedMemoryError for anything that is not a frame."""
     raw, rights, flags, _ = connection.recvmsg(FRAME_BYTES, _RIGHTS_BYTES, _RECEIVE_FLAGS)
     if not rights and not flags & _CUT_OFF:
         return (decode_frame(raw), None) if raw else None

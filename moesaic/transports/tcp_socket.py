@@ -1,11 +1,11 @@
-"""The direct stream's sockets: what router and worker agree on apart from the protocol (grpc_connection.py)."""
+"""The sockets of the direct stream; its protocol is in grpc_connection.py."""
 
 from __future__ import annotations
 
 import socket
 
-# The largest call, and the largest answer, that the direct stream carries. Larger ones take so long that the hand-over
-# between grpcio's threads does not matter.
+# The largest call, and the largest answer, that the direct stream carries. Larger ones take so long that the
+# hand-over between grpcio's threads does not matter.
 MAX_MESSAGE_BYTES = 4 << 20
 
 # The kernel notices within this time that the other host vanished, whether or not bytes are under way to it.
@@ -23,8 +23,8 @@ _OPTIONS = (
 
 
 def prepare_socket(connection: socket.socket) -> None:
-    """Makes a socket non-blocking, send at once, and detect a host that vanished. Raises OSError when the connection is
-    gone."""
+    """Makes a socket non-blocking, send at once, and detect a host that vanished. Raises OSError when the
+    connection is gone."""
     connection.setblocking(False)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -68,8 +68,9 @@ class ExpertServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OpenTransports(self, request, context):
-        """Negotiates faster transports for Compute: shared memory for a caller on the same host, and a port that is served by
-        the compute thread for a caller on any host. An empty field of the answer means that there is none.
+        """Negotiates faster transports for Compute: shared memory for a caller on the same host, and a port that is
+        served by the compute thread for a caller on any host. An empty field of the answer means that there is
+        none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,8 +1,8 @@
-"""The link to one worker: sends calls over the first transport, in a fixed order, that is open and can carry them.
+"""The link to one worker: sends each call over the first transport that is open and can carry it.
 
-The grpcio stream is always available: when it breaks, its calls in flight fail at once and the next call opens a new
-one. The other transports are opened once; one that breaks is given up, and its calls are sent again over the next one
-that can carry them. An expert call is pure, so it may be sent twice.
+The grpcio stream is always available: when it breaks, its calls in flight fail at once and the next call
+opens a new one. The other transports are opened once; one that breaks is given up, and its calls are sent
+again over the next one that can carry them. An expert call is pure, so it may be sent twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OpenTransports = Callable[[expert_pb2_grpc.ExpertServiceStub, Replica], Mapping[
 
 @dataclass(slots=True, eq=False)
 class Traffic:
-    """Counters of one link since its start, and the latencies of its last calls. The engine's thread writes them."""
+    """Counters of one link, and the latencies of its last calls. The engine's thread writes them."""
 
     calls: int = 0
     rows: int = 0
@@ -62,7 +62,7 @@ class PendingCall(NamedTuple):
 
 
 class WorkerLink:
-    """The connections to one incarnation of a worker. One thread sends and receives; any thread may call the rest."""
+    """The transports to one incarnation of a worker. One thread sends and receives; the rest is for any."""
 
     def __init__(self, replica: Replica, *, open_transports: OpenTransports | None = None) -> None:
         self.replica = replica
@@ -75,8 +75,8 @@ class WorkerLink:
         self._stream: GrpcStream | None = None
         # None from the moment it is called.
         self._open_transports = open_transports
-        # The open transports other than the grpcio stream. The mapping is replaced as a whole, for readers in other
-        # threads: once by the thread that opens them, from then on by the thread that sends.
+        # The open transports other than the grpcio stream. The mapping is replaced as a whole, for readers in
+        # other threads: once by the thread that opens them, from then on by the thread that sends.
         self._others: Mapping[TransportKind, Transport] = {}
 
     @property
@@ -95,8 +95,9 @@ class WorkerLink:
         return self._send(request, hidden, time.perf_counter())
 
     def receive(self, call: PendingCall, timeout_s: float) -> WorkerAnswer:
-        """Waits for an answer. Raises the error that the worker answered with, DataLoss for a malformed answer,
-        Unavailable when the stream broke, or TimeoutError after `timeout_s`; a late answer is then dropped."""
+        """Waits for an answer. Raises the error that the worker answered with, DataLoss for a malformed
+        answer, Unavailable when the stream broke, or TimeoutError after `timeout_s`; a late answer is then
+        dropped."""
         try:
             answer = self._receive(call, timeout_s)
         except (MoesaicError, TimeoutError):
@@ -156,7 +157,7 @@ class WorkerLink:
             return self._stream
 
     def _receive(self, call: PendingCall, timeout_s: float) -> WorkerAnswer:
-        """Sends the call again, as long as there is time, when a transport other than the grpcio stream breaks."""
+        """Sends the call again, while there is time, when a transport other than grpcio breaks."""
         deadline_s = time.monotonic() + timeout_s
         while call.transport is not None:
             try:

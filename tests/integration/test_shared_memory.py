@@ -1,4 +1,4 @@
-"""The same-host lane between real processes: as exact as gRPC, as safe when either side dies, and gone without a trace."""
+"""Shared memory between real processes: as exact as gRPC, as safe when either side dies, and gone without a trace."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HIDDEN = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A way to one worker, as a router has it."""
+    """The connections to one worker, as a router has them."""
 
     stub: Any
     described: expert_pb2.DescribeResponse
@@ -111,10 +111,10 @@ def test_both_ways_give_the_same_bits(model: Path) -> None:
             request = compute_request(HIDDEN, rows, caller.versions, layer=call_id % 2, call_id=call_id)
             over_grpc = next(caller.stub.Compute(iter([request]), timeout=WAIT_S))
             send(link, request)
-            over_lane = link.receive(call_id, WAIT_S)
-            assert torch.equal(over_lane.output, from_wire(over_grpc.output))
-            assert over_lane.response.versions == over_grpc.versions
-            assert over_lane.response.epoch == over_grpc.epoch
+            over_shared_memory = link.receive(call_id, WAIT_S)
+            assert torch.equal(over_shared_memory.output, from_wire(over_grpc.output))
+            assert over_shared_memory.response.versions == over_grpc.versions
+            assert over_shared_memory.response.epoch == over_grpc.epoch
         stats = caller.stats()
         assert (stats.calls, stats.shared_memory_calls, stats.passes) == (6, 3, 6)
         link.close()
@@ -122,7 +122,7 @@ def test_both_ways_give_the_same_bits(model: Path) -> None:
     assert "Traceback" not in worker.log
 
 
-def test_only_a_caller_of_this_host_and_version_gets_a_lane_and_only_where_it_is_on(
+def test_only_a_caller_of_this_host_and_version_gets_shared_memory_and_only_where_it_is_on(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOESAIC_WORKER__SHARED_MEMORY", "off")
@@ -233,7 +233,7 @@ def test_two_routers_share_a_worker_and_get_their_own_rows(model: Path) -> None:
         assert caller.stats().shared_memory_calls == 200
 
 
-def test_a_router_gives_the_same_tokens_with_the_lane_and_without(
+def test_a_router_gives_the_same_tokens_over_shared_memory_and_without(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, shared_memory_calls = [], []

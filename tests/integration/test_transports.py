@@ -149,7 +149,7 @@ def test_a_worker_killed_in_the_middle_of_calls_fails_them_at_once(
         assert link.num_in_flight == 0
 
 
-def test_a_worker_that_stands_still_ends_a_call_at_its_deadline_and_keeps_its_way(
+def test_a_worker_that_stands_still_ends_a_call_at_its_deadline_and_keeps_its_transport(
     model: Path,
 ) -> None:
     with running_workers(model, ["all"]) as (worker,), linked(replica_of(worker), DIRECT_ONLY) as link:

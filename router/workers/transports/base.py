@@ -1,4 +1,4 @@
-"""What the transports to a worker have in common: their kinds, their interface, and the answer they return."""
+"""What the transports to a worker have in common: their kinds, their interface, and their answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from moesaic.wire.messages import Framed
 from moesaic.wire.tensor_check import ITEM_BYTES
 from moesaic.wire.tensors import view_rows
 
-# grpc: a grpcio stream, served by grpcio's own threads. direct: a gRPC stream that the engine's thread and the worker's
-# compute thread read and write themselves. shared_memory: buffers that both processes map. Statistics use these names.
+# grpc: a grpcio stream, served by grpcio's own threads. direct: a gRPC stream that the engine's thread and
+# the worker's compute thread read and write themselves. shared_memory: buffers that both processes map.
+# Statistics use these names.
 TransportKind = Literal["grpc", "direct", "shared_memory"]
 GRPC: Final = "grpc"
 DIRECT: Final = "direct"
@@ -22,8 +23,9 @@ SHARED_MEMORY: Final = "shared_memory"
 
 
 class WorkerAnswer(NamedTuple):
-    """A worker's answer to one call. `data` holds the bytes of its rows: read-only, and checked for their number alone.
-    The next call on the same transport may overwrite them, so a caller that keeps them copies them."""
+    """A worker's answer to one call. `data` holds the bytes of its rows: read-only, and checked for their
+    number alone. The next call on the same transport may overwrite them, so a caller that keeps them copies
+    them."""
 
     response: expert_pb2.ComputeResponse
     data: memoryview
@@ -41,8 +43,8 @@ class WorkerAnswer(NamedTuple):
 
 
 class Transport(Protocol):
-    """Carries many calls at once to one worker. One thread sends and receives; any thread may use `num_in_flight`,
-    `broken` and `close`."""
+    """Carries many calls at once to one worker. One thread sends and receives; any thread may use
+    `num_in_flight`, `broken` and `close`."""
 
     @property
     def broken(self) -> bool:
@@ -55,14 +57,15 @@ class Transport(Protocol):
         ...
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: Tensor) -> None:
-        """Sends a call, identified by its `call_id`, without waiting. `hidden` holds the contiguous CPU rows whose
-        dtype, shape and scales the request names; they must not change before the answer has arrived. Never raises
-        because of the worker: `receive` raises for a call that could not be sent."""
+        """Sends a call, identified by its `call_id`, without waiting. `hidden` holds the contiguous CPU rows
+        whose dtype, shape and scales the request names; they must not change before the answer has arrived.
+        Never raises because of the worker: `receive` raises for a call that could not be sent."""
         ...
 
     def receive(self, call_id: int, timeout_s: float) -> WorkerAnswer:
-        """Waits for an answer. Raises the error that the worker answered with, DataLoss for a malformed answer,
-        Unavailable when the transport broke, or TimeoutError after `timeout_s`; a late answer is then dropped."""
+        """Waits for an answer. Raises the error that the worker answered with, DataLoss for a malformed
+        answer, Unavailable when the transport broke, or TimeoutError after `timeout_s`; a late answer is then
+        dropped."""
         ...
 
     def close(self) -> None:
@@ -71,7 +74,8 @@ class Transport(Protocol):
 
 
 def read_answer(framed: Framed[expert_pb2.ComputeResponse]) -> WorkerAnswer:
-    """Raises the error that the worker answered with, or DataLoss where the bytes do not match their dtype and shape."""
+    """Raises the error that the worker answered with, or DataLoss where the bytes do not match their dtype
+    and shape."""
     response, data = framed.message, framed.data
     if response.HasField("error"):
         raise from_status(response.error)

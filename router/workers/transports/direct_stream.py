@@ -1,8 +1,8 @@
 """The router's end of the direct stream: gRPC on the wire, sent, polled and read by the engine's own thread.
 
-There is no background thread: the caller that waits for an answer reads the socket and stores the answers to other
-calls that arrive meanwhile. Bytes that the socket does not accept at once are written while a caller waits, or with the
-next call, so a send never blocks.
+There is no background thread: the caller that waits for an answer reads the socket and stores the answers to
+other calls that arrive meanwhile. Bytes that the socket does not accept at once are written while a caller
+waits, or with the next call, so a send never blocks.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from router.workers.transports.base import WorkerAnswer, read_answer
 
 # Calls in flight, including those whose caller no longer waits.
 MAX_CALLS = 16
-# The rows of the largest call, and of the largest answer, that the direct stream carries. With larger ones the engine
-# waits for the socket, which grpcio's threads do for it: the round trip of 256 KiB takes 0.44 ms (0.73 over grpcio), that
-# of 512 KiB 1.7 (0.98).
+# The rows of the largest call, and of the largest answer, that the direct stream carries. With larger ones
+# the engine waits for the socket, which grpcio's threads do for it: the round trip of 256 KiB takes 0.44 ms
+# (0.73 over grpcio), that of 512 KiB 1.7 (0.98).
 MAX_ROWS_BYTES = 256 << 10
-# The limit for each of two steps: the TCP connection, and the worker's HTTP/2 preface, which it sends between two passes.
+# The limit for each of two steps: the TCP connection, and the worker's HTTP/2 preface, which it sends between
+# two passes.
 CONNECT_TIMEOUT_S = 10.0
 
 _READ_BYTES = 256 << 10
-# An answer that has already arrived is still read after the deadline; reading the bytes before it takes no longer.
+# An answer that has already arrived is still read after the deadline; reading the bytes before it takes no
+# longer.
 _OVERTIME_S = 0.1
 # Beyond the calls in flight there are only the protocol's own frames.
 _MAX_UNSENT_BYTES = MAX_CALLS * tcp_socket.MAX_MESSAGE_BYTES
@@ -44,7 +46,7 @@ _Arrived = Framed[expert_pb2.ComputeResponse]
 
 
 def carries(request: expert_pb2.ComputeRequest, hidden: Tensor, num_rows: int) -> bool:
-    """Whether a call of `num_rows` (token, expert) pairs and its answer are small enough for the direct stream."""
+    """Whether a call of `num_rows` (token, expert) pairs and its answer fit the direct stream."""
     num_bytes = hidden.nbytes
     if request.combine != expert_pb2.COMBINE_SUM:
         num_bytes = max(num_bytes, num_rows * num_bytes // hidden.size(0))
@@ -52,8 +54,8 @@ def carries(request: expert_pb2.ComputeRequest, hidden: Tensor, num_rows: int) -
 
 
 def connect(address: str, port: int) -> DirectStream:
-    """The direct stream to `port` of the host in `address`, HOST:PORT. Raises OSError (including TimeoutError) where
-    nothing answers, Unavailable where the other end does not speak HTTP/2."""
+    """The direct stream to `port` of the host in `address`, HOST:PORT. Raises OSError (including
+    TimeoutError) where nothing answers, Unavailable where the other end does not speak HTTP/2."""
     host, _, _ = address.rpartition(":")
     connection = socket.create_connection((host.strip("[]"), port), CONNECT_TIMEOUT_S)
     try:
@@ -96,8 +98,8 @@ class DirectStream:
         return len(self._calls)
 
     def handshake(self, timeout_s: float) -> None:
-        """Exchanges the HTTP/2 prefaces. Raises Unavailable where the other end closes or does not speak HTTP/2, or
-        TimeoutError."""
+        """Exchanges the HTTP/2 prefaces. Raises Unavailable where the other end closes or does not speak
+        HTTP/2, or TimeoutError."""
         ends_s = time.monotonic() + timeout_s
         with self._lock:
             self._write()
@@ -155,7 +157,7 @@ class DirectStream:
         return len(self._calls) + len(self._abandoned) >= MAX_CALLS
 
     def _advance(self, ends_s: float) -> None:
-        """Reads what has arrived, or waits for it. Raises TimeoutError, also where the arriving bytes never end."""
+        """Reads what has arrived, or waits for it. Raises TimeoutError, even if bytes keep arriving."""
         if not self._read():
             self._wait(ends_s)
         elif time.monotonic() > ends_s + _OVERTIME_S:
@@ -184,7 +186,8 @@ class DirectStream:
         return True
 
     def _wait(self, ends_s: float) -> None:
-        """Waits until there are bytes to read, or room for unsent ones, which are then sent. Raises TimeoutError."""
+        """Waits until there are bytes to read, or room for unsent ones, which are then sent. Raises
+        TimeoutError."""
         wanted = select.POLLIN | select.POLLOUT if self._unsent else select.POLLIN
         self._poll.modify(self._socket, wanted)
         if not self._poll.poll(max(0, math.ceil(1000 * (ends_s - time.monotonic())))):
@@ -207,7 +210,7 @@ class DirectStream:
             raise self._break(Unavailable("the direct stream to the worker broke")) from error
 
     def _sort(self, message: bytes) -> None:
-        """Stores an answer for its call, or drops it if no caller waits. Raises DataLoss if it is not an answer."""
+        """Stores an answer for its call, or drops it if no caller waits. Raises DataLoss for anything else."""
         try:
             framed = decode_response(message)
         except DataLoss as error:
@@ -221,8 +224,8 @@ class DirectStream:
             self._abandoned.discard(call_id)
 
     def _break(self, error: MoesaicError) -> MoesaicError:
-        """Fails the calls in flight, the first time; answers that have arrived can still be received. Returns the reason
-        of the first time."""
+        """Fails the calls in flight, the first time; answers that have arrived can still be received. Returns
+        the reason of the first time."""
         if self._broken is not None:
             return self._broken
         self._broken = error
@@ -237,8 +240,8 @@ class DirectStream:
 
 
 def _reason(end: StreamEnded) -> MoesaicError:
-    """A stream that ends, even with OK, is an error for its calls. A server that stops without a grace period cancels
-    its calls, which means here that the worker is gone."""
+    """A stream that ends, even with OK, is an error for its calls. A server that stops without a grace period
+    cancels its calls, which means here that the worker is gone."""
     error = from_status(status_pb2.Status(code=end.code, message=end.details))
     return (
         Unavailable("the worker ended the stream") if not end.code or isinstance(error, Cancelled) else error

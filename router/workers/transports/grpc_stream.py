@@ -1,7 +1,8 @@
 """One Compute RPC over grpcio as a transport.
 
-grpcio's own threads take requests from a queue and put answers into another, as bytes; the thread that waits for an answer
-decodes it. So the threads between the socket and the engine do almost nothing while the engine needs the interpreter.
+grpcio's own threads take requests from a queue and put answers into another, as bytes; the thread that waits
+for an answer decodes it. So the threads between the socket and the engine do almost nothing while the engine
+needs the interpreter.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class GrpcStream:
 
     def __init__(self, channel: grpc.Channel) -> None:
         self.broken = False
-        # Both are bounded by the calls in flight. None ends the first, the reason of the break ends the second.
+        # Both are bounded by the calls in flight. None ends the first, the reason of the break ends the
+        # second.
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[bytes | MoesaicError] = queue.SimpleQueue()
         # By call id: the answer, the error that replaces it, or None before either.
@@ -63,7 +65,7 @@ class GrpcStream:
         self._answers.cancel()
 
     def _sort(self, arrived: bytes | MoesaicError) -> None:
-        """Stores an answer for its call, or drops it if no caller waits; an error fails every call in flight."""
+        """Stores an answer for its call, or drops it if no caller waits; an error fails all calls."""
         if isinstance(arrived, bytes):
             try:
                 framed = decode_response(arrived)

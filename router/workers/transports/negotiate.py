@@ -20,8 +20,9 @@ ASK_TIMEOUT_S = 10.0
 def open_transports(
     stub: expert_pb2_grpc.ExpertServiceStub, replica: Replica, *, use_shared_memory: bool, use_direct: bool
 ) -> dict[TransportKind, Transport]:
-    """The transports that could be opened to exactly that incarnation of a worker; empty where there are none. May wait
-    for seconds, but no longer: a host whose firewall drops packets looks the same as a slow one."""
+    """The transports that could be opened to exactly that incarnation of a worker; empty where there are
+    none. May wait for seconds, but no longer: a host whose firewall drops packets looks the same as a slow
+    one."""
     request = expert_pb2.OpenTransportsRequest(
         host_id=host_id() if use_shared_memory else "", shared_memory_version=VERSION
     )

@@ -1,7 +1,8 @@
 """The router's end of the shared-memory transport: rows are written where the worker reads them.
 
-There is no background thread: the caller that waits for an answer reads the socket and stores the answers to other
-calls that arrive meanwhile. A call whose caller no longer waits keeps its buffer until the worker has answered it.
+There is no background thread: the caller that waits for an answer reads the socket and stores the answers to
+other calls that arrive meanwhile. A call whose caller no longer waits keeps its buffer until the worker has
+answered it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _RECEIVE_FLAGS = int(socket.MSG_DONTWAIT)
 
 
 def connect(path: str, incarnation: str) -> SharedMemoryTransport:
-    """Connects to a worker's socket. Raises OSError, or SharedMemoryError when it is not that incarnation of the worker."""
+    """Connects to a worker's socket. Raises OSError, or SharedMemoryError when it is not that incarnation of
+    the worker."""
     connection = shared_memory.frame_socket()
     try:
         connection.settimeout(CONNECT_TIMEOUT_S)
@@ -132,7 +134,8 @@ class SharedMemoryTransport:
             self._connection.close()
 
     def _send(self, request: expert_pb2.ComputeRequest, hidden: Tensor) -> _CallBuffer:
-        """Raises OSError when the connection is broken, Overloaded when no buffer is free or can be large enough."""
+        """Raises OSError when the connection is broken, Overloaded when no buffer is free or can be large
+        enough."""
         if self._broken is not None:
             raise self._broken
         message, data = request.SerializeToString(), data_of(hidden)
@@ -194,7 +197,8 @@ class SharedMemoryTransport:
         try:
             return self._connection.recv(shared_memory.FRAME_BYTES + 1, _RECEIVE_FLAGS)
         except ConnectionResetError:
-            # The worker closed before it had read all calls. The answers that it sent until then can still be read.
+            # The worker closed before it had read all calls. The answers that it sent until then can still be
+            # read.
             return self._connection.recv(shared_memory.FRAME_BYTES + 1, _RECEIVE_FLAGS)
 
     def _answer(self, held: _CallBuffer, frame: Frame) -> WorkerAnswer:
@@ -221,7 +225,8 @@ class SharedMemoryTransport:
 
 
 def _layout(request: expert_pb2.ComputeRequest, message_bytes: int, data_bytes: int) -> tuple[int, int]:
-    """Where the rows begin, and the size of a buffer that can hold the call and, written over it, the answer."""
+    """Where the rows begin, and the size of a buffer that can hold the call and, written over it, the
+    answer."""
     num_rows = request.hidden.shape[0]
     if request.combine == expert_pb2.COMBINE_SUM:
         answer_rows = num_rows

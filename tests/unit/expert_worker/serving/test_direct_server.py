@@ -1,4 +1,4 @@
-"""The direct port, in this process: a compute thread, the door, and callers that speak gRPC well, badly or not at all."""
+"""The direct port, in this process: a compute thread, the server, and callers that speak gRPC well, badly or not at all."""
 
 from __future__ import annotations
 
@@ -570,7 +570,7 @@ def test_connections_that_ask_for_nothing_keep_no_caller_out(
                 pass
 
 
-def test_a_closed_desk_refuses_in_band(worker: Worker, make_call: MakeCall) -> None:
+def test_a_closed_handler_refuses_in_band(worker: Worker, make_call: MakeCall) -> None:
     with worker.caller() as caller:
         worker.handler.close()
         assert error_of(caller.ask(make_call({0: [0]}))).code == grpc.StatusCode.UNAVAILABLE

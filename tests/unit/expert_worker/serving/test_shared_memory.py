@@ -1,4 +1,4 @@
-"""The worker's end of a lane, in this process: a compute thread, the door, and routers that come and go."""
+"""The worker's end of shared memory, in this process: a compute thread, the socket, and routers that come and go."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def make_call(store: ExpertStore) -> MakeCall:
 
 
 def send(link: SharedMemoryTransport, request: expert_pb2.ComputeRequest) -> None:
-    """`request` with its data: over a lane they go another way."""
+    """`request` with its data: over shared memory they travel apart."""
     hidden = torch.frombuffer(bytearray(request.hidden.data), dtype=torch.uint8)
     request.hidden.ClearField("data")
     link.send(request, hidden)
@@ -133,7 +133,9 @@ def test_narrow_rows_are_answered_in_kind(
     assert torch.nn.functional.cosine_similarity(output.flatten(), expected.flatten(), dim=0) > 0.98
 
 
-def test_wrong_calls_are_refused_one_by_one_and_the_lane_goes_on(worker: Worker, make_call: MakeCall) -> None:
+def test_wrong_calls_are_refused_one_by_one_and_the_connection_goes_on(
+    worker: Worker, make_call: MakeCall
+) -> None:
     wrong: list[tuple[expert_pb2.ComputeRequest, type[MoesaicError]]] = [
         (make_call({3: [0]}), FailedPrecondition),
         (make_call({}), InvalidArgument),
@@ -150,7 +152,7 @@ def test_wrong_calls_are_refused_one_by_one_and_the_lane_goes_on(worker: Worker,
     assert (worker.handler.calls, worker.handler.refused_calls) == (1, 6)
 
 
-def test_calls_of_several_lanes_share_a_pass(worker: Worker, make_call: MakeCall, folder: Path) -> None:
+def test_calls_of_several_connections_share_a_pass(worker: Worker, make_call: MakeCall, folder: Path) -> None:
     shares = ({0: [0, 1], 1: [2]}, {1: [3, 4], 0: [5]})
     with worker.link() as blocker, worker.link() as first, worker.link() as second:
         worker.gate.close_behind(partial(send, blocker, make_call({0: [0]}, layer=1)))
@@ -165,7 +167,9 @@ def test_calls_of_several_lanes_share_a_pass(worker: Worker, make_call: MakeCall
     assert worker.gate.passes == [1, 2]
 
 
-async def test_calls_of_a_lane_and_of_a_stream_share_a_pass(worker: Worker, make_call: MakeCall) -> None:
+async def test_calls_over_shared_memory_and_of_a_stream_share_a_pass(
+    worker: Worker, make_call: MakeCall
+) -> None:
     with worker.link() as blocker, worker.link() as link:
         worker.gate.close_behind(partial(send, blocker, make_call({0: [0]}, layer=1)))
         send(link, make_call({0: [0]}))
@@ -297,7 +301,7 @@ def test_no_bytes_in_frames_or_buffers_end_the_worker(
     assert worker.batcher.is_healthy()
 
 
-def test_an_answer_without_room_cuts_the_lane_off(worker: Worker, make_call: MakeCall) -> None:
+def test_an_answer_without_room_cuts_the_connection_off(worker: Worker, make_call: MakeCall) -> None:
     request = make_call({0: list(range(6)), 1: list(range(6))})
     data = bytes(request.hidden.data)
     request.hidden.ClearField("data")
@@ -322,21 +326,21 @@ def test_only_this_user_may_enter(worker: Worker, monkeypatch: pytest.MonkeyPatc
         assert connection.recv(1) == b""
 
 
-def test_another_host_and_another_version_get_no_lane(worker: Worker) -> None:
+def test_another_host_and_another_version_get_no_shared_memory(worker: Worker) -> None:
     assert worker.path
     assert worker.server.path_for("other", shared_memory.VERSION) == ""
     assert worker.server.path_for("", shared_memory.VERSION) == ""
     assert worker.server.path_for(shared_memory.host_id(), shared_memory.VERSION + 1) == ""
 
 
-def test_a_closed_desk_refuses_in_band(worker: Worker, make_call: MakeCall) -> None:
+def test_a_closed_handler_refuses_in_band(worker: Worker, make_call: MakeCall) -> None:
     with worker.link() as link:
         worker.handler.close()
         with pytest.raises(Unavailable):
             ask(link, make_call({0: [0]}))
 
 
-async def test_the_end_of_the_batcher_ends_lanes_and_leaves_no_folder(
+async def test_the_end_of_the_batcher_ends_connections_and_leaves_no_folder(
     worker: Worker, make_call: MakeCall
 ) -> None:
     folder = Path(worker.path).parent
@@ -351,7 +355,7 @@ async def test_the_end_of_the_batcher_ends_lanes_and_leaves_no_folder(
     assert not folder.exists() and worker.path == ""
 
 
-async def test_where_the_temporary_folder_has_too_long_a_name_there_is_no_lane(
+async def test_where_the_temporary_folder_has_too_long_a_name_there_is_no_shared_memory(
     model: MoeModel, store: ExpertStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = tmp_path / ("x" * 120)

@@ -1,6 +1,8 @@
-"""The private parts of h2 and hyperframe that moesaic/transports/http2.py replaces: they exist, and they are needed.
+"""The private parts of h2 and hyperframe that moesaic/transports/http2.py replaces: they exist, and they are
+needed.
 
-A failure here after an upgrade of either library means that the replacement has to be read again, and perhaps can go.
+A failure here after an upgrade of either library means that the replacement has to be read again, and perhaps
+can go.
 """
 
 from __future__ import annotations

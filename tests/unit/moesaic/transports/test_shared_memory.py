@@ -158,7 +158,7 @@ def test_a_frame_brings_one_descriptor_at_most(ends: Ends, num_fds: int) -> None
         os.close(fd)
 
 
-def test_an_empty_lane_and_a_closed_one_are_told_apart(ends: Ends) -> None:
+def test_an_empty_socket_and_a_closed_one_are_told_apart(ends: Ends) -> None:
     with pytest.raises(BlockingIOError):
         shared_memory.receive_frame(ends[1])
     ends[0].close()
@@ -176,7 +176,7 @@ def test_frames_of_all_buffers_fit_into_the_socket_at_once(ends: Ends) -> None:
         shared_memory.send_frame(ends[0], FRAME._replace(buffer=index))
 
 
-def test_a_greeting_names_the_incarnation_and_the_time() -> None:
+def test_a_handshake_names_the_incarnation_and_the_time() -> None:
     assert shared_memory.decode_handshake(shared_memory.encode_handshake("abc", 12)) == ("abc", 12)
     for raw in (b"", b"1234567"):
         with pytest.raises(SharedMemoryError):

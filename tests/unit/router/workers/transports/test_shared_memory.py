@@ -1,4 +1,4 @@
-"""The router's end of a lane, against a worker's end that the test plays by hand."""
+"""The router's end of shared memory, against a worker's end that the test plays by hand."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_the_answer_to_a_single_row_has_room_for_all_its_experts(
     assert torch.equal(link.receive(1, WAIT_S).output, torch.cat([hidden * 2] * 8))
 
 
-def test_a_refusal_is_raised_with_its_details_and_the_lane_goes_on(
+def test_a_refusal_is_raised_with_its_details_and_the_connection_goes_on(
     link: SharedMemoryTransport, worker: Worker
 ) -> None:
     send(link, 1)
@@ -208,7 +208,7 @@ def test_calls_beyond_the_buffers_are_refused_until_late_answers_give_some_back(
     assert link.receive(101, WAIT_S).response.call_id == 101
 
 
-def test_a_broken_lane_fails_what_is_in_flight_at_once_and_what_comes_after(
+def test_a_broken_connection_fails_what_is_in_flight_at_once_and_what_comes_after(
     link: SharedMemoryTransport, worker: Worker
 ) -> None:
     for call_id in range(1, 4):
@@ -246,7 +246,7 @@ def test_a_worker_that_is_gone_before_the_call_is_noticed(
         shared_memory.encode_frame(Frame(0, 0, 0, 1 << 40, 0)),
     ],
 )
-def test_a_worker_that_sends_nonsense_breaks_its_lane(
+def test_a_worker_that_sends_nonsense_breaks_its_connection(
     link: SharedMemoryTransport, worker: Worker, raw: bytes
 ) -> None:
     send(link, 1)
@@ -308,38 +308,38 @@ def test_close_wakes_whoever_waits(link: SharedMemoryTransport) -> None:
 @pytest.mark.parametrize(
     ("incarnation", "clock_s", "fits"), [("a-1", 0.0, True), ("a-2", 0.0, False), ("a-1", -100.0, False)]
 )
-def test_a_lane_is_entered_only_where_just_that_worker_lives_by_the_same_clock(
+def test_shared_memory_is_opened_only_to_just_that_worker_with_the_same_clock(
     tmp_path: Path, incarnation: str, clock_s: float, fits: bool
 ) -> None:
     path = str(tmp_path / "s")
-    with shared_memory.frame_socket() as door:
-        door.bind(path)
-        door.listen()
+    with shared_memory.frame_socket() as listening:
+        listening.bind(path)
+        listening.listen()
 
-        def greet() -> None:
-            connection, _ = door.accept()
+        def send_handshake() -> None:
+            connection, _ = listening.accept()
             with connection:
                 connection.send(
                     shared_memory.encode_handshake("a-1", time.monotonic_ns() + int(clock_s * 1e9))
                 )
                 connection.recv(1)
 
-        greeting = threading.Thread(target=greet)
-        greeting.start()
+        handshake = threading.Thread(target=send_handshake)
+        handshake.start()
         try:
             connect(path, incarnation).close()
             entered = True
         except SharedMemoryError:
             entered = False
-        greeting.join(WAIT_S)
+        handshake.join(WAIT_S)
     assert entered == fits
 
 
 def test_a_socket_of_another_user_is_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "s")
-    with shared_memory.frame_socket() as door:
-        door.bind(path)
-        door.listen()
+    with shared_memory.frame_socket() as listening:
+        listening.bind(path)
+        listening.listen()
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
         with pytest.raises(SharedMemoryError):
             connect(path, "a-1")
