@@ -85,7 +85,10 @@ def render_result(result: Result) -> str:
 
 
 def _machine(result: Result) -> str:
-    return f"{result.machine.text}."
+    packages = ", ".join(f"{name} {version}" for name, version in result.machine["versions"].items())
+    return (
+        "{cores} cores ({cpu}; {features}), {memory_gib:.0f} GiB, {system}; Python {python}, {packages}."
+    ).format(**result.machine, packages=packages)
 
 
 if __name__ == "__main__":

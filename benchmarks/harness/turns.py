@@ -1,8 +1,8 @@
 """Two or more sides measured in turn in one run: medians, and ratios pair by pair.
 
-A machine drifts by more than most differences that matter, so sides take turns, each round in the opposite order, and what
-is stated is a ratio. A round in which the machine was not quiet is taken again, a bounded number of times; after that
-it is kept and marked.
+A machine drifts by more than most differences that matter. Therefore the sides take turns, each round in the opposite
+order, and what is stated is a ratio. A round in which the machine was not quiet is taken again, a bounded number of
+times; after that it is kept and marked.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from harness.quiet import wait_until_quiet, watch
+from cluster.bench.other_load import wait_until_quiet, watch
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Side(Generic[_T]):
-    """One way to do the work. `pids`: its processes, which must be idle while another side has its turn."""
+    """One way to do the work. `pids` are its processes, which must be idle while another side has its turn."""
 
     name: str
     measure: Callable[[], _T]
@@ -29,7 +29,7 @@ class Side(Generic[_T]):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How often, and how patiently. `settle_s` bounds the wait for a quiet machine before each measurement."""
+    """How often to measure, and how patiently. `settle_s` bounds the wait for a quiet machine before each measurement."""
 
     rounds: int = 5
     retries: int = 3
@@ -38,7 +38,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Of medians, with the range of the ratios of single rounds."""
+    """A ratio of medians, with the range of the ratios of single rounds."""
 
     value: float
     low: float
@@ -50,7 +50,7 @@ class Turns(Generic[_T]):
     """What the sides did, round by round."""
 
     rounds: tuple[Mapping[str, _T], ...]
-    # Cores used by others, or by a side out of its turn: the most of any measurement of the round.
+    # The most cores that were used by others, or by a side out of its turn, in any measurement of the round.
     others_cores: tuple[float, ...]
     # Whether a round was kept although the machine was not quiet.
     disturbed: tuple[bool, ...]
@@ -73,7 +73,7 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> Ratio:
 
 
 def take_turns(sides: Iterable[Side[_T]], rules: Rules, label: str = "") -> Turns[_T]:
-    """`rules.rounds` rounds of every side once."""
+    """Runs `rules.rounds` rounds, in each of which every side has one turn."""
     sides = tuple(sides)
     kept = _Kept[_T]()
     retries_left = rules.retries
@@ -97,7 +97,7 @@ def take_turns(sides: Iterable[Side[_T]], rules: Rules, label: str = "") -> Turn
 
 
 def progress(line: str) -> None:
-    """For whoever watches; standard output is for tables."""
+    """Prints to standard error; standard output is for tables."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -21,10 +21,11 @@ from rich.console import Console
 
 from cluster.bench.latency import LoadSummary, RequestRecord, WaveSummary
 from cluster.bench.load import CompletionsApi, Send, ask_model_name, closed_loop, completions_api, open_loop
-from cluster.bench.machine import QUIET_SHARE, describe_machine, share_used_by_others
+from cluster.bench.machine import describe_machine
+from cluster.bench.other_load import QUIET_SHARE, share_used_by_others
 from cluster.bench.progress import BenchProgress
 from cluster.bench.report import BenchReport, Duel, Level, Row, print_report
-from cluster.bench.transformers_client import PlainBatch, TransformersSide, transformers_side
+from cluster.bench.transformers_peer import PlainBatch, TransformersPeer, program, transformers_peer
 from cluster.bench.workload import (
     Lengths,
     LoadRequest,
@@ -53,7 +54,7 @@ WARM_UP_TOKENS = 16
 WARM_UP_STREAMS = 4
 CHART_FORMATS = (".png", ".svg")
 
-OtherSide = AbstractAsyncContextManager[TransformersSide | None]
+Peer = AbstractAsyncContextManager[TransformersPeer | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ async def bench_own_cluster(settings: Settings, plan: BenchPlan, outputs: Output
         progress = LoadProgress(Console(stderr=True))
         async with running_cluster(settings, model, progress, Milestones(), signals) as endpoints:
             site = Site(f"http://{endpoints.http}", endpoints.grpc, model.name)
-            measuring = _measure(site, plan, _other_side(plan, settings, model), used_by_others, console)
+            measuring = _measure(site, plan, _peer(plan, settings, model), used_by_others, console)
             report = await signals.unless_stopped(measuring)
     _deliver(report, outputs)
 
@@ -189,20 +190,20 @@ async def _look_at_the_machine(console: Console) -> float:
     return share
 
 
-def _other_side(plan: BenchPlan, settings: Settings, model: CheckedModel) -> OtherSide:
+def _peer(plan: BenchPlan, settings: Settings, model: CheckedModel) -> Peer:
     if not plan.pairs:
         return nullcontext()
-    return transformers_side(model.folder, settings.dtype, settings.device, model.shape.dtype)
+    return transformers_peer(program(model.folder, settings.dtype, settings.device, model.shape.dtype))
 
 
 async def _measure(
-    site: Site, plan: BenchPlan, other_side: OtherSide, used_by_others: float, console: Console
+    site: Site, plan: BenchPlan, peer_process: Peer, used_by_others: float, console: Console
 ) -> BenchReport:
-    """The other side is there from the beginning: a model that it cannot load is told before anything is measured."""
+    """Starts the peer first, so that a model that it cannot load is reported before anything is measured."""
     async with (
         Observer(site.router) as observer,
         completions_api(site.url, site.model) as api,
-        other_side as peer,
+        peer_process as peer,
     ):
         model = (await observer.observe()).model
         plan.workload.check(model.max_model_len)
@@ -262,7 +263,7 @@ class _Run:
         arrivals_s = poisson_arrivals(level.rate, len(requests), self._plan.workload.seed)
         return await open_loop(send, requests, arrivals_s)
 
-    async def duel(self, streams: int, peer: TransformersSide, progress: BenchProgress) -> Duel:
+    async def duel(self, streams: int, peer: TransformersPeer, progress: BenchProgress) -> Duel:
         """The same requests at once here and as a batch there, in turn; the first pair is a warm-up for both."""
         ours: list[WaveSummary] = []
         theirs: list[PlainBatch] = []

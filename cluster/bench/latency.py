@@ -97,13 +97,28 @@ class WaveSummary:
         start_s = min(record.due_s for record in records)
         times = [record.token_times_s for record in records]
         from_s, until_s = max(each[0] for each in times), min(each[-1] for each in times)
-        in_between = sum(from_s < at_s <= until_s for each in times for at_s in each)
         last_s = max(each[-1] for each in times)
         return cls(
             prefill_s=from_s - start_s,
-            decode_tokens_per_s=_per(in_between, until_s - from_s) if until_s > from_s else None,
+            decode_tokens_per_s=decode_rate(times, from_s, until_s),
             output_tokens_per_s=_per(sum(map(len, times)), last_s - start_s),
         )
+
+
+def decode_rate(times_s: Sequence[Sequence[float]], from_s: float, until_s: float) -> float | None:
+    """Tokens per second of all requests together within a window; None where one of them has no rate there."""
+    rates = [rate_between(each, from_s, until_s) for each in times_s]
+    known = [rate for rate in rates if rate is not None]
+    return sum(known) if len(known) == len(rates) else None
+
+
+def rate_between(times_s: Sequence[float], from_s: float, until_s: float) -> float | None:
+    """Tokens per second from the first to the last token within a window, so that its edges cut no step in two.
+
+    None where the window holds no two moments at which tokens came.
+    """
+    inside = [at_s for at_s in times_s if from_s <= at_s <= until_s]
+    return (len(inside) - 1) / (inside[-1] - inside[0]) if inside and inside[-1] > inside[0] else None
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
