@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,6 @@ class Comparison:
     batches: tuple[int, ...] = (1, 4, 16)
     prefill: bool = True
     lossy: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def main(
