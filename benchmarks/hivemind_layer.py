@@ -1,12 +1,14 @@
 """One MoE layer against hivemind's RemoteMixtureOfExperts: 8 SwiGLU experts 1024/3584, top-2, f32, over loopback.
 
-Both sides: one worker process with all threads, and two that share them out; a client that gates, sends, waits and
-combines, with rows of their own in every call. Ours is the router's dispatcher over real gRPC (the direct stream, as
-routers use it between hosts); judged is our one worker against the faster of theirs. Reported beside it: the same worker
-over gRPC by the threads of grpcio alone, and over the same-host lane.
+Both sides run once with one worker process that has all threads, and once with two that share them; a client gates,
+sends, waits and combines, with new rows in every call. Ours is the router's dispatcher over real gRPC (the direct stream,
+as routers use it between hosts); judged is our one worker against the faster of theirs. Reported beside it are the same
+worker over gRPC by the threads of grpcio alone, and over shared memory.
 
-Needs an environment with hivemind (`--python`). Its processes live in a network namespace of their own, which takes the
-rights to make one. Run: python benchmarks/hivemind_layer.py --python ENVIRONMENT/bin/python
+Needs an environment with hivemind (`--python`). Its processes run in a network namespace of their own, so the user needs
+the right to make one.
+
+Run: python benchmarks/hivemind_layer.py --python ENVIRONMENT/bin/python
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import torch
 import typer
 from harness import options
 from harness.one_way import pool_of, strays
-from harness.result import Figure, Table, conclude
+from harness.result import Table, conclude, ratio_figure
 from harness.serving import Served, Setup, serve
 from harness.turns import Side, take_turns
 
@@ -43,22 +45,22 @@ from router.server import SWITCH_INTERVAL_S
 from router.workers.transports.base import DIRECT, GRPC, LANE, Way
 
 SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
-# A namespace with nothing but loopback; whatever runs inside ends with it.
+# A namespace with nothing but loopback; all processes inside end with it.
 NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 LOOPBACK = ("sh", "-c", 'ip link set lo up; exec "$@"', "sh")
 START_TIMEOUT_S = 180.0
-# Either side works for a while before it counts: for some tens of milliseconds after a pause everything is slow, and the
-# faster side would do all of its calls in them.
+# Either side works for a while before its calls count: for some tens of milliseconds after a pause everything is slow,
+# and the faster side would make all of its calls in that time.
 WARM_UP_S, SPELL_S, MIN_CALLS = 0.5, 1.0, 12
 # Within so many, a link has tried its ways and chosen one.
 TRIAL_SPELLS = 10
 WORKERS = (1, 2)
-# Of our one worker, beside the judged one.
+# The ways to our one worker that are reported beside the judged one.
 OTHER_WAYS: dict[str, Way] = {"ours, 1 worker, grpcio": GRPC, "ours, 1 worker, lane": LANE}
 
 
 class HivemindLayer:
-    """The peer's process: a number of tokens in, milliseconds of each call out."""
+    """The process of hivemind, which reads a number of tokens and answers with the milliseconds of each call."""
 
     def __init__(self, python: Path, workers: int) -> None:
         self._process = subprocess.Popen(
@@ -91,7 +93,7 @@ class HivemindLayer:
 
 
 class OurLayer:
-    """Layer 0 of a served model, from this process."""
+    """Layer 0 of a served model, called from this process."""
 
     def __init__(self, served: Served, model: Path, way: Way) -> None:
         self._way = way
@@ -146,7 +148,7 @@ def main(
     folder = options.checkpoint(model, quick)
     # As in a router.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    # As hivemind's client: idle threads of this process would only take the workers' cores.
+    # As hivemind's client does: idle threads of this process would only take the workers' cores.
     torch.set_num_threads(1)
     figures, rows = [], []
     with ExitStack() as stack:
@@ -171,15 +173,8 @@ def main(
             )
             fastest = min(map(_theirs, WORKERS), key=lambda side: turns.median(side, float))
             for key, name in ((f"hivemind-{tokens}", _ours(1)), *(("", name) for name in OTHER_WAYS)):
-                faster = turns.ratio(fastest, name, float)
-                figures.append(
-                    Figure(
-                        key,
-                        f"one MoE layer over hivemind's, {name}, {tokens} tokens",
-                        *(faster.value, "x", faster.low, faster.high),
-                        sum(turns.disturbed),
-                    )
-                )
+                title = f"one MoE layer over hivemind's, {name}, {tokens} tokens"
+                figures.append(ratio_figure(key, title, turns, fastest, name, float))
             names = [*map(_theirs, WORKERS), *ours]
             rows.append((str(tokens), *(f"{turns.median(name, float):.1f}" for name in names)))
     conclude(
