@@ -124,7 +124,7 @@ class Result:
         )
 
     def show(self) -> None:
-        """Prints what was found."""
+        """Prints tables, figures and notes."""
         for table in self.tables:
             print(f"{table.markdown}\n")
         for figure in self.figures:
@@ -149,7 +149,7 @@ def conclude(
     data: Mapping[str, Any] | None = None,
     quick: bool = False,
 ) -> Result:
-    """Puts a result together, prints it and writes it to `out`/NAME.json."""
+    """Builds a result, prints it and writes it to `out`/NAME.json."""
     marked = [*notes]
     if any(figure.disturbed for figure in figures):
         marked.append("† some rounds were kept although more than a tenth of a core went elsewhere.")

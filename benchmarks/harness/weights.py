@@ -1,4 +1,4 @@
-"""How many parameters of a Mixtral the router reads in a step, and how many an expert has."""
+"""The number of parameters of a Mixtral that the router reads in a step, and the number that an expert has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from random_checkpoint import Shape
 
 
 def router_parameters(shape: Shape) -> int:
-    """Read by one step of one token: attention, gates, norms, the head, one row of the embedding."""
+    """The parameters read by a step of one token: attention, gates, norms, the head, one row of the embedding."""
     kv_width = shape.hidden // shape.heads * shape.kv_heads
     layer = 2 * shape.hidden**2 + 2 * shape.hidden * kv_width + (shape.experts + 2) * shape.hidden
     return shape.layers * layer + (shape.vocabulary + 2) * shape.hidden
