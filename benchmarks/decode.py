@@ -1,9 +1,9 @@
-"""Decode speed against `transformers` in one process: tokens per second at several batch sizes, for each kind of expert weights.
+"""Decode speed against `transformers` in one process, by batch size and kind of expert weights.
 
-Ours is a router and one worker with all threads, over real gRPC (without shared memory), asked through the public API.
-Theirs is a process of its own with its fastest experts and cache. Both have the same weights and the same prompts of 32
-tokens, decode greedily, and compute in fp32 unless said otherwise; the clock runs while all streams decode. All sides
-take turns, and the processes of the others must be idle meanwhile.
+Ours is a router and one worker with all threads, over real gRPC (without shared memory), asked through the
+public API. Theirs is a process of its own with its fastest experts and cache. Both have the same weights and
+the same prompts of 32 tokens, decode greedily, and compute in fp32 unless said otherwise; the clock runs
+while all streams decode. All sides take turns, and the processes of the others must be idle meanwhile.
 
 Run: python benchmarks/decode.py [--batches 1,4,16] [--experts fp32,int8] [--rounds 5]
 """

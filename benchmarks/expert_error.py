@@ -1,10 +1,12 @@
 """How holding the experts in fewer bits changes a model's answers: its logits, and the perplexity of a text.
 
-The model is that of `transformers` in float32; only its experts are ours, in the form in which a worker holds them. They
-come from the checkpoint as it is, and from copies of it whose experts are stored in 8 and in 4 bits, as some models are
-published. The file of such a copy already has a loss, and the loss of holding its experts in another form is added to it.
+The model is that of `transformers` in float32; only its experts are ours, in the form in which a worker holds
+them. They come from the checkpoint as it is, and from copies of it whose experts are stored in 8 and in 4
+bits, as some models are published. The file of such a copy already has a loss, and the loss of holding its
+experts in another form is added to it.
 
-Shapes: W windows of a text, T tokens of one, V vocabulary, K experts a token, D hidden size, O and I rows and columns.
+Shapes: W windows of a text, T tokens of one, V vocabulary, K experts a token, D hidden size, O and I rows and
+columns.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ def read_plain(where: StoredWeight) -> torch.Tensor:
 
 
 def encode_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float8 codes, and a scale for each block of 128 x 128, chosen so that the block reaches float8's largest number."""
+    """float8 codes, and scales that map each block of 128 x 128 to all of float8's range."""
     rows, columns = (-(-size // FP8_BLOCK) for size in weight.shape)
     blocks = weight.new_zeros(rows * FP8_BLOCK, columns * FP8_BLOCK)
     blocks[: weight.shape[0], : weight.shape[1]] = weight

@@ -1,8 +1,8 @@
 """Every way to compute an expert, and what batch invariance costs.
 
-Measured are the time by rows with cold weights, the bytes read per second, the error against float32, and the effect of
-each form of the weights on a model's logits and perplexity. Many copies of an expert are used in turn, over more memory
-than any cache holds, as a model does that reads its layers in turn.
+Measured are the time by rows with cold weights, the bytes read per second, the error against float32, and the
+effect of each form of the weights on a model's logits and perplexity. Many copies of an expert are used in
+turn, over more memory than any cache holds, as a model does that reads its layers in turn.
 
 Shapes: n rows, D hidden size, F inner size.
 
@@ -72,7 +72,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """The median milliseconds of one kernel by number of rows, the bytes of an expert's weights, the relative error."""
+    """One kernel's median milliseconds by number of rows, bytes of an expert's weights, and relative error."""
 
     name: str
     milliseconds: tuple[float, ...]

@@ -1,8 +1,9 @@
-"""What batching wins: output tokens per second with many open streams, over the same requests one after another.
+"""The gain of batching: output tokens per second with many open streams, over one request after another.
 
-Prompts have 32 to 512 tokens and answers 16 to 128, all drawn from a seed. The serial side would take minutes a round, so
-each round runs another part of the requests one after another, and all of them together; over all rounds the serial side
-has served exactly the same requests once. The prefix cache is off, so that no repetition profits from it.
+Prompts have 32 to 512 tokens and answers 16 to 128, all drawn from a seed. The serial side would take minutes
+a round, so each round runs another part of the requests one after another, and all of them together; over all
+rounds the serial side has served exactly the same requests once. The prefix cache is off, so that no
+repetition profits from it.
 
 Run: python benchmarks/goodput.py [--streams 64] [--rounds 5]
 """

@@ -1,14 +1,15 @@
-"""Mixtral 8x7B's full shape on one GPU: decode and prefill, ours against `transformers` and against what the memory allows.
+"""Mixtral 8x7B on one GPU: decode and prefill, against `transformers` and against what the memory allows.
 
-The weights are random and are made on the device. Ours is a router and one worker, processes started by hand, on the same
-GPU, over gRPC and over shared memory. Theirs is a process of its own with its fastest experts, its fastest cache and,
-unless `--no-compile`, its compiled `generate`. A GPU holds one copy of the experts, so ours ends before theirs begins;
-gRPC and shared memory take turns. Both sides compute with the very same weights, so their tokens may be compared. No
-expert is ever written: the checkpoint's files have holes (harness/sparse_checkpoint.py).
+The weights are random and are made on the device. Ours is a router and one worker, processes started by hand,
+on the same GPU, over gRPC and over shared memory. Theirs is a process of its own with its fastest experts,
+its fastest cache and, unless `--no-compile`, its compiled `generate`. A GPU holds one copy of the experts, so
+ours ends before theirs begins; gRPC and shared memory take turns. Both sides compute with the very same
+weights, so their tokens may be compared. No expert is ever written: the checkpoint's files have holes
+(harness/sparse_checkpoint.py).
 
-The floor of a decode step is the bytes that it reads under uniform routing (harness/floors.py) over the device's bytes a
-second, measured in the same run by a large copy and a large sum. The floor of a prompt is that, or its products over the
-measured rate, whichever is longer.
+The floor of a decode step is the bytes that it reads under uniform routing (harness/floors.py) over the
+device's bytes a second, measured in the same run by a large copy and a large sum. The floor of a prompt is
+that, or its products over the measured rate, whichever is longer.
 
 Run: PYTHONPATH=. python benchmarks/h200.py [--batches 1,16,64] [--prefill 2048] [--no-compile]
 Rehearse without a GPU: python benchmarks/h200.py --device cpu --quick

@@ -1,12 +1,13 @@
-"""One MoE layer against hivemind's RemoteMixtureOfExperts: 8 SwiGLU experts 1024/3584, top-2, f32, over loopback.
+"""One MoE layer against hivemind's RemoteMixtureOfExperts, over loopback.
 
-Both sides run once with one worker process that has all threads, and once with two that share them; a client gates,
-sends, waits and combines, with new rows in every call. Ours is the router's dispatcher over real gRPC (the direct stream,
-as routers use it between hosts); judged is our one worker against the faster of theirs. Reported beside it are the same
-worker over gRPC by the threads of grpcio alone, and over shared memory.
+The layer has 8 SwiGLU experts 1024/3584, top-2, in f32. Both sides run once with one worker process that has
+all threads, and once with two that share them; a client gates, sends, waits and combines, with new rows in
+every call. Ours is the router's dispatcher over real gRPC (the direct stream, as routers use it between
+hosts); judged is our one worker against the faster of theirs. Reported beside it are the same worker over
+gRPC by the threads of grpcio alone, and over shared memory.
 
-Needs an environment with hivemind (`--python`). Its processes run in a network namespace of their own, so the user needs
-the right to make one.
+Needs an environment with hivemind (`--python`). Its processes run in a network namespace of their own, so the
+user needs the right to make one.
 
 Run: python benchmarks/hivemind_layer.py --python ENVIRONMENT/bin/python
 """
@@ -49,8 +50,8 @@ SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
 NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 LOOPBACK = ("sh", "-c", 'ip link set lo up; exec "$@"', "sh")
 START_TIMEOUT_S = 180.0
-# Either side works for a while before its calls count: for some tens of milliseconds after a pause everything is slow,
-# and the faster side would make all of its calls in that time.
+# Either side works for a while before its calls count: for some tens of milliseconds after a pause everything
+# is slow, and the faster side would make all of its calls in that time.
 WARM_UP_S, SPELL_S, MIN_CALLS = 0.5, 1.0, 12
 # Within so many, a link has tried its ways and chosen one.
 TRIAL_SPELLS = 10

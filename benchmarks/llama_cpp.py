@@ -1,11 +1,12 @@
-"""Batch-1 decode against llama.cpp with its experts on an rpc server: the same weights in f32, both over loopback.
+"""Batch-1 decode against llama.cpp with its experts on an rpc server.
 
-Theirs is `llama-bench` with the experts of every layer on one `ggml-rpc-server`, all threads in each. Ours is a router
-and one worker with all threads, over real gRPC (without shared memory). Also reported are ours over shared memory, and
-llama.cpp in one process.
+Both sides have the same weights in f32, and work over loopback. Theirs is `llama-bench` with the experts of
+every layer on one `ggml-rpc-server`, all threads in each. Ours is a router and one worker with all threads,
+over real gRPC (without shared memory). Also reported are ours over shared memory, and llama.cpp in one
+process.
 
-Needs a build of llama.cpp with GGML_RPC=ON (`--build` is the folder of llama-bench and ggml-rpc-server) and the model as
-GGUF (`peers/write_gguf.py`).
+Needs a build of llama.cpp with GGML_RPC=ON (`--build` is the folder of llama-bench and ggml-rpc-server) and
+the model as GGUF (`peers/write_gguf.py`).
 
 Run: python benchmarks/llama_cpp.py --build FOLDER --gguf FILE
 """

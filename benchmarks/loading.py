@@ -1,8 +1,9 @@
-"""Loading experts from the disk, against reading the same files from end to end, cold and warm, for every form of the weights.
+"""Loading experts from the disk, against reading the same files from end to end.
 
-Also measured: how much the disk reads when a worker holds a share of the experts. Both sides take turns. Cold means that
-the files were dropped from the system's page cache before each turn. Plain reading is one thread with a buffer of 8 MiB,
-as `cat` does; loading also hashes, checks, converts and lays out.
+Measured cold and warm, for every form of the weights; and also how much the disk reads when a worker holds a
+share of the experts. Both sides take turns. Cold means that the files were dropped from the system's page
+cache before each turn. Plain reading is one thread with a buffer of 8 MiB, as `cat` does; loading also
+hashes, checks, converts and lays out.
 
 Run: python benchmarks/loading.py [--rounds 5] [--threads 2]
 """

@@ -1,7 +1,7 @@
 """Resident memory of every process against its share of the weights.
 
-Real processes serve a checkpoint much larger than one worker's share. Processes of the same kind that serve a tiny one
-give the overhead that has nothing to do with weights (interpreter, torch, gRPC).
+Real processes serve a checkpoint much larger than one worker's share. Processes of the same kind that serve a
+tiny one give the overhead that has nothing to do with weights (interpreter, torch, gRPC).
 
 Run: python benchmarks/memory.py [--workers 4]
 """

@@ -1,13 +1,14 @@
-"""What lies between router and worker in place, layer by layer; and what the router itself costs over its byte floor.
+"""The overhead between router and worker, layer by layer; and the router's own time over its byte floor.
 
-The overhead per layer is (the router's wait for a layer - the time the slowest worker computed) / layers, taken from the
-router's own account while streams decode. It holds the transport, the worker's decoding, queueing and encoding, and the
-switches between processes. The time that the router spends on encoding and decoding is not waiting; it is shown beside
-it. Measured over gRPC (the direct stream, as routers use it between hosts), over gRPC by the threads of grpcio alone, and
-over shared memory.
+The overhead per layer is (the router's wait for a layer - the time the slowest worker computed) / layers,
+taken from the router's own account while streams decode. It holds the transport, the worker's decoding,
+queueing and encoding, and the switches between processes. The time that the router spends on encoding and
+decoding is not waiting; it is shown beside it. Measured over gRPC (the direct stream, as routers use it
+between hosts), over gRPC by the threads of grpcio alone, and over shared memory.
 
-The router's own time is a step's time in which it does not wait. Its floor is the bytes of router weights that a step of
-one token reads (fp32), over the memory bandwidth measured with the same threads in the same round.
+The router's own time is a step's time in which it does not wait. Its floor is the bytes of router weights
+that a step of one token reads (fp32), over the memory bandwidth measured with the same threads in the same
+round.
 
 Run: python benchmarks/overhead.py [--batches 1,4,16] [--rounds 5]
 """
@@ -24,12 +25,12 @@ import psutil
 import typer
 from harness import options
 from harness.bandwidth import measure_bandwidth
+from harness.floors import router_parameters
 from harness.load import Decoded, Prompt, decode, random_prompts
 from harness.phases import Phases, layer_table, phase_table
 from harness.result import Figure, conclude, median_figure
 from harness.serving import Setup, serve
 from harness.turns import Side, Turns, take_turns
-from harness.weights import router_parameters
 
 STEPS = {1: 48, 4: 24, 16: 16}
 TRANSPORTS = {

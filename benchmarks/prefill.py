@@ -1,7 +1,8 @@
 """Time to the first token of a long prompt, against `transformers` in one process.
 
-Ours is asked through the real gRPC API: a router and one worker with all threads, in fp32, with a new random prompt every
-time, so that no prefix is cached. Theirs has its fastest experts and cache, and computes logits of the last position only.
+Ours is asked through the real gRPC API: a router and one worker with all threads, in fp32, with a new random
+prompt every time, so that no prefix is cached. Theirs has its fastest experts and cache, and computes logits
+of the last position only.
 
 Run: python benchmarks/prefill.py [--tokens 512] [--rounds 5]
 """

@@ -1,7 +1,7 @@
 """What the prefix cache saves: time to the first token of prompts that have their first 256 tokens in common.
 
-Two sites with the same weights, one with the cache and one without, are asked in turn; every prompt ends with 32 tokens
-of its own. The shared part has been read once before anything counts.
+Two sites with the same weights, one with the cache and one without, are asked in turn; every prompt ends with
+32 tokens of its own. The shared part has been read once before anything counts.
 
 Run: python benchmarks/prefix.py [--shared 256] [--tail 32] [--rounds 5]
 """

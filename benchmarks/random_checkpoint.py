@@ -1,4 +1,4 @@
-"""Writes a random Mixtral of any size as an ordinary Hugging Face folder, one shard a layer, in bounded memory."""
+"""Writes a random Mixtral of any size as a Hugging Face folder, one shard a layer, in bounded memory."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def describe(
 
 
 def files(shape: Shape) -> Iterator[tuple[str, dict[str, Size], dict[str, Size]]]:
-    """The name of each file with the sizes of its dense tensors and of its experts'; the first holds both ends."""
+    """Each file's name, and the sizes of its dense and expert tensors; the first one holds both ends."""
     for part in range(shape.layers + 1):
         name = f"model-{part + 1:05d}-of-{shape.layers + 1:05d}.safetensors"
         yield (name, *(_layer(shape, part - 1) if part else (_ends(shape), {})))

@@ -1,7 +1,8 @@
-"""Writes the figures of the last run into docs/performance.md: every marked block is rendered anew, the prose is kept.
+"""Writes the figures of the last run into the marked blocks of docs/performance.md, and keeps the prose.
 
-A block begins with `<!-- bench:NAME -->` and ends with `<!-- /bench:NAME -->`. NAME is a result (whose block has the
-tables, figures and notes of NAME.json), `judged` (every target with its figure and verdict) or `machine`.
+A block begins with `<!-- bench:NAME -->` and ends with `<!-- /bench:NAME -->`. NAME is a result (whose block
+has the tables, figures and notes of NAME.json), `judged` (every target with its figure and verdict) or
+`machine`.
 
 Run: python benchmarks/report.py [--results benchmarks/results] [--document docs/performance.md] [--to FILE]
 """

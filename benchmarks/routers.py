@@ -1,8 +1,8 @@
-"""What several routers behind one gateway win or lose: the same closed loop of requests over 1, 2 and 4 of them, in turn.
+"""Several routers behind one gateway: the same closed loop of requests over 1, 2 and 4 of them, in turn.
 
-All sides share one worker with all threads. Every side has its own gateway and routers; the routers of one side share
-the cores. Prompts are random, so that no prefix is shared; answers are greedy and of fixed length, and are streamed over
-HTTP as `moesaic bench` asks for them.
+All sides share one worker with all threads. Every side has its own gateway and routers; the routers of one
+side share the cores. Prompts are random, so that no prefix is shared; answers are greedy and of fixed length,
+and are streamed over HTTP as `moesaic bench` asks for them.
 
 Run: python benchmarks/routers.py [--routers 1,2,4] [--streams 16,32] [--rounds 5]
 """

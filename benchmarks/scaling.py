@@ -1,7 +1,8 @@
-"""A model of step time, fitted to the measurements of this machine, checked by simulation, and applied to larger clusters.
+"""A model of step time, fitted to measurements, checked by simulation, and applied to larger clusters.
 
-Reads the points of decode.json, prefill.json and placement.json; writes scaling.json and a picture. The equations are in
-steps/model.py, the simulation is in steps/simulation.py, and the clusters are in steps/clusters.py.
+Reads the points of decode.json, prefill.json and placement.json; writes scaling.json and a picture. The
+equations are in steps/model.py, the simulation is in steps/simulation.py, and the clusters are in
+steps/clusters.py.
 
 Run after the others: python benchmarks/scaling.py [--out benchmarks/results] [--chart docs/scaling.png]
 """
@@ -16,8 +17,8 @@ from typing import Annotated, Any
 import psutil
 import typer
 from harness import options
+from harness.floors import expert_parameters, router_parameters
 from harness.result import Figure, Result, Table, conclude
-from harness.weights import expert_parameters, router_parameters
 from random_checkpoint import Shape
 from steps.chart import draw
 from steps.clusters import (
@@ -43,7 +44,8 @@ CHART = Path(__file__).resolve().parents[1] / "docs" / "scaling.png"
 SKEWS = (0.0, 0.5, 1.0)
 LEAN = "H200 (lean transport)"
 SHOWN_ROWS = 64
-# The network between CPU nodes, a round trip of 100 us and 10 Gb/s, comes on top of the software's cost over loopback.
+# The network between CPU nodes, a round trip of 100 us and 10 Gb/s, comes on top of the software's cost over
+# loopback.
 CPU_ROUND_TRIP_S = 100e-6
 CPU_BYTE_S = 8 / 10e9
 

@@ -1,7 +1,8 @@
-"""Leaks: the growth of every process over 2,000 requests after a warm-up, and the KV blocks still in use at the end.
+"""Leaks: the growth of every process over 2,000 requests, and the KV blocks still in use at the end.
 
-The demo model runs behind a router, a worker and a gateway, with 16 requests at a time: one half over HTTP, one half over
-gRPC, and every tenth caller cancels in the middle. The KV cache is small enough to be full after the warm-up.
+The demo model runs behind a router, a worker and a gateway, with 16 requests at a time: one half over HTTP,
+one half over gRPC, and every tenth caller cancels in the middle. The KV cache is small enough to be full
+after the warm-up.
 
 Run: python benchmarks/soak.py [--requests 2000]
 """
@@ -27,7 +28,8 @@ from moesaic import Client
 OPEN_REQUESTS = 16
 LEAVES_EARLY = 10
 MEGABYTE = 1_000_000
-# The warm-up fills this cache: its pages become resident when they are first written, which must not count as growth.
+# The warm-up fills this cache: its pages become resident when they are first written, which must not count as
+# growth.
 SETTINGS = {"engine.kv_cache_mib": "32"}
 WORDS = ("the", "king", "import", "people", "return", "night", "value", "of", "and", "self", "love", "state")
 

@@ -1,8 +1,8 @@
-"""How far a long prompt holds up running streams: inter-token p99 of eight streams while a prompt of 512 tokens is read.
+"""How far a prompt of 512 tokens holds up eight running streams: their inter-token p99 while it is read.
 
-Within one round the same eight streams decode undisturbed for a while, then several prompts arrive one after another.
-Only gaps that end while a prompt is being read (from its arrival to its first token) count as disturbed, so that quiet
-stretches between arrivals do not thin them out. The value is p99 over p99.
+Within one round the same eight streams decode undisturbed for a while, then several prompts arrive one after
+another. Only gaps that end while a prompt is being read (from its arrival to its first token) count as
+disturbed, so that quiet stretches between arrivals do not thin them out. The value is p99 over p99.
 
 Run: python benchmarks/stall.py [--tokens 512] [--arrivals 4] [--rounds 5]
 """
@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 from harness import options
-from harness.load import Prompt, Stream, quantile, random_prompts, send, until_idle
+from harness.load import Prompt, Stream, quantile, random_prompts, send, streaming
 from harness.result import Figure, Table, conclude
 from harness.serving import Setup, serve
 from harness.turns import Side, take_turns
@@ -31,7 +31,6 @@ STREAMS = 8
 QUIET_TOKENS = 40
 BETWEEN_TOKENS = 4
 NAME = "streams"
-_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,40 +111,23 @@ def _round(router: str, prompts: Sequence[Prompt], fresh: Iterator[Prompt], arri
 
 
 async def _observe(router: str, prompts: Sequence[Prompt], fresh: Iterator[Prompt], arrivals: int) -> Gaps:
-    streams = [Stream() for _ in prompts]
     readings: list[tuple[float, float]] = []
     async with Client(router) as client:
         await client.model_info()
-        tasks = [
-            asyncio.create_task(send(client, LoadRequest(prompt, 2048), time.perf_counter(), stream))
-            for prompt, stream in zip(prompts, streams, strict=True)
-        ]
-        try:
-            await _more_tokens(streams, 2)
-            quiet_from_s = max(stream.token_times_s[-1] for stream in streams)
-            await _more_tokens(streams, QUIET_TOKENS)
-            quiet_to_s = min(stream.token_times_s[-1] for stream in streams)
+        async with streaming(client, prompts, 2048) as streams:
+            await streams.write(2)
+            quiet_from_s = max(stream.token_times_s[-1] for stream in streams.all)
+            await streams.write(QUIET_TOKENS)
+            quiet_to_s = min(stream.token_times_s[-1] for stream in streams.all)
             for _ in range(arrivals):
                 reading = await send(client, LoadRequest(next(fresh), 1), time.perf_counter())
                 readings.append((reading.due_s, reading.token_times_s[0]))
-                await _more_tokens(streams, BETWEEN_TOKENS)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        await until_idle(client)
+                await streams.write(BETWEEN_TOKENS)
     return Gaps(
-        tuple(gaps_ending_within(streams, quiet_from_s, quiet_to_s)),
-        tuple(gap for start, end in readings for gap in gaps_ending_within(streams, start, end)),
+        tuple(gaps_ending_within(streams.all, quiet_from_s, quiet_to_s)),
+        tuple(gap for start, end in readings for gap in gaps_ending_within(streams.all, start, end)),
         tuple(end - start for start, end in readings),
     )
-
-
-async def _more_tokens(streams: Sequence[Stream], number: int) -> None:
-    """Waits until every stream has written `number` more tokens."""
-    wanted = [len(stream.token_times_s) + number for stream in streams]
-    while any(len(s.token_times_s) < length for s, length in zip(streams, wanted, strict=True)):
-        await asyncio.sleep(_POLL_S)
 
 
 def gaps_ending_within(streams: Sequence[Stream], start_s: float, end_s: float) -> list[float]:

@@ -1,8 +1,8 @@
 """The standard set: every benchmark in a process of its own, one after another, then the report.
 
-A program that fails or takes too long does not stop the others; the names of those that failed are printed at the end,
-and the exit code is not 0. `--quick` is a smoke run on a small model, which shows that the programs work; it writes to
-build/bench and never to docs.
+A program that fails or takes too long does not stop the others; the names of those that failed are printed at
+the end, and the exit code is not 0. `--quick` is a smoke run on a small model, which shows that the programs
+work; it writes to build/bench and never to docs.
 
 Run: make bench, make bench QUICK=1, or python benchmarks/suite.py [--quick] [--only decode,prefill]
 """

@@ -1,14 +1,14 @@
 """What it costs to send rows to a worker and back: encodings, sockets, a wave to four workers, a wide layer.
 
-1. Encodings of a call: a plain protobuf `bytes` field, ours (moesaic/wire/messages.py: the same bytes on the wire, one
-   copy less each time), and raw bytes without any message; alone, and echoed by another process over one gRPC stream, by
-   TCP and by a unix socket.
-2. A wave: 8 KiB to each of four workers and back, through the dispatcher, the links and the workers' own service, whose
-   experts return their rows; over gRPC (the direct stream, as routers use it between hosts), over gRPC by the threads of
-   grpcio alone, and over shared memory, against four processes that echo over bare unix sockets. Reported with it is the
-   least that such a wave costs: four processes that echo raw bytes over streams of grpcio, and four that read the messages
-   of the data plane, gather their rows and answer, in as few lines as that takes (peers/plain_wave.py); and also the cost
-   of one row to one of the workers.
+1. Encodings of a call: a plain protobuf `bytes` field, ours (moesaic/wire/messages.py: the same bytes on the
+   wire, one copy less each time), and raw bytes without any message; alone, and echoed by another process
+   over one gRPC stream, by TCP and by a unix socket.
+2. A wave: 8 KiB to each of four workers and back, through the dispatcher, the links and the workers' own
+   service, whose experts return their rows; over gRPC (the direct stream, as routers use it between hosts),
+   over gRPC by the threads of grpcio alone, and over shared memory, against four processes that echo over
+   bare unix sockets. Reported with it is the least that such a wave costs: four processes that echo raw bytes
+   over streams of grpcio, and four that read the messages of the data plane, gather their rows and answer, in
+   as few lines as that takes (peers/plain_wave.py); and also the cost of one row to one of the workers.
 3. A layer call of 64 rows x 2048 bfloat16, top 8 of 128, two such workers, combine: sum.
 
 Run: python benchmarks/transport.py [--rounds 5] [--part encodings|wave|layer]

@@ -1,14 +1,24 @@
-"""The lower bounds of a step's time: the bytes that it reads over the memory's rate, its products over the processor's.
+"""Lower bounds of a step's time: its bytes over the memory's rate, its products over the processor's.
 
-Routing is taken as uniform: a token takes K of the E experts of a layer, and all sets of K are equally likely. Then b
-tokens take E (1 - (1 - K/E)^b) distinct experts on average, and the weights of each are read once.
+Routing is taken as uniform: a token takes K of the E experts of a layer, and all sets of K are equally
+likely. Then b tokens take E (1 - (1 - K/E)^b) distinct experts on average, and the weights of each are read
+once.
 """
 
 from __future__ import annotations
 
 from random_checkpoint import Shape
 
-from harness.weights import expert_parameters, router_parameters
+
+def router_parameters(shape: Shape) -> int:
+    """What a step of one token reads: attention, gates, norms, the head, one row of the embedding."""
+    kv_width = shape.hidden // shape.heads * shape.kv_heads
+    layer = 2 * shape.hidden**2 + 2 * shape.hidden * kv_width + (shape.experts + 2) * shape.hidden
+    return shape.layers * layer + (shape.vocabulary + 2) * shape.hidden
+
+
+def expert_parameters(shape: Shape) -> int:
+    return 3 * shape.hidden * shape.inner
 
 
 def distinct_experts(shape: Shape, tokens: int) -> float:
@@ -34,7 +44,7 @@ def decode_bytes(shape: Shape, batch: int, context: int, item_bytes: int) -> flo
 
 
 def prefill_flops(shape: Shape, tokens: int) -> float:
-    """The operations of reading a prompt, a multiplication and an addition being two; the head is applied to one token."""
+    """The operations of reading a prompt, a multiply-add being two; the head is applied to one token."""
     head = shape.vocabulary * shape.hidden
     of_token = (
         router_parameters(shape) - head + shape.layers * shape.experts_per_token * expert_parameters(shape)

@@ -1,4 +1,4 @@
-"""How alike two ways of computing a model are: the tokens that they write, log probabilities of the same tokens, perplexity."""
+"""How alike two ways of computing a model are: their tokens, log probabilities and perplexity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.result import Table
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """Differences of log probabilities, in nats, over the same tokens; `perplexity_ratio` is the second over the first."""
+    """Differences of log probabilities, in nats; `perplexity_ratio` is that of the second over the first."""
 
     mean_error: float
     largest_error: float

@@ -1,7 +1,7 @@
 """Load on a router through its gRPC API: what is sent, and when each token came.
 
-Decode figures exclude the prompt on purpose: the clock runs only while every stream of the batch is decoding, and stops
-before the first one ends.
+Decode figures exclude the prompt on purpose: the clock runs only while every stream of the batch is decoding,
+and stops before the first one ends.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -153,58 +154,64 @@ async def until_idle(client: Client) -> inference_pb2.GetRouterStatsResponse:
         await asyncio.sleep(0.02)
 
 
+class Streams:
+    """Answers that are written at the same time."""
+
+    def __init__(self, client: Client, prompts: Sequence[Prompt], max_tokens: int) -> None:
+        self.all = [Stream() for _ in prompts]
+        self._moved = asyncio.Event()
+        self._tasks = [
+            asyncio.create_task(
+                send(client, LoadRequest(prompt, max_tokens), time.perf_counter(), stream, self._moved.set)
+            )
+            for prompt, stream in zip(prompts, self.all, strict=True)
+        ]
+
+    async def write(self, number: int) -> None:
+        """Waits until each has written `number` more tokens. A stream that fails or ends early raises."""
+        wanted = [len(stream.token_ids) + number for stream in self.all]
+        while any(len(each.token_ids) < length for each, length in zip(self.all, wanted, strict=True)):
+            for task in self._tasks:
+                if task.done():
+                    task.result()
+                    raise SystemExit("a stream ended before enough of it was seen")
+            self._moved.clear()
+            waiting = asyncio.create_task(self._moved.wait())
+            await asyncio.wait({waiting, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+
+    async def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def streaming(client: Client, prompts: Sequence[Prompt], max_tokens: int) -> AsyncIterator[Streams]:
+    """One stream for each prompt; all are cancelled at the end, and have left the router then."""
+    streams = Streams(client, prompts, max_tokens)
+    try:
+        yield streams
+    finally:
+        await streams.cancel()
+    await until_idle(client)
+
+
 async def _decode(router: str, prompts: Sequence[Prompt], steps: int) -> Decoded:
-    streams = [Stream() for _ in prompts]
     async with Client(router) as client:
         # The answers are longer than needed, and are cancelled once enough of them was seen.
         longest = (await client.model_info()).max_model_len - len(prompts[0])
-        moved = asyncio.Event()
-        tasks = [
-            asyncio.create_task(
-                send(client, LoadRequest(prompt, min(longest, 1024)), time.perf_counter(), stream, moved.set)
-            )
-            for prompt, stream in zip(prompts, streams, strict=True)
-        ]
-
-        async def until_each_has(lengths: Sequence[int]) -> None:
-            await _until(
-                lambda: all(
-                    len(stream.token_ids) > length for stream, length in zip(streams, lengths, strict=True)
-                ),
-                moved,
-                tasks,
-            )
-
-        try:
-            await until_each_has([0] * len(streams))
+        async with streaming(client, prompts, min(longest, 1024)) as streams:
+            await streams.write(1)
             before = await client.router_stats()
             start_s = time.perf_counter()
-            await until_each_has([len(stream.token_ids) + steps for stream in streams])
+            await streams.write(steps + 1)
             end_s = time.perf_counter()
             after = await client.router_stats()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        await until_idle(client)
-    rate = decode_rate([stream.token_times_s for stream in streams], start_s, end_s)
+    rate = decode_rate([stream.token_times_s for stream in streams.all], start_s, end_s)
     assert rate is not None
-    return Decoded(rate, tuple(tuple(stream.token_ids) for stream in streams), phases_between(before, after))
-
-
-async def _until(
-    done: Callable[[], bool], moved: asyncio.Event, tasks: Sequence[asyncio.Task[RequestRecord]]
-) -> None:
-    """Waits for `done`, which is evaluated after every token. A stream that fails or ends early raises."""
-    while not done():
-        for task in tasks:
-            if task.done():
-                task.result()
-                raise SystemExit("a stream ended before enough of it was seen")
-        moved.clear()
-        waiting = asyncio.create_task(moved.wait())
-        await asyncio.wait({waiting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
+    token_ids = tuple(tuple(stream.token_ids) for stream in streams.all)
+    return Decoded(rate, token_ids, phases_between(before, after))
 
 
 def quantile(values: Sequence[float], share: float) -> float:

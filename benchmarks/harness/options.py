@@ -1,4 +1,4 @@
-"""The options that every benchmark has, the effects of `--quick`, and the settings that several benchmarks share."""
+"""The options that every benchmark has, the effects of `--quick`, and settings that several benchmarks share."""
 
 from __future__ import annotations
 

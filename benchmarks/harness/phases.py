@@ -1,4 +1,4 @@
-"""Where a router's time goes, by the router's own account; the tables of it, and the points that the scaling model is fitted to."""
+"""A router's own account of its time; tables of it, and the points that the scaling model is fitted to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OWN_SHARE = ("encode", "decode", "combine")
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """What a router did between two moments: seconds of each phase, the steps that they cover, and the traffic."""
+    """What a router did between two moments: the seconds of each phase, its steps and its traffic."""
 
     seconds: Mapping[str, float]
     steps: int
@@ -36,7 +36,7 @@ class Phases:
 
     @property
     def overhead_s(self) -> float:
-        """The wait of a step without computing: the wait for the layers minus the slowest worker's compute time."""
+        """A step's wait for its layers minus the time that the slowest worker computes."""
         return self.per_step_s(*OVERHEAD)
 
     @property

@@ -1,4 +1,4 @@
-"""Experts made of random numbers on the device that computes them, for models that are too large to write to a disk.
+"""Experts made of random numbers on the device that computes them, for models too large for a disk.
 
 The numbers depend on layer, slot, device and dtype alone, so every process makes the same expert.
 """

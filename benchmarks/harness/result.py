@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number. A figure whose `key` is in targets.py is judged; `low` and `high` are the range over the rounds."""
+    """One number, judged if its `key` is in targets.py; `low` and `high` are the range over the rounds."""
 
     key: str
     name: str
@@ -184,7 +184,7 @@ def describe_host() -> dict[str, Any]:
 
 
 def _typed(arguments: Sequence[str]) -> str:
-    """The command as it is typed in the checkout, without the folder of its result; of other paths only the names."""
+    """The command as typed in the checkout, without the result's folder; of other paths only the names."""
     words = [word.removeprefix(f"{_ROOT}/") for word in arguments]
     if "--out" in words:
         place = words.index("--out")

@@ -27,7 +27,10 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a model is served. `settings` has keys of moesaic/settings.py, for example {"engine.lane": "off"}."""
+    """How a model is served.
+
+    `settings` has keys of moesaic/settings.py, for example {"engine.lane": "off"}.
+    """
 
     model: Path
     workers: int = 1
@@ -66,7 +69,7 @@ class Served:
 
 @contextmanager
 def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
-    """Runs the processes of a setup; each worker holds a contiguous range of the `num_slots` experts of a layer."""
+    """Runs the processes of a setup; each worker holds a range of the `num_slots` experts of a layer."""
     cores = len(psutil.Process().cpu_affinity())
     threads = setup.worker_threads or max(1, cores // setup.workers)
     model = ("--model", str(setup.model))
@@ -120,7 +123,10 @@ class _Starter:
         return process.pid
 
     def address(self, pid: int) -> str:
-        """Waits for the line that names HOST:PORT. Raises SystemExit with the process's log when it does not come."""
+        """Waits for the line that names HOST:PORT.
+
+        Raises SystemExit with the process's log when it does not come.
+        """
         process, log = self._running[pid]
         timer = threading.Timer(START_TIMEOUT_S, process.kill)
         timer.start()

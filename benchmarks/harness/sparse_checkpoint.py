@@ -1,6 +1,7 @@
-"""A random Mixtral whose experts take no space: their headers promise every byte, and the files have holes in their place.
+"""A random Mixtral whose experts take no space: the files have holes where their headers place them.
 
-All that a router reads is there, in bfloat16. An expert is read as zeros; random_experts.py makes its weights.
+All that a router reads is there, in bfloat16. An expert is read as zeros; random_experts.py makes its
+weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The judged comparisons, as data: each with the bound that it must reach, and the bound from which it is excellent."""
+"""The judged comparisons: each has a bound that it must reach, and one from which it is excellent."""
 
 from __future__ import annotations
 

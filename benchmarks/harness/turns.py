@@ -1,8 +1,8 @@
 """Two or more sides measured in turn in one run: medians, and ratios pair by pair.
 
-A machine drifts by more than most differences that matter. Therefore the sides take turns, each round in the opposite
-order, and what is stated is a ratio. A round in which the machine was not quiet is taken again, a bounded number of
-times; after that it is kept and marked.
+A machine drifts by more than most differences that matter. Therefore the sides take turns, each round in the
+opposite order, and what is stated is a ratio. A round in which the machine was not quiet is taken again, a
+bounded number of times; after that it is kept and marked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Side(Generic[_T]):
-    """One way to do the work. `pids` are its processes, which must be idle while another side has its turn."""
+    """One way to do the work; the processes `pids` must be idle while another side has its turn."""
 
     name: str
     measure: Callable[[], _T]
@@ -29,7 +29,7 @@ class Side(Generic[_T]):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How often to measure, and how patiently. `settle_s` bounds the wait for a quiet machine before each measurement."""
+    """How often to measure; `settle_s` bounds the wait for a quiet machine before each measurement."""
 
     rounds: int = 5
     retries: int = 3

@@ -1,6 +1,7 @@
 """The rates of a device: bytes and products a second, and the time of our own expert pass in its two forms.
 
-Prints one JSON object. Run by h200.py: python benchmarks/peers/device_probe.py DEVICE HIDDEN INNER EXPERTS TOP_K
+Prints one JSON object. Run by h200.py: python benchmarks/peers/device_probe.py DEVICE HIDDEN INNER EXPERTS
+TOP_K
 """
 
 from __future__ import annotations

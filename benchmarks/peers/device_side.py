@@ -1,7 +1,7 @@
-"""transformers on a device: the shape and the dense weights of a checkpoint, with experts made where they are computed.
+"""transformers on a device: a checkpoint's shape and dense weights, with experts that are made there.
 
-Answers as `cluster.bench.transformers_program` does, with all its ways of computing and one more: `generate` with a
-static cache, which on a GPU compiles the decode step into CUDA graphs by itself.
+Answers as `cluster.bench.transformers_program` does, with all its ways of computing and one more: `generate`
+with a static cache, which on a GPU compiles the decode step into CUDA graphs by itself.
 
 Run by h200.py: python benchmarks/peers/device_side.py FOLDER DEVICE DTYPE compile|plain
 """
@@ -26,7 +26,8 @@ from cluster.bench.transformers_program import Batch, PlainModel, answer_batches
 
 # A static cache is made for one length and is compiled anew for another, so the length is always the same.
 GENERATED = 64
-# `generate` is not tried where one step's tokens gather more weights than this: half of what a copy of the model leaves.
+# `generate` is not tried where one step's tokens gather more weights than this: half of what a copy of the
+# model leaves.
 MAX_GATHER_BYTES = 16 << 30
 COMPILED = "generate, static cache, compiled"
 

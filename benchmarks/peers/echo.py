@@ -1,4 +1,4 @@
-"""Processes that send back what they receive: over a bare unix socket, or over a gRPC stream in three encodings.
+"""Processes that send back what they receive, over a unix socket or a gRPC stream in three encodings.
 
 Prints `ready` (and the port of a TCP server) and runs until its standard input ends.
 

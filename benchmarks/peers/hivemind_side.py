@@ -1,7 +1,8 @@
-"""hivemind's side of `hivemind_layer.py`: servers that share eight SwiGLU experts and the cores, and a client.
+"""hivemind's side of `hivemind_layer.py`: servers that share eight SwiGLU experts, and a client.
 
-It runs in an environment that has hivemind and not Moesaic, and in a network namespace of its own. Every line of its input
-is the number of tokens of a measurement; the answer is a line of JSON with the milliseconds of each call.
+It runs in an environment that has hivemind and not Moesaic, and in a network namespace of its own. Every line
+of its input is the number of tokens of a measurement; the answer is a line of JSON with the milliseconds of
+each call.
 
 Usage: python hivemind_side.py SERVERS
 """

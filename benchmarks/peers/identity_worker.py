@@ -1,7 +1,7 @@
-"""An expert worker whose experts return their rows: the product's own service and batcher without any computing.
+"""An expert worker whose experts return their rows: the product's service and batcher without computing.
 
-It prints `ready HOST:PORT` and runs until its standard input ends. It holds the slots FIRST to LAST - 1 of one layer; the
-version of a slot is `identity_version(slot)`.
+It prints `ready HOST:PORT` and runs until its standard input ends. It holds the slots FIRST to LAST - 1 of
+one layer; the version of a slot is `identity_version(slot)`.
 
 Run by transport.py: python benchmarks/peers/identity_worker.py NAME HIDDEN FIRST LAST
 """

@@ -1,7 +1,7 @@
-"""A wave in as few lines as possible: the messages of the data plane over unix sockets, without any other code of ours.
+"""A wave in as few lines as possible: only the messages of the data plane, over unix sockets.
 
-Either end is one plain function: protobuf, the checks that are indispensable, and the torch operations that the rows need.
-The cost of such a wave is the cost of protobuf, torch and the interpreter, without a server.
+Either end is one plain function: protobuf, the checks that are indispensable, and the torch operations that
+the rows need. The cost of such a wave is the cost of protobuf, torch and the interpreter, without a server.
 
 It prints `ready` and runs until its caller disconnects.
 

@@ -1,7 +1,7 @@
 """An expert worker whose experts are random: the product's own server with weights that no file holds.
 
-It is started like `python -m expert_worker`, with a checkpoint that gives the shape of the experts, and settings from the
-environment. It prints `ready grpc=HOST:PORT` and serves until SIGTERM.
+It is started like `python -m expert_worker`, with a checkpoint that gives the shape of the experts, and
+settings from the environment. It prints `ready grpc=HOST:PORT` and serves until SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What clusters of 8, 64 and 512 nodes would do, calculated by the model's equations with a cluster's numbers."""
+"""Forecasts for clusters of 8, 64 and 512 nodes, by the model's equations with a cluster's numbers."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ EIGHT_220B = ModelShape(
 # One H200: 4.3 TB/s and 790 TFLOP/s in bfloat16. These figures are arithmetic, not measured.
 H200 = Node(bandwidth=4.3e12, flops=790e12)
 H200_MEMORY_BYTES = 141e9
-# A layer takes 250 us of an idle gRPC stream with its first worker and 80 us for each further one, at 100 Gb/s, and a
-# kernel launch of 40 us.
+# A layer takes 250 us of an idle gRPC stream with its first worker and 80 us for each further one, at 100
+# Gb/s, and a kernel launch of 40 us.
 H200_GRPC = Costs(
     router_layer_s=40e-6, router_row_s=0.0, pass_s=40e-6, call_s=170e-6, fan_out_s=80e-6, byte_s=8 / 100e9
 )
-# The same machines if the exchange of a layer took 30 us and each further worker 5 us, as a lean data plane would have to.
+# The same machines if the exchange of a layer took 30 us and each further worker 5 us, as a lean data plane
+# would have to.
 H200_LEAN = Costs(
     router_layer_s=40e-6, router_row_s=0.0, pass_s=40e-6, call_s=25e-6, fan_out_s=5e-6, byte_s=8 / 400e9
 )
@@ -66,7 +67,8 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Saturation:
-    """The number of routers, each with a batch of its own, that keep all nodes busy, and the tokens they write together.
+    """The routers, each with its own batch, that keep all nodes busy, and the tokens that they write
+    together.
 
     Rows of different routers count as separate passes, so joined passes would do better.
     """
@@ -94,9 +96,9 @@ def forecast(
 ) -> tuple[Forecast, ...]:
     """Forecasts for several batch sizes, each with several numbers of nodes.
 
-    An expert of one layer lies on one node; nodes beyond the number of experts of all layers hold copies. A layer has at
-    most E workers, so more nodes than that do not shorten a router's step: they hold other layers, and serve other routers
-    meanwhile.
+    An expert of one layer lies on one node; nodes beyond the number of experts of all layers hold copies. A
+    layer has at most E workers, so more nodes than that do not shorten a router's step: they hold other
+    layers, and serve other routers meanwhile.
     """
     return tuple(_forecast(shape, kind, nodes, rows) for rows in batches)
 
@@ -122,7 +124,7 @@ def router_bytes(shape: ModelShape) -> int:
 
 
 def node_seconds(shape: ModelShape, load: Load, kind: Kind) -> float:
-    """The time that all nodes together spend on one step of one router, whose rows are not joined with others."""
+    """The time that all nodes together spend on a step of one router, whose rows join no others."""
     demand = layer_demand(shape, load)
     assignments = load.rows * shape.experts_per_token
     return shape.layers * (

@@ -1,7 +1,7 @@
 """The model's costs, fitted to measured steps: least squares on relative errors, with no cost below zero.
 
-Every measured point has a step's router, compute and overhead time, so the three are fitted separately, each with at most
-three unknowns.
+Every measured point has a step's router, compute and overhead time, so the three are fitted separately, each
+with at most three unknowns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from steps.model import Costs, Load, ModelShape, Node, layer_bytes, layer_demand
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measured step. `threads_share` is the part of the machine that each worker has while it computes."""
+    """One measured step.
+
+    `threads_share` is the part of the machine that each worker has while it computes.
+    """
 
     name: str
     load: Load
@@ -67,7 +70,8 @@ def fit_costs(shape: ModelShape, points: Sequence[Point]) -> Fit:
         ],
         [point.overhead_s for point in points],
     )
-    # One shape cannot separate a router's bytes from its modules, so its weights are taken to be read as fast as experts.
+    # One shape cannot separate a router's bytes from its modules, so its weights are taken to be read as fast
+    # as experts.
     floor_s = shape.router_parameters * shape.weight_bytes / node.bandwidth
     layer_s, row_s = least_squares(
         [(shape.layers, point.load.rows) for point in points],

@@ -1,8 +1,9 @@
 """A model of step time: router + layers x (busiest worker + transport).
 
-One step computes one token of every row. A layer waits for the slowest of its workers. A worker's time is that of reading
-expert weights plus that of the products, so it depends on the distinct experts and the rows of the busiest worker. The
-transport has a cost for each layer, for each worker that is called, and for each byte.
+One step computes one token of every row. A layer waits for the slowest of its workers. A worker's time is
+that of reading expert weights plus that of the products, so it depends on the distinct experts and the rows
+of the busiest worker. The transport has a cost for each layer, for each worker that is called, and for each
+byte.
 
     step      = router + layers x (compute + overhead)
     router    = layers x fixed + bytes / bandwidth + rows x (flops / rate + handling)
@@ -24,7 +25,10 @@ from statistics import NormalDist
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a mixture-of-experts model that decide the time of a step. Parameters are counts, not bytes."""
+    """The sizes of a mixture-of-experts model that decide the time of a step.
+
+    Parameters are counts, not bytes.
+    """
 
     name: str
     layers: int
@@ -54,8 +58,8 @@ class Node:
 class Costs:
     """Seconds that the software takes, and the network's round trip.
 
-    The costs are those of a layer in the router, a row in the router, a pass in a worker, a layer's call, each worker
-    that is called, and a byte.
+    The costs are those of a layer in the router, a row in the router, a pass in a worker, a layer's call,
+    each worker that is called, and a byte.
     """
 
     router_layer_s: float
@@ -121,7 +125,10 @@ def step_time(shape: ModelShape, load: Load, router: Node, worker: Node, costs: 
 
 
 def layer_demand(shape: ModelShape, load: Load) -> Demand:
-    """Expectations under independent routing. Experts are dealt out to the workers in turn, which separates hot neighbours."""
+    """Expectations under independent routing.
+
+    Experts are dealt out to the workers in turn, which separates hot neighbours.
+    """
     chosen = inclusion(shape.experts, shape.experts_per_token, load.skew)
     shares = [chosen[index :: load.workers] for index in range(load.workers)]
     used = [[1 - (1 - share) ** load.rows for share in worker] for worker in shares]
@@ -181,13 +188,13 @@ def expected_maximum(distributions: Sequence[Sequence[float]]) -> float:
 
 
 def layer_bytes(shape: ModelShape, rows: int, workers_asked: float) -> float:
-    """Bytes both ways: a row goes to every worker that holds one of its experts, and comes back once per expert."""
+    """Bytes both ways: a row goes to each worker with one of its experts, and comes back once per expert."""
     there = rows * min(shape.experts_per_token, workers_asked)
     return (there + rows * shape.experts_per_token) * shape.hidden * shape.row_bytes
 
 
 def _busiest_rows(shares: Sequence[Sequence[float]], rows: int) -> float:
-    """The largest of W nearly normal counts: the largest mean, plus what chance adds among W (Blom's approximation)."""
+    """The largest of W nearly normal counts: the largest mean, plus Blom's approximation of the spread."""
     means = [rows * sum(worker) for worker in shares]
     spread = math.sqrt(max(rows * sum(share * (1 - share) for share in worker) for worker in shares))
     workers = len(shares)
@@ -196,7 +203,10 @@ def _busiest_rows(shares: Sequence[Sequence[float]], rows: int) -> float:
 
 
 def _none_chosen(share: Sequence[float], shape: ModelShape, load: Load) -> float:
-    """The probability that a worker is not called. Even routing draws without replacement; skewed is taken as independent."""
+    """The probability that a worker is not called.
+
+    Even routing draws without replacement; skewed is taken as independent.
+    """
     if load.skew:
         once = math.prod(1 - probability for probability in share)
     else:

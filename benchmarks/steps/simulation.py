@@ -1,7 +1,8 @@
-"""The same step, simulated event by event: random routing, serial fan-out in the router, one network card a node, a barrier a layer.
+"""The same step, simulated event by event.
 
-The simulation checks the equations where they approximate: the expected maximum over workers, and what overlaps. It is
-deterministic for a seed.
+Routing is random, the router fans out serially, a node has one network card, and a layer ends with a barrier.
+The simulation checks the equations where they approximate: the expected maximum over workers, and what
+overlaps. It is deterministic for a seed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def simulate(
     )
     total_s = 0.0
     for _ in range(steps * shape.layers):
-        # The largest sums of log weights and Gumbel noise are experts drawn one after another without replacement.
+        # The largest sums of log weights and Gumbel noise are experts drawn one after another without
+        # replacement.
         keys = np.log(weights) + draw.gumbel(size=(load.rows, shape.experts))
         slots = np.argpartition(-keys, shape.experts_per_token - 1, axis=1)[:, : shape.experts_per_token]
         total_s += router_layer_s + _layer(shape, load, worker, costs, slots)

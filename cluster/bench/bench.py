@@ -1,7 +1,7 @@
 """`moesaic bench`: a load through the real API, and what the cluster did meanwhile.
 
-The command starts a cluster of its own, or measures a server that already runs. Bad input is reported before anything is
-started.
+The command starts a cluster of its own, or measures a server that already runs. Bad input is reported before
+anything is started.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The server to measure. `router` is HOST:PORT of one of its routers, through which the others are found."""
+    """The server to measure.
+
+    `router` is HOST:PORT of one of its routers, through which the others are found.
+    """
 
     url: str
     router: str
@@ -116,7 +119,10 @@ def make_plan(
     against: str | None,
     pairs: int,
 ) -> BenchPlan:
-    """The flags as a plan. Without `concurrency` and `rate`, the default concurrency is used. Raises InvalidArgument."""
+    """The flags as a plan.
+
+    Without `concurrency` and `rate`, the default concurrency is used. Raises InvalidArgument.
+    """
     workload = Workload(
         prompt=Lengths.parse(prompt_len, field="prompt_len"),
         output=Lengths.parse(output_len, field="output_len"),
@@ -264,7 +270,10 @@ class _Run:
         return await open_loop(send, requests, arrivals_s)
 
     async def duel(self, streams: int, peer: TransformersPeer, progress: BenchProgress) -> Duel:
-        """Takes turns with the same requests: all at once here, one batch there. The first pair warms both sides up."""
+        """Takes turns with the same requests: all at once here, one batch there.
+
+        The first pair warms both sides up.
+        """
         ours: list[WaveSummary] = []
         theirs: list[PlainBatch] = []
         same, failed = 0, 0
@@ -312,7 +321,10 @@ class _Run:
 
 
 def _deliver(report: BenchReport, outputs: Outputs) -> None:
-    """Prints, saves and draws the report. Raises Unavailable when requests failed, so that no figure hides it."""
+    """Prints, saves and draws the report.
+
+    Raises Unavailable when requests failed, so that no figure hides it.
+    """
     text = json.dumps(asdict(report))
     if outputs.save is not None:
         outputs.save.write_text(text + "\n")

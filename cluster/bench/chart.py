@@ -17,11 +17,13 @@ from cluster.bench.report import BenchReport, Duel, Level, Row
 SIZE_INCHES = (12.0, 7.0)
 DPI = 150
 OURS, OURS_LIGHT, THEIRS, MUTED = "#2457a6", "#9db8e0", "#c8702a", "#6b7280"
-# A phase that is below MIN_SHARE in every step belongs to "the rest"; from MIN_LABELLED_SHARE on, its share is printed.
+# A phase that is below MIN_SHARE in every step belongs to "the rest"; from MIN_LABELLED_SHARE on, its share
+# is printed.
 MIN_SHARE = 0.01
 MIN_LABELLED_SHARE = 0.06
 _INK, _LIGHT = "#1f2937", "white"
-# The router's own work is blue, the transport to the workers and back orange, the workers' work green, the rest grey.
+# The router's own work is blue, the transport to the workers and back orange, the workers' work green, the
+# rest grey.
 _COLOURS = {
     "schedule": "#9ca3af",
     "attention": "#1e3a6e",

@@ -1,8 +1,8 @@
 """The figures of a load, from what its clients saw. Pure.
 
-TTFT, the time to the first token, counts from the moment at which a request was *due*: with arrivals that do not wait for
-answers, a late sender must not make the server look fast. Inter-token latency is the gap between tokens of one request;
-tokens that arrive in one piece have gaps of zero between them.
+TTFT, the time to the first token, counts from the moment at which a request was *due*: with arrivals that do
+not wait for answers, a late sender must not make the server look fast. Inter-token latency is the gap between
+tokens of one request; tokens that arrive in one piece have gaps of zero between them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from itertools import pairwise
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """One request; times are seconds on the clock of the run. `error` is empty for a request that succeeded."""
+    """One request; times are seconds on the clock of the run.
+
+    `error` is empty for a request that succeeded.
+    """
 
     due_s: float
     end_s: float
@@ -60,7 +63,10 @@ class LoadSummary:
 
     @classmethod
     def of(cls, records: Sequence[RequestRecord]) -> LoadSummary:
-        """Counts from the moment the first request was due to the end of the last. Failed requests give no latency."""
+        """Counts from the moment the first request was due to the end of the last.
+
+        Failed requests give no latency.
+        """
         good = [record for record in records if not record.error]
         seconds = max(record.end_s for record in records) - min(record.due_s for record in records)
         output = sum(len(record.token_times_s) for record in records)
@@ -113,7 +119,7 @@ def decode_rate(times_s: Sequence[Sequence[float]], from_s: float, until_s: floa
 
 
 def rate_between(times_s: Sequence[float], from_s: float, until_s: float) -> float | None:
-    """Tokens per second from the first to the last token within a window, so that its edges cut no step in two.
+    """Tokens per second from the first to the last token within a window; its edges cut no step in two.
 
     None where the window holds no two moments at which tokens came.
     """

@@ -1,7 +1,7 @@
 """The load generator: sends requests to the real API and records when each token arrives.
 
-It runs one task for each stream on one event loop. A token costs it some 60 microseconds, so at a thousand tokens a second
-it takes a few hundredths of a core; every report states how much it took.
+It runs one task for each stream on one event loop. A token costs it some 60 microseconds, so at a thousand
+tokens a second it takes a few hundredths of a core; every report states how much it took.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ MAX_ERROR_CHARACTERS = 160
 _DATA = b"data: "
 _DONE = b"[DONE]"
 
-# Sends one request that is due at a time on the run's clock. A failure of the server is recorded and never raised.
+# Sends one request that is due at a time on the run's clock. A failure of the server is recorded and never
+# raised.
 Send = Callable[[LoadRequest, float], Awaitable[RequestRecord]]
 Clock = Callable[[], float]
 
@@ -163,7 +164,10 @@ async def _check_status(response: aiohttp.ClientResponse) -> None:
 
 
 async def _token_ids(content: aiohttp.StreamReader) -> AsyncIterator[list[int]]:
-    """The token ids of each event, until [DONE]. Raises RequestFailed for an error, and when [DONE] is missing."""
+    """The token ids of each event, until [DONE].
+
+    Raises RequestFailed for an error, and when [DONE] is missing.
+    """
     async for line in content:
         if not line.startswith(_DATA):
             continue

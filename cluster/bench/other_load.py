@@ -1,7 +1,7 @@
 """How much CPU time other programs use while something is measured.
 
-A figure that is measured beside another busy process is worth little: the other process slows two OpenMP threads down
-by far more than the share of the CPU that it takes.
+A figure that is measured beside another busy process is worth little: the other process slows two OpenMP
+threads down by far more than the share of the CPU that it takes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ QUIET_SHARE = 0.05
 # A measurement counts as disturbed when other processes use more cores than this.
 QUIET_CORES = 0.10
 _LOOK_S = 0.3
-# `user` already includes guest time. Stolen time went to another guest of the hypervisor. Waiting for disks is idle.
+# `user` already includes guest time. Stolen time went to another guest of the hypervisor. Waiting for disks
+# is idle.
 _BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 _IDLE = ("idle", "iowait")
 
@@ -39,7 +40,7 @@ class CpuReading:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """The cores that were lost during a measurement: to other programs, and to processes of ours that should be idle."""
+    """The cores that a measurement lost to other programs, and to processes of ours that should be idle."""
 
     seconds: float
     others_cores: float

@@ -1,4 +1,4 @@
-"""The progress of a benchmark, on stderr: a bar for the current run on a terminal, elsewhere one line for each run."""
+"""The progress of a benchmark on stderr: a bar on a terminal, elsewhere one line for each run."""
 
 from __future__ import annotations
 

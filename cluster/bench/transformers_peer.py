@@ -29,7 +29,7 @@ NOT_INHERITED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NU
 
 @dataclass(frozen=True, slots=True)
 class PlainBatch:
-    """One batch in transformers, and the ways that were the fastest for it: implementations of experts and caches.
+    """One batch, and the fastest ways for it: an implementation of the experts and a cache each.
 
     The trials give the seconds of each way to read such prompts, and for one step of decoding.
     """

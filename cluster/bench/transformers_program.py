@@ -1,13 +1,13 @@
-"""A model in transformers, in one process: decodes a batch at a time, greedily, in the fastest way that transformers has.
+"""Decodes batches with transformers in one process, greedily and in the fastest way that it has.
 
-This is the other side of `moesaic bench --against transformers` and of the project's own benchmarks. It is a program of
-its own, so that neither its memory nor its threads touch the cluster; torch chooses its threads and how they wait. The
-protocol is one JSON object a line: batches on standard input, what they took on standard output. The first line of the
-output says that the model is loaded.
+This is the other side of `moesaic bench --against transformers` and of the project's own benchmarks. It is a
+program of its own, so that neither its memory nor its threads touch the cluster; torch chooses its threads
+and how they wait. The protocol is one JSON object a line: batches on standard input, what they took on
+standard output. The first line of the output says that the model is loaded.
 
-For every size of a batch the program first tries all implementations of the experts, each with a cache that grows and
-with one of a fixed size, and keeps the fastest: one for reading prompts, one for decoding. Nothing is padded, and logits
-are computed for the last position alone.
+For every size of a batch the program first tries all implementations of the experts, each with a cache that
+grows and with one of a fixed size, and keeps the fastest: one for reading prompts, one for decoding. Nothing
+is padded, and logits are computed for the last position alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CACHES = ("dynamic", "static")
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How transformers computes: the implementation of its experts, of which `eager` is a loop, and the kind of cache."""
+    """An implementation of the experts, of which `eager` is a loop, and a kind of cache."""
 
     experts: str
     cache: str

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from goodput import make_requests
 from harness import turns as turns_module
+from harness.floors import expert_parameters, router_parameters
 from harness.likeness import compare_scores
 from harness.load import Stream, quantile, random_prompts
 from harness.phases import Phases
@@ -14,7 +15,6 @@ from harness.result import Figure, Result, Table
 from harness.serving import Setup
 from harness.targets import BY_KEY, TARGETS
 from harness.turns import Rules, Side, Turns, ratio, take_turns
-from harness.weights import expert_parameters, router_parameters
 from random_checkpoint import Shape
 from report import render
 from stall import gaps_ending_within
