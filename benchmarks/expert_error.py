@@ -152,7 +152,7 @@ def encode_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def encode_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """4-bit floats, two a byte, and for each 32 of them the power of two that brings the largest near to 6."""
+    """4-bit floats, two a byte, and for each 32 the power of two that brings the largest near to 6."""
     groups = weight.unflatten(1, (-1, MXFP4_GROUP))
     powers = groups.abs().amax(-1).clamp_min(2.0**-100).log2().floor() - 2
     scaled = groups / powers.exp2()[..., None]

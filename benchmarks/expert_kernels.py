@@ -63,7 +63,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """`copy` lays the weights out anew, and returns a function that computes with that copy, and its bytes."""
+    """`copy` lays the weights out anew; it returns what computes with that copy, and the bytes of it."""
 
     name: str
     dtype: torch.dtype
@@ -72,7 +72,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One kernel's median milliseconds by number of rows, bytes of an expert's weights, and relative error."""
+    """One kernel: median milliseconds by number of rows, bytes of an expert's weights, relative error."""
 
     name: str
     milliseconds: tuple[float, ...]

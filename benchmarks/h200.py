@@ -411,12 +411,13 @@ def _notes(run: Run, probe: Probe) -> list[str]:
         f"{probe.name}: {probe.bytes_per_s / 1e9:,.0f} GB/s (the better of a copy and a sum), "
         f"{probe.flops_per_s / 1e12:,.1f} TFLOP/s ({run.dtype} product), both measured in this run",
         f"hidden {shape.hidden}, inner {shape.inner}, {shape.layers} layers, {shape.experts} experts top-"
-        f"{shape.experts_per_token}, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocabulary}, {run.dtype}, combine: {run.combine}; "
+        f"{shape.experts_per_token}, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocabulary}, "
+        f"{run.dtype}, combine: {run.combine}; "
         f"prompts of {PROMPT_TOKENS} tokens, random weights, the same on both sides",
-        "on a GPU a phase is the host's time in it: kernels that were launched earlier are waited for where the host "
-        "next synchronises, which for attention, gate and the dense products is `encode`",
-        "`same tokens`: greedy tokens equal to those of transformers; in bfloat16 a random model has near ties, "
-        "and after one that is decided otherwise the rest differs",
+        "on a GPU a phase is the host's time in it: the host waits for kernels that were launched earlier where "
+        "it next synchronises, which for attention, gate and the dense products is `encode`",
+        "`same tokens`: greedy tokens equal to those of transformers; in bfloat16 a random model has near "
+        "ties, and after one that is decided otherwise the rest differs",
     ]
 
 

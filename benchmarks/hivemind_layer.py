@@ -61,7 +61,7 @@ OTHER_WAYS: dict[str, Way] = {"ours, 1 worker, grpcio": GRPC, "ours, 1 worker, l
 
 
 class HivemindLayer:
-    """The process of hivemind, which reads a number of tokens and answers with the milliseconds of each call."""
+    """The process of hivemind; it reads a number of tokens and answers milliseconds of each call."""
 
     def __init__(self, python: Path, workers: int) -> None:
         self._process = subprocess.Popen(

@@ -136,7 +136,7 @@ def load(model: Model, expert_dtype: ExpertDType, addresses: Sequence[ExpertAddr
 
 
 def read_for_a_share(model: Model) -> tuple[int, int]:
-    """The bytes of a worker's share of the experts in the files, and those that the disk had to read for it."""
+    """The bytes of a worker's share of the experts, and the bytes that the disk read for it."""
     share = model.shape.addresses[::SHARES]
     forget(model.files)
     before = disk_bytes()

@@ -1,1 +1,1 @@
-"""The parts that the benchmarks share: sides in turn, processes started by hand, load, and results on disk."""
+"""The parts that benchmarks share: sides in turn, processes started by hand, load, results on disk."""

@@ -1,4 +1,4 @@
-"""The options that every benchmark has, the effects of `--quick`, and settings that several benchmarks share."""
+"""Options that every benchmark has, the effects of `--quick`, and settings that several of them share."""
 
 from __future__ import annotations
 

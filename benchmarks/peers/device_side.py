@@ -33,7 +33,7 @@ COMPILED = "generate, static cache, compiled"
 
 
 class DeviceModel(PlainModel):
-    """Also tries `generate`, unless the experts that one step's tokens gather are too large for the memory."""
+    """Also tries `generate`, unless the weights that one step's tokens gather are too large."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -62,7 +62,7 @@ class DeviceModel(PlainModel):
             return math.inf
 
     def _generate(self, prompts: Sequence[Sequence[int]]) -> tuple[float, list[list[int]]]:
-        """Seconds of `GENERATED` steps after the prompt, from the first logits to the last, and the tokens."""
+        """Seconds of `GENERATED` steps, from the first logits to the last, and the tokens."""
         self._model.set_experts_implementation(
             "grouped_mm"
         )  # `generate` itself would decode with batched_mm.

@@ -112,7 +112,7 @@ class WaveSummary:
 
 
 def decode_rate(times_s: Sequence[Sequence[float]], from_s: float, until_s: float) -> float | None:
-    """Tokens per second of all requests together within a window; None where one of them has no rate there."""
+    """Tokens per second of all requests together within a window; None where one has no rate there."""
     rates = [rate_between(each, from_s, until_s) for each in times_s]
     known = [rate for rate in rates if rate is not None]
     return sum(known) if len(known) == len(rates) else None
@@ -128,7 +128,7 @@ def rate_between(times_s: Sequence[float], from_s: float, until_s: float) -> flo
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which `share` of the ordered, non-empty values lie, interpolated between two of them."""
+    """The value below which `share` of the ordered, non-empty values lie, with interpolation."""
     position = share * (len(ordered) - 1)
     below = int(position)
     above = min(below + 1, len(ordered) - 1)

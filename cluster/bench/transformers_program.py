@@ -152,7 +152,7 @@ class PlainModel:
             torch.cuda.synchronize(self._device)
 
     def _usable(self, num_tokens: int) -> list[Way]:
-        """All ways but those that copy the weights of every token's experts where the copies would not fit."""
+        """All ways, without those that copy every token's experts where the copies would not fit."""
         names = ["eager", *ALL_EXPERTS_FUNCTIONS.keys()]
         if self._gathered_bytes(num_tokens) > MAX_MEMORY_SHARE * self._free_bytes():
             names.remove("batched_mm")
@@ -213,7 +213,7 @@ def _say(answers: IO[str], message: dict[str, Any]) -> None:
 
 
 def main(folder: str, dtype: DType, device: Device, stored: str) -> None:
-    """`dtype` and `device` are those of the cluster's settings; `stored` is the type of the weights on disk."""
+    """`dtype` and `device` are settings of the cluster; `stored` is the type of the weights on disk."""
 
     def load() -> PlainModel:
         place = choose_device(device)

@@ -77,12 +77,13 @@ class Workload:
         longest = self.prompt.high + self.output.high
         if longest > max_model_len:
             raise InvalidArgument(
-                f"prompt_len: prompt and output have up to {longest} tokens together, the model's context {max_model_len}",
+                f"prompt_len: prompt and output have up to {longest} tokens together, "
+                f"the model's context {max_model_len}",
                 field="prompt_len",
             )
 
     def requests(self, count: int, vocab_size: int, *, batch: str) -> list[LoadRequest]:
-        """`count` requests; another `batch` of the same load has other prompts after the same shared prefix."""
+        """`count` requests; another `batch` of a load has other prompts after the same shared prefix."""
         prefix = self._tokens(Random(f"{self.seed} prefix"), self.shared_prefix, vocab_size)
         random = Random(f"{self.seed} {batch}")
         requests = []
