@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cluster.bench.other_load import wait_until_quiet, watch
@@ -75,10 +75,10 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> Ratio:
 def take_turns(sides: Iterable[Side[_T]], rules: Rules, label: str = "") -> Turns[_T]:
     """Runs `rules.rounds` rounds, in each of which every side has one turn."""
     sides = tuple(sides)
-    kept = _Kept[_T]()
+    kept: list[tuple[Mapping[str, _T], float, bool]] = []
     retries_left = rules.retries
-    while len(kept.rounds) < rules.rounds:
-        order = sides if len(kept.rounds) % 2 == 0 else sides[::-1]
+    while len(kept) < rules.rounds:
+        order = sides if len(kept) % 2 == 0 else sides[::-1]
         results: dict[str, _T] = {}
         others, quiet = 0.0, True
         for side in order:
@@ -91,23 +91,11 @@ def take_turns(sides: Iterable[Side[_T]], rules: Rules, label: str = "") -> Turn
             retries_left -= 1
             progress(f"{label}: not quiet ({others:.2f} cores went elsewhere), this round is taken again")
             continue
-        kept.add(results, others, not quiet)
-        progress(f"{label}: round {len(kept.rounds)} of {rules.rounds}{'' if quiet else ' (disturbed)'}")
-    return Turns(tuple(kept.rounds), tuple(kept.others), tuple(kept.disturbed))
+        kept.append((results, others, not quiet))
+        progress(f"{label}: round {len(kept)} of {rules.rounds}{'' if quiet else ' (disturbed)'}")
+    return Turns(*zip(*kept, strict=True))
 
 
 def progress(line: str) -> None:
     """Prints to standard error; standard output is for tables."""
     print(line, file=sys.stderr, flush=True)
-
-
-@dataclass(slots=True)
-class _Kept(Generic[_T]):
-    rounds: list[Mapping[str, _T]] = field(default_factory=list)
-    others: list[float] = field(default_factory=list)
-    disturbed: list[bool] = field(default_factory=list)
-
-    def add(self, results: Mapping[str, _T], others: float, disturbed: bool) -> None:
-        self.rounds.append(results)
-        self.others.append(others)
-        self.disturbed.append(disturbed)

@@ -1,7 +1,8 @@
 """How much CPU time other programs use while something is measured.
 
 A figure that is measured beside another busy process is worth little: the other process slows two OpenMP
-threads down by far more than the share of the CPU that it takes.
+threads down by far more than the share of the CPU that it takes. `moesaic bench` looks at the machine once, before it starts; the
+programs in `benchmarks/` watch every measurement.
 """
 
 from __future__ import annotations
