@@ -93,7 +93,7 @@ def main(
 ) -> None:
     """Measures, prints, and writes kernels.json."""
     torch.set_num_threads(threads)
-    allocator.keep_freed_memory()  # As in a worker.
+    allocator.keep_freed_memory()  # A worker does so, too.
     hidden, inner = (256, 512) if quick else (HIDDEN, INNER)
     speeds = measure_speeds(hidden, inner, 3 if quick else repeats, 0 if quick else COLD_BYTES)
     folder = model or options.DEMO_MODEL

@@ -147,9 +147,9 @@ def main(
 ) -> None:
     """Measures, prints, and writes hivemind_layer.json."""
     folder = options.checkpoint(model, quick)
-    # As in a router.
+    # A router sets the same.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    # As hivemind's client does: idle threads of this process would only take the workers' cores.
+    # hivemind's client sets the same: idle threads of this process would only take the workers' cores.
     torch.set_num_threads(1)
     figures, rows = [], []
     with ExitStack() as stack:

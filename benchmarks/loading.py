@@ -71,7 +71,7 @@ def main(
 ) -> None:
     """Measures, prints, and writes loading.json."""
     torch.set_num_threads(threads)
-    allocator.return_freed_memory()  # As in a worker.
+    allocator.return_freed_memory()  # A worker does so, too.
     of = Model.of(options.checkpoint(model, quick))
     rules = options.rules(rounds, quick)
     cold, warm = (measure(of, rules, cold=cold) for cold in (True, False))

@@ -21,7 +21,7 @@ STOP_TIMEOUT_S = 30.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# As cluster/processes/specs.py sets them, so that waiting threads hardly spin.
+# Waiting threads hardly spin; cluster/processes/specs.py sets the same.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 

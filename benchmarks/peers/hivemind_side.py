@@ -23,7 +23,7 @@ from hivemind.moe.server.layers.custom_experts import register_expert_class
 from torch import nn
 
 HIDDEN, INNER, EXPERTS, TOP_K = 1024, 3584, 8, 2
-# As in hivemind_layer.py.
+# These are the numbers of hivemind_layer.py.
 WARM_UP_S, SPELL_S, MIN_CALLS = 0.5, 1.0, 12
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 

@@ -56,7 +56,7 @@ class Duel:
     streams: int
     ours: tuple[WaveSummary, ...]
     theirs: tuple[WaveSummary, ...]
-    # The implementation for prompts and the one for decoding, with " / " between them.
+    # The fastest experts of transformers for prompts and for decoding, with " / " between them.
     experts: str
     sequences: int
     same_sequences: int

@@ -148,7 +148,7 @@ class PlainModel:
         return next_ids
 
     def _synchronize(self) -> None:
-        """On a GPU nothing is computed before it is waited for."""
+        """Waits for a GPU, which computes asynchronously."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
