@@ -1,4 +1,4 @@
-"""What has to be shown, as data: every judged comparison with where it may not fall below, and where it should be."""
+"""The judged comparisons: each has a bound that it must reach, and one from which it is excellent."""
 
 from __future__ import annotations
 
