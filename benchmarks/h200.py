@@ -52,7 +52,7 @@ HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
 # The programs that this one starts find the product and the benchmarks' own modules by this path.
 MODULES = {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-GRPC, LANE = "gRPC", "lane"
+GRPC, SHARED = "gRPC", "shared memory"
 PROMPT_TOKENS = 32
 STEPS = 48
 # The cache positions of every stream: its prompt, and what it writes while the others begin and are measured.
@@ -163,13 +163,13 @@ def main(
             _prefill_table(run, probe, ours, theirs),
             layer_table(
                 ours.decode,
-                (GRPC, LANE),
+                (GRPC, SHARED),
                 run.shape.layers,
                 title="µs a layer while decoding",
                 per_s=1e6,
                 digits=0,
             ),
-            *(phase_table(turns, batch, (GRPC, LANE), phases) for batch, turns in ours.decode.items()),
+            *(phase_table(turns, batch, (GRPC, SHARED), phases) for batch, turns in ours.decode.items()),
             _pass_table(run, probe),
         ],
         notes=_notes(run, probe),
@@ -240,7 +240,7 @@ def _measure_ours(run: Run, folder: Path) -> Ours:
         without_lane = replace(setup, settings={**setup.settings, "engine.shared_memory": "off"})
         first = stack.enter_context(serve(without_lane, run.shape.experts))
         second = stack.enter_context(serve(replace(setup, shared_workers=first.workers), run.shape.experts))
-        sites = {GRPC: first, LANE: second}
+        sites = {GRPC: first, SHARED: second}
         rules = options.rules(run.rounds, run.quick)
 
         def turns(measure: Callable[[Served], Any], label: str) -> Turns[Any]:
@@ -308,7 +308,7 @@ def _decode_floor_s(run: Run, probe: Probe, batch: int) -> float:
 
 def _decode_figures(run: Run, ours: Ours, theirs: Theirs) -> Iterator[Figure]:
     for batch in run.batches:
-        for name in (GRPC, LANE):
+        for name in (GRPC, SHARED):
             seconds = [batch / speed for speed in ours.decode[batch].values(name, lambda d: d.tokens_per_s)]
             key, title = (
                 f"h200-decode-{name.lower()}-b{batch}",
@@ -319,7 +319,7 @@ def _decode_figures(run: Run, ours: Ours, theirs: Theirs) -> Iterator[Figure]:
 
 def _prefill_figures(ours: Ours, theirs: Theirs) -> Iterator[Figure]:
     theirs_s = statistics.median(theirs.prefill_s)
-    for name in (GRPC, LANE):
+    for name in (GRPC, SHARED):
         seconds = ours.prefill.values(name, lambda first: first.seconds)
         key, title = f"h200-prefill-{name.lower()}", f"prefill over transformers, {name}"
         yield _figure(key, title, theirs_s, seconds, ours.prefill)
@@ -335,7 +335,7 @@ def _decode_table(run: Run, probe: Probe, ours: Ours, theirs: Theirs) -> Table:
     def row(batch: int) -> tuple[str, ...]:
         turns = ours.decode[batch]
         floor_s, theirs_s = _decode_floor_s(run, probe, batch), theirs.step_s(batch)
-        steps_s = [_step_s(turns, name, batch) for name in (GRPC, LANE)]
+        steps_s = [_step_s(turns, name, batch) for name in (GRPC, SHARED)]
         best_s = min(steps_s)
         return (
             str(batch),
@@ -353,7 +353,7 @@ def _decode_table(run: Run, probe: Probe, ours: Ours, theirs: Theirs) -> Table:
     return Table(
         "Decode, ms a step",
         (
-            *("batch", "floor", "gRPC", "lane", "transformers", "with"),
+            *("batch", "floor", "gRPC", "shared memory", "transformers", "with"),
             *("ours tokens/s", "theirs tokens/s", "ours of the floor", "theirs of the floor", "same tokens"),
         ),
         tuple(map(row, run.batches)),
@@ -368,11 +368,20 @@ def _prefill_table(run: Run, probe: Probe, ours: Ours, theirs: Theirs) -> Table:
         bytes_per_s=probe.bytes_per_s,
         flops_per_s=probe.flops_per_s,
     )
-    ours_s = [ours.prefill.median(name, lambda first: first.seconds) for name in (GRPC, LANE)]
+    ours_s = [ours.prefill.median(name, lambda first: first.seconds) for name in (GRPC, SHARED)]
     theirs_s = statistics.median(theirs.prefill_s)
     return Table(
         "Time to the first token, ms",
-        ("prompt", "floor", "gRPC", "lane", "transformers", "with", "ours tokens/s", "theirs tokens/s"),
+        (
+            "prompt",
+            "floor",
+            "gRPC",
+            "shared memory",
+            "transformers",
+            "with",
+            "ours tokens/s",
+            "theirs tokens/s",
+        ),
         (
             (
                 str(run.prefill),

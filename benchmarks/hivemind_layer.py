@@ -57,7 +57,7 @@ WORKERS = (1, 2)
 # The transports of our one worker that are reported beside the judged one.
 OTHER_TRANSPORTS: dict[str, TransportKind] = {
     "ours, 1 worker, grpcio": GRPC,
-    "ours, 1 worker, lane": SHARED_MEMORY,
+    "ours, 1 worker, shared memory": SHARED_MEMORY,
 }
 
 

@@ -34,7 +34,7 @@ from harness.serving import Setup, serve
 from harness.turns import Side, take_turns
 
 STEPS = 32
-RPC, LOCAL, GRPC, LANE = "llama.cpp, experts on rpc", "llama.cpp in one process", "gRPC", "lane"
+RPC, LOCAL, GRPC, SHARED = "llama.cpp, experts on rpc", "llama.cpp in one process", "gRPC", "shared memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def main(
     with (
         theirs.rpc_server() as (address, rpc_pid),
         serve(Setup(folder, settings=options.ON_GRPC)) as grpc,
-        serve(Setup(folder)) as lane,
+        serve(Setup(folder)) as shared,
     ):
         on_rpc = ("--n-gpu-layers", "0", "--rpc", address, "--override-tensor", f"exps=RPC0[{address}]")
         turns = take_turns(
@@ -97,13 +97,13 @@ def main(
                 Side(LOCAL, theirs.decode),
                 *(
                     Side(name, partial(_ours, site.router, prompts), site.pids)
-                    for name, site in ((GRPC, grpc), (LANE, lane))
+                    for name, site in ((GRPC, grpc), (SHARED, shared))
                 ),
             ],
             options.rules(rounds, quick),
             "llama.cpp",
         )
-    speeds = {name: turns.median(name, float) for name in (RPC, LOCAL, GRPC, LANE)}
+    speeds = {name: turns.median(name, float) for name in (RPC, LOCAL, GRPC, SHARED)}
     title = "batch-1 decode over llama.cpp with its experts on an rpc server"
     conclude(
         "llama_cpp",

@@ -36,9 +36,9 @@ STEPS = {1: 48, 4: 24, 16: 16}
 TRANSPORTS = {
     "gRPC, grpcio": {"engine.direct_stream": "off", "engine.shared_memory": "off"},
     "gRPC": {"engine.direct_stream": "auto", "engine.shared_memory": "off"},
-    "lane": {"engine.direct_stream": "off", "engine.shared_memory": "auto"},
+    "shared memory": {"engine.direct_stream": "off", "engine.shared_memory": "auto"},
 }
-JUDGED = {"gRPC": "overhead-grpc", "lane": "overhead-lane"}
+JUDGED = {"gRPC": "overhead-grpc", "shared memory": "overhead-shared-memory"}
 
 
 @dataclass(frozen=True, slots=True)

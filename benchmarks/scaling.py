@@ -152,7 +152,7 @@ def read_points(raw: Iterable[dict[str, Any]]) -> list[Point]:
             threads_share=max(1, cores // entry["workers"]) / cores,
         )
         for entry in raw
-        if entry["experts"] == "fp32" and "lane" not in entry.get("variant", "")
+        if entry["experts"] == "fp32" and "shared memory" not in entry.get("variant", "")
     ]
 
 

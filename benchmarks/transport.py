@@ -55,8 +55,8 @@ PEERS = Path(__file__).parent / "peers"
 SIZES = {"8 KiB": 8 << 10, "128 KiB": 128 << 10, "2 MiB": 2 << 20, "16 MiB": 16 << 20}
 ENCODINGS = ("protobuf field", "ours", "raw bytes")
 METHODS = dict(zip(ENCODINGS, ("Plain", "Ours", "Raw"), strict=True))
-TRANSPORTS: dict[str, TransportKind] = {"gRPC, grpcio": GRPC, "gRPC": DIRECT, "lane": SHARED_MEMORY}
-JUDGED_WAVES = {"gRPC": "wave-grpc", "lane": "wave-lane"}
+TRANSPORTS: dict[str, TransportKind] = {"gRPC, grpcio": GRPC, "gRPC": DIRECT, "shared memory": SHARED_MEMORY}
+JUDGED_WAVES = {"gRPC": "wave-grpc", "shared memory": "wave-shared-memory"}
 WAVE_WORKERS, WAVE_HIDDEN = 4, 2048
 LAYER_ROWS, LAYER_HIDDEN, LAYER_SLOTS, LAYER_TOP_K, LAYER_WORKERS = 64, 2048, 128, 8, 2
 # Enough for buffers to be open and caches to be filled.

@@ -135,7 +135,7 @@ def test_the_report_fills_blocks_and_leaves_prose() -> None:
 
 
 def test_a_block_without_a_result_keeps_what_it_says() -> None:
-    text = "<!-- bench:lane -->\nold\n<!-- /bench:lane -->"
+    text = "<!-- bench:shared memory -->\nold\n<!-- /bench:shared memory -->"
     assert render(text, {"decode": result()}) == text
 
 
