@@ -7,9 +7,9 @@ and the standard OTEL_* variables are the exporter's own. Part of the `serve` ex
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -25,11 +25,19 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
 # How an expert's weights are held. auto: the compute type; int8 and int4 lose some precision (docs/performance.md).
 ExpertDType = Literal["auto", "fp32", "bf16", "int8", "int4"]
-# Rows on the wire. auto: the compute type, so nothing is lost; float8 and int8 carry a scale a row and lose some.
-WireDType = Literal["auto", "float32", "bfloat16", "float8", "int8"]
-# lean: our own decoder where the family is one that it knows; stock: the modules of transformers.
-Decoder = Literal["auto", "lean", "stock"]
-Switch = Literal["auto", "off"]
+# Rows on the wire. auto: the compute type, so nothing is lost; int8 carries a scale per row and loses some precision.
+WireDType = Literal["auto", "float32", "bfloat16", "int8"]
+# lean: our own decoder, for the models that it supports. hf: the modules of transformers. auto: lean where possible.
+Decoder = Literal["auto", "lean", "hf"]
+
+
+def _yaml_word(value: Any) -> Any:
+    """YAML reads an unquoted on or off as a boolean."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "off"], BeforeValidator(_yaml_word)]
+OnOff = Annotated[Literal["on", "off"], BeforeValidator(_yaml_word)]
 # off: every token gets its experts. model: those families that have a capacity drop what full slots cannot take; which
 # tokens those are depends on what else is in the batch.
 CapacityLimit = Literal["off", "model"]
@@ -62,8 +70,8 @@ class EngineSettings(_Group):
     prefix_cache: bool = True
     # How much longer than an undisturbed one a decode step may take because prompts are read beside it.
     max_stall: float = Field(1.8, gt=1.0)
-    # Two micro-batches in flight where the engine measures that it wins.
-    overlap: Switch = "auto"
+    # Two micro-batches in flight, so that the router computes one while the workers compute the other.
+    overlap: OnOff = "off"
     wire_dtype: WireDType = "auto"
     # rows: bit-exact under any placement; sum: workers add up, fewer bytes, the last bits depend on placement.
     combine: Literal["rows", "sum"] = "rows"
@@ -86,8 +94,6 @@ class WorkerSettings(_Group):
     max_call_rows: int = Field(16384, ge=1)
     threads: int | None = Field(None, ge=1)
     expert_dtype: ExpertDType = "auto"
-    # The longest that a call waits for others of its layer to share a pass with; alone it never waits.
-    max_merge_wait_ms: float = Field(2.0, ge=0)
     # Whether the worker offers shared memory to routers on its host.
     shared_memory: Switch = "auto"
     # Whether the worker opens a second port for gRPC that its compute thread speaks itself.

@@ -39,10 +39,10 @@ def main(
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     decoder: Annotated[
         str | None,
-        typer.Option(help="auto, lean or stock: our own decoder, or the modules of transformers."),
+        typer.Option(help="auto, lean (our own decoder) or hf (the modules of transformers)."),
     ] = None,
     wire_dtype: Annotated[
-        str | None, typer.Option(help="Rows on the wire: auto, float32, bfloat16, float8 or int8.")
+        str | None, typer.Option(help="Rows on the wire: auto, float32, bfloat16 or int8.")
     ] = None,
     combine: Annotated[
         str | None,
@@ -55,7 +55,10 @@ def main(
         str | None, typer.Option(help="auto or off: gRPC to workers by the threads that compute.")
     ] = None,
     overlap: Annotated[
-        str | None, typer.Option(help="auto or off: two micro-batches in flight where that wins.")
+        str | None,
+        typer.Option(
+            help="on or off: two micro-batches in flight, so that router and workers compute at once."
+        ),
     ] = None,
     batch_invariant: Annotated[
         bool | None,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import Computed
 from expert_worker.serving.call_handler import AcceptedCall, CallHandler, Request, Response
 from moesaic.errors import InvalidArgument, MoesaicError, Unavailable, Unsupported
@@ -267,7 +267,6 @@ class _DirectTicket:
         self.stream = stream
         self.accepted = accepted
         self.call = accepted.call
-        self.caller = id(stream)
         self.queued_s = accepted.accepted_s
 
     @property
@@ -278,7 +277,7 @@ class _DirectTicket:
         self._connection.answer(self, result)
 
 
-def _check_answer_fits(request: Request, call: Call, num_request_bytes: int) -> None:
+def _check_answer_fits(request: Request, call: ExpertCall, num_request_bytes: int) -> None:
     """Raises InvalidArgument when the answer would be too large for this port, before it is computed."""
     data_bytes = request.data.nbytes
     num_rows = len(call.hidden) if call.combine_sum else call.num_rows

@@ -19,7 +19,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import Computed
 from expert_worker.serving.call_handler import AcceptedCall, CallHandler, Response
 from expert_worker.serving.listener import Listener
@@ -257,7 +257,6 @@ class _SharedMemoryTicket:
         self.frame = frame
         self.accepted = accepted
         self.call = accepted.call
-        self.caller = id(connection)
         self.queued_s = queued_s
 
     @property
@@ -268,7 +267,7 @@ class _SharedMemoryTicket:
         self._connection.answer(self, result)
 
 
-def _check_room(buffer: Buffer, frame: Frame, call: Call) -> None:
+def _check_room(buffer: Buffer, frame: Frame, call: ExpertCall) -> None:
     """Raises SharedMemoryError when the answer's rows would not fit into the buffer."""
     num_sent = call.hidden.shape[0]
     num_rows = num_sent if call.combine_sum else call.num_rows

@@ -63,7 +63,8 @@ class Stubs:
 def stubs_to(worker: Process) -> Iterator[Stubs]:
     with rpc.channel(worker.address) as channel:
         main = expert_pb2_grpc.ExpertServiceStub(channel)
-        versions = versions_from_proto(main.Describe(expert_pb2.DescribeRequest(), timeout=WAIT_S).experts)
+        described = main.Describe(expert_pb2.DescribeRequest(), timeout=WAIT_S)
+        versions = dict(versions_from_proto(described.experts))
         # Of another host, so that it gets no shared memory.
         opened = main.OpenTransports(expert_pb2.OpenTransportsRequest(host_id="another"), timeout=WAIT_S)
         assert not opened.socket_path

@@ -67,7 +67,7 @@ def server() -> Iterator[tuple[grpc.Server, int]]:
 
 @pytest.fixture
 def link(server: tuple[grpc.Server, int]) -> Iterator[WorkerLink]:
-    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", {}))
+    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", frozenset()))
     yield made
     made.close()
 
@@ -178,7 +178,9 @@ def fast_link(
         asked.append(replica.incarnation)
         return transports
 
-    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", {}), open_transports=open_transports)
+    made = WorkerLink(
+        Replica("a", f"127.0.0.1:{server[1]}", "a-1", frozenset()), open_transports=open_transports
+    )
     yield made
     made.close()
     assert asked == ["a-1"] and all(transport.closed for transport in transports.values())

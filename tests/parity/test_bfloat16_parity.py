@@ -44,7 +44,7 @@ MOST_IN_THE_MIDDLE, MOST_NEAR_THE_END = 1.2, 2.0
 
 @pytest.mark.parametrize(
     ("family", "decoder"),
-    [*((family, "lean") for family in LEAN), *((family, "stock") for family in CONFIGS)],
+    [*((family, "lean") for family in LEAN), *((family, "hf") for family in CONFIGS)],
 )
 def test_logits_are_as_close_to_float32_as_those_of_transformers(
     tmp_path: Path, family: str, decoder: str

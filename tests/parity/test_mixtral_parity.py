@@ -17,7 +17,7 @@ from support.local_router import local_router
 from support.processes import running_workers
 
 LOGITS_TOLERANCE = 1e-4
-DECODERS = ("lean", "stock")
+DECODERS = ("lean", "hf")
 
 # Shares of 8 slots in 2 layers: one worker, even and uneven numbers, layers apart, one worker an expert.
 PLACEMENTS = {

@@ -281,7 +281,7 @@ def test_a_random_model_gives_the_logits_of_transformers(family: str, data: st.D
     model = random_model(family, seed, **config)
     with tempfile.TemporaryDirectory() as folder:
         write_model(model, Path(folder))
-        decoders = ("auto", "stock") if family in LEAN else ("auto",)
+        decoders = ("auto", "hf") if family in LEAN else ("auto",)
         for decoder in decoders:
             router = lonely_router(Path(folder), dense_layers=dense_layers, decoder=decoder)
             check(router, model, prompts())

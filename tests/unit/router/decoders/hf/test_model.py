@@ -16,7 +16,7 @@ from moesaic.errors import CheckpointError
 from moesaic.families import describe_model
 from moesaic.families.model import Attention
 from moesaic.settings import Decoder
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.decoder import RouterModel
 from router.decoders.load import load_model
 from router.phase_clock import PhaseClock
@@ -30,7 +30,7 @@ def load(folder: Path, decoder: Decoder = "auto") -> RouterModel:
     return load_model(
         checkpoint,
         model,
-        Layout.of(model.mixers, block_tokens=16, device=torch.device("cpu"), dtype=torch.float32),
+        AttentionLayout.of(model.mixers, block_tokens=16, device=torch.device("cpu"), dtype=torch.float32),
         decoder=decoder,
         num_positions=NUM_POSITIONS,
         clock=PhaseClock(),
@@ -38,11 +38,11 @@ def load(folder: Path, decoder: Decoder = "auto") -> RouterModel:
 
 
 @pytest.mark.parametrize("layout", ["classic", "fused"])
-@pytest.mark.parametrize("decoder", ["lean", "stock"])
+@pytest.mark.parametrize("decoder", ["lean", "hf"])
 def test_expert_tensors_never_enter_the_router(
     tmp_path: Path,
     layout: Literal["classic", "fused"],
-    decoder: Literal["lean", "stock"],
+    decoder: Literal["lean", "hf"],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = write_mixtral(tmp_path, layout=layout)
@@ -76,7 +76,7 @@ def test_expert_tensors_never_enter_the_router(
     assert isinstance(mixer, Attention)
     half = mixer.head_dim // 2
     rotary_bytes = {
-        "stock": 2 * half * 4,  # frequencies are computed, twice: as they are, as they were
+        "hf": 2 * half * 4,  # frequencies are computed, twice: as they are, as they were
         "lean": NUM_POSITIONS * half * 8,  # cosine and sine of every position
     }[decoder]
     assert model.weight_bytes == dense_bytes + rotary_bytes
@@ -88,7 +88,7 @@ def test_tied_embeddings_are_held_once_unless_the_head_wants_them_in_another_for
     untied = write_mixtral(tmp_path / "untied")
     tied = write_mixtral(tmp_path / "tied", tie_word_embeddings=True)
     embedding_bytes = 96 * 32 * 4
-    assert load(untied, "stock").weight_bytes - load(tied, "stock").weight_bytes == embedding_bytes
+    assert load(untied, "hf").weight_bytes - load(tied, "hf").weight_bytes == embedding_bytes
     assert load(untied, "lean").weight_bytes == load(tied, "lean").weight_bytes
 
 
@@ -98,7 +98,7 @@ def test_a_tensor_that_is_no_part_of_the_model_is_named(tmp_path: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, file)
-    for decoder in ("lean", "stock"):
+    for decoder in ("lean", "hf"):
         with pytest.raises(CheckpointError, match=r"q_proj\.bias"):
             load(folder, decoder)
 

@@ -47,7 +47,10 @@ def opened(
     stub: Any, host: str = "127.0.0.1", *, use_shared_memory: bool = False, use_direct: bool = True
 ) -> dict[TransportKind, Transport]:
     return open_transports(
-        stub, Replica("a", f"{host}:1", "a-1", {}), use_shared_memory=use_shared_memory, use_direct=use_direct
+        stub,
+        Replica("a", f"{host}:1", "a-1", frozenset()),
+        use_shared_memory=use_shared_memory,
+        use_direct=use_direct,
     )
 
 
