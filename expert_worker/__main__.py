@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -14,70 +13,46 @@ from expert_worker.experts.expert_ranges import parse_experts
 from expert_worker.server import WorkerServer
 from moesaic import telemetry
 from moesaic.checkpoints.checkpoint import open_checkpoint
-from moesaic.errors import InvalidArgument, MoesaicError
+from moesaic.errors import InvalidArgument
+from moesaic.exit_codes import exit_with_code
 from moesaic.families import describe_model
-from moesaic.settings import Settings, load_settings
+from moesaic.options import SettingFlags, with_settings
+from moesaic.settings import Settings
+from moesaic.stop_signals import serve_until_signal
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
-def serve(
-    model: Annotated[str | None, typer.Option(help="Folder of a model.")] = None,
+@with_settings(
+    "host",
+    "device",
+    "dtype",
+    "dense_layers",
+    "worker.expert_dtype",
+    "worker.batch_invariant",
+    "worker.shared_memory",
+    "worker.direct_stream",
+    "worker.threads",
+)
+def main(
+    *,
+    model: Annotated[str | None, typer.Option(help="The folder of the model.")] = None,
     experts: Annotated[
         str, typer.Option(help="[LAYERS:]SLOTS, comma-separated: 0-3, or 0:0-7,1:2; all for everything.")
     ] = "all",
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 0,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
-    dense_layers: Annotated[
-        str | None, typer.Option(help="auto, router or experts: who computes layers without a gate.")
-    ] = None,
-    expert_dtype: Annotated[
-        str | None, typer.Option(help="auto, fp32, bf16, int8 or int4; auto: as --dtype says.")
-    ] = None,
-    batch_invariant: Annotated[
-        bool | None,
-        typer.Option(
-            "--batch-invariant", help="A row's answer does not depend on the rows beside it. Slower."
-        ),
-    ] = None,
-    shared_memory: Annotated[
-        str | None, typer.Option(help="auto or off: shared memory with routers on this host.")
-    ] = None,
-    direct_stream: Annotated[
-        str | None, typer.Option(help="auto or off: a port at which the compute thread itself serves gRPC.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="Name of this worker in the cluster.")] = "worker-0",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings in YAML.")] = None,
+    port: Annotated[
+        int, typer.Option(help="The port to listen on; 0 takes a free one.", min=0, max=65535)
+    ] = 0,
+    name: Annotated[str, typer.Option(help="The name of this worker in the cluster.")] = "worker-0",
+    flags: SettingFlags,
 ) -> None:
-    """Serves some experts of a model until SIGTERM; prints `ready grpc=HOST:PORT` when they are loaded."""
-    try:
-        worker = {
-            "threads": threads,
-            "expert_dtype": expert_dtype,
-            "batch_invariant": batch_invariant,
-            "shared_memory": shared_memory,
-            "direct_stream": direct_stream,
-        }
-        settings = load_settings(
-            config,
-            model=model,
-            host=host,
-            device=device,
-            dtype=dtype,
-            dense_layers=dense_layers,
-            worker=worker,
-        )
-        telemetry.configure(name, otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
-        asyncio.run(_serve(_worker_config(settings, name, experts, port), settings.cluster.drain_timeout_s))
-    except MoesaicError as error:
-        typer.echo(f"error: {error.message}", err=True)
-        raise typer.Exit(error.exit_code) from None
-    finally:
-        telemetry.flush()
+    """Serve some experts of a model until a signal. Prints `ready grpc=HOST:PORT` when they are loaded."""
+    with exit_with_code():
+        try:
+            settings = flags.load(model=model)
+            telemetry.configure(name, otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
+            config = _worker_config(settings, name, experts, port)
+            asyncio.run(_serve(config, settings.cluster.drain_timeout_s))
+        finally:
+            telemetry.flush()
 
 
 def _worker_config(settings: Settings, name: str, experts: str, port: int) -> WorkerConfig:
@@ -98,26 +73,15 @@ def _worker_config(settings: Settings, name: str, experts: str, port: int) -> Wo
 
 
 async def _serve(config: WorkerConfig, drain_s: float) -> None:
-    """Until a signal; one that comes while the weights load ends that, too."""
-    signalled = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, signalled.set)
     server = WorkerServer(config)
-    address = await server.start()
-    loading = asyncio.create_task(server.load())
-    waiting = asyncio.create_task(signalled.wait())
-    try:
-        await asyncio.wait((loading, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if not signalled.is_set():
-            await loading
-            typer.echo(f"ready grpc={address}")
-            await waiting
-    finally:
-        waiting.cancel()
-        await server.stop(drain_s)
-        # After a signal, that the loading was stopped is no error.
-        await asyncio.gather(loading, return_exceptions=True)
+
+    async def start() -> None:
+        address = await server.start()
+        await server.load()
+        typer.echo(f"ready grpc={address}")
+
+    await serve_until_signal(start(), lambda: server.stop(drain_s))
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

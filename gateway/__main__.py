@@ -1,12 +1,9 @@
-"""`python -m gateway --router HOST:PORT`: the OpenAI API in front of one router or several, started by hand."""
+"""`python -m gateway --router HOST:PORT`: the OpenAI API in front of one or several routers, started by hand."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,58 +11,41 @@ import typer
 from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
 from moesaic import telemetry
-from moesaic.errors import MoesaicError
-from moesaic.settings import Settings, load_settings
+from moesaic.exit_codes import exit_with_code
+from moesaic.options import SettingFlags, with_settings
+from moesaic.settings import Settings
+from moesaic.stop_signals import serve_until_signal
 
 
+@with_settings("host", port="http_port", allowed_host="gateway.allowed_hosts")
 def main(
-    router: Annotated[list[str], typer.Option(help="HOST:PORT of a router. Repeatable.")],
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="A name that clients may call this server by. Repeatable.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    router: Annotated[list[str], typer.Option(help="HOST:PORT of a router; repeat it.")],
+    *,
+    flags: SettingFlags,
 ) -> None:
-    """Serves HTTP until SIGTERM or Ctrl-C, then lets running requests end."""
-    try:
-        settings = load_settings(config, host=host, http_port=port, gateway={"allowed_hosts": allowed_host})
-        telemetry.configure("gateway", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
-        asyncio.run(_serve(router, settings))
-    except MoesaicError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
-    finally:
-        telemetry.flush()
+    """Serve HTTP until a signal, then let running requests end. Prints `listening http=HOST:PORT`."""
+    with exit_with_code():
+        try:
+            settings = flags.load()
+            telemetry.configure("gateway", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
+            asyncio.run(_serve(router, settings))
+        finally:
+            telemetry.flush()
 
 
 async def _serve(routers: list[str], settings: Settings) -> None:
     config = GatewayConfig(settings.host, settings.http_port, settings.gateway)
     server = GatewayServer(config, {address: partial(_itself, address) for address in routers})
-    stopping = _stop_signal()
-    print(f"listening http={await server.start()} router={','.join(routers)}", flush=True)
-    await stopping.wait()
-    await server.stop(settings.cluster.drain_timeout_s)
+
+    async def start() -> None:
+        print(f"listening http={await server.start()} router={','.join(routers)}", flush=True)
+
+    await serve_until_signal(start(), lambda: server.stop(settings.cluster.drain_timeout_s))
 
 
 async def _itself(address: str) -> str:
-    """The lookup of a router whose address was given by hand."""
+    """Resolves a router that was named by its address."""
     return address
-
-
-def _stop_signal() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT; the second one ends the process at once."""
-    loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
-
-    def stop() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-        stopping.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    return stopping
 
 
 if __name__ == "__main__":

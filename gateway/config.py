@@ -1,4 +1,4 @@
-"""What a gateway has to be told. Light: whoever plans one loads no web framework for it."""
+"""The configuration of a gateway. A process that only plans one imports no web framework for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moesaic.settings import GatewaySettings
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """Where the gateway listens, and its bounds."""
+    """The address that the gateway listens on, and its bounds."""
 
     host: str
     port: int

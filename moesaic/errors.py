@@ -52,11 +52,6 @@ class MoesaicError(Exception):
         self.reason = reason or self.default_reason
         self.retry_after_s = retry_after_s
 
-    @property
-    def exit_code(self) -> int:
-        """A command's exit code: 2 where the error names a field that the caller can correct, else 1."""
-        return 1 if self.field is None else 2
-
 
 class InvalidArgument(MoesaicError):
     code = grpc.StatusCode.INVALID_ARGUMENT

@@ -1,15 +1,28 @@
-"""One settings model for every process: flags > environment > YAML > defaults. An unknown key is an error.
+"""The settings of every process: flags win over the environment, the environment over YAML, YAML over the defaults.
 
-The environment is read here and nowhere else: `MOESAIC_ENGINE__MAX_BATCH_TOKENS=1024` sets `engine.max_batch_tokens`,
-and the standard OTEL_* variables are the exporter's own. Part of the `serve` extra.
+A setting is declared here and nowhere else: its type, bounds and default, and the description that `--help` and
+docs/settings.md show. An unknown key is an error. The environment is read in this module alone:
+`MOESAIC_ENGINE__MAX_BATCH_TOKENS=1024` sets `engine.max_batch_tokens`; the standard OTEL_* variables are read by the
+exporter itself. Needs the `serve` extra.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+)
+from pydantic_core import CoreSchema, core_schema
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -20,27 +33,45 @@ from pydantic_settings import (
 from moesaic.errors import InvalidArgument
 from moesaic.families.model import DenseLayers
 
+
+@dataclass(frozen=True, slots=True)
+class Synonyms:
+    """Other names for the values of a Literal. Validation accepts them and returns the Literal's own value."""
+
+    values: Mapping[str, str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        accepted = core_schema.literal_schema([*get_args(source), *self.values])
+        return core_schema.no_info_after_validator_function(self._canonical, accepted)
+
+    def _canonical(self, value: str) -> str:
+        return self.values.get(value, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Unset:
+    """What a setting that is None stands for, in words."""
+
+    words: str
+
+
+def _undo_yaml_boolean(value: object) -> object:
+    """YAML reads the plain words `on` and `off` as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+_YamlWord = BeforeValidator(_undo_yaml_boolean)
+_LONG_NAMES = Synonyms({"float32": "fp32", "bfloat16": "bf16"})
+_SHORT_NAMES = Synonyms({"fp32": "float32", "bf16": "bfloat16"})
+
 Device = Literal["auto", "cpu", "cuda"]
-# auto: bfloat16 on CUDA when the checkpoint is bfloat16, else float32.
-DType = Literal["auto", "float32", "bfloat16"]
-# How an expert's weights are held. auto: the compute type; int8 and int4 lose some precision (docs/performance.md).
-ExpertDType = Literal["auto", "fp32", "bf16", "int8", "int4"]
-# Rows on the wire. auto: the compute type, so nothing is lost; int8 carries a scale per row and loses some precision.
-WireDType = Literal["auto", "float32", "bfloat16", "int8"]
-# lean: our own decoder, for the models that it supports. hf: the modules of transformers. auto: lean where possible.
+DType = Annotated[Literal["auto", "float32", "bfloat16"], _SHORT_NAMES]
+ExpertDType = Annotated[Literal["auto", "fp32", "bf16", "int8", "int4"], _LONG_NAMES]
+WireDType = Annotated[Literal["auto", "float32", "bfloat16", "int8"], _SHORT_NAMES]
 Decoder = Literal["auto", "lean", "hf"]
-
-
-def _yaml_word(value: Any) -> Any:
-    """YAML reads an unquoted on or off as a boolean."""
-    return ("on" if value else "off") if isinstance(value, bool) else value
-
-
-Switch = Annotated[Literal["auto", "off"], BeforeValidator(_yaml_word)]
-OnOff = Annotated[Literal["on", "off"], BeforeValidator(_yaml_word)]
-# off: every token gets its experts. model: those families that have a capacity drop what full slots cannot take; which
-# tokens those are depends on what else is in the batch.
-CapacityLimit = Literal["off", "model"]
+Availability = Annotated[Literal["auto", "off"], _YamlWord]
+Switch = Annotated[Literal["on", "off"], _YamlWord]
+CapacityLimit = Annotated[Literal["off", "model"], _YamlWord]
 
 
 class _Group(BaseModel):
@@ -50,102 +81,194 @@ class _Group(BaseModel):
 class EngineSettings(_Group):
     """Bounds of one router."""
 
-    # Tokens that one step runs: the running sequences' next tokens first, then chunks of prompts.
-    max_batch_tokens: int = Field(512, ge=1)
-    max_running_sequences: int = Field(64, ge=1)
-    # Sequences that wait for a place; one more is refused with RESOURCE_EXHAUSTED.
-    max_waiting_sequences: int = Field(256, ge=1)
-    kv_block_tokens: int = Field(16, ge=1)
-    # Memory for keys and values; the number of blocks follows from the model's shape.
-    # Absent: one sequence of full length, within reason.
-    kv_cache_mib: int | None = Field(None, ge=1)
-    # Absent: the checkpoint's own limit.
-    max_model_len: int | None = Field(None, ge=2)
-    # A request without a deadline gets this one.
-    request_timeout_s: float = Field(600.0, gt=0)
-    # The longest a layer waits for one answer of a worker before it tries the next replica.
-    call_timeout_s: float = Field(30.0, gt=0)
-    threads: int | None = Field(None, ge=1)
-    decoder: Decoder = "auto"
-    prefix_cache: bool = True
-    # How much longer than an undisturbed one a decode step may take because prompts are read beside it.
-    max_stall: float = Field(1.8, gt=1.0)
-    # Two micro-batches in flight, so that the router computes one while the workers compute the other.
-    overlap: OnOff = "off"
-    wire_dtype: WireDType = "auto"
-    # rows: bit-exact under any placement; sum: workers add up, fewer bytes, the last bits depend on placement.
-    combine: Literal["rows", "sum"] = "rows"
-    # Shared memory with a worker on the same host, where both ends agree: the first transport of every call.
-    shared_memory: Switch = "auto"
-    # gRPC that the engine's thread and the worker's compute thread speak themselves: the second, up to 256 KiB of rows.
-    direct_stream: Switch = "auto"
-    # A sequence's tokens do not depend on its batch mates. Slower; router and workers must agree.
-    batch_invariant: bool = False
-    # Whether experts have the capacity that their family was trained with (Switch, ST-MoE, NLLB-MoE).
-    capacity: CapacityLimit = "off"
+    max_batch_tokens: int = Field(
+        512,
+        ge=1,
+        description="Tokens of one step: the next token of every running sequence first, then chunks of prompts.",
+    )
+    max_running_sequences: int = Field(64, ge=1, description="Sequences that are computed at the same time.")
+    max_waiting_sequences: int = Field(
+        256,
+        ge=1,
+        description="Sequences that wait to run; one more is refused with 429 / RESOURCE_EXHAUSTED.",
+    )
+    kv_block_tokens: int = Field(16, ge=1, description="Tokens of one block of the KV cache.")
+    kv_cache_mib: Annotated[
+        int | None, Unset("one sequence of full length, at least 256, at most a quarter of the free memory")
+    ] = Field(
+        None,
+        ge=1,
+        description="Memory for keys and values, in MiB; the number of blocks follows from the model.",
+    )
+    max_model_len: Annotated[int | None, Unset("the checkpoint's")] = Field(
+        None, ge=2, description="The longest sequence in tokens; never more than the KV cache holds."
+    )
+    request_timeout_s: float = Field(600.0, gt=0, description="The deadline of a request that brings none.")
+    call_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="The longest that a layer waits for one worker before it tries the next replica.",
+    )
+    threads: Annotated[int | None, Unset("torch's choice; in a cluster the node's cores shared out")] = Field(
+        None, ge=1, description="CPU threads of a router."
+    )
+    decoder: Decoder = Field(
+        "auto",
+        description="lean is Moesaic's own decoder, refused by name for a model that it does not know; hf runs the "
+        "modules of transformers; auto is lean where it knows the model, else hf.",
+    )
+    prefix_cache: bool = Field(
+        True, description="Keys and values of finished blocks are reused, within one epoch and one tenant."
+    )
+    max_stall: float = Field(
+        1.8,
+        gt=1.0,
+        description="How many times as long as an undisturbed one a decode step may take because prompts are read "
+        "in the same step.",
+    )
+    overlap: Switch = Field(
+        "off", description="Two micro-batches: the attention of one runs while workers compute the other."
+    )
+    wire_dtype: WireDType = Field(
+        "auto",
+        description="Number type of rows on the wire; auto is the compute type, so nothing is lost; int8 carries a "
+        "scale a row and loses some precision.",
+    )
+    combine: Literal["rows", "sum"] = Field(
+        "rows",
+        description="rows is bit-exact under any placement; with sum workers add up: fewer bytes, and the last bits "
+        "depend on the placement.",
+    )
+    shared_memory: Availability = Field(
+        "auto",
+        description="Shared memory between router and worker, where both ends run on one host and agree: the "
+        "first transport of every call.",
+    )
+    direct_stream: Availability = Field(
+        "auto",
+        description="gRPC that the engine's thread and the worker's compute thread speak themselves, over a second "
+        "port of the worker, for up to 256 KiB of rows; larger calls, and all calls where that port cannot be reached, "
+        "take the worker's main port.",
+    )
+    batch_invariant: bool = Field(
+        False,
+        description="The tokens of a sequence do not depend on what else is in the batch. Slower; routers and "
+        "workers must agree.",
+    )
+    capacity: CapacityLimit = Field(
+        "off",
+        description="With off every token gets its experts. With model the families that were trained with a "
+        "capacity (Switch, ST-MoE, NLLB-MoE) drop what full slots cannot take; which tokens those are depends on "
+        "the other requests.",
+    )
 
 
 class WorkerSettings(_Group):
     """Bounds of one expert worker."""
 
-    # Calls that wait for the compute thread; one more is refused with RESOURCE_EXHAUSTED.
-    max_queued_calls: int = Field(64, ge=1)
-    # Rows of `hidden` that one call may carry.
-    max_call_rows: int = Field(16384, ge=1)
-    threads: int | None = Field(None, ge=1)
-    expert_dtype: ExpertDType = "auto"
-    # Whether the worker offers shared memory to routers on its host.
-    shared_memory: Switch = "auto"
-    # Whether the worker opens a second port for gRPC that its compute thread speaks itself.
-    direct_stream: Switch = "auto"
-    batch_invariant: bool = False
+    max_queued_calls: int = Field(
+        64,
+        ge=1,
+        description="Calls that wait for the compute thread; one more is refused with RESOURCE_EXHAUSTED.",
+    )
+    max_call_rows: int = Field(16384, ge=1, description="Rows of hidden states that one call may carry.")
+    threads: Annotated[int | None, Unset("torch's choice; in a cluster the node's cores shared out")] = Field(
+        None, ge=1, description="CPU threads of an expert worker."
+    )
+    expert_dtype: ExpertDType = Field(
+        "auto",
+        description="Number type of the experts' weights; auto is the compute type, into which float8 and MXFP4 are "
+        "decoded exactly; int8 and int4 lose some precision.",
+    )
+    shared_memory: Availability = Field(
+        "auto", description="Whether the worker offers shared memory to routers on its host."
+    )
+    direct_stream: Availability = Field(
+        "auto",
+        description="Whether the worker opens a second port for gRPC that its compute thread speaks itself.",
+    )
+    batch_invariant: bool = Field(
+        False, description="The result of a row does not depend on the rows computed with it. Slower."
+    )
 
 
 class GatewaySettings(_Group):
     """Bounds of the HTTP gateway."""
 
-    max_body_mib: int = Field(8, ge=1)
-    request_timeout_s: float = Field(600.0, gt=0)
-    # Names that clients may call this server by, beside the local ones. On loopback no other is answered, so that a
-    # page of another site cannot reach it; elsewhere every name is, unless some are listed.
-    allowed_hosts: tuple[str, ...] = ()
+    max_body_mib: int = Field(8, ge=1, description="The largest body of a request, in MiB.")
+    request_timeout_s: float = Field(
+        600.0, gt=0, description="The deadline of a generation that came by HTTP."
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Names by which clients may call the server, beside the local ones. On loopback no other name "
+        "is answered, so that a page of another site cannot reach the server; elsewhere every name is, unless some "
+        "are listed.",
+    )
 
 
 class ClusterSettings(_Group):
-    """Who runs where."""
+    """Which processes run, how many, and where."""
 
-    # Absent: one a node and GPU.
-    workers: int | None = Field(None, ge=1, le=64)
-    # Routers behind the gateway, sharing the workers.
-    routers: int = Field(1, ge=1, le=64)
-    # Copies of every expert.
-    replicas: int = Field(1, ge=1)
-    # Ray address to join. Absent: a local Ray on loopback.
-    address: str | None = None
-    # The longest that loading and the first token may take.
-    start_timeout_s: float = Field(600.0, gt=0)
-    # The longest that running requests may take to end after a stop was asked for.
-    drain_timeout_s: float = Field(10.0, ge=0)
+    workers: Annotated[int | None, Unset("one per node and GPU")] = Field(
+        None, ge=1, le=64, description="Expert workers, 1 to 64."
+    )
+    routers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Routers behind the gateway, sharing the workers; each has a KV cache of its own.",
+    )
+    replicas: int = Field(1, ge=1, description="Copies of every expert, each on another worker.")
+    address: Annotated[str | None, Unset("a local Ray")] = Field(
+        None, description="The Ray cluster to join: HOST:PORT or auto."
+    )
+    start_timeout_s: float = Field(
+        600.0, gt=0, description="The longest that loading and the first token may take."
+    )
+    drain_timeout_s: float = Field(
+        10.0,
+        ge=0,
+        description="The longest that running requests may take to end after a stop was requested.",
+    )
 
 
 class Settings(_Group):
-    """Everything that can be set."""
+    """All settings."""
 
-    # A folder of a model, or hf://ORG/NAME. Absent: the demo model inside the package.
-    model: str | None = None
-    # The name in the API. Absent: the folder's name.
-    served_model_name: str | None = None
-    device: Device = "auto"
-    dtype: DType = "auto"
-    # Who computes the layers that have no gate. auto: workers where the model has no other experts, else the router.
-    dense_layers: DenseLayers = "auto"
-    host: str = "127.0.0.1"
-    http_port: int = Field(8000, ge=0, le=65535)
-    grpc_port: int = Field(50051, ge=0, le=65535)
-    # Absent: WARNING where a person watches (stderr is a terminal), else INFO.
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
-    otlp_endpoint: str | None = Field(
-        None, validation_alias=AliasChoices("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    model: Annotated[str | None, Unset("the demo model")] = Field(
+        None, description="A local folder of any family that is served, or hf://ORG/NAME."
+    )
+    served_model_name: Annotated[str | None, Unset("the folder's name")] = Field(
+        None, description="The model's name in the API."
+    )
+    device: Device = Field("auto", description="The device that computes.")
+    dtype: DType = Field(
+        "auto",
+        description="The number type that the model computes in; auto is bfloat16 on CUDA when the checkpoint is "
+        "bfloat16, else float32.",
+    )
+    dense_layers: DenseLayers = Field(
+        "auto",
+        description="Where layers without a gate are computed; auto is experts where the model has no others, "
+        "else router.",
+    )
+    host: str = Field("127.0.0.1", description="The address that the servers listen on.")
+    http_port: int = Field(
+        8000, ge=0, le=65535, description="The port of the OpenAI API; 0 takes a free one."
+    )
+    grpc_port: int = Field(
+        50051, ge=0, le=65535, description="The gRPC port of the first router; 0 takes a free one."
+    )
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None,
+        Unset("WARNING where stderr is a terminal, else INFO"),
+    ] = Field(None, description="The least severe level of the JSON lines on stderr.")
+    otlp_endpoint: Annotated[str | None, Unset("no traces")] = Field(
+        None,
+        validation_alias=AliasChoices("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        description="Traces are sent when this is set. OTEL_EXPORTER_OTLP_ENDPOINT sets it, and the exporter reads "
+        "its address there.",
     )
     engine: EngineSettings = EngineSettings()
     worker: WorkerSettings = WorkerSettings()
@@ -171,7 +294,7 @@ class _Sources(Settings, BaseSettings):
 
 
 def load_settings(config: Path | None = None, **flags: Any) -> Settings:
-    """Reads all sources. `flags` that are None were not given; groups are nested dicts.
+    """Reads all sources. A flag that is None was not given; groups are nested dicts.
 
     Raises InvalidArgument that names the key.
     """
@@ -182,7 +305,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         model_config = SettingsConfigDict(yaml_file=config)
 
     try:
-        # A plain Settings travels between processes; the class above lives in this call alone.
+        # A plain Settings can be sent to other processes; the class above exists in this call alone.
         return Settings.model_validate(FromFile(**_given(flags)).model_dump())
     except ValidationError as error:
         first = error.errors()[0]
@@ -190,9 +313,9 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         raise InvalidArgument(f"{key}: {first['msg']}", field=key) from error
 
 
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     given = {
-        key: _given(value) if isinstance(value, dict) else value
+        key: _given(value) if isinstance(value, Mapping) else value
         for key, value in flags.items()
         if value is not None
     }

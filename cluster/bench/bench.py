@@ -35,13 +35,13 @@ from cluster.bench.workload import (
 )
 from cluster.launch.milestones import Milestones
 from cluster.launch.serve import CheckedModel, check_model, running_cluster, with_ports
-from cluster.launch.stop_signals import StopSignals
 from cluster.observation.activity import activity_between
 from cluster.observation.observer import Observer
 from cluster.observation.step_profile import profile_steps
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.settings import Settings
+from moesaic.stop_signals import StopSignals
 
 DEFAULT_CONCURRENCY = "1,4,16,64"
 # Enough of each that a median means something.

@@ -1,4 +1,4 @@
-"""`moesaic convert`: pickles in, an ordinary Hugging Face folder of safetensors out."""
+"""`moesaic convert`: turns a model of pickles into an ordinary Hugging Face folder of safetensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.terminal.tables import count, files, size
 
 
 def run_convert(folder: Path, out: Path, *, shard_mib: int, as_json: bool) -> None:
-    """Converts, shows how far it is, and says what was done. Raises as `convert` does."""
+    """Converts with a progress bar and prints a summary. Raises the errors of `convert`."""
     with ConvertProgress(Console(stderr=True)) as progress:
         done = convert(folder, out, max_shard_bytes=shard_mib << 20, show=progress.show)
     print(json.dumps(asdict(done)) if as_json else _summary(done))

@@ -18,14 +18,14 @@ from rich.table import Table
 from cluster.cli.router_client import router_client
 from cluster.launch.milestones import Milestones
 from cluster.launch.serve import CheckedModel, check_model, running_cluster, with_ports
-from cluster.launch.stop_signals import StopSignals
 from cluster.observation.activity import Activity, activity_between
 from cluster.observation.observer import Observation, Observer
 from cluster.terminal.load_progress import LoadProgress
 from cluster.terminal.tables import bar, count, new_table, size
 from moesaic.errors import Unavailable
 from moesaic.generate_request import GenerateOptions
-from moesaic.settings import load_settings
+from moesaic.settings import ClusterSettings, Settings
+from moesaic.stop_signals import StopSignals
 
 DEFAULT_PROMPT = "ROMEO:\n"
 SAMPLING: GenerateOptions = {"temperature": 0.7, "top_p": 0.9, "seed": 3}
@@ -65,18 +65,12 @@ class DemoReport:
     milestones_s: dict[str, float]
 
 
-async def run_demo(prompt: str | None, *, max_tokens: int, workers: int, routers: int, as_json: bool) -> None:
+async def run_demo(prompt: str | None, settings: Settings, *, max_tokens: int, as_json: bool) -> None:
     """Raises InvalidArgument for more workers than experts, Unavailable when the cluster cannot start."""
-    settings = load_settings(
-        http_port=0,
-        grpc_port=0,
-        log_level="ERROR",
-        cluster={"workers": workers, "routers": routers, "replicas": 1},
-    )
     model, settings = check_model(settings), with_ports(settings)
     out = Console(file=sys.stdout, highlight=False)
     if not as_json:
-        _print_opening(out, model, workers, routers)
+        _print_opening(out, model, settings.cluster)
     milestones = Milestones()
     with StopSignals() as signals:
         progress = LoadProgress(Console(stderr=True, quiet=as_json))
@@ -182,14 +176,14 @@ def _shares(after: Observation, activity: Activity) -> Iterator[WorkerShare]:
         )
 
 
-def _print_opening(out: Console, model: CheckedModel, workers: int, routers: int) -> None:
+def _print_opening(out: Console, model: CheckedModel, cluster: ClusterSettings) -> None:
     shape = model.shape
     num_experts = len(shape.addresses)
     layer = shape.experts[0]  # all are alike
-    holds_none = "the router holds" if routers == 1 else f"the {routers} routers hold"
+    holds_none = "the router holds" if cluster.routers == 1 else f"the {cluster.routers} routers hold"
     out.print(
         f"[bold]Moesaic[/]: {shape.num_layers} layers of {layer.num_slots} experts, {layer.top_k} a token. "
-        f"{workers} worker processes hold the {num_experts} experts; {holds_none} none.\n"
+        f"{cluster.workers} worker processes hold the {num_experts} experts; {holds_none} none.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""`moesaic generate`: a client of a router, on the terminal."""
+"""`moesaic generate`: streams a continuation of a prompt to the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moesaic.generate_request import GenerateOptions
 async def run_generate(
     target: str, prompt: str, *, as_json: bool, **options: Unpack[GenerateOptions]
 ) -> None:
-    """Prints the answer token by token, or as one JSON object at its end. Raises MoesaicError."""
+    """Prints the answer token by token, or at its end as one JSON object. Raises MoesaicError."""
     async with router_client(target) as client:
         if as_json:
             print(json.dumps(_plain(await client.complete(prompt, **options))))
@@ -24,7 +24,7 @@ async def run_generate(
 
 
 async def stream_answer(client: Client, prompt: str, **options: Unpack[GenerateOptions]) -> None:
-    """Writes each piece of the answer as it comes, and a line end after the last."""
+    """Writes each piece of the answer as it arrives, and a line end after the last."""
     async for token in client.generate(prompt, **options):
         sys.stdout.write(token.text)
         sys.stdout.flush()

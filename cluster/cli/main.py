@@ -1,11 +1,11 @@
-"""The `moesaic` command: the entry point, which says clearly what is missing where not everything is installed."""
+"""The entry point of the `moesaic` command. Where a package is missing, it names the extra that installs it."""
 
 from __future__ import annotations
 
 import sys
 
 OWN_PACKAGES = frozenset({"cluster", "expert_worker", "gateway", "moesaic", "router"})
-# What only `moesaic bench` needs.
+# Packages that only `moesaic bench` needs.
 BENCH_PACKAGES = frozenset({"aiohttp", "matplotlib"})
 
 
@@ -15,7 +15,7 @@ def main() -> None:
         from cluster.cli.commands import app
 
         app()
-    except KeyboardInterrupt:  # before a verb could take the signal
+    except KeyboardInterrupt:  # before the verb has its own signal handlers
         sys.exit(1)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

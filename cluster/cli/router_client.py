@@ -11,7 +11,7 @@ from moesaic import Client
 
 @asynccontextmanager
 async def router_client(target: str) -> AsyncIterator[Client]:
-    """A client of the router at HOST:PORT."""
-    with explaining_absence(target):
-        async with Client(target) as client:
+    """A client of the router at HOST:PORT. Raises Unavailable that names the address where none listens."""
+    async with Client(target) as client:
+        with explaining_absence(target, lambda: client.cannot_connect):
             yield client

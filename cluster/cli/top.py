@@ -22,10 +22,10 @@ from rich.live import Live
 from rich.text import Text
 
 from cluster.cli.top_view import Look, draw_look, plain_look
-from cluster.launch.stop_signals import StopSignals
 from cluster.observation.activity import activity_between
 from cluster.observation.observer import Observation, Observer
 from moesaic.errors import MoesaicError
+from moesaic.stop_signals import StopSignals
 
 _KEYS_AT_ONCE = 64
 

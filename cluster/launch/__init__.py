@@ -1,1 +1,1 @@
-"""From nothing to ready and back to nothing."""
+"""The start and the end of a cluster."""

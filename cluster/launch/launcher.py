@@ -1,6 +1,6 @@
-"""From planned processes to a cluster that answers, and back to nothing.
+"""Starts the planned processes, waits until the cluster answers, and ends them again.
 
-Everything is started at once and then watched through the controller, the same way as `moesaic status` looks at it.
+All processes are started at the same time and then observed through the controller, as `moesaic status` does.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.15
 ASK_TIMEOUT_S = 5.0
-# A process that died this often before the cluster was ready will not make it.
+# A process that has died this often before the cluster is ready is not expected to start at all.
 MAX_START_RESTARTS = 3
 
 Topology = control_pb2.GetTopologyResponse
 
 
 class StoppablePeers(Peers, Protocol):
-    """Peers that can be told to stop."""
+    """Peers that can be stopped."""
 
     async def stop(self, name: str, drain_s: float) -> None:
         """Returns when the process has drained. Raises Unavailable."""
@@ -54,7 +54,7 @@ class ProcessStarter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Where a cluster answers, as HOST:PORT. `grpc` is the first router's."""
+    """The addresses of a cluster, as HOST:PORT. `grpc` is that of the first router."""
 
     http: str
     grpc: str
@@ -74,7 +74,7 @@ class Launcher:
         self._ready = False
 
     def submit(self) -> None:
-        """Asks for all processes at once. Raises FailedPrecondition when this Ray serves a model already."""
+        """Starts all processes without waiting. Raises FailedPrecondition when this Ray already serves a model."""
         if self._starter.names():
             raise FailedPrecondition(
                 "address: Moesaic serves on this Ray already; `moesaic stop` ends that", field="address"
@@ -84,7 +84,7 @@ class Launcher:
             self._names.append(process.spec.name)
 
     async def wait_ready(self, show: Callable[[Topology], None]) -> Endpoints:
-        """Returns when a real token has passed every layer and the gateway listens; shows what it sees meanwhile.
+        """Returns when a real token has passed every layer and the gateway listens; shows every state until then.
 
         Raises Unavailable as soon as a process has failed, or after `cluster.start_timeout_s`.
         """
@@ -107,7 +107,7 @@ class Launcher:
         return endpoints
 
     async def stop(self, force: asyncio.Event) -> None:
-        """Ends all processes; running requests may end before, unless `force` is set."""
+        """Ends all processes, after running requests have ended or the drain is cut short by `force`."""
         if self._ready:
             drain = asyncio.create_task(self._drain(self._settings.cluster.drain_timeout_s))
             forced = asyncio.create_task(force.wait())
@@ -117,7 +117,7 @@ class Launcher:
         await self._starter.kill(self._names)
 
     async def _drain(self, drain_s: float) -> None:
-        """From the outside in: whoever is stopped first has nobody left who asks."""
+        """From the outside in, so that no process loses another that it still calls."""
         await self._stop_process(GATEWAY, drain_s)
         await self._stop_all(self._routers, drain_s)
         await self._stop_all([name for name in self._names if name not in (GATEWAY, *self._routers)], 0.0)

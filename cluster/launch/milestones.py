@@ -1,4 +1,4 @@
-"""When a start passed which point, in seconds since the command began, the interpreter's own start included."""
+"""The milestones of a start, in seconds since the process began, so that the interpreter's own start counts."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def seconds_since_start() -> float:
 
 
 class Milestones:
-    """Points of a start in the order in which they were reached."""
+    """The milestones reached so far, in order."""
 
     def __init__(self, clock: Callable[[], float] = seconds_since_start) -> None:
         self._clock = clock
         self.reached_s: dict[str, float] = {}
 
     def reach(self, name: str) -> None:
-        """Only the first time counts."""
+        """Notes the time, unless the milestone was reached before."""
         self.reached_s.setdefault(name, self._clock())
 
     def look(self, topology: control_pb2.GetTopologyResponse) -> None:
-        """What the cluster's own view says has been reached."""
+        """Notes the milestones that the topology shows."""
         if not topology.processes:
             return
         self.reach("controller answers")

@@ -1,7 +1,7 @@
-"""`moesaic serve`: check everything, start, stay up, end cleanly.
+"""`moesaic serve`: checks the input, starts a cluster, serves, and ends cleanly.
 
-What can be wrong with the input is found before anything runs: settings, model folder, placement, ports. Standard
-output carries the ready line and nothing else; whatever Ray prints goes to stderr.
+Settings, model folder, placement and ports are checked before any process is started. Standard output carries the
+ready line and nothing else; everything that Ray prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from rich.console import Console
 from cluster.checkpoints.model_source import DEMO_MODEL, find_model, name_model
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.launch.milestones import Milestones
-from cluster.launch.stop_signals import StopSignals
 from cluster.processes.process_plan import check_counts, plan_processes
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings
+from moesaic.stop_signals import StopSignals
 from moesaic.v1 import control_pb2
 
 if TYPE_CHECKING:
     from cluster.processes.ray_cluster import RayCluster
 
-# Controller and gateway.
+# The controller and the gateway.
 NUM_OTHER_PROCESSES = 2
-# Above the ports that Ray gives its workers and below those that Linux hands out by itself: while the processes start,
-# neither takes one of these away.
+# Ports above those that Ray gives its workers and below those that Linux assigns by itself, so that neither takes one
+# while the processes start.
 QUIET_PORTS = range(20_000, 32_768)
 NUM_CANDIDATES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedModel:
-    """A folder whose files are whole and whose config fits its tensors, and its name in the API."""
+    """A model folder with complete files and a config that fits its tensors, and its name in the API."""
 
     folder: Path
     name: str
@@ -53,9 +53,9 @@ class CheckedModel:
 
 
 def check_model(settings: Settings) -> CheckedModel:
-    """The model of the settings, checked before a process is started.
+    """The model of the settings, checked before any process is started.
 
-    Raises CheckpointError, or InvalidArgument when it cannot be spread as the settings say.
+    Raises CheckpointError, or InvalidArgument when its experts cannot be placed as the settings say.
     """
     source = settings.model or str(DEMO_MODEL)
     folder = find_model(source).resolve()
@@ -72,9 +72,9 @@ async def running_cluster(
     milestones: Milestones,
     signals: StopSignals,
 ) -> AsyncIterator[Endpoints]:
-    """A cluster that answers, until the context is left.
+    """A cluster that answers; it ends with the context.
 
-    Raises StopRequested when a signal comes before it does, Unavailable when it cannot.
+    Raises StopRequested when a signal comes before the cluster answers, Unavailable when it cannot start.
     """
 
     def show(topology: control_pb2.GetTopologyResponse) -> None:
@@ -99,8 +99,8 @@ async def running_cluster(
 
 @contextlib.asynccontextmanager
 async def _connected(settings: Settings, signals: StopSignals) -> AsyncIterator[RayCluster]:
-    """A Ray to start processes on. Stops everything and raises Unavailable when it dies meanwhile."""
-    from cluster.processes.ray_cluster import RayCluster  # ray takes its time: a wrong flag is told before
+    """A Ray cluster to start processes on. When it dies, everything stops and the context raises Unavailable."""
+    from cluster.processes.ray_cluster import RayCluster  # takes seconds: a wrong flag is reported before
 
     num_processes = NUM_OTHER_PROCESSES + settings.cluster.routers + (settings.cluster.workers or 1)
     ray = RayCluster.connect(settings, num_processes=num_processes)
@@ -122,7 +122,7 @@ async def _stop_when_lost(ray: RayCluster, signals: StopSignals) -> None:
 
 
 async def serve(settings: Settings, model: CheckedModel, *, as_json: bool) -> None:
-    """Serves until a signal asks to stop; running requests may end within `cluster.drain_timeout_s`."""
+    """Serves until a signal; then running requests may end within `cluster.drain_timeout_s`."""
     out, console = sys.stdout, Console(stderr=True)
     with StopSignals() as signals:
         async with running_cluster(
@@ -130,7 +130,9 @@ async def serve(settings: Settings, model: CheckedModel, *, as_json: bool) -> No
         ) as endpoints:
             print(_ready_line(endpoints, as_json=as_json), file=out, flush=True)
             await signals.stop.wait()
-            console.print("stopping: running requests may end; once more to stop at once", highlight=False)
+            console.print(
+                "stopping: running requests may end; a second signal stops at once", highlight=False
+            )
 
 
 def _ready_line(endpoints: Endpoints, *, as_json: bool) -> str:
@@ -140,13 +142,13 @@ def _ready_line(endpoints: Endpoints, *, as_json: bool) -> str:
 
 
 def with_ports(settings: Settings) -> Settings:
-    """The settings with a free port in place of 0: a server that is restarted comes back at the address of the ready line.
+    """The settings with a free port in place of 0, so that a restarted server has the address of the ready line.
 
     Raises InvalidArgument for a port that is taken, before anything runs.
     """
     if settings.http_port and settings.http_port == settings.grpc_port:
         raise InvalidArgument("grpc_port: must differ from http_port", field="grpc_port")
-    with contextlib.ExitStack() as probes:  # held together, so that two free ports are two
+    with contextlib.ExitStack() as probes:  # both are held, so that two free ports differ
         ports = {
             field: _bind(field, settings.host, port, probes)
             for field, port in (("http_port", settings.http_port), ("grpc_port", settings.grpc_port))
@@ -155,7 +157,7 @@ def with_ports(settings: Settings) -> Settings:
 
 
 def _bind(field: str, host: str, port: int, probes: contextlib.ExitStack) -> int:
-    """Binds the port, or for 0 one that is free and stays so until its server takes it; returns it."""
+    """Binds the port, or for 0 a free one of QUIET_PORTS, and returns it."""
     refusal: OSError | None = None
     for candidate in [port] if port else random.sample(QUIET_PORTS, NUM_CANDIDATES):
         try:

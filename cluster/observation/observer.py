@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -120,7 +121,7 @@ class Observer:
         for address in dict.fromkeys((self._target, *self._routers.values())):
             router = self._router(address)
             try:
-                with explaining_absence(address):
+                with explaining_absence(address, partial(rpc.cannot_connect, self._channel(address))):
                     model = await _answer(
                         router.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=self._timeout_s)
                     )

@@ -1,4 +1,4 @@
-"""The settings model: what each source may say."""
+"""Settings: one vocabulary from every source, and errors that name the key and what it accepts."""
 
 from __future__ import annotations
 
@@ -7,23 +7,77 @@ from pathlib import Path
 import pytest
 
 from moesaic.errors import InvalidArgument
-from moesaic.settings import load_settings
+from moesaic.settings import Settings, load_settings
+
+LONG = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+SHORT = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16"}
 
 
-@pytest.mark.parametrize("written, read", [("on", "on"), ("off", "off"), ('"on"', "on"), ('"off"', "off")])
-def test_on_and_off_may_stand_in_yaml_with_and_without_quotes(
-    tmp_path: Path, written: str, read: str
+@pytest.mark.parametrize("written", [*LONG, "auto"])
+def test_a_number_type_has_one_canonical_name_whichever_is_given(written: str) -> None:
+    settings = load_settings(dtype=written, engine={"wire_dtype": written}, worker={"expert_dtype": written})
+    assert settings.dtype == settings.engine.wire_dtype == LONG.get(written, "auto")
+    assert settings.worker.expert_dtype == SHORT.get(written, "auto")
+
+
+def test_number_types_are_the_same_in_the_environment_and_in_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tmp_path / "moesaic.yml"
-    config.write_text(f"engine: {{overlap: {written}}}")
-    assert load_settings(config).engine.overlap == read
+    config = tmp_path / "moesaic.yaml"
+    config.write_text("dtype: bf16\nworker:\n  expert_dtype: float32\n")
+    monkeypatch.setenv("MOESAIC_ENGINE__WIRE_DTYPE", "fp32")
+    settings = load_settings(config)
+    assert (settings.dtype, settings.engine.wire_dtype, settings.worker.expert_dtype) == (
+        "bfloat16",
+        "float32",
+        "fp32",
+    )
 
 
-def test_overlap_is_off_unless_it_is_asked_for() -> None:
-    assert load_settings().engine.overlap == "off"
-    assert load_settings(engine={"overlap": "on"}).engine.overlap == "on"
+def test_number_types_beyond_those_stay_what_they_are() -> None:
+    settings = load_settings(engine={"wire_dtype": "int8"}, worker={"expert_dtype": "int4"})
+    assert (settings.engine.wire_dtype, settings.worker.expert_dtype) == ("int8", "int4")
 
 
-def test_overlap_is_never_found_out() -> None:
-    with pytest.raises(InvalidArgument, match=r"engine\.overlap"):
-        load_settings(engine={"overlap": "auto"})
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"dtype": "int8"}, "dtype: Input should be 'auto', 'float32', 'bfloat16', 'fp32' or 'bf16'"),
+        (
+            {"engine": {"wire_dtype": "float8"}},
+            "engine.wire_dtype: Input should be 'auto', 'float32', 'bfloat16', 'int8', 'fp32' or 'bf16'",
+        ),
+        (
+            {"worker": {"expert_dtype": "fp16"}},
+            "worker.expert_dtype: Input should be 'auto', 'fp32', 'bf16', 'int8', 'int4', 'float32' or 'bfloat16'",
+        ),
+        ({"dtype": ["fp32"]}, "dtype: Input should be 'auto', 'float32', 'bfloat16', 'fp32' or 'bf16'"),
+    ],
+)
+def test_a_wrong_number_type_is_told_what_is_accepted(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        load_settings(**flags)
+    assert caught.value.message == message
+    assert caught.value.field == message.partition(":")[0]
+
+
+def test_on_and_off_may_be_written_plainly_in_yaml(tmp_path: Path) -> None:
+    config = tmp_path / "moesaic.yaml"
+    config.write_text("engine:\n  overlap: on\n  shared_memory: off\n  capacity: off\n")
+    engine = load_settings(config).engine
+    assert (engine.overlap, engine.shared_memory, engine.capacity) == ("on", "off", "off")
+    config.write_text("engine:\n  shared_memory: on\n")
+    with pytest.raises(InvalidArgument, match=r"engine\.shared_memory: Input should be 'auto' or 'off'"):
+        load_settings(config)
+
+
+def test_flags_win_over_the_environment_over_yaml_over_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "moesaic.yaml"
+    config.write_text("http_port: 1\ngrpc_port: 1\nhost: from-yaml\n")
+    monkeypatch.setenv("MOESAIC_HTTP_PORT", "2")
+    monkeypatch.setenv("MOESAIC_GRPC_PORT", "2")
+    settings = load_settings(config, http_port=3, device=None)
+    assert (settings.http_port, settings.grpc_port, settings.host) == (3, 2, "from-yaml")
+    assert settings.device == Settings().device

@@ -205,3 +205,60 @@ def test_a_client_install_says_what_the_command_needs(
         cli.main()
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: the command needs typer: pip install 'moesaic[serve]'\n"
+
+
+def test_every_verb_with_a_cluster_of_its_own_takes_the_same_options(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Settings] = []
+
+    async def run_demo(prompt: object, settings: Settings, **options: object) -> None:
+        ran.append(settings)
+
+    async def run_bench(settings: Settings, *arguments: object) -> None:
+        ran.append(settings)
+
+    async def serve(settings: Settings, *arguments: object, **options: object) -> None:
+        ran.append(settings)
+
+    monkeypatch.setattr("cluster.cli.demo.run_demo", run_demo)
+    monkeypatch.setattr("cluster.bench.bench.bench_own_cluster", run_bench)
+    monkeypatch.setattr(serving, "serve", serve)
+    flags = (
+        "--workers",
+        "2",
+        "--replicas",
+        "2",
+        "--dtype",
+        "bf16",
+        "--expert-dtype",
+        "float32",
+        "--device",
+        "cpu",
+    )
+    for verb in (
+        ("serve", str(tiny), "--http-port", "0", "--grpc-port", "0"),
+        ("demo",),
+        ("bench", str(tiny)),
+    ):
+        result = CliRunner().invoke(app, [*verb, *flags, "--max-model-len", "9", "--batch-invariant"])
+        assert result.exit_code == 0, result.output
+    assert len(ran) == 3
+    for settings in ran:
+        assert (settings.cluster.workers, settings.cluster.replicas) == (2, 2)
+        assert (settings.dtype, settings.worker.expert_dtype, settings.device) == ("bfloat16", "fp32", "cpu")
+        assert settings.engine.max_model_len == 9
+        assert settings.engine.batch_invariant and settings.worker.batch_invariant
+
+
+def test_a_demo_has_four_workers_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Settings] = []
+
+    async def run_demo(prompt: object, settings: Settings, **options: object) -> None:
+        ran.append(settings)
+
+    monkeypatch.setattr("cluster.cli.demo.run_demo", run_demo)
+    monkeypatch.setenv("MOESAIC_CLUSTER__WORKERS", "7")
+    assert CliRunner().invoke(app, ["demo"]).exit_code == 0
+    (settings,) = ran
+    assert (settings.cluster.workers, settings.cluster.routers, settings.cluster.replicas) == (4, 1, 1)

@@ -1,13 +1,14 @@
-"""SIGINT, SIGTERM and SIGHUP: the first asks to stop, the second to stop at once, a third ends the command.
+"""SIGINT, SIGTERM and SIGHUP: the first requests a stop, the second an immediate one, the third ends the command.
 
-Plain handlers rather than the event loop's, since the loop stands still while Ray starts.
+The handlers are plain ones rather than the event loop's, because the loop stands still while Ray starts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
@@ -16,11 +17,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequested(Exception):
-    """Somebody asked to stop while there was something to wait for."""
+    """A stop was requested during work that had not ended."""
 
 
 class StopSignals:
-    """Use as a context in the main thread, inside a running event loop."""
+    """A context for the main thread, inside a running event loop."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
@@ -30,7 +31,9 @@ class StopSignals:
         self._before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self._before = {
+            number: signal.signal(number, self._receive) for number in _SIGNALS if not _is_nohup(number)
+        }
         return self
 
     def __exit__(
@@ -40,7 +43,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     async def unless_stopped(self, work: Coroutine[Any, Any, _R]) -> _R:
-        """The result of `work`; cancels it and raises StopRequested when the signal comes first."""
+        """The result of `work`; cancels it and raises StopRequested when a signal comes first."""
         task, stopped = asyncio.create_task(work), asyncio.create_task(self.stop.wait())
         try:
             await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -60,3 +63,21 @@ class StopSignals:
             self._loop.call_soon_threadsafe(self.force.set)
         else:
             raise KeyboardInterrupt
+
+
+async def serve_until_signal(start: Coroutine[Any, Any, None], stop: Callable[[], Awaitable[None]]) -> None:
+    """Runs `start` and, after a signal, `stop`.
+
+    A signal cancels a `start` that has not ended. A second one ends the process at once.
+    """
+    try:
+        with StopSignals() as signals, contextlib.suppress(StopRequested):
+            await signals.unless_stopped(start)
+            await signals.stop.wait()
+    finally:
+        await stop()
+
+
+def _is_nohup(number: signal.Signals) -> bool:
+    """A process that was started to survive its terminal, by nohup, ignores SIGHUP."""
+    return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
