@@ -141,12 +141,14 @@ class EngineSettings(_Group):
     )
     shared_memory: Availability = Field(
         "auto",
-        description="Shared memory between router and worker, where both ends run on one host and agree.",
+        description="Shared memory between router and worker, where both ends run on one host and agree: the "
+        "first transport of every call.",
     )
     direct_stream: Availability = Field(
         "auto",
         description="gRPC that the engine's thread and the worker's compute thread speak themselves, over a second "
-        "port of the worker; where that port cannot be reached, calls take the worker's main port.",
+        "port of the worker, for up to 256 KiB of rows; larger calls, and all calls where that port cannot be reached, "
+        "take the worker's main port.",
     )
     batch_invariant: bool = Field(
         False,
