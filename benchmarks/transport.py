@@ -40,7 +40,7 @@ from peers.identity_worker import identity_version
 from peers.plain_wave import PlainWave
 
 from moesaic import rpc
-from moesaic.epoch import Epoch, ExpertAddress
+from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion
 from moesaic.routing_table import Replica, RoutingTable
 from moesaic.v1 import common_pb2, expert_pb2
 from moesaic.wire.messages import Framed, decode_request, decode_response, encode_request
@@ -395,9 +395,7 @@ class _Layer:
 def _layer_of(workers: Sequence[Replica], way: Way, *, combine_sum: bool) -> Iterator[_Layer]:
     pool = pool_of(way)
     pool.update(RoutingTable(1, tuple(workers)))
-    epoch = Epoch.of(
-        "identity", {expert: version for one in workers for expert, version in one.versions.items()}
-    )
+    epoch = Epoch.of("identity", dict(version for worker in workers for version in worker.holdings))
     try:
         yield _Layer(pool, epoch, way, combine_sum=combine_sum)
     finally:
@@ -418,8 +416,8 @@ def _identity_workers(num_workers: int, hidden: int, num_slots: int) -> Iterator
             said = stack.enter_context(
                 _peer("identity_worker.py", name, str(hidden), str(slots.start), str(slots.stop))
             )
-            versions = {ExpertAddress(0, slot): identity_version(slot) for slot in slots}
-            replicas.append(Replica(name, said[-1], f"{name}-1", versions))
+            holdings = (ExpertVersion(ExpertAddress(0, slot), identity_version(slot)) for slot in slots)
+            replicas.append(Replica(name, said[-1], f"{name}-1", frozenset(holdings)))
         yield replicas
 
 

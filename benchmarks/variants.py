@@ -3,7 +3,7 @@
   placement   2 and 4 workers on this host, and the same-host lane, against one worker over gRPC
   invariance  batch-invariant mode against the default
   wire        rows on the wire in bfloat16 and int8 against float32, with what is lost
-  overlap     two micro-batches in flight against one
+  overlap     two micro-batches in flight, against one
   tracing     1 % of traces sampled, to a collector that takes everything, against no tracing
 
 Run: python benchmarks/variants.py placement [--batches 1,4,16] [--rounds 5]
@@ -41,7 +41,7 @@ from harness.workload import (
 
 STEPS = {1: 32, 4: 24, 16: 16}
 PREFILL_TOKENS = 512
-ON_GRPC = {"engine.shared_memory": "off"}
+ON_GRPC = {"engine.lane": "off"}
 SAMPLING = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.01"}
 
 
@@ -99,7 +99,7 @@ def _placement(folder: Path) -> Comparison:
     return Comparison(
         ("1 worker, gRPC", Setup(folder, settings=ON_GRPC)),
         {
-            "1 worker, lane": Setup(folder, settings={"engine.shared_memory": "auto"}),
+            "1 worker, lane": Setup(folder, settings={"engine.lane": "auto"}),
             "2 workers, gRPC": Setup(folder, workers=2, settings=ON_GRPC),
             "4 workers, gRPC": Setup(folder, workers=4, settings=ON_GRPC),
         },

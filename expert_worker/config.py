@@ -1,4 +1,4 @@
-"""What an expert worker has to be told. Light: whoever plans a worker on another machine loads no torch for it."""
+"""The configuration of an expert worker. It imports no torch, so that planning a worker stays light."""
 
 from __future__ import annotations
 

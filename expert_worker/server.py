@@ -1,7 +1,7 @@
-"""The worker as a whole: bind, load, warm up, serve, drain. Runs alike by hand and inside a Ray actor.
+"""The worker as a whole: bind, load, warm up, serve, drain. It runs by hand and inside a Ray actor alike.
 
-The port is bound before the weights are read, so that whoever started the process can watch it load; health says
-SERVING only while the compute thread really computes.
+The port is bound before the weights are read, so that the loading can be watched. Health is SERVING only
+while the compute thread really computes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.compute_pass import compute_calls
 from expert_worker.config import WorkerConfig
 from expert_worker.experts import allocator
@@ -37,26 +37,32 @@ log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 0.5
 WARM_UP_TIMEOUT_S = 60.0
-# One stream per router, and whoever watches health or asks for statistics.
+# Enough for one stream per router, and for clients that watch health or ask for statistics.
 MAX_CONCURRENT_RPCS = 256
-# After the drain only the goodbye of each stream is left to send.
-GOODBYE_S = 1.0
+# After the drain only the end of each stream is left to send.
+FINAL_FLUSH_S = 1.0
 
 
 class WorkerServer:
-    """One expert worker. `start`, then `load`, then `wait`; `stop` at any time."""
+    """One expert worker. Call `start`, then `load`, then `wait`; `stop` may be called at any time."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(
+        self, config: WorkerConfig, *, on_contents_change: Callable[[], object] = lambda: None
+    ) -> None:
+        """`on_contents_change` is called after every change of `contents_revision`, from any thread."""
         self.incarnation = uuid.uuid4().hex
         self.loaded_bytes = 0
         self.total_bytes = 0
         self._config = config
+        self._on_contents_change = on_contents_change
+        self._served: ExpertStore | None = None
         settings = config.settings
         self._service = ExpertService(
             worker=config.name,
             incarnation=self.incarnation,
             max_call_rows=settings.max_call_rows,
-            # Twice the queue, so that a caller that floods is refused before it is only slowed down.
+            # Twice the queue, so that a caller with too many calls is refused before its stream is slowed
+            # down.
             max_stream_calls=2 * settings.max_queued_calls,
             lane=settings.shared_memory == "auto",
             direct_host=config.host if settings.direct_stream == "auto" else None,
@@ -74,8 +80,13 @@ class WorkerServer:
         self._stopping = threading.Event()
         self._health: asyncio.Task[None] | None = None
 
+    @property
+    def contents_revision(self) -> int:
+        """Grows with every expert that is added or removed while the worker serves; 0 before."""
+        return 0 if self._served is None else self._served.revision
+
     async def start(self) -> str:
-        """Binds; returns HOST:PORT. Health is NOT_SERVING until `load` is through."""
+        """Binds; returns HOST:PORT. Health is NOT_SERVING until `load` has returned."""
         port = await self._server.start(self._config.host, self._config.port)
         self._batcher.start()
         return f"{self._config.host}:{port}"
@@ -83,8 +94,8 @@ class WorkerServer:
     async def load(self) -> None:
         """Reads the weights in a thread, computes a first pass of every layer, and starts to serve.
 
-        Raises CheckpointError, InvalidArgument (experts or device), FailedPrecondition when the device is too small,
-        Unavailable when `stop` came first.
+        Raises CheckpointError, InvalidArgument with field `experts` or `device`, FailedPrecondition when the
+        device has too little memory, Unavailable when `stop` was called first.
         """
         loaded = await asyncio.to_thread(self._load)
         for call in _warm_up_calls(loaded.store, loaded.model.hidden_size):
@@ -92,6 +103,7 @@ class WorkerServer:
         if self._stopping.is_set():
             raise Unavailable("stopped while loading")
         self._service.serve(loaded)
+        self._served = loaded.store
         self._health = asyncio.create_task(self._watch_health())
         await self._server.set_serving(True)
 
@@ -102,9 +114,9 @@ class WorkerServer:
             self._health.cancel()
         await self._server.set_serving(False)
         drained = await self._service.drain(drain_s)
-        stopped = await self._batcher.stop(GOODBYE_S)
+        stopped = await self._batcher.stop(FINAL_FLUSH_S)
         self._service.close()
-        await self._server.stop(GOODBYE_S)
+        await self._server.stop(FINAL_FLUSH_S)
         if not (drained and stopped):
             log.warning("calls were cut off", extra={"fields": {"drain_s": drain_s}})
 
@@ -161,7 +173,7 @@ class WorkerServer:
         )
 
     def _load_store(self, checkpoint: Checkpoint, model: MoeModel, form: ExpertForm) -> ExpertStore:
-        store = ExpertStore()
+        store = ExpertStore(self._on_contents_change)
         for address, held in load_experts(
             checkpoint, model, self._config.experts, form, stopping=self._stopping
         ):
@@ -190,14 +202,14 @@ def _check_experts(experts: frozenset[ExpertAddress], model: MoeModel) -> None:
         raise InvalidArgument(f"experts: the model has no slot {slot} in layer {layer}", field="experts")
 
 
-def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[Call]:
-    """One call a layer, a row of zeros to every expert held."""
+def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[ExpertCall]:
+    """One call per layer, which sends a row of zeros to every expert that is held."""
     hidden = torch.zeros(1, hidden_size)
     by_layer: dict[int, list[Expert]] = {}
-    for address, expert in store.experts().items():
-        by_layer.setdefault(address.layer, []).append(expert)
+    for version, expert in store.experts().items():
+        by_layer.setdefault(version.address.layer, []).append(expert)
     return [
-        Call(
+        ExpertCall(
             layer=layer,
             hidden=hidden,
             experts=experts,

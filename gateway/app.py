@@ -1,4 +1,4 @@
-"""The routes. Each one parses, calls the router, and renders: no route knows anything about a model."""
+"""The HTTP routes. Each one parses a body, calls a router and renders the result."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from starlette.responses import Response
 import moesaic
 from gateway.edge import Record, record_of
 from gateway.openai import errors, replies, strict_json
-from gateway.openai.answer import Answer, Piece
 from gateway.openai.errors import HttpError
 from gateway.openai.renderers import ChatRenderer, CompletionRenderer, Identity, Renderer
+from gateway.openai.request_output import Piece, RequestOutput
 from gateway.openai.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -36,12 +36,12 @@ from moesaic.v1 import inference_pb2 as pb
 log = logging.getLogger(__name__)
 
 _BODY_TIMEOUT_S = 60.0
-# Beyond the router's own deadline, for a client that reads slowly.
+# The time that a slow client has to read a stream, beyond the router's own deadline.
 _READING_MARGIN_S = 60.0
 
 
 class JsonRequest(Request):
-    """A request whose body is JSON, read strictly and once."""
+    """A request whose JSON body is read once and parsed strictly."""
 
     async def read(self) -> None:
         """Raises InvalidArgument, Cancelled, or HTTPException with 408 or 415."""
@@ -61,7 +61,7 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """Hands the framework a strictly parsed body."""
+    """A route whose request has a strictly parsed body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -76,7 +76,7 @@ class JsonRoute(APIRoute):
 
 
 def build_app(routers: Routers, *, max_body_bytes: int, timeout_s: float) -> FastAPI:
-    """The application over some routers. `timeout_s`: the deadline of a generation."""
+    """The application. `timeout_s`: the deadline of a generation."""
     app = FastAPI(
         title="Moesaic",
         version=moesaic.__version__,
@@ -84,7 +84,7 @@ def build_app(routers: Routers, *, max_body_bytes: int, timeout_s: float) -> Fas
         redoc_url=None,
         redirect_slashes=False,
         max_body_size=max_body_bytes,
-        # Spans are made at the edge: the framework's own would record bodies that do not validate.
+        # `Edge` makes the spans. The framework's own would record bodies that fail validation.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     for routes in (_generation(routers, timeout_s), _tokens(routers), _models(routers), _state(routers)):
@@ -168,7 +168,7 @@ def _check_serving(routers: Routers) -> None:
 
 
 async def _model(routers: Routers, request: Request) -> replies.Model:
-    """A model is listed only while it can be used: clients take the list for a sign of life."""
+    """The served model, listed only while it can be used: clients take the list for a health check."""
     _check_serving(routers)
     info = await routers.model_info(record_of(request).request_id)
     return replies.Model(
@@ -187,67 +187,62 @@ def _identity(request: Request) -> Identity:
 async def _answer(request: Request, routers: Routers, renderer: Renderer, timeout_s: float) -> Response:
     record = record_of(request)
     calls = renderer.calls()
-    answer = Answer(len(calls), renderer.request.num_choices)
-    pieces = _pieces(record, renderer, answer, routers.generate(calls, record.request_id))
+    output = RequestOutput(len(calls), renderer.request.num_choices)
+    pieces = _pieces(record, renderer, output, routers.generate(calls, record.request_id))
     if not renderer.request.stream:
-        return await unless_gone(request, _whole(renderer, answer, pieces))
-    # An error before the first token still has a status of its own.
+        return await unless_gone(request, _whole(renderer, output, pieces))
+    # The first piece is awaited here, so that an error before it is sent with an HTTP status of its own.
     first = await unless_gone(request, anext(pieces))
-    events = _events(record, renderer, answer, first, pieces)
+    events = _events(record, renderer, output, first, pieces)
     return EventStream(events, source=pieces, timeout_s=timeout_s + _READING_MARGIN_S)
 
 
 async def _pieces(
     record: Record,
     renderer: Renderer,
-    answer: Answer,
+    output: RequestOutput,
     messages: AsyncGenerator[tuple[int, pb.GenerateResponse], None],
 ) -> AsyncGenerator[Piece, None]:
-    """What the router sends, checked to be complete; errors name fields as the client knows them."""
+    """The router's messages as pieces, checked to be complete. Errors name the fields of the HTTP API."""
     try:
         async with aclosing(messages):
             async for prompt_number, message in messages:
-                piece = answer.add(prompt_number, message)
-                record.model, record.epoch = answer.model, answer.epoch
-                record.prompt_tokens = answer.prompt_tokens
-                record.completion_tokens = answer.completion_tokens
+                piece = output.add(prompt_number, message)
+                record.model, record.epoch = output.model, output.epoch
+                record.prompt_tokens = output.prompt_tokens
+                record.completion_tokens = output.completion_tokens
                 if piece is not None:
                     yield piece
-        answer.check_complete()
+        output.check_complete()
     except MoesaicError as error:
-        _rename_field(error, renderer.params)
-        raise
+        name = renderer.params.get(error.field or "")
+        if name is None:
+            raise
+        raise errors.about_field(error, name) from error
 
 
-def _rename_field(error: MoesaicError, params: Mapping[str, str]) -> None:
-    name = params.get(error.field or "")
-    if name is not None:
-        error.message = error.message.replace(f"{error.field}:", f"{name}:", 1)
-        error.field = name
-
-
-async def _whole(renderer: Renderer, answer: Answer, pieces: AsyncGenerator[Piece, None]) -> Response:
+async def _whole(renderer: Renderer, output: RequestOutput, pieces: AsyncGenerator[Piece, None]) -> Response:
     choices: dict[int, list[Piece]] = {}
     async with aclosing(pieces):
         async for piece in pieces:
             choices.setdefault(piece.index, []).append(piece)
-    reply = renderer.reply(answer, [choices[index] for index in sorted(choices)])
+    reply = renderer.reply(output, [choices[index] for index in sorted(choices)])
     return Response(reply.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
 async def _events(
     record: Record,
     renderer: Renderer,
-    answer: Answer,
+    output: RequestOutput,
     first: Piece,
     rest: AsyncGenerator[Piece, None],
 ) -> AsyncGenerator[bytes, None]:
-    """The stream's events: chunks, usage where it was asked for, [DONE]; or an error, and nothing after it."""
+    """The events of a stream: chunks, requested usage, and [DONE], or an error as the last event."""
     try:
-        for chunk in renderer.chunks(answer, first):
+        for chunk in renderer.chunks(output, first):
             yield event(chunk)
         async for piece in rest:
-            for chunk in renderer.chunks(answer, piece):
+            for chunk in renderer.chunks(output, piece):
                 yield event(chunk)
     except MoesaicError as error:
         failure = errors.from_moesaic(error)
@@ -257,15 +252,15 @@ async def _events(
     else:
         options = renderer.request.stream_options
         if options is not None and options.include_usage:
-            yield event(renderer.usage_chunk(answer))
+            yield event(renderer.usage_chunk(output))
         yield DONE
         return
     record.error = failure.code
-    yield error_event(failure.envelope, answer.completion_tokens)
+    yield error_event(failure.envelope, output.completion_tokens)
 
 
 def _handle_errors(app: FastAPI, max_body_bytes: int) -> None:
-    """The envelope for everything that is not an answer."""
+    """Registers the handlers that put every error into OpenAI's envelope."""
 
     def refuse(request: Request, error: HttpError, headers: Mapping[str, str] | None = None) -> Response:
         record_of(request).error = error.code

@@ -1,7 +1,8 @@
-"""The outermost layer of the gateway: what every request gets, whatever becomes of it.
+"""The outermost layer of the gateway, which handles every request, whatever its outcome.
 
-A request id, a span that continues the caller's trace, one log line, and an envelope for what is refused before the
-framework sees it: a foreign Host (DNS rebinding), endless headers, a declared body over the limit, one request too many.
+Each request gets a request id, a span that continues the caller's trace, and one log line. Requests with a
+foreign Host (DNS rebinding), headers or a declared body over the limit, or beyond the number of active
+requests are refused here, in OpenAI's envelope, before the framework handles them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from moesaic.errors import InternalError, InvalidArgument, Overloaded
 log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 8 << 10
-# Requests at once. A router waits with far fewer; each may hold a body of the full size.
+# The most requests at once. A router queues far fewer, and each request may hold a body of the full size.
 MAX_ACTIVE = 512
-# Probes must get through when everything else is refused.
+# Health probes are answered even when all other requests are refused.
 _PROBES = frozenset({"/health", "/ready"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 _TRACE_HEADERS = frozenset({"traceparent", "tracestate"})
@@ -38,12 +39,12 @@ _RECORD = "moesaic.record"
 
 @dataclass(slots=True)
 class Record:
-    """What is known of one request; routes fill in what they learn. Never content."""
+    """The logged and traced facts about one request, filled in by its route. Never content."""
 
     request_id: str
     started_s: float = field(default_factory=time.monotonic)
     status: int | None = None
-    # The code of the error that ended it, also in the middle of a stream.
+    # The code of the error that ended the request, possibly in the middle of a stream.
     error: str | None = None
     model: str | None = None
     epoch: str | None = None
@@ -59,7 +60,7 @@ def record_of(request: Request) -> Record:
 
 
 class Edge:
-    """Wraps the application. `allowed_hosts` None accepts any Host header."""
+    """An ASGI application around the application. `allowed_hosts`: None accepts any Host header."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, allowed_hosts: frozenset[str] | None) -> None:
         self._app = app
@@ -149,7 +150,7 @@ def _labelled(send: Send, record: Record) -> Send:
 
 
 def _span(scope: Scope, headers: Headers) -> AbstractContextManager[trace.Span]:
-    """The caller's traceparent is continued; its baggage is not ours to carry."""
+    """A span that continues the caller's traceparent. The caller's baggage is dropped."""
     return telemetry.TRACER.start_as_current_span(
         scope["method"],
         context=telemetry.extract([(name, headers[name]) for name in _TRACE_HEADERS if name in headers]),
@@ -190,5 +191,5 @@ def _log(scope: Scope, record: Record) -> None:
 
 
 def _route(scope: Scope) -> str:
-    """The route's own path, so that names stay few; what matched none may be anything."""
+    """The path template of the route, so that span names stay few; one name for all paths without a route."""
     return getattr(scope.get("route"), "path", "(no route)")

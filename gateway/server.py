@@ -1,4 +1,4 @@
-"""The gateway as a server: binds at once, answers 503 until a router serves, drains before it stops."""
+"""The HTTP server: it binds at once, answers 503 until a router serves, and drains before it stops."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from gateway.upstream.routers import Routers
 from moesaic.errors import InvalidArgument, Unavailable
 
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-# Longer than clients keep idle connections, so that they close first and never write into a closing one.
+# Clients keep idle connections for less time than this, so that they close first and never write to a closed
+# one.
 _KEEP_ALIVE_S = 75
 _START_TIMEOUT_S = 10.0
-# After the drain: for requests that were cut off to send their last bytes.
-_FAREWELL_S = 2.0
+# After the drain, the time in which requests that were cut off send their last bytes.
+_FINAL_FLUSH_S = 2.0
 _BACKLOG = 1024
 
 
 class GatewayServer:
-    """The HTTP side of some routers by name, each with what finds it (HOST:PORT, or MoesaicError while there is none)."""
+    """HTTP in front of the routers that the resolvers find.
+
+    Each resolver returns HOST:PORT, or raises MoesaicError while its router has no address.
+    """
 
     def __init__(self, config: GatewayConfig, resolvers: Mapping[str, ResolveRouter]) -> None:
         self._config = config
@@ -36,8 +40,13 @@ class GatewayServer:
         self._http = _Uvicorn(_uvicorn_config(config, self._routers))
         self._serving: asyncio.Task[None] | None = None
 
+    @property
+    def serving_routers(self) -> frozenset[str]:
+        """The names of the routers whose health is SERVING."""
+        return self._routers.serving
+
     async def start(self) -> str:
-        """Listens and returns HOST:PORT (a free port for 0). Raises InvalidArgument when the port is taken."""
+        """Returns HOST:PORT (for port 0, a free one). Raises InvalidArgument when the port is taken."""
         listener = _listen(self._config.host, self._config.port)
         self._serving = asyncio.create_task(self._http.serve(sockets=[listener]), name="gateway-http")
         self._routers.start()
@@ -57,23 +66,23 @@ class GatewayServer:
                 await asyncio.sleep(0.005)
 
     async def stop(self, drain_s: float) -> None:
-        """Refuses new connections; running requests have `drain_s` seconds, then they end with an error."""
+        """Refuses new connections. Running requests have `drain_s` seconds, and then end with an error."""
         if self._serving is None:
             return
-        self._http.config.timeout_graceful_shutdown = math.ceil(drain_s + _FAREWELL_S)
+        self._http.config.timeout_graceful_shutdown = math.ceil(drain_s + _FINAL_FLUSH_S)
         self._http.should_exit = True
         await asyncio.wait({self._serving}, timeout=drain_s)
         await self._routers.close()
         await self.wait()
 
     async def wait(self) -> None:
-        """Until the server has ended."""
+        """Returns when the server has ended."""
         if self._serving is not None:
             await asyncio.shield(self._serving)
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handlers: signals belong to whoever owns the process."""
+    """uvicorn without its signal handlers, because the process's main program handles signals."""
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -100,7 +109,7 @@ def _uvicorn_config(config: GatewayConfig, routers: Routers) -> uvicorn.Config:
 
 
 def _allowed_hosts(config: GatewayConfig) -> frozenset[str] | None:
-    """The names to answer to; None for any."""
+    """The accepted values of the Host header; None accepts any."""
     named = frozenset(name.lower() for name in config.settings.allowed_hosts)
     if _is_loopback(config.host):
         return _LOCAL_NAMES | {config.host.lower()} | named

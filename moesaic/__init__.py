@@ -1,7 +1,7 @@
 """Moesaic: a server for mixture-of-experts language models in which every expert is a service.
 
-`import moesaic` is the client library. What the processes of a cluster share (contracts, errors, channels, telemetry)
-lies in the modules beside it.
+`import moesaic` is the client library. The other modules of the package hold what the processes of a cluster
+share: contracts, errors, channels, telemetry.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ from moesaic.completion import Completion, Token
 
 try:
     __version__ = version("moesaic")
-except PackageNotFoundError:  # run from a source tree that is not installed
+except PackageNotFoundError:  # running from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = ["Client", "Completion", "SyncClient", "Token", "__version__", "errors"]

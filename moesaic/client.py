@@ -1,84 +1,37 @@
 """The client library: text or token ids in, a stream of tokens out, over gRPC.
 
-`Client` is asyncio; `SyncClient` is the same client on an event loop of its own. Every call has a deadline, carries the
-current trace, and fails with a class of moesaic.errors. Needs neither torch nor ray nor pydantic.
+`Client` is for asyncio; `SyncClient` runs the same client on an event loop of its own. Every call has a
+deadline, carries the current trace, and fails with a class of moesaic.errors. Neither torch nor ray nor
+pydantic is imported.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator, Mapping, Sequence
-from typing import Any, Protocol, Self, TypedDict, TypeVar, Unpack
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator, Sequence
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
-from google.protobuf.struct_pb2 import Struct
 
 from moesaic import rpc, telemetry
 from moesaic.completion import Completion, Token
-from moesaic.errors import Cancelled, FailedPrecondition, InvalidArgument, from_rpc_error
+from moesaic.errors import Cancelled, FailedPrecondition, from_rpc_error
+from moesaic.generate_request import (
+    ChatMessage,
+    GenerateOptions,
+    Prompt,
+    assign_ids,
+    chat_from,
+    generate_request,
+)
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
 
 GENERATE_TIMEOUT_S = 600.0
 UNARY_TIMEOUT_S = 30.0
 
-ChatMessage = Mapping[str, str]
-# Text, token ids, or a conversation: messages with `role`, `content` and perhaps `name`.
-Prompt = str | Sequence[int] | Sequence[ChatMessage]
-
 _R = TypeVar("_R")
-
-
-class GenerateOptions(TypedDict, total=False):
-    """What `generate` and `complete` take by keyword; None is the same as absent: the router's default.
-
-    Meanings, bounds and defaults are those of `SamplingParams` and `GenerateRequest` in inference.proto.
-    """
-
-    max_tokens: int | None
-    min_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-    repetition_penalty: float | None
-    seed: int | None
-    stop: str | Sequence[str] | None
-    stop_token_ids: Sequence[int] | None
-    logit_bias: Mapping[int, float] | None
-    logprobs: int | None
-    prompt_logprobs: int | None
-    ignore_eos: bool | None
-    skip_special_tokens: bool | None
-    include_stop_in_output: bool | None
-    # For a text prompt.
-    add_special_tokens: bool | None
-    # Where an encoder reads the prompt: tokens that the answer begins with, such as the target language.
-    decoder_prompt: Sequence[int] | None
-    # For a conversation.
-    add_generation_prompt: bool | None
-    continue_final_message: bool | None
-    template_kwargs: Mapping[str, Any] | None
-    # Empty or absent: the model that the router serves.
-    model: str | None
-    # Who asks: tenants share the router fairly and never each other's cached prefixes.
-    tenant: str | None
-
-
-_PROMPT_OPTIONS = frozenset(
-    {
-        "add_special_tokens",
-        "decoder_prompt",
-        "add_generation_prompt",
-        "continue_final_message",
-        "template_kwargs",
-        "model",
-        "tenant",
-    }
-)
 
 
 class Client:
@@ -89,11 +42,13 @@ class Client:
         async for token in client.generate("Once upon a time", max_tokens=64, temperature=0.8):
             print(token, end="", flush=True)
     ```
-    Connects at the first call. Leaving the loop early, or cancelling the task, cancels the call on the router.
+
+    The client connects at the first call. Leaving the loop early, or cancelling the task, cancels the call on
+    the router.
     """
 
     def __init__(self, target: str, *, timeout_s: float = GENERATE_TIMEOUT_S) -> None:
-        """`target`: HOST:PORT of a router. `timeout_s`: the deadline of a generation that names none."""
+        """`target`: HOST:PORT of a router. `timeout_s`: the default deadline of a generation."""
         self._target = target
         self._timeout_s = timeout_s
         self._channel: grpc.aio.Channel | None = None
@@ -109,11 +64,10 @@ class Client:
     @property
     def cannot_connect(self) -> bool:
         """Whether no router could be reached at the last attempt to connect."""
-        state = None if self._channel is None else self._channel.get_state()
-        return state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+        return self._channel is not None and rpc.cannot_connect(self._channel)
 
     async def close(self) -> None:
-        """Closes the connection; calls that still run fail with Cancelled. May be called twice."""
+        """Closes the connection. Calls that still run fail with Cancelled. May be called twice."""
         self._closed = True
         if self._channel is not None:
             channel, self._channel = self._channel, None
@@ -128,11 +82,11 @@ class Client:
         request_id: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[Token, None]:
-        """Streams `n` continuations of `prompt`, interleaved; `Token.index` tells them apart.
+        """Streams `n` continuations of `prompt`, interleaved; `Token.index` numbers them.
 
         `request_id` ([A-Za-z0-9._-], at most 128) is drawn by the router when absent. Raises MoesaicError.
         """
-        request = _generate_request(prompt, n, request_id, options)
+        request = generate_request(prompt, n, request_id, options)
         call = self._stub().Generate(
             request,
             timeout=self._timeout_s if timeout_s is None else timeout_s,
@@ -157,7 +111,7 @@ class Client:
         request_id: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
-        """The whole answer at once: one continuation of `prompt`. Raises MoesaicError."""
+        """One continuation of `prompt` as a whole. Raises MoesaicError."""
         tokens = self.generate(prompt, timeout_s=timeout_s, request_id=request_id, **options)
         return Completion.of([token async for token in tokens])
 
@@ -168,37 +122,40 @@ class Client:
         add_special_tokens: bool | None = None,
         timeout_s: float = UNARY_TIMEOUT_S,
     ) -> pb.TokenizeResponse:
-        """Token ids of a text or of a conversation, with the vocabulary's spelling of each."""
+        """The token ids of a text or conversation, with the vocabulary's spelling of each."""
         request = pb.TokenizeRequest(add_special_tokens=add_special_tokens)
         if isinstance(prompt, str):
             request.text = prompt
         else:
-            request.chat.CopyFrom(_chat(prompt, {}))
+            request.chat.CopyFrom(chat_from(prompt))
         return await self._unary(self._stub().Tokenize(request, timeout=timeout_s, metadata=_metadata()))
 
     async def detokenize(self, token_ids: Sequence[int], *, timeout_s: float = UNARY_TIMEOUT_S) -> str:
-        """The text of some token ids."""
+        """The text of token ids."""
         request = pb.DetokenizeRequest()
-        _assign(request.token_ids, token_ids, field="token_ids")
+        assign_ids(request.token_ids, token_ids, field="token_ids")
         response: pb.DetokenizeResponse = await self._unary(
             self._stub().Detokenize(request, timeout=timeout_s, metadata=_metadata())
         )
         return response.text
 
     async def model_info(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> pb.GetModelInfoResponse:
-        """What the router serves."""
+        """The model that the router serves."""
         call = self._stub().GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout_s, metadata=_metadata())
         return await self._unary(call)
 
     async def router_stats(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> pb.GetRouterStatsResponse:
-        """Counters since the start of the router, and where its steps' time went."""
+        """The router's counters since its start, and the time that its steps spent in each phase."""
         call = self._stub().GetRouterStats(
             pb.GetRouterStatsRequest(), timeout=timeout_s, metadata=_metadata()
         )
         return await self._unary(call)
 
     def _stub(self) -> InferenceServiceStub:
-        """Channels belong to an event loop: made inside it, and anew when the client is used in another one."""
+        """A stub on a channel of this event loop.
+
+        A client that is used in another loop gets a new channel.
+        """
         if self._closed:
             raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
         loop = asyncio.get_running_loop()
@@ -217,7 +174,7 @@ class Client:
 
 
 class SyncClient:
-    """`Client` for code without asyncio: the same methods, blocking, on an event loop in a thread of its own."""
+    """`Client` for code without asyncio: blocking, on an event loop in a thread of its own."""
 
     def __init__(self, target: str, *, timeout_s: float = GENERATE_TIMEOUT_S) -> None:
         self._client = Client(target, timeout_s=timeout_s)
@@ -287,7 +244,7 @@ class SyncClient:
         return self._run(self._client.router_stats(timeout_s=timeout_s))
 
     def _run(self, coroutine: Coroutine[Any, Any, _R]) -> _R:
-        """Blocks until the coroutine is done; the call's own deadline bounds the wait."""
+        """Blocks until the coroutine is done. The call's own deadline bounds the wait."""
         if self._loop.is_closed():
             coroutine.close()
             raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
@@ -299,7 +256,10 @@ async def _next(tokens: AsyncGenerator[Token, None]) -> Token | None:
 
 
 def _raise_if_only_the_call_was_cancelled() -> None:
-    """grpc raises CancelledError too when its channel closes; only the task's own cancellation is one of asyncio's."""
+    """Raises Cancelled unless the current task was cancelled.
+
+    gRPC raises CancelledError, too, when its channel is closed.
+    """
     task = asyncio.current_task()
     if task is None or not task.cancelling():
         raise Cancelled("the client was closed during the call")
@@ -310,89 +270,3 @@ def _metadata(request_id: str = "") -> list[tuple[str, str]]:
     if request_id:
         metadata.append((telemetry.REQUEST_ID_METADATA, request_id))
     return metadata
-
-
-def _generate_request(
-    prompt: Prompt, n: int, request_id: str | None, options: GenerateOptions
-) -> pb.GenerateRequest:
-    unknown = options.keys() - GenerateOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
-    given = {name: value for name, value in options.items() if value is not None}
-    request = pb.GenerateRequest(request_id=request_id or "", sampling=_sampling(given))
-    _set(
-        request,
-        n=n,
-        model=given.get("model", ""),
-        add_special_tokens=given.get("add_special_tokens"),
-        tenant=given.get("tenant", ""),
-    )
-    _assign(request.decoder_prompt, options.get("decoder_prompt") or (), field="decoder_prompt")
-    if isinstance(prompt, str):
-        request.text = prompt
-    elif prompt and isinstance(prompt[0], Mapping):
-        request.chat.CopyFrom(_chat(prompt, given))
-    else:
-        request.token_ids.SetInParent()
-        _assign(request.token_ids.ids, prompt, field="prompt")
-    return request
-
-
-def _sampling(given: Mapping[str, Any]) -> pb.SamplingParams:
-    sampling = pb.SamplingParams()
-    for name, value in given.items():
-        if name not in _PROMPT_OPTIONS:
-            _set(sampling, **{name: [value] if name == "stop" and isinstance(value, str) else value})
-    return sampling
-
-
-def _chat(messages: Sequence[Any], given: Mapping[str, Any]) -> pb.Chat:
-    chat = pb.Chat()
-    try:
-        chat.messages.extend(pb.ChatMessage(**message) for message in messages)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(
-            "messages must have a role and a content, both strings, and at most a name beside them",
-            field="prompt",
-        ) from error
-    _set(
-        chat,
-        add_generation_prompt=given.get("add_generation_prompt"),
-        continue_final_message=given.get("continue_final_message"),
-    )
-    if "template_kwargs" in given:
-        chat.template_kwargs.CopyFrom(_struct(given["template_kwargs"]))
-    return chat
-
-
-def _struct(values: Mapping[str, Any]) -> Struct:
-    struct = Struct()
-    try:
-        struct.update(values)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgument("template_kwargs must hold JSON values", field="template_kwargs") from error
-    return struct
-
-
-class _Message(Protocol):
-    """Any protobuf message, made from keywords and merged."""
-
-    def MergeFrom(self, msg: Any, /) -> None: ...
-
-
-def _set(message: _Message, **fields: Any) -> None:
-    """Sets fields one by one, so that the error names the one that does not fit its wire type."""
-    for name, value in fields.items():
-        try:
-            message.MergeFrom(type(message)(**{name: value}))
-        except (TypeError, ValueError) as error:
-            raise InvalidArgument(f"{name} has the wrong type or is out of range", field=name) from error
-
-
-def _assign(ids: Any, values: Sequence[Any], *, field: str) -> None:
-    try:
-        ids.extend(values)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(
-            f"{field} must be text, messages, or token ids of at least 0", field=field
-        ) from error

@@ -1,6 +1,6 @@
-"""What comes back from a router: tokens as they come, and the whole answer, as frozen values.
+"""A router's output as frozen values: the tokens of a stream, and whole completions.
 
-`from_pb` reads the messages of inference.proto, and nothing else here knows them. Part of the client library.
+Part of the client library. Only the `from_pb` methods read the messages of inference.proto.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from moesaic.v1 import inference_pb2 as pb
 
 FinishReason = Literal["stop", "length"]
 
-# The words that both clients and the OpenAI API use.
+# The names that the OpenAI API uses, too.
 FINISH_REASONS: dict[int, FinishReason] = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A token that could have come, and its log probability."""
+    """A token that the model could have chosen, and its log probability."""
 
     token_id: int
     logprob: float
@@ -29,7 +29,7 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token with its log probability under the model; None for the first token of a prompt.
+    """One token with its log probability under the model, which is None for the first token of a prompt.
 
     `text` may hold replacement characters where the token is part of a character; `token_bytes` never does.
     """
@@ -54,7 +54,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PromptInfo:
-    """The prompt as the model saw it: token ids, text, and with `prompt_logprobs` one entry per token."""
+    """The prompt as given to the model: token ids, text, and with `prompt_logprobs` one entry per token."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -67,7 +67,7 @@ class PromptInfo:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of the prompt, and of one continuation."""
+    """The numbers of tokens of the prompt and of one continuation."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -77,7 +77,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one continuation, from its admission."""
+    """Times of one continuation, in seconds from its admission."""
 
     queued_s: float
     first_token_s: float
@@ -86,10 +86,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What one message of the stream adds to continuation `index`: as a rule one token.
+    """An addition to continuation `index`, from one message of the stream: usually one token.
 
-    `str(token)` is its text, which may be empty: part of a character, or text held back for a stop string. The last
-    one of a continuation has `finish_reason`, `usage` and `timing`; the first one of the stream has `prompt`.
+    `str(token)` is its text. It is empty while a character is incomplete, or while text is held back because
+    it may begin a stop string. The last token of a continuation has `finish_reason`, `usage` and `timing`;
+    the first token of the stream has `prompt`.
     """
 
     text: str
@@ -97,14 +98,14 @@ class Token:
     logprobs: tuple[TokenLogprob, ...]
     index: int
     finish_reason: FinishReason | None
-    # The stop string, or the id of the stop token, that ended it.
+    # The stop string, or the id of the stop token, that ended the continuation.
     stop: str | None
     usage: Usage | None
     timing: Timing | None
     prompt: PromptInfo | None
     request_id: str
     model: str
-    # The epoch that every token of the answer is computed in.
+    # The epoch in which every token of the answer is computed.
     epoch: str
 
     def __str__(self) -> str:
@@ -135,7 +136,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer: one continuation of one prompt. `str(completion)` is its text."""
+    """One whole continuation of one prompt. `str(completion)` is its text."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -154,7 +155,10 @@ class Completion:
 
     @classmethod
     def of(cls, tokens: Sequence[Token]) -> Self:
-        """The stream of one continuation as a whole. Raises DataLoss when its beginning or its end is missing."""
+        """The completion of one continuation's stream.
+
+        Raises DataLoss when the stream's beginning or end is missing.
+        """
         prompt = _first(token.prompt for token in tokens)
         last = tokens[-1] if tokens else None
         if prompt is None or last is None or not (last.finish_reason and last.usage and last.timing):

@@ -1,21 +1,21 @@
-"""One tree of exceptions, and its two-way table to gRPC status.
+"""One tree of exceptions, and its mapping to and from gRPC status.
 
 MoesaicError
-├── InvalidArgument      the request is wrong: `field` names what
+├── InvalidArgument      the request is wrong; `field` names the field at fault
 ├── NotFound             no such model, expert or epoch
 ├── Unsupported          a valid request for something that is not served
-├── FailedPrecondition   the other side does not hold that epoch, version or file
+├── FailedPrecondition   the peer does not hold that epoch, version or file
 │   └── CheckpointError  a model folder cannot be served
 ├── Overloaded           a queue is full: try again after `retry_after_s`
-├── Aborted              a concurrent change won
-├── Unavailable          starting, draining, or no replica left
-├── DeadlineExceeded     the time that the caller gave is over
-├── Cancelled            the caller went away
+├── Aborted              a concurrent change was applied first
+├── Unavailable          the server is starting or draining, or no replica is left
+├── DeadlineExceeded     the caller's deadline has passed
+├── Cancelled            the caller cancelled the call or disconnected
 ├── DataLoss             a reply failed its checks
-└── InternalError        a bug of ours; the message says no more than that
+└── InternalError        a bug in Moesaic; the message gives no details
 
-Every error travels as google.rpc.Status with an ErrorInfo (reason, domain, metadata.field) and, where waiting helps,
-a RetryInfo. Messages name the field and the limit, never the value, a path or a stack.
+Every error travels as google.rpc.Status with an ErrorInfo (reason, domain, metadata.field) and, where waiting
+helps, a RetryInfo. Messages name the field and the limit, never the value, a path or a stack.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DOMAIN = "moesaic"
 
 
 class MoesaicError(Exception):
-    """Base of everything that Moesaic raises on purpose."""
+    """The base class of all errors that Moesaic raises deliberately."""
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
     default_reason: ClassVar[str] = "UNKNOWN"
@@ -132,7 +132,7 @@ _CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def to_status(error: MoesaicError) -> status_pb2.Status:
-    """The error as google.rpc.Status with its details packed."""
+    """The error as google.rpc.Status with packed details."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     if error.field is not None:
         info.metadata["field"] = error.field
@@ -146,7 +146,7 @@ def to_status(error: MoesaicError) -> status_pb2.Status:
 
 
 def from_status(status: status_pb2.Status) -> MoesaicError:
-    """The inverse of `to_status`; a foreign or unknown status becomes the nearest class of the tree."""
+    """The inverse of `to_status`. A foreign or unknown status becomes the nearest class of the tree."""
     cls = _BY_CODE.get(_CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN), MoesaicError)
     reason, field, retry_after_s = None, None, None
     for detail in _unpack(status.details):
@@ -158,7 +158,7 @@ def from_status(status: status_pb2.Status) -> MoesaicError:
 
 
 def from_rpc_error(error: grpc.RpcError) -> MoesaicError:
-    """What a failed call means, with its rich details where the server sent some."""
+    """The error of a failed call, with its rich details where the server sent some."""
     status = rpc_status.from_call(error)
     if status is not None:
         return from_status(status)
@@ -182,5 +182,5 @@ def _unpack(
             try:
                 if detail.Unpack(message):
                     yield message
-            except DecodeError:  # a foreign peer's broken detail: the code and the text still stand
+            except DecodeError:  # a malformed detail from a foreign peer; code and message are still valid
                 continue

@@ -1,36 +1,42 @@
 """Where the model is: an immutable snapshot of the replicas that are ready now.
 
-A routing table is replaced as a whole, never patched, and the newest is always used, so that failover works inside a
-pinned epoch.
+A routing table is replaced as a whole, never patched, and the newest one is always used, so that failover
+works inside a pinned epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesaic.epoch import Epoch, ExpertAddress, versions_from_proto, versions_to_proto
-from moesaic.v1 import control_pb2
+from moesaic.epoch import Epoch, ExpertVersion, versions_from_proto, versions_to_proto
+from moesaic.v1 import control_pb2, expert_pb2
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One running worker: its name, address, the id of this very start, and the versions it holds."""
+    """One running worker: its name, its address, the id of this start, and the versions that it holds.
+
+    It may hold several versions of one slot.
+    """
 
     worker: str
     address: str
     incarnation: str
-    versions: Mapping[ExpertAddress, bytes]
+    holdings: frozenset[ExpertVersion]
 
-    def holds(self, address: ExpertAddress, digest: bytes) -> bool:
-        return self.versions.get(address) == digest
+    @classmethod
+    def from_description(cls, address: str, description: expert_pb2.DescribeResponse) -> Replica:
+        """The worker that answers `description` at `address`."""
+        return cls(
+            description.worker, address, description.incarnation, versions_from_proto(description.experts)
+        )
 
     def to_proto(self) -> control_pb2.Replica:
         return control_pb2.Replica(
             worker=self.worker,
             address=self.address,
             incarnation=self.incarnation,
-            experts=versions_to_proto(self.versions),
+            experts=versions_to_proto(self.holdings),
         )
 
     @classmethod
@@ -40,7 +46,7 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class RoutingTable:
-    """All ready replicas; `revision` grows with every change."""
+    """All replicas that are ready. `revision` grows with every change."""
 
     revision: int
     replicas: tuple[Replica, ...]
@@ -57,7 +63,7 @@ class RoutingTable:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What routers follow: what the model is (None while some expert is held by nobody) and where it is."""
+    """What the model is (None while the workers make no epoch) and where it is."""
 
     epoch: Epoch | None
     table: RoutingTable

@@ -114,8 +114,8 @@ class EngineSettings(_Group):
     )
     decoder: Decoder = Field(
         "auto",
-        description="lean is Moesaic's own decoder, refused by name for a model that it does not know; hf runs the "
-        "modules of transformers; auto is lean where it knows the model, else hf.",
+        description="lean is Moesaic's own decoder, refused by name for a model that it does not support; hf runs the "
+        "modules of transformers; auto is lean where it supports the model, else hf.",
     )
     prefix_cache: bool = Field(
         True, description="Keys and values of finished blocks are reused, within one epoch and one tenant."
@@ -127,7 +127,9 @@ class EngineSettings(_Group):
         "in the same step.",
     )
     overlap: Switch = Field(
-        "off", description="Two micro-batches: the attention of one runs while workers compute the other."
+        "off",
+        description="Two micro-batches in flight, so that the router computes one while the workers compute the "
+        "other; meant for routers and workers on different machines.",
     )
     wire_dtype: WireDType = Field(
         "auto",
@@ -141,12 +143,14 @@ class EngineSettings(_Group):
     )
     shared_memory: Availability = Field(
         "auto",
-        description="Shared memory between router and worker, where both ends run on one host and agree.",
+        description="Shared memory between a router and a worker on one host, where both ends agree on it: the "
+        "first choice of every call.",
     )
     direct_stream: Availability = Field(
         "auto",
-        description="gRPC that the engine's thread and the worker's compute thread speak themselves, over a second "
-        "port of the worker; where that port cannot be reached, calls take the worker's main port.",
+        description="gRPC that the engine's thread and the worker's compute thread read and write themselves, over a "
+        "second port of the worker: the second choice, for up to 256 KiB of rows; where that port cannot be reached, "
+        "calls take the worker's main port.",
     )
     batch_invariant: bool = Field(
         False,

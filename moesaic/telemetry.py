@@ -1,7 +1,7 @@
-"""Traces and logs: every name in one place, W3C context in gRPC metadata, JSON lines on stderr.
+"""Traces and logs: the names of spans and attributes, W3C context in gRPC metadata, JSON lines on stderr.
 
-Without `configure` (or without an OTLP endpoint) spans are no-ops. Neither a span nor a log line ever holds a prompt,
-a token id, or which expert computed which token: that would reveal the prompt.
+Without `configure`, or without an OTLP endpoint, spans are no-ops. Neither a span nor a log line ever holds a
+prompt, a token id, or the expert that computed a token, which would reveal the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from opentelemetry.context import Context
 
 TRACER = trace.get_tracer("moesaic")
 
-# Span names and attributes: GenAI conventions where they exist, `moe.*` for the project's own.
+# The names of spans and attributes follow the GenAI conventions where these exist; the project's own begin
+# with `moe.`.
 SPAN_DISPATCH = "moe.dispatch"
 SPAN_COMPUTE = "moe.compute"
 REQUEST_ID = "moesaic.request_id"
@@ -33,31 +34,34 @@ REQUEST_ID_METADATA = "x-request-id"
 
 
 def inject() -> list[tuple[str, str]]:
-    """The current span's context as gRPC metadata; empty without one."""
+    """The current span's context as gRPC metadata; empty without a span."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return list(carrier.items())
 
 
 def extract(metadata: Iterable[tuple[str, str | bytes]] | None) -> Context:
-    """The caller's context out of gRPC metadata."""
+    """The caller's context from gRPC metadata."""
     return propagate.extract({key: value for key, value in metadata or () if isinstance(value, str)})
 
 
 def current_traceparent() -> str:
-    """The current span's W3C `traceparent`, for frames of a long-lived stream; empty when nothing is recorded."""
+    """The current span's W3C `traceparent`, for messages of a stream; empty when nothing is recorded."""
     if not trace.get_current_span().is_recording():
         return ""
     return dict(inject()).get("traceparent", "")
 
 
 def choose_log_level(wanted: str | None) -> str:
-    """Without a wish, a person at a terminal gets warnings and a log file gets everything of note."""
+    """The wanted level, or else WARNING on a terminal and INFO elsewhere."""
     return wanted or ("WARNING" if sys.stderr.isatty() else "INFO")
 
 
 def configure(service: str, *, otlp_endpoint: str | None, log_level: str | None = None) -> None:
-    """Sets up this process: JSON logs always, an OTLP exporter when there is an endpoint. Call once, at its start."""
+    """Sets up JSON logs, and an OTLP exporter where there is an endpoint.
+
+    Called once, at the start of a process.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service))
     logging.basicConfig(level=choose_log_level(log_level), handlers=[handler], force=True)
@@ -66,14 +70,14 @@ def configure(service: str, *, otlp_endpoint: str | None, log_level: str | None 
 
 
 def flush() -> None:
-    """Sends what is still buffered; call before a process ends."""
+    """Exports the spans that are still buffered. Called before a process ends."""
     force_flush = getattr(trace.get_tracer_provider(), "force_flush", None)
     if force_flush is not None:
         force_flush(timeout_millis=2000)
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: ts, level, service, logger, message, and what was passed as `extra={"fields": …}`."""
+    """One JSON object per line: ts, level, service, logger, message, and `extra={"fields": …}`."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -97,7 +101,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _configure_tracing(service: str) -> None:
-    # The SDK is part of the `serve` extra: a client process never comes here.
+    # The SDK is part of the `serve` extra. A client process never reaches this.
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider

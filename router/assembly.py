@@ -1,4 +1,4 @@
-"""What a router is made of before it knows the epoch: text, model, cache, dispatcher; and how much the cache may take."""
+"""Loads what does not depend on the epoch: text, model, caches, dispatcher; makes the engine for an epoch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from moesaic.compute.device import choose_device, choose_dtype
 from moesaic.epoch import Epoch
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import EngineSettings
-from moesaic.v1 import common_pb2
-from router.attention.views import Layout
+from moesaic.wire.tensor_check import dtype_named
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.cache.sizing import choose_max_model_len, make_block_pool, make_state_cache, make_state_pool
 from router.config import RouterConfig
@@ -21,10 +21,9 @@ from router.decoders.decoder import RouterModel
 from router.decoders.load import load_model
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.engine.engine import Engine
-from router.engine.overlap import Overlap
 from router.phase_clock import PhaseClock
 from router.scheduling.block_pool import BlockPool
-from router.scheduling.prefill_budget import Pace
+from router.scheduling.prefill_budget import PrefillBudget
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.state_pool import StatePool
@@ -33,18 +32,10 @@ from router.workers.replica_pool import ReplicaPool
 
 log = logging.getLogger(__name__)
 
-# Rows on the wire, by setting; `auto` is what the model computes in.
-WIRE_DTYPES: dict[str, common_pb2.Dtype] = {
-    "float32": common_pb2.DTYPE_FLOAT32,
-    "bfloat16": common_pb2.DTYPE_BFLOAT16,
-    "float8": common_pb2.DTYPE_FLOAT8_E4M3,
-    "int8": common_pb2.DTYPE_INT8,
-}
-
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """Everything that is loaded from the checkpoint, ready for an epoch."""
+class LoadedRouter:
+    """Everything of a router that is loaded once, from which an engine is made when the epoch is known."""
 
     settings: EngineSettings
     shape: MoeModel
@@ -52,14 +43,14 @@ class Parts:
     model: RouterModel
     cache: KVCache
     blocks: BlockPool
-    # Of a model that has recurrent states.
+    # None for a model without recurrent states.
     states: StatePool | None
     dispatcher: Dispatcher
     clock: PhaseClock
     max_model_len: int
 
     def engine(self, epoch: Epoch) -> Engine:
-        """An engine for sequences of `epoch`, not started."""
+        """An engine for sequences of `epoch`, which has not been started."""
         settings = self.settings
         scheduler = Scheduler(
             Limits(
@@ -69,7 +60,9 @@ class Parts:
             ),
             self.blocks,
             prefixes=self._prefixes(epoch),
-            pace=Pace(max_batch_tokens=settings.max_batch_tokens, max_stall=settings.max_stall),
+            prefill_budget=PrefillBudget(
+                max_batch_tokens=settings.max_batch_tokens, max_stall=settings.max_stall
+            ),
             states=self.states,
         )
         return Engine(
@@ -79,25 +72,25 @@ class Parts:
             self.dispatcher,
             self.clock,
             epoch=epoch,
-            # It would cut prompts.
-            overlap=Overlap() if settings.overlap == "on" and not self.encodes_prompts else None,
+            # Two micro-batches would cut the prompts that an encoder has to read as a whole.
+            overlap=settings.overlap == "on" and not self.encodes_prompts,
             max_waiting=settings.max_waiting_sequences,
         )
 
     @property
     def encodes_prompts(self) -> bool:
-        """Whether prompts are read by an encoder, as a whole."""
+        """Whether prompts are read as a whole, by an encoder."""
         return self.shape.num_encoder_layers > 0
 
     def _prefixes(self, epoch: Epoch) -> PrefixCache | None:
-        """What an encoder makes of a prompt's beginning depends on its end: there is nothing to be shared."""
+        """None where an encoder reads prompts: what it computes for a beginning depends on the end."""
         if not self.settings.prefix_cache or self.encodes_prompts:
             return None
         return PrefixCache(self.blocks, epoch.id, self.states)
 
 
-def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Parts:
-    """Reads all but the expert weights. Raises CheckpointError, InvalidArgument."""
+def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> LoadedRouter:
+    """Reads everything but the expert weights. Raises CheckpointError, InvalidArgument."""
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     checkpoint = open_checkpoint(config.model)
@@ -110,7 +103,7 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
     model = load_model(
         checkpoint,
         shape,
-        Layout.of(
+        AttentionLayout.of(
             shape.mixers,
             block_tokens=blocks.block_tokens,
             device=device,
@@ -131,7 +124,7 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
         device=device,
         states=None if states is None else make_state_cache(shape, states, dtype, device),
     )
-    return Parts(
+    return LoadedRouter(
         settings=config.engine,
         shape=shape,
         text=load_text(config.model),
@@ -148,6 +141,6 @@ def load_parts(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> Pa
 def _dispatch_rules(settings: EngineSettings) -> DispatchRules:
     return DispatchRules(
         call_timeout_s=settings.call_timeout_s,
-        wire_dtype=WIRE_DTYPES.get(settings.wire_dtype),
+        wire_dtype=None if settings.wire_dtype == "auto" else dtype_named(settings.wire_dtype),
         combine_sum=settings.combine == "sum",
     )

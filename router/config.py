@@ -1,4 +1,4 @@
-"""What a router has to be told. Light: whoever plans a router on another machine loads no torch for it."""
+"""The configuration of a router. Imports no torch, which planning a router elsewhere does not need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moesaic.settings import Device, DType, EngineSettings
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """One router: its model, its public address, its device, its bounds."""
+    """The model, public address, device and bounds of one router."""
 
     model: Path
     served_name: str

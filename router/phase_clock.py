@@ -1,46 +1,70 @@
-"""Where a step's time goes: seconds per named part, added up over all steps of the process."""
+"""Where a step's time goes: seconds per phase, added up over all steps of the process."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+import enum
+from collections.abc import Mapping, Sequence
+from time import perf_counter
 
-PHASES = (
-    "schedule",
-    "attention",
-    "gate",
-    "encode",
-    "wire",
-    "worker decode",
-    "worker queue",
-    "worker compute",
-    "worker encode",
-    "decode",
-    "combine",
-    "dense",
-    "sample",
-    "deliver",
-)
 
-# Measured inside the model's forward by the three seams; what is left of it is "dense".
-INSIDE_FORWARD = PHASES[PHASES.index("attention") : PHASES.index("dense")]
+class Phase(enum.StrEnum):
+    """The phases of a step, in their order. The values are their names in the statistics."""
+
+    SCHEDULE = "schedule"
+    ATTENTION = "attention"
+    GATE = "gate"
+    ENCODE = "encode"
+    # What the router waited beyond the slowest worker's own time, which the four `WORKER_` phases hold.
+    WIRE = "wire"
+    WORKER_DECODE = "worker decode"
+    WORKER_QUEUE = "worker queue"
+    WORKER_COMPUTE = "worker compute"
+    WORKER_ENCODE = "worker encode"
+    DECODE = "decode"
+    COMBINE = "combine"
+    # The rest of the model's forward: projections, norms, embeddings, the head.
+    DENSE = "dense"
+    SAMPLE = "sample"
+    DELIVER = "deliver"
+
+
+# The phases that are measured inside the model's forward; what they leave of it is `DENSE`.
+INSIDE_FORWARD = tuple(Phase)[tuple(Phase).index(Phase.ATTENTION) : tuple(Phase).index(Phase.DENSE)]
+
+
+class PhaseTimer:
+    """A context manager that adds the time spent in its block to one phase. It does not nest in itself."""
+
+    __slots__ = ("_started_s", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started_s = 0.0
+
+    def __enter__(self) -> None:
+        self._started_s = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += perf_counter() - self._started_s
 
 
 class PhaseClock:
-    """Written by the engine's thread alone; read as a snapshot by anyone.
-
-    `wire` is what the router waited beyond the slowest worker's own time, which is in the `worker` phases.
-    `dense` is the rest of the model: projections, norms, embeddings, the head.
-    """
+    """Written by the engine's thread alone; any thread may read a snapshot."""
 
     def __init__(self) -> None:
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        # One timer serves all blocks of its phase: several phases are entered in every layer.
+        self._timers = {phase: PhaseTimer() for phase in Phase}
 
-    def add(self, phase: str, seconds: float) -> None:
-        self._seconds[phase] += seconds
+    def phase(self, phase: Phase) -> PhaseTimer:
+        """Measures a block: `with clock.phase(Phase.GATE): ...`."""
+        return self._timers[phase]
 
-    def total(self, phases: tuple[str, ...]) -> float:
-        return sum(self._seconds[phase] for phase in phases)
+    def add(self, phase: Phase, seconds: float) -> None:
+        """Adds time that was measured elsewhere."""
+        self._timers[phase].seconds += seconds
+
+    def total(self, phases: Sequence[Phase]) -> float:
+        return sum(self._timers[phase].seconds for phase in phases)
 
     def snapshot(self) -> Mapping[str, float]:
-        return {phase: self._seconds.get(phase, 0.0) for phase in PHASES}
+        return {phase.value: timer.seconds for phase, timer in self._timers.items()}

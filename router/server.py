@@ -1,7 +1,8 @@
-"""A router process put together: model, engine, service, and the view of the cluster that feeds its replica pool.
+"""A router process: model, engine and service, and the view of the cluster that updates its replica pool.
 
-`start` binds the port (health NOT_SERVING), `load` reads the dense weights, `wait_ready` waits for the workers, starts
-the engine and lets one real token pass every layer; health says SERVING from then on, as long as it is true.
+`start` binds the port (health NOT_SERVING), `load` reads the dense weights, `wait_ready` waits for the
+workers, starts the engine and passes one real token through every layer. From then on health is SERVING while
+the engine is alive and every expert has a replica.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.loading_service import LoadingService
 from router.api.service import InferenceService, ModelFacts
 from router.api.stats import router_stats
-from router.assembly import Parts, load_parts
+from router.assembly import LoadedRouter, load_router
 from router.config import RouterConfig
 from router.control.cluster_watch import ClusterView
 from router.engine.engine import Engine
@@ -36,23 +37,23 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_nam
 HEALTH_PERIOD_S = 0.25
 DRAIN_POLL_S = 0.02
 ENGINE_STOP_S = 5.0
-# How long the event loop may hold the interpreter while the engine's thread waits for it. Python's own 5 ms are as much
-# as all tokens of a step take to be streamed, and the engine would lose them in every step.
+# How long the event loop may hold the interpreter while the engine's thread waits for it. Python's default of
+# 5 ms is as long as streaming all tokens of a step takes, and the engine would lose that time in every step.
 SWITCH_INTERVAL_S = 0.0005
 
 
 class RouterServer:
-    """One router. Use: start, load, wait_ready, … stop."""
+    """One router. The order of calls is start, load, wait_ready, …, stop."""
 
     def __init__(self, config: RouterConfig, view: ClusterView) -> None:
         self._config = config
         self._view = view
         self._started_s = time.monotonic()
-        self._door = LoadingService()
+        self._servicer = LoadingService()
         self._server = rpc.Server(
             {
                 SERVICE: lambda server: inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-                    self._door, server
+                    self._servicer, server
                 )
             }
         )
@@ -61,7 +62,7 @@ class RouterServer:
         self._epoch: asyncio.Future[Epoch] | None = None
         # Whether the newest routing table holds every expert of the epoch.
         self._covered = False
-        self._parts: Parts | None = None
+        self._loaded: LoadedRouter | None = None
         self._engine: Engine | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -79,16 +80,16 @@ class RouterServer:
         return f"{self._config.host}:{port}"
 
     async def load(self) -> None:
-        """Reads everything but the experts. Raises CheckpointError."""
-        self._parts = await asyncio.to_thread(load_parts, self._config, self._pool, self._clock)
+        """Reads everything but the experts. Raises CheckpointError, InvalidArgument."""
+        self._loaded = await asyncio.to_thread(load_router, self._config, self._pool, self._clock)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Returns once a real token has passed every layer. Raises Unavailable after `timeout_s`."""
-        assert self._parts is not None and self._epoch is not None, "start and load come first"
+        """Returns once a real token has passed through every layer. Raises Unavailable after `timeout_s`."""
+        assert self._loaded is not None and self._epoch is not None, "start and load come first"
         try:
             async with asyncio.timeout(timeout_s):
                 epoch = await asyncio.shield(self._epoch)
-                self._engine = engine = self._parts.engine(epoch)
+                self._engine = engine = self._loaded.engine(epoch)
                 sys.setswitchinterval(SWITCH_INTERVAL_S)
                 engine.start()
                 await pass_one_token(engine, timeout_s)
@@ -96,15 +97,15 @@ class RouterServer:
             raise Unavailable(
                 f"not every expert had a worker within {timeout_s:.0f} s", reason="NOT_READY"
             ) from error
-        self._door.service = self._service(self._parts, engine, epoch)
+        self._servicer.service = self._make_service(self._loaded, engine, epoch)
         await self._server.set_serving(True)
         self._tasks.append(asyncio.create_task(self._keep_health_true(engine)))
 
     async def stop(self, drain_s: float) -> None:
-        """Refuses new requests, lets running ones end within `drain_s` seconds, then stops everything."""
+        """Refuses new requests, gives running ones `drain_s` seconds to end, then stops everything."""
         await self._server.set_serving(False)
-        if self._door.service is not None:
-            self._door.service.drain()
+        if self._servicer.service is not None:
+            self._servicer.service.drain()
         deadline_s = time.monotonic() + drain_s
         while self._engine is not None and self._engine.num_open and time.monotonic() < deadline_s:
             await asyncio.sleep(DRAIN_POLL_S)
@@ -117,7 +118,7 @@ class RouterServer:
         await asyncio.to_thread(self._pool.close)
 
     async def wait(self) -> None:
-        """Returns when the server has stopped."""
+        """Waits until the server has stopped."""
         await self._server.wait()
 
     async def _follow(self, first_epoch: asyncio.Future[Epoch]) -> None:
@@ -132,7 +133,7 @@ class RouterServer:
                 log.error("the cluster serves another epoch than this router: restart it")
 
     async def _keep_health_true(self, engine: Engine) -> None:
-        """Not serving while the engine is dead or an expert is nowhere; serving again when all are back."""
+        """Keeps health NOT_SERVING while the engine is dead or an expert has no replica, else SERVING."""
         serving = True
         while True:
             await asyncio.sleep(HEALTH_PERIOD_S)
@@ -142,31 +143,31 @@ class RouterServer:
                 log.warning("health changed", extra={"fields": {"serving": serving}})
                 await self._server.set_serving(serving)
 
-    def _stats(self, parts: Parts, engine: Engine) -> inference_pb2.GetRouterStatsResponse:
+    def _stats(self, loaded: LoadedRouter, engine: Engine) -> inference_pb2.GetRouterStatsResponse:
         return router_stats(
             engine.stats(),
             phases=self._clock.snapshot(),
             links=self._pool.links,
-            gates=parts.model.gates.snapshot(),
+            gates=loaded.model.gate_stats.snapshot(),
             uptime_s=time.monotonic() - self._started_s,
         )
 
-    def _service(self, parts: Parts, engine: Engine, epoch: Epoch) -> InferenceService:
+    def _make_service(self, loaded: LoadedRouter, engine: Engine, epoch: Epoch) -> InferenceService:
         return InferenceService(
             engine,
-            parts.text,
+            loaded.text,
             ModelFacts(
                 model=self._config.served_name,
-                family=parts.shape.family,
-                max_model_len=parts.max_model_len,
-                vocab_size=parts.shape.vocab_size,
-                num_layers=parts.shape.num_layers,
-                num_experts=max(parts.shape.num_slots.values(), default=0),
-                top_k=max((layer.top_k for layer in parts.shape.experts.values()), default=0),
+                family=loaded.shape.family,
+                max_model_len=loaded.max_model_len,
+                vocab_size=loaded.shape.vocab_size,
+                num_layers=loaded.shape.num_layers,
+                num_experts=max(loaded.shape.num_slots.values(), default=0),
+                top_k=max((layer.top_k for layer in loaded.shape.experts.values()), default=0),
                 created=int(time.time()),
-                encodes_prompts=parts.encodes_prompts,
+                encodes_prompts=loaded.encodes_prompts,
             ),
-            stats=lambda: self._stats(parts, engine),
+            stats=lambda: self._stats(loaded, engine),
             epoch=lambda: epoch.id,
             control_address=lambda: self._view.control_address,
             request_timeout_s=self._config.engine.request_timeout_s,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.experts.expert import Expert
 from expert_worker.experts.store import ExpertStore, HeldExpert
 from expert_worker.serving.service import SERVICE, ExpertService, LoadedModel
@@ -34,15 +34,15 @@ def identity_version(slot: int) -> bytes:
     return slot.to_bytes(2, "big") * 16
 
 
-def return_rows(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
+def return_rows(calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
     return [_weigh(call) if call.combine_sum else _repeat(call) for call in calls]
 
 
-def _repeat(call: Call) -> Tensor:
+def _repeat(call: ExpertCall) -> Tensor:
     return call.hidden.index_select(0, call.rows)
 
 
-def _weigh(call: Call) -> Tensor:
+def _weigh(call: ExpertCall) -> Tensor:
     assert call.weights is not None
     weights = torch.zeros(len(call.hidden)).index_add_(0, call.rows, call.weights)
     return (call.hidden * weights[:, None]).to(call.hidden.dtype)

@@ -1,1 +1,1 @@
-"""Model folders: found, inspected, converted."""
+"""Finding, inspecting and converting model folders."""

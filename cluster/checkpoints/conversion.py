@@ -1,7 +1,8 @@
-"""Conversion: pickles in, an ordinary Hugging Face folder of safetensors out.
+"""The conversion of a folder of pickles into an ordinary Hugging Face folder of safetensors.
 
-Everything is checked before anything is written: the model must be one that is served, whole, and fit the disk. Memory
-holds one tensor and a bounded part of the mapped files; a run that was killed goes on where it was.
+Everything is checked before anything is written: the family must be supported, the model complete, and the
+disk large enough. Memory holds one tensor and a bounded part of the mapped files. A run that was killed can
+be resumed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from moesaic.families import MoeModel, describe_model
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was done. `kept_shards` were there from an earlier run."""
+    """The result of a conversion. `kept_shards`: those that an earlier run had written."""
 
     folder: str
     family: str
@@ -36,9 +37,9 @@ class Conversion:
 
 
 def convert(
-    folder: Path, out: Path, *, max_shard_bytes: int, tell: Callable[[Progressed], None]
+    folder: Path, out: Path, *, max_shard_bytes: int, show: Callable[[Progressed], None]
 ) -> Conversion:
-    """`tell` is called after every tensor.
+    """Converts `folder` into `out`. `show` is called after every tensor.
 
     Raises CheckpointError for what cannot be converted, InvalidArgument for an `out` that cannot be written.
     """
@@ -48,7 +49,7 @@ def convert(
     mark = {"source": pickled.fingerprint, "max_shard_bytes": max_shard_bytes}
     target = ConversionFolder(out, mark, shards, find_companions(folder))
     try:
-        kept = _write(target, pickled, model, tell)
+        kept = _write(target, pickled, model, show)
     except OSError as error:
         raise InvalidArgument(f"out: cannot be written: {error.strerror}", field="out") from error
     written = describe_model(open_checkpoint(out), "experts")
@@ -68,9 +69,9 @@ def convert(
 
 
 def _write(
-    target: ConversionFolder, pickled: PickledModel, model: MoeModel, tell: Callable[[Progressed], None]
+    target: ConversionFolder, pickled: PickledModel, model: MoeModel, show: Callable[[Progressed], None]
 ) -> int:
-    """Writes what is missing; returns how many shards were there."""
+    """Writes the missing files. Returns the number of shards that were there."""
     with target.claimed():
         missing = target.missing()
         kept = len(target.shards) - len(missing)
@@ -81,15 +82,15 @@ def _write(
             def add(num_bytes: int, done_shards: int = done_shards) -> None:
                 nonlocal done_bytes
                 done_bytes += num_bytes
-                tell(Progressed(done_bytes, total_bytes, done_shards, len(target.shards)))
+                show(Progressed(done_bytes, total_bytes, done_shards, len(target.shards)))
 
             target.write_shard(shard, pickled.read, add)
-        tell(Progressed(total_bytes, total_bytes, len(target.shards), len(target.shards)))
+        show(Progressed(total_bytes, total_bytes, len(target.shards), len(target.shards)))
         target.finish(_config(pickled, model))
     return kept
 
 
 def _config(pickled: PickledModel, model: MoeModel) -> dict[str, Any]:
-    """The config of Hugging Face, which also names the dtype."""
+    """The config in Hugging Face's form, which also names the dtype."""
     config = dict(pickled.checkpoint.config)
     return config if {"torch_dtype", "dtype"} & config.keys() else config | {"torch_dtype": model.dtype}

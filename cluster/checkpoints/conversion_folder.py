@@ -1,6 +1,7 @@
-"""The folder that a conversion writes: files appear in it whole or not at all, so that a killed run can be resumed.
+"""The folder that a conversion writes.
 
-A mark names the source. config.json is written last: without it nothing takes the folder for a model.
+Files appear in it whole or not at all, so that a killed run can be resumed. A mark identifies the source.
+config.json is written last: without it, the folder is not recognised as a model.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ from moesaic.checkpoints.safetensors_file import read_header, read_json
 from moesaic.errors import CheckpointError, InvalidArgument
 
 MARK_FILE = "moesaic_conversion.json"
-# What belongs to a model beside its weights and config. That params.json is there tells whose chat format it is.
+# The files of a model besides its weights and config. params.json is kept because it implies Mistral's chat
+# format.
 COMPANIONS = (
     PARAMS_FILE, "*.model", "*.model.v*", "tekken.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 _PART_SUFFIX = ".part"
-# Headers, index and companions.
+# The space for headers, index and companions.
 _SLACK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionFolder:
-    """`mark` is what the folder is made from; one of another mark is refused."""
+    """`mark` identifies the source; a folder with another mark is refused."""
 
     path: Path
     mark: dict[str, Any]
@@ -45,7 +47,7 @@ class ConversionFolder:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Creates the folder or takes up one that was begun. Raises InvalidArgument where that cannot be done."""
+        """Creates the folder or resumes one. Raises InvalidArgument where it can do neither."""
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)
         try:
@@ -59,7 +61,7 @@ class ConversionFolder:
             os.close(handle)
 
     def missing(self) -> tuple[Shard, ...]:
-        """The shards that are not there, or not whole. Raises InvalidArgument where they would not fit the disk."""
+        """The absent or incomplete shards. Raises InvalidArgument where the disk has no room for them."""
         missing = tuple(shard for shard in self.shards if not self._is_whole(shard))
         needed = sum(shard.num_bytes for shard in missing) + _SLACK_BYTES
         free = shutil.disk_usage(self.path).free
@@ -68,17 +70,17 @@ class ConversionFolder:
         return missing
 
     def write_shard(
-        self, shard: Shard, read: Callable[[PlannedTensor], memoryview], tell: Callable[[int], None]
+        self, shard: Shard, read: Callable[[PlannedTensor], memoryview], wrote: Callable[[int], None]
     ) -> None:
-        """Tensor by tensor, so that memory holds one of them; `tell` is told the bytes of each that is written."""
+        """Writes tensor by tensor, so that memory holds one of them. Calls `wrote` with the bytes of each."""
         with self._whole_file(shard.file) as file:
             file.write(shard.head())
             for tensor in shard.tensors:
                 file.write(read(tensor))
-                tell(tensor.num_bytes)
+                wrote(tensor.num_bytes)
 
     def finish(self, config: dict[str, Any]) -> None:
-        """The shard index, tokenizer and the like, and the config."""
+        """Writes the shard index, the companions, and then the config."""
         if len(self.shards) > 1:
             self._write_json(INDEX_FILE, index_of(self.shards))
         for companion in self.companions:
@@ -102,7 +104,7 @@ class ConversionFolder:
         self._write_json(MARK_FILE, self.mark)
 
     def _is_whole(self, shard: Shard) -> bool:
-        """By its header: the file got its name only once all of it was on disk."""
+        """Checks the header alone, because a file gets its name only once all of it is on disk."""
         path = self.path / shard.file
         if not path.exists():
             return False
@@ -120,7 +122,7 @@ class ConversionFolder:
 
     @contextlib.contextmanager
     def _whole_file(self, name: str) -> Iterator[BinaryIO]:
-        """A file that gets its name once it is written and on disk."""
+        """A file that gets its name once its content is on disk."""
         part = self.path / (name + _PART_SUFFIX)
         with part.open("wb") as file:
             yield file

@@ -1,9 +1,7 @@
-"""What a conversion writes: every tensor of the new folder, where it comes from, and the shard that it goes to (pure).
+"""The plan of a conversion: every tensor of the new folder, its source, and its shard. Pure.
 
-The new folder is one of Hugging Face, with the names under which the family is published.
+The new folder has Hugging Face's form, with the tensor names under which the family is published.
 """
-
-# Shapes: D hidden size, F inner size, E slots.
 
 from __future__ import annotations
 
@@ -23,8 +21,11 @@ _LENGTH_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor to be written: of `source` the `slot`-th part where there is one, `transposed` where it is stored so,
-    the rows of so many `rotary_heads` taken from interleaved into half order."""
+    """A tensor to write, made from the tensor `source`.
+
+    `slot`: only this slot of a stacked source. `transposed`: the source is stored transposed. `rotary_heads`:
+    the source has interleaved rotary rows for this many heads, which are reordered into halves.
+    """
 
     name: str
     source: str
@@ -41,18 +42,18 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file, with its tensors in the order in which they lie there."""
+    """One file, with its tensors in their order in the file."""
 
     file: str
     tensors: tuple[PlannedTensor, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Without the header."""
+        """The bytes of the tensors, without the header."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
     def head(self) -> bytes:
-        """What the file begins with: the length of the header, and the header."""
+        """The beginning of the file: the length of the header, and the header."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         for tensor in self.tensors:
@@ -68,13 +69,13 @@ class Shard:
 
 
 def plan_tensors(checkpoint: Checkpoint, model: MoeModel) -> tuple[PlannedTensor, ...]:
-    """Every tensor of the new folder, layer by layer. `model` describes `checkpoint` with its dense layers as experts."""
-    planned = _from_native(checkpoint, model) if checkpoint.native else _as_they_are(checkpoint)
+    """The tensors, layer by layer. `model` describes `checkpoint` with its dense layers as experts."""
+    planned = _from_mistral(checkpoint, model) if checkpoint.in_mistral_format else _unchanged(checkpoint)
     return tuple(sorted(planned, key=lambda tensor: _natural(tensor.name)))
 
 
 def plan_shards(tensors: Iterable[PlannedTensor], max_bytes: int) -> tuple[Shard, ...]:
-    """Shards of at most `max_bytes`, but of one tensor at least."""
+    """Shards of at most `max_bytes`, or of one larger tensor."""
     groups: list[list[PlannedTensor]] = []
     room = 0
     for tensor in tensors:
@@ -91,20 +92,20 @@ def plan_shards(tensors: Iterable[PlannedTensor], max_bytes: int) -> tuple[Shard
 
 def index_of(shards: Iterable[Shard]) -> dict[str, object]:
     """The content of the shard index."""
-    places = {tensor.name: shard for shard in shards for tensor in shard.tensors}
+    shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
     total = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
     return {
         "metadata": {"total_size": total},
-        "weight_map": {name: places[name].file for name in sorted(places, key=_natural)},
+        "weight_map": {name: shard_of[name].file for name in sorted(shard_of, key=_natural)},
     }
 
 
-def _as_they_are(checkpoint: Checkpoint) -> Iterator[PlannedTensor]:
+def _unchanged(checkpoint: Checkpoint) -> Iterator[PlannedTensor]:
     for name, entry in checkpoint.tensors.items():
         yield PlannedTensor(name, name, entry.dtype, entry.shape)
 
 
-def _from_native(checkpoint: Checkpoint, model: MoeModel) -> Iterator[PlannedTensor]:
+def _from_mistral(checkpoint: Checkpoint, model: MoeModel) -> Iterator[PlannedTensor]:
     for parameter, tensor in model.dense.items():
         dtype = checkpoint.tensors[tensor.source].dtype
         yield PlannedTensor(
@@ -143,10 +144,10 @@ def _shard_name(index: int, count: int) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Numbers in a name by their value: layer 10 after layer 9."""
+    """A sort key that orders numbers in a name by value: layer 10 after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _by_alignment(tensor: PlannedTensor) -> int:
-    """Wide types first, so that every tensor starts at a multiple of its item size."""
+    """A sort key that puts wide types first, so that every tensor starts at a multiple of its item size."""
     return -DTYPE_BYTES[tensor.dtype]

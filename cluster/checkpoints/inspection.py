@@ -1,4 +1,4 @@
-"""What can be said of a model folder without reading a weight: what is in it, what it takes, whether it will serve."""
+"""The facts about a model folder that can be found without reading weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from moesaic.errors import CheckpointError
 from moesaic.families import DenseLayers, MoeModel, describe_model
 from router.text.chat_template import TEMPLATE_FILE, TEMPLATE_JSON_FILE, TOKENIZER_CONFIG_FILE, find_template
 
-# In the order in which a router looks for them.
+# The file names of tokenizers, in the order in which a router looks for them.
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*.model.v*", "tokenizer.model")
 
 HUGGING_FACE = "Hugging Face"
-NATIVE = "Mistral's own"
+MISTRAL = "Mistral's own"
 PICKLES = "pickles"
 MISTRAL_CHAT = "Mistral's own format"
 
@@ -33,15 +33,15 @@ _VERSION = re.compile(r"\.v(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a folder will not serve."""
+    """The reason why a folder cannot be served."""
 
     message: str
     field: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """The tensors in the files: bytes by dtype, as the files name it."""
+class StoredTensors:
+    """The stored tensors: their files, number, and bytes by dtype, named as in the files."""
 
     files: int
     tensors: int
@@ -50,16 +50,16 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A folder. What a problem leaves unknown is None."""
+    """The facts about a folder. A fact that a problem leaves unknown is None."""
 
     folder: str
     problem: Problem | None
     family: str | None
     layout: str | None
-    stored: Stored | None
+    stored: StoredTensors | None
     model: ModelFacts | None
     tokenizer: str | None
-    # The file that has it, or MISTRAL_CHAT.
+    # The file that holds the chat template, or MISTRAL_CHAT.
     chat_template: str | None
 
     @property
@@ -68,7 +68,7 @@ class Inspection:
 
 
 def inspect_folder(folder: Path, dense_layers: DenseLayers = "auto") -> Inspection:
-    """Reads headers and small files. Raises CheckpointError where there is no folder that can be read."""
+    """Reads headers and small files. Raises CheckpointError for a folder that cannot be read."""
     names = _file_names(folder)
     tokenizer = _find_tokenizer(names)
     checkpoint, model, problem, chat = None, None, None, None
@@ -91,7 +91,7 @@ def inspect_folder(folder: Path, dense_layers: DenseLayers = "auto") -> Inspecti
 
 
 def _file_names(folder: Path) -> list[str]:
-    """Sorted."""
+    """The names in the folder, sorted. Raises CheckpointError."""
     if not folder.is_dir():
         raise CheckpointError("model: no such folder", field="model")
     try:
@@ -100,17 +100,17 @@ def _file_names(folder: Path) -> list[str]:
         raise CheckpointError(f"model: cannot be read: {error.strerror}", field="model") from error
 
 
-def _stored(checkpoint: Checkpoint) -> Stored:
+def _stored(checkpoint: Checkpoint) -> StoredTensors:
     sizes = Counter[str]()
     for entry in checkpoint.tensors.values():
         sizes[entry.dtype] += entry.num_bytes
     files = {entry.file for entry in checkpoint.tensors.values()}
-    return Stored(len(files), len(checkpoint.tensors), dict(sizes.most_common()))
+    return StoredTensors(len(files), len(checkpoint.tensors), dict(sizes.most_common()))
 
 
 def _layout(checkpoint: Checkpoint, model: MoeModel | None) -> str:
-    """The form of the folder, and how the experts of a gated layer lie in it."""
-    form = NATIVE if checkpoint.native else HUGGING_FACE
+    """The form of the folder, and how it stores the experts of a gated layer."""
+    form = MISTRAL if checkpoint.in_mistral_format else HUGGING_FACE
     gated = [] if model is None else [layer for layer in model.experts.values() if layer.gate is not None]
     if not gated:
         return form
@@ -122,14 +122,14 @@ def _layout(checkpoint: Checkpoint, model: MoeModel | None) -> str:
 
 
 def _guess_layout(names: Sequence[str]) -> str | None:
-    """Of a folder that cannot be opened, by its files."""
+    """The likely form of a folder that cannot be opened, by its file names."""
     if any(name.endswith(".safetensors") for name in names):
-        return HUGGING_FACE if CONFIG_FILE in names else NATIVE if PARAMS_FILE in names else None
+        return HUGGING_FACE if CONFIG_FILE in names else MISTRAL if PARAMS_FILE in names else None
     return PICKLES if any(Path(name).suffix in PICKLE_SUFFIXES for name in names) else None
 
 
 def _claimed_family(folder: Path) -> str | None:
-    """What config.json says, of a model that is not served."""
+    """The family that config.json names, for a model that cannot be served."""
     try:
         family = read_json(folder / CONFIG_FILE).get("model_type")
     except CheckpointError:
@@ -138,19 +138,19 @@ def _claimed_family(folder: Path) -> str | None:
 
 
 def _find_tokenizer(names: Sequence[str]) -> str | None:
-    """The file's name; of several versions the newest."""
+    """The name of the tokenizer file, the newest of several versions."""
     found = (fnmatch.filter(names, pattern) for pattern in TOKENIZER_FILES)
     return next((max(versions, key=_version) for versions in found if versions), None)
 
 
 def _version(name: str) -> int:
-    """11 of tokenizer.model.v11."""
+    """The number in a versioned name: 11 for tokenizer.model.v11."""
     match = _VERSION.search(name)
     return int(match[1]) if match else 0
 
 
 def _find_chat(folder: Path, tokenizer: str | None) -> str | None:
-    """Where the chat format comes from. Raises CheckpointError for a template that a router would refuse."""
+    """The source of the chat format. Raises CheckpointError for a template that a router would refuse."""
     if tokenizer is None:
         return None
     config_file = folder / TOKENIZER_CONFIG_FILE

@@ -1,4 +1,4 @@
-"""What a model consists of and what it takes to hold it. Pure."""
+"""The parts of a model and the memory that they need. Pure."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from moesaic.families.model import (
     Mixer,
 )
 
-# How experts are held; what int4 takes depends on the machine.
+# The formats in which experts can be held. The size of int4 depends on the machine and is not listed.
 Held = Literal["fp32", "bf16", "int8"]
 HELD: tuple[Held, ...] = ("fp32", "bf16", "int8")
 WORKER_COUNTS = (1, 2, 4, 8)
 
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-# int8 has a scale an output, and biases stay as they are.
+# An int8 weight has one scale per output. Biases are not quantised.
 _SCALE_BYTES = 4
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 _SHARED = re.compile(r"\.shared_(expert|experts|mlp)\.")
@@ -37,27 +37,28 @@ _SHARED = re.compile(r"\.shared_(expert|experts|mlp)\.")
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """Layers that are alike.
+    """A set of identical layers.
 
-    Without a gate they are dense: computed by the router where `experts` is 0, else by workers as the one expert.
+    Without a gate they are dense: the router computes them where `experts` is 0, else the workers do, as one
+    expert.
     """
 
     layers: tuple[int, ...]
     mixer: str
     gated: bool
     experts: int
-    # Of the experts, a token.
+    # The experts that a token is assigned to.
     top_k: int
-    # Of one expert.
+    # Inner size and parameters of one expert.
     inner_size: int
     parameters: int
-    # Beside the experts, for every token; the router's.
+    # The parameters of shared experts, which the router computes for every token.
     shared_parameters: int
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerMemory:
-    """The fullest one of so many workers: its experts, and their bytes by how they are held."""
+    """The fullest of `workers` workers: its experts, and their bytes by format."""
 
     workers: int
     experts: int
@@ -66,7 +67,10 @@ class WorkerMemory:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """`*_file_bytes`: of tensors in the files. `router_bytes`: of the router's weights, by the dtype it computes in."""
+    """`*_file_bytes`: bytes of tensors in the files.
+
+    `router_bytes`: bytes of the router's weights, by compute dtype.
+    """
 
     parameters: int
     active_parameters: int
@@ -82,7 +86,7 @@ class ModelFacts:
 
 
 def gather_facts(checkpoint: Checkpoint, model: MoeModel) -> ModelFacts:
-    """The facts of a model with its dense layers where they are wanted."""
+    """The facts about a described model."""
     router_tensors = {
         name for tensor in model.dense.values() for name in (tensor.source, tensor.scales) if name is not None
     }
@@ -102,7 +106,7 @@ def gather_facts(checkpoint: Checkpoint, model: MoeModel) -> ModelFacts:
 
 
 def expert_bytes(module: ExpertModule, held: Held) -> int:
-    """Bytes of one expert's weights in a worker's memory."""
+    """The bytes of one expert's weights in a worker's memory."""
     total = 0
     for weight in module.weights:
         shape = module.shape(weight)
@@ -135,7 +139,7 @@ def _held_bytes(model: MoeModel, counts: Mapping[int, int], held: Held) -> int:
 
 
 def _layer_kinds(model: MoeModel) -> tuple[LayerKind, ...]:
-    """In the order of their first layers."""
+    """The kinds, in the order of their first layers."""
     shared = _shared_parameters(model)
     kinds: dict[LayerKind, list[int]] = {}
     for layer in range(model.num_layers):
@@ -144,7 +148,7 @@ def _layer_kinds(model: MoeModel) -> tuple[LayerKind, ...]:
 
 
 def _kind(model: MoeModel, layer: int, shared: int) -> LayerKind:
-    """All that there is to say of one layer but its number."""
+    """The kind of one layer, without the layer's number."""
     experts, mixer = model.experts.get(layer), describe_mixer(model.mixers[layer])
     if experts is None:
         return LayerKind((), mixer, False, 0, 0, 0, 0, shared)
@@ -161,7 +165,7 @@ def _kind(model: MoeModel, layer: int, shared: int) -> LayerKind:
 
 
 def _shared_parameters(model: MoeModel) -> Counter[int]:
-    """Of each layer's shared experts. Their parameters are named so in all families of transformers."""
+    """The parameters of each layer's shared experts, found by the names that all families use."""
     shared = Counter[int]()
     for name, tensor in model.dense.items():
         if _SHARED.search(name) and (index := _LAYER_INDEX.search(name)):
@@ -170,7 +174,7 @@ def _shared_parameters(model: MoeModel) -> Counter[int]:
 
 
 def describe_mixer(mixer: Mixer) -> str:
-    """In one line, for people."""
+    """A description for a person, in one line."""
     match mixer:
         case Attention(num_heads, num_kv_heads, _, window, chunk, sinks):
             parts = [f"attention, {num_heads}/{num_kv_heads} heads"]

@@ -1,10 +1,10 @@
-"""A model folder whose weights are pickles, as a checkpoint that can be described: which files, which config, which names.
+"""A model folder whose weights are pickles, opened as a checkpoint: its files, config and tensor names.
 
-Known are Mistral's releases (params.json with consolidated.*), folders of Hugging Face (config.json with
-pytorch_model*.bin), and StripedHyena on its own (a YAML file with one .bin).
+Three forms are known: Mistral's releases (params.json with consolidated.*), Hugging Face folders (config.json
+with pytorch_model*.bin), and StripedHyena's own (a YAML file with one .bin).
+
+Shapes: D hidden size, F inner size, E slots.
 """
-
-# Shapes: D hidden size, F inner size, E slots.
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from moesaic.errors import CheckpointError
 
 _INDEX_FILE = "pytorch_model.bin.index.json"
 _SINGLE_FILE = "pytorch_model.bin"
-_NATIVE = re.compile(r"consolidated(\.\d+)?\.(pth|pt)")
+_MISTRAL = re.compile(r"consolidated(\.\d+)?\.(pth|pt)")
 _STACKED = re.compile(r"layers\.\d+\.block_sparse_moe\.w[123]")
 _HYENA = "stripedhyena"
-# What the wrapper of Hugging Face puts before every name of StripedHyena.
+# The prefix of every tensor name of StripedHyena in Hugging Face's wrapper.
 _HYENA_PREFIX = "backbone."
 _PLAIN = (str, int, float, type(None))
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -43,22 +43,22 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 @dataclass(frozen=True, slots=True)
 class PickledModel:
-    """`checkpoint` is what `describe_model` takes; `names` says what the files call its tensors."""
+    """A folder of pickles as a checkpoint; `names` maps the checkpoint's tensor names to the files'."""
 
     checkpoint: Checkpoint
     names: Mapping[str, str]
     weights: PickledWeights
-    # Of weights and config: what a conversion was made from.
+    # A hash of weights and config, which identifies the source of a conversion.
     fingerprint: str
 
     def read(self, planned: PlannedTensor) -> memoryview:
-        """The bytes of a tensor. To be let go before the next is read."""
+        """The bytes of a tensor. The caller must release them before the next read."""
         entry = self.checkpoint.tensors[planned.source]
         return self.weights.read(replace(entry, name=self.names[planned.source]), planned)
 
 
 def open_pickles(folder: Path) -> PickledModel:
-    """Raises CheckpointError that names the file, the config key or the tensor which is not as it should be."""
+    """Opens a folder. Raises CheckpointError, which names the file, config key or tensor at fault."""
     try:
         return _open(folder)
     except OSError as error:
@@ -71,17 +71,17 @@ def _open(folder: Path) -> PickledModel:
     files = sorted(path.name for path in folder.iterdir())
     if safe := [name for name in files if name.endswith(".safetensors")]:
         refuse("model", f"{safe[0]} is safetensors already: a folder is converted from pickles alone")
-    native = [name for name in files if _NATIVE.fullmatch(name)]
+    mistral = [name for name in files if _MISTRAL.fullmatch(name)]
     others = [name for name in files if name.endswith(".bin")]
-    pickles = native + others
+    pickles = mistral + others
     if not pickles:
         refuse("model", "the folder has neither consolidated.* nor *.bin: nothing to convert")
-    if (native and others) or len({Path(name).suffix for name in pickles}) > 1:
+    if (mistral and others) or len({Path(name).suffix for name in pickles}) > 1:
         refuse("model", f"{pickles[0]} and {pickles[-1]} are of two forms: only one of them may be here")
-    return _open_native(folder, native) if native else _open_hugging_face(folder, files, others)
+    return _open_mistral(folder, mistral) if mistral else _open_hugging_face(folder, files, others)
 
 
-def _open_native(folder: Path, files: list[str]) -> PickledModel:
+def _open_mistral(folder: Path, files: list[str]) -> PickledModel:
     if not (folder / PARAMS_FILE).is_file():
         refuse("model", f"the folder has no {PARAMS_FILE}")
     config = read_params(read_json(folder / PARAMS_FILE))
@@ -93,7 +93,7 @@ def _open_native(folder: Path, files: list[str]) -> PickledModel:
 
 
 def _by_slots(entry: TensorEntry, num_slots: int) -> TensorEntry:
-    """The experts of a layer one after the other, [E * F, D], as the [E, F, D] that they are."""
+    """The concatenated experts of a layer, [E * F, D], as a tensor [E, F, D]."""
     if not _STACKED.fullmatch(entry.name):
         return entry
     if len(entry.shape) != 2 or entry.shape[0] % num_slots:
@@ -138,7 +138,7 @@ def _open_files(folder: Path, files: list[str], config_file: str) -> tuple[Pickl
     for path in paths:
         if not path.is_file():
             refuse(path.name, "the file is missing")
-    # Their directories first: what they say decides whether the files can be mapped.
+    # The archives' directories are read first, because they show whether the files can be mapped.
     weights_mark = fingerprint(paths)
     config = (folder / config_file).read_bytes()
     mark = hashlib.sha256(config + weights_mark.encode()).hexdigest()
@@ -146,7 +146,7 @@ def _open_files(folder: Path, files: list[str], config_file: str) -> tuple[Pickl
 
 
 def _read_config(folder: Path, files: list[str]) -> tuple[str, dict[str, Any]]:
-    """config.json, or what the original code of StripedHyena is told in YAML."""
+    """The name and content of config.json, or of the YAML file of StripedHyena's original code."""
     if CONFIG_FILE in files:
         return CONFIG_FILE, read_json(folder / CONFIG_FILE)
     found = [name for name in files if name.endswith((".yml", ".yaml"))]
@@ -172,12 +172,12 @@ def _read_config(folder: Path, files: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _is_flat(value: object) -> bool:
-    """What is nested further may stand for more than memory holds, in a few lines of YAML."""
+    """Whether a value is nested once at most. Deeper, a few lines of YAML can fill any memory."""
     if isinstance(value, dict):
         return all(isinstance(item, _PLAIN) for entry in value.items() for item in entry)
     return all(isinstance(item, _PLAIN) for item in (value if isinstance(value, list) else [value]))
 
 
 def _as_number(value: object) -> object:
-    """YAML takes 1e-5, without a point, for text."""
+    """Converts numbers such as 1e-5, which YAML reads as text because they have no point."""
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value

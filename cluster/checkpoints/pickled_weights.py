@@ -1,6 +1,7 @@
-"""Tensors in pickle files: the one place that opens any, and only with `weights_only`, which runs nothing of them.
+"""Tensors in pickle files.
 
-Files are mapped, not read: memory holds the pages of what was touched last, however large a file is.
+No other module opens pickles, and this one only with `weights_only`, which runs no code of theirs. Files are
+mapped, not read: memory holds the recently touched pages, however large a file is.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from cluster.checkpoints.conversion_plan import PlannedTensor
 from moesaic.checkpoints.safetensors_file import TensorEntry, check_tensor_name
 from moesaic.errors import CheckpointError
 
-# Touched pages stay in memory until their file is no longer mapped, which is done when they come to this much.
+# Touched pages stay in memory while their file is mapped. Files are unmapped when the touched pages reach
+# this size.
 MAPPED_BYTES = 128 << 20
 
-# What some modules keep beside their weights; it need not even be a tensor.
+# The suffix of the extra state that some modules keep beside their weights. It need not be a tensor.
 _BOOKKEEPING = "_extra_state"
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -29,10 +31,10 @@ _DTYPES = {
 
 
 class PickledWeights:
-    """The tensors of some files, under their names in there."""
+    """The tensors of several files, by their names in the files."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        """Reads names, dtypes and shapes. Raises CheckpointError for a file that holds anything but tensors."""
+        """Reads names, dtypes and shapes. Raises CheckpointError for a file with anything but tensors."""
         self._mapped: dict[Path, Mapping[str, torch.Tensor]] = {}
         self._touched_bytes = 0
         self.entries: dict[str, TensorEntry] = {}
@@ -46,15 +48,16 @@ class PickledWeights:
                     f"{file.name}: tensor {name} is in {self.entries[name].file.name}, too: split tensors are not known",
                     field=file.name,
                 )
-            # No first byte: where a tensor lies in a pickle is for torch to know.
+            # The first byte is unknown here: only torch knows the position of a tensor in a pickle.
             self.entries[name] = TensorEntry(
                 name, file, _DTYPES[tensor.dtype], tuple(tensor.shape), first_byte=0, num_bytes=tensor.nbytes
             )
 
     def read(self, source: TensorEntry, planned: PlannedTensor) -> memoryview:
-        """The bytes of `planned`, which is `source` or a part of it. To be let go before the next is read.
+        """The bytes of `planned`, which is `source` or a part of it.
 
-        `source.name` is the name in the file; its shape may be another view of the same rows.
+        The caller must release them before the next read. `source.name` is the name in the file.
+        `source.shape` may be another view of the same rows.
         """
         if self._touched_bytes > MAPPED_BYTES:
             self._mapped.clear()
@@ -73,9 +76,10 @@ class PickledWeights:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Names, sizes and checksums of everything in the files, hashed. Read from their directories, not from the data.
+    """A hash of the names, sizes and checksums of all records in the files.
 
-    Raises CheckpointError for a file that torch cannot map.
+    They are read from the archives' directories, not from the data. Raises CheckpointError for a file that
+    torch cannot map.
     """
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -94,7 +98,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 def _load(file: Path) -> Mapping[str, torch.Tensor]:
     try:
         loaded = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-    except Exception as error:  # the library raises bare exceptions for a file that it refuses or cannot read
+    except Exception as error:  # torch raises bare exceptions for a file that it refuses or cannot read
         raise _not_readable(file) from error
     if not isinstance(loaded, dict):
         raise _not_tensors(file)
@@ -123,6 +127,6 @@ def _not_tensors(file: Path) -> CheckpointError:
 
 
 def _in_half_order(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows [heads * d, ...] of which neighbours rotate together, with those that rotate together half a head apart."""
+    """Reorders rows [heads * d, ...]: rows that rotate together move from neighbours to half a head apart."""
     pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)

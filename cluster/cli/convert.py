@@ -16,7 +16,7 @@ from cluster.terminal.tables import count, files, size
 def run_convert(folder: Path, out: Path, *, shard_mib: int, as_json: bool) -> None:
     """Converts with a progress bar and prints a summary. Raises the errors of `convert`."""
     with ConvertProgress(Console(stderr=True)) as progress:
-        done = convert(folder, out, max_shard_bytes=shard_mib << 20, tell=progress.show)
+        done = convert(folder, out, max_shard_bytes=shard_mib << 20, show=progress.show)
     print(json.dumps(asdict(done)) if as_json else _summary(done))
 
 

@@ -1,33 +1,31 @@
-"""`moesaic demo`: a cluster on the built-in model, one answer, and what it took.
+"""`moesaic demo`: starts a cluster on the built-in model, streams one answer and shows what it took.
 
-The tables show the answer alone: counters are read before and after it, so that the start's own test token is left out.
+The tables cover only the answer: counters are read before and after it, which leaves out the test token of
+the start.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-import grpc
 from rich.console import Console
 from rich.table import Table
 
 from cluster.cli.router_client import router_client
-from cluster.cli.status import ask_status
 from cluster.launch.milestones import Milestones
 from cluster.launch.serve import CheckedModel, check_model, running_cluster, with_ports
+from cluster.observation.activity import Activity, activity_between
+from cluster.observation.observer import Observation, Observer
 from cluster.terminal.load_progress import LoadProgress
 from cluster.terminal.tables import bar, count, new_table, size
-from moesaic import rpc
-from moesaic.client import GenerateOptions
-from moesaic.errors import from_rpc_error
+from moesaic.errors import Unavailable
+from moesaic.generate_request import GenerateOptions
 from moesaic.settings import ClusterSettings, Settings
 from moesaic.stop_signals import StopSignals
-from moesaic.v1 import control_pb2, expert_pb2, expert_pb2_grpc
 
 DEFAULT_PROMPT = "ROMEO:\n"
 SAMPLING: GenerateOptions = {"temperature": 0.7, "top_p": 0.9, "seed": 3}
@@ -36,7 +34,7 @@ ASK_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerShare:
-    """What one worker did for the answer. `resident_bytes` is the whole process."""
+    """The work of one worker for the answer. `resident_bytes`: the memory of the whole process."""
 
     name: str
     num_experts: int
@@ -47,8 +45,8 @@ class WorkerShare:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The generated text, and how fast it came after its first token."""
+class StreamedAnswer:
+    """The generated text, and its rate after the first token."""
 
     text: str
     num_tokens: int
@@ -57,23 +55,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """Everything that the demo shows."""
+    """The results of a demo, as JSON prints them."""
 
     prompt: str
-    answer: Answer
+    answer: StreamedAnswer
     workers: tuple[WorkerShare, ...]
     phases_s: dict[str, float]
-    # Since the command began.
+    # Seconds since the command began.
     milestones_s: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class _Counters:
-    """What the cluster has counted so far."""
-
-    workers: tuple[control_pb2.Process, ...]
-    stats: dict[str, expert_pb2.GetWorkerStatsResponse]
-    phases_s: dict[str, float]
 
 
 async def run_demo(prompt: str | None, settings: Settings, *, max_tokens: int, as_json: bool) -> None:
@@ -98,22 +87,24 @@ async def run_demo(prompt: str | None, settings: Settings, *, max_tokens: int, a
 async def _answer(
     target: str, prompt: str, max_tokens: int, milestones: Milestones, flow: _WordFlow | None
 ) -> DemoReport:
-    before = await _read_counters(target)
-    answer = await _stream(target, prompt, max_tokens, milestones, flow)
-    after = await _read_counters(target)
+    async with Observer(target, timeout_s=ASK_TIMEOUT_S) as observer:
+        before = await observer.observe()
+        answer = await _stream(target, prompt, max_tokens, milestones, flow)
+        after = await observer.observe()
+    activity = activity_between(before, after)
     return DemoReport(
         prompt=prompt,
         answer=answer,
-        workers=tuple(_share(worker, before.stats, after.stats) for worker in after.workers),
-        phases_s={phase: s - before.phases_s.get(phase, 0.0) for phase, s in after.phases_s.items()},
+        workers=tuple(_shares(after, activity)),
+        phases_s=activity.phases_s,
         milestones_s=milestones.reached_s,
     )
 
 
 async def _stream(
     target: str, prompt: str, max_tokens: int, milestones: Milestones, flow: _WordFlow | None
-) -> Answer:
-    """Writes prompt and answer to `flow` as they come."""
+) -> StreamedAnswer:
+    """Streams the answer; prompt and answer are written to `flow` as they arrive."""
     text, num_tokens, first_s = "", 0, time.monotonic()
     if flow is not None:
         flow.write(f"\n{prompt}")
@@ -130,11 +121,11 @@ async def _stream(
     if flow is not None:
         flow.end()
     elapsed_s = time.monotonic() - first_s
-    return Answer(text, num_tokens, (num_tokens - 1) / elapsed_s if elapsed_s > 0 else 0.0)
+    return StreamedAnswer(text, num_tokens, (num_tokens - 1) / elapsed_s if elapsed_s > 0 else 0.0)
 
 
 class _WordFlow:
-    """Text that comes in pieces, broken between words where the terminal's line ends."""
+    """Prints text that arrives in pieces, and breaks lines between words at the terminal's width."""
 
     def __init__(self, out: Console) -> None:
         self._file = out.file
@@ -167,47 +158,22 @@ class _WordFlow:
         self._column = 0 if text == "\n" else self._column + len(text)
 
 
-async def _read_counters(target: str) -> _Counters:
-    status = await ask_status(target)
-    processes = status.topology.processes if status.topology is not None else ()
-    workers = tuple(
-        process for process in processes if process.role == control_pb2.PROCESS_ROLE_EXPERT_WORKER
-    )
-    answers = await asyncio.gather(*(_ask_worker(worker.address) for worker in workers))
-    return _Counters(
-        workers,
-        {worker.name: answer for worker, answer in zip(workers, answers, strict=True)},
-        {phase.phase: phase.seconds for phase in status.stats.phases},
-    )
-
-
-async def _ask_worker(address: str) -> expert_pb2.GetWorkerStatsResponse:
-    try:
-        async with rpc.aio_channel(address) as channel:
-            stub = expert_pb2_grpc.ExpertServiceStub(channel)
-            answer: expert_pb2.GetWorkerStatsResponse = await stub.GetWorkerStats(
-                expert_pb2.GetWorkerStatsRequest(), timeout=ASK_TIMEOUT_S
-            )
-            return answer
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
-
-
-def _share(
-    worker: control_pb2.Process,
-    before: Mapping[str, expert_pb2.GetWorkerStatsResponse],
-    after: Mapping[str, expert_pb2.GetWorkerStatsResponse],
-) -> WorkerShare:
-    old = before.get(worker.name, expert_pb2.GetWorkerStatsResponse())
-    new = after[worker.name]
-    return WorkerShare(
-        name=worker.name,
-        num_experts=len(worker.experts),
-        rows=new.rows - old.rows,
-        calls=new.calls - old.calls,
-        busy_s=new.busy_s - old.busy_s,
-        resident_bytes=new.resident_bytes,
-    )
+def _shares(after: Observation, activity: Activity) -> Iterator[WorkerShare]:
+    """Raises Unavailable for a worker that does not answer: its figures would be wrong."""
+    processes = {} if after.topology is None else {it.name: it for it in after.topology.processes}
+    for worker in activity.workers:
+        if worker.name not in processes:
+            continue
+        if not worker.answers:
+            raise Unavailable(f"{worker.name} does not answer")
+        yield WorkerShare(
+            name=worker.name,
+            num_experts=len(processes[worker.name].experts),
+            rows=worker.rows,
+            calls=worker.calls,
+            busy_s=worker.busy_s,
+            resident_bytes=after.workers[worker.name].resident_bytes,
+        )
 
 
 def _print_opening(out: Console, model: CheckedModel, cluster: ClusterSettings) -> None:

@@ -1,4 +1,4 @@
-"""How the gates of a cluster's routers are doing, in one line. Pure."""
+"""The health of the gates of all routers, in one line. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moesaic.v1 import inference_pb2
 
 @dataclass(frozen=True, slots=True)
 class GateSummary:
-    """The largest z-loss of any gate, and the assignments of all of them, which are counted where slots can be full."""
+    """The largest z-loss of any gate, and the assignments of gates whose slots have a capacity."""
 
     z_loss: float
     layer: int
@@ -20,7 +20,7 @@ class GateSummary:
 
     @property
     def dropped_share(self) -> float | None:
-        """None where nothing is ever dropped."""
+        """None where assignments are not counted."""
         return self.dropped / self.assignments if self.assignments else None
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class GateSummary:
 
 
 def summarise_gates(routers: Iterable[inference_pb2.GetRouterStatsResponse]) -> GateSummary | None:
-    """None before any router has looked at a gate, and of a model without gates."""
+    """None before any router has measured a gate, and for a model without gates."""
     gates = [gate for router in routers for gate in router.gates]
     seen = [gate for gate in gates if gate.HasField("z_loss")]
     if not seen:

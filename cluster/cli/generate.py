@@ -9,7 +9,7 @@ from typing import Unpack
 
 from cluster.cli.router_client import router_client
 from moesaic import Client, Completion
-from moesaic.client import GenerateOptions
+from moesaic.generate_request import GenerateOptions
 
 
 async def run_generate(

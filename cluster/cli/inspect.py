@@ -1,4 +1,7 @@
-"""`moesaic inspect`: what is in a model folder, what it takes, and whether it will serve. Reads no weights."""
+"""`moesaic inspect`: the content of a model folder, its memory, and whether it can be served.
+
+Reads no weights.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.checkpoints.inspection import Inspection, Stored, inspect_folder
+from cluster.checkpoints.inspection import Inspection, StoredTensors, inspect_folder
 from cluster.checkpoints.model_facts import HELD, LayerKind, ModelFacts
 from cluster.checkpoints.model_source import DEMO_MODEL
 from cluster.terminal.tables import amount, count, files, new_table, size
 from moesaic.families import DenseLayers
 
-# Exit code: as that of `moesaic serve`.
+# The exit code for a folder that cannot be served, the same as that of `moesaic serve`.
 WILL_NOT_SERVE = 2
 
 _DTYPE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8"}
 
 
 def run_inspect(model: str | None, dense_layers: DenseLayers, *, as_json: bool) -> None:
-    """Prints what is known. Raises CheckpointError where there is no folder, typer.Exit where it will not serve."""
+    """Prints a folder's facts. Raises CheckpointError without one, typer.Exit if it cannot be served."""
     inspection = inspect_folder(DEMO_MODEL if model is None else Path(model), dense_layers)
     if as_json:
         print(json.dumps({"serves": inspection.serves, **asdict(inspection)}))
@@ -38,7 +41,7 @@ def run_inspect(model: str | None, dense_layers: DenseLayers, *, as_json: bool) 
 
 
 def print_inspection(inspection: Inspection, out: Console) -> None:
-    """For a terminal."""
+    """Prints the inspection as text and tables."""
     out.print(_outline(inspection))
     if inspection.model is None:
         return
@@ -48,7 +51,7 @@ def print_inspection(inspection: Inspection, out: Console) -> None:
 
 
 def _outline(inspection: Inspection) -> Table:
-    """Names at the left, what there is at the right."""
+    """Names in the left column, values in the right one."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
@@ -73,7 +76,7 @@ def _lines(inspection: Inspection) -> Iterator[tuple[str, Text]]:
     yield "chat template", Text(inspection.chat_template or "none")
 
 
-def _files(stored: Stored, model: ModelFacts | None) -> str:
+def _files(stored: StoredTensors, model: ModelFacts | None) -> str:
     dtypes = ", ".join(f"{_DTYPE_WORDS.get(name, name)} {size(held)}" for name, held in stored.bytes.items())
     if model is None or not model.experts:
         return f"{files(stored.files)}: {dtypes}"
@@ -107,7 +110,7 @@ def _experts(kind: LayerKind) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in few characters: 0-3, 5; every second one from 0 to 34 is 0-34/2."""
+    """Ascending numbers, abbreviated: `0-3, 5`; `0-34/2` is every second number from 0 to 34."""
     step = numbers[1] - numbers[0] if len(numbers) > 2 else 1
     if step > 1 and all(later - earlier == step for earlier, later in pairwise(numbers)):
         return f"{numbers[0]}-{numbers[-1]}/{step}"

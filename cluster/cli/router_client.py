@@ -1,21 +1,17 @@
-"""The connection of the client verbs to a router: the client library, and a clear message when none answers."""
+"""The client library as the verbs use it, with an error that helps where no router answers."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from cluster.observation.reachability import explaining_absence
 from moesaic import Client
-from moesaic.errors import Unavailable
 
 
 @asynccontextmanager
 async def router_client(target: str) -> AsyncIterator[Client]:
     """A client of the router at HOST:PORT. Raises Unavailable that names the address where none listens."""
     async with Client(target) as client:
-        try:
+        with explaining_absence(target, lambda: client.cannot_connect):
             yield client
-        except Unavailable as error:
-            if not client.cannot_connect:
-                raise
-            raise Unavailable(f"no router answers at {target}: is `moesaic serve` running?") from error

@@ -1,7 +1,7 @@
-"""`moesaic top`: a cluster at work, once a second; q or Ctrl-C ends it.
+"""`moesaic top`: the activity of a cluster, refreshed once a second; q or Ctrl-C ends it.
 
-Without a terminal, and with --once or --json, it is one look over one interval. A server that goes away is said to be
-away, and asked again until it is back.
+Without a terminal, and with --once or --json, it prints the activity of one interval. When the server does
+not answer, the view says so, and the server is asked again until it answers.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rich.text import Text
 from cluster.cli.top_view import Look, draw_look, plain_look
 from cluster.observation.activity import activity_between
 from cluster.observation.observer import Observation, Observer
-from moesaic.errors import Unavailable
+from moesaic.errors import MoesaicError
 from moesaic.stop_signals import StopSignals
 
 _KEYS_AT_ONCE = 64
 
 
 async def run_top(target: str, *, interval_s: float, once: bool, as_json: bool) -> None:
-    """Raises Unavailable when there is one look to take and no router answers."""
+    """Raises MoesaicError when a single look is taken and no router answers."""
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     with StopSignals() as signals:
         async with Observer(target) as observer:
@@ -59,7 +59,7 @@ async def _watch(target: str, observer: Observer, interval_s: float, signals: St
         while not signals.stop.is_set():
             try:
                 view.see(await observer.observe())
-            except Unavailable as error:
+            except MoesaicError as error:
                 view.miss(error.message)
             screen.update(view.drawn(), refresh=True)
             with contextlib.suppress(TimeoutError):
@@ -67,7 +67,7 @@ async def _watch(target: str, observer: Observer, interval_s: float, signals: St
 
 
 class TopView:
-    """What is on the screen: the newest look, or the last one and since when there is none."""
+    """The content of the screen: the newest look, and how long the server has not answered since."""
 
     def __init__(self, target: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._target = target
@@ -83,7 +83,7 @@ class TopView:
         self._before, self._lost_since_s, self._lost = now, None, ""
 
     def miss(self, why: str) -> None:
-        """Nobody answers; what comes after it begins anew."""
+        """Records that the server did not answer. Activity is counted anew from the next look on."""
         if self._lost_since_s is None:
             self._lost_since_s = self._clock()
         away_s = self._clock() - self._lost_since_s
@@ -97,7 +97,7 @@ class TopView:
 
 @contextlib.contextmanager
 def _key_pressed(key: str, act: Callable[[], None]) -> Iterator[None]:
-    """Calls `act` when `key` is pressed on the terminal, which gives every key at once meanwhile."""
+    """Calls `act` when `key` is pressed. Inside the context the terminal delivers keys without Enter."""
     terminal, loop = sys.stdin.fileno(), asyncio.get_running_loop()
 
     def read() -> None:

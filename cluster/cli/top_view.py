@@ -1,4 +1,4 @@
-"""How a second of a cluster's life looks on a terminal of 80 columns, and as JSON."""
+"""The activity of a cluster as tables for a terminal of 80 columns, and as JSON."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cluster.observation.observer import Observation
 from cluster.terminal.tables import new_table, state_text
 from moesaic.v1 import control_pb2
 
-# Between columns: with the box's own space two characters.
+# The padding of a cell. With the box's own space, columns are two characters apart.
 _NARROW = (0, 1, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was seen, and what had happened since the look before. `lost`: why nothing newer is known; empty while it is."""
+    """An observation, and the activity since the one before. `lost`: why none is newer; empty otherwise."""
 
     target: str
     observation: Observation
@@ -32,7 +32,7 @@ class Look:
 
 
 def plain_look(look: Look) -> dict[str, Any]:
-    """Rates are a second, shares of one; a latency is absent where no call was made."""
+    """JSON values. Rates are per second, shares from 0 to 1; a latency is null where no call was made."""
     activity, model = look.activity, look.observation.model
     gates = summarise_gates(look.observation.routers.values())
     return {
@@ -84,7 +84,7 @@ def _plain_worker(activity: Activity, worker: WorkerActivity) -> dict[str, Any]:
 
 
 def draw_look(look: Look) -> RenderableType:
-    """The whole view."""
+    """The look as text and tables."""
     activity, model = look.activity, look.observation.model
     heading = Text.assemble(
         (model.model, "bold"), f"  epoch {model.epoch}  router {look.target}", overflow="ellipsis"
@@ -164,16 +164,16 @@ def _milliseconds(microseconds: int) -> str:
     return f"{microseconds / 1000:.2f}" if microseconds else "-"
 
 
-def _state(member: RouterActivity | WorkerActivity) -> str:
-    if not member.answers:
+def _state(process: RouterActivity | WorkerActivity) -> str:
+    if not process.answers:
         return "[red]away[/]"
-    if member.state == control_pb2.PROCESS_STATE_UNSPECIFIED:  # nobody but itself says so
+    if process.state == control_pb2.PROCESS_STATE_UNSPECIFIED:  # without a controller
         return "[green]up[/]"
-    return state_text(member.state)
+    return state_text(process.state)
 
 
-def _state_name(member: RouterActivity | WorkerActivity) -> str:
-    return Text.from_markup(_state(member)).plain
+def _state_name(process: RouterActivity | WorkerActivity) -> str:
+    return Text.from_markup(_state(process)).plain
 
 
 def _remarks(look: Look) -> Iterable[str]:

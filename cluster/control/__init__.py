@@ -1,1 +1,1 @@
-"""The control plane: what is wanted, what is observed, what is published."""
+"""The control plane: observes the processes, and publishes what the model is and where it is."""

@@ -1,8 +1,8 @@
-"""The controller: observes the processes, names the epoch, publishes the routing table.
+"""The controller: observes the processes, names the epoch and publishes the routing table.
 
-Level-triggered: it follows every process for itself and draws its conclusions from what it sees now, so that it may
-restart at any time and find its way. It publishes nothing before it has heard of every worker once: half a table after
-a restart would take replicas away from routers that still serve with them.
+It is level-triggered: it follows every process by itself and decides by what it observes now, so that it may
+restart at any time. It publishes nothing before it has an observation of every worker: after a restart, half
+a table would take replicas away from routers that still use them.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from moesaic.v1 import common_pb2, control_pb2
 
 log = logging.getLogger(__name__)
 
-# Between two questions to a process that did not answer.
+# The pause before a process that did not answer is asked again.
 RETRY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A process that belongs to the cluster, whether it runs or not."""
+    """A process that belongs to the cluster, whether it runs or not. Only expert workers have `experts`."""
 
     name: str
     role: control_pb2.ProcessRole
-    # Expert workers only.
     experts: frozenset[ExpertAddress] = frozenset()
     device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What is wanted: the model's experts and the processes that serve it."""
+    """The desired state: the experts of the model and the processes that serve it."""
 
     model: str
     experts: frozenset[ExpertAddress]
@@ -52,10 +51,10 @@ class Cluster:
 
 
 class ProcessObserver(Protocol):
-    """The controller's eyes."""
+    """How the controller observes processes."""
 
     async def report(self, name: str, seen: int) -> ProcessReport:
-        """The process's report once its revision is not `seen`, or the same one after a while.
+        """The report of a process as soon as its revision is not `seen`, else the same report after a while.
 
         Raises Unavailable as soon as the process is gone or does not answer.
         """
@@ -67,7 +66,7 @@ class ProcessObserver(Protocol):
 
 
 class Controller:
-    """Follows the members of one cluster. `run` is its loop; everything else may be asked at any time."""
+    """Follows the members of a cluster. `run` is its loop; the other methods may be called at any time."""
 
     def __init__(
         self,
@@ -77,14 +76,14 @@ class Controller:
         first_revision: int = 0,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`first_revision`: above every revision of the controllers before this one."""
+        """`first_revision` is above every revision that an earlier controller of this cluster published."""
         self._cluster = cluster
         self._observer = observer
         self._sleep = sleep
         self._reports: dict[str, ProcessReport] = {}
         self._gone: dict[str, str] = {}
         self._replicas: dict[str, Replica] = {}
-        self._unheard = set(cluster.workers)
+        self._unobserved = set(cluster.workers)
         self._revision = first_revision
         self._epoch: Epoch | None = None
         self._problem = ""
@@ -98,7 +97,7 @@ class Controller:
                 group.create_task(self._follow(member.name))
 
     async def watch(self) -> AsyncIterator[Snapshot]:
-        """The newest snapshot once there is one, and every newer one; a slow reader skips those in between."""
+        """The newest snapshot once there is one, then every newer one; slow readers skip some in between."""
         sent: Snapshot | None = None
         while True:
             published, snapshot = self._published, self._snapshot
@@ -109,7 +108,7 @@ class Controller:
                 yield snapshot
 
     def topology(self) -> control_pb2.GetTopologyResponse:
-        """All members and what is known of them."""
+        """All members and the last observation of each."""
         return control_pb2.GetTopologyResponse(
             model=self._cluster.model,
             epoch=self._epoch.id if self._epoch else "",
@@ -132,6 +131,7 @@ class Controller:
                 self._keep(report, replica)
 
     async def _replica_of(self, report: ProcessReport) -> Replica | None:
+        """The worker as a replica, described again whenever its report changed, as with new contents."""
         if report.name not in self._cluster.workers or not report.ready:
             return None
         last, known = self._reports.get(report.name), self._replicas.get(report.name)
@@ -154,19 +154,19 @@ class Controller:
         self._set_replica(name, None)
 
     def _set_replica(self, name: str, replica: Replica | None) -> None:
-        self._unheard.discard(name)
+        self._unobserved.discard(name)
         if replica is not None:
             self._replicas[name] = replica
         else:
             self._replicas.pop(name, None)
-        if not self._unheard:
+        if not self._unobserved:
             self._publish_changes()
 
     def _publish_changes(self) -> None:
         if self._epoch is None:
             self._epoch = self._name_epoch()
         served = (self._served(replica) for _, replica in sorted(self._replicas.items()))
-        replicas = tuple(replica for replica in served if replica.versions)
+        replicas = tuple(replica for replica in served if replica.holdings)
         if self._snapshot is not None and replicas == self._snapshot.table.replicas:
             return
         self._revision += 1
@@ -179,26 +179,24 @@ class Controller:
         published.set()
 
     def _name_epoch(self) -> Epoch | None:
-        """The epoch, once every expert is held by someone."""
+        """The first epoch, derived from what the workers hold; None while some expert is not held."""
         self._problem = ""
         try:
             versions = merge_versions(
-                [replica.versions for replica in self._replicas.values()], self._cluster.experts
+                [replica.holdings for replica in self._replicas.values()], self._cluster.experts
             )
         except FailedPrecondition as error:
-            if error.reason != "EXPERTS_MISSING":  # workers that are not there yet are no problem
+            if error.reason != "EXPERTS_MISSING":  # the workers are still starting
                 log.error("no epoch", extra={"fields": {"reason": error.reason}})
                 self._problem = error.message
             return None
         return Epoch.of(self._cluster.model, versions)
 
     def _served(self, replica: Replica) -> Replica:
-        """The replica with those versions only that the epoch names."""
+        """The replica with only those versions that some epoch in use names."""
         if self._epoch is None:
             return replica
-        wanted = self._epoch.versions
-        versions = {key: digest for key, digest in replica.versions.items() if wanted.get(key) == digest}
-        return replace(replica, versions=versions)
+        return replace(replica, holdings=replica.holdings & self._epoch.expert_versions)
 
     def _process(self, member: Member) -> control_pb2.Process:
         process = control_pb2.Process(

@@ -1,22 +1,20 @@
-"""The other processes of the cluster, as one of them sees them."""
+"""The other processes of the cluster, as one of them reaches them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from cluster.control.process_report import ProcessReport
 
-if TYPE_CHECKING:
-    pass
-
 
 class Peers(Protocol):
-    """The other processes of the cluster, looked up by name whenever they are asked."""
+    """The other processes of the cluster, looked up by name for every question."""
 
     async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
-        """The report of a process, at the latest after `hold_s` when it is still of revision `seen`.
+        """The report of a process, as soon as its revision is not `seen`, at the latest after `hold_s`.
 
-        Raises Unavailable when the process does not answer soon after `hold_s`."""
+        Raises Unavailable when the process does not answer soon after `hold_s`.
+        """
         ...
 
     async def address(self, name: str) -> str:

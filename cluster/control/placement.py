@@ -1,9 +1,10 @@
-"""Who holds what and sits where: the experts of each worker, the nodes of workers and routers. Pure functions.
+"""Placement: the experts of each worker, and the nodes of workers and routers. Pure functions.
 
-Per layer, every worker gets a quota: the even share, or its share by weight. Quotas laid end to end around the circle
-of the layer's slots give every slot its copies and no worker the same expert twice, so that losing one worker never
-takes two copies of an expert. What a layer cannot split evenly is made up for in the next, so that bytes stay even too:
-the layers of a dense model, of one expert each, go around the workers.
+In each layer every worker gets a quota: the even share, or its share by weight. The quotas are laid end to
+end around the circle of the layer's slots, which gives every slot its copies and no worker the same expert
+twice, so that losing one worker never loses two copies of an expert. What cannot be split evenly in one layer
+is balanced in the next, so that bytes stay even as well: the layers of a dense model, which have one expert
+each, go around the workers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _GPU_SHARES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One machine of the Ray cluster and what it offers."""
+    """One machine of the Ray cluster and its resources."""
 
     id: str
     address: str
@@ -45,15 +46,15 @@ class Seat:
 
 
 class LayerLoad(NamedTuple):
-    """What one layer has to be placed."""
+    """The experts of one layer that have to be placed."""
 
     num_slots: int
-    # Of one expert.
+    # The size of one expert.
     num_bytes: int
 
 
 def layer_loads(model: MoeModel) -> dict[int, LayerLoad]:
-    """Every layer that has experts."""
+    """The load of every layer that has experts."""
     return {
         layer: LayerLoad(num_slots, model.expert_bytes(layer)) for layer, num_slots in model.num_slots.items()
     }
@@ -67,16 +68,17 @@ def place_experts(
 ) -> tuple[frozenset[ExpertAddress], ...]:
     """The experts of each worker.
 
-    Every expert is on exactly `replicas` different workers. Without `weights` the workers' numbers differ by at most
-    one in every layer, and their bytes by at most one expert in all; with them both follow the weights as far as whole
-    experts allow. No worker is left empty. Raises InvalidArgument with field `workers`, `replicas` or `weights`.
+    Every expert is on exactly `replicas` different workers. Without `weights` the numbers of experts differ
+    by at most one between workers in every layer, and the bytes by at most one expert overall; with `weights`
+    both follow these as far as whole experts allow. No worker is left empty. Raises InvalidArgument with
+    field `workers`, `replicas` or `weights`.
     """
     _check_counts(sum(load.num_slots for load in layers.values()), num_workers, replicas)
     wanted = [Fraction(1)] * num_workers if weights is None else _checked(weights, num_workers)
     held: list[set[ExpertAddress]] = [set() for _ in range(num_workers)]
-    # What a worker's bytes lack to its share of the layers so far.
+    # By how many bytes each worker is below its share of the layers so far.
     behind = [Fraction(0)] * num_workers
-    # What is large comes first, so that what is small can make up for it.
+    # Layers of large experts come first, so that layers of small ones can balance them.
     for layer, load in sorted(layers.items(), key=lambda item: -item[1].num_bytes):
         shares = _shares(load.num_slots, replicas, wanted)
         behind = [bytes_ + share * load.num_bytes for bytes_, share in zip(behind, shares, strict=True)]
@@ -104,9 +106,10 @@ def seat_workers(
 ) -> tuple[Seat, ...]:
     """The node, GPU share and threads of each worker.
 
-    A node offers one place per GPU, or one when it has none or `device` is cpu. None workers: one in each place, up to
-    `at_most`; otherwise they go around the places. Routers take part in the GPUs of their nodes, but not in the
-    cores: a router rests while workers compute for it.
+    A node has one place per GPU, or one place if it has no GPU or `device` is cpu. If `num_workers` is None,
+    each place gets one worker, up to `at_most`; otherwise the workers go around the places. Routers get a
+    share of the GPUs of their nodes, but none of the workers' cores: a router is idle while workers compute
+    for it.
     """
     places = _places(nodes, device)
     if not places:
@@ -127,7 +130,7 @@ def seat_workers(
 def seat_routers(
     nodes: Sequence[Node], workers: Sequence[Seat], num_routers: int, device: Device, *, home: str
 ) -> tuple[Seat, ...]:
-    """The node, GPU share and threads of each router: the first on `home`, the others around the nodes like it.
+    """The node, GPU share and threads of each router. The first is on `home`, the others on nodes like it.
 
     Routers of one node share its cores with each other, not with the workers there.
     """
@@ -171,7 +174,7 @@ def _checked(weights: Sequence[float], num_workers: int) -> list[Fraction]:
 
 
 def _shares(num_slots: int, replicas: int, wanted: Sequence[Fraction]) -> list[Fraction]:
-    """Each worker's exact share of one layer in experts, by weight, capped at one copy of every expert."""
+    """The exact share of every worker in the experts of a layer, capped at one copy of every expert."""
     shares = [Fraction(0)] * len(wanted)
     open_workers, left = set(range(len(wanted))), Fraction(num_slots * replicas)
     while open_workers:
@@ -185,7 +188,7 @@ def _shares(num_slots: int, replicas: int, wanted: Sequence[Fraction]) -> list[F
 
 
 def _quotas(shares: Sequence[Fraction], behind: Sequence[Fraction], expert_bytes: int) -> list[int]:
-    """Whole numbers for one layer: each share rounded down, or up for whoever would be furthest behind in bytes."""
+    """Whole numbers: shares are rounded down, or up for the workers that are furthest behind in bytes."""
     quotas = [math.floor(share) for share in shares]
     can_round_up = [worker for worker, share in enumerate(shares) if share > quotas[worker]]
     furthest_first = sorted(
@@ -197,7 +200,7 @@ def _quotas(shares: Sequence[Fraction], behind: Sequence[Fraction], expert_bytes
 
 
 def _places(nodes: Sequence[Node], device: Device) -> list[Node]:
-    """One entry per place, the first place of every node before the second of any."""
+    """One entry per place; the first place of every node comes before the second place of any."""
     places: list[tuple[int, Node]] = []
     for node in nodes:
         if _uses_gpu(node, device):
@@ -208,7 +211,7 @@ def _places(nodes: Sequence[Node], device: Device) -> list[Node]:
 
 
 def _router_nodes(nodes: Sequence[Node], num_routers: int, device: Device, home: str) -> list[Node]:
-    """Nodes with a GPU or nodes without, as `home` is: routers of two kinds would not give the same tokens."""
+    """The routers' nodes, with GPUs only if `home` has one: otherwise routers would give different tokens."""
     first = next(node for node in nodes if node.id == home)
     others = [node for node in nodes if node != first and _uses_gpu(node, device) == _uses_gpu(first, device)]
     alike = [first, *others]
@@ -220,7 +223,7 @@ def _uses_gpu(node: Node, device: Device) -> bool:
 
 
 def _gpu_share(node: Node, num_tenants: int, device: Device) -> float:
-    """Equal for all tenants of a node, so that Ray can pack the shares of its GPUs in any order."""
+    """The same for all processes of a node, so that Ray can pack the shares of its GPUs in any order."""
     if not _uses_gpu(node, device):
         return 0.0
     return _GPU_SHARES // math.ceil(num_tenants / node.num_gpus) / _GPU_SHARES

@@ -1,4 +1,4 @@
-"""A process at one moment, as its host reports it."""
+"""The state of a process at one moment, as its host reports it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from moesaic.v1 import control_pb2
 
 @dataclass(frozen=True, slots=True)
 class ProcessReport:
-    """A process at one moment. `revision` grows with every change but progress; it starts anew with the process."""
+    """The state of one process.
+
+    `revision` grows with every change but progress, `contents_revision` with every change of the experts that
+    a READY worker holds. Both start anew with the process.
+    """
 
     name: str
     revision: int
@@ -21,6 +25,7 @@ class ProcessReport:
     loaded_bytes: int = 0
     total_bytes: int = 0
     detail: str = ""
+    contents_revision: int = 0
 
     @property
     def ready(self) -> bool:

@@ -1,7 +1,8 @@
-"""The controller's eyes: reports through the actors, loss through the workers' own health.
+"""How the controller observes processes: by their reports, and by the health streams of the workers.
 
-A process is asked for its report and holds the question until something changes. That road notices a death after a
-second or two; the health stream of a worker's gRPC server breaks within milliseconds. Whichever speaks first counts.
+A process is asked for its report, and answers when something changes. By this alone a death is noticed after
+a second or two; the health stream of a worker's gRPC server breaks within milliseconds. Whichever comes first
+counts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.control.process_report import ProcessReport
 from moesaic import rpc
-from moesaic.epoch import versions_from_proto
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from cluster.control.peers import Peers
 
 EXPERT_SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
-# How long a process may hold a question: while it loads, progress is news.
+# How long a process may hold a question. It is short while the process loads, because reports then show
+# progress.
 LOADING_HOLD_S = 0.25
 READY_HOLD_S = 5.0
 DESCRIBE_TIMEOUT_S = 5.0
@@ -39,7 +40,7 @@ class ProcessWatch:
         self._losses: dict[str, asyncio.Task[str]] = {}
 
     async def report(self, name: str, seen: int) -> ProcessReport:
-        """As ProcessObserver says."""
+        """See ProcessObserver."""
         last = self._last.pop(name, None)
         hold_s = READY_HOLD_S if last is not None and last.ready else LOADING_HOLD_S
         question = self._peers.report(name, seen, hold_s)
@@ -55,7 +56,7 @@ class ProcessWatch:
         return report
 
     async def describe(self, address: str) -> Replica:
-        """As ProcessObserver says; from now on the worker's loss is noticed at once."""
+        """See ProcessObserver. From now on the loss of the worker is noticed at once."""
         self._drop(address)
         channel = rpc.aio_channel(address)
         try:
@@ -68,7 +69,7 @@ class ProcessWatch:
             await channel.close()
             raise
         self._losses[address] = asyncio.create_task(_until_lost(channel, health))
-        return Replica(answer.worker, address, answer.incarnation, versions_from_proto(answer.experts))
+        return Replica.from_description(address, answer)
 
     def _drop(self, address: str) -> None:
         if (task := self._losses.pop(address, None)) is not None:
@@ -78,7 +79,7 @@ class ProcessWatch:
 async def _unless_lost(
     question: Coroutine[Any, Any, ProcessReport], loss: asyncio.Task[str] | None
 ) -> ProcessReport:
-    """The answer; raises Unavailable as soon as the process is known to be lost."""
+    """The answer to the question. Raises Unavailable as soon as the process is known to be lost."""
     ask = asyncio.create_task(question)
     try:
         await asyncio.wait({ask, loss} if loss else {ask}, return_when=asyncio.FIRST_COMPLETED)
@@ -90,7 +91,7 @@ async def _unless_lost(
 
 
 async def _ask(channel: grpc.aio.Channel) -> tuple[AsyncIterator[Any], expert_pb2.DescribeResponse]:
-    """The stream of the worker's health, which is SERVING now, and what it holds."""
+    """The health stream of a worker that is SERVING, and its description."""
     question = health_pb2.HealthCheckRequest(service=EXPERT_SERVICE)
     health: AsyncIterator[Any] = aiter(health_pb2_grpc.HealthStub(channel).Watch(question))
     if not _serving(await anext(health, None)):
@@ -100,7 +101,7 @@ async def _ask(channel: grpc.aio.Channel) -> tuple[AsyncIterator[Any], expert_pb
 
 
 async def _until_lost(channel: grpc.aio.Channel, health: AsyncIterator[Any]) -> str:
-    """Why the worker cannot be used any more, as soon as that is so."""
+    """Waits until the worker cannot be used any more; returns the reason."""
     async with channel:
         try:
             async for status in health:

@@ -1,7 +1,7 @@
-"""The controller as a server: ControlService over gRPC, with the controller's loop behind it.
+"""The controller as a server: ControlService over gRPC, and the loop of the controller.
 
-Routers follow Watch; `moesaic status` asks GetTopology. A controller that is gone takes nothing away from routers: they
-go on with the last table and come back when it does.
+Routers follow Watch; `moesaic status` calls GetTopology. While the controller is away, routers go on with
+their last table, and they follow it again as soon as it is back.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from moesaic.v1 import control_pb2, control_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-# A controller that failed by a bug starts over from what it sees then.
+# The pause before the loop of a controller that failed by a bug is started anew.
 RESTART_S = 1.0
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
-    """Decode, ask the controller, encode."""
+    """Translates between gRPC messages and the controller."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
@@ -46,10 +46,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
 
 class ControlServer:
-    """A hosted server: the controller's loop and its gRPC port."""
+    """A hosted server that runs the controller's loop and its gRPC port."""
 
     loaded_bytes = 0
     total_bytes = 0
+    contents_revision = 0
 
     def __init__(self, controller: Controller, host: str) -> None:
         self._controller = controller
@@ -66,7 +67,7 @@ class ControlServer:
         await self._server.set_serving(True)
 
     async def stop(self, drain_s: float) -> None:
-        """Watchers never end by themselves: there is nothing to drain."""
+        """Streams of watchers never end by themselves, so there is nothing to drain."""
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)

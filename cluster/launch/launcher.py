@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import grpc
-
 from cluster.control.peers import Peers
-from cluster.processes.blueprint import PlannedProcess
+from cluster.observation.observer import ask_topology
+from cluster.processes.process_plan import PlannedProcess
 from cluster.processes.specs import CONTROLLER, GATEWAY, router_names
 from moesaic import rpc
 from moesaic.errors import FailedPrecondition, MoesaicError, Unavailable
 from moesaic.settings import Settings
-from moesaic.v1 import control_pb2, control_pb2_grpc
+from moesaic.v1 import control_pb2
 
 log = logging.getLogger(__name__)
 
@@ -134,14 +133,10 @@ class Launcher:
 
     async def _look(self) -> Topology | None:
         """The topology as the controller sees it; None while it does not answer."""
-        with contextlib.suppress(MoesaicError, grpc.aio.AioRpcError):
+        with contextlib.suppress(MoesaicError):
             address = await self._starter.peers.address(CONTROLLER)
             async with rpc.aio_channel(address) as channel:
-                stub = control_pb2_grpc.ControlServiceStub(channel)
-                answer: Topology = await stub.GetTopology(
-                    control_pb2.GetTopologyRequest(), timeout=ASK_TIMEOUT_S
-                )
-                return answer
+                return await ask_topology(channel, ASK_TIMEOUT_S)
         return None
 
 

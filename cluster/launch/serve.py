@@ -23,7 +23,7 @@ from rich.console import Console
 from cluster.checkpoints.model_source import DEMO_MODEL, find_model, name_model
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.launch.milestones import Milestones
-from cluster.processes.blueprint import check_counts, draw_blueprint
+from cluster.processes.process_plan import check_counts, plan_processes
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument, Unavailable
@@ -85,7 +85,7 @@ async def running_cluster(
     with contextlib.redirect_stdout(sys.stderr):
         async with _connected(settings, signals) as ray:
             milestones.reach("Ray runs")
-            processes = draw_blueprint(settings, model.folder, model.name, model.shape, ray.nodes(), ray.home)
+            processes = plan_processes(settings, model.folder, model.name, model.shape, ray.nodes(), ray.home)
             launcher = Launcher(ray, processes, settings)
             try:
                 launcher.submit()

@@ -1,1 +1,1 @@
-"""A running cluster as seen from outside."""
+"""Observing a running cluster through the counters of its processes."""

@@ -1,6 +1,7 @@
-"""What a cluster did between two observations. Pure.
+"""The work of a cluster between two observations. Pure.
 
-Counters grow from the start of a process: where one was restarted in between, all that it has counted is new.
+Counters grow from the start of a process. Where a process was restarted in between, everything that it has
+counted is new.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from cluster.observation.observer import Member, Observation
+from cluster.observation.observer import Observation, ObservedProcess
 from moesaic.v1 import control_pb2, expert_pb2, inference_pb2
 
 _RouterStats = inference_pb2.GetRouterStatsResponse
@@ -19,7 +20,7 @@ _Traffic = inference_pb2.WorkerTraffic
 
 @dataclass(frozen=True, slots=True)
 class RouterActivity:
-    """One router: what it did, and how full it is now."""
+    """The work of one router, and its present load."""
 
     name: str
     address: str
@@ -40,15 +41,16 @@ class RouterActivity:
 
     @property
     def prefix_hit_share(self) -> float | None:
-        """Of the prompt tokens that were looked up; None when none was."""
+        """The share of looked-up prompt tokens found in the prefix cache; None without a lookup."""
         return self.prefix_hit_tokens / self.prefix_lookup_tokens if self.prefix_lookup_tokens else None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerActivity:
-    """One worker: what it computed, and its traffic with all routers.
+    """The work of one worker, and its traffic with all routers.
 
-    `rows`: (token, expert) pairs. The latency of a call is of each router's last ones; here that of the slowest router.
+    `rows`: (token, expert) pairs. Each router reports the latency of its last calls; this is the slowest
+    router's.
     """
 
     name: str
@@ -62,7 +64,7 @@ class WorkerActivity:
     sent_bytes: int
     received_bytes: int
     failed_calls: int
-    # Since the start of the routers.
+    # Failed calls since the start of the routers.
     all_failed_calls: int
     transports: tuple[str, ...]
     call_p50_us: int
@@ -71,7 +73,7 @@ class WorkerActivity:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """Everybody's part of the same seconds. Members that did not answer are there, with zeros."""
+    """What every router and worker did during the same seconds; all zeros for one that did not answer."""
 
     seconds: float
     routers: tuple[RouterActivity, ...]
@@ -95,18 +97,18 @@ class Activity:
 
     @property
     def wire_bytes(self) -> int:
-        """There and back."""
+        """Bytes sent and received."""
         return sum(worker.sent_bytes + worker.received_bytes for worker in self.workers)
 
     @property
     def prefix_hit_share(self) -> float | None:
-        """Of all routers, as of one."""
+        """The share over the lookups of all routers; None when there was none."""
         looked_up = self._sum(lambda router: router.prefix_lookup_tokens)
         return self._sum(lambda router: router.prefix_hit_tokens) / looked_up if looked_up else None
 
     @property
     def phases_s(self) -> dict[str, float]:
-        """Of all routers together, in the order in which the routers name them."""
+        """The phases of all routers together, in the order in which the routers report them."""
         total: dict[str, float] = {}
         for router in self.routers:
             for phase, seconds in router.phases_s.items():
@@ -117,7 +119,7 @@ class Activity:
         return worker.busy_s / self.seconds if self.seconds > 0 else 0.0
 
     def rate(self, amount: float) -> float:
-        """A second."""
+        """`amount` per second."""
         return amount / self.seconds if self.seconds > 0 else 0.0
 
     def _sum(self, of: Callable[[RouterActivity], int]) -> int:
@@ -125,22 +127,24 @@ class Activity:
 
 
 def activity_between(before: Observation, after: Observation) -> Activity:
-    """What was done from `before` to `after`."""
+    """The work from `before` to `after`."""
     return Activity(
         seconds=after.at_s - before.at_s,
-        routers=tuple(_router(member, before, after) for member in after.members if member.is_router),
-        workers=tuple(_worker(member, before, after) for member in after.members if not member.is_router),
+        routers=tuple(_router(process, before, after) for process in after.processes if process.is_router),
+        workers=tuple(
+            _worker(process, before, after) for process in after.processes if not process.is_router
+        ),
     )
 
 
-def _router(member: Member, before: Observation, after: Observation) -> RouterActivity:
-    old, new = _pair(before.routers, after.routers, member.name, _RouterStats(), after.at_s - before.at_s)
+def _router(process: ObservedProcess, before: Observation, after: Observation) -> RouterActivity:
+    old, new = _pair(before.routers, after.routers, process.name, _RouterStats(), after.at_s - before.at_s)
     old_s = {phase.phase: phase.seconds for phase in old.phases}
     return RouterActivity(
-        name=member.name,
-        address=member.address,
-        state=member.state,
-        answers=member.name in after.routers,
+        name=process.name,
+        address=process.address,
+        state=process.state,
+        answers=process.name in after.routers,
         steps=new.steps - old.steps,
         overlapped_steps=new.overlapped_steps - old.overlapped_steps,
         prompt_tokens=new.prompt_tokens - old.prompt_tokens,
@@ -156,15 +160,15 @@ def _router(member: Member, before: Observation, after: Observation) -> RouterAc
     )
 
 
-def _worker(member: Member, before: Observation, after: Observation) -> WorkerActivity:
-    old, new = _pair(before.workers, after.workers, member.name, _WorkerStats(), after.at_s - before.at_s)
-    links = [_link(name, member.name, before, after) for name in after.routers]
+def _worker(process: ObservedProcess, before: Observation, after: Observation) -> WorkerActivity:
+    old, new = _pair(before.workers, after.workers, process.name, _WorkerStats(), after.at_s - before.at_s)
+    links = [_link(name, process.name, before, after) for name in after.routers]
     return WorkerActivity(
-        name=member.name,
-        address=member.address,
-        state=member.state,
-        answers=member.name in after.workers,
-        detail=member.detail,
+        name=process.name,
+        address=process.address,
+        state=process.state,
+        answers=process.name in after.workers,
+        detail=process.detail,
         rows=new.rows - old.rows,
         calls=new.calls - old.calls,
         busy_s=new.busy_s - old.busy_s,
@@ -179,7 +183,7 @@ def _worker(member: Member, before: Observation, after: Observation) -> WorkerAc
 
 
 def _link(router: str, worker: str, before: Observation, after: Observation) -> tuple[_Traffic, _Traffic]:
-    """The traffic of one router with one worker, then and now."""
+    """The traffic between one router and one worker, at both observations."""
     old, new = _pair(before.routers, after.routers, router, _RouterStats(), after.at_s - before.at_s)
     return _traffic(old, worker), _traffic(new, worker)
 
@@ -189,7 +193,7 @@ def _traffic(stats: _RouterStats, worker: str) -> _Traffic:
 
 
 class _Counters(Protocol):
-    """Counters of one process since its start."""
+    """The counters of one process since its start."""
 
     @property
     def uptime_s(self) -> float: ...
@@ -201,7 +205,11 @@ _C = TypeVar("_C", bound=_Counters)
 def _pair(
     before: Mapping[str, _C], after: Mapping[str, _C], name: str, zero: _C, seconds: float
 ) -> tuple[_C, _C]:
-    """Then and now: the same of a process that was away then, nothing then for one that was started since."""
+    """The earlier and the later counters of one process.
+
+    A process that did not answer earlier counts as unchanged, unless it was started in between: then it began
+    at zero.
+    """
     new = after.get(name, zero)
     old = before.get(name, zero if new.uptime_s <= seconds else new)
     return (zero, new) if old.uptime_s > new.uptime_s else (old, new)

@@ -1,7 +1,7 @@
-"""Looks at a running cluster as a whole: every router's and every worker's counters at one moment.
+"""The counters of every router and worker of a running cluster, read at one moment.
 
-One router is known by its address; through its controller it leads to the others. A router whose workers were named by
-hand has no controller: then it and the workers that it names are all there is.
+One router is known by its address; its controller knows the other processes. A router whose workers were
+named by hand has no controller: the observation then covers that router and the workers that it names.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
 
+from cluster.observation.reachability import explaining_absence
 from moesaic import rpc
-from moesaic.errors import Unavailable
+from moesaic.errors import MoesaicError, from_rpc_error
 from moesaic.v1 import (
     control_pb2,
     control_pb2_grpc,
@@ -31,12 +33,16 @@ TIMEOUT_S = 2.0
 _ROUTER = control_pb2.PROCESS_ROLE_ROUTER
 _WORKER = control_pb2.PROCESS_ROLE_EXPERT_WORKER
 
+_Model = inference_pb2.GetModelInfoResponse
+_RouterStats = inference_pb2.GetRouterStatsResponse
+_WorkerStats = expert_pb2.GetWorkerStatsResponse
+_Topology = control_pb2.GetTopologyResponse
 _R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """A router or a worker as its controller sees it; without a controller nothing is known of its state."""
+class ObservedProcess:
+    """A router or a worker as its controller sees it. Without a controller its state is not known."""
 
     name: str
     address: str
@@ -47,23 +53,31 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """Counters by name, of those that answered. `at_s`: on the observer's clock."""
+    """Reports of the processes, by name. A process that did not answer has no counters."""
 
+    # On the observer's clock.
     at_s: float
-    model: inference_pb2.GetModelInfoResponse
-    members: tuple[Member, ...]
-    routers: Mapping[str, inference_pb2.GetRouterStatsResponse]
-    workers: Mapping[str, expert_pb2.GetWorkerStatsResponse]
-    # What could not be seen, for a person to read; empty when all was.
+    model: _Model
+    processes: tuple[ObservedProcess, ...]
+    routers: Mapping[str, _RouterStats]
+    workers: Mapping[str, _WorkerStats]
+    # The counters of the router that was asked for the model.
+    entry: _RouterStats = field(default_factory=_RouterStats)
+    # The controller's view; None without a controller that answers.
+    topology: _Topology | None = None
+    # A sentence for a person about what could not be observed; empty when nothing is missing.
     problem: str = ""
 
 
 class Observer:
-    """Use as an async context; keeps one channel to each process that it has met."""
+    """An async context. It keeps one channel to each process that it has asked."""
 
-    def __init__(self, target: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """`target`: HOST:PORT of one router."""
+    def __init__(
+        self, target: str, *, timeout_s: float = TIMEOUT_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`target`: HOST:PORT of one router. `timeout_s`: the deadline of each question to one process."""
         self._target = target
+        self._timeout_s = timeout_s
         self._clock = clock
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._routers = {"router": target}
@@ -77,49 +91,59 @@ class Observer:
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
     async def observe(self) -> Observation:
-        """The cluster as it is now. Raises Unavailable when none of its routers answers."""
-        model = await self._ask_model()
+        """The cluster as it is now. Raises the target's MoesaicError when no known router answers."""
+        seen = await self.observe_routers()
+        workers = {process.name: process.address for process in seen.processes if not process.is_router}
+        return replace(seen, workers=await self._ask_all(workers, self._ask_worker))
+
+    async def observe_routers(self) -> Observation:
+        """The same without the workers' counters: no worker is asked, so none can delay the result."""
+        model, entry = await self._ask_entry()
         topology = await self._ask_topology(model.control_address)
         if topology is not None:
-            self._routers = _addresses(topology, _ROUTER) or self._routers
+            self._routers = _router_addresses(topology) or self._routers
         at_s = self._clock()
         routers = await self._ask_all(self._routers, self._ask_router)
-        workers = _named_workers(routers) if topology is None else _addresses(topology, _WORKER)
         return Observation(
             at_s=at_s,
             model=model,
-            members=_known(self._routers, workers) if topology is None else _members(topology),
+            processes=_known(self._routers, routers) if topology is None else _observed(topology),
             routers=routers,
-            workers=await self._ask_all(workers, self._ask_worker),
+            workers={},
+            entry=entry,
+            topology=topology,
             problem=_missing(model, topology),
         )
 
-    async def _ask_model(self) -> inference_pb2.GetModelInfoResponse:
+    async def _ask_entry(self) -> tuple[_Model, _RouterStats]:
+        """Model and counters from the target, or from the first other router that answers in its place."""
+        failure: MoesaicError | None = None
         for address in dict.fromkeys((self._target, *self._routers.values())):
-            stub = inference_pb2_grpc.InferenceServiceStub(self._channel(address))
-            answer = await _unless_away(
-                stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=TIMEOUT_S)
-            )
-            if answer is not None:
-                model: inference_pb2.GetModelInfoResponse = answer
-                return model
-        raise Unavailable(f"no router answers at {self._target}: is `moesaic serve` running?")
+            router = self._router(address)
+            try:
+                with explaining_absence(address, partial(rpc.cannot_connect, self._channel(address))):
+                    model = await _answer(
+                        router.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=self._timeout_s)
+                    )
+                    return model, await _answer(self._stats(router))
+            except MoesaicError as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
 
-    async def _ask_topology(self, address: str) -> control_pb2.GetTopologyResponse | None:
+    async def _ask_topology(self, address: str) -> _Topology | None:
+        return await ask_topology(self._channel(address), self._timeout_s) if address else None
+
+    async def _ask_router(self, address: str) -> _RouterStats | None:
+        return await _answer_or_none(self._stats(self._router(address)))
+
+    async def _ask_worker(self, address: str) -> _WorkerStats | None:
         if not address:
             return None
-        stub = control_pb2_grpc.ControlServiceStub(self._channel(address))
-        return await _unless_away(stub.GetTopology(control_pb2.GetTopologyRequest(), timeout=TIMEOUT_S))
-
-    async def _ask_router(self, address: str) -> inference_pb2.GetRouterStatsResponse | None:
-        stub = inference_pb2_grpc.InferenceServiceStub(self._channel(address))
-        return await _unless_away(
-            stub.GetRouterStats(inference_pb2.GetRouterStatsRequest(), timeout=TIMEOUT_S)
-        )
-
-    async def _ask_worker(self, address: str) -> expert_pb2.GetWorkerStatsResponse | None:
         stub = expert_pb2_grpc.ExpertServiceStub(self._channel(address))
-        return await _unless_away(stub.GetWorkerStats(expert_pb2.GetWorkerStatsRequest(), timeout=TIMEOUT_S))
+        return await _answer_or_none(
+            stub.GetWorkerStats(expert_pb2.GetWorkerStatsRequest(), timeout=self._timeout_s)
+        )
 
     async def _ask_all(
         self, addresses: Mapping[str, str], ask: Callable[[str], Coroutine[Any, Any, _R | None]]
@@ -127,57 +151,72 @@ class Observer:
         answers = await asyncio.gather(*(ask(address) for address in addresses.values()))
         return {name: answer for name, answer in zip(addresses, answers, strict=True) if answer is not None}
 
+    def _router(self, address: str) -> inference_pb2_grpc.InferenceServiceStub:
+        return inference_pb2_grpc.InferenceServiceStub(self._channel(address))
+
+    def _stats(self, router: inference_pb2_grpc.InferenceServiceStub) -> Awaitable[_RouterStats]:
+        call: Awaitable[_RouterStats] = router.GetRouterStats(
+            inference_pb2.GetRouterStatsRequest(), timeout=self._timeout_s
+        )
+        return call
+
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
             self._channels[address] = rpc.aio_channel(address)
         return self._channels[address]
 
 
-async def _unless_away(call: Awaitable[_R]) -> _R | None:
-    """The answer of a call, None when there is none."""
+async def ask_topology(channel: grpc.aio.Channel, timeout_s: float) -> _Topology | None:
+    """The view of the controller behind `channel`; None when it does not answer."""
+    stub = control_pb2_grpc.ControlServiceStub(channel)
+    return await _answer_or_none(stub.GetTopology(control_pb2.GetTopologyRequest(), timeout=timeout_s))
+
+
+async def _answer(call: Awaitable[_R]) -> _R:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
+
+
+async def _answer_or_none(call: Awaitable[_R]) -> _R | None:
     try:
         return await call
     except grpc.aio.AioRpcError:
         return None
 
 
-def _members(topology: control_pb2.GetTopologyResponse) -> tuple[Member, ...]:
+def _observed(topology: _Topology) -> tuple[ObservedProcess, ...]:
     return tuple(
-        Member(process.name, process.address, process.role == _ROUTER, process.state, process.detail)
+        ObservedProcess(process.name, process.address, process.role == _ROUTER, process.state, process.detail)
         for process in topology.processes
         if process.role in (_ROUTER, _WORKER)
     )
 
 
-def _known(routers: Mapping[str, str], workers: Mapping[str, str]) -> tuple[Member, ...]:
-    """Members of whom only the addresses are known."""
-    return (
-        *(Member(name, address, is_router=True) for name, address in routers.items()),
-        *(Member(name, address, is_router=False) for name, address in workers.items()),
-    )
-
-
-def _addresses(topology: control_pb2.GetTopologyResponse, role: control_pb2.ProcessRole) -> dict[str, str]:
-    return {
-        process.name: process.address
-        for process in topology.processes
-        if process.role == role and process.address
-    }
-
-
-def _named_workers(routers: Mapping[str, inference_pb2.GetRouterStatsResponse]) -> dict[str, str]:
-    """The workers that the routers talk to."""
-    return {
+def _known(addresses: Mapping[str, str], routers: Mapping[str, _RouterStats]) -> tuple[ObservedProcess, ...]:
+    """Without a controller: the known routers, and the workers that they talk to."""
+    workers = {
         traffic.worker: traffic.address
         for router in routers.values()
         for traffic in router.workers
         if traffic.worker and traffic.address
     }
+    return (
+        *(ObservedProcess(name, address, is_router=True) for name, address in addresses.items()),
+        *(ObservedProcess(name, address, is_router=False) for name, address in workers.items()),
+    )
 
 
-def _missing(
-    model: inference_pb2.GetModelInfoResponse, topology: control_pb2.GetTopologyResponse | None
-) -> str:
+def _router_addresses(topology: _Topology) -> dict[str, str]:
+    return {
+        process.name: process.address
+        for process in topology.processes
+        if process.role == _ROUTER and process.address
+    }
+
+
+def _missing(model: _Model, topology: _Topology | None) -> str:
     if topology is not None or not model.control_address:
         return ""
     return f"the controller at {model.control_address} does not answer"

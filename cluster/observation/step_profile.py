@@ -1,4 +1,4 @@
-"""Where the steps of a run went: its activity, a step and a token at a time. Pure."""
+"""Where the time of a run's steps went: its activity per step and per token. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cluster.observation.activity import Activity
 
 @dataclass(frozen=True, slots=True)
 class WorkerProfile:
-    """One worker during a run. `rows`: (token, expert) pairs; latencies as in WorkerActivity."""
+    """One worker during a run. `rows` counts (token, expert) pairs; latencies are those of WorkerActivity."""
 
     name: str
     busy_share: float
@@ -23,19 +23,19 @@ class WorkerProfile:
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """What one step cost on average, over all routers. A token is one that went through the layers, of a prompt or not."""
+    """The average step of all routers. Tokens are those that passed the layers, prompt tokens included."""
 
     steps: int
     overlapped_steps: int
     tokens_per_step: float
-    # Phases as the routers name them.
+    # Milliseconds by phase, in the names and the order of `router.phase_clock.Phase`.
     phases_ms: dict[str, float]
     step_ms: float
-    # Of the routers' time: waiting for something to do, and what no phase counts.
+    # The share of the routers' time in which they had nothing to do, or which no phase counts.
     outside_steps_share: float
-    # There and back, per token.
+    # Bytes of rows per token, in both directions.
     bytes_per_token: float
-    # Calls to workers per token that came out.
+    # Calls to workers per generated token.
     calls_per_output_token: float
     prefix_hit_share: float | None
     preemptions: int
@@ -43,7 +43,7 @@ class StepProfile:
 
 
 def profile_steps(activity: Activity) -> StepProfile:
-    """The average step of a run."""
+    """Averages a run over its steps."""
     tokens = activity.prompt_tokens + activity.generated_tokens
     phases_ms = {phase: _per(1000 * seconds, activity.steps) for phase, seconds in activity.phases_s.items()}
     in_steps_s = sum(activity.phases_s.values())

@@ -1,8 +1,9 @@
-"""What one process of the cluster is doing, told to whoever asks.
+"""One process of the cluster: runs its server and reports on it.
 
-A host takes its server from PENDING over LOADING to READY and tells every change at once, so that nobody has to poll.
-A server that cannot start is FAILED with the reason and is tried again: the file or the memory that it lacked may come
-back. Knows nothing of Ray; an actor is a host with a mailbox.
+A host takes its server from PENDING over LOADING to READY. A question for its report is held until something
+changes, so that no polling is needed. A server that cannot start is reported as FAILED with the reason and is
+started again: a file or memory that was missing may be there by then. A host knows nothing of Ray, whose
+actor only passes calls on to it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.control.process_report import ProcessReport
 from moesaic.errors import MoesaicError
@@ -33,6 +34,11 @@ class HostedServer(Protocol):
     @property
     def total_bytes(self) -> int: ...
 
+    @property
+    def contents_revision(self) -> int:
+        """Grows whenever a server that serves holds other experts than before; 0 before it serves."""
+        ...
+
     async def start(self) -> str:
         """Binds; returns HOST:PORT."""
         ...
@@ -44,13 +50,18 @@ class HostedServer(Protocol):
     async def stop(self, drain_s: float) -> None: ...
 
 
+# Makes a server, which calls the function that it is given after every change of its contents, from any
+# thread.
+MakeServer = Callable[[Callable[[], object]], Awaitable[HostedServer]]
+
+
 class ProcessHost:
     """Runs one server in this process and reports on it."""
 
     def __init__(
         self,
         name: str,
-        make_server: Callable[[], Awaitable[HostedServer]],
+        make_server: MakeServer,
         *,
         node: str,
         restarts: int,
@@ -79,6 +90,7 @@ class ProcessHost:
 
     async def report(self, seen: int, hold_s: float) -> ProcessReport:
         """The report, as soon as it differs from revision `seen`, at the latest after `hold_s`."""
+        await self._note_contents()
         try:
             async with asyncio.timeout(hold_s), self._changed:
                 await self._changed.wait_for(lambda: self._report.revision != seen)
@@ -92,23 +104,26 @@ class ProcessHost:
 
     async def stop(self, drain_s: float) -> None:
         """Lets running work end within `drain_s`, then stops the server."""
-        await self._tell(control_pb2.PROCESS_STATE_DRAINING)
+        await self._set_state(control_pb2.PROCESS_STATE_DRAINING)
         if self._server is not None:
             await self._server.stop(drain_s)
-        await self._tell(control_pb2.PROCESS_STATE_STOPPED)
+        await self._set_state(control_pb2.PROCESS_STATE_STOPPED)
 
     async def _try_start(self) -> bool:
+        loop = asyncio.get_running_loop()
         try:
-            self._server = await self._make_server()
+            self._server = await self._make_server(
+                lambda: asyncio.run_coroutine_threadsafe(self._note_contents(), loop)
+            )
             address = await self._server.start()
-            await self._tell(control_pb2.PROCESS_STATE_LOADING, address)
+            await self._set_state(control_pb2.PROCESS_STATE_LOADING, address)
             await self._server.load()
-        except Exception as error:  # the loop of this process: whatever went wrong is told to the cluster
+        except Exception as error:  # the loop of this process: whatever went wrong is reported to the cluster
             log.exception("cannot start", extra={"fields": {"process": self._report.name}})
             await self._discard_server()
-            await self._tell(control_pb2.PROCESS_STATE_FAILED, detail=_reason(error))
+            await self._set_state(control_pb2.PROCESS_STATE_FAILED, detail=_reason(error))
             return False
-        await self._tell(control_pb2.PROCESS_STATE_READY, address)
+        await self._set_state(control_pb2.PROCESS_STATE_READY, address)
         return True
 
     async def _discard_server(self) -> None:
@@ -117,15 +132,28 @@ class ProcessHost:
             return
         try:
             await server.stop(0.0)
-        except Exception:  # half a server: the reason that is told is why it could not start
+        except Exception:  # the server is half built: the reported reason is why it could not start
             log.exception("cannot stop", extra={"fields": {"process": self._report.name}})
 
-    async def _tell(self, state: control_pb2.ProcessState, address: str = "", detail: str = "") -> None:
+    async def _set_state(self, state: control_pb2.ProcessState, address: str = "", detail: str = "") -> None:
         async with self._changed:
-            self._report = replace(
-                self._report, revision=self._report.revision + 1, state=state, address=address, detail=detail
+            self._change(
+                state=state, address=address, detail=detail, contents_revision=self._contents_revision()
             )
-            self._changed.notify_all()
+
+    async def _note_contents(self) -> None:
+        """Reports a change if the server holds other contents than reported."""
+        async with self._changed:
+            if (revision := self._contents_revision()) != self._report.contents_revision:
+                self._change(contents_revision=revision)
+
+    def _contents_revision(self) -> int:
+        return 0 if self._server is None else self._server.contents_revision
+
+    def _change(self, **changes: Any) -> None:
+        """Must be called inside the condition."""
+        self._report = replace(self._report, revision=self._report.revision + 1, **changes)
+        self._changed.notify_all()
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,8 @@
-"""The Ray seam: the only file that imports ray. It starts, inspects and ends processes; no token ever passes here.
+"""Starts, inspects and ends processes through Ray. Only this file imports ray; no token passes through it.
 
-`RayCluster` is this process's connection to Ray; `HostActor` is what Ray starts, one process each. ray is imported
-inside the functions, as it reads at import from the environment that a local Ray has to stay on loopback.
+`RayCluster` is the connection of this process to Ray, and `HostActor` is the actor that Ray runs, one in each
+process. ray is imported inside functions, because at import it reads the variables that keep a local Ray on
+loopback.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import socket
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,9 +26,9 @@ import psutil
 
 from cluster.control.placement import Node
 from cluster.control.process_report import ProcessReport
-from cluster.processes.blueprint import PlannedProcess
 from cluster.processes.host import ProcessHost
-from cluster.processes.servers import Surroundings, make_server
+from cluster.processes.process_plan import PlannedProcess
+from cluster.processes.servers import ProcessContext, make_server
 from cluster.processes.specs import ProcessSpec, set_threads
 from moesaic import telemetry
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
@@ -35,23 +37,23 @@ from moesaic.settings import Settings
 log = logging.getLogger(__name__)
 
 NAMESPACE = "moesaic"
-# Nothing goes through the object store; this is the least that Ray accepts.
+# The object store is not used; this is the smallest one that Ray accepts.
 OBJECT_STORE_BYTES = 75 << 20
 CONNECT_TIMEOUT_S = 5.0
-# What an answer may take on top of the time that the process may hold the question.
+# How long an answer may take beyond the time for which the process may hold the question.
 ANSWER_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 10.0
 KILL_PERIOD_S = 0.05
 LOSS_PERIOD_S = 1.0
 
-# Of itself Ray would try for a quarter of an hour.
+# By default Ray would try to connect for a quarter of an hour.
 _JOIN_ENVIRONMENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "10"}
-# Workers' log lines are JSON already: no colour, no prefix, nothing left out.
+# The log lines of our processes are JSON: Ray must not colour, prefix or deduplicate them.
 _LOG_ENVIRONMENT = {"RAY_DISABLE_WORKER_LOG_PREFIX": "1", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
-# Ray takes loopback for an address of its own only where it believes that there can be no cluster.
+# Ray accepts loopback as its own address only if it believes that no cluster is possible on this system.
 _LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _LOCAL_ENVIRONMENT = {
-    # Ray's default makes way for everything else on the machine; here its processes are the service.
+    # By default Ray's workers yield to everything else on the machine, but here they are the service.
     "RAY_worker_niceness": "0",
     # Nothing leaves the machine.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -60,22 +62,22 @@ _LOCAL_ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Logging:
-    """How the processes log and trace."""
+    """The settings of logs and traces that all processes share."""
 
     level: str
     otlp_endpoint: str | None
 
 
 class HostActor:
-    """One process of the cluster. Ray calls `__init__` again when the process died, so it starts by itself."""
+    """The actor of one process. `__init__` starts the server, because Ray calls it again after a death."""
 
     def __init__(self, spec: ProcessSpec, logs: Logging) -> None:
-        os.dup2(2, 1)  # stdout belongs to nobody here; what a library prints goes to the log
+        os.dup2(2, 1)  # nothing is printed to stdout on purpose: what a library prints goes to the log
         set_threads(spec, os.environ)
         telemetry.configure(spec.name, otlp_endpoint=logs.otlp_endpoint, log_level=logs.level)
-        around = Surroundings(node=_own_address(), restarts=_own_restarts(), peers=RayPeers())
+        context = ProcessContext(node=_own_address(), restarts=_own_restarts(), peers=RayPeers())
         self._host = ProcessHost(
-            spec.name, lambda: make_server(spec, around), node=around.node, restarts=around.restarts
+            spec.name, partial(make_server, spec, context), node=context.node, restarts=context.restarts
         )
         self._running = asyncio.create_task(self._host.run())
 
@@ -90,7 +92,7 @@ class HostActor:
 
 
 class RayPeers:
-    """The processes by name, asked through Ray. The names stay; what is behind them is looked up when it changes."""
+    """Reaches the processes through Ray by name. A handle is looked up again after its actor has died."""
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
@@ -109,12 +111,12 @@ class RayPeers:
         return report.address
 
     async def stop(self, name: str, drain_s: float) -> None:
-        """Drains the process; it stays until it is killed. Raises Unavailable."""
+        """Drains the process, which then stays until it is killed. Raises Unavailable."""
         handle = await self.handle(name)
         await self._call(name, handle.stop.remote(drain_s), drain_s + ANSWER_TIMEOUT_S)
 
     async def handle(self, name: str) -> Any:
-        """Ray's handle of a process. Raises Unavailable when Ray knows none of that name."""
+        """Ray's handle of a process. Raises Unavailable when Ray knows no process of that name."""
         import ray
 
         if name not in self._handles:
@@ -126,7 +128,7 @@ class RayPeers:
         return self._handles[name]
 
     def remember(self, name: str, handle: Any) -> None:
-        """What `handle` would look up."""
+        """Keeps a handle, so that `handle` need not look it up."""
         self._handles[name] = handle
 
     async def _call(self, name: str, reference: Any, timeout_s: float) -> Any:
@@ -145,7 +147,7 @@ class RayPeers:
 
 
 class RayCluster:
-    """This process's connection to Ray, and the processes that it starts there."""
+    """The connection of this process to Ray, and the processes that it starts there."""
 
     def __init__(self, logs: Logging, *, temp_folder: Path | None) -> None:
         self._logs = logs
@@ -154,8 +156,8 @@ class RayCluster:
 
     @classmethod
     def connect(cls, settings: Settings, *, num_processes: int) -> Self:
-        """Joins the Ray that `cluster.address` names, or starts one."""
-        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its core would tell of every connection that ends
+        """Joins the Ray cluster at `cluster.address`, or starts a local one if there is no address."""
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's core would log every connection that ends
         logs = Logging(telemetry.choose_log_level(settings.log_level), settings.otlp_endpoint)
         if settings.cluster.address is not None:
             return cls.join(settings.cluster.address, logs)
@@ -163,12 +165,12 @@ class RayCluster:
 
     @classmethod
     def local(cls, logs: Logging, *, num_processes: int) -> Self:
-        """Starts a Ray of our own, on loopback and with a token. `num_processes`: about as many as will be started."""
+        """Starts a local Ray, on loopback and with a token, for about `num_processes` processes."""
         os.environ.update({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT, **_LOCAL_ENVIRONMENT})
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.pop("RAY_AUTH_MODE", None)  # left to itself, Ray asks for the token
+        os.environ.pop("RAY_AUTH_MODE", None)  # without it, Ray requires the token
         folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
-        os.environ["TMPDIR"] = str(folder)  # whatever a library leaves in a temporary folder goes with it
+        os.environ["TMPDIR"] = str(folder)  # temporary files of libraries are removed with the folder
         cluster = cls(logs, temp_folder=folder)
         try:
             cluster._connect(
@@ -224,7 +226,7 @@ class RayCluster:
         return tuple(sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE))
 
     def start(self, process: PlannedProcess) -> None:
-        """Asks Ray for a process and returns at once; Ray restarts it whenever it dies."""
+        """Asks Ray to start a process, and returns at once. Ray restarts the process whenever it dies."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -238,7 +240,7 @@ class RayCluster:
                 lifetime="detached",
                 max_restarts=-1,
                 max_task_retries=0,
-                # A Ray of our own has nobody to share its cores with.
+                # Nothing else runs on a local Ray, so its cores need not be reserved.
                 num_cpus=0 if self._local else process.num_cpus,
                 num_gpus=process.seat.num_gpus,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=not process.pinned),
@@ -248,19 +250,19 @@ class RayCluster:
         self.peers.remember(name, handle)
 
     async def kill(self, names: Iterable[str]) -> None:
-        """Ends processes for good, and returns when a joined Ray has buried them; a local one takes them with it."""
+        """Ends processes for good; a joined Ray has then removed them, a local one does so at its end."""
         if self._local:
             return
         await asyncio.gather(*(self._kill(name) for name in names))
 
     async def lost(self) -> None:
-        """Returns when the Ray that was started here has died; never for a joined one, which heals by itself."""
+        """Returns when the local Ray has died. Never returns for a joined one, which recovers by itself."""
         raylets = [child for child in psutil.Process().children() if self._local and child.name() == "raylet"]
         while all(map(_is_alive, raylets)):
             await asyncio.sleep(LOSS_PERIOD_S)
 
     def close(self) -> None:
-        """Leaves Ray; a local one ends, with everything that it started."""
+        """Disconnects from Ray. A local Ray ends, with everything that it started."""
         import ray
 
         if self._temp_folder is None:
@@ -282,7 +284,7 @@ class RayCluster:
         import ray
         from ray._private import utils
 
-        # Ray would take SIGTERM for itself and answer it by leaving its own start half done.
+        # Ray would install a handler of its own for SIGTERM, which aborts in the middle of Ray's start.
         utils.set_sigterm_handler = lambda handler: None
         ray.init(namespace=NAMESPACE, log_to_driver=True, logging_level=logging.ERROR, **options)
 
@@ -294,7 +296,7 @@ class RayCluster:
             for _ in range(int(END_TIMEOUT_S / KILL_PERIOD_S)):
                 await self.peers.report(name, seen=0, hold_s=0.0)
                 await asyncio.sleep(KILL_PERIOD_S)
-            log.error("%s outlived its end", name)
+            log.error("%s is still alive after it was killed", name)
 
 
 def _own_address() -> str:
@@ -314,7 +316,7 @@ def _entries() -> list[dict[str, Any]]:
 def _own_restarts() -> int:
     """How often Ray has restarted this actor."""
     import ray
-    from ray._private import state  # no public road to this number without the dashboard
+    from ray._private import state  # no public function gives this number without the dashboard
 
     entry = state.actors(ray.get_runtime_context().get_actor_id())
     return int(entry.get("NumRestarts", 0))
@@ -322,7 +324,8 @@ def _own_restarts() -> int:
 
 def _node(entry: Mapping[str, Any], *, local: bool) -> Node:
     resources = entry["Resources"]
-    # A local Ray is told the number of processes, so that each finds a place; its cores are this machine's.
+    # The "CPUs" of a local Ray are its number of processes, so that each of them fits; the cores are this
+    # machine's.
     num_cpus = len(os.sched_getaffinity(0)) if local else int(resources.get("CPU", 1))
     return Node(
         id=entry["NodeID"],
@@ -333,7 +336,7 @@ def _node(entry: Mapping[str, Any], *, local: bool) -> Node:
 
 
 def _probe(address: str) -> str:
-    """The host of an address at which somebody answers: Ray itself would take long to say that nobody does."""
+    """The host of an address at which something listens. Ray itself would take long to find that out."""
     if "://" in address:
         raise InvalidArgument(
             "address: the Ray Client protocol is not supported: name HOST:PORT of the head, or auto",
@@ -352,7 +355,7 @@ def _probe(address: str) -> str:
 
 
 def _has_head(processes: Iterable[psutil.Process]) -> bool:
-    """Whether Ray's head lives: without it ray.shutdown would block this process for minutes."""
+    """Whether Ray's head is alive: without it ray.shutdown would block this process for minutes."""
     return any(_is_alive(process) and process.name() == "gcs_server" for process in processes)
 
 
@@ -364,7 +367,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:
-    """Sees to it that processes are gone, also those of a start that broke off, which nobody has told to end."""
+    """Ends processes, including those that a failed start left behind."""
     alive = [process for process in processes if _is_alive(process)]
     for ask in (psutil.Process.terminate, psutil.Process.kill):
         for process in alive:

@@ -1,9 +1,10 @@
-"""Specs become servers: what each process of the cluster runs."""
+"""Makes the server that a process of the cluster runs, from its spec."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
@@ -28,71 +29,75 @@ if TYPE_CHECKING:
     from gateway.server import GatewayServer
     from router.server import RouterServer
 
-
 READY_PERIOD_S = 0.1
 READY_TIMEOUT_S = 5.0
 
-
-# Revisions of a controller that was restarted n times begin at n of these: always above those before it.
+# The revisions of a controller that was restarted n times begin at n times this, above those of every earlier
+# start.
 _REVISIONS_PER_START = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """Where a process finds itself: the address of its node, how often it was restarted, and the others."""
+class ProcessContext:
+    """What a process is given: the address of its node, its number of restarts, and the other processes."""
 
     node: str
     restarts: int
     peers: Peers
 
 
-async def make_server(spec: ProcessSpec, around: Surroundings) -> HostedServer:
-    """The server of this process, not yet started."""
+async def make_server(
+    spec: ProcessSpec, context: ProcessContext, on_contents_change: Callable[[], object]
+) -> HostedServer:
+    """The server of this process, not yet started. It calls `on_contents_change` from any thread."""
     match spec:
         case ControllerSpec():
-            observer = ProcessWatch(around.peers)
-            first_revision = around.restarts * _REVISIONS_PER_START
+            observer = ProcessWatch(context.peers)
+            first_revision = context.restarts * _REVISIONS_PER_START
             return ControlServer(
-                Controller(spec.cluster, observer, first_revision=first_revision), around.node
+                Controller(spec.cluster, observer, first_revision=first_revision), context.node
             )
         case ExpertWorkerSpec():
-            return await _make_expert_worker(spec, around)
+            return await _make_expert_worker(spec, context, on_contents_change)
         case RouterSpec():
-            return await _make_router(spec, around)
+            return await _make_router(spec, context)
         case GatewaySpec():
-            return await _make_gateway(spec, around)
+            return await _make_gateway(spec, context)
 
 
-async def _make_expert_worker(spec: ExpertWorkerSpec, around: Surroundings) -> HostedServer:
+async def _make_expert_worker(
+    spec: ExpertWorkerSpec, context: ProcessContext, on_contents_change: Callable[[], object]
+) -> HostedServer:
     await _import("expert_worker.server")
     from expert_worker.server import WorkerServer
 
-    return WorkerServer(replace(spec.config, host=around.node))
+    return WorkerServer(replace(spec.config, host=context.node), on_contents_change=on_contents_change)
 
 
-async def _make_router(spec: RouterSpec, around: Surroundings) -> HostedServer:
+async def _make_router(spec: RouterSpec, context: ProcessContext) -> HostedServer:
     await _import("router.server")
     from router.control.cluster_watch import ControlWatch
     from router.server import RouterServer
 
-    config = spec.config if spec.is_public else replace(spec.config, host=around.node)
-    view = ControlWatch(lambda: around.peers.address(CONTROLLER))
+    config = spec.config if spec.is_public else replace(spec.config, host=context.node)
+    view = ControlWatch(lambda: context.peers.address(CONTROLLER))
     return _HostedRouter(RouterServer(config, view), spec.start_timeout_s)
 
 
-async def _make_gateway(spec: GatewaySpec, around: Surroundings) -> HostedServer:
+async def _make_gateway(spec: GatewaySpec, context: ProcessContext) -> HostedServer:
     await _import("gateway.server")
     from gateway.server import GatewayServer
 
-    routers = {name: partial(around.peers.address, name) for name in spec.routers}
+    routers = {name: partial(context.peers.address, name) for name in spec.routers}
     return _HostedGateway(GatewayServer(spec.config, routers))
 
 
 class _HostedRouter:
-    """A router serves once a real token has passed every layer."""
+    """A hosted router. It serves as soon as a real token has passed every layer."""
 
     loaded_bytes = 0
     total_bytes = 0
+    contents_revision = 0
 
     def __init__(self, server: RouterServer, start_timeout_s: float) -> None:
         self._server = server
@@ -110,10 +115,11 @@ class _HostedRouter:
 
 
 class _HostedGateway:
-    """A gateway serves once it has found a router that does: before, it answers requests with 503."""
+    """A hosted gateway. It serves once it has found a router that serves; until then it answers with 503."""
 
     loaded_bytes = 0
     total_bytes = 0
+    contents_revision = 0
 
     def __init__(self, server: GatewayServer) -> None:
         self._server = server
@@ -124,18 +130,18 @@ class _HostedGateway:
         return self._address
 
     async def load(self) -> None:
-        while not await asyncio.to_thread(_says_ready, self._address):
+        while not await asyncio.to_thread(_is_ready, self._address):
             await asyncio.sleep(READY_PERIOD_S)
 
     async def stop(self, drain_s: float) -> None:
         await self._server.stop(drain_s)
 
 
-def _says_ready(address: str) -> bool:
-    """What the gateway at HOST:PORT answers to GET /ready."""
+def _is_ready(address: str) -> bool:
+    """Whether the gateway at HOST:PORT answers GET /ready with 200."""
     connection = HTTPConnection(address, timeout=READY_TIMEOUT_S)
     try:
-        # By a name that a gateway answers to wherever it listens.
+        # A gateway accepts this name wherever it listens.
         connection.request("GET", "/ready", headers={"Host": "localhost"})
         return connection.getresponse().status == HTTPStatus.OK
     except (OSError, HTTPException):
@@ -145,5 +151,5 @@ def _says_ready(address: str) -> bool:
 
 
 async def _import(module: str) -> None:
-    """In a thread: torch takes a second, and the process should answer meanwhile."""
+    """Imports in a thread, because torch takes a second, during which the process has to answer."""
     await asyncio.to_thread(importlib.import_module, module)

@@ -1,35 +1,31 @@
-"""The processes of a cluster: what each is told, and the server that it becomes.
+"""The specs of the processes of a cluster.
 
-A spec is plain data that travels to the process. The server is built there, and only there are the heavy packages
-imported: neither the command nor the controller nor the gateway ever loads torch.
+A spec is plain data that is sent to the process. The server is made there, and the heavy packages are
+imported only there: neither the command nor the controller nor the gateway ever loads torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cluster.control.controller import Cluster
 from expert_worker.config import WorkerConfig
 from gateway.config import GatewayConfig
 from router.config import RouterConfig
 
-if TYPE_CHECKING:
-    pass
-
 CONTROLLER = "controller"
 GATEWAY = "gateway"
 
 
 def router_names(num_routers: int) -> tuple[str, ...]:
-    """The routers of a cluster; the first is the one with the public gRPC address."""
+    """The names of the routers of a cluster. The first one has the public gRPC address."""
     return tuple(f"router-{index}" for index in range(num_routers))
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerSpec:
-    """The controller: what is wanted of the cluster."""
+    """The controller, with the desired state of the cluster."""
 
     cluster: Cluster
 
@@ -40,7 +36,7 @@ class ControllerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWorkerSpec:
-    """One expert worker. It listens at the address of the node that it finds itself on."""
+    """One expert worker. It listens at the address of the node on which it runs."""
 
     config: WorkerConfig
 
@@ -51,7 +47,7 @@ class ExpertWorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
-    """One router. `is_public`: at the address of its config; else, like a worker, at that of its node."""
+    """One router. If it `is_public` it listens at the address of its config, else at that of its node."""
 
     name: str
     config: RouterConfig
@@ -75,9 +71,10 @@ ProcessSpec = ControllerSpec | ExpertWorkerSpec | RouterSpec | GatewaySpec
 
 
 def set_threads(spec: ProcessSpec, environment: MutableMapping[str, str]) -> None:
-    """Bounds the CPU threads of this process. Only works before torch is imported."""
-    # Idle OpenMP threads that spin would starve the other processes of the node: a worker's hold a core while the router
-    # begins its next layer. Some tens of microseconds bridge the gap to the next product of the same pass.
+    """Bounds the CPU threads of this process. It has an effect only before torch is imported."""
+    # Idle OpenMP threads that spin would starve the other processes of the node: those of a worker would hold
+    # a core while the router begins its next layer. Spinning for some tens of microseconds bridges the gap
+    # between the products of one pass.
     environment["OMP_WAIT_POLICY"] = "PASSIVE"
     environment["GOMP_SPINCOUNT"] = "2000"
     if (threads := _threads(spec)) is not None:

@@ -1,1 +1,1 @@
-"""What a person reads in a terminal, and what a program reads instead."""
+"""Output of the command line: tables and progress for a terminal, JSON for programs."""

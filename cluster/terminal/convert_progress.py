@@ -1,4 +1,4 @@
-"""What a person sees on stderr while a folder is converted: a bar on a terminal, elsewhere a line for every file."""
+"""Progress of a conversion on stderr: a bar on a terminal, elsewhere one line per file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.progress import (
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """How far a conversion is: of all bytes, and of all files."""
+    """The bytes and files that a conversion has written, and their totals."""
 
     done_bytes: int
     total_bytes: int
@@ -28,7 +28,7 @@ class Progressed:
 
 
 class ConvertProgress:
-    """Use as a context; `show` may be called with every tensor."""
+    """A context. `show` may be called after every tensor."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -42,7 +42,7 @@ class ConvertProgress:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None)
-        self._told_files = -1
+        self._shown_files = -1
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -55,8 +55,8 @@ class ConvertProgress:
 
     def show(self, progress: Progressed) -> None:
         self._bar.update(self._task, total=progress.total_bytes, completed=progress.done_bytes)
-        if not self._console.is_terminal and progress.done_files != self._told_files:
-            self._told_files = progress.done_files
+        if not self._console.is_terminal and progress.done_files != self._shown_files:
+            self._shown_files = progress.done_files
             self._console.print(
                 f"converting: {progress.done_files} of {progress.total_files} files", highlight=False
             )

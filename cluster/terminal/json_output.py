@@ -1,4 +1,4 @@
-"""Protocol messages as plain JSON values: numbers stay numbers, enum values lose their prefix, nothing is left out."""
+"""Protobuf messages as JSON values: all fields are present, and enum values lose their prefix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plain(message: Message) -> dict[str, Any]:
 
 
 def _plain(field: Any, value: Any) -> Any:
-    """One value of a field, whose descriptor is of one of two classes, depending on how protobuf is built."""
+    """One value of a field. The class of the descriptor depends on how protobuf was built."""
     if field.type == FieldDescriptor.TYPE_MESSAGE:
         return plain(value)
     if field.type == FieldDescriptor.TYPE_ENUM:

@@ -1,6 +1,6 @@
-"""What a person sees while a cluster starts: one line per process, with a bar where weights are read.
+"""Progress of a starting cluster on stderr: one line per process, with a bar for each that reads weights.
 
-On a terminal the lines are redrawn in place; elsewhere every change of state is one plain line. Always on stderr.
+On a terminal the lines are redrawn in place. Elsewhere every change of state is printed as one plain line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DONE = (control_pb2.PROCESS_STATE_READY, control_pb2.PROCESS_STATE_FAILED)
 
 
 class LoadProgress:
-    """Use as a context; `show` may be called with every look at the cluster."""
+    """A context. `show` may be called with every new topology."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -32,7 +32,7 @@ class LoadProgress:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._told: dict[str, str] = {}
+        self._shown: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -47,8 +47,8 @@ class LoadProgress:
         for process in topology.processes:
             state = control_pb2.ProcessState.Name(process.state).removeprefix("PROCESS_STATE_").lower()
             self._draw(process, state)
-            if not self._console.is_terminal and self._told.get(process.name) != state:
-                self._told[process.name] = state
+            if not self._console.is_terminal and self._shown.get(process.name) != state:
+                self._shown[process.name] = state
                 self._console.print(f"{process.name}: {state} {process.detail}".rstrip(), highlight=False)
 
     def _draw(self, process: control_pb2.Process, state: str) -> None:
@@ -64,7 +64,7 @@ class LoadProgress:
 
 
 class _Bytes(DownloadColumn):
-    """Loaded of total, for those that load weights."""
+    """Loaded and total bytes; empty for a process without weights."""
 
     def render(self, task: Task) -> Text:
         if task.total is None or task.total <= 1:

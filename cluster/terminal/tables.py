@@ -1,4 +1,4 @@
-"""How tables, sizes and states look on a terminal of 80 columns."""
+"""Tables, sizes and states as text for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BAR_WIDTH = 20
 
 
 def new_table(*columns: str) -> Table:
-    """A table without side lines; a column whose name begins with > is aligned to the right."""
+    """A table without side lines. A column whose name begins with > is right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         table.add_column(
@@ -55,7 +55,7 @@ def amount(number: int) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Bytes in the unit that leaves one to four digits."""
+    """A number of bytes in the unit that leaves one to four digits."""
     value = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
@@ -65,5 +65,5 @@ def size(num_bytes: int) -> str:
 
 
 def bar(share: float) -> str:
-    """A share of one as a bar."""
+    """A share, from 0 to 1, as a bar."""
     return "█" * round(share * _BAR_WIDTH)

@@ -1,1 +1,1 @@
-"""From waiting calls to one grouped pass."""
+"""Turns waiting calls into grouped passes."""

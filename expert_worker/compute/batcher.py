@@ -1,9 +1,10 @@
-"""One compute thread owns the device; calls wait for it in a bounded queue.
+"""The compute thread, which owns the device, and the bounded queue of calls before it.
 
-The thread takes the oldest call together with every other waiting call of its layer, so that concurrent callers share
-one grouped pass. It reads lanes and direct connections itself and answers from where it computes: no hand-over lies
-between such a call and its pass. A full queue refuses at once, a call whose caller stopped waiting is dropped unstarted,
-and a failing pass fails its own calls only. A heartbeat from this very thread tells whether the worker still computes.
+The thread takes the oldest call together with every other waiting call of its layer, so that concurrent
+callers share one grouped pass. It reads shared memory and direct streams itself and answers where it
+computes, so that no hand-over between threads lies between such a call and its pass. A full queue refuses a
+call at once, a call whose caller stopped waiting is dropped before it starts, and a failing pass fails only
+its own calls. The thread's heartbeat shows whether the worker still computes.
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import CallQueue, Computed, Ticket
-from expert_worker.compute.merge_wait import MergeWait
-from expert_worker.compute.poller import Inbox, Source
+from expert_worker.compute.poller import Poller, Source
 from moesaic.errors import DeadlineExceeded, InternalError, MoesaicError, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
-# Longer than any sound pass: callers give up on one long before.
+# Longer than any sound pass takes: callers give up long before.
 HANG_LIMIT_S = 60.0
 RETRY_AFTER_S = 0.1
 
-ComputeCalls = Callable[[Sequence[Call]], Sequence[Tensor | MoesaicError]]
+ComputeCalls = Callable[[Sequence[ExpertCall]], Sequence[Tensor | MoesaicError]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class BatcherStats:
 
 
 class Batcher:
-    """Computes calls pass by pass, each of one layer and of at most `max_pass_rows` rows, unless one call has more."""
+    """Computes calls in passes of one layer and of at most `max_pass_rows` rows, unless one call has more."""
 
     def __init__(
         self,
@@ -50,7 +50,6 @@ class Batcher:
         *,
         max_queued_calls: int,
         max_pass_rows: int,
-        max_merge_wait_s: float = 0.0,
         hang_limit_s: float = HANG_LIMIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -60,34 +59,34 @@ class Batcher:
         self._hang_limit_s = hang_limit_s
         self._clock = clock
         self._waiting = CallQueue()
-        # Both belong to the lock.
-        self._merge_wait = MergeWait(max_merge_wait_s)
+        # Guards the queue.
         self._lock = threading.Lock()
-        self._inbox: Inbox
+        self._poller: Poller
         self._stopping = False
         self._computing = False
         self._heartbeat_s = clock()
-        # Since when the thread has time for what it reads itself: what was sent before waited for it.
+        # Since when the thread has time for what it reads itself. What was sent earlier has waited for the
+        # thread.
         self.listening_since_s = self._heartbeat_s
         self._passes = 0
         self._busy_s = 0.0
         self._thread = threading.Thread(target=self._run, name="expert-compute", daemon=True)
 
     def start(self) -> None:
-        self._inbox = Inbox()
+        self._poller = Poller()
         self._thread.start()
 
     def attach(self, source: Source) -> None:
-        """From now on the compute thread reads this source, and closes it at its end."""
-        self._inbox.add(source)
+        """From now on the compute thread reads this source; it closes the source when the thread ends."""
+        self._poller.add(source)
 
     def detach(self, source: Source) -> None:
-        """Call it on the compute thread, before the source closes."""
-        self._inbox.remove(source)
+        """Must be called on the compute thread, before the source closes."""
+        self._poller.remove(source)
 
     def await_room(self, source: Source, awaited: bool) -> None:
-        """Whether the source is also read when it has room to write; on the compute thread."""
-        self._inbox.await_room(source, awaited)
+        """Sets whether the source is also read when it has room to write. For the compute thread only."""
+        self._poller.await_room(source, awaited)
 
     def offer(self, ticket: Ticket) -> None:
         """Queues a call. Raises Overloaded when the queue is full and Unavailable after `stop`."""
@@ -99,21 +98,19 @@ class Batcher:
                     f"{self._max_queued_calls} calls are waiting already", retry_after_s=RETRY_AFTER_S
                 )
             self._waiting.add(ticket)
-            self._merge_wait.came(ticket.caller, ticket.call.layer, self._clock())
         if threading.get_ident() != self._thread.ident:
-            self._inbox.ring()
+            self._poller.wake()
 
     def withdraw(self, ticket: Ticket) -> None:
-        """A caller that went away gives its place in the queue free."""
+        """Frees the place in the queue of a caller that went away."""
         with self._lock:
-            if self._waiting.remove(ticket):
-                self._merge_wait.left(ticket.caller, self._clock())
+            self._waiting.remove(ticket)
 
-    async def submit(self, call: Call) -> Computed:
-        """Waits for the call's output.
+    async def submit(self, call: ExpertCall) -> Computed:
+        """Queues a call and waits for its output.
 
-        Raises Overloaded when the queue is full, Unavailable after `stop`, DeadlineExceeded when the caller's time is
-        over, InvalidArgument for rows that are not finite, InternalError when the pass failed.
+        Raises Overloaded when the queue is full, Unavailable after `stop`, DeadlineExceeded when the caller's
+        time is over, InvalidArgument for rows that are not finite, InternalError when the pass failed.
         """
         ticket = _AwaitedTicket(call, self._clock())
         self.offer(ticket)
@@ -126,87 +123,69 @@ class Batcher:
             self.withdraw(ticket)
 
     def is_healthy(self) -> bool:
-        """False when the compute thread died, or has work and does not come round."""
+        """False when the compute thread died, or has work and has shown no heartbeat for too long."""
         if not self._thread.is_alive():
             return False
         return self.is_idle() or self._clock() - self._heartbeat_s < self._hang_limit_s
 
     def is_idle(self) -> bool:
-        """Whether no call waits or is computed."""
+        """Whether no call waits or is being computed."""
         return not self._computing and not len(self._waiting)
 
     def stats(self) -> BatcherStats:
         return BatcherStats(self._passes, self._busy_s)
 
     async def stop(self, timeout_s: float) -> bool:
-        """Refuses new calls, fails the waiting ones, and waits for the running pass; False when it does not end."""
+        """Refuses new calls, fails waiting ones and awaits the running pass; False if that does not end."""
         self._stopping = True
         if self._thread.ident is not None:
-            self._inbox.ring()
+            self._poller.wake()
             await asyncio.to_thread(self._thread.join, timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
-            wait_s = HEARTBEAT_S
             while not self._stopping:
-                self._listen(wait_s)
-                tickets, wait_s = self._next_pass()
-                if tickets:
+                self._listen(0.0 if len(self._waiting) else HEARTBEAT_S)
+                if tickets := self._take_pass():
                     self._compute_pass(tickets)
                     self._computing = False
         finally:
             self._abandon()
-            self._inbox.close()
+            self._poller.close()
 
     def _abandon(self) -> None:
-        """Fails what waits. On this thread like every answer: what it reads itself belongs to it alone."""
+        """Fails the waiting calls, like every answer on the compute thread, which owns its sources."""
         with self._lock:
             self._stopping = True
             abandoned = self._waiting.clear()
         for ticket in abandoned:
             self._answer_safely(ticket, Unavailable("the worker stops"))
 
-    def _listen(self, wait_s: float) -> None:
-        """Takes the calls that the sources bring; waits for the first at most so long."""
+    def _listen(self, timeout_s: float) -> None:
+        """Takes the calls that the sources bring; waits for the first one at most `timeout_s`."""
         self.listening_since_s = self._heartbeat_s = self._clock()
-        for source in self._inbox.wait(wait_s):
+        for source in self._poller.wait(timeout_s):
             self._read_safely(source)
 
-    def _next_pass(self) -> tuple[list[Ticket], float]:
-        """The oldest call and the waiting ones of its layer, or none while it is worth to wait for more of them;
-        and how long there is nothing else to do."""
+    def _take_pass(self) -> list[Ticket]:
+        """The oldest call and the waiting ones of its layer; empty when no call waits."""
         with self._lock:
-            now_s = self._heartbeat_s = self._clock()
-            tickets = self._waiting.next_pass(self._max_pass_rows)
-            if not tickets:
-                return [], HEARTBEAT_S
-            wait_s = self._worth_waiting_s(tickets, now_s)
-            if wait_s > 0:
-                return [], wait_s
-            self._waiting.take(tickets)
-            self._computing = True
-            return tickets, 0.0 if len(self._waiting) else HEARTBEAT_S
-
-    def _worth_waiting_s(self, tickets: Sequence[Ticket], now_s: float) -> float:
-        """How long a pass had better wait for other callers. With other layers in the queue it never does."""
-        if len(tickets) < len(self._waiting):
-            return 0.0
-        first = tickets[0]
-        callers = {ticket.caller for ticket in tickets}
-        return self._merge_wait.until(first.call.layer, callers, first.queued_s, now_s) - now_s
+            self._heartbeat_s = self._clock()
+            tickets = self._waiting.take_pass(self._max_pass_rows)
+            self._computing = bool(tickets)
+            return tickets
 
     def _compute_pass(self, tickets: Sequence[Ticket]) -> None:
         start_s = self._clock()
-        live: list[Ticket] = []
-        for ticket in tickets:
-            if ticket.call.deadline_s <= start_s:
-                self._answer_safely(ticket, DeadlineExceeded("the caller's time was over in the queue"))
-            elif ticket.wanted:
-                live.append(ticket)
-        outputs = self._compute_safely([ticket.call for ticket in live]) if live else ()
+        live = self._drop_late(tickets, start_s)
+        if not live:
+            return
+        outputs = self._compute_safely([ticket.call for ticket in live])
         ended_s = self._clock()
-        self._note(tickets, len(live), ended_s - start_s, ended_s)
+        # Counted before the answers go out: a caller that has its answer may ask for the statistics at once.
+        self._passes += 1
+        self._busy_s += ended_s - start_s
         for ticket, output in zip(live, outputs, strict=True):
             self._answer_safely(
                 ticket,
@@ -215,19 +194,18 @@ class Batcher:
                 else Computed(output, start_s - ticket.queued_s, ended_s - start_s, ended_s),
             )
 
-    def _note(self, tickets: Sequence[Ticket], num_calls: int, seconds: float, now_s: float) -> None:
-        """Keeps the books of a pass. Before its answers go out: the next calls follow on their heels."""
-        if num_calls:
-            self._passes += 1
-            self._busy_s += seconds
-        with self._lock:
-            if num_calls:
-                self._merge_wait.passed(num_calls, seconds)
-            for ticket in tickets:
-                self._merge_wait.left(ticket.caller, now_s)
+    def _drop_late(self, tickets: Sequence[Ticket], now_s: float) -> list[Ticket]:
+        """The tickets whose callers still wait. Those whose time is over are answered with an error."""
+        live: list[Ticket] = []
+        for ticket in tickets:
+            if ticket.call.deadline_s <= now_s:
+                self._answer_safely(ticket, DeadlineExceeded("the caller's time was over in the queue"))
+            elif ticket.wanted:
+                live.append(ticket)
+        return live
 
     def _read_safely(self, source: Source) -> None:
-        """Whatever goes wrong with a source ends that source, and never this thread."""
+        """An error of a source ends that source, never this thread."""
         try:
             source.read()
         except Exception:
@@ -235,14 +213,14 @@ class Batcher:
             source.close()
 
     def _answer_safely(self, ticket: Ticket, result: Computed | MoesaicError) -> None:
-        """Whatever goes wrong with an answer is that caller's loss, and never ends this thread."""
+        """An error while answering is logged and costs that caller its answer; it never ends this thread."""
         try:
             ticket.answer(result)
         except Exception:
             log.exception("a call could not be answered", extra={"fields": {"layer": ticket.call.layer}})
 
-    def _compute_safely(self, calls: Sequence[Call]) -> Sequence[Tensor | MoesaicError]:
-        """Whatever goes wrong in a pass is logged and answered."""
+    def _compute_safely(self, calls: Sequence[ExpertCall]) -> Sequence[Tensor | MoesaicError]:
+        """An error in a pass is logged, and answered to its callers."""
         try:
             return self._compute_calls(calls)
         except Exception:
@@ -253,9 +231,8 @@ class Batcher:
 class _AwaitedTicket:
     """A call that a task of the event loop awaits."""
 
-    def __init__(self, call: Call, queued_s: float) -> None:
+    def __init__(self, call: ExpertCall, queued_s: float) -> None:
         self.call = call
-        self.caller = id(self)
         self.queued_s = queued_s
         self._loop = asyncio.get_running_loop()
         self.computed: asyncio.Future[Computed] = self._loop.create_future()
@@ -265,7 +242,7 @@ class _AwaitedTicket:
         return not self.computed.done()
 
     def answer(self, result: Computed | MoesaicError) -> None:
-        # The loop may have ended together with whoever waited.
+        # The loop may have ended together with the task that waited.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._set, result)
 

@@ -1,10 +1,10 @@
-"""One call: what a caller asks of this worker for one layer, checked against what the worker holds.
+"""One call: the work that a caller asks for in one layer, checked against what the worker holds.
 
-Everything that a message can have wrong is found here, before any computing, except NaN in the rows: reading all of
-them is work for the compute thread.
+Every error of a message is found here, before anything is computed, except NaN in the rows: reading all of
+them is left to the compute thread.
+
+Shapes: D hidden size, R rows of `hidden`, N (row, expert) pairs to compute.
 """
-
-# Shapes: D hidden size, R rows of `hidden`, N (row, expert) pairs to compute.
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ from moesaic.families import MoeModel
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import Framed
 from moesaic.wire.tensor_check import check_tensor
-from moesaic.wire.tensors import WIRE_ROWS, decode_rows, view_rows
+from moesaic.wire.tensors import TORCH_DTYPES, decode_rows, view_rows
 
-ROW_DTYPES = tuple(WIRE_ROWS)
+ROW_DTYPES = tuple(TORCH_DTYPES)
 
 
-class Call(NamedTuple):
-    """One layer's work for one batch of one caller. With weights one row per row of `hidden` comes back, the weighted
-    sum of its experts, else one per (row, expert), expert by expert."""
+class ExpertCall(NamedTuple):
+    """The work of one layer for one batch of one caller.
+
+    With weights the answer has one row per row of `hidden`, the weighted sum of its experts. Without, it has
+    one row per (row, expert) pair, expert by expert.
+    """
 
     layer: int
-    hidden: Tensor  # [R, D], to be read only
+    hidden: Tensor  # [R, D], must not be written to
     experts: Sequence[Expert]
-    # How many rows each of them computes, one or more.
+    # The number of rows of each expert, at least one.
     counts: Sequence[int]
-    # Expert by expert, ascending: which of `hidden`.
+    # Indices into `hidden`, expert by expert, ascending for each.
     rows: Tensor  # [N] int64
     weights: Tensor | None  # [N] float32
     deadline_s: float
@@ -51,7 +54,7 @@ class Call(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """(row, expert) pairs to compute."""
+        """The number of (row, expert) pairs to compute."""
         return sum(self.counts)
 
 
@@ -62,8 +65,8 @@ def read_call(
     store: ExpertStore,
     max_rows: int,
     now_s: float,
-) -> Call:
-    """Checks a request and resolves its experts. `now_s` is when the caller's time began.
+) -> ExpertCall:
+    """Checks a request and resolves its experts. The time that the caller waits runs from `now_s`.
 
     Raises InvalidArgument for a wrong message, FailedPrecondition for an expert or version that is not held,
     DeadlineExceeded when the caller does not wait any more.
@@ -89,7 +92,7 @@ def read_call(
     experts, rows, weights, ends = _read_experts(
         request.experts, layer, num_rows, combine == expert_pb2.COMBINE_SUM, store
     )
-    return Call(
+    return ExpertCall(
         layer,
         decode_rows(hidden, view_rows(hidden, framed.data)),
         experts,
@@ -103,8 +106,10 @@ def read_call(
 def _read_experts(
     groups: Sequence[expert_pb2.ExpertRows], layer: int, num_rows: int, combine_sum: bool, store: ExpertStore
 ) -> tuple[list[Expert], npt.NDArray[np.int64], npt.NDArray[np.float32] | None, list[int]]:
-    """The experts, the rows and the weights of all, and where the rows of each end, from 0 on. All experts at once: what
-    numpy does costs by the call, not by the row."""
+    """The experts, their rows and weights joined, and the bounds of each expert's rows, beginning with 0.
+
+    The rows are checked for all experts at once, because the cost of numpy is by the call, not by the row.
+    """
     slots, experts = set[int](), []
     rows, weights, ends = [], [], [0]
     for i, group in enumerate(groups):
@@ -130,9 +135,9 @@ def _read_experts(
 
 
 def _check_ascending(joined: npt.NDArray[np.int64], ends: Sequence[int], num_rows: int) -> None:
-    """`joined` holds the rows of all experts, those of expert i from ends[i] to ends[i + 1]."""
+    """Checks `joined`, the rows of all experts: those of expert i lie from ends[i] to ends[i + 1]."""
     rises = joined[1:] > joined[:-1]
-    # Between two experts the rows begin anew.
+    # The first row of an expert need not be above the last row of the expert before it.
     rises[np.array(ends[1:-1], np.intp) - 1] = True
     if not rises.all():
         _refuse_rows(bisect_right(ends, int(rises.argmin())) - 1, num_rows)

@@ -1,48 +1,42 @@
-"""The calls that wait for the compute thread, and which of them share a pass: pure, no threads."""
+"""The calls that wait for the compute thread, and which of them share a pass. Pure: no threads."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from moesaic.errors import MoesaicError
 
 
 class Computed(NamedTuple):
-    """A call's output and where its time went."""
+    """The output of a call and where its time went."""
 
     output: Tensor
     queue_s: float
     compute_s: float
-    # When its pass was over.
+    # The time at which the pass ended.
     ended_s: float
 
 
 class Ticket(Protocol):
-    """A call and who waits for it."""
+    """A queued call and the caller that waits for its answer."""
 
     @property
-    def call(self) -> Call: ...
-
-    @property
-    def caller(self) -> Hashable:
-        """The router's stream or lane: what tells callers apart."""
-        ...
+    def call(self) -> ExpertCall: ...
 
     @property
     def queued_s(self) -> float: ...
 
     @property
     def wanted(self) -> bool:
-        """False when nobody waits for the answer any more."""
+        """False when the caller does not wait for the answer any more."""
         ...
 
     def answer(self, result: Computed | MoesaicError) -> None:
-        """Comes once for every ticket that was taken, mostly on the compute thread. Must not wait."""
+        """Called once for every ticket that was taken, mostly on the compute thread. Must not wait."""
         ...
 
 
@@ -55,18 +49,13 @@ class CallQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __iter__(self) -> Iterator[Ticket]:
-        return iter(self._waiting)
-
     def add(self, ticket: Ticket) -> None:
         self._waiting.append(ticket)
 
-    def remove(self, ticket: Ticket) -> bool:
-        """Gives its place free; False when it has none any more."""
-        if ticket not in self._waiting:
-            return False
-        self._waiting.remove(ticket)
-        return True
+    def remove(self, ticket: Ticket) -> None:
+        """Frees the place of a ticket that may still be in the queue."""
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
 
     def clear(self) -> list[Ticket]:
         """Empties the queue; returns what was in it."""
@@ -74,21 +63,17 @@ class CallQueue:
         self._waiting.clear()
         return left
 
-    def next_pass(self, max_rows: int) -> list[Ticket]:
-        """What the next pass would be: the oldest call and, in order, the calls of its layer that fit beside it."""
+    def take_pass(self, max_rows: int) -> list[Ticket]:
+        """Removes the oldest call and, in order, those of its layer that fit into a pass beside it."""
         taken: list[Ticket] = []
+        left: deque[Ticket] = deque()
         num_rows = 0
         for ticket in self._waiting:
             call = ticket.call
             if not taken or (call.layer == taken[0].call.layer and num_rows + call.num_rows <= max_rows):
                 taken.append(ticket)
                 num_rows += call.num_rows
+            else:
+                left.append(ticket)
+        self._waiting = left
         return taken
-
-    def take(self, tickets: list[Ticket]) -> None:
-        """Removes the tickets of a pass."""
-        if len(tickets) == len(self._waiting):
-            self._waiting.clear()
-            return
-        gone = set(map(id, tickets))
-        self._waiting = deque(ticket for ticket in self._waiting if id(ticket) not in gone)

@@ -1,11 +1,12 @@
 """One pass: several calls of one layer computed together.
 
-Rows that different callers send to the same expert go through one multiplication, and every caller gets back its own.
-A call whose rows hold NaN or infinity is refused alone; the others go on. Most passes hold one call with a few rows, so
-what is done around the products is counted in torch calls: one to gather the rows, one to join or to add up the answers.
-"""
+Rows that different callers send to the same expert go through one multiplication, and every caller gets its
+own rows back. A call whose rows hold NaN or infinity is refused alone; the others are computed. Most passes
+hold one call with a few rows, so the overhead around the products is kept to few torch calls: one gathers the
+rows, one joins or adds up the answers.
 
-# Shapes: D hidden size, R rows of a call's `hidden`, N (row, expert) pairs of a call or of a pass.
+Shapes: D hidden size, R rows of a call's `hidden`, N (row, expert) pairs of a call or of a pass.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +18,17 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from expert_worker.compute.call import Call
-from expert_worker.experts.device import to_device, to_host
+from expert_worker.compute.call import ExpertCall
 from expert_worker.experts.expert import Expert, compute_experts
+from moesaic.compute.host_copy import to_device, to_host
 from moesaic.errors import InvalidArgument, MoesaicError
 
 
-def compute_calls(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
-    """For every call its output, in the dtype of its rows and on the CPU, or why it is refused.
+def compute_calls(calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
+    """For every call its output, or the error that refuses it.
 
-    Output: [N, D], expert by expert, or [R, D] summed in fp32 in the order of the call's experts.
+    An output is on the CPU and in the dtype of the call's rows: [N, D], expert by expert, or [R, D], summed
+    in fp32 in the order of the call's experts.
     """
     refused = {i: error for i, call in enumerate(calls) if (error := _check_finite(call.hidden)) is not None}
     accepted = [call for i, call in enumerate(calls) if i not in refused]
@@ -35,16 +37,17 @@ def compute_calls(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
 
 
 def _check_finite(hidden: Tensor) -> MoesaicError | None:
-    # A sum is finite only if every number is; finite numbers may still add up to more than float32 holds.
-    # A dtype of its own is named where the sum would not fit: it costs a copy of all rows.
+    # A finite sum proves that every number is finite; a sum that is not may also be an overflow of finite
+    # numbers. The sum gets a wider dtype only where it would not fit otherwise, because that costs a copy of
+    # all rows.
     dtype = torch.float32 if hidden.dtype == torch.float16 else None
     if math.isfinite(hidden.sum(dtype=dtype).item()) or bool(hidden.isfinite().all()):
         return None
     return InvalidArgument("hidden must be finite", field="hidden.data")
 
 
-def _compute(calls: Sequence[Call]) -> list[Tensor]:
-    """For every call its answer, on the device."""
+def _compute(calls: Sequence[ExpertCall]) -> list[Tensor]:
+    """The answer to every call, on the device."""
     if not calls:
         return []
     if len(calls) > 1:
@@ -54,9 +57,10 @@ def _compute(calls: Sequence[Call]) -> list[Tensor]:
     return [_answer(call, compute_experts(call.experts, gathered, call.counts))]
 
 
-def _compute_merged(calls: Sequence[Call]) -> list[Tensor]:
-    """Expert by expert, and for each expert call by call."""
-    # Call by call and expert by expert, which rows of those of all calls; and by expert, which of these parts are its.
+def _compute_merged(calls: Sequence[ExpertCall]) -> list[Tensor]:
+    """The answers to several calls. Rows are computed expert by expert, and for each expert call by call."""
+    # A part is the rows of one expert of one call, as indices into the joined rows of all calls; parts are in
+    # the order of calls and their experts. `asked` has the parts of every expert.
     parts: list[Tensor] = []
     asked: defaultdict[Expert, list[int]] = defaultdict(list)
     first_row = 0
@@ -82,8 +86,8 @@ def _gather(hidden: Tensor, rows: Tensor, expert: Expert) -> Tensor:
     return moved.index_select(0, to_device(rows, expert.device))
 
 
-def _answer(call: Call, outputs: Tensor) -> Tensor:
-    """One call's answer from the outputs [N, D] of its experts, which are its own to overwrite."""
+def _answer(call: ExpertCall, outputs: Tensor) -> Tensor:
+    """The answer to one call from the outputs [N, D] of its experts, which may be overwritten."""
     if call.weights is None:
         return outputs.to(call.hidden.dtype)
     weighted = outputs.float().mul_(to_device(call.weights, outputs.device)[:, None])
@@ -92,8 +96,8 @@ def _answer(call: Call, outputs: Tensor) -> Tensor:
 
 
 def _add_rows(total: Tensor, rows: Tensor, addends: Tensor) -> Tensor:
-    """Adds each row to the one it belongs to, in their order, in place."""
+    """Adds each addend to its row of `total`, in the order of the addends, in place."""
     if total.device.type == "cuda":
-        # There index_add_ adds in whatever order the device comes to it; this one sorts first.
+        # On CUDA the order of additions in index_add_ is not defined; index_put_ sorts first.
         return total.index_put_((rows,), addends, accumulate=True)
     return total.index_add_(0, rows, addends)

@@ -1,1 +1,1 @@
-"""The experts that a worker holds: read, checked, computed."""
+"""Reads, checks, holds and computes the experts of a worker."""

@@ -1,6 +1,8 @@
-"""What an expert does between its two products: [n, W] -> [n, F], where W is 2F, gate outputs before up outputs, or F."""
+"""The activation of an expert, between its two products: [n, W] -> [n, F].
 
-# Shapes: F inner size, W outputs of the way up, n rows.
+Shapes: n rows, F inner size, W outputs of the first product: 2F with a gate (gate outputs before up outputs),
+else F.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,18 @@ from torch import Tensor
 from moesaic.errors import InvalidArgument
 from moesaic.families.model import ExpertModule
 
-# May overwrite what it is given. The result is contiguous.
+# An activation may overwrite its argument. Its result is contiguous.
 Activation = Callable[[Tensor], Tensor]
 
-# Of the sigmoid in quick_gelu, and in the gate of gpt-oss.
+# The slope of the sigmoid in quick_gelu and in the gate of gpt-oss.
 _SLOPE = 1.702
 
 
 def choose_activation(module: ExpertModule, *, row_by_row: bool = False) -> Activation:
-    """With `row_by_row` the bits of a row do not depend on the rows beside it. Raises InvalidArgument for one that is
-    not known."""
+    """The activation of a module. With `row_by_row` the bits of a row do not depend on the rows beside it.
+
+    Raises InvalidArgument for an activation that is not known.
+    """
     if module.activation == "clamped_swiglu":
         if not module.gated or module.limit is None:
             raise InvalidArgument("activation: clamped_swiglu needs a gate and a limit", field="activation")
@@ -54,14 +58,15 @@ def _row_by_row(function: Activation, rows: Tensor) -> Tensor:
 def _apart(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of the rows with a gap behind each.
 
-    Rows that adjoin are one long vector to an elementwise kernel, and the last numbers of a vector take another way
-    through exp() than those before. Kernels take rows with gaps one by one; so they do the two halves of a gated one.
+    An elementwise kernel treats adjoining rows as one long vector, and computes exp() of the last numbers of
+    a vector in another way than of those before. Rows with gaps are computed one by one, and so are the two
+    halves of gated rows.
     """
     return rows.new_empty(len(rows), rows.shape[1] + 1, dtype=dtype)[:, :-1].copy_(rows)
 
 
 def _gelu(rows: Tensor) -> Tensor:
-    # torch's own gelu takes rows for one long vector even where there are gaps.
+    # torch's own gelu treats rows as one long vector even where there are gaps.
     share = _apart(rows, torch.float32).mul_(math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
     return (share * rows).to(rows.dtype)
 

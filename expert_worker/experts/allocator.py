@@ -1,8 +1,9 @@
-"""What the C allocator does with large blocks that are freed. Weights and the buffers of a pass want opposite things.
+"""How the C allocator treats freed blocks: loading weights and computing passes need opposite settings.
 
-While weights load, every one is mapped by itself and what it was made from goes back to the system: nothing is left in
-between. While passes run, their buffers stay with the process: given back, each page of them is faulted in again by the
-next pass, which costs more than the arithmetic around the products. Elsewhere than on glibc this does nothing.
+While weights load, each large block is mapped by itself, so that the memory that weights were made from goes
+back to the system and leaves no holes between them. While passes run, freed buffers stay with the process:
+otherwise the next pass would fault in every page again, which costs more than the arithmetic around the
+products. Without glibc these functions do nothing.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
 _WEIGHT_BYTES = 128 << 10
-# The largest that glibc takes.
+# The largest threshold that glibc accepts.
 _BUFFER_BYTES = 32 << 20
 _KEPT_BYTES = 128 << 20
 
 
 def return_freed_memory() -> None:
-    """For the time in which weights load."""
+    """To be called before weights load."""
     _mallopt(_M_MMAP_THRESHOLD, _WEIGHT_BYTES)
 
 
 def keep_freed_memory() -> None:
-    """For the time in which passes run."""
+    """To be called before passes run."""
     _mallopt(_M_MMAP_THRESHOLD, _BUFFER_BYTES)
     _mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 

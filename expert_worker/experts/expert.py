@@ -1,12 +1,13 @@
-"""The expert maths for all experts of one pass: y = down(act(up x)), or down(act(gate x) * up x) where they are gated.
+"""The maths of the experts of one pass: y = down(act(up x)), or y = down(act(gate x) * up x) with a gate.
 
-Rows lie in one tensor, grouped by expert; none is ever dropped. On a CPU the experts follow one another, each reading
-its own run of rows: the bits of an answer depend on these rows alone, whichever worker holds the expert and whatever
-lies beside it. On CUDA one grouped kernel serves all experts of a stack.
+Rows lie in one tensor, grouped by expert; none is ever dropped. On a CPU the experts are computed one after
+another, each from its own run of rows: the bits of an answer depend on these rows alone, whichever worker
+holds the expert and whatever other rows are in the pass. On CUDA one grouped kernel computes all experts of a
+stack.
+
+Shapes: D hidden size, F inner size, W outputs of the first product (2F with a gate, else F), S experts of a
+stack, n rows of one expert, N rows of a pass.
 """
-
-# Shapes: D hidden size, F inner size, W outputs of the way up (2F with a gate, else F), S experts of a stack,
-# n rows of one expert, N rows of a pass.
 
 from __future__ import annotations
 
@@ -20,23 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expert_worker.experts.activation import Activation, choose_activation
-from expert_worker.experts.device import to_device
+from moesaic.compute.elementwise import CUT_GELU_ELEMENTS
+from moesaic.compute.host_copy import to_device
 from moesaic.compute.linear import Linear, WeightForm, check_form
 from moesaic.errors import InvalidArgument
 from moesaic.families.model import ExpertModule
 from moesaic.settings import ExpertDType
 
-# What the grouped kernel asks of every stride, and of the device.
+# The grouped kernel needs strides that are multiples of this, and a device of at least this capability.
 _GROUPED_ALIGN_BYTES = 16
 _GROUPED_MIN_CAPABILITY = (8, 0)
-# From so many elements torch cuts an elementwise product into one piece a thread, and the last bits of exp() differ
-# between the middle of a piece and its end. That of gelu; others are cut from twice as many.
-_UNCUT_ELEMENTS = 16384
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertForm:
-    """How the experts of a worker are held and computed. `dtype` is that of float weights and of what int8 widens to."""
+    """How the experts of a worker are held and computed.
+
+    `dtype` is the dtype of float weights, and the one that int8 weights are widened to.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -46,7 +48,7 @@ class ExpertForm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertWeights:
-    """The weights of one expert, or with one dimension more in front those of a stack."""
+    """The weights of one expert, or of a stack of experts with one more dimension in front."""
 
     up: Tensor  # [W, D]: gate rows before up rows
     down: Tensor  # [D, F]
@@ -54,7 +56,7 @@ class ExpertWeights:
     down_bias: Tensor | None = None  # [D]
 
     def __getitem__(self, index: int) -> ExpertWeights:
-        """Of a stack the weights of one expert."""
+        """The weights of one expert of a stack."""
         up_bias, down_bias = (
             None if bias is None else bias[index] for bias in (self.up_bias, self.down_bias)
         )
@@ -63,7 +65,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expert:
-    """Maps rows [n, D] to rows [n, D]. With a stack, its weights are entry `index` there."""
+    """Maps rows [n, D] to rows [n, D]. An expert of a stack has its weights in entry `index` there."""
 
     up: Linear  # D -> W
     down: Linear  # F -> D
@@ -78,7 +80,7 @@ class Expert:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it takes rows in without converting them, and gives them in."""
+        """The dtype of the output, and of rows that need no conversion."""
         return self.down.dtype
 
     @property
@@ -101,9 +103,9 @@ def choose_form(
     *,
     batch_invariant: bool,
 ) -> ExpertForm:
-    """How to hold experts that are asked for as `expert_dtype` where everything else is computed in `dtype`.
+    """The form for the setting `expert_dtype`; `auto` is `dtype`, in which everything else is computed.
 
-    Raises InvalidArgument for what this device, or one of these modules, cannot have.
+    Raises InvalidArgument for a form that this device or one of these modules does not support.
     """
     float_dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     weights: WeightForm = expert_dtype if expert_dtype in ("int8", "int4") else "float"
@@ -117,7 +119,7 @@ def choose_form(
 
 
 def make_linear(weight: Tensor, bias: Tensor | None, form: ExpertForm) -> Linear:
-    """One of the two products of an expert. It may keep what it is given or not."""
+    """One of the two products of an expert. It may keep the tensors or copy them."""
     return Linear(weight, form.weights, bias, batch_invariant=form.batch_invariant)
 
 
@@ -133,7 +135,7 @@ def assemble_expert(
         up,
         down,
         choose_activation(module, row_by_row=form.batch_invariant),
-        max(1, _UNCUT_ELEMENTS // module.inner_size) if form.batch_invariant else None,
+        max(1, CUT_GELU_ELEMENTS // module.inner_size) if form.batch_invariant else None,
         stack,
         index,
     )
@@ -146,14 +148,14 @@ def make_expert(
     stack: ExpertWeights | None = None,
     index: int = 0,
 ) -> Expert:
-    """An expert from its weights, which it may keep or not."""
+    """An expert from its weights, which it may keep or copy."""
     up = make_linear(weights.up, weights.up_bias, form)
     down = make_linear(weights.down, weights.down_bias, form)
     return assemble_expert(up, down, module, form, stack, index)
 
 
 def empty_weights(module: ExpertModule, form: ExpertForm, num_experts: int | None = None) -> ExpertWeights:
-    """Memory for the weights of one expert, or of a stack of them, to be filled."""
+    """Uninitialised memory for the weights of one expert, or of a stack of experts."""
     stacked = () if num_experts is None else (num_experts,)
 
     def empty(*shape: int) -> Tensor:
@@ -169,7 +171,7 @@ def empty_weights(module: ExpertModule, form: ExpertForm, num_experts: int | Non
 
 
 def can_stack(form: ExpertForm, module: ExpertModule) -> bool:
-    """Whether the grouped kernel computes such experts here. Its tiles follow from all the rows of a pass."""
+    """Whether the grouped kernel computes such experts here. Its tiles depend on all rows of a pass."""
     row_bytes = {size * form.dtype.itemsize for size in (module.hidden_size, module.inner_size)}
     return (
         form.device.type == "cuda"
@@ -183,7 +185,7 @@ def can_stack(form: ExpertForm, module: ExpertModule) -> bool:
 
 
 def compute_experts(experts: Sequence[Expert], rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Every expert's output for its own run of rows, n > 0 of them: rows [N, D] -> [N, D] in fresh memory."""
+    """Every expert's output for its own run of n > 0 rows: rows [N, D] -> [N, D] in fresh memory."""
     stack = experts[0].stack
     if stack is not None and all(expert.stack is stack for expert in experts):
         return _compute_grouped(stack, experts, rows, counts)
@@ -194,7 +196,7 @@ def compute_experts(experts: Sequence[Expert], rows: Tensor, counts: Sequence[in
 def _compute_grouped(
     stack: ExpertWeights, experts: Sequence[Expert], rows: Tensor, counts: Sequence[int]
 ) -> Tensor:
-    """One kernel for all. It wants the rows in the order of the stack."""
+    """All experts in one kernel, which needs the rows in the order of the stack."""
     order = sorted(range(len(experts)), key=lambda i: experts[i].index)
     if order != list(range(len(experts))):
         parts, ordered_counts = rows.split(list(counts)), [counts[i] for i in order]

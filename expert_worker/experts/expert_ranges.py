@@ -1,11 +1,11 @@
-"""The textual form of "which experts": what `--experts` takes.
+"""The text form of a set of experts, as the option `--experts` takes it.
 
-A comma-separated list of [LAYERS:]SLOTS, each a number or a range FIRST-LAST with both ends in; without LAYERS, every
-layer that has experts. `0-3`: slots 0 to 3 of every layer. `0:0-7,1:2`: all of 0 to 7 in layer 0, and slot 2 in layer 1.
-`all`: everything.
+A comma-separated list of items [LAYERS:]SLOTS. LAYERS and SLOTS are each a number or a range FIRST-LAST that
+includes both ends; without LAYERS an item is of every layer that has experts. `0-3`: slots 0 to 3 of every
+layer. `0:0-7,1:2`: slots 0 to 7 of layer 0, and slot 2 of layer 1. `all`: every expert.
 
-Layers may differ in their number of slots. An item names what there is of its slots in each of its layers; its last
-slot must be in one of them, and a layer that is named must have experts.
+Layers may differ in their number of slots. An item names those of its slots that exist in each of its layers;
+its last slot must exist in one of them, and every layer of LAYERS must have experts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
 
 def parse_experts(text: str, num_slots: Mapping[int, int]) -> frozenset[ExpertAddress]:
-    """The addresses that the text names; `num_slots` has every layer with experts.
+    """The addresses that the text names. `num_slots` has the number of slots of every layer with experts.
 
-    Raises InvalidArgument for anything that the model does not have.
+    Raises InvalidArgument for an expert that the model does not have.
     """
     if not num_slots:
         raise InvalidArgument("experts: the model has none for a worker to hold", field="experts")

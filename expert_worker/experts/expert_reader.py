@@ -1,4 +1,4 @@
-"""Reads one expert: its bytes hashed, decoded, checked and laid out."""
+"""Reads the weights of one expert: hashes, decodes, checks and lays them out."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from expert_worker.experts.dequantise import dequantise_fp8_block, dequantise_mxfp4
 from expert_worker.experts.stored_weight import Region, StoredWeight
+from moesaic.compute.dequantise import dequantise_fp8_block, dequantise_mxfp4, fp8_row_scales
 from moesaic.epoch import VersionHasher
 from moesaic.errors import CheckpointError, Unavailable
 from moesaic.families.model import Encoding, ExpertModule
-from moesaic.families.tensor_check import FP8_BLOCK
 
-# That are read, hashed and copied at a time: they stay in the cache meanwhile.
+# How many bytes are read, hashed and copied at a time, so that they stay in the CPU's cache.
 _BYTES_AT_ONCE = 1 << 20
-# Of an encoded weight that are decoded at a time.
+# How many numbers of an encoded weight are decoded at a time.
 _NUMBERS_AT_ONCE = 1 << 17
 
 
-class _Scratch(threading.local):
-    """Memory of a thread that is used over and over: to get new pages costs more than to fill them."""
+class Scratch(threading.local):
+    """Memory of a thread that is used again and again, because new pages cost more than filling them."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
@@ -38,23 +37,23 @@ class _Scratch(threading.local):
 
 
 class ExpertReader:
-    """Reads the weights of one expert, and names it by what it has read."""
+    """Reads the weights of one expert and computes its version from them."""
 
     def __init__(
-        self, weights: Mapping[str, StoredWeight], stopping: threading.Event, scratch: _Scratch
+        self, weights: Mapping[str, StoredWeight], stopping: threading.Event, scratch: Scratch
     ) -> None:
         self._weights = weights
         self._stopping = stopping
         self._scratch = scratch
         self._digests: dict[str, tuple[tuple[int, ...], bytes]] = {}
-        # Gate and up may share what holds them: it is read once.
+        # Gate and up may lie in the same region, which is read once.
         self._uses = Counter(region for weight in weights.values() for region in weight.regions)
         self._shared: dict[Region, Tensor] = {}
         for region in self._uses:
             region.announce()
 
     def read(self, names: Sequence[str], weights: Tensor, biases: Tensor | None) -> None:
-        """Fills equal runs of rows of `weights` with the weights of these names, and `biases` with theirs."""
+        """Fills equal runs of rows of `weights`, and of `biases`, with the weights of these names."""
         for name, target in zip(names, weights.chunk(len(names)), strict=True):
             self._read(name, target)
         if biases is not None:
@@ -62,6 +61,7 @@ class ExpertReader:
                 self._read(f"{name}_bias", target)
 
     def version(self, module: ExpertModule, dtype: str) -> bytes:
+        """The digest of the expert. All its weights must have been read."""
         kind = f"{'glu' if module.gated else 'mlp'} {module.activation}"
         hasher = VersionHasher(kind if module.limit is None else f"{kind} {module.limit}", dtype)
         for name in module.weights:
@@ -79,7 +79,7 @@ class ExpertReader:
         self._digests[name] = tuple(target.shape), digest
 
     def _copy_run(self, weight: StoredWeight, target: Tensor) -> bytes:
-        """As `_copy` does, in pieces."""
+        """Does the same as `_copy`, in pieces."""
         data, digest = weight.data, hashlib.sha256()
         row_bytes = data.num_bytes // data.shape[0]
         count = max(1, _BYTES_AT_ONCE // row_bytes)
@@ -109,7 +109,7 @@ class ExpertReader:
 
 
 def _copy(weight: StoredWeight, data: Tensor, target: Tensor) -> bytes:
-    """Fills the target with a weight that is stored as plain numbers; returns the digest of them."""
+    """Fills the target with a weight that is stored as plain numbers; returns the digest of these numbers."""
     own = data.view(len(data), -1)[weight.rows, weight.columns]
     own = (own.T if weight.transposed else own).contiguous()
     _check_finite(own, weight)
@@ -118,7 +118,7 @@ def _copy(weight: StoredWeight, data: Tensor, target: Tensor) -> bytes:
 
 
 def _decode(weight: StoredWeight, data: Tensor, scales: Tensor, target: Tensor) -> bytes:
-    """Fills the target with what an encoded weight stands for; returns the digest of the code."""
+    """Fills the target with the numbers of an encoded weight; returns the digest of its codes and scales."""
     own, own_scales = data[weight.rows], _scales_of_rows(weight, len(data), scales)
     filled = target.T if weight.transposed else target
     count = max(1, _NUMBERS_AT_ONCE // (target.numel() // len(filled)))
@@ -141,11 +141,10 @@ _DEQUANTISE: dict[Encoding, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _scales_of_rows(weight: StoredWeight, num_rows: int, scales: Tensor) -> Tensor:
-    """The scales of every own row: of mxfp4 they are stored so, of fp8_block a row of them serves a block."""
+    """The scales of each row: mxfp4 stores them so, fp8_block stores one row of them per block of rows."""
     if weight.encoding == "mxfp4":
         return scales[weight.rows]
-    blocks = torch.arange(weight.scale_row, weight.scale_row + num_rows)[weight.rows] // FP8_BLOCK
-    return scales.index_select(0, blocks)
+    return fp8_row_scales(scales, weight.scale_row, num_rows)[weight.rows]
 
 
 def _raw_bytes(stored: Tensor) -> memoryview:
@@ -153,7 +152,7 @@ def _raw_bytes(stored: Tensor) -> memoryview:
 
 
 def _check_finite(numbers: Tensor, weight: StoredWeight) -> None:
-    # Two numbers tell: the extremes of a tensor with NaN are NaN.
+    # The extremes are enough: those of a tensor with NaN are NaN.
     if not all(extreme.isfinite().item() for extreme in torch.aminmax(numbers)):
         name = weight.data.tensor
         raise CheckpointError(f"tensor {name} holds NaN or infinity", field=name)

@@ -1,12 +1,10 @@
-"""From a checkpoint to experts in memory: only the bytes of this worker's share, several experts at a time.
+"""Loads experts from a checkpoint: only the bytes of this worker's share, several experts at a time.
 
-Each expert's weights are hashed into its version as they are stored, in the order of [outputs, inputs] whatever the
-layout, decoded where they are encoded, checked to be finite, and laid out or quantised as they will be read. An expert
-takes one thread, and only as many are under way as there are threads, so that a second copy of the share never comes
-to be.
+Each expert's weights are hashed into its version as they are stored, in the order [outputs, inputs] whatever
+the layout, decoded where they are encoded, checked to be finite, and laid out or quantised in the form in
+which they are computed. One thread loads one expert, and no more experts are under way than there are
+threads, so that the share never exists twice in memory.
 """
-
-# Shapes: O outputs, I inputs of a weight; R rows of it as it is stored.
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from expert_worker.experts.expert import (
     empty_weights,
     make_linear,
 )
-from expert_worker.experts.expert_reader import ExpertReader, _Scratch
+from expert_worker.experts.expert_reader import ExpertReader, Scratch
 from expert_worker.experts.store import HeldExpert
 from expert_worker.experts.stored_weight import locate
 from moesaic.checkpoints.checkpoint import Checkpoint
@@ -36,25 +34,25 @@ from moesaic.epoch import ExpertAddress
 from moesaic.families import MoeModel
 from moesaic.families.model import ExpertModule
 
-# More wait for the disk and for memory, not for a thread.
+# More threads would only wait for the disk and for memory.
 MAX_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an expert is to be: with a stack, in entry `index` of it."""
+    """Where an expert will lie: in entry `index` of a stack, or in memory of its own."""
 
     address: ExpertAddress
     stack: ExpertWeights | None = None
     index: int = 0
 
     def memory(self, module: ExpertModule, form: ExpertForm) -> ExpertWeights:
-        """For its weights: its entry of the stack, or memory of its own."""
+        """The memory for its weights."""
         return empty_weights(module, form) if self.stack is None else self.stack[self.index]
 
 
 def choose_places(model: MoeModel, addresses: Iterable[ExpertAddress], form: ExpertForm) -> Iterator[Place]:
-    """In order of layer and slot."""
+    """The places in order of layer and slot. A layer's experts share a stack where that can be computed."""
     for layer, of_layer in groupby(sorted(addresses), key=lambda address: address.layer):
         group, module = list(of_layer), model.experts[layer].module
         stack = empty_weights(module, form, len(group)) if can_stack(form, module) else None
@@ -70,8 +68,10 @@ def load_experts(
     *,
     stopping: threading.Event | None = None,
 ) -> Iterator[tuple[ExpertAddress, HeldExpert]]:
-    """Loads the experts, and gives them in order of layer and slot. Raises CheckpointError that names the tensor or the
-    file at fault, Unavailable when `stopping` is set."""
+    """Loads the experts, and yields them in order of layer and slot.
+
+    Raises CheckpointError that names the tensor or the file at fault, Unavailable when `stopping` is set.
+    """
     addresses = list(addresses)
     loader = _Loader(checkpoint, model, form, stopping or threading.Event())
     places = choose_places(model, addresses, form)
@@ -94,7 +94,7 @@ def load_experts(
 
 
 def _start_threads(count: int) -> ThreadPoolExecutor:
-    """Threads whose products are computed by them alone: helpers of several would stand in each other's way."""
+    """Threads that compute without torch's helper threads, which would compete with each other."""
     ready = threading.Barrier(count + 1)
 
     def begin() -> None:
@@ -106,7 +106,8 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
     for _ in range(count):
         pool.submit(int)
     ready.wait()
-    # torch sets the number for the thread that asks, and for all that are still to come: those are not meant.
+    # torch sets the number for the calling thread and for all threads that start later; the latter is not
+    # wanted.
     torch.set_num_threads(num_threads)
     return pool
 
@@ -117,10 +118,10 @@ class _Loader:
     model: MoeModel
     form: ExpertForm
     stopping: threading.Event
-    scratch: _Scratch = field(default_factory=lambda: _Scratch())
+    scratch: Scratch = field(default_factory=Scratch)
 
     def load(self, place: Place) -> HeldExpert:
-        """One expert, on one thread."""
+        """Loads one expert on the calling thread."""
         experts, form = self.model.experts[place.address.layer], self.form
         module = experts.module
         reader = ExpertReader(locate(self.checkpoint, experts, place.address), self.stopping, self.scratch)
@@ -134,8 +135,11 @@ class _Loader:
         return HeldExpert(version, assemble_expert(up, down, module, form, place.stack, place.index))
 
     def _memory(self, place: Place, module: ExpertModule) -> ExpertWeights:
-        """Where the expert's weights are put. What its products are laid out from anew is needed no longer than that,
-        and the next expert's weights, and those of its own other product, come to the same place."""
+        """The memory that the expert's weights are read into.
+
+        Products that copy their weights into another layout need them only until then. Such weights are read
+        into scratch memory, which the expert's other product and the next expert use again.
+        """
         form, memory = self.form, place.memory(module, self.form)
         sizes = (module.hidden_size, module.inner_size)
         if any(keeps_weight(form.weights, form.device, form.dtype, size) for size in sizes):

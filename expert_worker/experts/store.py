@@ -1,16 +1,17 @@
-"""The expert versions that this worker holds, by address.
+"""The expert versions that this worker holds.
 
-The worker knows nothing of epochs: a caller names the version it wants for every slot, and gets that one or a refusal
-that says what is held instead. Never another version, never a guess.
+The worker knows nothing of epochs: a caller names the version that it wants of every slot, and gets that very
+version or a refusal that says what is held instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from expert_worker.experts.expert import Expert
-from moesaic.epoch import ExpertAddress
+from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.errors import FailedPrecondition
 
 _SHOWN_DIGEST_CHARS = 12
@@ -25,16 +26,46 @@ class HeldExpert:
 
 
 class ExpertStore:
-    """Filled while the worker loads, then read from any thread."""
+    """Any number of versions of each slot. All methods may be called from any thread at any time.
 
-    def __init__(self) -> None:
-        self._held: dict[ExpertAddress, HeldExpert] = {}
+    A call that was read keeps its experts, so that an expert in flight outlives its removal.
+    """
+
+    def __init__(self, on_change: Callable[[], object] = lambda: None) -> None:
+        """`on_change` is called after every change, on the thread that made it."""
+        self._on_change = on_change
+        self._lock = threading.Lock()
+        # The experts of a slot by digest. Each inner mapping is replaced as a whole, so that `get` needs no
+        # lock.
+        self._held: dict[ExpertAddress, Mapping[bytes, Expert]] = {}
+        self._revision = 0
+
+    @property
+    def revision(self) -> int:
+        """Grows with every expert that is added or removed."""
+        return self._revision
 
     def add(self, address: ExpertAddress, held: HeldExpert) -> None:
-        self._held[address] = held
+        """Holds one more version of the slot, or replaces the expert of the same version."""
+        with self._lock:
+            self._held[address] = {**self._held.get(address, {}), held.version: held.expert}
+            self._revision += 1
+        self._on_change()
+
+    def remove(self, address: ExpertAddress, version: bytes) -> None:
+        """Gives up one version of the slot. Raises FailedPrecondition as `get` does."""
+        with self._lock:
+            self.get(address, version, field="version")
+            left = {digest: expert for digest, expert in self._held[address].items() if digest != version}
+            if left:
+                self._held[address] = left
+            else:
+                del self._held[address]
+            self._revision += 1
+        self._on_change()
 
     def get(self, address: ExpertAddress, version: bytes, *, field: str) -> Expert:
-        """The expert in just that version. Raises FailedPrecondition with reason NOT_HELD or WRONG_VERSION."""
+        """The expert in this very version. Raises FailedPrecondition: NOT_HELD or WRONG_VERSION."""
         held = self._held.get(address)
         if held is None:
             raise FailedPrecondition(
@@ -42,22 +73,27 @@ class ExpertStore:
                 field=field,
                 reason="NOT_HELD",
             )
-        if held.version != version:
+        expert = held.get(version)
+        if expert is None:
+            shown = " and ".join(digest.hex()[:_SHOWN_DIGEST_CHARS] for digest in sorted(held))
             raise FailedPrecondition(
-                f"layer {address.layer} slot {address.slot} is held in version "
-                f"{held.version.hex()[:_SHOWN_DIGEST_CHARS]}, the call asks for another one",
+                f"layer {address.layer} slot {address.slot} is held in version {shown}, "
+                "the call asks for another one",
                 field=field,
                 reason="WRONG_VERSION",
             )
-        return held.expert
+        return expert
 
-    def experts(self) -> Mapping[ExpertAddress, Expert]:
-        return {address: held.expert for address, held in sorted(self._held.items())}
-
-    def versions(self) -> Mapping[ExpertAddress, bytes]:
-        return {address: held.version for address, held in sorted(self._held.items())}
+    def experts(self) -> Mapping[ExpertVersion, Expert]:
+        """All experts, ordered by layer, slot and digest."""
+        with self._lock:
+            return {
+                ExpertVersion(address, digest): expert
+                for address, held in sorted(self._held.items())
+                for digest, expert in sorted(held.items())
+            }
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights in memory, as they are held: packed, or quantised with their scales."""
-        return sum(held.expert.num_bytes for held in self._held.values())
+        """Bytes of weights in memory, in the form that is held: packed, or quantised with their scales."""
+        return sum(expert.num_bytes for expert in self.experts().values())

@@ -1,10 +1,10 @@
-"""Where the bytes of an expert lie, and reading them: no more than this expert's own.
+"""Where the bytes of an expert lie in the checkpoint, and how they are read: no others are.
 
-Files are read, not mapped: a file that shrinks under a reader is an error with a name, not the end of the process, and
-what was read is what was asked for, to the byte.
+Files are read, not mapped: a file that shrinks while it is read is an error that names the file, where a
+mapping would end the process, and exactly the bytes that are asked for are read.
+
+Shapes: O outputs, I inputs of a weight.
 """
-
-# Shapes: O outputs, I inputs of a weight; R rows, C columns of it as it is stored.
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Region:
     num_bytes: int
 
     def part(self, first: int, end: int) -> Region:
-        """Rows [first, end) of it."""
+        """Rows [first, end) of the region."""
         row_bytes = self.num_bytes // self.shape[0]
         return replace(
             self,
@@ -53,12 +53,12 @@ class Region:
         )
 
     def announce(self) -> None:
-        """Lets the system begin to fetch it; what is wrong with the file is found when it is read."""
+        """Lets the system begin to fetch the region. Errors of the file are raised when it is read."""
         with suppress(OSError), self.file.open("rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), self.first_byte, self.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, memory: Tensor | None = None) -> Tensor:
-        """Into the beginning of uint8 memory, if there is some. Raises CheckpointError with the file's name."""
+        """Reads the region, into the beginning of `memory` if given. Raises CheckpointError with the file."""
         if memory is None:
             memory = torch.empty(self.num_bytes, dtype=torch.uint8)
         memory = memory[: self.num_bytes]
@@ -66,7 +66,7 @@ class Region:
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.first_byte)
-                # One call reads at most 2 GiB.
+                # A call reads at most 2 GiB.
                 while rest and (count := file.readinto(rest)):
                     rest = rest[count:]
         except OSError as error:
@@ -78,11 +78,10 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """One weight of one expert: those `rows` and `columns` of `data` that are its own, [O, I] or where `transposed`
-    [I, O]; a bias is one column.
+    """One weight of one expert: `rows` and `columns` of `data`, [O, I], or [I, O] where `transposed`.
 
-    `scales` of fp8_block has the factors of `data`, whose first row is row `scale_row` of a block; of mxfp4 those of
-    every row.
+    `scales` of fp8_block has the scales of the blocks of `data`, whose first row is row `scale_row` of a
+    block; of mxfp4 it has those of every row.
     """
 
     data: Region
@@ -95,7 +94,7 @@ class StoredWeight:
 
     @property
     def is_run(self) -> bool:
-        """Whether `data` is the weight, row by row."""
+        """Whether `data` is just the weight, row by row."""
         return self.rows == self.columns == slice(None) and not self.transposed and self.scales is None
 
     @property
@@ -104,12 +103,12 @@ class StoredWeight:
 
 
 def locate(checkpoint: Checkpoint, experts: ExpertLayer, address: ExpertAddress) -> dict[str, StoredWeight]:
-    """Where every weight of an expert lies, by its name in the module."""
+    """Where each weight of an expert lies, by its name in the module."""
     return {weight: _locate(checkpoint, experts.layout[weight], address) for weight in experts.module.weights}
 
 
 def stored_bytes(checkpoint: Checkpoint, experts: ExpertLayer, address: ExpertAddress) -> int:
-    """Bytes that are read for an expert."""
+    """The number of bytes that are read for an expert."""
     weights = locate(checkpoint, experts, address).values()
     return sum(region.num_bytes for region in {region for weight in weights for region in weight.regions})
 
@@ -118,11 +117,12 @@ def _locate(checkpoint: Checkpoint, pattern: WeightPattern, address: ExpertAddre
     index = address.slot if pattern.stacked else None
     name = pattern.name(*address)
     shape = checkpoint.tensors[name].shape[1 if pattern.stacked else 0 :]
-    # A bias has but one direction to lie in.
+    # A bias has one dimension and cannot be transposed.
     transposed = pattern.transposed and len(shape) > 1
     own = _part(pattern, shape[1] if transposed else shape[0])
     everything = slice(None)
-    # Rows that lie together are read alone; of columns, and of every n-th row, the others are read, too.
+    # Adjoining rows are read alone. Where the weight is some columns, or every n-th row, the others are read
+    # with it.
     first, end = (0, shape[0]) if transposed or pattern.interleaved else (own.start, own.stop)
     own_rows = own if pattern.interleaved and not transposed else everything
     scales, scale_row = None, 0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from opentelemetry import trace
 
-from expert_worker.compute.call import Call, read_call
+from expert_worker.compute.call import ExpertCall, read_call
 from expert_worker.compute.call_queue import Computed
 from expert_worker.experts.store import ExpertStore
 from moesaic import telemetry
@@ -35,7 +35,7 @@ class OpenCall(NamedTuple):
     """A call that was taken and is not yet answered."""
 
     request: expert_pb2.ComputeRequest
-    call: Call
+    call: ExpertCall
     span: trace.Span
     decode_s: float
     # When it was decoded: from then on it waits for its pass.
@@ -101,7 +101,7 @@ class CallDesk:
         """Its caller went away."""
         taken.span.end()
 
-    def _read(self, framed: Request, sent_s: float) -> Call:
+    def _read(self, framed: Request, sent_s: float) -> ExpertCall:
         if self._closed:
             raise Unavailable("the worker is draining", retry_after_s=RETRY_AFTER_S)
         if self._model is None or self._store is None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import Computed
 from expert_worker.serving.call_handler import CallDesk, OpenCall, Request, Response
 from moesaic.errors import InvalidArgument, MoesaicError, Unavailable, Unsupported
@@ -263,7 +263,6 @@ class _DirectTicket:
         self.stream = stream
         self.taken = taken
         self.call = taken.call
-        self.caller = id(stream)
         self.queued_s = taken.taken_s
 
     @property
@@ -274,7 +273,7 @@ class _DirectTicket:
         self._connection.answer(self, result)
 
 
-def _check_answer_fits(request: Request, call: Call, num_request_bytes: int) -> None:
+def _check_answer_fits(request: Request, call: ExpertCall, num_request_bytes: int) -> None:
     """Raises InvalidArgument when the answer would be larger than this way carries: better now than after the computing."""
     data_bytes = request.data.nbytes
     num_rows = len(call.hidden) if call.combine_sum else call.num_rows

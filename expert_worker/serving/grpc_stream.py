@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import Computed
 from expert_worker.serving.call_handler import CallDesk, OpenCall, Request, Response
 from moesaic.errors import DeadlineExceeded, MoesaicError
@@ -101,13 +101,12 @@ class StreamTicket:
         self._stream = stream
         self._loop = asyncio.get_running_loop()
         self.taken = taken
-        self.caller = id(stream)
         self.wanted = True
         # The caller hears of the end of its time even from a worker that hangs.
         self.timer = self._loop.call_at(taken.call.deadline_s, stream.expire, self)
 
     @property
-    def call(self) -> Call:
+    def call(self) -> ExpertCall:
         return self.taken.call
 
     @property

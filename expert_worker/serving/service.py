@@ -145,7 +145,9 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
             incarnation=self._incarnation,
             model=loaded.name,
             hidden_size=loaded.model.hidden_size,
-            experts=versions_to_proto(loaded.store.versions()),
+            # Read before the experts: what is described is never older than the revision says.
+            contents_revision=loaded.store.revision,
+            experts=versions_to_proto(loaded.store.experts()),
             dtypes=ROW_DTYPES,
             weight_bytes=loaded.store.weight_bytes,
             device=loaded.device,

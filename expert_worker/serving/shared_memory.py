@@ -18,7 +18,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import Computed
 from expert_worker.serving.call_handler import CallDesk, OpenCall, Response
 from expert_worker.serving.listener import Entrance
@@ -250,7 +250,6 @@ class _LaneTicket:
         self.frame = frame
         self.taken = taken
         self.call = taken.call
-        self.caller = id(lane)
         self.queued_s = queued_s
 
     @property
@@ -261,7 +260,7 @@ class _LaneTicket:
         self._lane.answer(self, result)
 
 
-def _check_room(buffer: Buffer, frame: Frame, call: Call) -> None:
+def _check_room(buffer: Buffer, frame: Frame, call: ExpertCall) -> None:
     """Raises LaneError when the answer would not fit where the rows are."""
     num_sent = call.hidden.shape[0]
     num_rows = num_sent if call.combine_sum else call.num_rows

@@ -1,1 +1,1 @@
-"""The OpenAI API: bodies in, answers out, errors in its envelope."""
+"""The OpenAI API: request bodies, replies, and errors in its envelope."""

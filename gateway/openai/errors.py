@@ -1,7 +1,8 @@
-"""Errors as HTTP clients expect them: a status, OpenAI's envelope, and whether a retry can help.
+"""Errors as HTTP responses: a status, OpenAI's envelope, and whether a retry can help.
 
-The mapping is a table over moesaic.errors; what HTTP itself refuses (path, method, size, media type) has a table of
-its own. A message is what the router or the gateway wrote for the caller: never a path, an address or a stack.
+One table maps the classes of moesaic.errors, another one the refusals of HTTP itself (path, method, size,
+media type). A message was written for the caller by the router or the gateway; it never holds a path, an
+address or a stack.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from gateway.openai.strict_json import readable
 from moesaic import errors
 from moesaic.errors import InvalidArgument, MoesaicError
 
-# 499 is for the log alone: nobody is left to read it.
+# 499 appears in the log only: the client has disconnected.
 CLIENT_GONE = 499
 
 _STATUS: dict[type[MoesaicError], int] = {
     errors.InvalidArgument: 400,
-    # Not 501: openai-python retries every 5xx.
+    # 400 rather than 501, because openai-python retries every 5xx.
     errors.Unsupported: 400,
     errors.NotFound: 404,
     errors.Aborted: 409,
     errors.Overloaded: 429,
     errors.Cancelled: CLIENT_GONE,
-    # Of an answer, not of a change: the server's own condition.
+    # The failed precondition is the server's own, not one that the client stated.
     errors.FailedPrecondition: 500,
     errors.InternalError: 500,
     errors.Unavailable: 503,
@@ -47,14 +48,15 @@ _HTTP_CODES = {
     415: "unsupported_media_type",
     431: "headers_too_large",
 }
-# A second attempt may find a free place or a living replica; anywhere else it would only fail again.
+# A retry can succeed: the queue may have room, or a replica may be back. For any other status it would fail
+# again.
 _RETRYABLE = frozenset({429, 503})
 _DEFAULT_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class HttpError:
-    """An error on its way to an HTTP client."""
+    """An error in the terms of the HTTP API."""
 
     status: int
     message: str
@@ -81,20 +83,29 @@ class HttpError:
 
 
 def from_moesaic(error: MoesaicError) -> HttpError:
-    """The nearest status of an error of ours; `code` carries its reason."""
+    """The error with the nearest status; `code` is its reason."""
     status = next((_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS), 500)
     return HttpError(status, error.message, error.field, error.reason.lower(), error.retry_after_s)
 
 
+def about_field(error: MoesaicError, name: str) -> MoesaicError:
+    """The same error about the field `name`: the HTTP API's name for the router's `error.field`."""
+    prefix = f"{error.field}:"
+    message = error.message
+    if message.startswith(prefix):
+        message = f"{name}:{message.removeprefix(prefix)}"
+    return type(error)(message, field=name, reason=error.reason, retry_after_s=error.retry_after_s)
+
+
 def from_http(error: HTTPException) -> HttpError:
-    """What the framework refuses before a route is reached."""
+    """A refusal of the framework, made before a route is reached."""
     return HttpError(
         error.status_code, str(error.detail), None, _HTTP_CODES.get(error.status_code, "invalid_request")
     )
 
 
 def from_validation(error: RequestValidationError) -> HttpError:
-    """The first field that does not fit the request's type."""
+    """An error about the first field that does not fit the request's type."""
     first = error.errors()[0]
     param = first["ctx"]["param"] if first["type"] == COMBINATION else _param(first["loc"])
     return from_moesaic(InvalidArgument(_complaint(first, param), field=param))
@@ -105,7 +116,7 @@ def response(error: HttpError, extra_headers: Mapping[str, str] | None = None) -
 
 
 def _param(loc: tuple[str | int, ...]) -> str | None:
-    """`messages[0].content`, without the names that unions give their branches."""
+    """The path of a field, such as `messages[0].content`, without the tags of union branches."""
     path = ""
     for part in loc[1:]:
         if isinstance(part, int):

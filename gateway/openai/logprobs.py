@@ -1,6 +1,7 @@
-"""Log probabilities in the two shapes of OpenAI's API: four lists for completions, one list of tokens for chat.
+"""Log probabilities in the two shapes of OpenAI's API.
 
-A token that a router without a tokenizer names by its id alone is spelled `token_id:N`.
+Completions have four lists, chat completions one list of tokens. A router without a tokenizer sends token ids
+only; such a token is spelled `token_id:N`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from gateway.openai.replies import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
 from moesaic.v1 import inference_pb2 as pb
 
-# JSON has no infinity; clients take this as "never", as vLLM sends it.
+# Stands for minus infinity, which JSON does not have. vLLM sends the same number.
 _LOWEST = -9999.0
 
 
 def for_completion(entries: Sequence[pb.TokenLogprob], offset: int) -> CompletionLogprobs:
-    """`offset`: where the first token's text begins in the text of its choice."""
+    """`offset`: the position of the first token's text in the text of its choice."""
     tokens = [_spell(entry) for entry in entries]
     offsets = []
     for token in tokens:
@@ -30,7 +31,7 @@ def for_completion(entries: Sequence[pb.TokenLogprob], offset: int) -> Completio
 
 
 def for_chat(entries: Iterable[pb.TokenLogprob], num_top: int) -> ChatLogprobs:
-    """`num_top` alternatives of each token; zero is an empty list."""
+    """Each token with `num_top` alternatives; zero gives an empty list."""
     return ChatLogprobs(
         content=[
             ChatTokenLogprob(
@@ -52,12 +53,12 @@ def for_chat(entries: Iterable[pb.TokenLogprob], num_top: int) -> ChatLogprobs:
 
 
 def num_chars(entries: Iterable[pb.TokenLogprob]) -> int:
-    """Length of the tokens' spellings, by which `text_offset` counts."""
+    """The total length of the tokens' spellings, in which `text_offset` counts."""
     return sum(len(_spell(entry)) for entry in entries)
 
 
 def _top(entry: pb.TokenLogprob) -> dict[str, float]:
-    """The alternatives and the token itself. Of two with the same text the more probable one stays."""
+    """The alternatives and the token itself. Of two with the same text, the more probable one is kept."""
     top: dict[str, float] = {}
     for alternative in entry.top:
         top.setdefault(_spell_alternative(alternative), _value(alternative.logprob))

@@ -1,6 +1,6 @@
-"""From the pieces of an answer to reply bodies: one renderer for completions, one for chat completions.
+"""Reply bodies from the pieces of an output: one renderer for completions, one for chat completions.
 
-A renderer belongs to one request. `chunks` is what a stream sends for one piece, `reply` the same answer as a whole.
+A renderer belongs to one request. `chunks` renders one piece for a stream, `reply` the whole output at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 from pydantic import BaseModel
 
 from gateway.openai import logprobs, replies
-from gateway.openai.answer import Answer, Piece, join
+from gateway.openai.request_output import Piece, RequestOutput, join
 from gateway.openai.requests import ChatCompletionRequest, CompletionRequest, GenerationBody
 from moesaic.v1 import inference_pb2 as pb
 
@@ -20,7 +20,7 @@ from moesaic.v1 import inference_pb2 as pb
 class Renderer(Protocol):
     """The shape of a reply to one request."""
 
-    # The router's name of a field -> the name that this API gives it.
+    # The router's name of a field -> its name in this API.
     params: ClassVar[Mapping[str, str]]
 
     @property
@@ -28,16 +28,16 @@ class Renderer(Protocol):
 
     def calls(self) -> list[pb.GenerateRequest]: ...
 
-    def chunks(self, answer: Answer, piece: Piece) -> Sequence[BaseModel]: ...
+    def chunks(self, output: RequestOutput, piece: Piece) -> Sequence[BaseModel]: ...
 
-    def usage_chunk(self, answer: Answer) -> BaseModel: ...
+    def usage_chunk(self, output: RequestOutput) -> BaseModel: ...
 
-    def reply(self, answer: Answer, choices: Sequence[Sequence[Piece]]) -> BaseModel: ...
+    def reply(self, output: RequestOutput, choices: Sequence[Sequence[Piece]]) -> BaseModel: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What names a reply."""
+    """The fields that identify a reply."""
 
     request_id: str
     # Seconds since 1970.
@@ -55,30 +55,30 @@ class CompletionRenderer:
     def __init__(self, request: CompletionRequest, identity: Identity) -> None:
         self.request = request
         self._identity = identity
-        # Per choice, where its next token's text begins.
+        # The offset of each choice's next token in the text of the choice.
         self._offsets: dict[int, int] = {}
 
     def calls(self) -> list[pb.GenerateRequest]:
         return self.request.calls()
 
-    def chunks(self, answer: Answer, piece: Piece) -> Sequence[BaseModel]:
-        usage = _chunk_usage(self.request, answer)
-        return [self._body(answer, choices=[self._choice(piece)], **usage)]
+    def chunks(self, output: RequestOutput, piece: Piece) -> Sequence[BaseModel]:
+        usage = _chunk_usage(self.request, output)
+        return [self._body(output, choices=[self._choice(piece)], **usage)]
 
-    def usage_chunk(self, answer: Answer) -> BaseModel:
-        return self._body(answer, choices=[], usage=_usage(answer))
+    def usage_chunk(self, output: RequestOutput) -> BaseModel:
+        return self._body(output, choices=[], usage=_usage(output))
 
-    def reply(self, answer: Answer, choices: Sequence[Sequence[Piece]]) -> BaseModel:
+    def reply(self, output: RequestOutput, choices: Sequence[Sequence[Piece]]) -> BaseModel:
         rendered = [self._choice(join(pieces)) for pieces in choices]
-        return self._body(answer, choices=rendered, usage=_usage(answer))
+        return self._body(output, choices=rendered, usage=_usage(output))
 
-    def _body(self, answer: Answer, **fields: Any) -> replies.CompletionReply:
+    def _body(self, output: RequestOutput, **fields: Any) -> replies.CompletionReply:
         return replies.CompletionReply(
             id=f"cmpl-{self._identity.request_id}",
             object="text_completion",
             created=self._identity.created,
-            model=answer.model,
-            epoch=answer.epoch,
+            model=output.model,
+            epoch=output.epoch,
             **fields,
         )
 
@@ -125,11 +125,11 @@ class ChatRenderer:
     def calls(self) -> list[pb.GenerateRequest]:
         return self.request.calls()
 
-    def chunks(self, answer: Answer, piece: Piece) -> Sequence[BaseModel]:
-        """The first chunk of a choice names the role, and the prompt's ids where they were asked for."""
-        usage = _chunk_usage(self.request, answer)
+    def chunks(self, output: RequestOutput, piece: Piece) -> Sequence[BaseModel]:
+        """The first chunk of a choice holds the role, and the prompt's token ids where requested."""
+        usage = _chunk_usage(self.request, output)
         delta = replies.ChatDelta(content=piece.text)
-        chunks = [self._chunk(answer, choices=[self._chunk_choice(piece, delta)], **usage)]
+        chunks = [self._chunk(output, choices=[self._chunk_choice(piece, delta)], **usage)]
         if piece.is_first:
             opening = replies.ChatChunkChoice(
                 index=piece.index,
@@ -137,16 +137,16 @@ class ChatRenderer:
                 logprobs=None,
                 finish_reason=None,
             )
-            chunks.insert(0, self._chunk(answer, choices=[opening], **usage, **self._prompt_token_ids(piece)))
+            chunks.insert(0, self._chunk(output, choices=[opening], **usage, **self._prompt_token_ids(piece)))
         return chunks
 
-    def usage_chunk(self, answer: Answer) -> BaseModel:
-        return self._chunk(answer, choices=[], usage=_usage(answer))
+    def usage_chunk(self, output: RequestOutput) -> BaseModel:
+        return self._chunk(output, choices=[], usage=_usage(output))
 
-    def reply(self, answer: Answer, choices: Sequence[Sequence[Piece]]) -> BaseModel:
+    def reply(self, output: RequestOutput, choices: Sequence[Sequence[Piece]]) -> BaseModel:
         joined = [join(pieces) for pieces in choices]
         return replies.ChatReply(
-            **self._head(answer),
+            **self._head(output),
             object="chat.completion",
             choices=[
                 replies.ChatChoice(
@@ -154,26 +154,26 @@ class ChatRenderer:
                 )
                 for piece in joined
             ],
-            usage=_usage(answer),
+            usage=_usage(output),
             **self._prompt_token_ids(joined[0]),
         )
 
-    def _chunk(self, answer: Answer, **fields: Any) -> replies.ChatChunk:
-        return replies.ChatChunk(**self._head(answer), object="chat.completion.chunk", **fields)
+    def _chunk(self, output: RequestOutput, **fields: Any) -> replies.ChatChunk:
+        return replies.ChatChunk(**self._head(output), object="chat.completion.chunk", **fields)
 
     def _chunk_choice(self, piece: Piece, delta: replies.ChatDelta) -> replies.ChatChunkChoice:
         return replies.ChatChunkChoice(delta=delta, **self._common(piece))
 
-    def _head(self, answer: Answer) -> dict[str, Any]:
+    def _head(self, output: RequestOutput) -> dict[str, Any]:
         return {
             "id": f"chatcmpl-{self._identity.request_id}",
             "created": self._identity.created,
-            "model": answer.model,
-            "epoch": answer.epoch,
+            "model": output.model,
+            "epoch": output.epoch,
         }
 
     def _common(self, piece: Piece) -> dict[str, Any]:
-        """What a choice and a chunk of it share."""
+        """The fields that a choice and a chunk of it share."""
         num_top = self.request.top_logprobs or 0
         fields: dict[str, Any] = {
             "index": piece.index,
@@ -189,21 +189,21 @@ class ChatRenderer:
         return {"prompt_token_ids": list(piece.prompt.token_ids)} if self.request.return_token_ids else {}
 
 
-def _usage(answer: Answer) -> replies.Usage:
+def _usage(output: RequestOutput) -> replies.Usage:
     return replies.Usage(
-        prompt_tokens=answer.prompt_tokens,
-        completion_tokens=answer.completion_tokens,
-        total_tokens=answer.prompt_tokens + answer.completion_tokens,
-        prompt_tokens_details=replies.PromptTokensDetails(cached_tokens=answer.cached_tokens),
+        prompt_tokens=output.prompt_tokens,
+        completion_tokens=output.completion_tokens,
+        total_tokens=output.prompt_tokens + output.completion_tokens,
+        prompt_tokens_details=replies.PromptTokensDetails(cached_tokens=output.cached_tokens),
     )
 
 
-def _chunk_usage(request: GenerationBody, answer: Answer) -> dict[str, replies.Usage | None]:
-    """`usage` of a chunk: so far, or null where only the last chunk has it; absent where nobody asked."""
+def _chunk_usage(request: GenerationBody, output: RequestOutput) -> dict[str, replies.Usage | None]:
+    """The counts so far, null where only the last chunk has them, or no field where not requested."""
     options = request.stream_options
     if options is None or not (options.include_usage or options.continuous_usage_stats):
         return {}
-    return {"usage": _usage(answer) if options.continuous_usage_stats else None}
+    return {"usage": _usage(output) if options.continuous_usage_stats else None}
 
 
 def _stop_reason(request: GenerationBody, piece: Piece) -> str | int | None:

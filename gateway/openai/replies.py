@@ -1,7 +1,7 @@
 """Reply bodies of OpenAI's API, with vLLM's `token_ids` and the project's `epoch`.
 
-Fields that are not set are left out of the JSON (`exclude_unset`), so that a reply holds what was asked for and
-`null` only where OpenAI sends it.
+Fields that are not set are left out of the JSON (`exclude_unset`), so that a reply holds what was requested,
+and `null` only where OpenAI sends it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 
 class PromptTokensDetails(BaseModel):
-    # Whose keys and values were there from an earlier request.
+    # Prompt tokens whose keys and values an earlier request had computed.
     cached_tokens: int
 
 
@@ -24,7 +24,7 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Four lists of the same length, one entry a token."""
+    """Four lists of the same length, with one entry per token."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -43,7 +43,7 @@ class CompletionChoice(BaseModel):
 
 
 class CompletionReply(BaseModel):
-    """A whole answer, or one chunk of it: they have the same shape."""
+    """A whole reply, or one chunk of a stream: both have the same shape."""
 
     id: str
     object: Literal["text_completion"]

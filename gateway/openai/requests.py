@@ -1,7 +1,7 @@
-"""What a client may ask: the request bodies of OpenAI's API with the habits of vLLM, and their meaning for a router.
+"""The request bodies of OpenAI's API with vLLM's extensions, and their translation into a router's requests.
 
-Every field is known or refused by name; null means absent. Types and the ranges of the wire are checked here, the
-meaning of a value (vocabulary, context, bounds) by the router, which knows the model.
+Every field is known or refused by name; null means absent. Types and the ranges of the wire are checked here.
+The router, which knows the model, checks the meaning of a value (vocabulary, context, bounds).
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from pydantic_core import PydanticCustomError
 
 from moesaic.v1 import inference_pb2 as pb
 
-# OpenAI's default for completions; a chat's answer may fill the context.
+# OpenAI's default for completions. A chat completion may fill the context.
 DEFAULT_MAX_TOKENS = 16
-# Prompts of one request, stop strings, messages: bounds that no real client meets.
+# Bounds on prompts, stop strings and messages of one request, above what real clients send.
 MAX_PROMPTS = 1024
 MAX_STOPS = 16
 MAX_MESSAGES = 4096
 MAX_SALT_CHARS = 256
 
-# The type of an error about a combination of fields; its context names the one to blame.
+# The type of an error about a combination of fields. Its context names the field at fault.
 COMBINATION = "combination"
-# How the branches of a union show up in a validation error's path.
+# The names of union branches in the path of a validation error.
 UNION_BRANCHES = frozenset({"<text>", "<texts>", "<ids>", "<id lists>", "<parts>", "<chat>"})
 
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**32 - 1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-# Within float32, the type on the wire.
+# A number in the range of float32, the type on the wire.
 Number = Annotated[float, Field(ge=-3e38, le=3e38)]
 TokenIdList = Annotated[list[UInt32], Field(fail_fast=True)]
 
@@ -54,7 +54,7 @@ def _not_served(value: object) -> None:
     raise ValueError("this option is not supported")
 
 
-# A field of the API that is parsed so that it can be refused by name.
+# The type of a field that is parsed only so that it can be refused by name.
 NotServed = Annotated[None, BeforeValidator(_not_served), WithJsonSchema({"type": "null"})]
 
 
@@ -86,7 +86,7 @@ def _token_id_keys(bias: dict[str, float]) -> dict[str, float]:
 
 
 def _finite(value: JsonValue) -> JsonValue:
-    """JSON values as a protobuf Struct can hold them."""
+    """Refuses numbers that a protobuf Struct cannot hold."""
     if isinstance(value, dict):
         for child in value.values():
             _finite(child)
@@ -122,7 +122,7 @@ TemplateKwargs = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
 
 
 class Body(BaseModel):
-    """A JSON object without surprises: unknown fields, other types and NaN are errors."""
+    """A JSON object. Unknown fields, values of other types and NaN are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -133,7 +133,7 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
-    """What completions and chat completions share."""
+    """The fields that completions and chat completions share."""
 
     model: str | None = None
     n: Positive | None = None
@@ -143,7 +143,7 @@ class GenerationBody(Body):
     stop: Stop | None = None
     temperature: Number | None = None
     top_p: Number | None = None
-    # -1 is vLLM's other way to say off.
+    # -1 means off, as in vLLM.
     top_k: Annotated[int, Field(ge=-1, le=2**32 - 1)] | None = None
     min_p: Number | None = None
     presence_penalty: Number | None = None
@@ -156,9 +156,9 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
-    # Whose request it is: cached prefixes are found by the same salt alone, and salts share the router fairly.
+    # The tenant. Only requests with the same salt share cached prefixes, and salts share the router fairly.
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
-    # Taken for bookkeeping by clients; it changes nothing.
+    # An identifier for the client's own bookkeeping. It has no effect.
     user: str | None = None
 
     @model_validator(mode="after")
@@ -173,7 +173,7 @@ class GenerationBody(Body):
         return 1 if self.n is None else self.n
 
     def sampling(self) -> pb.SamplingParams:
-        """The shared part of the sampling parameters; an absent field keeps the router's default."""
+        """The shared sampling parameters. An absent field keeps the router's default."""
         same_name = (
             "seed",
             "temperature",
@@ -206,7 +206,8 @@ class CompletionRequest(GenerationBody):
     best_of: UInt32 | None = None
     suffix: NotServed = None
     add_special_tokens: bool | None = None
-    # Encoder-decoders: what the answer begins with, such as the target language of a translator.
+    # For encoder-decoders: the tokens that the output begins with, such as the target language of a
+    # translator.
     decoder_prompt: TokenIdList | None = None
 
     @model_validator(mode="after")
@@ -251,7 +252,7 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[
 
 
 class TextPart(Body):
-    """A part of a message's content; images and sound are not served, and no URL is ever fetched."""
+    """A part of a message's content. Images and sound are not supported, and no URL is ever fetched."""
 
     type: Literal["text"]
     text: str
@@ -268,7 +269,7 @@ Content = Annotated[
 
 
 class Message(Body):
-    """A turn of a conversation. Replies of this API can be sent back as they are."""
+    """A turn of a conversation. The messages of this API's replies are valid, too."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Content
@@ -288,13 +289,13 @@ class Message(Body):
 
 
 class ChatFields(Body):
-    """A conversation and how the checkpoint's own template renders it."""
+    """A conversation, and the options of the chat template that renders it."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateKwargs | None = None
-    # A template from a request would be code from a stranger.
+    # A template is code, and is never taken from a request.
     chat_template: NotServed = None
 
     def chat(self) -> pb.Chat:
@@ -339,7 +340,7 @@ class ChatCompletionRequest(GenerationBody, ChatFields):
         return self
 
     def calls(self) -> list[pb.GenerateRequest]:
-        """The one call of a conversation."""
+        """The single call of a conversation."""
         sampling = self.sampling()
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if limit is not None:

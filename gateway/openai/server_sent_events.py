@@ -1,6 +1,6 @@
-"""Server-sent events, and what a client that goes away means: the calls to the router are cancelled at once.
+"""Server-sent events. When the client disconnects, the calls to the router are cancelled at once.
 
-The status line is sent with the first token; an error after it is the stream's last event.
+The status line is sent with the first token. An error after it is the last event of the stream.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def event(body: BaseModel) -> bytes:
 
 
 def error_event(envelope: dict[str, Any], num_tokens: int) -> bytes:
-    """The envelope, and after how many tokens of the answer it came."""
+    """The envelope of an error, and the number of tokens that preceded it."""
     return format_sse_event(data_str=json.dumps({**envelope, "offset": num_tokens}))
 
 
 class EventStream(EventSourceResponse):
-    """Sends events as they come; closes their source when the client leaves, or does not read for too long."""
+    """Sends events as they arrive. Closes their source when the client disconnects or exceeds `timeout_s`."""
 
     def __init__(
         self, events: AsyncGenerator[bytes, None], *, source: AsyncGenerator[Any, None], timeout_s: float
     ) -> None:
-        # Proxies must not hold tokens back.
+        # These headers keep proxies from buffering tokens.
         super().__init__(events, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         self._source = source
         self._timeout_s = timeout_s
@@ -55,7 +55,7 @@ class EventStream(EventSourceResponse):
 
 
 async def unless_gone(request: Request, work: Awaitable[_R]) -> _R:
-    """The result of `work`; cancels it and raises Cancelled when the client disconnects before."""
+    """The result of `work`. Cancels it and raises Cancelled when the client disconnects first."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
     try:

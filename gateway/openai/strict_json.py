@@ -1,8 +1,8 @@
-"""JSON as strict as a protocol needs it: what two readers could understand differently is refused.
+"""A strict JSON parser: text that two parsers could read differently is refused.
 
-Duplicate fields, lone surrogates, NUL, deep nesting and endless objects are errors that name the field. Numbers that
-are not finite are left to the types of the fields. The body's size is bounded before it comes here, and with it
-every pass over it.
+Duplicate fields, lone surrogates, NUL, deep nesting and very large objects are errors that name the field.
+The types of the fields refuse numbers that are not finite. The size of the body is bounded before parsing,
+and with it the cost of every pass over it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 from moesaic.errors import InvalidArgument
 
 MAX_DEPTH = 32
-# Of one object, and of one list of lists or objects: no request has that many, and each could cost an error report.
+# The most entries of one object, or of one list of lists or objects. Each could cost an error report.
 MAX_FIELDS = 4096
 _MAX_NAME = 64
 
 
 def parse(body: bytes) -> Any:
-    """The value of a request body. Raises InvalidArgument that names the field, where there is one."""
+    """The value of a request body. Raises InvalidArgument, which names the field where there is one."""
     value = _load(body)
-    # Only containers nest, and only escapes smuggle bad text in: most bodies need no walk.
+    # Only containers can be nested, and only escapes can encode invalid text: most bodies need no check.
     if b"\\u" in body or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
         fields = value if isinstance(value, dict) else {}
         for name, field in fields.items():
@@ -31,7 +31,7 @@ def parse(body: bytes) -> Any:
 
 
 def readable(name: str) -> str:
-    """A name that a client sent, short and printable enough for a message."""
+    """A name that a client sent, shortened and made printable for a message."""
     return name[:_MAX_NAME].encode("unicode_escape").decode("ascii")
 
 

@@ -1,7 +1,7 @@
-"""The gateway's end of the line to one router: where it is, whether it serves, and calls with deadlines.
+"""The gateway's link to one router: its address, its health, and calls with deadlines.
 
-One task follows the router: it looks the address up, watches grpc.health.v1 there, and looks again when the stream
-breaks or the router does not serve. An address is never remembered beyond that; calls take the newest channel.
+One task follows the router: it resolves the address, watches grpc.health.v1 there, and resolves the address
+again when the stream breaks or the router does not serve. Calls use the channel to the newest address.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ log = logging.getLogger(__name__)
 
 SERVICE = "moesaic.v1.InferenceService"
 UNARY_TIMEOUT_S = 30.0
-# The reason of the error when a call did not reach its router or was cut off from it.
+# The error reason of a call that did not reach its router or lost the connection to it.
 ROUTER_UNREACHABLE = "ROUTER_UNREACHABLE"
 
 _RESOLVE_TIMEOUT_S = 10.0
 _RETRY_S = 0.3
-# A router that does not serve is looked up anew after this long: another may have taken its place.
-_LOOK_AGAIN_S = 2.0
-# The longest that one watch of a serving router lasts; then it is looked up anew.
+# The address of a router that does not serve is resolved again after this time: another process may have
+# taken its place.
+_RESOLVE_AGAIN_S = 2.0
+# The longest time that one watch of a serving router lasts. Then its address is resolved again.
 _WATCH_S = 60.0
-# What the caller hears where gRPC itself failed: its own words would name addresses.
+# The messages for failures of gRPC itself, whose own messages would reveal addresses.
 _TRANSPORT_MESSAGES: dict[type[MoesaicError], str] = {
     errors.DeadlineExceeded: "the request did not end within the time it had",
     errors.Overloaded: "the request or its answer is larger than a message may be",
@@ -43,10 +44,10 @@ ResolveRouter = Callable[[], Awaitable[str]]
 
 
 class RouterLink:
-    """Calls to the router that `resolve_router` finds at the moment."""
+    """Calls to the router at the address that `resolve_router` returned last."""
 
     def __init__(self, name: str, resolve_router: ResolveRouter, *, timeout_s: float) -> None:
-        """`name`: for the log. `timeout_s`: the longest that a call lasts."""
+        """`name`: for the log. `timeout_s`: the longest duration of a call."""
         self._name = name
         self._resolve_router = resolve_router
         self._timeout_s = timeout_s
@@ -55,27 +56,27 @@ class RouterLink:
         self._serving = False
         self._has_served = False
         self._closing = False
-        # The last problem that was logged: one line for each, not one for each look.
+        # The last problem that was logged. A problem that repeats is logged once.
         self._problem = ""
         self._follower: asyncio.Task[None] | None = None
-        # Channels to routers of before, until their last call has ended.
+        # The closing of channels to earlier addresses, which lasts until their last call has ended.
         self._retiring: set[asyncio.Task[None]] = set()
 
     @property
     def serving(self) -> bool:
-        """Whether the router says that it serves, as far as the watch knows."""
+        """Whether the last health status of the router was SERVING."""
         return self._serving
 
     @property
     def connected(self) -> bool:
-        """Whether there is an address to call, be the router well or not."""
+        """Whether the router has an address, whatever its health."""
         return self._channel is not None
 
     def start(self) -> None:
         self._follower = asyncio.create_task(self._follow(), name=f"link-{self._name}")
 
     async def close(self) -> None:
-        """Ends the watch, and with Unavailable every call that still runs."""
+        """Ends the watch. Calls that still run fail with Unavailable."""
         self._closing = True
         tasks = [task for task in (self._follower, *self._retiring) if task is not None]
         for task in tasks:
@@ -89,7 +90,7 @@ class RouterLink:
     async def generate(
         self, request: pb.GenerateRequest, *, timeout_s: float
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """The messages of one call as they come; closing the generator cancels it."""
+        """Streams the messages of one call. Closing the generator cancels the call."""
         with _errors_of_ours():
             call = self._stub().Generate(request, timeout=timeout_s, metadata=_metadata(request.request_id))
             try:
@@ -125,14 +126,15 @@ class RouterLink:
         return InferenceServiceStub(self._channel)
 
     async def _follow(self) -> None:
-        # The flag beside the cancellation: a lookup may swallow one (asyncio.wait_for of Python 3.11 does).
+        # The flag is needed beside the cancellation, which a resolver may swallow (asyncio.wait_for of Python
+        # 3.11 does).
         while not self._closing:
             try:
                 async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
                     address = await self._resolve_router()
                 self._use(address)
                 await self._watch()
-            except Exception as error:  # whatever the lookup or the network did, the next look may succeed
+            except Exception as error:  # any failure of resolver or network may be gone at the next attempt
                 self._set_serving(False)
                 self._report(error)
             await asyncio.sleep(_RETRY_S)
@@ -148,13 +150,16 @@ class RouterLink:
             self._address, self._channel = address, rpc.aio_channel(address)
 
     async def _watch(self) -> None:
-        """Follows the router's health; returns when it is time to look it up anew, raises when the stream breaks."""
+        """Follows the router's health until the address must be resolved again.
+
+        Raises when the stream breaks.
+        """
         call = health_pb2_grpc.HealthStub(self._channel).Watch(
             health_pb2.HealthCheckRequest(service=SERVICE), timeout=_WATCH_S
         )
         try:
             while True:
-                async with asyncio.timeout(None if self._serving else _LOOK_AGAIN_S):
+                async with asyncio.timeout(None if self._serving else _RESOLVE_AGAIN_S):
                     status = await call.read()
                 if status is grpc.aio.EOF:
                     raise Unavailable("the router ended the watch")
@@ -180,7 +185,8 @@ class RouterLink:
             error.code().name if isinstance(error, grpc.RpcError) else f"{type(error).__name__}: {error}"
         )
         if problem != self._problem:
-            # Nobody answers while a cluster starts: only the loss of a router is worth a warning.
+            # A router is unreachable while its cluster starts. Only the loss of one that has served is a
+            # warning.
             level = logging.WARNING if self._has_served else logging.INFO
             fields = {"router": self._name, "problem": problem}
             log.log(level, "no connection to a router", extra={"fields": fields})
@@ -189,13 +195,14 @@ class RouterLink:
 
 @contextmanager
 def _errors_of_ours() -> Iterator[None]:
-    """Turns what gRPC raises into errors that may be shown to a caller."""
+    """Turns gRPC's exceptions into errors that may be shown to a caller."""
     try:
         yield
     except grpc.RpcError as error:
         raise _without_internals(error) from error
     except asyncio.CancelledError:
-        # gRPC raises it too when the channel is closed under a call; only a task's own cancellation is asyncio's.
+        # gRPC raises it for a call whose channel is closed, too. Only the cancellation of the task itself is
+        # passed on.
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
@@ -203,7 +210,7 @@ def _errors_of_ours() -> Iterator[None]:
 
 
 def _without_internals(error: grpc.RpcError) -> MoesaicError:
-    """The router's own error as it is; a failure of the transport without its addresses."""
+    """The router's own error unchanged, or a failure of the transport without addresses."""
     known = from_rpc_error(error)
     if rpc_status.from_call(error) is not None:
         return known

@@ -1,8 +1,8 @@
-"""All routers behind the gateway as one: a link to each, the choice among them, and one second chance.
+"""All routers behind the gateway: a link to each, the choice between them, and one retry.
 
-A request that a router has neither answered nor begun to answer may go to another one, once: nobody has seen a token
-of it, and expert calls change nothing, so a second run, with or without a seed, is like a first. After its first
-message a request ends with its router.
+A request whose router fails before its first message is sent to another router, once. This is safe because
+the client has not received a token and expert calls have no side effects, so the second run is equivalent to
+a first, with or without a seed. After the first message, the failure of the router ends the request.
 """
 
 from __future__ import annotations
@@ -13,60 +13,65 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from contextlib import aclosing, contextmanager
 from typing import TypeVar
 
+from gateway.upstream.load_balancer import Demand, LoadBalancer
 from gateway.upstream.router_link import ROUTER_UNREACHABLE, ResolveRouter, RouterLink
-from gateway.upstream.router_pool import Demand, RouterPool
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.v1 import inference_pb2 as pb
 
-# Prompts of one request that are at the routers at once; the others wait here, not in a queue there.
+# The most prompts of one request that are sent to routers at once. The others wait here, not in a router's
+# queue.
 MAX_PARALLEL_PROMPTS = 32
 
 _QUEUED_MESSAGES = 64
-# What a router says that another need not say: it is away, it comes, it goes, or it is full.
-_ELSEWHERE = frozenset({ROUTER_UNREACHABLE, "LOADING", "DRAINING", "STOPPING", "QUEUE_FULL"})
+# Reasons that concern one router alone, so that another may accept the request: it is unreachable, starts,
+# stops or is full.
+_RETRY_ELSEWHERE = frozenset({ROUTER_UNREACHABLE, "LOADING", "DRAINING", "STOPPING", "QUEUE_FULL"})
 
 _Numbered = tuple[int, pb.GenerateResponse]
-_Answer = TypeVar("_Answer")
+_R = TypeVar("_R")
 
 
 class Routers:
-    """Calls to the routers that the resolvers find, by name (HOST:PORT, or MoesaicError while there is none)."""
+    """Calls to the routers that the resolvers find.
+
+    Each resolver returns HOST:PORT, or raises MoesaicError while its router has no address.
+    """
 
     def __init__(self, resolvers: Mapping[str, ResolveRouter], *, timeout_s: float) -> None:
         self._links = {
             name: RouterLink(name, resolve, timeout_s=timeout_s) for name, resolve in resolvers.items()
         }
-        self._pool = RouterPool(self._links)
+        self._balancer = LoadBalancer(self._links)
         self._timeout_s = timeout_s
         self._closing = False
 
     @property
-    def serving(self) -> bool:
-        """Whether any router says that it serves."""
-        return any(link.serving for link in self._links.values())
+    def serving(self) -> frozenset[str]:
+        """The names of the routers whose health is SERVING."""
+        return frozenset(self._serving())
 
     def start(self) -> None:
         for link in self._links.values():
             link.start()
 
     async def close(self) -> None:
-        """Ends every link, and with Unavailable every call that still runs."""
+        """Closes every link. Calls that still run fail with Unavailable."""
         self._closing = True
         await asyncio.gather(*(link.close() for link in self._links.values()))
 
     async def generate(
         self, calls: Sequence[pb.GenerateRequest], request_id: str
     ) -> AsyncGenerator[_Numbered, None]:
-        """The messages of all calls as they come, each with the number of its call.
+        """Streams the messages of all calls, each with the number of its call.
 
-        The first error ends them all; closing the generator cancels what still runs.
+        The first error ends all calls. Closing the generator cancels those that still run.
         """
         queue: asyncio.Queue[_Numbered | Exception | None] = asyncio.Queue(_QUEUED_MESSAGES)
-        places = asyncio.Semaphore(MAX_PARALLEL_PROMPTS)
+        limit = asyncio.Semaphore(MAX_PARALLEL_PROMPTS)
         pumps = []
         for number, call in enumerate(calls):
             call.request_id = request_id if len(calls) == 1 else f"{request_id[:120]}-{number}"
-            pumps.append(asyncio.create_task(self._pump(number, call, places, queue)))
+            pumps.append(asyncio.create_task(self._pump(number, call, limit, queue)))
         try:
             num_running = len(pumps)
             while num_running:
@@ -95,12 +100,12 @@ class Routers:
         self,
         number: int,
         request: pb.GenerateRequest,
-        places: asyncio.Semaphore,
+        limit: asyncio.Semaphore,
         queue: asyncio.Queue[_Numbered | Exception | None],
     ) -> None:
-        """Moves one call's messages into the queue, and then None or the error that ended it."""
+        """Puts the messages of one call into the queue, then None or the error that ended the call."""
         try:
-            async with places, aclosing(self._messages(request)) as messages:
+            async with limit, aclosing(self._messages(request)) as messages:
                 async for message in messages:
                     await queue.put((number, message))
         except Exception as error:
@@ -109,7 +114,7 @@ class Routers:
             await queue.put(None)
 
     async def _messages(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """The answer to one call: of the router chosen first, or of a second one that was asked in its place."""
+        """The messages of one call, from the first chosen router or from a second one in its place."""
         deadline_s = time.monotonic() + self._timeout_s
         demand = Demand.of(request)
         has_begun = False
@@ -130,8 +135,8 @@ class Routers:
                 async for message in messages:
                     yield message
 
-    async def _ask(self, call: Callable[[RouterLink], Awaitable[_Answer]]) -> _Answer:
-        """A short question, to which all routers know the same answer."""
+    async def _ask(self, call: Callable[[RouterLink], Awaitable[_R]]) -> _R:
+        """A unary call to which every router gives the same answer."""
         first = next(iter(self._candidates().values()))
         try:
             return await call(first)
@@ -143,23 +148,26 @@ class Routers:
 
     @contextmanager
     def _taken(self, demand: Demand, candidates: Mapping[str, RouterLink]) -> Iterator[RouterLink]:
-        """The router for a request, which counts as its load meanwhile."""
-        name = self._pool.take(demand, candidates)
+        """Chooses the router of a request, which counts as its load inside the context."""
+        name = self._balancer.take(demand, candidates)
         try:
             yield candidates[name]
         finally:
-            self._pool.release(name, demand)
+            self._balancer.release(name, demand)
 
     def _candidates(self) -> Mapping[str, RouterLink]:
-        """Those that serve; when none does, those that can tell why. Raises Unavailable when none can be asked."""
+        """The serving routers, or else every connected one, whose error says why it does not serve.
+
+        Raises Unavailable when no router has an address.
+        """
         candidates = self._serving() or {name: link for name, link in self._links.items() if link.connected}
         if not candidates:
             raise Unavailable("no router has been found yet", reason="NO_ROUTER")
         return candidates
 
     def _others(self, asked: RouterLink, error: MoesaicError) -> Mapping[str, RouterLink]:
-        """Those that might do better after this error."""
-        if self._closing or error.reason not in _ELSEWHERE:
+        """The serving routers that may succeed where `asked` failed with `error`."""
+        if self._closing or error.reason not in _RETRY_ELSEWHERE:
             return {}
         return {name: link for name, link in self._serving().items() if link is not asked}
 

@@ -1,10 +1,10 @@
-"""A model folder as an index: which tensor lies in which file, with its dtype and shape.
+"""The index of a model folder: the file, dtype and shape of every tensor.
 
-Router and workers must find the same tensors, so both read the folder through here. Only headers are read, and nothing
-but safetensors is ever opened.
+Router and workers must find the same tensors, so both read the folder through this module. Only headers are read, and no
+weights file but safetensors is ever opened.
 
-Two forms are known: that of Hugging Face (config.json, model*.safetensors) and that of Mistral's own releases
-(params.json, consolidated*.safetensors). A folder that has both, as published ones do, is read in the first.
+Two formats are supported: that of Hugging Face (config.json, model*.safetensors) and that of Mistral's own releases
+(params.json, consolidated*.safetensors). A folder that has both, as published ones do, is read in the former.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from moesaic.errors import CheckpointError
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-NATIVE_INDEX_FILE = "consolidated.safetensors.index.json"
-NATIVE_SINGLE_FILE = "consolidated.safetensors"
+MISTRAL_INDEX_FILE = "consolidated.safetensors.index.json"
+MISTRAL_SINGLE_FILE = "consolidated.safetensors"
 CONVERT_COMMAND = "moesaic convert FOLDER OUT"
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_NATIVE_PREFIX = "consolidated"
-_NATIVE_SHARD = re.compile(r"consolidated-(\d{5})-of-(\d{5})\.safetensors")
+_MISTRAL_PREFIX = "consolidated"
+_MISTRAL_SHARD = re.compile(r"consolidated-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model folder whose files are whole: its config and the entry of every tensor.
+    """A model folder whose files are complete: its config and the entry of every tensor.
 
-    The config is always that of Hugging Face. `config_file` is the file that it was read from, and `spelling` what
-    that file calls those keys that it spells otherwise.
+    The config is always in the form of Hugging Face. `config_file` is the file from which it was read, and `spelling` has
+    the names of that file for the keys that it spells differently.
     """
 
     folder: Path
@@ -54,15 +54,15 @@ class Checkpoint:
     spelling: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def native(self) -> bool:
+    def in_mistral_format(self) -> bool:
         """Whether tensors have the names and the rotary order of Mistral's own releases."""
         return self.config_file == PARAMS_FILE
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Reads the config, the shard index and all safetensors headers of a folder; no weights.
+    """Reads the config, the shard index and all safetensors headers of a folder, but no weights.
 
-    Raises CheckpointError whose `field` is `model` for the folder as a whole, else the name of the file at fault.
+    Raises CheckpointError, whose `field` is the name of the file at fault, or `model` for the folder as a whole.
     """
     try:
         return _open(Path(folder))
@@ -76,16 +76,16 @@ def _open(folder: Path) -> Checkpoint:
     names = {path.name for path in folder.iterdir()}
     if not any(name.endswith(".safetensors") for name in names):
         _refuse_without_safetensors(names)
-    if names & {SINGLE_FILE, INDEX_FILE} or not _native_files(names):
+    if names & {SINGLE_FILE, INDEX_FILE} or not _mistral_files(names):
         return _open_hugging_face(folder, names)
-    return _open_native(folder, names)
+    return _open_mistral(folder, names)
 
 
 def _open_hugging_face(folder: Path, names: set[str]) -> Checkpoint:
     if CONFIG_FILE not in names:
         refuse("model", f"the folder has no {CONFIG_FILE}")
     config = read_json(folder / CONFIG_FILE)
-    if PARAMS_FILE in names and _native_files(names):
+    if PARAMS_FILE in names and _mistral_files(names):
         _check_same_model(config, read_json(folder / PARAMS_FILE))
     if SINGLE_FILE in names:
         tensors = read_header(folder / SINGLE_FILE)
@@ -96,19 +96,19 @@ def _open_hugging_face(folder: Path, names: set[str]) -> Checkpoint:
     return Checkpoint(folder, config, tensors)
 
 
-def _open_native(folder: Path, names: set[str]) -> Checkpoint:
+def _open_mistral(folder: Path, names: set[str]) -> Checkpoint:
     if PARAMS_FILE not in names:
         refuse("model", f"the folder has no {PARAMS_FILE}")
-    if pickles := [name for name in _pickles(names) if name.startswith(_NATIVE_PREFIX)]:
-        safe = _native_files(names)[0]
+    if pickles := [name for name in _pickles(names) if name.startswith(_MISTRAL_PREFIX)]:
+        safe = _mistral_files(names)[0]
         refuse("model", f"weights are in {pickles[0]} and in {safe}: only one of them may be here")
     config = read_params(read_json(folder / PARAMS_FILE))
-    if NATIVE_SINGLE_FILE in names:
-        tensors = read_header(folder / NATIVE_SINGLE_FILE)
-    elif NATIVE_INDEX_FILE in names:
-        tensors = _read_shards(folder, NATIVE_INDEX_FILE)
+    if MISTRAL_SINGLE_FILE in names:
+        tensors = read_header(folder / MISTRAL_SINGLE_FILE)
+    elif MISTRAL_INDEX_FILE in names:
+        tensors = _read_shards(folder, MISTRAL_INDEX_FILE)
     else:
-        tensors = _join_headers(folder, _native_files(names))
+        tensors = _join_headers(folder, _mistral_files(names))
     return Checkpoint(folder, config.values, tensors, PARAMS_FILE, config.spelling)
 
 
@@ -124,23 +124,23 @@ def _pickles(names: set[str]) -> list[str]:
     return sorted(name for name in names if Path(name).suffix in PICKLE_SUFFIXES)
 
 
-def _native_files(names: set[str]) -> list[str]:
-    return sorted(name for name in names if name == NATIVE_SINGLE_FILE or _NATIVE_SHARD.fullmatch(name))
+def _mistral_files(names: set[str]) -> list[str]:
+    return sorted(name for name in names if name == MISTRAL_SINGLE_FILE or _MISTRAL_SHARD.fullmatch(name))
 
 
 def _check_same_model(config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """Published folders carry one model in both forms; two models in one folder are somebody's mistake."""
-    for key, native in (("hidden_size", "dim"), ("num_hidden_layers", "n_layers")):
-        if key in config and native in params and config[key] != params[native]:
+    """Published folders contain one model in both formats. Two different models in one folder are a mistake."""
+    for key, param in (("hidden_size", "dim"), ("num_hidden_layers", "n_layers")):
+        if key in config and param in params and config[key] != params[param]:
             refuse(
-                f"{PARAMS_FILE}: {native}",
+                f"{PARAMS_FILE}: {param}",
                 f"does not match {key} of {CONFIG_FILE}: the folder mixes two models",
             )
 
 
 def _join_headers(folder: Path, shards: list[str]) -> dict[str, TensorEntry]:
-    """All tensors of numbered shards without an index."""
-    counts = {int(match[2]) for shard in shards if (match := _NATIVE_SHARD.fullmatch(shard))}
+    """The tensors of all numbered shards, for a folder without an index."""
+    counts = {int(match[2]) for shard in shards if (match := _MISTRAL_SHARD.fullmatch(shard))}
     if counts != {len(shards)}:
         refuse("model", f"shards are missing: {len(shards)} are here, of {max(counts)}")
     tensors: dict[str, TensorEntry] = {}

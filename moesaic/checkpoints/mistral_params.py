@@ -1,8 +1,8 @@
-"""What Mistral's own releases say of a model in params.json, said as a Hugging Face config.
+"""Translates params.json, the config of Mistral's own releases, to a Hugging Face config.
 
-Everything behind the checkpoint sees an ordinary config, with nothing left to defaults: those of transformers differ
-from what these files mean. Complaints name the key as params.json spells it. A key that is not known here is refused,
-as it may change the arithmetic.
+All readers of a checkpoint see an ordinary config. Nothing in it is left to defaults, as those of transformers differ from
+what these files mean. Errors name the key as params.json spells it. A key that is not known here is refused, as it may
+change the arithmetic.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any, NoReturn
 from moesaic.errors import CheckpointError
 
 PARAMS_FILE = "params.json"
-# What all of these models were made for, where the file says nothing.
+# The context of all these models, if the file does not state it.
 CONTEXT_LENGTH = 32768
-# More than any model has: what is said of every layer must come to an end.
+# No model has more layers. The bound exists because descriptions list every layer.
 MAX_LAYERS = 1 << 10
-# JSON has whole numbers that are larger, and no float is.
+# JSON may contain whole numbers that are larger than any float.
 MAX_FLOAT = sys.float_info.max
 
-# Keys of the config, and what the releases have called them. The second spelling is that of the eight stacked files.
+# The keys of the config, and the names that releases have for them. The second spelling is that of the eight stacked
+# files.
 _SIZES = {
     "hidden_size": ("dim", "hidden_size"),
     "intermediate_size": ("hidden_dim", "intermediate_size"),
@@ -38,13 +39,13 @@ _SIZES = {
 _NUMBERS = {"rms_norm_eps": ("norm_eps", "rms_norm_eps"), "rope_theta": ("rope_theta",)}
 _WINDOW = ("sliding_window", "_sliding_window")
 _TIED = "tied_embeddings"
-# The only values that these may have.
+# Keys with the only values that they may have.
 _FIXED: Mapping[str, tuple[object, ...]] = {
     "model_type": ("transformer",),
     "causal": (True,),
     "use_biases": (False,),
 }
-# Of no meaning for a forward pass.
+# Keys without a meaning for the forward pass.
 _HARMLESS = frozenset({"max_batch_size"})
 _KNOWN = _HARMLESS | _FIXED.keys() | {_TIED, *_WINDOW}.union(*_SIZES.values(), *_NUMBERS.values())
 
@@ -52,15 +53,15 @@ Window = int | None
 
 
 @dataclass(frozen=True, slots=True)
-class NativeConfig:
-    """`spelling` has the keys of `values` that params.json calls otherwise."""
+class ParamsConfig:
+    """A translated config. `spelling` maps the keys of `values` to those of params.json."""
 
     values: Mapping[str, Any]
     spelling: Mapping[str, str]
 
 
-def read_params(params: Mapping[str, Any]) -> NativeConfig:
-    """The config of a dense or a sparse decoder. Raises CheckpointError that names the key."""
+def read_params(params: Mapping[str, Any]) -> ParamsConfig:
+    """The config of a dense or a sparse decoder. Raises CheckpointError, which names the key."""
     given = _flatten(params)
     for key in given:
         _check_known(key, given[key])
@@ -71,7 +72,7 @@ def read_params(params: Mapping[str, Any]) -> NativeConfig:
     sizes = {key: _read_size(given, spelling[key]) for key in _SIZES if spelling[key] in given}
     sizes.setdefault("max_position_embeddings", CONTEXT_LENGTH)
     if spelling["num_local_experts"] == "num_local_experts":
-        # Only the stacked files are read with this default.
+        # This default applies to the stacked files alone.
         sizes.setdefault("num_experts_per_tok", 2)
     sparse = spelling["num_local_experts"] in given or params.get("moe") is not None
     _complete(sizes, spelling, sparse=sparse)
@@ -86,7 +87,7 @@ def read_params(params: Mapping[str, Any]) -> NativeConfig:
         "rope_theta": _read_theta(given),
         "tie_word_embeddings": _read_tied(given),
     }
-    return NativeConfig(values | _read_windows(given, sizes, sparse=sparse), spelling)
+    return ParamsConfig(values | _read_windows(given, sizes, sparse=sparse), spelling)
 
 
 def _fail(key: str, problem: str) -> NoReturn:
@@ -95,7 +96,7 @@ def _fail(key: str, problem: str) -> NoReturn:
 
 
 def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Without nulls, which say as much as a missing key, and with the values of `moe` beside the others."""
+    """The values without nulls, which mean the same as a missing key; those of `moe` get the prefix `moe.`."""
     given = {key: value for key, value in params.items() if value is not None}
     moe = given.pop("moe", {})
     if not isinstance(moe, dict):
@@ -111,7 +112,7 @@ def _check_known(key: str, value: object) -> None:
 
 
 def _complete(sizes: dict[str, int], spelling: Mapping[str, str], *, sparse: bool) -> None:
-    """Adds the size of a head where it follows from the others. All are needed, those of experts where there are any."""
+    """Adds the size of a head if it is missing. All other sizes are required, those of experts in a sparse model."""
     optional = {"head_dim"} if sparse else {"head_dim", "num_local_experts", "num_experts_per_tok"}
     for key in _SIZES:
         if key not in sizes and key not in optional:
@@ -140,7 +141,7 @@ def _read_number(given: Mapping[str, Any], key: str) -> float:
 
 
 def _read_theta(given: Mapping[str, Any]) -> float:
-    """The first releases have none: their loader took the theta of a short context where there was a window."""
+    """The first releases do not state theta: their loader used that of a short context if there was a window."""
     if "rope_theta" in given:
         return _read_number(given, "rope_theta")
     return 1e4 if isinstance(given.get("sliding_window"), int | str) else 1e6
@@ -154,7 +155,7 @@ def _read_tied(given: Mapping[str, Any]) -> bool:
 
 
 def _read_windows(given: Mapping[str, Any], sizes: Mapping[str, int], *, sparse: bool) -> dict[str, Any]:
-    """One window for all layers, or layers with and without it, which transformers keeps in a class of its own."""
+    """One window for all layers, or layers with and without one, for which transformers has a class of its own."""
     if all(key in given for key in _WINDOW):
         _fail(_WINDOW[1], f"says the same as {_WINDOW[0]}: only one may be there")
     key = next((name for name in _WINDOW if name in given), _WINDOW[0])
@@ -164,7 +165,7 @@ def _read_windows(given: Mapping[str, Any], sizes: Mapping[str, int], *, sparse:
     num_layers = sizes["num_hidden_layers"]
     if not value or num_layers % len(value):
         _fail(key, f"must have as many windows as there are layers, {num_layers}, or a part that repeats")
-    # A window as long as the context is none.
+    # A window as long as the context has no effect.
     context = sizes["max_position_embeddings"]
     parsed = [None if item is None else _parse_window(key, item) for item in value]
     windows = [None if item is None or item >= context else item for item in parsed]

@@ -1,6 +1,6 @@
-"""One file of a model folder: its JSON, or the header of its safetensors, read with every check.
+"""Reads one file of a model folder: a JSON object, or the header of a safetensors file, with all checks.
 
-Headers are checked before any library maps the file: a bad one is a CheckpointError with a name, never a crash.
+Headers are checked before any library maps the file, so that a bad one is a CheckpointError with a name and never a crash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_NAME_CHARS = 512
 
 _LENGTH_BYTES = 8
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
-# The dtypes of the file format that have whole bytes, with the size of one item.
+# The dtypes of the file format whose items have whole bytes, with the size of an item.
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -33,8 +33,8 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies. `dtype` is the file format's own name: F32, BF16, F16, …; `first_byte` counts from the
-    beginning of the file."""
+    """The location of one tensor. `dtype` is the name in the file format: F32, BF16, F16, …; `first_byte` is counted from
+    the beginning of the file."""
 
     name: str
     file: Path
@@ -49,7 +49,7 @@ def refuse(field: str, problem: str) -> NoReturn:
 
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """The object in a file of the folder. Raises CheckpointError with the file's name."""
+    """The JSON object in a file of the folder. Raises CheckpointError, which names the file."""
     if _regular_file_bytes(path) > max_bytes:
         refuse(path.name, f"the file exceeds {max_bytes} bytes")
     try:
@@ -60,18 +60,18 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 
 
 def check_tensor_name(file: str, name: str) -> None:
-    """Raises CheckpointError for a name that cannot be shown; `file` is where it stands."""
+    """Raises CheckpointError for a tensor name in `file` that cannot be displayed."""
     if not is_name(name):
         refuse(file, f"tensor names must be printable and at most {MAX_NAME_CHARS} characters long")
 
 
 def is_name(text: str) -> bool:
-    """Whether a name can be shown."""
+    """Whether a name can be displayed."""
     return 0 < len(text) <= MAX_NAME_CHARS and text.isprintable()
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The entries of one file, after the checks of the format: length, names, dtypes, and data without gap or overlap."""
+    """The entries of one file. Checks its length, names and dtypes, and that the data has neither gaps nor overlaps."""
     file_bytes = _regular_file_bytes(path)
     with path.open("rb") as file:
         prefix = file.read(_LENGTH_BYTES)
@@ -101,7 +101,7 @@ def _check_length(field: str, *, promised: int, actual: int) -> None:
 
 
 def _parse_entry(path: Path, name: str, value: object, data: int) -> tuple[TensorEntry, tuple[int, int]]:
-    """The entry and its span of the data, which begin at byte `data` of the file."""
+    """The entry of a tensor and its span within the data, which begins at byte `data` of the file."""
     check_tensor_name(path.name, name)
     if not isinstance(value, dict) or value.keys() != _ENTRY_KEYS:
         refuse(path.name, f"tensor {name}: its entry must have dtype, shape and data_offsets")
@@ -126,7 +126,7 @@ def _are_sizes(value: object) -> bool:
 
 
 def _regular_file_bytes(path: Path) -> int:
-    """Size of a regular file; a link to one is fine (the Hub's cache is made of them), a pipe or device is not."""
+    """The size of a regular file. A link to one is accepted, as in the cache of the Hub; a pipe or a device is not."""
     try:
         info = path.stat()
     except OSError:

@@ -1,1 +1,1 @@
-"""How a product is computed, and where: what router and workers must do alike."""
+"""What router and workers compute alike: products, decoded weights, devices and copies."""

@@ -1,4 +1,4 @@
-"""On which device and in which dtype a process computes."""
+"""The device and the dtype that a process computes with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def choose_device(device: Device) -> torch.device:
-    """auto: CUDA where there is one. Raises InvalidArgument for CUDA where there is none."""
+    """The device for a setting; `auto` is CUDA if there is one. Raises InvalidArgument for CUDA without one."""
     if device == "cuda" and not torch.cuda.is_available():
         raise InvalidArgument("device: cuda is not available here", field="device")
     if device == "auto":
@@ -22,7 +22,7 @@ def choose_device(device: Device) -> torch.device:
 
 
 def choose_dtype(dtype: DType, device: torch.device, stored: str) -> torch.dtype:
-    """auto: bfloat16 on CUDA when the checkpoint is `stored` as bfloat16, else float32."""
+    """The dtype for a setting; `auto` is bfloat16 on CUDA for a checkpoint `stored` so, else float32."""
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and stored == "bfloat16" else "float32"
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32

@@ -1,15 +1,15 @@
-"""A weight matrix in the form in which it is read: `Linear` maps rows [n, I] to rows [n, O].
+"""A weight matrix in the form in which its product is computed: `Linear` maps rows [n, I] to rows [n, O].
 
-Shared by experts and by the router's own projections, so that one file decides how a product is computed. The choice
-follows from device, dtype, form and width alone, and never from a timing: every process of one kind of machine gives
-the same bits. On a CPU a float matrix is laid out once for oneDNN, which otherwise does so again in every call; there
-the bits of a row depend neither on where its memory lies nor on its place among the rows.
+Experts and the router's own projections share it, so that one file decides how a product is computed. The
+kernel is chosen by device, dtype, form and width alone, never by a timing: all processes on machines of one
+kind give the same bits. On a CPU a float matrix is laid out once for oneDNN, which would otherwise do so in
+every call; the bits of a row then depend neither on where its memory lies nor on its place among the rows.
 
-Whether a row's bits depend on how many others share the call is a matter of the kernel (one row alone is often another
-one). `batch_invariant` settles it: all products then have the same number of rows, filled up with zeros.
+Whether the bits of a row depend on the number of rows in the call is up to the kernel: a single row often
+takes another one. With `batch_invariant` all products have the same number of rows, filled up with zeros.
+
+Shapes: n rows, I inputs, O outputs, G groups of inputs.
 """
-
-# Shapes: n rows, I inputs, O outputs, G groups of inputs.
 
 from __future__ import annotations
 
@@ -26,26 +26,29 @@ from moesaic.errors import InvalidArgument
 
 log = logging.getLogger(__name__)
 
-# float: as it comes. int8: a scale an output, rows quantised one by one, sums exact. int4: a scale and a zero a group.
+# How a weight is held. float: as it is given. int8: with one scale per output; rows are quantised one by one
+# and sums are exact. int4: with one scale and one zero per group.
 WeightForm = Literal["float", "int8", "int4"]
 
-# Rows of every product that is batch-invariant. Fewer waste less on a single row, more read the weight less often.
+# The number of rows of every batch-invariant product. A smaller one wastes less on a single row, a larger one
+# reads the weight less often.
 ROW_TILE = 16
-# oneDNN keeps megabytes for every number of rows that it has ever seen, and never gives them back: so a product has
-# one of these numbers of rows, filled up with zeros, and more rows are several products.
+# oneDNN keeps megabytes for every number of rows that it has ever seen and never frees them. A product
+# therefore has one of these numbers of rows, filled up with zeros; more rows are computed as several
+# products.
 ROW_COUNTS: tuple[int, ...] = (
     *(1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64),
     *(80, 96, 112, 128, 160, 192, 224, 256),
 )
-# Inputs that share a scale in int4.
+# The number of inputs that share a scale in int4.
 INT4_GROUP = 32
-# What the int4 kernel asks of the number of outputs.
+# The int4 kernel needs a multiple of this number of outputs.
 _INT4_OUTPUTS = 16
 
 _ALIGN_BYTES = 64
-# Of a weight that is quantised, so that no second one in full precision comes to be.
+# How many rows of a weight are quantised at a time, so that no second weight in full precision is created.
 _ROWS_AT_ONCE = 128
-# int8 rows lie around this value, as the kernels read unsigned ones.
+# The value that stands for zero in int8 rows, because the kernels read unsigned numbers.
 _ROW_ZERO = 128
 _TINY = 1e-30
 
@@ -55,14 +58,17 @@ class _Product(Protocol):
 
     dtype: torch.dtype
     num_bytes: int
-    # The numbers of rows that it should be called with; empty: any.
+    # The numbers of rows that it should be called with, ascending; empty if any number will do.
     row_counts: tuple[int, ...]
 
     def __call__(self, rows: Tensor) -> Tensor: ...
 
 
 class Linear:
-    """weight [O, I] and bias [O], if there is one. Raises InvalidArgument for a form that cannot hold such a weight here."""
+    """The product with a weight [O, I], plus a bias [O] if there is one.
+
+    Raises InvalidArgument for a form in which such a weight cannot be held on its device.
+    """
 
     def __init__(
         self,
@@ -77,18 +83,18 @@ class Linear:
         check_form(form, weight.device, self.in_features, self.out_features)
         self._product = _choose_product(weight, form)
         self._bias = None if bias is None else bias.to(self._product.dtype)
-        # Sums of whole numbers are exact whatever their order.
+        # Sums of whole numbers are exact in any order, so int8 products need no tiles.
         in_tiles = batch_invariant and not isinstance(self._product, _Int8)
         self._row_counts = (ROW_TILE,) if in_tiles else self._product.row_counts
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in, and the dtype of its outputs."""
+        """The dtype of the computation and of the outputs."""
         return self._product.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of weight and bias as they are held, not counting what a layout fills up."""
+        """Bytes of weight and bias in the form in which they are held, without the padding of a layout."""
         return self._product.num_bytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -97,12 +103,13 @@ class Linear:
         product = (
             _with_counts(self._product, rows, self._row_counts) if self._row_counts else self._product(rows)
         )
-        # One addition a number, whatever its neighbours: it changes nothing about who gets which bits.
+        # The addition is the same for a number whatever lies beside it, so it keeps a product
+        # batch-invariant.
         return product if self._bias is None else product.add_(self._bias)
 
 
 def check_form(form: WeightForm, device: torch.device, in_features: int, out_features: int) -> None:
-    """Raises InvalidArgument unless such a weight can be held so on this device."""
+    """Raises InvalidArgument unless a weight of this size can be held in this form on this device."""
     if form != "int4":
         return
     if in_features % INT4_GROUP or out_features % _INT4_OUTPUTS:
@@ -115,7 +122,7 @@ def check_form(form: WeightForm, device: torch.device, in_features: int, out_fea
 
 
 def keeps_weight(form: WeightForm, device: torch.device, dtype: torch.dtype, in_features: int) -> bool:
-    """Whether a Linear of such a weight holds on to the very tensor that it is given."""
+    """Whether a Linear of such a weight keeps the tensor that it is given, rather than a copy."""
     return form == "float" and not (device.type == "cpu" and _packing_works(dtype, in_features))
 
 
@@ -130,7 +137,7 @@ def _choose_product(weight: Tensor, form: WeightForm) -> _Product:
 
 
 def _with_counts(product: _Product, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The product of any number of rows, where every single one has one of the `counts`, which ascend."""
+    """The product of any number of rows, as products with one of the `counts`, which ascend."""
     num_rows = len(rows)
     if num_rows > counts[-1]:
         return torch.cat([_with_counts(product, part, counts) for part in rows.split(counts[-1])])
@@ -143,7 +150,7 @@ def _with_counts(product: _Product, rows: Tensor, counts: tuple[int, ...]) -> Te
 
 
 class _Plain:
-    """The weight as it is: on CUDA, and where oneDNN is not to be had."""
+    """The weight as it is: on CUDA, and where oneDNN is not available."""
 
     row_counts: tuple[int, ...] = ()
 
@@ -160,7 +167,7 @@ class _Plain:
 
 
 class _Packed:
-    """In oneDNN's own layout."""
+    """The weight in oneDNN's own layout."""
 
     row_counts: tuple[int, ...] = ROW_COUNTS
 
@@ -176,7 +183,7 @@ class _Packed:
 
 
 class _Int8:
-    """Both sides in 8 bits, for CPUs that multiply such: a scale an output and a scale a row."""
+    """Weight and rows in 8 bits, for CPUs with 8-bit products: one scale per output and one per row."""
 
     dtype = torch.float32
     row_counts: tuple[int, ...] = ROW_COUNTS
@@ -190,7 +197,7 @@ class _Int8:
 
     def __call__(self, rows: Tensor) -> Tensor:
         scales = rows.abs().amax(-1, keepdim=True).mul_(1 / 127).clamp_min_(_TINY)
-        # Truncating after the half is added rounds.
+        # Truncating after a half is added rounds to the nearest number.
         quantised = (rows / scales).add_(_ROW_ZERO + 0.5).to(torch.uint8)
         product: Tensor = self._multiply(
             *(quantised, 1.0, _ROW_ZERO),
@@ -201,7 +208,7 @@ class _Int8:
 
 
 class _WidenedInt8:
-    """Only held in 8 bits, and widened for every product: on CUDA, and on CPUs without 8-bit products."""
+    """A weight in 8 bits that is widened for every product: on CUDA, and on CPUs without 8-bit products."""
 
     row_counts: tuple[int, ...] = ()
 
@@ -217,7 +224,7 @@ class _WidenedInt8:
 
 
 class _Int4:
-    """Weights of 4 bits, widened inside the kernel, which computes in bfloat16."""
+    """A weight in 4 bits, widened inside the kernel, which computes in bfloat16."""
 
     dtype = torch.bfloat16
     row_counts: tuple[int, ...] = ()
@@ -234,7 +241,7 @@ class _Int4:
 
 
 def _quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [O, I] and float32 scales [O]."""
+    """The weight as int8 [O, I], and its float32 scales [O]."""
     largest = torch.maximum(weight.amax(1), weight.amin(1).neg_()).float()
     scales = largest.mul_(1 / 127).clamp_min_(_TINY)
     quantised = torch.empty_like(weight, dtype=torch.int8)
@@ -244,13 +251,14 @@ def _quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 [O, I] of 0 to 15, and bfloat16 [G, O, 2]: the scale of a group and the value of its 8."""
+    """int32 [O, I] from 0 to 15, and bfloat16 [G, O, 2]: each group's scale and the value of its 8."""
     quantised = torch.empty_like(weight, dtype=torch.int32)
     scales_and_zeros = []
     for part, of in zip(quantised.split(_ROWS_AT_ONCE), weight.split(_ROWS_AT_ONCE), strict=True):
         groups = of.float().unflatten(1, (-1, INT4_GROUP))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        # Rounded to what is held first, so that the steps allow for it.
+        # Scale and zero are rounded to bfloat16 first, so that the steps are computed from the numbers that
+        # are held.
         scale = ((high - low) / 15).clamp_min_(_TINY).bfloat16()
         zero = (low + 8 * scale.float()).bfloat16()
         steps = (groups - zero.float()).div_(scale.float()).round_().add_(8).clamp_(0, 15)
@@ -259,8 +267,8 @@ def _quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantised, torch.cat(scales_and_zeros).transpose(0, 1).contiguous()
 
 
-# The packed products are not a documented part of torch, so each is tried, once a process, dtype and width, on a small
-# weight before anything relies on it. The weight is always the same one, and so is the verdict.
+# The packed products are not a documented part of torch. Each is therefore tried on a small weight before it
+# is used, once per process, dtype and width. The weight is always the same, and so is the result.
 
 _PROBE_OUTPUTS = 64
 _PROBE_ROWS = (1, 3, ROW_TILE)
@@ -274,7 +282,8 @@ def _packing_works(dtype: torch.dtype, in_features: int) -> bool:
 
 @lru_cache
 def _int8_works(in_features: int) -> bool:
-    # What rounding to 8 bits costs; a CPU whose sums of 8-bit products overflow is far off.
+    # The tolerance allows for rounding to 8 bits. A CPU whose sums of 8-bit products overflow is far beyond
+    # it.
     return _agrees(_Int8, torch.float32, in_features, 3e-2)
 
 
@@ -286,7 +295,7 @@ def _int4_works() -> bool:
 def _agrees(
     kind: type[_Packed | _Int8 | _Int4], dtype: torch.dtype, in_features: int, tolerance: float
 ) -> bool:
-    """Whether the kernel is there and its error, relative to the plain product's norm, is within `tolerance`."""
+    """Whether the kernel exists and its error, relative to the plain product, is within `tolerance`."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_PROBE_OUTPUTS, in_features, generator=generator)
     weight[0] = 1
@@ -294,7 +303,8 @@ def _agrees(
         product = kind(weight.to(dtype))
         for num_rows in _PROBE_ROWS:
             rows = torch.randn(num_rows, in_features, generator=generator)
-            # Largest against largest: where sums of 8-bit products overflow, these do.
+            # The largest row against the largest weights: if sums of 8-bit products overflow at all, this one
+            # does.
             rows[-1] = 1
             expected = F.linear(rows, weight)
             error = (product(rows.to(product.dtype)).float() - expected).norm() / expected.norm()

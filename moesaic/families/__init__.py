@@ -1,6 +1,6 @@
-"""What a checkpoint's model is: the one place that knows which families there are.
+"""Describes the model of a checkpoint. This is the only place that lists all families.
 
-Where config and tensors disagree, the model is refused here, before any weight is read.
+A model whose config and tensors disagree is refused here, before any weight is read.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ _FAMILIES: dict[str, Describe] = {
 
 
 def describe_model(checkpoint: Checkpoint, dense_layers: DenseLayers = "auto") -> MoeModel:
-    """What the checkpoint holds, with its dense layers where they are wanted.
+    """The model of the checkpoint, with its dense layers computed where the setting says.
 
-    Raises CheckpointError that names the config key or the tensor that is wrong.
+    Raises CheckpointError, which names the config key or the tensor at fault.
     """
     config = Config(checkpoint.config, file=checkpoint.config_file, spelling=checkpoint.spelling)
     family = checkpoint.config.get("model_type")

@@ -1,9 +1,8 @@
-"""What most families share: a decoder of layers with attention, norms, and one channel mixer each.
+"""The building blocks that most families share: a decoder of layers, each with attention, norms and one channel mixer.
 
-Names on the left are parameters of transformers 5; where a checkpoint calls a tensor otherwise, `source` says so.
+Tensors are listed by the name of their parameter in transformers 5; where a checkpoint uses another name, `source` has
+it.
 """
-
-# Shapes: D hidden size, H query heads, G key/value heads, d head size, E slots, V vocabulary.
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ LAYER = "model.layers.{layer}."
 
 
 def tensor(name: str, *shape: int) -> tuple[str, DenseTensor]:
-    """A tensor that is in the checkpoint under its own name."""
+    """A tensor that the checkpoint stores under the name of its parameter."""
     return name, DenseTensor(shape, name)
 
 
 def read_attention(config: Config, hidden_size: int, *, window: int | None = None) -> Attention:
-    """The heads, under the keys that nearly all families use."""
+    """The attention heads, from the keys that nearly all families use."""
     num_heads = config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
@@ -33,7 +32,7 @@ def read_attention(config: Config, hidden_size: int, *, window: int | None = Non
 
 
 def ends(hidden_size: int, vocab_size: int, *, tied: bool) -> Named:
-    """Embedding, last norm, and the head unless it is the embedding."""
+    """The embedding, the last norm, and the head unless it is tied to the embedding."""
     yield tensor("model.embed_tokens.weight", vocab_size, hidden_size)
     yield tensor("model.norm.weight", hidden_size)
     if not tied:
@@ -65,7 +64,7 @@ def norms(prefix: str, hidden_size: int, *names: str, bias: bool = False) -> Nam
 def pre_norm_layer(
     layer: int, attention: Attention, hidden_size: int, *, bias: bool = False, output_bias: bool = False
 ) -> Named:
-    """A layer without its MLP, of the build that Llama made common."""
+    """The tensors of a layer without its MLP, in the structure that Llama made common."""
     prefix = LAYER.format(layer=layer)
     yield from norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
     yield from attention_tensors(
@@ -74,20 +73,20 @@ def pre_norm_layer(
 
 
 def mlp_tensors(prefix: str, hidden_size: int, inner_size: int) -> Named:
-    """A gated MLP that the router computes; `prefix` ends with a dot."""
+    """The tensors of a gated MLP that the router computes; `prefix` ends with a dot."""
     yield tensor(f"{prefix}gate_proj.weight", inner_size, hidden_size)
     yield tensor(f"{prefix}up_proj.weight", inner_size, hidden_size)
     yield tensor(f"{prefix}down_proj.weight", hidden_size, inner_size)
 
 
 def separate(prefix: str, gate: str, up: str, down: str) -> Layout:
-    """A tensor of its own for every weight: `prefix` has {layer} and {slot}."""
+    """Every weight is a separate tensor; `prefix` has {layer} and {slot}."""
     names = {"gate": gate, "up": up, "down": down}
     return {weight: WeightPattern(f"{prefix}{name}.weight") for weight, name in names.items()}
 
 
 def fused(prefix: str) -> Layout:
-    """All slots of a layer in two tensors, gate rows above up rows: what transformers 5 holds in memory."""
+    """All slots of a layer are in two tensors, with the gate rows before the up rows, as transformers 5 holds them."""
     return {
         "gate": WeightPattern(f"{prefix}gate_up_proj", stacked=True, part=(0, 2)),
         "up": WeightPattern(f"{prefix}gate_up_proj", stacked=True, part=(1, 2)),
@@ -96,7 +95,7 @@ def fused(prefix: str) -> Layout:
 
 
 def dense_layout(prefix: str) -> Layout:
-    """The MLP of a dense layer, as the one expert of it."""
+    """The MLP of a dense layer, as the layer's one expert."""
     return separate(prefix, "gate_proj", "up_proj", "down_proj")
 
 

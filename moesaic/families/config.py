@@ -1,6 +1,6 @@
-"""A model's config with checked values: every complaint names its key.
+"""A model's config with checked values: every error names its key.
 
-Keys have changed their names over the years; whatever a family reads through here it gets under any of them.
+Some keys have been renamed over the years; a reader that accepts several spellings takes the first one that is present.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from moesaic.checkpoints.checkpoint import CONFIG_FILE
 from moesaic.checkpoints.mistral_params import MAX_FLOAT
 from moesaic.errors import CheckpointError
 
-# More than any size of a model. Numbers beyond would only fail later, and elsewhere.
+# No size of a model is larger. A larger number would only fail later, in another place.
 _MAX_SIZE = (1 << 31) - 1
 
 
 class Config:
-    """The values of a config.json, or of a part of it. `spelling`: what the file calls a key otherwise."""
+    """The values of a config.json, or of a part of it. `spelling` maps keys to the names that the file has for them."""
 
     def __init__(
         self, values: Mapping[str, Any], *, file: str = CONFIG_FILE, spelling: Mapping[str, str] | None = None
@@ -31,12 +31,12 @@ class Config:
         raise CheckpointError(f"{field}: {problem}", field=field)
 
     def has(self, key: str) -> bool:
-        """Whether the key is there and not null."""
+        """Whether the key is present and not null."""
         return self.values.get(key) is not None
 
     def size(self, *keys: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
-        """A whole number above zero, under the first of its spellings that is there; required without a default."""
-        key = self._spelling(keys)
+        """A whole number above zero. Without a default, the key is required."""
+        key = self.first_present(keys)
         if self.values.get(key) is None and default is not None:
             return default
         if key not in self.values:
@@ -49,13 +49,13 @@ class Config:
         return value
 
     def optional_size(self, *keys: str) -> int | None:
-        """None where it is missing or null."""
-        key = self._spelling(keys)
+        """A whole number above zero, or None if it is missing or null."""
+        key = self.first_present(keys)
         return None if self.values.get(key) is None else self.size(key)
 
     def count(self, *keys: str, default: int = 0, most: int = _MAX_SIZE) -> int:
-        """A whole number from zero up."""
-        key = self._spelling(keys)
+        """A whole number that may be zero."""
+        key = self.first_present(keys)
         value = self.values.get(key)
         if value is None:
             return default
@@ -67,7 +67,7 @@ class Config:
 
     def number(self, *keys: str, default: float) -> float:
         """A finite number above zero."""
-        key = self._spelling(keys)
+        key = self.first_present(keys)
         value = self.values.get(key)
         if value is None:
             return default
@@ -76,7 +76,7 @@ class Config:
         return float(value)
 
     def flag(self, *keys: str, default: bool) -> bool:
-        key = self._spelling(keys)
+        key = self.first_present(keys)
         value = self.values.get(key)
         if value is None:
             return default
@@ -85,14 +85,14 @@ class Config:
         return value
 
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
-        """One of the allowed words; the first where the key is missing."""
+        """One of the allowed words; the first one if the key is missing."""
         value = self.values.get(key, allowed[0])
         if value not in allowed:
             self.fail(key, f"must be one of: {', '.join(allowed)}")
         return str(value)
 
     def sizes(self, key: str) -> tuple[int, ...]:
-        """A list of whole numbers from zero up; empty where it is missing."""
+        """A list of whole numbers that may be zero; empty if the key is missing."""
         value = self.values.get(key)
         if value is None:
             return ()
@@ -100,5 +100,6 @@ class Config:
             self.fail(key, "must be a list of whole numbers")
         return tuple(value)
 
-    def _spelling(self, keys: tuple[str, ...]) -> str:
+    def first_present(self, keys: tuple[str, ...]) -> str:
+        """The first of the keys that is present, or the first one if none is."""
         return next((key for key in keys if key in self.values), keys[0])

@@ -1,8 +1,4 @@
-"""What decoder-only families of transformers have in common as a whole: their sizes, which layers have experts, and the
-model that is put together from its parts.
-"""
-
-# Shapes: D hidden size, F inner size, E slots, V vocabulary.
+"""The common parts of decoder-only families: their sizes, which layers have experts, and the assembly of the model."""
 
 from __future__ import annotations
 
@@ -17,23 +13,23 @@ from moesaic.families.model import ExpertLayer, ExpertModule, GateRule, Layout, 
 from moesaic.families.quantisation import decoded_dtype
 from moesaic.families.tensor_check import check_num_layers, check_sizes, find_layout
 
-# What every second family calls its experts, on disk and once transformers has joined them.
+# The names of experts in many families, as stored separately and as joined by transformers.
 MLP = blocks.LAYER + "mlp."
 MLP_LAYOUTS = (
     blocks.separate(MLP + "experts.{slot}.", "gate_proj", "up_proj", "down_proj"),
     blocks.fused(MLP + "experts."),
 )
 
-# More than any layer has: all of them are named, one by one.
+# No layer has more slots. The bound exists because the tensors of all slots are listed one by one.
 MAX_SLOTS = 1 << 12
 
-# Config key, the size that follows from it, a tensor, and the dimension of it that must have this size.
-Witness = tuple[str, int, str, int]
+# A config key, the size that follows from it, a tensor, and the dimension of the tensor that must have this size.
+SizeCheck = tuple[str, int, str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Decoder:
-    """The sizes of the whole."""
+class DecoderSizes:
+    """The sizes of the model as a whole."""
 
     num_layers: int
     hidden_size: int
@@ -44,7 +40,7 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """How many experts each layer has, how many of them a token is given, and the key that says so."""
+    """The number of experts of a layer, the number of them per token, and the config key of the former."""
 
     count: int
     top_k: int
@@ -53,19 +49,19 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """The channel mixers of all layers: those that are `sparse` have a gate and experts of one `module`, the others a
+    """The channel mixers of all layers: the layers in `sparse` have a gate and experts of one `module`, the others have a
     gated MLP."""
 
     slots: Slots
     sparse: frozenset[int]
     module: ExpertModule
     layers: Mapping[int, ExpertLayer]
-    witnesses: tuple[Witness, ...]
+    size_checks: tuple[SizeCheck, ...]
 
 
-def read_decoder(config: Config, *, tied: bool = False) -> Decoder:
-    """`tied`: what the family is where the config does not say."""
-    return Decoder(
+def read_decoder(config: Config, *, tied: bool = False) -> DecoderSizes:
+    """`tied`: whether the family's head is tied if the config does not say."""
+    return DecoderSizes(
         num_layers=config.size("num_hidden_layers", most=MAX_LAYERS),
         hidden_size=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
@@ -75,8 +71,8 @@ def read_decoder(config: Config, *, tied: bool = False) -> Decoder:
 
 
 def read_slots(config: Config, *keys: str) -> Slots:
-    """`keys`: the spellings of the number of experts."""
-    key = next((key for key in keys if key in config.values), keys[0])
+    """`keys` are the spellings of the number of experts."""
+    key = config.first_present(keys)
     count, top_k = config.size(key, most=MAX_SLOTS), config.size("num_experts_per_tok")
     if top_k > count:
         config.fail("num_experts_per_tok", f"must be at most {key}, {count}")
@@ -84,7 +80,7 @@ def read_slots(config: Config, *keys: str) -> Slots:
 
 
 def read_layer_types(config: Config, num_layers: int, *served: str) -> tuple[str, ...] | None:
-    """What each layer's mixer is, None where the config leaves it to the family. A kind that is not served is refused."""
+    """The kind of each layer's mixer, or None if the config leaves it to the family. Refuses kinds that are not `served`."""
     kinds = config.values.get("layer_types")
     if kinds is None:
         return None
@@ -96,12 +92,12 @@ def read_layer_types(config: Config, num_layers: int, *served: str) -> tuple[str
 
 
 def read_num_predictors(config: Config) -> int:
-    """Layers after the last that predict further tokens. Serving does without them."""
+    """The number of layers after the last one that predict further tokens. Serving does not use them."""
     return config.count("num_nextn_predict_layers", "num_mtp_layers", most=MAX_LAYERS)
 
 
 def layers_behind_dense(config: Config, num_layers: int, default: int) -> frozenset[int]:
-    """The layers that have experts, where the first few are dense."""
+    """The layers that have experts, in a model whose first few layers are dense."""
     first = config.count("first_k_dense_replace", default=default)
     if first >= num_layers:
         config.fail("first_k_dense_replace", f"leaves none of {num_layers} layers with experts")
@@ -109,14 +105,14 @@ def layers_behind_dense(config: Config, num_layers: int, default: int) -> frozen
 
 
 def expert_layout(checkpoint: Checkpoint, layouts: Iterable[Layout], layer: int) -> tuple[Layout, str]:
-    """The layout that is there, and the dtype of its weights once they are decoded."""
+    """The first of the layouts that the checkpoint has, and the dtype of its decoded weights."""
     layout = find_layout(checkpoint, layouts, layer)
     first = next(iter(layout.values()))
     return layout, decoded_dtype(checkpoint, first.name(layer, 0))
 
 
 def dense_layer(prefix: str, module: ExpertModule, dtype: str) -> ExpertLayer:
-    """A layer whose gated MLP is its only expert; `prefix` has {layer} and ends with a dot."""
+    """A dense layer, whose gated MLP is its only expert; `prefix` has {layer} and ends with a dot."""
     parameters = {weight: f"{prefix}{weight}_proj.weight" for weight in module.weights}
     return ExpertLayer(1, module, blocks.dense_layout(prefix), dtype, None, parameters)
 
@@ -124,12 +120,12 @@ def dense_layer(prefix: str, module: ExpertModule, dtype: str) -> ExpertLayer:
 def read_channels(
     checkpoint: Checkpoint,
     config: Config,
-    decoder: Decoder,
+    decoder: DecoderSizes,
     slots: Slots,
     rule: GateRule,
     sparse: frozenset[int],
 ) -> Channels:
-    """Under the names that most families use. `sparse`: the layers that have experts."""
+    """The channel mixers, under the names that most families use. `sparse` are the layers that have experts."""
     first = min(sparse)
     layout, dtype = expert_layout(checkpoint, MLP_LAYOUTS, first)
     activation = config.choice("hidden_act", ("silu",))
@@ -142,14 +138,14 @@ def read_channels(
         sparse,
         module,
         {layer: experts if layer in sparse else dense for layer in range(decoder.num_layers)},
-        tuple(expert_witnesses(first, experts, slots, MLP + "gate.weight", "moe_intermediate_size")),
+        tuple(expert_size_checks(first, experts, slots, MLP + "gate.weight", "moe_intermediate_size")),
     )
 
 
-def expert_witnesses(
+def expert_size_checks(
     layer: int, experts: ExpertLayer, slots: Slots, gate: str, inner_key: str
-) -> Iterator[Witness]:
-    """The tensors of one layer that show how many slots there are and how wide each is; `gate` has {layer}."""
+) -> Iterator[SizeCheck]:
+    """The tensors of one layer that show the number of slots and the width of each; `gate` has {layer}."""
     first = next(iter(experts.layout.values()))
     rows = experts.module.inner_size * first.part[1]
     yield slots.key, slots.count, gate.format(layer=layer), 0
@@ -159,22 +155,22 @@ def expert_witnesses(
 def assemble(
     checkpoint: Checkpoint,
     config: Config,
-    decoder: Decoder,
+    decoder: DecoderSizes,
     *,
     family: str,
     mixers: tuple[Mixer, ...],
     experts: Mapping[int, ExpertLayer],
     dense: Iterable[blocks.Named],
-    witnesses: Iterable[Witness],
+    size_checks: Iterable[SizeCheck],
     num_predictors: int = 0,
 ) -> MoeModel:
-    """The model of these parts, after a look at the sizes that its config names."""
+    """Builds the model of these parts, after a check of the sizes that its config states."""
     embedding = "model.embed_tokens.weight"
-    sizes: tuple[Witness, ...] = (
+    sizes: tuple[SizeCheck, ...] = (
         ("vocab_size", decoder.vocab_size, embedding, 0),
         ("hidden_size", decoder.hidden_size, embedding, 1),
     )
-    check_sizes(checkpoint, config, (*sizes, *witnesses))
+    check_sizes(checkpoint, config, (*sizes, *size_checks))
     end = decoder.num_layers + num_predictors
     check_num_layers(checkpoint, config, "num_hidden_layers", end, blocks.LAYER)
     beyond = tuple(blocks.LAYER.format(layer=layer) for layer in range(decoder.num_layers, end))

@@ -1,11 +1,9 @@
-"""DeepSeek-V2 and DeepSeek-V3: attention over one compressed vector a token, first layers dense, shared experts beside
-the others, and a choice among groups of experts first.
+"""DeepSeek-V2 and DeepSeek-V3: attention over one compressed vector per token, dense first layers, shared experts in
+addition to the routed ones, and a gate that first chooses among groups of experts.
 
-V2 scores by softmax and takes the groups with the best expert; V3 scores by sigmoid, adds a bias to choose but not to
-weigh, and takes the groups with the best two.
+V2 scores by softmax and keeps the groups with the best expert. V3 scores by sigmoid, adds a bias that takes part in the
+choice but not in the weights, and keeps the groups with the best two experts.
 """
-
-# Shapes: D hidden size, E slots, H heads.
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from moesaic.families.decoder import (
 )
 from moesaic.families.model import GateRule, Groups, LatentAttention, MoeModel
 
-# Keeps a sum of scores that are all zero from dividing.
+# Added to the sum of scores, so that a sum of zero does not divide.
 _EPSILON = 1e-20
 
 
@@ -57,7 +55,7 @@ def describe_v3(checkpoint: Checkpoint, config: Config) -> MoeModel:
 def sigmoid_rule(
     config: Config, slots: Slots, *, num_groups: int = 1, num_kept: int = 1, scale: float = 1.0
 ) -> GateRule:
-    """The gate of DeepSeek-V3, which other families have taken over, with what theirs is where the config is silent."""
+    """The gate rule of DeepSeek-V3, which other families have adopted. The arguments are a family's defaults."""
     return GateRule(
         slots.top_k,
         score="sigmoid",
@@ -72,7 +70,7 @@ def sigmoid_rule(
 def _read_groups(
     config: Config, slots: Slots, *, best: int, num_groups: int = 1, num_kept: int = 1
 ) -> Groups | None:
-    """None where there is but one group."""
+    """The groups of slots, or None if there is only one."""
     count = config.size("n_group", default=num_groups)
     keep = config.size("topk_group", default=num_kept)
     if slots.count % count or slots.count // count < best:
@@ -128,7 +126,7 @@ def _describe(
         mixers=(attention,) * decoder.num_layers,
         experts=channels.layers,
         dense=dense(),
-        witnesses=channels.witnesses,
+        size_checks=channels.size_checks,
         num_predictors=read_num_predictors(config),
     )
 
@@ -151,7 +149,7 @@ def read_latent_attention(config: Config) -> LatentAttention:
 
 
 def _attention(prefix: str, config: Config, attention: LatentAttention, hidden_size: int) -> blocks.Named:
-    """Queries come straight from the hidden state, or through a compressed vector of their own."""
+    """Queries are computed from the hidden state directly, or through a compressed vector of their own."""
     heads, latent = attention.num_heads, attention.latent_dim
     queries = heads * (attention.key_dim + attention.rotary_dim)
     bias = config.flag("attention_bias", default=False)

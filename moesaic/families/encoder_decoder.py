@@ -1,8 +1,8 @@
-"""What encoder-decoder families have in common: a stack of layers that reads the prompt, one that generates, and an MLP
-or experts in each layer of both. The layers of the encoder come first.
-"""
+"""The common parts of encoder-decoder families: a stack of layers that reads the prompt, a stack that generates, and an
+MLP or experts in each layer of both. The layers of the encoder come first.
 
-# Shapes: D hidden size, F inner size, E slots, V vocabulary, H heads, d head size.
+Shapes: d head size.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from moesaic.families.model import (
 )
 from moesaic.families.tensor_check import check_num_layers, check_sizes, stored_dtype
 
-# Of the MLPs; relu in everything that is published.
+# The activations that an MLP may have; all published models use relu.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
 
 
 @dataclass(frozen=True, slots=True)
 class StackNames:
-    """What the modules of one side are called. `block` has {block}; the others stand behind it, and attentions and the
-    MLP end with a dot. `embedding`: the side's own, where it has one."""
+    """The names of the modules of one side. `block` has {block} and precedes the others; the names of attentions and of
+    the MLP end with a dot. `embedding` is the name of the side's own embedding, which it need not have."""
 
     block: str
     attention: str
@@ -48,7 +48,7 @@ class StackNames:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a family calls its tensors. `projections`: of queries, keys, values and the output."""
+    """The names of a family's tensors. `projections` are those of queries, keys, values and the output."""
 
     encoder: StackNames
     decoder: StackNames
@@ -58,16 +58,16 @@ class Names:
     up: str
     down: str
     gate: str = "router.classifier"
-    # Of the first block of each side, behind its attention.
+    # The bias in the first block of each side, below its attention.
     relative_bias: str = "relative_attention_bias.weight"
-    # Buffers that some files carry.
+    # Buffers that some files contain; they are computed, never read.
     computed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RelativePositions:
-    """A learned bias of each head for how far a key lies from its query: exact nearby, in ever wider buckets further
-    off, all alike from `max_distance` on."""
+    """A learned bias of each head for the distance between key and query: one for each short distance, then one for each
+    of ever wider buckets, and the same for all distances from `max_distance` on."""
 
     num_buckets: int
     max_distance: int
@@ -75,26 +75,26 @@ class RelativePositions:
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """Constants of the forward pass."""
+    """The constants of the forward pass."""
 
     norm_eps: float
-    # Whether norms take the mean off and add a bias.
+    # Whether norms subtract the mean and add a bias.
     centred: bool
-    # What the decoder begins with.
+    # The token with which the decoder begins.
     start_token: int
     embedding_scale: float
     logits_scale: float
-    # Scores are biased by distance; else they are divided by the root of d, and positions are added to embeddings.
+    # The bias of scores by distance. None: scores are divided by the root of d, and positions are added to embeddings.
     relative: RelativePositions | None
-    # The token that has no position and does not count.
+    # The token that has no position and is not counted.
     padding_token: int
-    # Of the MLPs.
+    # The activation of the MLPs.
     activation: str
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """One side. `sparse`: of each layer, whether it has several experts."""
+    """The sizes of one side. `sparse` says of each layer whether it has several experts."""
 
     num_heads: int
     head_dim: int
@@ -108,7 +108,7 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes of the whole, and the keys of the config that name some of them."""
+    """The sizes of the whole model, and the config keys of the numbers of layers."""
 
     hidden_size: int
     vocab_size: int
@@ -121,6 +121,14 @@ class Sizes:
     decoder_key: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderDecoderModel(MoeModel):
+    """A MoeModel with an encoder, and what its decoder needs to know beyond tensors."""
+
+    names: Names
+    arithmetic: Arithmetic
+
+
 def assemble(
     checkpoint: Checkpoint,
     config: Config,
@@ -131,8 +139,8 @@ def assemble(
     family: str,
     gate: GateRule,
     capacity: Capacity,
-) -> MoeModel:
-    """The model of these parts, after a look at the sizes that its config names."""
+) -> EncoderDecoderModel:
+    """Builds the model of these parts, after a check of the sizes that its config states."""
     sides = (
         _Side(sizes.encoder, names.encoder, 0, sizes.encoder_key),
         _Side(sizes.decoder, names.decoder, sizes.encoder.num_layers, sizes.decoder_key),
@@ -144,7 +152,9 @@ def assemble(
         for layer, held in _expert_layers(checkpoint, side, sizes, names, arithmetic, gate, capacity)
     }
     encoder, decoder = sizes.encoder, sizes.decoder
-    return MoeModel(
+    return EncoderDecoderModel(
+        names=names,
+        arithmetic=arithmetic,
         family=family,
         num_layers=encoder.num_layers + decoder.num_layers,
         hidden_size=sizes.hidden_size,
@@ -169,7 +179,7 @@ def assemble(
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """The sizes and names of one side. Its layers are numbered from `first` on; `key` of the config says how many."""
+    """The sizes and names of one side. Its layers are numbered from `first` on; the config key `key` is their number."""
 
     stack: Stack
     names: StackNames
@@ -230,7 +240,7 @@ def _expert_layers(
 
 
 def _side_tensors(side: _Side, sizes: Sizes, names: Names, arithmetic: Arithmetic, gate: GateRule) -> Named:
-    """What the router holds of one side."""
+    """The tensors of one side that the router holds."""
     biased, stack = arithmetic.centred, side.stack
     yield from _norm(side.names.norm, sizes.hidden_size, biased=biased)
     if arithmetic.relative is not None:
@@ -252,42 +262,42 @@ def read_start_token(config: Config, vocab_size: int, default: int) -> int:
 
 
 def _ends(checkpoint: Checkpoint, sizes: Sizes, names: Names) -> Named:
-    """One embedding for both sides, unless they are told apart and stored apart."""
+    """The embeddings and the head. Both sides share one embedding, unless the model is untied and two are stored."""
     shape = (sizes.vocab_size, sizes.hidden_size)
-    apart = [
+    separate = [
         name for name in (names.encoder.embedding, names.decoder.embedding) if name in checkpoint.tensors
     ]
-    if sizes.tied or len(apart) < 2:
+    if sizes.tied or len(separate) < 2:
         yield tensor(names.shared, *shape)
     else:
-        for name in apart:
+        for name in separate:
             yield tensor(name, *shape)
     if not sizes.tied:
         yield tensor(names.head, *shape)
 
 
 def _copies(checkpoint: Checkpoint, sizes: Sizes, names: Names) -> frozenset[str]:
-    """Tensors that stand for one another, of which only one is read."""
-    everywhere = {names.shared, names.encoder.embedding, names.decoder.embedding}
+    """The embeddings that are copies of one that is read."""
+    embeddings = {names.shared, names.encoder.embedding, names.decoder.embedding}
     read = {name for name, _ in _ends(checkpoint, sizes, names)}
-    return frozenset(everywhere - read)
+    return frozenset(embeddings - read)
 
 
 def _block(
-    prefix: str, its_names: StackNames, names: Names, stack: Stack, sizes: Sizes, *, biased: bool
+    prefix: str, stack_names: StackNames, names: Names, stack: Stack, sizes: Sizes, *, biased: bool
 ) -> Named:
-    """A layer without its MLP."""
+    """The tensors of a layer without those of its MLP."""
     size, inner = sizes.hidden_size, stack.num_heads * stack.head_dim
-    attentions = [(its_names.attention, its_names.attention_norm)]
-    if its_names.cross:
-        attentions.append((its_names.cross, its_names.cross_norm))
+    attentions = [(stack_names.attention, stack_names.attention_norm)]
+    if stack_names.cross:
+        attentions.append((stack_names.cross, stack_names.cross_norm))
     for attention, norm in attentions:
         *heads, output = names.projections
         for name in heads:
             yield from _linear(prefix + attention + name, inner, size, biased=biased)
         yield from _linear(prefix + attention + output, size, inner, biased=biased)
         yield from _norm(prefix + norm, size, biased=biased)
-    yield from _norm(prefix + its_names.mlp_norm, size, biased=biased)
+    yield from _norm(prefix + stack_names.mlp_norm, size, biased=biased)
 
 
 def _linear(name: str, num_rows: int, num_columns: int, *, biased: bool) -> Named:

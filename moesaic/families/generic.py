@@ -1,12 +1,10 @@
-"""Families that are served without a module of their own: on the modules of transformers, gates included.
+"""Families without a module of their own here: they run on the modules of transformers, gates included.
 
-Which tensors are experts is told by their names, how wide they are by their shapes; every other tensor is the parameter
-of transformers by the same name, but for the few that a family renames. So little is known here of a family that none is
-tried on the off chance: those in `_FAMILIES` have been compared with transformers, all others are refused, where there
-is one by the config key that says why.
+The names of tensors show which are experts, and their shapes show the sizes; every other tensor is the parameter of
+transformers with the same name, except for the few that a family renames. As so little is known of a family, only those
+in `_FAMILIES`, which have been compared with transformers, are served. All others are refused, if possible with the
+config key that is the reason.
 """
-
-# Shapes: D hidden size, F inner size, E slots, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MAX_SLOTS,
     MLP_LAYOUTS,
-    Decoder,
-    Witness,
+    DecoderSizes,
+    SizeCheck,
     assemble,
     expert_layout,
     read_decoder,
@@ -62,8 +60,8 @@ _FULL, _WINDOW = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """`windowed`: some of its layers may have a window. `latent`: its attention is that of DeepSeek. `tied`: so is its
-    head where the config does not say. `renamed`: parts of names in the files, and what transformers calls them."""
+    """`windowed`: some layers may have a window. `latent`: attention is that of DeepSeek. `tied`: the head is tied if the
+    config does not say. `renamed`: parts of names in the files, and the names that transformers has for them."""
 
     windowed: bool = False
     latent: bool = False
@@ -104,7 +102,7 @@ _FAMILIES = {
 }
 NAMES = frozenset(_FAMILIES)
 
-# Keys of configs whose layers keep a state of their own or choose among the keys.
+# Config keys that show layers with a recurrent state, or attention that selects keys, with the reason of refusal.
 _UNSERVED = {
     "text_config": "a model within a model is not served",
     "index_topk": "attention that chooses among keys is not served",
@@ -119,7 +117,7 @@ _UNSERVED = {
 
 
 def refuse_unserved(config: Config) -> None:
-    """Raises CheckpointError that names the key by which a model of whatever family cannot be served here."""
+    """Raises CheckpointError, which names the key, if a model of any family has a feature that cannot be served."""
     kinds = config.values.get("layer_types")
     read_layer_types(config, len(kinds) if isinstance(kinds, list) else 0, _FULL, _WINDOW)
     for key, problem in _UNSERVED.items():
@@ -142,22 +140,22 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=mixers,
         experts=_read_experts(checkpoint, config, decoder),
         dense=(),
-        witnesses=_witnesses(mixers[0]),
+        size_checks=_size_checks(mixers[0]),
         num_predictors=read_num_predictors(config),
     )
     return _with_dense(checkpoint, family, model)
 
 
-def _read_experts(checkpoint: Checkpoint, config: Config, decoder: Decoder) -> dict[int, ExpertLayer]:
-    """Of the layers that have any."""
+def _read_experts(checkpoint: Checkpoint, config: Config, decoder: DecoderSizes) -> dict[int, ExpertLayer]:
+    """The experts of the layers that have any."""
     sparse = _sparse_layers(checkpoint, decoder)
     layout, dtype = expert_layout(checkpoint, _LAYOUTS, sparse[0])
     first = layout["gate"]
     shape = checkpoint.tensors[first.name(sparse[0], 0)].shape
     inner_size = shape[-2] // first.part[1] if len(shape) > 1 else 0
     module = ExpertModule(decoder.hidden_size, inner_size, config.choice("hidden_act", ("silu",)))
-    counts = _per_layer(config, _spelling(config, _NUM_SLOTS), decoder.num_layers)
-    top_k_key = _spelling(config, _TOP_K)
+    counts = _per_layer(config, config.first_present(_NUM_SLOTS), decoder.num_layers)
+    top_k_key = config.first_present(_TOP_K)
     top_ks = _per_layer(config, top_k_key, decoder.num_layers)
     for layer in sparse:
         if top_ks[layer] > counts[layer]:
@@ -168,12 +166,8 @@ def _read_experts(checkpoint: Checkpoint, config: Config, decoder: Decoder) -> d
     }
 
 
-def _spelling(config: Config, keys: tuple[str, ...]) -> str:
-    return next((key for key in keys if key in config.values), keys[0])
-
-
 def _per_layer(config: Config, key: str, num_layers: int) -> tuple[int, ...]:
-    """A size that is one for all layers, or a list of them."""
+    """A size for each layer. The config has one for all layers, or a list."""
     if not isinstance(config.values.get(key), list):
         return (config.size(key, most=MAX_SLOTS),) * num_layers
     sizes = config.sizes(key)[:num_layers]
@@ -182,8 +176,8 @@ def _per_layer(config: Config, key: str, num_layers: int) -> tuple[int, ...]:
     return sizes
 
 
-def _sparse_layers(checkpoint: Checkpoint, decoder: Decoder) -> tuple[int, ...]:
-    """The layers that have experts; without one, the first, so that the complaint names a tensor of it."""
+def _sparse_layers(checkpoint: Checkpoint, decoder: DecoderSizes) -> tuple[int, ...]:
+    """The layers that have experts. If there are none, the first layer, so that the error names one of its tensors."""
     firsts = [next(iter(layout.values())) for layout in _LAYOUTS]
     found = tuple(
         layer
@@ -194,7 +188,7 @@ def _sparse_layers(checkpoint: Checkpoint, decoder: Decoder) -> tuple[int, ...]:
 
 
 def _mixers(
-    checkpoint: Checkpoint, config: Config, decoder: Decoder, family: _Family
+    checkpoint: Checkpoint, config: Config, decoder: DecoderSizes, family: _Family
 ) -> Iterator[Attention | LatentAttention]:
     if family.latent:
         yield from (read_latent_attention(config),) * decoder.num_layers
@@ -215,8 +209,9 @@ def _mixers(
         )
 
 
-def _witnesses(mixer: Mixer) -> Iterator[Witness]:
-    """The cache is laid out by the sizes of attention, and no tensor is described here that would show them."""
+def _size_checks(mixer: Mixer) -> Iterator[SizeCheck]:
+    """The tensors that show the sizes of attention. The cache depends on these sizes, and the description of this model
+    has no tensor that would show them."""
     prefix = blocks.LAYER.format(layer=0) + "self_attn."
     if isinstance(mixer, Attention):
         queries, keys = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
@@ -230,7 +225,7 @@ def _witnesses(mixer: Mixer) -> Iterator[Witness]:
 
 
 def _with_dense(checkpoint: Checkpoint, family: _Family, model: MoeModel) -> MoeModel:
-    """The model with every tensor of the decoder that is no expert's; those in float8 have yet to get their scales."""
+    """The model with all tensors of the decoder that do not belong to experts, still without the scales of float8."""
     left = checkpoint.tensors.keys() - model.expert_tensors - model.ignored
     if model.tied:
         left -= {"lm_head.weight"}

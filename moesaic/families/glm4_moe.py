@@ -1,7 +1,5 @@
 """GLM-4-MoE (GLM-4.5): the gate of DeepSeek-V3, shared experts and first dense layers, over ordinary attention."""
 
-# Shapes: D hidden size, E slots, d head size.
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -52,6 +50,6 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=(attention,) * decoder.num_layers,
         experts=channels.layers,
         dense=dense(),
-        witnesses=channels.witnesses,
+        size_checks=channels.size_checks,
         num_predictors=read_num_predictors(config),
     )

@@ -1,10 +1,8 @@
-"""gpt-oss: every second layer within a window, a learned sink for each head, biased experts with a clamped gate.
+"""gpt-oss: every second layer has a window, each head a learned sink, and experts have biases and a clamped gate.
 
-The experts of a layer lie in one tensor, as float with input rows and with gate and up taking turns column by column,
-or as mxfp4 with output rows.
+The experts of a layer are stacked in one tensor: as floats, transposed to [in, out] with alternating gate and up
+columns, or as mxfp4 in [out, in] with alternating rows.
 """
-
-# Shapes: D hidden size, E slots, F inner size, H query heads.
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MLP,
-    Decoder,
+    DecoderSizes,
     assemble,
     expert_layout,
-    expert_witnesses,
+    expert_size_checks,
     read_decoder,
     read_layer_types,
     read_slots,
@@ -29,7 +27,7 @@ from moesaic.families.model import Attention, ExpertLayer, ExpertModule, GateRul
 _EXPERTS = MLP + "experts."
 _ROUTER = MLP + "router."
 _WINDOW = "sliding_attention"
-# The slope of the sigmoid that the experts' activation has built in.
+# The slope of the sigmoid in the activation of the experts, which cannot be configured here.
 _ALPHA = 1.702
 
 
@@ -90,11 +88,11 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=_mixers(config, decoder, attention),
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=dense(),
-        witnesses=expert_witnesses(0, experts, slots, _ROUTER + "weight", "intermediate_size"),
+        size_checks=expert_size_checks(0, experts, slots, _ROUTER + "weight", "intermediate_size"),
     )
 
 
-def _mixers(config: Config, decoder: Decoder, attention: Attention) -> tuple[Attention, ...]:
+def _mixers(config: Config, decoder: DecoderSizes, attention: Attention) -> tuple[Attention, ...]:
     kinds = read_layer_types(config, decoder.num_layers, "full_attention", _WINDOW) or tuple(
         "full_attention" if layer % 2 else _WINDOW for layer in range(decoder.num_layers)
     )
@@ -102,7 +100,9 @@ def _mixers(config: Config, decoder: Decoder, attention: Attention) -> tuple[Att
     return tuple(replace(attention, window=window if kind == _WINDOW else None) for kind in kinds)
 
 
-def _layer(layer: int, decoder: Decoder, attention: Attention, num_slots: int, bias: bool) -> blocks.Named:
+def _layer(
+    layer: int, decoder: DecoderSizes, attention: Attention, num_slots: int, bias: bool
+) -> blocks.Named:
     hidden_size = decoder.hidden_size
     yield from blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias, output_bias=bias)
     yield blocks.tensor(blocks.LAYER.format(layer=layer) + "self_attn.sinks", attention.num_heads)

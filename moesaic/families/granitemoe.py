@@ -1,9 +1,7 @@
-"""GraniteMoE: the experts of a layer in two stacked tensors, weighed by the softmax over the chosen ones alone.
+"""GraniteMoE: the experts of a layer are in two stacked tensors, and weighed by the softmax over the chosen ones alone.
 
-Its multipliers of embeddings, attention, residuals and logits are a matter of the router, which computes with them.
+The family's multipliers of embeddings, attention, residuals and logits are applied by the modules in the router.
 """
-
-# Shapes: D hidden size, E slots, F inner size.
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
-from moesaic.families.decoder import assemble, expert_layout, expert_witnesses, read_decoder, read_slots
+from moesaic.families.decoder import assemble, expert_layout, expert_size_checks, read_decoder, read_slots
 from moesaic.families.model import (
     DenseTensor,
     ExpertLayer,
@@ -65,5 +63,5 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=(attention,) * decoder.num_layers,
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=dense(),
-        witnesses=expert_witnesses(0, experts, slots, gate, "intermediate_size"),
+        size_checks=expert_size_checks(0, experts, slots, gate, "intermediate_size"),
     )

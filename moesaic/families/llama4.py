@@ -1,9 +1,8 @@
-"""Llama-4, its text part: one expert a token, which is asked with the token's weight already applied, and a shared one.
+"""The text part of Llama-4: each token has one expert, whose input is multiplied by the weight, and a shared expert.
 
-Most layers see only their own chunk of positions and have rotary positions; every few, one sees everything and has none.
+In most layers a token attends only to its own chunk of positions, with rotary positions; every few layers, one attends to
+all positions and has no rotary ones.
 """
-
-# Shapes: D hidden size, E slots, F inner size.
 
 from __future__ import annotations
 
@@ -14,11 +13,11 @@ from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.decoder import (
-    Decoder,
+    DecoderSizes,
     assemble,
     dense_layer,
     expert_layout,
-    expert_witnesses,
+    expert_size_checks,
     read_decoder,
     read_layer_types,
     read_slots,
@@ -42,7 +41,7 @@ _LAYOUT: Layout = {
 }
 _FULL, _CHUNKED = "full_attention", "chunked_attention"
 
-# In a folder that sees, the text part is a model within the model. Nothing of the rest touches a token of text.
+# In a folder with a vision part, the text part is a model within the model. The other parts do not affect text tokens.
 _TEXT = "language_model."
 _VISION = ("vision_model.", "multi_modal_projector.")
 
@@ -81,12 +80,12 @@ def describe_text(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=_mixers(config, decoder, attention),
         experts={layer: experts if layer in sparse else dense_mlp for layer in range(decoder.num_layers)},
         dense=dense(),
-        witnesses=expert_witnesses(min(sparse), experts, slots, _GATE, "intermediate_size"),
+        size_checks=expert_size_checks(min(sparse), experts, slots, _GATE, "intermediate_size"),
     )
 
 
 def describe_folder(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    """The text part of a folder that has a vision part, too."""
+    """The text part of a folder that also has a vision part."""
     values = config.values.get("text_config")
     if not isinstance(values, Mapping):
         config.fail("text_config", "must be an object")
@@ -102,7 +101,7 @@ def describe_folder(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 
 def _inside(model: MoeModel) -> MoeModel:
-    """The model with its tensors under the names that they have in the whole folder."""
+    """The model with its tensors under their full names in the folder."""
 
     def moved(experts: ExpertLayer) -> ExpertLayer:
         layout = {
@@ -127,7 +126,7 @@ def _sparse_layers(config: Config, num_layers: int) -> frozenset[int]:
     return sparse
 
 
-def _mixers(config: Config, decoder: Decoder, attention: Attention) -> tuple[Attention, ...]:
+def _mixers(config: Config, decoder: DecoderSizes, attention: Attention) -> tuple[Attention, ...]:
     kinds = read_layer_types(config, decoder.num_layers, _FULL, _CHUNKED) or tuple(
         _CHUNKED if rotary else _FULL for rotary in _rotary_layers(config, decoder.num_layers)
     )
@@ -136,7 +135,7 @@ def _mixers(config: Config, decoder: Decoder, attention: Attention) -> tuple[Att
 
 
 def _rotary_layers(config: Config, num_layers: int) -> tuple[bool, ...]:
-    """Which layers have rotary positions: the list names them, despite its name, by a one."""
+    """Which layers have rotary positions. Despite its name, `no_rope_layers` marks them by a one."""
     listed = config.sizes("no_rope_layers")
     if listed and len(listed) < num_layers:
         config.fail("no_rope_layers", f"must have an entry for each of {num_layers} layers")

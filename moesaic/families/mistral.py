@@ -1,33 +1,30 @@
-"""Mistral, Ministral and Llama: dense decoders of one build, whose MLPs are the only experts of their layers."""
-
-# Shapes: D hidden size.
+"""Mistral, Ministral and Llama: dense decoders of one structure, whose MLPs are the only experts of their layers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from moesaic.checkpoints.checkpoint import Checkpoint
-from moesaic.families import blocks
-from moesaic.families import mistral_format as native
+from moesaic.families import blocks, mistral_format
 from moesaic.families.config import Config
-from moesaic.families.decoder import Decoder, assemble, expert_layout, read_decoder, read_layer_types
+from moesaic.families.decoder import DecoderSizes, assemble, expert_layout, read_decoder, read_layer_types
 from moesaic.families.model import Attention, ExpertLayer, ExpertModule, Layout, MoeModel
 
-# What transformers takes for a `sliding_window` that is missing: only an explicit null means none.
+# The window that transformers assumes if `sliding_window` is missing; only an explicit null means no window.
 DEFAULT_WINDOW = 4096
 
 _MLP = blocks.dense_layout(blocks.LAYER + "mlp.")
 
 
 def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    """Mistral: one window for all layers, or none."""
+    """Mistral: all layers have the same window, or none."""
     decoder = read_decoder(config)
     window = read_window(config)
     return _describe(checkpoint, config, decoder, "mistral", (window,) * decoder.num_layers)
 
 
 def describe_ministral(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    """Layers with the window, layers without."""
+    """Ministral: each layer has the window or none."""
     decoder, window = read_decoder(config), read_window(config)
     kinds = read_layer_types(config, decoder.num_layers, "full_attention", "sliding_attention")
     if kinds is None:
@@ -37,7 +34,7 @@ def describe_ministral(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 
 def describe_llama(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    """No windows; projections and MLP may have biases."""
+    """Llama: no layer has a window; projections and MLP may have biases."""
     decoder = read_decoder(config)
     return _describe(
         checkpoint,
@@ -59,7 +56,7 @@ def read_window(config: Config) -> int | None:
 def _describe(
     checkpoint: Checkpoint,
     config: Config,
-    decoder: Decoder,
+    decoder: DecoderSizes,
     family: str,
     windows: tuple[int | None, ...],
     *,
@@ -70,7 +67,9 @@ def _describe(
     attention = blocks.read_attention(config, hidden_size)
     module = ExpertModule(hidden_size, inner_size, config.choice("hidden_act", ("silu",)), biased=mlp_bias)
     parameters = _with_biases(_MLP) if mlp_bias else _MLP
-    layout, dtype = expert_layout(checkpoint, (native.DENSE if checkpoint.native else parameters,), layer=0)
+    layout, dtype = expert_layout(
+        checkpoint, (mistral_format.DENSE if checkpoint.in_mistral_format else parameters,), layer=0
+    )
     names = {weight: pattern.tensor for weight, pattern in parameters.items()}
     experts = ExpertLayer(1, module, layout, dtype, None, names)
 
@@ -90,12 +89,12 @@ def _describe(
                 for index in range(decoder.num_layers)
             ),
         ),
-        witnesses=(
-            *native.witnesses(decoder),
+        size_checks=(
+            *mistral_format.size_checks(decoder),
             ("intermediate_size", inner_size, layout["gate"].name(0, 0), 0),
         ),
     )
-    return native.rename(checkpoint, config, model) if checkpoint.native else model
+    return mistral_format.rename(checkpoint, config, model) if checkpoint.in_mistral_format else model
 
 
 def _with_window(attention: Attention, window: int | None) -> Attention:

@@ -1,10 +1,10 @@
-"""Mistral's own releases: the same models under other names, queries and keys in interleaved rotary order.
+"""The format of Mistral's own releases: other tensor names, and queries and keys in interleaved rotary order.
 
-Later ones and the torrent of December 2023 have a tensor for every weight of every expert; the first upload has all
-experts of a layer in one.
+The torrent of December 2023 and later releases have a tensor for every weight of every expert; the first upload has all
+experts of a layer in one tensor.
+
+Shapes: D hidden size, F inner size, E slots.
 """
-
-# Shapes: D hidden size, F inner size, E slots.
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dataclasses import replace
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
-from moesaic.families.decoder import Decoder, Witness
+from moesaic.families.decoder import DecoderSizes, SizeCheck
 from moesaic.families.model import Attention, DenseTensor, Mixer, MoeModel, WeightPattern
 from moesaic.families.tensor_check import check_num_layers
 
 LAYER = "layers.{layer}."
 DENSE = blocks.separate(LAYER + "feed_forward.", "w1", "w3", "w2")
 SEPARATE = blocks.separate(LAYER + "feed_forward.experts.{slot}.", "w1", "w3", "w2")
-# The files have them as [E * F, D]; here they are taken for the [E, F, D] that they are.
+# The files store these tensors as [E * F, D]; they are described here as [E, F, D], which has the same order.
 STACKED = {
     "gate": WeightPattern(LAYER + "block_sparse_moe.w1", stacked=True),
     "up": WeightPattern(LAYER + "block_sparse_moe.w3", stacked=True),
@@ -30,7 +30,7 @@ SEPARATE_GATE = LAYER + "feed_forward.gate.weight"
 STACKED_GATE = LAYER + "block_sparse_moe.gate.weight"
 
 _EMBEDDING = "tok_embeddings.weight"
-# Parts of the names in transformers, and what they are here; the last takes what is left.
+# Parts of names in transformers and their replacements here, applied in order; the last removes the remaining prefix.
 _NAMES = (
     ("model.embed_tokens.", "tok_embeddings."),
     ("lm_head.", "output."),
@@ -44,8 +44,8 @@ _NAMES = (
 )
 
 
-def witnesses(decoder: Decoder) -> tuple[Witness, ...]:
-    """The tensor that shows the sizes of the whole."""
+def size_checks(decoder: DecoderSizes) -> tuple[SizeCheck, ...]:
+    """The tensor that shows the sizes of the whole model."""
     return (
         ("vocab_size", decoder.vocab_size, _EMBEDDING, 0),
         ("hidden_size", decoder.hidden_size, _EMBEDDING, 1),
@@ -53,7 +53,7 @@ def witnesses(decoder: Decoder) -> tuple[Witness, ...]:
 
 
 def rename(checkpoint: Checkpoint, config: Config, model: MoeModel) -> MoeModel:
-    """A model described in the names of transformers, as it lies in a native checkpoint."""
+    """Maps a model that is described in the names of transformers to the tensors of a checkpoint in Mistral's format."""
     check_num_layers(checkpoint, config, "num_hidden_layers", model.num_layers, LAYER)
     # All layers have the same heads.
     dense = {name: _stored(name, tensor, model.mixers[0]) for name, tensor in model.dense.items()}
@@ -61,7 +61,7 @@ def rename(checkpoint: Checkpoint, config: Config, model: MoeModel) -> MoeModel:
 
 
 def _stored(name: str, tensor: DenseTensor, mixer: Mixer) -> DenseTensor:
-    if tensor.source != name:  # a gate, which has its name already
+    if tensor.source != name:  # A gate: its source already has the name of this format.
         return tensor
     source = name
     for theirs, ours in _NAMES:

@@ -1,30 +1,28 @@
-"""Mixtral: as transformers keeps it, with one tensor for every weight of every expert or all experts of a layer stacked,
-and as Mistral released it.
-"""
-
-# Shapes: D hidden size, E slots.
+"""Mixtral in the layouts of transformers, which have separate or stacked experts, and in those of Mistral's releases."""
 
 from __future__ import annotations
 
 from moesaic.checkpoints.checkpoint import Checkpoint
-from moesaic.families import blocks
-from moesaic.families import mistral_format as native
+from moesaic.families import blocks, mistral_format
 from moesaic.families.config import Config
-from moesaic.families.decoder import assemble, expert_layout, expert_witnesses, read_decoder, read_slots
+from moesaic.families.decoder import assemble, expert_layout, expert_size_checks, read_decoder, read_slots
 from moesaic.families.model import DenseTensor, ExpertLayer, ExpertModule, GateRule, MoeModel
 
 CLASSIC = blocks.separate(blocks.LAYER + "block_sparse_moe.experts.{slot}.", "w1", "w3", "w2")
 CLASSIC_GATE = blocks.LAYER + "block_sparse_moe.gate.weight"
-# The parameter of transformers, which is also its name beside fused experts.
+# The parameter of transformers; files with fused experts use this name too.
 GATE = blocks.LAYER + "mlp.gate.weight"
 
-# Every layout with its gate.
+# Each layout of experts, with the name of the gate that goes with it.
 _LAYOUTS = ((CLASSIC, CLASSIC_GATE), (blocks.fused(blocks.LAYER + "mlp.experts."), GATE))
-_NATIVE_LAYOUTS = ((native.SEPARATE, native.SEPARATE_GATE), (native.STACKED, native.STACKED_GATE))
+_MISTRAL_LAYOUTS = (
+    (mistral_format.SEPARATE, mistral_format.SEPARATE_GATE),
+    (mistral_format.STACKED, mistral_format.STACKED_GATE),
+)
 
 
 def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    layouts = _NATIVE_LAYOUTS if checkpoint.native else _LAYOUTS
+    layouts = _MISTRAL_LAYOUTS if checkpoint.in_mistral_format else _LAYOUTS
     layout, dtype = expert_layout(checkpoint, (known for known, _ in layouts), layer=0)
     gate = next(name for known, name in layouts if known is layout)
     decoder = read_decoder(config)
@@ -53,14 +51,14 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
             blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied),
             *(layer(index) for index in range(decoder.num_layers)),
         ),
-        witnesses=(
-            *native.witnesses(decoder),
-            *expert_witnesses(0, experts, slots, gate, "intermediate_size"),
+        size_checks=(
+            *mistral_format.size_checks(decoder),
+            *expert_size_checks(0, experts, slots, gate, "intermediate_size"),
         ),
     )
-    return native.rename(checkpoint, config, model) if checkpoint.native else model
+    return mistral_format.rename(checkpoint, config, model) if checkpoint.in_mistral_format else model
 
 
 def published_name(parameter: str) -> str:
-    """What a parameter of transformers is called on disk: only the gate is called otherwise."""
+    """The published name of a parameter of transformers; only that of the gate differs."""
     return parameter.replace(".mlp.gate.", ".block_sparse_moe.gate.")

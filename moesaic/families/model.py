@@ -1,9 +1,9 @@
-"""What a model is, as far as router and workers must agree on it: its mixers, its gates, its experts, its tensors.
+"""The description of a model on which router and workers agree: its mixers, gates, experts and tensors.
 
-A family is data. These are the words that it is said in; the other modules here say it, one a family.
+A family is data. This module defines the types of that data; each other module here describes one family in them.
+
+Shapes: T tokens, D hidden size, F inner size, E slots of a layer, n rows, I inputs of a weight.
 """
-
-# Shapes: D hidden size, F inner size, E slots of a layer, V vocabulary, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any, Literal
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import InvalidArgument
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Slots come in `count` equal groups, of which `keep` may be chosen from: those with the largest sums of their
-    `best` best scores."""
+    """The slots of a layer form `count` equal groups. A token may choose from `keep` of them: those with the largest sums
+    of their `best` best scores."""
 
     count: int
     keep: int
@@ -31,13 +31,17 @@ class Groups:
 @dataclass(frozen=True, slots=True)
 class GateRule:
     """How gate logits [T, E] become an assignment: `top_k` slots of each token, and their weights. The lowest slot wins
-    ties, and all of it is float32. In this order:
+    ties, and everything is computed in float32. The steps, in order:
 
-    `score` of the logits over all slots; choice by score (plus the selection bias, where the layer has one) inside the
-    kept groups; `weight` of the chosen ones: their score, the softmax over their logits, the sigmoid of each one's logit,
-    or the sparse mixer of Phi-MoE (which chooses, too); `renormalise` to a sum of one; times `scale`.
+    1. `score` the logits over all slots.
+    2. Choose by score (plus the selection bias, where the layer has one) inside the kept groups.
+    3. `weight` the chosen slots: by their score, the softmax over their logits, the sigmoid of each logit, or the sparse
+       mixer of Phi-MoE, which also makes the choice.
+    4. `renormalise` the weights to a sum of one.
+    5. Multiply by `scale`.
 
-    `own`: none of this is known of the family, its own gate module of transformers decides; only `top_k` is told.
+    `own`: the rule is not known here. The family keeps its own gate module of transformers, whose rows can be neither
+    replaced nor extended; only `top_k` is known.
     """
 
     top_k: int
@@ -46,14 +50,14 @@ class GateRule:
     groups: Groups | None = None
     weight: Literal["score", "softmax", "sigmoid", "sparse_mixer"] = "score"
     renormalise: bool = False
-    # Added to the sum that divides.
+    # Added to the sum by which weights are divided.
     epsilon: float = 0.0
-    # Slots behind the first are left out where their weight is not above this; nothing makes up for it.
-    least_second: float | None = None
+    # Slots after the first are dropped where their weight is not above this; the other weights stay as they are.
+    second_threshold: float | None = None
     scale: float = 1.0
-    # Where the weight goes: onto what the expert answers, or onto what it is asked.
+    # What the weight multiplies: the output of the expert, or its input.
     weighs: Literal["output", "input"] = "output"
-    # Logits further below the best than twice this share of it are left out by the sparse mixer.
+    # The sparse mixer excludes logits that lie further below the best one than twice this share of it.
     jitter: float = 0.0
     # Whether the gate adds a bias to its logits.
     biased: bool = False
@@ -62,27 +66,27 @@ class GateRule:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """How many tokens a slot takes before it is full, where that is wanted: what an assignment has beyond it is dropped.
+    """How many tokens a slot takes before it is full. Assignments beyond that are dropped, if capacities are in force.
 
-    Tokens are counted over each `sequence` or over each step, there in runs of `group` tokens; in order, or with
-    `by_score` those first whose best slot has the higher score. All first choices are counted before any second: all
-    there are, or with `kept_only` those that found a place. `share_first`: weights that are renormalised are so before
-    tokens are dropped, and what is left is not made up for.
+    Tokens are counted over each `sequence` or over each step, in the latter case in runs of `group_size` tokens. They
+    count in order or, if `batch_prioritised`, those with the higher score of their best slot first. All first choices are
+    counted before any second ones: all of them or, if `count_kept_only`, those that were not dropped. If
+    `renormalise_first`, weights are renormalised before tokens are dropped, and the remaining weights stay as they are.
     """
 
-    # fixed: `amount` tokens. fraction: that share of the tokens. even: twice what each slot has where all have alike.
-    # factor: `amount` times that, but `least`.
+    # fixed: `amount` tokens. fraction: this share of the tokens. even: twice the even share of a slot. factor: `amount`
+    # times the even share, but at least `min_tokens`.
     kind: Literal["fixed", "fraction", "even", "factor"]
     amount: float = 1.0
-    least: int = 0
+    min_tokens: int = 0
     counted: Literal["sequence", "step"] = "step"
-    group: int | None = None
-    by_score: bool = False
-    kept_only: bool = False
-    share_first: bool = True
+    group_size: int | None = None
+    batch_prioritised: bool = False
+    count_kept_only: bool = False
+    renormalise_first: bool = True
 
     def size(self, num_tokens: int, num_slots: int) -> int:
-        """Of a slot, where so many tokens are counted together."""
+        """The capacity of a slot, where `num_tokens` are counted together."""
         match self.kind:
             case "fixed":
                 return int(self.amount)
@@ -91,10 +95,10 @@ class Capacity:
             case "even":
                 return 2 * math.ceil(num_tokens / num_slots)
             case "factor":
-                return max(min(num_tokens, int(num_tokens * self.amount / num_slots)), self.least)
+                return max(min(num_tokens, int(num_tokens * self.amount / num_slots)), self.min_tokens)
 
 
-# Activations of experts, by the names that configs use; "clamped_swiglu" is that of gpt-oss.
+# The activations of experts, by their names in configs; "clamped_swiglu" is that of gpt-oss.
 ACTIVATIONS = (
     *("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "relu2"),
     "clamped_swiglu",
@@ -103,9 +107,9 @@ ACTIVATIONS = (
 
 @dataclass(frozen=True, slots=True)
 class ExpertModule:
-    """What one expert computes, [n, D] -> [n, D]. Gated: down(act(gate x) * up x), else down(act(up x)).
+    """The function that an expert computes, [n, D] -> [n, D]: down(act(gate x) * up x) if gated, else down(act(up x)).
 
-    `activation` "clamped_swiglu" is that of gpt-oss: gate at most `limit`, up within it, then
+    The activation "clamped_swiglu" of gpt-oss limits gate to at most `limit` and up to [-limit, limit], and then gives
     (up + 1) * gate * sigmoid(1.702 gate).
     """
 
@@ -118,7 +122,7 @@ class ExpertModule:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """Names of its weights, in the order in which they are hashed."""
+        """The names of its weights, in the order in which they are hashed."""
         names = ("gate", "up", "down") if self.gated else ("up", "down")
         return (*names, *(f"{name}_bias" for name in names)) if self.biased else names
 
@@ -136,19 +140,19 @@ class ExpertModule:
         return matrices * self.hidden_size * self.inner_size + (biases if self.biased else 0)
 
 
-# plain: as it is computed. fp8_block: float8 with one factor a block of 128 x 128, of any float type. mxfp4: two 4-bit
-# floats a byte, [..., I / 32, 16], with one power of two for 32 of them.
+# plain: the dtype of computation. fp8_block: float8 with one factor, of any float type, for each block of 128 x 128.
+# mxfp4: two 4-bit floats a byte, [..., I / 32, 16], with one power of two for each 32 of them.
 Encoding = Literal["plain", "fp8_block", "mxfp4"]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPattern:
-    """Where one weight lies for every slot of a layer.
+    """Where a checkpoint stores one weight of every slot of a layer.
 
-    `tensor` names it, with {layer} and {slot}. `stacked`: one tensor holds all slots, [E, ...]. `part` (i, n): of the
-    weight's rows it is the i-th of n equal runs, or with `interleaved` every n-th row from i on. `transposed`: stored
-    as [in, out], so the parts are of columns. `scales` names the factors of an encoding, for mxfp4 beside `tensor`
-    that holds the blocks.
+    `tensor` is the name of the tensor, with {layer} and {slot}. `stacked`: one tensor holds all slots, [E, ...]. `part`
+    (i, n): the weight is the i-th of n equal runs of the tensor's rows or, if `interleaved`, every n-th row from i on.
+    `transposed`: the tensor is stored as [in, out], so parts are taken of columns. `scales` is the name of the tensor
+    with the factors of an encoding; `tensor` then holds the encoded values, for mxfp4 the blocks.
     """
 
     tensor: str
@@ -166,20 +170,20 @@ class WeightPattern:
         return None if self.scales is None else self.scales.format(layer=layer, slot=slot)
 
 
-# Where dense layers are computed. router: in the router; experts: by workers, as the one expert of their layer. auto:
-# experts in a model that has no others, else router.
+# Where dense layers are computed. router: in the router. experts: by workers, as the one expert of their layer. auto:
+# by workers if the model has no other experts, else in the router.
 DenseLayers = Literal["auto", "router", "experts"]
 
-# One pattern for every name in `ExpertModule.weights`.
+# The pattern of every weight in `ExpertModule.weights`.
 Layout = Mapping[str, WeightPattern]
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayer:
-    """The experts of one layer. `gate` None: a dense layer, one slot that takes every token with weight one.
+    """The experts of one layer. `gate` is None for a dense layer, whose one slot takes every token with weight one.
 
-    `dtype` is that of the weights on disk, once they are decoded. `parameters` of a dense layer: the parameter of
-    transformers that each weight is, with {layer}, where the router computes the layer itself.
+    `dtype` is that of the decoded weights. `parameters`, for a dense layer: the parameter of transformers that each weight
+    becomes, with {layer}, if the router computes the layer itself.
     """
 
     num_slots: int
@@ -188,7 +192,7 @@ class ExpertLayer:
     dtype: str
     gate: GateRule | None
     parameters: Mapping[str, str] = field(default_factory=dict)
-    # In force only where the router is told so: it makes a token depend on its neighbours.
+    # In force only if the router's settings ask for it, as it makes a token depend on its neighbours.
     capacity: Capacity | None = None
 
     @property
@@ -198,32 +202,32 @@ class ExpertLayer:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Softmax attention over cached keys and values. A token sees `window` tokens, its own included, or the tokens
-    of its own chunk of `chunk` positions; None: all before it."""
+    """Softmax attention over cached keys and values. A token attends to the last `window` tokens, itself included, or to
+    the tokens before it in its own chunk of `chunk` positions; without either, to all tokens before it."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     window: int | None = None
     chunk: int | None = None
-    # Whether each head has a learned score that takes part in the softmax and adds nothing.
+    # Whether each head has a learned score that takes part in the softmax but has no value.
     sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """Attention over one compressed vector a token, of which all heads make their keys and values (DeepSeek's MLA)."""
+    """Attention over one compressed vector per token, from which all heads derive keys and values (DeepSeek's MLA)."""
 
     num_heads: int
     latent_dim: int
     rotary_dim: int
-    key_dim: int  # of a head, without the rotary part
+    key_dim: int  # the size of a head's key without the rotary part
     value_dim: int
 
 
 @dataclass(frozen=True, slots=True)
 class Hyena:
-    """A gated long convolution by a sum of complex exponentials. `state_size` of them a channel."""
+    """A gated long convolution with a filter that is a sum of complex exponentials, `state_size` of them per channel."""
 
     state_size: int
     short_filter: int
@@ -232,7 +236,7 @@ class Hyena:
 
 @dataclass(frozen=True, slots=True)
 class EncoderAttention:
-    """Attention of every token of a prompt over all of it. Nothing is kept."""
+    """Attention of every token of a prompt to the whole prompt. Nothing is cached."""
 
     num_heads: int
     head_dim: int
@@ -240,7 +244,7 @@ class EncoderAttention:
 
 @dataclass(frozen=True, slots=True)
 class DecoderAttention:
-    """Attention over what a decoder has generated so far, which begins with a token of its own."""
+    """Causal attention over the start token and what the decoder has generated so far."""
 
     num_heads: int
     head_dim: int
@@ -248,7 +252,7 @@ class DecoderAttention:
 
 @dataclass(frozen=True, slots=True)
 class CrossAttention:
-    """Attention of a decoder over what its encoder made of the prompt."""
+    """Attention of a decoder to the encoder's output for the prompt."""
 
     num_heads: int
     head_dim: int
@@ -259,10 +263,11 @@ Mixer = Attention | LatentAttention | Hyena | EncoderAttention | DecoderAttentio
 
 @dataclass(frozen=True, slots=True)
 class DenseTensor:
-    """A tensor that the router holds, and how it comes out of the checkpoint.
+    """A tensor that the router holds, and how it is read from the checkpoint.
 
-    `rows` [first, end) of tensor `source`. `rotary_heads`: its rows are those of so many heads in interleaved rotary
-    order and are put into half order. `scales`: it is float8 in blocks (see Encoding).
+    It is the tensor `source`, or its rows [first, end) if `rows` is set. `rotary_heads`: its rows belong to this number of
+    heads in interleaved rotary order, and are reordered into halves. `scales`: the tensor with the factors, if it is
+    stored as float8 in blocks (see Encoding).
     """
 
     shape: tuple[int, ...]
@@ -274,13 +279,13 @@ class DenseTensor:
 
 @dataclass(frozen=True, slots=True)
 class MoeModel:
-    """A model as its checkpoint describes it. A dense model is the case of one expert a layer.
+    """A model as its checkpoint describes it. In a dense model, each layer has one expert.
 
-    `dtype` is what the checkpoint computes in. `experts` has the layers whose experts are served by workers. `dense`
-    has all other tensors, by the name of the parameter of transformers that each is (StripedHyena: its own names).
+    `dtype` is the dtype in which the checkpoint computes. `experts` holds the layers whose experts workers serve. `dense`
+    holds all other tensors, by the name of their parameter in transformers (for StripedHyena, in the authors' class).
 
-    The first `num_encoder_layers` layers, if there are any, are an encoder: it reads the prompt as a whole, and the
-    other layers generate. Behind the mixers of all layers come the cross-attentions of the latter.
+    The first `num_encoder_layers` layers are the encoder, if there is one: it reads the prompt as a whole, and the other
+    layers generate. `mixers` lists those of all layers, and then the cross-attentions of the decoder's layers.
     """
 
     family: str
@@ -294,13 +299,13 @@ class MoeModel:
     dense: Mapping[str, DenseTensor]
     tied: bool = False
     num_encoder_layers: int = 0
-    # Tensors that may be in the checkpoint and have no part in serving.
+    # Tensors that the checkpoint may contain and that serving does not need.
     ignored: frozenset[str] = field(default_factory=frozenset)
-    # The config by which transformers builds its modules, where the checkpoint's own is of another kind.
+    # The config from which transformers builds its modules, if that of the checkpoint is of another kind.
     transformers_config: Mapping[str, Any] | None = None
 
     def placing(self, dense_layers: DenseLayers) -> MoeModel:
-        """The same model with its dense layers where they are wanted."""
+        """The same model, with its dense layers computed where the setting says."""
         if dense_layers == "auto":
             dense_layers = (
                 "router" if any(layer.gate is not None for layer in self.experts.values()) else "experts"
@@ -318,7 +323,7 @@ class MoeModel:
 
     @property
     def addresses(self) -> tuple[ExpertAddress, ...]:
-        """All experts, in order of layer and slot."""
+        """The addresses of all experts, in order of layer and slot."""
         return tuple(
             ExpertAddress(layer, slot)
             for layer, experts in sorted(self.experts.items())
@@ -327,12 +332,12 @@ class MoeModel:
 
     @property
     def num_slots(self) -> dict[int, int]:
-        """Slots of every layer that has experts."""
+        """The number of slots of every layer that has experts."""
         return {layer: experts.num_slots for layer, experts in sorted(self.experts.items())}
 
     @property
     def num_dense_parameters(self) -> int:
-        """Those that the router holds."""
+        """The number of parameters that the router holds."""
         return sum(math.prod(tensor.shape) for tensor in self.dense.values())
 
     @property
@@ -343,23 +348,23 @@ class MoeModel:
 
     @property
     def num_active_parameters(self) -> int:
-        """Of these, the ones that a token meets."""
+        """The number of parameters that compute a token."""
         return self.num_dense_parameters + sum(
             layer.top_k * layer.module.num_parameters for layer in self.experts.values()
         )
 
     def expert_bytes(self, layer: int) -> int:
-        """Bytes of one expert of this layer in the dtype of its weights."""
+        """The bytes of one expert of this layer, in the dtype of its weights."""
         experts = self.experts[layer]
-        return experts.module.num_parameters * ITEM_BYTES[experts.dtype]
+        return experts.module.num_parameters * _ITEM_BYTES[experts.dtype]
 
     @property
     def expert_tensors(self) -> frozenset[str]:
-        """Names of all tensors that hold expert weights; the router never reads them."""
+        """The names of all tensors that hold expert weights. The router never reads them."""
         return frozenset(_expert_tensors(self.experts))
 
     def context_length(self, wanted: int | None) -> int:
-        """The longest sequence to serve. Raises InvalidArgument for more than the model was made for."""
+        """The length of the longest sequence to serve. Raises InvalidArgument if it exceeds that of the model."""
         if wanted is not None and wanted > self.max_model_len:
             raise InvalidArgument(
                 f"max_model_len: the model's context has {self.max_model_len} tokens", field="max_model_len"
@@ -368,7 +373,7 @@ class MoeModel:
 
 
 def _as_dense(held: ExpertLayer, weight: str, layer: int) -> DenseTensor:
-    """A weight of a dense layer's only expert, as a tensor of the router."""
+    """One weight of a dense layer's only expert, as a tensor that the router holds."""
     pattern, shape = held.layout[weight], held.module.shape(weight)
     part, num_parts = pattern.part
     rows = None if num_parts == 1 else (part * shape[0], (part + 1) * shape[0])

@@ -1,8 +1,9 @@
-"""NLLB-MoE: a translator with biases throughout and sinusoidal positions, in the layout of transformers."""
+"""NLLB-MoE: a translation model with biases in all projections and sinusoidal positions, in the layout of transformers."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.checkpoints.mistral_params import MAX_LAYERS
@@ -52,7 +53,7 @@ NAMES = Names(
 )
 
 _NORM_EPS = 1e-5
-_DRAWN = "would leave to chance what a token gets; served: all, sampling (without its noise)"
+_DRAWN = "would choose the experts of a token at random; served: all, sampling (without its noise)"
 
 
 def read_arithmetic(config: Config) -> Arithmetic:
@@ -79,7 +80,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     sizes = Sizes(
         hidden_size=hidden_size,
         vocab_size=config.size("vocab_size"),
-        # Source and target together, each of which may have as many.
+        # Source and target together; each may have this number of positions.
         max_model_len=2 * config.size("max_position_embeddings", default=1024),
         num_slots=num_slots,
         encoder=_stack(config, "encoder", hidden_size),
@@ -110,7 +111,7 @@ def _stack(config: Config, side: str, hidden_size: int) -> Stack:
 
 
 def _gate(config: Config) -> GateRule:
-    """Experts' outputs are scaled by the share of tokens that training left them."""
+    """The gate, whose weights are scaled by the share of tokens that training did not drop."""
     policy = config.choice("second_expert_policy", ("all", "sampling", "random"))
     if policy == "random":
         config.fail("second_expert_policy", f"'random' {_DRAWN}")
@@ -124,11 +125,13 @@ def _capacity(config: Config) -> Capacity:
     fraction = config.values.get("moe_eval_capacity_token_fraction", 1.0)
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not fraction <= 1:
         config.fail("moe_eval_capacity_token_fraction", "must be a number up to 1")
-    by_score = config.flag("batch_prioritized_routing", default=False)
-    share_first = config.flag("normalize_router_prob_before_dropping", default=False)
+    capacity = partial(
+        Capacity,
+        batch_prioritised=config.flag("batch_prioritized_routing", default=False),
+        renormalise_first=config.flag("normalize_router_prob_before_dropping", default=False),
+    )
     if fraction > 0:
-        return Capacity("fraction", float(fraction), by_score=by_score, share_first=share_first)
+        return capacity("fraction", float(fraction))
     if "expert_capacity" in config.values and not config.has("expert_capacity"):
-        return Capacity("even", by_score=by_score, share_first=share_first)
-    size = config.size("expert_capacity", default=64)
-    return Capacity("fixed", size, by_score=by_score, share_first=share_first)
+        return capacity("even")
+    return capacity("fixed", config.size("expert_capacity", default=64))

@@ -1,9 +1,7 @@
-"""OLMoE and FlexOlmo: experts in every layer, norms over all heads of queries and of keys at once.
+"""OLMoE and FlexOlmo: every layer has experts, and one norm each for all heads of queries and all heads of keys.
 
-FlexOlmo norms what a block answers, where OLMoE norms what it is asked; its experts come from different owners.
+OLMoE normalises the input of each block, FlexOlmo its output; the experts of FlexOlmo come from different owners.
 """
-
-# Shapes: D hidden size, E slots, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
@@ -15,10 +13,10 @@ from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MLP,
     MLP_LAYOUTS,
-    Decoder,
+    DecoderSizes,
     assemble,
     expert_layout,
-    expert_witnesses,
+    expert_size_checks,
     read_decoder,
     read_slots,
 )
@@ -64,11 +62,11 @@ def _describe(checkpoint: Checkpoint, config: Config, family: str, norms: tuple[
         mixers=(attention,) * decoder.num_layers,
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=dense(),
-        witnesses=expert_witnesses(0, experts, slots, _GATE, "intermediate_size"),
+        size_checks=expert_size_checks(0, experts, slots, _GATE, "intermediate_size"),
     )
 
 
-def _attention(prefix: str, decoder: Decoder, attention: Attention, bias: bool) -> blocks.Named:
+def _attention(prefix: str, decoder: DecoderSizes, attention: Attention, bias: bool) -> blocks.Named:
     yield from blocks.attention_tensors(prefix, attention, decoder.hidden_size, bias=bias, output_bias=bias)
     yield blocks.tensor(prefix + "q_norm.weight", attention.num_heads * attention.head_dim)
     yield blocks.tensor(prefix + "k_norm.weight", attention.num_kv_heads * attention.head_dim)

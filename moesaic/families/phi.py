@@ -1,10 +1,8 @@
-"""Phi-2 in the layout of transformers and in that of its first authors, and Phixtral: several of its MLPs in each block.
+"""Phi-2 in the layouts of transformers and of its authors, and Phixtral, which has several MLPs of Phi-2 in each block.
 
-All tensors have biases, those of experts among them, which have no gated branch. A block is parallel: attention and MLP
-both read the output of its one norm.
+All weights have biases, including those of the experts, which have no gated branch. Blocks are parallel: attention and
+MLP both read the output of the block's one norm.
 """
-
-# Shapes: D hidden size, F inner size, E slots, V vocabulary, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from typing import Any
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
-from moesaic.families.decoder import Decoder, Slots, assemble, expert_layout, read_decoder, read_slots
+from moesaic.families.decoder import DecoderSizes, Slots, assemble, expert_layout, read_decoder, read_slots
 from moesaic.families.model import (
     ACTIVATIONS,
     Attention,
@@ -32,8 +30,8 @@ from moesaic.families.tensor_check import check_num_layers
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """What a layout calls its modules. `layer` has {layer} and ends with a dot; `joined` are queries, keys and values
-    in one, in this order of rows."""
+    """The names of a layout's modules. `layer` has {layer} and ends with a dot; `joined` holds the rows of queries, then
+    keys, then values, if the layout joins them."""
 
     layer: str
     embedding: str
@@ -76,9 +74,9 @@ _OLD_MLP = _mlp(_OLD.layer + "mlp.")
 _PHIXTRAL_MLPS = _mlp(_OLD.layer + "moe.mlp.{slot}.")
 _PHIXTRAL_GATE = _OLD.layer + "moe.gate.weight"
 
-# gelu_new is what is meant where a config says nothing.
+# The first one, gelu_new, is the default of the family.
 _ACTIVATIONS = ("gelu_new", *(name for name in ACTIVATIONS if name not in ("gelu_new", "clamped_swiglu")))
-# Keys of the old config, by what transformers calls them.
+# The keys of the old config, by the names that transformers has for them.
 _SPELLING = {
     "hidden_act": "activation_function",
     "hidden_size": "n_embd",
@@ -101,12 +99,12 @@ _PADDED_TO = 64
 
 
 def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    """Phi as transformers has it."""
+    """Phi in the layout of transformers."""
     return _describe(checkpoint, config, _NEW, (_NEW_MLP,))
 
 
 def describe_old(checkpoint: Checkpoint, config: Config) -> MoeModel:
-    """Phi and Phixtral in the old layout. A key that is not known is refused, as it may change the arithmetic."""
+    """Phi and Phixtral in the old layout. Unknown keys are refused, as they may change the arithmetic."""
     for key, value in config.values.items():
         if key not in _READ and key not in _HARMLESS and not key.startswith("_") and value is not None:
             config.fail(key, "is not known in this layout")
@@ -118,7 +116,7 @@ def describe_old(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 
 def _in_new_words(config: Config) -> dict[str, Any]:
-    """The config that transformers would have for the same model."""
+    """The config of the same model in transformers."""
     spelling = {**_SPELLING, **{key: key for key in _SAME}}
     values = {key: config.values[old] for key, old in spelling.items() if config.has(old)}
     hidden_size, num_heads = config.size("n_embd"), config.size("n_head")
@@ -139,7 +137,7 @@ def _in_new_words(config: Config) -> dict[str, Any]:
 
 
 def _rotary_share(config: Config, head_dim: int) -> float:
-    """Of a head, as transformers reads it: rounded down to whole dimensions."""
+    """The rotary share of a head, such that transformers, which rounds down to whole dimensions, finds `rotary_dim`."""
     rotary_dim = config.size("rotary_dim")
     if rotary_dim % 2 or rotary_dim > head_dim:
         config.fail("rotary_dim", f"must be even and at most the size of a head, {head_dim}")
@@ -170,13 +168,13 @@ def _describe(checkpoint: Checkpoint, config: Config, names: _Names, layouts: tu
         dense.append(_block(layer, names, attention, decoder.hidden_size, normed=normed))
         if slots is not None:
             dense.append(_gate(layer, slots, decoder.hidden_size))
-    witnesses = [
+    size_checks = [
         ("vocab_size", decoder.vocab_size, f"{names.embedding}.weight", 0),
         ("hidden_size", decoder.hidden_size, f"{names.embedding}.weight", 1),
         ("intermediate_size", module.inner_size, layout["up"].name(0, 0), 0),
     ]
     if slots is not None:
-        witnesses.append((slots.key, slots.count, _PHIXTRAL_GATE.format(layer=0), 0))
+        size_checks.append((slots.key, slots.count, _PHIXTRAL_GATE.format(layer=0), 0))
     model = assemble(
         checkpoint,
         config,
@@ -185,14 +183,14 @@ def _describe(checkpoint: Checkpoint, config: Config, names: _Names, layouts: tu
         mixers=(attention,) * decoder.num_layers,
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=dense,
-        witnesses=witnesses,
+        size_checks=size_checks,
     )
-    # The head's copy of the embedding, under whatever name.
+    # A tied checkpoint may contain the head's copy of the embedding.
     return replace(model, ignored=frozenset({f"{names.head}.weight"})) if decoder.tied else model
 
 
 def _read_slots(config: Config, layout: Layout) -> Slots | None:
-    """None where each layer has one MLP."""
+    """The slots of Phixtral, or None if each layer has one MLP."""
     if layout is _PHIXTRAL_MLPS:
         return read_slots(config, "num_local_experts")
     for key in ("num_local_experts", "num_experts_per_tok"):
@@ -201,7 +199,7 @@ def _read_slots(config: Config, layout: Layout) -> Slots | None:
     return None
 
 
-def _ends(decoder: Decoder, names: _Names) -> blocks.Named:
+def _ends(decoder: DecoderSizes, names: _Names) -> blocks.Named:
     size, vocab_size = decoder.hidden_size, decoder.vocab_size
     yield "model.embed_tokens.weight", DenseTensor((vocab_size, size), f"{names.embedding}.weight")
     yield from _both("model.final_layernorm", names.final_norm, size)
@@ -234,12 +232,12 @@ def _block(
 
 
 def _gate(layer: int, slots: Slots, hidden_size: int) -> blocks.Named:
-    """Where the MLP of transformers is, by the names that a gate has there in other families."""
+    """The gate. Its parameter is in the place of the MLP of transformers, under the name that other families use."""
     source = _PHIXTRAL_GATE.format(layer=layer)
     yield f"{_NEW.layer.format(layer=layer)}mlp.gate.weight", DenseTensor((slots.count, hidden_size), source)
 
 
 def _both(name: str, source: str, *shape: int, span: tuple[int, int] | None = None) -> blocks.Named:
-    """Weight and bias, of these rows of a tensor or the whole."""
+    """Weight and bias of `source`, or their rows in `span`."""
     yield f"{name}.weight", DenseTensor(shape, f"{source}.weight", span)
     yield f"{name}.bias", DenseTensor(shape[:1], f"{source}.bias", span)

@@ -1,6 +1,4 @@
-"""Phi-3.5-MoE: norms with biases, and two experts a token, each chosen and weighed by itself in the sparse mixer."""
-
-# Shapes: D hidden size, E slots, V vocabulary.
+"""Phi-3.5-MoE: norms have biases, and a sparse mixer chooses and weighs the two experts of a token one by one."""
 
 from __future__ import annotations
 
@@ -11,10 +9,10 @@ from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
 from moesaic.families.config import Config
 from moesaic.families.decoder import (
-    Decoder,
+    DecoderSizes,
     assemble,
     expert_layout,
-    expert_witnesses,
+    expert_size_checks,
     read_decoder,
     read_slots,
 )
@@ -64,13 +62,13 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=(attention,) * decoder.num_layers,
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=dense(),
-        witnesses=expert_witnesses(0, experts, slots, gate, "intermediate_size"),
+        size_checks=expert_size_checks(0, experts, slots, gate, "intermediate_size"),
     )
 
 
 def _context(config: Config, max_model_len: int) -> int:
-    """Its long positions change for all tokens of a batch as soon as one sequence passes the length that it was first
-    trained on; up to there they do not."""
+    """Limits the context to the length of the original training. Beyond it, the positions of all tokens of a batch would
+    change as soon as one sequence exceeds that length."""
     values = config.values.get("rope_parameters") or config.values.get("rope_scaling")
     if not isinstance(values, Mapping) or "longrope" not in (values.get("rope_type"), values.get("type")):
         return max_model_len
@@ -82,14 +80,14 @@ def _context(config: Config, max_model_len: int) -> int:
     return min(original, max_model_len)
 
 
-def _ends(decoder: Decoder, *, head_bias: bool) -> blocks.Named:
+def _ends(decoder: DecoderSizes, *, head_bias: bool) -> blocks.Named:
     yield from blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
     yield blocks.tensor("model.norm.bias", decoder.hidden_size)
     if head_bias:
         yield blocks.tensor("lm_head.bias", decoder.vocab_size)
 
 
-def _layer(layer: int, decoder: Decoder, attention: Attention, bias: bool) -> blocks.Named:
+def _layer(layer: int, decoder: DecoderSizes, attention: Attention, bias: bool) -> blocks.Named:
     prefix, hidden_size = blocks.LAYER.format(layer=layer), decoder.hidden_size
     yield from blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm", bias=True)
     yield from blocks.attention_tensors(

@@ -1,6 +1,6 @@
-"""Checkpoints whose weights are stored in fewer bits: which kinds are understood, and which tensors are so stored.
+"""Checkpoints with quantised weights: which encodings are supported, and which tensors are encoded.
 
-Weights are decoded as they are loaded; everything is computed in the dtype of the tensors that are not encoded.
+Weights are decoded when they are loaded; all computation uses the dtype of the tensors that are not encoded.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from moesaic.families.tensor_check import FP8_BLOCK, stored_dtype
 
 _KEY = "quantization_config"
 _FLOAT8 = "F8_E4M3"
-# What the factors of a float8 tensor are called, behind its name.
+# The suffix of the name of a float8 tensor's factors.
 SCALES = "_scale_inv"
 _ENCODED = frozenset({_FLOAT8, "U8"})
 _EMBEDDING = "model.embed_tokens.weight"
 
 
 def read_encoding(config: Config) -> Encoding:
-    """How the config says that weights are stored. What is not understood is refused by name."""
+    """The encoding of weights that the config states. An unknown one is refused by name."""
     if not config.has(_KEY):
         return "plain"
     values = config.values[_KEY]
@@ -41,13 +41,13 @@ def read_encoding(config: Config) -> Encoding:
 
 
 def decoded_dtype(checkpoint: Checkpoint, name: str, embedding: str = _EMBEDDING) -> str:
-    """The dtype of a weight once it is decoded: its own, or that of the embedding, which is never encoded."""
+    """The dtype of a decoded weight: its own or, if it is encoded, that of the embedding, which never is."""
     entry = checkpoint.tensors.get(name)
     return stored_dtype(checkpoint, embedding if entry is not None and entry.dtype in _ENCODED else name)
 
 
 def in_float8(checkpoint: Checkpoint, model: MoeModel) -> MoeModel:
-    """The same model, reading through their scales the tensors that are float8 in this checkpoint."""
+    """The same model, with the scales of all tensors that this checkpoint stores as float8."""
     return replace(
         model,
         experts={layer: _layer(checkpoint, layer, experts) for layer, experts in model.experts.items()},

@@ -1,10 +1,8 @@
-"""Qwen2-MoE and Qwen3-MoE: experts in every `decoder_sparse_step`-th layer, dense MLPs in the others.
+"""Qwen2-MoE and Qwen3-MoE: every `decoder_sparse_step`-th layer has experts, the others have dense MLPs.
 
-Qwen2 has biases on queries, keys and values, and beside the experts a shared one behind a sigmoid. Qwen3 has norms on
-the heads of queries and keys instead.
+Qwen2 has biases on queries, keys and values, and a shared expert that is weighed by a sigmoid. Qwen3 instead has norms
+over each head of queries and keys.
 """
-
-# Shapes: D hidden size, E slots, d head size.
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from moesaic.families.config import Config
 from moesaic.families.decoder import (
     MLP,
     Channels,
-    Decoder,
+    DecoderSizes,
     assemble,
     read_channels,
     read_decoder,
@@ -52,7 +50,7 @@ def describe_qwen2(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=tuple(replace(attention, window=window) for window in _qwen2_windows(config, decoder)),
         experts=channels.layers,
         dense=dense(),
-        witnesses=channels.witnesses,
+        size_checks=channels.size_checks,
     )
 
 
@@ -78,11 +76,11 @@ def describe_qwen3(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=(attention,) * decoder.num_layers,
         experts=channels.layers,
         dense=dense(),
-        witnesses=channels.witnesses,
+        size_checks=channels.size_checks,
     )
 
 
-def _read_channels(checkpoint: Checkpoint, config: Config, decoder: Decoder) -> Channels:
+def _read_channels(checkpoint: Checkpoint, config: Config, decoder: DecoderSizes) -> Channels:
     slots = read_slots(config, "num_experts", "num_local_experts")
     rule = GateRule(slots.top_k, renormalise=config.flag("norm_topk_prob", default=False))
     return read_channels(checkpoint, config, decoder, slots, rule, _sparse_layers(config, decoder.num_layers))
@@ -101,8 +99,9 @@ def _has_window(config: Config) -> bool:
     return config.flag("use_sliding_window", default=False)
 
 
-def _qwen2_windows(config: Config, decoder: Decoder) -> Iterator[int | None]:
-    """Where the layers are not named one by one, every second one below `max_window_layers` has the window."""
+def _qwen2_windows(config: Config, decoder: DecoderSizes) -> Iterator[int | None]:
+    """The window of each layer. If the config does not list the layers' types, every second layer below
+    `max_window_layers` has the window."""
     kinds = read_layer_types(config, decoder.num_layers, "full_attention", "sliding_attention")
     below = config.count("max_window_layers", default=28) if _has_window(config) else 0
     for layer in range(decoder.num_layers):
@@ -112,7 +111,7 @@ def _qwen2_windows(config: Config, decoder: Decoder) -> Iterator[int | None]:
 
 def _layer(
     layer: int,
-    decoder: Decoder,
+    decoder: DecoderSizes,
     attention: Attention,
     channels: Channels,
     *,

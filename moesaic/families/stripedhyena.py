@@ -1,10 +1,8 @@
-"""StripedHyena: blocks of attention or of a gated long convolution, and a gated MLP in each.
+"""StripedHyena: each block has attention or a gated long convolution, and a gated MLP.
 
-Not a family of transformers: parameters have the names of the authors' own class. The Hub's files put a prefix before
-them, the standalone ones do not. Only what is known is served: a config key that no reader here knows is refused.
+transformers does not have this family, so parameters have the names of the authors' own class. The files on the Hub have a
+prefix before them, the standalone files do not. A config key that is not known here is refused.
 """
-
-# Shapes: D hidden size, F inner size, H query heads, G key/value heads, d head size, V vocabulary, S modes of a channel.
 
 from __future__ import annotations
 
@@ -32,11 +30,11 @@ EMBEDDING = "embedding_layer.weight"
 NORM = "norm.scale"
 HEAD = "unembed.weight"
 BLOCK = "blocks.{layer}."
-# Parameters of the MLP behind the block's prefix, by the weight of the expert that each is.
+# The parameters of the MLP, by the weight of the expert that each becomes; the block's prefix precedes each name.
 MLP = {"gate": "mlp.l1.weight", "up": "mlp.l2.weight", "down": "mlp.l3.weight"}
 
 _PREFIXES = ("backbone.", "")
-# Buffers that some files carry; all of them are computed, never read.
+# Buffers that some files contain; all of them are computed, never read.
 _COMPUTED = ("freq", "fftconv", "twiddle_factors", "_extra_state")
 _TIME_BUFFER = "filter.t"
 
@@ -48,8 +46,8 @@ _READ = frozenset({
     "short_filter_bias", "short_filter_length", "smeared_gqa", "state_size", "tie_embeddings",
     "use_flash_rmsnorm", "use_interpolated_rotary_pos_emb", "vocab_size",
 })  # fmt: skip
-# How the authors' code computes or was trained, not what. Their `prefill_style` recurrence is wrong for complex poles;
-# both styles mean the same model.
+# Keys that affect how the authors' code computes or was trained, but not its result. Their `prefill_style` recurrence
+# is wrong for complex poles; both styles mean the same model.
 _HARMLESS = frozenset({
     "architectures", "attn_block_dtype", "auto_map", "bos_token_id", "column_split", "compile", "dtype",
     "eos_token_id", "hyena_block_dtype", "id2label", "inference_mode", "initializer_range", "label2id",
@@ -64,17 +62,24 @@ _HARMLESS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """Constants of the forward pass."""
+    """The constants of the forward pass."""
 
     norm_eps: float
-    # Where the norm adds it: to the mean of squares, or to the root of that.
+    # Whether the norm adds `norm_eps` to the mean of squares, or to its root.
     eps_inside_root: bool
     rotary_base: float
-    # Positions are divided by it.
+    # Positions are divided by this number.
     rotary_scaling: float
-    # Whether the channels of x2, x1 and v lie head by head.
+    # Whether the channels of x2, x1 and v are stored head by head.
     split_by_head: bool
     activation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StripedHyenaModel(MoeModel):
+    """A MoeModel with the arithmetic of its decoder."""
+
+    arithmetic: Arithmetic
 
 
 def read_arithmetic(config: Config) -> Arithmetic:
@@ -89,13 +94,15 @@ def read_arithmetic(config: Config) -> Arithmetic:
     )
 
 
-def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
+def describe(checkpoint: Checkpoint, config: Config) -> StripedHyenaModel:
     _refuse_unknown(config)
+    # The constants are read first so that errors in them are found before those in tensors.
+    arithmetic = read_arithmetic(config)
     hidden_size, num_layers = config.size("hidden_size"), config.size("num_layers", most=MAX_LAYERS)
     vocab_size, tied = config.size("vocab_size"), config.flag("tie_embeddings", default=False)
     prefix = next((p for p in _PREFIXES if p + EMBEDDING in checkpoint.tensors), _PREFIXES[0])
     mixers = _mixers(config, hidden_size, num_layers)
-    experts = _experts(checkpoint, config, prefix, hidden_size)
+    experts = _experts(checkpoint, config, prefix, hidden_size, arithmetic.activation)
     check_sizes(
         checkpoint,
         config,
@@ -114,7 +121,8 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     dense = dict(_ends(hidden_size, vocab_size, tied=tied))
     for layer, mixer in enumerate(mixers):
         dense |= _block(config, BLOCK.format(layer=layer), mixer, hidden_size)
-    return MoeModel(
+    return StripedHyenaModel(
+        arithmetic=arithmetic,
         family=FAMILY,
         num_layers=num_layers,
         hidden_size=hidden_size,
@@ -139,8 +147,6 @@ def _refuse_unknown(config: Config) -> None:
         config.fail("hyena_filter_groups", "must be 1: filters that channels share are not served")
     if not config.flag("final_norm", default=True):
         config.fail("final_norm", "must be true")
-    # Here, so that what is wrong with them is found before any tensor is.
-    read_arithmetic(config)
 
 
 def _required(config: Config, key: str) -> float:
@@ -150,7 +156,7 @@ def _required(config: Config, key: str) -> float:
 
 
 def _inner_size(config: Config, hidden_size: int) -> int:
-    """F: as given, or 8/3 of D, filled up to a multiple."""
+    """The inner size of the MLP: as given, or 8/3 of the hidden size, rounded up to a multiple."""
     given = config.optional_size("inner_mlp_size")
     if given is not None:
         return given
@@ -174,18 +180,20 @@ def _mixers(config: Config, hidden_size: int, num_layers: int) -> tuple[Mixer, .
     attends, convolves = config.sizes("attn_layer_idxs"), config.sizes("hyena_layer_idxs")
     if attends and max(attends) >= num_layers:
         config.fail("attn_layer_idxs", f"names layer {max(attends)} of {num_layers}")
-    # It may name layers beyond the last: the published file does.
+    # The list may name layers beyond the last one: that of the published file does.
     if missing := sorted(set(range(num_layers)).difference(attends, convolves)):
         config.fail("hyena_layer_idxs", f"layer {missing[0]} is in neither this nor attn_layer_idxs")
     return tuple(attention if layer in attends else hyena for layer in range(num_layers))
 
 
-def _experts(checkpoint: Checkpoint, config: Config, prefix: str, hidden_size: int) -> ExpertLayer:
-    """The MLP of a block, as the one expert of its layer."""
+def _experts(
+    checkpoint: Checkpoint, config: Config, prefix: str, hidden_size: int, activation: str
+) -> ExpertLayer:
+    """The MLP of a block, as the layer's one expert."""
     inner_size = _inner_size(config, hidden_size)
     return ExpertLayer(
         num_slots=1,
-        module=ExpertModule(hidden_size, inner_size, read_arithmetic(config).activation),
+        module=ExpertModule(hidden_size, inner_size, activation),
         layout={weight: WeightPattern(prefix + BLOCK + name) for weight, name in MLP.items()},
         dtype=stored_dtype(checkpoint, prefix + BLOCK.format(layer=0) + MLP["gate"]),
         gate=None,
@@ -210,7 +218,7 @@ def _block(config: Config, block: str, mixer: Mixer, hidden_size: int) -> Named:
 
 
 def _attention(config: Config, prefix: str, mixer: Attention, hidden_size: int) -> Named:
-    """Rows of Wqkv: those of all query heads, then of all key heads, then of all value heads."""
+    """The rows of Wqkv are those of all query heads, then of all key heads, then of all value heads."""
     rows = (mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
     for name, size, bias in (
         ("Wqkv", rows, "qkv_proj_bias"),

@@ -1,8 +1,8 @@
-"""Switch Transformers, built like T5, and on the same tensors the gates of ST-MoE.
+"""Switch Transformers, built like T5, and ST-MoE, which has the same tensors and another gate.
 
-A config with `num_selected_experts` 2 means the latter, of which no other layout is published: the two best slots, their
-scores divided by the sum of both, and the second one left out by `second_expert_policy`. Its other keys:
-`second_expert_threshold`, `eval_capacity_factor`, `min_expert_capacity`, `expert_group_size`.
+`num_selected_experts` 2 in a config means ST-MoE, for which no layout of its own is published: each token gets the two
+best slots, their scores divided by the sum of both, and `second_expert_policy` decides when the second one is dropped.
+Its other keys: `second_expert_threshold`, `eval_capacity_factor`, `min_expert_capacity`, `expert_group_size`.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ NAMES = Names(
     down="wo",
 )
 
-# Relative positions have no end; this is what the family was trained with.
+# The length that the family was trained with; relative positions have no limit of their own.
 _DEFAULT_POSITIONS = 512
 _SECOND_EPSILON = 1e-9
-# No weight of a second slot is above it.
+# A threshold that no weight of a second slot exceeds.
 _NEVER = 1.0
 
 
@@ -66,7 +66,7 @@ def read_arithmetic(config: Config) -> Arithmetic:
         config.size("relative_attention_num_buckets", default=32),
         config.size("relative_attention_max_distance", default=128),
     )
-    # Both ways and near or far: an encoder divides its buckets by four.
+    # An encoder divides its buckets by four: before and after the query, near and far.
     if relative.num_buckets % 4:
         config.fail("relative_attention_num_buckets", "must be a multiple of four")
     if relative.max_distance <= relative.num_buckets // 2:
@@ -121,29 +121,30 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 
 def _switch(config: Config) -> tuple[GateRule, Capacity]:
-    """The best slot, weighted by its score. Tokens are counted over each sequence."""
+    """Switch: the best slot, weighted by its score. Tokens are counted over each sequence."""
     size = config.size("expert_capacity", default=64)
     gate = GateRule(1, biased=config.flag("router_bias", default=False))
     return gate, Capacity("fixed", size, counted="sequence")
 
 
 def _st_moe(config: Config) -> tuple[GateRule, Capacity]:
-    """Where the policy is to draw whether a token gets its second slot, it gets it where the draw was sure to say so."""
+    """ST-MoE. Where training drew at random whether a token gets its second slot, the token gets it exactly where that
+    draw could not have failed: above the threshold."""
     policy = config.choice("second_expert_policy", ("random", "threshold", "all", "none"))
     threshold = config.number("second_expert_threshold", default=0.2)
     gate = GateRule(
         2,
         renormalise=True,
         epsilon=_SECOND_EPSILON,
-        least_second={"all": None, "none": _NEVER}.get(policy, threshold),
+        second_threshold={"all": None, "none": _NEVER}.get(policy, threshold),
         biased=config.flag("router_bias", default=False),
     )
     capacity = Capacity(
         "factor",
         config.number("eval_capacity_factor", default=2.0),
-        least=config.size("min_expert_capacity", default=4),
-        group=config.size("expert_group_size", default=1024),
-        kept_only=True,
+        min_tokens=config.size("min_expert_capacity", default=4),
+        group_size=config.size("expert_group_size", default=1024),
+        count_kept_only=True,
     )
     return gate, capacity
 
@@ -153,7 +154,7 @@ def _is_tied(config: Config) -> bool:
 
 
 def _sparse(config: Config, side: str, num_layers: int) -> tuple[bool, ...]:
-    """Every so many layers; the first that is, is the second."""
+    """Which layers have several experts: every `step`-th one from the second on, or all of them if `step` is one."""
     num_sparse = config.count(f"num_sparse_{side}_layers", default=3)
     step = config.count(f"{side}_sparse_step", default=num_layers // num_sparse if num_sparse else num_layers)
     return tuple(step == 1 or (step > 0 and layer % step == 1) for layer in range(num_layers))

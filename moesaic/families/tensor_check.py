@@ -1,5 +1,5 @@
-"""Whether a checkpoint's tensors are those of the model that its config describes: none missing, none left over, each
-of the right shape and dtype. Found here, before any weight is read.
+"""Checks that a checkpoint has exactly the tensors of the model that its config describes, each with the right shape and
+dtype. This is done before any weight is read.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from moesaic.families.model import DenseTensor, ExpertLayer, Layout, MoeModel, W
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
-# Rotary frequencies, which old checkpoints carry, are computed, never read.
+# Old checkpoints contain rotary frequencies, which are computed, never read.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 
 
 def find_layout(checkpoint: Checkpoint, layouts: Iterable[Layout], layer: int = 0) -> Layout:
-    """The first layout whose first weight of slot 0 is there. Raises CheckpointError that names what was expected."""
+    """The first layout whose first weight of slot 0 is present. Raises CheckpointError, which names the expected tensor."""
     layouts = tuple(layouts)
     for layout in layouts:
         if _first(layout).name(layer, 0) in checkpoint.tensors:
@@ -29,7 +29,7 @@ def find_layout(checkpoint: Checkpoint, layouts: Iterable[Layout], layer: int = 
 
 
 def stored_dtype(checkpoint: Checkpoint, name: str) -> str:
-    """The float type of a tensor; all others that are computed with must have the same, but see `check_tensors`."""
+    """The float type of a tensor. All expert weights must have the same; `check_tensors` accepts others for the rest."""
     entry = checkpoint.tensors.get(name)
     if entry is None:
         raise CheckpointError(
@@ -42,9 +42,9 @@ def stored_dtype(checkpoint: Checkpoint, name: str) -> str:
 
 
 def check_tensors(checkpoint: Checkpoint, model: MoeModel) -> None:
-    """Raises CheckpointError with the name of the first tensor that is missing, wrong or no part of the model."""
+    """Raises CheckpointError with the name of the first tensor that is missing, wrong or not part of the model."""
     expected: set[str] = set()
-    # One by one: a config may promise more tensors than could ever be listed.
+    # The tensors are checked one by one because a config may promise more of them than memory could list.
     for name, (shape, dtypes) in _expected(model):
         _check(checkpoint, name, shape, dtypes)
         expected.add(name)
@@ -52,26 +52,27 @@ def check_tensors(checkpoint: Checkpoint, model: MoeModel) -> None:
         if name in expected or name in model.ignored or name.endswith(_IGNORED_ENDINGS):
             continue
         if model.tied and name == "lm_head.weight":
-            # Some checkpoints carry the head's copy of the embedding all the same.
+            # Some checkpoints contain the head's copy of the embedding nevertheless.
             continue
         raise CheckpointError(f"tensor {name} is not part of the model", field=name)
 
 
 def check_sizes(
-    checkpoint: Checkpoint, config: Config, witnesses: Iterable[tuple[str, int, str, int]]
+    checkpoint: Checkpoint, config: Config, size_checks: Iterable[tuple[str, int, str, int]]
 ) -> None:
-    """Where one size of the config is wrong, many tensors disagree with it: names the config key, not the first tensor.
+    """Raises CheckpointError, which names the config key. If a size of the config is wrong, many tensors disagree with it,
+    so the key says more than the first of these tensors.
 
-    A witness: key, the size that follows from it, a tensor, and the dimension of it that must have this size.
+    A check is a key, the size that follows from it, a tensor, and the dimension of it that must have this size.
     """
-    for key, size, name, dimension in witnesses:
+    for key, size, name, dimension in size_checks:
         entry = checkpoint.tensors.get(name)
         if entry is not None and len(entry.shape) > 1 and entry.shape[dimension] != size:
             config.fail(key, f"does not match tensor {name} of shape {list(entry.shape)}")
 
 
 def check_num_layers(checkpoint: Checkpoint, config: Config, key: str, num_layers: int, prefix: str) -> None:
-    """`prefix` has {layer} and ends with a dot."""
+    """Raises CheckpointError if there are tensors of more layers; `prefix` has {layer} and ends with a dot."""
     beyond = prefix.format(layer=num_layers)
     if any(name.startswith(beyond) for name in checkpoint.tensors):
         config.fail(key, f"is {num_layers}, but there are tensors of more layers")
@@ -86,7 +87,7 @@ _FLOATS = tuple(DTYPE_NAMES)
 
 
 def _expected(model: MoeModel) -> Iterator[tuple[str, _Expected]]:
-    """Every tensor in the files, with its shape and the dtypes that it may have."""
+    """Every tensor that the files must have, with its shape and the dtypes that it may have."""
     yield from _expected_dense(model.dense)
     for layer, experts in model.experts.items():
         yield from _expected_experts(layer, experts)

@@ -57,7 +57,7 @@ class ControlServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTopology(self, request, context):
-        """What people ask of a cluster: its processes, their states and their share of the model.
+        """The processes of the cluster, their states and their shares of the model, for operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

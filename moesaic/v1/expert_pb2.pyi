@@ -101,7 +101,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("worker", "incarnation", "model", "hidden_size", "experts", "dtypes", "weight_bytes", "device")
+    __slots__ = ("worker", "incarnation", "model", "hidden_size", "experts", "dtypes", "weight_bytes", "device", "contents_revision")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class DescribeResponse(_message.Message):
     DTYPES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CONTENTS_REVISION_FIELD_NUMBER: _ClassVar[int]
     worker: str
     incarnation: str
     model: str
@@ -118,7 +119,8 @@ class DescribeResponse(_message.Message):
     dtypes: _containers.RepeatedScalarFieldContainer[_common_pb2.Dtype]
     weight_bytes: int
     device: str
-    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertVersion, _Mapping]]] = ..., dtypes: _Optional[_Iterable[_Union[_common_pb2.Dtype, str]]] = ..., weight_bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+    contents_revision: int
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertVersion, _Mapping]]] = ..., dtypes: _Optional[_Iterable[_Union[_common_pb2.Dtype, str]]] = ..., weight_bytes: _Optional[int] = ..., device: _Optional[str] = ..., contents_revision: _Optional[int] = ...) -> None: ...
 
 class GetWorkerStatsRequest(_message.Message):
     __slots__ = ()

@@ -65,7 +65,7 @@ class InferenceServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Generates n continuations of one prompt and streams them as they come, interleaved by index.
+        """Generates n continuations of one prompt and streams their tokens, interleaved by index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,7 +90,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetRouterStats(self, request, context):
-        """Counters since the start of the router, and where its steps' time went.
+        """The router's counters since its start, and the time that its steps spent in each phase.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

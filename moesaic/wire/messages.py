@@ -1,8 +1,9 @@
-"""Messages of the data plane as bytes: the protobuf message and, beside it, the bytes of its one tensor.
+"""Messages of the data plane as bytes: a protobuf message, and apart from it the bytes of its one tensor.
 
-What is written is plain protobuf to any other implementation. Ours puts the tensor's bytes first, as an occurrence of
-their own of the field that holds them (occurrences merge), with lengths of fixed width: so the bytes are copied once,
-lie at a known, aligned place and come out as a view. Messages of other writers are read by protobuf alone.
+The result is plain protobuf for any other implementation. This one writes the tensor's bytes first, as a
+separate occurrence of the field that holds them (protobuf merges occurrences), with lengths of fixed width.
+The bytes are thus copied once, start at a known, aligned offset, and are read as a view. Messages from other
+writers are read by protobuf alone.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ from moesaic.v1 import common_pb2, expert_pb2
 
 Message = TypeVar("Message", expert_pb2.ComputeRequest, expert_pb2.ComputeResponse)
 
-# What these messages are the calls and answers of.
+# The method whose requests and responses these messages are.
 COMPUTE_METHOD = "/moesaic.v1.ExpertService/Compute"
 
 _LENGTH_DELIMITED = 2
 _HIDDEN = expert_pb2.ComputeRequest.HIDDEN_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _OUTPUT = expert_pb2.ComputeResponse.OUTPUT_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _DATA = common_pb2.Tensor.DATA_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
-# A varint may be longer than it must be. Five bytes hold any length, and two tags with theirs put the data at 12.
+# A varint may be longer than necessary. Five bytes hold any length, so two tags with their lengths put the
+# data at offset 12.
 _LENGTH_BYTES = 5
 _DATA_OFFSET = 2 * (1 + _LENGTH_BYTES)
 
 
 class Framed(NamedTuple, Generic[Message]):
-    """A message without its tensor's bytes (`hidden.data` or `output.data` is empty), and these bytes."""
+    """A message whose tensor has no bytes (`hidden.data` or `output.data` is empty), and these bytes."""
 
     message: Message
     data: memoryview
@@ -46,7 +48,7 @@ def encode_response(framed: Framed[expert_pb2.ComputeResponse]) -> bytes:
 
 
 def decode_request(raw: bytes) -> Framed[expert_pb2.ComputeRequest]:
-    """Raises InvalidArgument when `raw` is no such message."""
+    """Raises InvalidArgument if `raw` is not a ComputeRequest."""
     try:
         return _decode(expert_pb2.ComputeRequest, _HIDDEN, raw)
     except DecodeError as error:
@@ -54,7 +56,7 @@ def decode_request(raw: bytes) -> Framed[expert_pb2.ComputeRequest]:
 
 
 def decode_response(raw: bytes) -> Framed[expert_pb2.ComputeResponse]:
-    """Raises DataLoss when `raw` is no such message."""
+    """Raises DataLoss if `raw` is not a ComputeResponse."""
     try:
         return _decode(expert_pb2.ComputeResponse, _OUTPUT, raw)
     except DecodeError as error:
@@ -71,7 +73,7 @@ def _decode(kind: type[Message], field: int, raw: bytes) -> Framed[Message]:
         head = raw[end:]
         message = kind.FromString(head)
         tensor = _tensor(message)
-        # Only then is it certain that nothing behind the data says anything else about it.
+        # Only then nothing behind the data changes it: protobuf merges every later occurrence of the tensor.
         if not tensor.data and message.SerializeToString() == head:
             tensor.SetInParent()
             return Framed(message, memoryview(raw)[_DATA_OFFSET:end])
@@ -83,7 +85,7 @@ def _decode(kind: type[Message], field: int, raw: bytes) -> Framed[Message]:
 
 
 def _data_end(field: int, raw: bytes) -> int:
-    """Where the data ends in a message that `_encode` wrote; 0 for any other."""
+    """The offset at which the data ends in a message that `_encode` wrote; 0 for any other message."""
     if len(raw) <= _DATA_OFFSET or raw[0] != field:
         return 0
     num_bytes = _read_length(raw[_DATA_OFFSET - _LENGTH_BYTES : _DATA_OFFSET])
@@ -92,13 +94,13 @@ def _data_end(field: int, raw: bytes) -> int:
 
 
 def _prefix(field: int, num_bytes: int) -> bytes:
-    """Tag and length of the tensor, tag and length of its data."""
+    """The tag and length of the tensor, then the tag and length of its data."""
     inner = 1 + _LENGTH_BYTES + num_bytes
     return bytes((field, *_length(inner), _DATA, *_length(num_bytes)))
 
 
 def _length(value: int) -> tuple[int, int, int, int, int]:
-    """A varint of `_LENGTH_BYTES`."""
+    """A varint of `_LENGTH_BYTES` bytes."""
     return (
         value & 127 | 128,
         value >> 7 & 127 | 128,

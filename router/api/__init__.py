@@ -1,1 +1,1 @@
-"""The public service: requests checked and completed, events turned into replies."""
+"""The public gRPC service: checks and completes requests, turns the engine's events into replies."""

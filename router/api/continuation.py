@@ -1,7 +1,8 @@
-"""One of the n answers to a request: the engine's events in, the messages of the stream out.
+"""One of the n answers to a request: takes the engine's events and makes the messages of the stream.
 
-It owns the text: incomplete characters wait for their last byte, stop strings cut it. It knows neither gRPC nor the
-engine; the service cancels the sequence when `finished` turns true before the engine said so.
+The text is decided here: incomplete characters are held until their last byte comes, and stop strings cut it.
+A continuation depends on neither gRPC nor the engine. When a stop string makes `finished` true before the
+engine reports an end, the service cancels the sequence.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _FINISH_REASONS = {
 
 
 class Continuation:
-    """Makes the messages of one index: one per token, and a last one with finish reason, usage and timing."""
+    """Makes the messages of one index: one per token, then one with finish reason, usage and timing."""
 
     def __init__(
         self,
@@ -40,9 +41,9 @@ class Continuation:
         continues: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`continues`: whether the text goes on from the prompt's, or is one of its own."""
+        """`continues`: whether the text continues that of the prompt, rather than being a text of its own."""
         self.index = index
-        # Drawn here: a client's request id is never a key.
+        # Random, because a client's request id is never used as a key.
         self.sequence_id = uuid.uuid4().hex
         self.params = params
         self.model = model
@@ -74,7 +75,7 @@ class Continuation:
         self._num_cached = event.num_cached
 
     def on_token(self, token: SampledToken) -> list[inference_pb2.GenerateResponse]:
-        """The token's own message, and the last one when a stop string is complete."""
+        """The message of a token, and the last one if the token completes a stop string."""
         self.num_tokens += 1
         if self._first_token_s is None:
             self._first_token_s = self._clock()
@@ -86,7 +87,7 @@ class Continuation:
         return messages
 
     def on_finished(self, event: Finished) -> inference_pb2.GenerateResponse:
-        """The last message, with the text that was still held back."""
+        """The last message, with the text that has been held back so far."""
         text, stop = self._search(self._detokenizer.flush())
         if stop is not None:
             return self._last(text, FinishReason.STOP, stop, event.timing)
@@ -100,7 +101,7 @@ class Continuation:
         return self._search(self._detokenizer.push(token_id))
 
     def _search(self, piece: str) -> tuple[str, str | None]:
-        """Stop strings count from the token that fulfils min_tokens."""
+        """Looks for stop strings, from the token on that fulfils min_tokens."""
         if self.num_tokens < self.params.min_tokens:
             return piece, None
         return self._matcher.push(piece)
@@ -124,7 +125,7 @@ class Continuation:
         )
 
     def _own_timing(self) -> Timing:
-        """A stop string ends a sequence before the engine reports its times."""
+        """The times of a sequence that a stop string ends, since the engine then reports none."""
         now = self._clock()
         first_token_s = (self._first_token_s or now) - self._admitted_s
         return Timing(queued_s=self._queued_s, first_token_s=first_token_s, total_s=now - self._admitted_s)
@@ -133,7 +134,7 @@ class Continuation:
 def prompt_message(
     token_ids: Sequence[int], prompt_text: str, text: Text, scores: Sequence[TokenLogprobs] | None
 ) -> inference_pb2.PromptInfo:
-    """The prompt as it was read; with `scores` (from its second token on) one entry per token."""
+    """The prompt as it was read. With `scores` (from its second token on) it has one entry per token."""
     info = inference_pb2.PromptInfo(token_ids=token_ids, text=prompt_text)
     if scores is not None:
         spelled, spelled_bytes = text.spell(token_ids[0])

@@ -1,6 +1,6 @@
-"""Carries events from the engine's thread onto an event loop: many at once, for one wake-up.
+"""Carries events from the engine's thread to an event loop, many of them for one wake-up.
 
-To wake a loop costs a system call, and the engine's thread should be in its next step by the time the loop runs.
+Waking a loop costs a system call, and the engine's thread should begin its next step meanwhile.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
-class Mailbox:
-    """Calls what was put into it on the loop that it was made on, in order."""
+class EventBridge:
+    """Runs callbacks on the loop on which it was created, in the order in which they were put."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        # As bounded as what its senders have open: max_tokens and a few more of every sequence.
-        self._letters: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        # Bounded by what its senders may have open: max_tokens and a few more for every sequence.
+        self._callbacks: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._is_woken = False
 
-    def put(self, take: Callable[..., None], *args: Any) -> None:
-        """Has `take(*args)` called on the loop. Thread-safe; neither waits nor raises."""
-        self._letters.append((take, args))
+    def put(self, callback: Callable[..., None], *args: Any) -> None:
+        """Schedules `callback(*args)` on the loop. Thread-safe; neither waits nor raises."""
+        self._callbacks.append((callback, args))
         if not self._is_woken:
             self._is_woken = True
             try:
-                self._loop.call_soon_threadsafe(self._empty)
-            except RuntimeError:  # the loop is closed: the process ends, and nobody is left to tell
+                self._loop.call_soon_threadsafe(self._drain)
+            except RuntimeError:  # the loop is closed: the process is ending, and no call is open any more
                 log.debug("an event came after the end of the event loop")
 
-    def _empty(self) -> None:
-        # Before the letters are read: whatever is put in from here on wakes the loop again.
+    def _drain(self) -> None:
+        # Set before the callbacks are taken, so that one that is put from here on wakes the loop again.
         self._is_woken = False
-        while self._letters:
-            take, args = self._letters.popleft()
-            take(*args)
+        while self._callbacks:
+            callback, args = self._callbacks.popleft()
+            callback(*args)

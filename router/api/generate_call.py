@@ -1,8 +1,8 @@
 """One Generate call inside the router: its continuations and their sequences in the engine.
 
-The engine reports on its own thread and never waits: events reach the event loop through a mailbox (mailbox.py) and wait
-in a queue that max_tokens bounds, however slowly the client reads. Whatever ends a call cancels every sequence that it
-still has in the engine.
+The engine reports on its own thread and never waits. Events reach the event loop over the event bridge
+(event_bridge.py), into a queue that max_tokens bounds however slowly the client reads. However a call ends,
+every sequence that it still has in the engine is cancelled.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from opentelemetry import trace
 from moesaic import telemetry
 from moesaic.errors import DeadlineExceeded
 from router.api.continuation import Continuation
-from router.api.event_bridge import Mailbox
+from router.api.event_bridge import EventBridge
 from router.api.prompt import Prompt
 from router.engine.request import Failed, PromptScored, SequenceEvent, SequenceRequest
 
 log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
-    """What the service needs of the engine. All methods are thread-safe and return at once."""
+class SequenceEngine(Protocol):
+    """The part of the engine that the service uses. All methods are thread-safe and return at once."""
 
     def submit(self, request: SequenceRequest) -> str:
-        """Admits a sequence; returns the epoch it is pinned to. Raises Overloaded or Unavailable."""
+        """Admits a sequence and returns the epoch that it is pinned to. Raises Overloaded or Unavailable."""
         ...
 
     def cancel(self, sequence_id: str) -> None:
-        """Ends a sequence without further events, if it is still there."""
+        """Ends a sequence without further events if it has not ended yet."""
         ...
 
 
-class Call:
-    """The continuations of one Generate call: admitted together, cancelled together, their events in one queue."""
+class GenerateCall:
+    """The continuations of one Generate call: admitted and cancelled together, with one queue of events."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: SequenceEngine,
         request_id: str,
         prompt: Prompt,
         continuations: Sequence[Continuation],
         deadline_s: float,
         *,
         tenant: str,
-        mailbox: Mailbox,
+        bridge: EventBridge,
     ) -> None:
         self.prompt = prompt
         self.continuations = continuations
@@ -60,14 +60,15 @@ class Call:
         self._engine = engine
         self._request_id = request_id
         self._tenant = tenant
-        self._mailbox = mailbox
-        # Holds at most max_tokens events and a few more of every continuation.
+        self._bridge = bridge
+        # Holds at most max_tokens events and a few more for every continuation.
         self._events: deque[tuple[Continuation, SequenceEvent]] = deque()
-        # Of the one who waits for the next event.
+        # Resolved when an event arrives, for the one caller of `next_event`.
         self._waiter: asyncio.Future[None] | None = None
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(deadline_s - time.monotonic(), self._expire)
-        # The prompt's scores go out first: what other continuations report until then waits here.
+        # Events that other continuations report before the prompt's scores, which are sent first. None
+        # afterwards, and where no scores are wanted.
         self._before_scores: list[tuple[Continuation, SequenceEvent]] | None = (
             [] if self.scores_prompt else None
         )
@@ -83,7 +84,7 @@ class Call:
         return any(not continuation.finished for continuation in self.continuations)
 
     def admit(self) -> None:
-        """Submits all sequences or none."""
+        """Submits all sequences. Raises if the engine refuses one; `cancel` then ends those before it."""
         trace_of_call = trace_context.get_current()
         for continuation in self.continuations:
             continuation.epoch = self._engine.submit(
@@ -92,7 +93,7 @@ class Call:
                     prompt=self.prompt.token_ids,
                     sampling=continuation.params,
                     deadline_s=self.deadline_s,
-                    on_event=partial(self._mailbox.put, self._take, continuation),
+                    on_event=partial(self._bridge.put, self._receive, continuation),
                     trace=trace_of_call,
                     tenant=self._tenant,
                     decoder_prompt=self.prompt.decoder_token_ids,
@@ -111,7 +112,7 @@ class Call:
                 return continuation, event
 
     def forget(self, continuation: Continuation) -> None:
-        """The engine has ended this sequence itself."""
+        """Records that the engine has ended this sequence by itself."""
         self._in_engine.discard(continuation.sequence_id)
 
     def release(self, continuation: Continuation) -> None:
@@ -120,13 +121,13 @@ class Call:
         self._engine.cancel(continuation.sequence_id)
 
     def cancel(self) -> None:
-        """Ends whatever is still in the engine."""
+        """Ends the sequences that are still in the engine."""
         self._timer.cancel()
         while self._in_engine:
             self._engine.cancel(self._in_engine.pop())
 
     def report_end(self) -> None:
-        """Counts, never content, for the trace and the log."""
+        """Reports counts, never content, to the trace and the log."""
         if self._span.is_recording():
             self._span.set_attribute(telemetry.OUTPUT_TOKENS, self._num_tokens)
         fields = {
@@ -164,7 +165,7 @@ class Call:
     def _num_tokens(self) -> int:
         return sum(continuation.num_tokens for continuation in self.continuations)
 
-    def _take(self, continuation: Continuation, event: SequenceEvent) -> None:
+    def _receive(self, continuation: Continuation, event: SequenceEvent) -> None:
         if self._before_scores is not None and not isinstance(event, PromptScored | Failed):
             self._before_scores.append((continuation, event))
             return

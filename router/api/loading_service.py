@@ -11,7 +11,7 @@ from router.api.service import InferenceService
 
 
 class LoadingService(inference_pb2_grpc.InferenceServiceServicer):
-    """Answers from the first moment: Unavailable until the service behind it is there."""
+    """Passes calls on to `service` once it is set. Until then every call is refused with Unavailable."""
 
     def __init__(self) -> None:
         self.service: InferenceService | None = None

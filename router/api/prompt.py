@@ -1,7 +1,7 @@
-"""The prompt of a request: text, token ids or a conversation, checked and turned into tokens.
+"""The prompt of a request (text, token ids or a conversation), checked and turned into tokens.
 
-Everything here may take time in proportion to the prompt and touches nothing else, so that the service can run it off
-its event loop. Errors name the field as the HTTP API knows it.
+All of this takes time in proportion to the prompt and has no side effects, so the service can run it off its
+event loop. Errors name fields as the HTTP API does.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from router.text.text import Conversation, Text
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model reads, and the same as text (after the chat template)."""
+    """The tokens that the model reads, and the same as text (after the chat template)."""
 
     token_ids: tuple[int, ...]
     text: str
-    # Where an encoder reads it: what the answer begins with.
+    # The tokens that the answer begins with, where an encoder reads the prompt.
     decoder_token_ids: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Of the context, what is taken before anything is generated."""
+        """How much of the context is taken before anything is generated."""
         return len(self.token_ids) + len(self.decoder_token_ids)
 
 
 def read_prompt(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:
-    """Raises InvalidArgument, or Unsupported for a model without tokenizer, chat template, or anything that follows a
-    prompt."""
+    """The prompt of a request. Raises InvalidArgument, or Unsupported where the model lacks what the request
+    needs: a tokenizer, a chat template, or a text that continues its prompt."""
     if limits.encodes_prompts:
         _refuse_continuing(request)
     match request.WhichOneof("prompt"):
@@ -53,7 +53,7 @@ def read_prompt(request: inference_pb2.GenerateRequest, text: Text, limits: Mode
 
 
 def tokenize(request: inference_pb2.TokenizeRequest, text: Text) -> tuple[int, ...]:
-    """The tokens of a text of any length; of an empty one, those that the tokenizer adds by itself."""
+    """The tokens of a text or conversation of any length. An empty text has those that are always added."""
     if request.WhichOneof("prompt") == "chat":
         return render(request.chat, text).encode()
     _check_text("prompt", request.text)
@@ -61,7 +61,7 @@ def tokenize(request: inference_pb2.TokenizeRequest, text: Text) -> tuple[int, .
 
 
 def render(chat: inference_pb2.Chat, text: Text) -> Conversation:
-    """A conversation in the model's format. A generation prompt is the default unless the final message is to be continued."""
+    """A conversation in the model's format. By default it has a generation prompt unless it is continued."""
     if not chat.messages:
         raise InvalidArgument("messages: must not be empty", field="messages")
     opens_turn = not chat.continue_final_message
@@ -121,7 +121,7 @@ def _from_chat(request: inference_pb2.GenerateRequest, text: Text, limits: Model
 
 
 def _encoded(content: str, encode: Callable[[], tuple[int, ...]], text: Text, limits: ModelLimits) -> Prompt:
-    # Before the work of tokenizing: a text that cannot fit, whatever its tokens are.
+    # A text that cannot fit is refused before the work of tokenizing it.
     if text.least_tokens(content) > limits.max_model_len:
         raise context_exceeded(limits.max_model_len, "but the prompt has more")
     token_ids = encode()
@@ -154,7 +154,7 @@ def _plain_struct(struct: struct_pb2.Struct) -> dict[str, Any]:
 
 
 def _plain(value: struct_pb2.Value) -> Any:
-    """A JSON value as templates expect it: whole numbers are integers."""
+    """A JSON value as templates expect it, with whole numbers as integers."""
     match value.WhichOneof("kind"):
         case "struct_value":
             return _plain_struct(value.struct_value)

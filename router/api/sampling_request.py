@@ -1,7 +1,7 @@
-"""The sampling part of a request: every bound checked, every default filled in.
+"""The sampling part of a request, with every bound checked and every default filled in.
 
-Field names in errors are those of the HTTP API. What concerns tokens goes to the engine, what concerns text stays
-with the service. Messages name the field and its bounds, never the value.
+What concerns tokens goes to the engine, what concerns text stays with the service. Errors name fields as the
+HTTP API does. Their messages name the field and its bounds, never the value.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ MAX_REPETITION_PENALTY = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a request must fit."""
+    """The properties of a model that bound its requests."""
 
     max_model_len: int
     vocab_size: int
     eos_token_ids: frozenset[int]
-    # An encoder reads prompts, which predicts none of their tokens.
+    # Whether prompts are read by an encoder, which predicts none of their tokens.
     encodes_prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """How the text of a continuation is made and where it stops. `stop_token_ids` are those of the request alone."""
+    """How the text of a continuation is made and where it stops. `stop_token_ids` are the request's own."""
 
     stop: tuple[str, ...]
     stop_token_ids: frozenset[int]
@@ -74,7 +74,7 @@ def parse_sampling(
         logprobs=_num_logprobs("logprobs", message),
         prompt_logprobs=_num_logprobs("prompt_logprobs", message),
     )
-    # Otherwise min_tokens would leave no token to choose.
+    # If every token stopped, min_tokens would leave none to choose.
     selectable = limits.vocab_size - len(params.stop_token_ids)
     _require(
         selectable > 0 or not params.min_tokens, "stop_token_ids", "must leave a token that does not stop"
@@ -83,25 +83,25 @@ def parse_sampling(
 
 
 def num_continuations(n: int) -> int:
-    """`n` of a request; 0 is absent. Raises InvalidArgument."""
+    """The number of continuations of a request. `n` is 0 where it is absent. Raises InvalidArgument."""
     _require(n <= MAX_CONTINUATIONS, "n", f"must be in [1, {MAX_CONTINUATIONS}]")
     return n or 1
 
 
 def continuation_params(params: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of continuation `index`: a seed of its own; the prompt is scored by the first alone."""
+    """The parameters of continuation `index`: each has its own seed, and only the first scores the prompt."""
     seed = (params.seed + index + 2**63) % 2**64 - 2**63
     return replace(params, seed=seed, prompt_logprobs=params.prompt_logprobs if index == 0 else None)
 
 
 def check_token_ids(field: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
-    """Raises InvalidArgument when one is not in the vocabulary."""
+    """Raises InvalidArgument if one of them is not in the vocabulary."""
     in_range = not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size)
     _require(in_range, field, f"token id out of range, must be in [0, {vocab_size - 1}]")
 
 
 def context_exceeded(max_model_len: int, details: str) -> InvalidArgument:
-    """The error of a prompt that does not fit; clients know it by this wording."""
+    """The error for a prompt that does not fit. Clients recognise it by this wording."""
     return InvalidArgument(
         f"prompt: this model's maximum context length is {max_model_len} tokens, {details}",
         field="prompt",
@@ -110,7 +110,7 @@ def context_exceeded(max_model_len: int, details: str) -> InvalidArgument:
 
 
 def encoded(field: str) -> Unsupported:
-    """The error of a request that takes an encoder's prompt for the beginning of what is generated."""
+    """The error for a request that expects the answer to continue a prompt that an encoder reads."""
     return Unsupported(
         f"{field}: an encoder reads this model's prompts, and a decoder answers: nothing continues a prompt",
         field=field,
@@ -172,7 +172,7 @@ def _num_logprobs(field: str, message: inference_pb2.SamplingParams) -> int | No
 
 
 def _within(field: str, value: float, low: float, high: float, *, above: bool = False) -> float:
-    """`value` when it lies in [low, high], or in (low, high] with `above`; NaN lies nowhere."""
+    """`value`, which must lie in [low, high], or in (low, high] with `above`. NaN lies in neither."""
     inside = (low < value if above else low <= value) and value <= high
     _require(inside, field, f"must be in {'(' if above else '['}{low:g}, {high:g}]")
     return value

@@ -1,7 +1,7 @@
-"""The public gRPC service of a router: validate, tokenize, admit, stream, cancel.
+"""The public gRPC service of a router: validates, tokenizes, admits, streams and cancels.
 
-Text lives here, token ids live in the engine. A call that is refused was never admitted; a call that ends early (an
-error, a deadline, a client that went away) leaves nothing behind in the engine.
+Text is handled here, token ids in the engine. A call that is refused was never admitted. A call that ends
+early (an error, a deadline, a client that went away) leaves nothing behind in the engine.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from moesaic import __version__, rpc
 from moesaic.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable, Unsupported
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.continuation import Continuation, prompt_message
-from router.api.event_bridge import Mailbox
-from router.api.generate_call import Call, Engine
+from router.api.event_bridge import EventBridge
+from router.api.generate_call import GenerateCall, SequenceEngine
 from router.api.prompt import read_prompt, tokenize
 from router.api.sampling_request import (
     ModelLimits,
@@ -36,10 +36,10 @@ from router.text.text import Text
 
 MAX_TENANT_CHARS = 256
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
-# Work on larger messages goes to a thread, so that it does not hold up the streams of others.
+# Larger messages are worked on in another thread, so that they do not delay other streams.
 _LARGE_BYTES = 16 << 10
 _LARGE_NUM_LOGPROBS = 256
-# How long after its deadline a call may still wait for a client that does not read.
+# How long a call may wait after its deadline for a client that does not read.
 _UNREAD_GRACE_S = 1.0
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -48,8 +48,8 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the router says about its model. `created`: seconds since 1970, when it became ready. `encodes_prompts`:
-    whether an encoder reads them, and a decoder answers with a text of its own."""
+    """What the router reports about its model. `created` is when it became ready, in seconds since 1970.
+    `encodes_prompts`: whether an encoder reads the prompts and a decoder answers with a text of its own."""
 
     model: str
     family: str
@@ -63,12 +63,12 @@ class ModelFacts:
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
-    """moesaic.v1.InferenceService for one model. Errors are MoesaicErrors; moesaic.rpc makes statuses of them. Made on
-    the event loop that serves it."""
+    """moesaic.v1.InferenceService for one model. It raises MoesaicErrors, which moesaic.rpc turns into
+    statuses. To be created on the event loop that serves it."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: SequenceEngine,
         text: Text,
         facts: ModelFacts,
         *,
@@ -87,11 +87,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._epoch = epoch
         self._control_address = control_address
         self._request_timeout_s = request_timeout_s
-        self._mailbox = Mailbox()
+        self._bridge = EventBridge()
         self._draining = False
 
     def drain(self) -> None:
-        """Refuses new requests from now on; running ones go on."""
+        """Refuses new requests from now on. Running ones continue."""
         self._draining = True
 
     async def Generate(
@@ -168,8 +168,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         if model not in ("", self._facts.model):
             raise NotFound("model: no such model", field="model", reason="MODEL_NOT_FOUND")
 
-    async def _call(self, request: inference_pb2.GenerateRequest, context: _Context) -> Call:
-        """Everything that can be refused before a sequence is admitted."""
+    async def _call(self, request: inference_pb2.GenerateRequest, context: _Context) -> GenerateCall:
+        """Checks everything that can be refused before a sequence is admitted."""
         request_id = _request_id(request, context)
         deadline_s = _deadline_s(context, self._request_timeout_s)
         n = num_continuations(request.n)
@@ -196,17 +196,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             )
             for index in range(n)
         ]
-        return Call(
+        return GenerateCall(
             self._engine,
             request_id,
             prompt,
             continuations,
             deadline_s,
             tenant=request.tenant,
-            mailbox=self._mailbox,
+            bridge=self._bridge,
         )
 
-    async def _responses(self, call: Call) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    async def _responses(self, call: GenerateCall) -> AsyncIterator[inference_pb2.GenerateResponse]:
         if not call.scores_prompt:
             yield await self._prompt_response(call, None)
         while call.is_open:
@@ -218,7 +218,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     yield await self._prompt_response(call, logprobs)
                 case TokenGenerated(token):
                     responses = continuation.on_token(token)
-                    if continuation.finished:  # by a stop string: the engine need not go on
+                    if continuation.finished:  # by a stop string, which the engine does not know
                         call.release(continuation)
                     for response in responses:
                         yield response
@@ -229,7 +229,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     raise error
 
     async def _prompt_response(
-        self, call: Call, scores: tuple[TokenLogprobs, ...] | None
+        self, call: GenerateCall, scores: tuple[TokenLogprobs, ...] | None
     ) -> inference_pb2.GenerateResponse:
         prompt = call.prompt
         info = await _off_loop(
@@ -244,7 +244,7 @@ async def _off_loop(is_large: bool, work: Callable[[], _Result]) -> _Result:
 
 
 async def _end_unread(context: _Context, handler: asyncio.Task[Any] | None, deadline_s: float) -> None:
-    """Ends a call whose client stopped reading: its handler waits in a write, where no deadline of ours can reach."""
+    """Ends a call whose client stopped reading. Its handler hangs in a write, beyond our deadlines."""
     await asyncio.sleep(deadline_s + _UNREAD_GRACE_S - time.monotonic())
     assert handler is not None
     try:

@@ -1,4 +1,4 @@
-"""A router's counters as the service reports them."""
+"""A router's counters in the form in which the service reports them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import psutil
 
 from moesaic.v1 import inference_pb2
 from router.engine.engine import EngineStats
-from router.gating.gate_stats import GateReading
+from router.gating.gate_stats import LayerGateStats
 from router.workers.worker_link import WorkerLink
 
 
@@ -17,10 +17,10 @@ def router_stats(
     *,
     phases: Mapping[str, float],
     links: Sequence[WorkerLink],
-    gates: Sequence[GateReading],
+    gates: Sequence[LayerGateStats],
     uptime_s: float,
 ) -> inference_pb2.GetRouterStatsResponse:
-    """The counters of engine, clock (seconds by phase), links and gates in one message."""
+    """One message with the counters of engine, links and gates, and the seconds of each phase."""
     return inference_pb2.GetRouterStatsResponse(
         steps=stats.steps,
         prompt_tokens=stats.prompt_tokens,

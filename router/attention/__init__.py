@@ -1,1 +1,1 @@
-"""Paged attention over a packed batch."""
+"""Paged attention over packed batches: what each layer sees, which calls attend, and the calls themselves."""

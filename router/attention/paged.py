@@ -1,9 +1,9 @@
 """Paged attention: the rows of a packed batch over the engine's own KV blocks.
 
-Heads that share keys stand where tokens usually do, so no key is ever repeated in memory.
+Query heads that share keys take the axis of tokens, so that no key is ever repeated in memory.
 
-Shapes: T tokens, H query heads, G key/value heads, R = H / G query heads per key/value head, d head size; n, L, Q, C as
-in attention_plan.py; K keys of a call.
+Shapes: T tokens, H query heads, G key/value heads, R = H / G query heads per key/value head, d head size; n,
+L, Q, C as in plan.py; K keys of a call.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from router.attention.packed_batch import PackedBatch
 from router.attention.plan import DecodeGroup, PrefillChunk
 from router.cache.kv_cache import KVCache
 
-# With fewer rows the bits of a CPU's product depend on where its operands, and the buffers of its threads, lie in memory.
+# The fewest rows with which the bits of a product on a CPU do not depend on where its operands and the
+# buffers of its threads lie in memory.
 _FEWEST_INVARIANT = 4
-# Where scores have to be held, so many at a time.
+# The most scores that are held in memory at a time, where they have to be.
 _MOST_SCORES = 1 << 27
 
 
@@ -31,9 +32,9 @@ def attend(
     scaling: float,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """queries [T, H, d] -> [T, H * d]; the batch's own keys and values are in the cache already.
+    """queries [T, H, d] -> [T, H * d]. The batch's own keys and values are in the cache already.
 
-    `sinks` [H]: a score of each head that takes part in the softmax and adds nothing.
+    `sinks` [H] holds a score for each head that takes part in the softmax and has no value.
     """
     plan = batch.plan(layer)
     if len(plan.decode) == 1 and not plan.prefill:
@@ -57,7 +58,7 @@ def attend_group(
     scaling: float,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One token of each context: [n, H, d] -> [n, H * d]."""
+    """Attends one token to each context: [n, H, d] -> [n, H * d]."""
     num_rows, num_heads, head_dim = queries.shape
     keys, values = cache.read(layer, group.contexts, group.span)  # [n or 1, G, L, d]
     if len(keys) != num_rows:
@@ -84,7 +85,7 @@ def attend_chunk(
     sinks: torch.Tensor | None,
     output: torch.Tensor,
 ) -> None:
-    """Consecutive tokens of one context: [n, H, d] -> output [n, H * d]."""
+    """Attends consecutive tokens to one context: [n, H, d] -> output [n, H * d]."""
     keys, values = cache.read(layer, chunk.contexts, chunk.span)  # [1, G, C, d]
     num_kv_heads = keys.shape[1]
     num_shared = queries.shape[1] // num_kv_heads
@@ -132,19 +133,19 @@ def _softmax(
     scaling: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """queries [.., .., Q, d], keys and values [.., .., K, d] -> [.., .., Q, d]; sinks as wide as [.., .., Q]."""
+    """queries [.., .., Q, d], keys and values [.., .., K, d] -> [.., .., Q, d]; sinks [.., .., Q]."""
     if sinks is None:
         return functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=is_causal, scale=scaling
         )
     if queries.device.type != "cpu":
         return softmax_beside_sinks(queries, keys, values, mask, is_causal, scaling, sinks)
-    # The very kernel that the call above comes to on a CPU, for the logarithm of each sum, of which a sink takes its share.
+    # The kernel that the call above runs on a CPU. It also returns the logarithm of each sum.
     attended: torch.Tensor
     attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         queries, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling
     )
-    # Not a sigmoid, whose last bits depend on how the numbers lie.
+    # Not a sigmoid, whose last bits depend on the layout of the numbers in memory.
     shares = torch.stack((log_sums, sinks.float().expand_as(log_sums)), dim=-1).softmax(-1)
     return (attended * shares[..., :1]).to(queries.dtype)
 
@@ -158,7 +159,7 @@ def softmax_beside_sinks(
     scaling: float,
     sinks: torch.Tensor,
 ) -> torch.Tensor:
-    """The same by its definition, for devices whose kernels keep their sums to themselves."""
+    """Attention with sinks by its definition, for devices whose kernels do not return their sums."""
     score_shape = (*queries.shape[:-1], keys.shape[-2])
     if is_causal:
         mask = torch.full(score_shape[-2:], -torch.inf, device=queries.device).triu(1)

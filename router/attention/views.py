@@ -1,4 +1,4 @@
-"""How the steps of one model are laid out: which tokens each of its layers sees, and what its tensors are like."""
+"""The views of a model's layers: which tokens of its sequence a token sees."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from moesaic.families.model import Attention, LatentAttention, Mixer
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a token sees of its sequence: `window` tokens, its own included; the tokens of its own chunk of `chunk`
-    positions. None: all before it."""
+    """What a token sees of its sequence: the last `window` tokens, its own included; within its own chunk of
+    `chunk` positions. None stands for no such bound."""
 
     window: int | None = None
     chunk: int | None = None
 
-    def origin(self, place: int) -> int:
-        """Where the chunk of that position begins."""
-        return 0 if self.chunk is None else place - place % self.chunk
+    def origin(self, position: int) -> int:
+        """The first position of the chunk that a position is in."""
+        return 0 if self.chunk is None else position - position % self.chunk
 
-    def first(self, place: int) -> int:
-        """The first position that the token at `place` sees."""
-        origin = self.origin(place)
-        return origin if self.window is None else max(origin, place + 1 - self.window)
+    def first(self, position: int) -> int:
+        """The first position that the token at `position` sees."""
+        origin = self.origin(position)
+        return origin if self.window is None else max(origin, position + 1 - self.window)
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How the steps of one model are laid out. Layers that see alike share a view: `view_of` has the index in `views`
-    of every layer that has one: encoder-decoders lay out their own (see two_sided_batch.py)."""
+class AttentionLayout:
+    """How the attention of one model is laid out: its views, blocks, device and dtype. Layers with the same
+    view share it: `view_of` maps each layer that attends to an index in `views`. Encoder-decoders plan by
+    themselves (see encoder_decoder/batch.py) and have no views here."""
 
     block_tokens: int
     views: tuple[View, ...]
     view_of: Mapping[int, int]
     device: torch.device
     dtype: torch.dtype
-    # Every row is attended by itself, in a shape that its own position decides.
+    # Whether every row is attended by itself, in a shape that its own position alone decides.
     invariant: bool = False
 
     @classmethod
@@ -50,7 +51,7 @@ class Layout:
         device: torch.device,
         dtype: torch.dtype,
         invariant: bool = False,
-    ) -> Layout:
+    ) -> AttentionLayout:
         """The layout of a model with these mixers, one a layer."""
         views = {
             layer: _view(mixer)

@@ -1,1 +1,1 @@
-"""The tensors behind the scheduler's blocks and states."""
+"""The tensors behind the scheduler's KV blocks and state slots."""

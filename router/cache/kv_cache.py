@@ -1,4 +1,4 @@
-"""Keys and values in blocks: one tensor per layer, addressed by the blocks of each sequence (scheduling/block_pool.py).
+"""Keys and values in blocks: one tensor per layer, addressed by the block tables of sequences.
 
 Shapes: S cache positions (blocks x block_tokens), G key/value heads, d head size, T tokens of a batch.
 """
@@ -26,17 +26,17 @@ from router.cache.state_cache import StateCache
 
 @dataclass(frozen=True, slots=True)
 class Contexts:
-    """Where the keys and values of `count` contexts lie, `num_blocks` blocks of each."""
+    """Where the keys and values of `count` contexts lie, in `num_blocks` blocks each."""
 
     count: int
     num_blocks: int
-    # The blocks of all of them, [count * num_blocks]; or the first block of a single one that lies in a row.
+    # The blocks of all contexts, [count * num_blocks]; or the first of a single one's, which are consecutive.
     blocks: torch.Tensor | int
 
 
 @dataclass(frozen=True, slots=True)
 class _LayerCache:
-    """The memory of one layer in the three forms in which it is used. A part is keys, values, or both at once."""
+    """Three views of the memory of one layer. A part is keys, values, or one vector that is both."""
 
     rows: torch.Tensor  # [S, parts * G * d]
     blocks: torch.Tensor  # [blocks, block_tokens * parts * G * d]
@@ -45,8 +45,8 @@ class _LayerCache:
 
 
 class KVCache:
-    """The tensors: per layer, what its mixer keeps of every position. Attention: keys and values side by side. Latent
-    attention: one vector that is both. Layers with a recurrent state have nothing here."""
+    """For each layer, what its mixer keeps of every position: keys and values side by side for attention, one
+    vector that serves as both for latent attention, nothing for a layer with a recurrent state."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class KVCache:
         device: torch.device,
         states: StateCache | None = None,
     ) -> None:
-        # Of layers that have a recurrent state in place of keys and values.
+        # The states of layers that have a recurrent state in place of keys and values.
         self.states = states
         self._block_tokens = block_tokens
         self._layers = {
@@ -73,9 +73,9 @@ class KVCache:
         self._layers[layer].rows.index_copy_(0, positions, rows)
 
     def read(self, layer: int, contexts: Contexts, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of n contexts, [n, G, L, d] each: `span` of their positions. Good until the next read.
+        """Keys and values of n contexts, [n, G, L, d] each, at the positions in `span`.
 
-        Of latent attention both are the same [n, 1, L, d].
+        Valid until the next read. For latent attention both are the same [n, 1, L, d].
         """
         cached = self._layers[layer]
         if isinstance(contexts.blocks, int):
@@ -88,7 +88,7 @@ class KVCache:
         return parts[0], parts[-1]
 
     def _copy(self, blocks: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """These blocks one behind the other, in memory that every layer and step uses again."""
+        """A copy of these blocks one after another, in memory that every layer and step reuses."""
         num_items = len(wanted) * blocks.shape[1]
         if self._gathered.numel() < num_items:
             self._gathered = blocks.new_empty(num_items)
@@ -97,13 +97,13 @@ class KVCache:
 
     @staticmethod
     def token_bytes(mixers: Iterable[Mixer], dtype: torch.dtype) -> int:
-        """Bytes that one token takes over all layers."""
+        """The bytes that one token takes in all layers together."""
         shapes = (_token_shape(mixer) for mixer in mixers)
         return sum(math.prod(shape) for shape in shapes if shape is not None) * dtype.itemsize
 
 
 def _token_shape(mixer: Mixer) -> tuple[int, int, int] | None:
-    """What a layer keeps of a token: parts, heads, size of a head. None: nothing."""
+    """What a layer keeps of a token: parts, heads, size of a head. None for a layer that keeps nothing."""
     match mixer:
         case Attention():
             return 2, mixer.num_kv_heads, mixer.head_dim
@@ -129,8 +129,7 @@ def _layer_cache(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros: what is masked is still multiplied, so it must be finite. On a CPU they take no memory before they are
-    written."""
+    """Zeros: masked values are multiplied and must be finite. On a CPU they take memory when written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""How much of the memory the caches take, and how long a sequence may then be."""
+"""How much memory the caches take, and how long a sequence may be as a result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from router.scheduling.state_pool import StatePool
 
 log = logging.getLogger(__name__)
 
-# Without a setting the cache holds one sequence of full length, at least this much, at most this share of the memory.
+# Bounds of the KV cache without a setting: it holds one sequence of full length, but takes at least this much
+# memory and at most this share of the free memory.
 MIN_CACHE_BYTES = 256 << 20
 MAX_CACHE_SHARE = 0.25
 
@@ -33,13 +34,13 @@ def make_block_pool(
         one_sequence = token_bytes * shape.context_length(settings.max_model_len)
         most = int(_free_bytes(device) * MAX_CACHE_SHARE)
         cache_bytes = min(max(MIN_CACHE_BYTES, one_sequence), most)
-    # A token of a model that never attends takes none, and is counted all the same.
+    # A token of a model without attention takes no bytes, and counts as one byte.
     num_blocks = max(1, cache_bytes // (max(1, token_bytes) * settings.kv_block_tokens))
     return BlockPool(num_blocks, settings.kv_block_tokens)
 
 
 def make_state_pool(settings: EngineSettings, shape: MoeModel) -> StatePool | None:
-    """As many states are kept for prefixes as sequences may run."""
+    """Slots for as many snapshots as sequences may run. None for a model without recurrent states."""
     if not any(isinstance(mixer, Hyena) for mixer in shape.mixers):
         return None
     return StatePool(settings.max_running_sequences, settings.max_running_sequences)
@@ -52,14 +53,15 @@ def make_state_cache(
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Of the memory that the cache will lie in."""
+    """The free bytes of the memory in which the cache will lie."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 def choose_max_model_len(settings: EngineSettings, shape: MoeModel, num_positions: int) -> int:
-    """What model and cache allow. A length that was asked for is served or refused, never cut."""
+    """The longest sequence that model and cache allow. A length that was set is served or refused with
+    InvalidArgument, never cut."""
     longest = shape.context_length(settings.max_model_len)
     if longest <= num_positions:
         return longest

@@ -1,11 +1,6 @@
-"""Recurrent states in slots: a pool that counts, and the tensors. For mixers whose past is a state of constant size.
+"""Recurrent states in slots, for mixers with a state of constant size. state_pool.py allocates the slots.
 
-The pool is pure bookkeeping and can prove itself: every slot is free, the own slot of one running sequence, or kept. A
-kept slot is a copy of a state as it was at the end of a block, under the name of that block (see prefix_cache.py); the
-one that was used longest ago goes first. What is to be copied the pool writes down, in order; `StateCache.apply` does
-it before the next step, as only a step changes a state.
-
-Shapes: N slots, D channels, S modes of a channel, K taps of the short filter, n sequences with one token each.
+Shapes: N slots, D channels, S modes of a channel, K taps of the short filter, n sequences of one token.
 """
 
 from __future__ import annotations
@@ -21,7 +16,7 @@ from router.scheduling.state_pool import StateCopy
 
 
 class StateCache:
-    """The tensors of all layers that have a state: the short filter's past inputs, and the modes of the long one."""
+    """The states of all recurrent layers: past inputs of the short filter and modes of the long one."""
 
     def __init__(
         self,
@@ -32,21 +27,21 @@ class StateCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`dtype` is that of the past inputs; the modes are complex64. All layers with a state are alike."""
+        """`dtype` is that of the past inputs; the modes are complex64. All states have one shape."""
         recurrent = {layer: mixer for layer, mixer in enumerate(mixers) if isinstance(mixer, Hyena)}
         mixer = next(iter(recurrent.values()))
-        self._places = {layer: place for place, layer in enumerate(recurrent)}
+        self._indices = {layer: index for index, layer in enumerate(recurrent)}
         own = (len(recurrent), num_slots)
         self._inputs = torch.zeros(*own, mixer.short_filter - 1, 3 * num_channels, dtype=dtype, device=device)
         self._modes = torch.zeros(*own, mixer.state_size, num_channels, dtype=torch.complex64, device=device)
 
     def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states of one layer in all slots, to be read and written: [N, K - 1, 3 D] and complex [N, S, D]."""
-        place = self._places[layer]
-        return self._inputs[place], self._modes[place]
+        """The states of one layer in all slots, to read and write: [N, K - 1, 3 D] and complex [N, S, D]."""
+        index = self._indices[layer]
+        return self._inputs[index], self._modes[index]
 
     def apply(self, copies: Iterable[StateCopy]) -> None:
-        """Makes these copies, one after the other."""
+        """Makes these copies in order."""
         for copy in copies:
             for states in (self._inputs, self._modes):
                 if copy.source is None:
@@ -57,12 +52,12 @@ class StateCache:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateRows:
-    """Which rows of a batch go on from which slots."""
+    """Which rows of a batch continue from which slots."""
 
-    # One token of each of n sequences.
+    # Rows and slots of the n sequences with one token.
     rows: torch.Tensor  # [n]
     slots: torch.Tensor  # [n]
-    # Several tokens of one sequence each: their rows and its slot.
+    # The rows and the slot of each sequence with several tokens.
     runs: tuple[tuple[slice, int], ...]
 
     @classmethod

@@ -1,7 +1,7 @@
-"""Where a router learns what the model is and where it runs: a stream of whole snapshots.
+"""How a router learns what the model is and where it runs: a stream of whole snapshots.
 
-`ControlWatch` follows a controller and goes on with the last snapshot while there is none; `NamedWorkers` asks workers
-that a person named by hand.
+`ControlWatch` follows a controller; while the controller is away, the last snapshot stays in use.
+`NamedWorkers` asks workers whose addresses a person gave.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 import grpc
 
 from moesaic import rpc
-from moesaic.epoch import Epoch, ExpertAddress, merge_versions, versions_from_proto
+from moesaic.epoch import Epoch, ExpertAddress, merge_versions
 from moesaic.errors import FailedPrecondition, MoesaicError
 from moesaic.routing_table import Replica, RoutingTable, Snapshot
 from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc
@@ -29,17 +29,17 @@ class ClusterView(Protocol):
     """A source of snapshots."""
 
     def watch(self) -> AsyncIterator[Snapshot]:
-        """Every change, the present state first; ends only when it is cancelled."""
+        """The present snapshot, then one for every change; ends only when it is cancelled."""
         ...
 
     @property
     def control_address(self) -> str:
-        """Where the controller answers; empty without one."""
+        """HOST:PORT of the controller; empty without one."""
         ...
 
 
 class ControlWatch:
-    """Follows `ControlService.Watch`; looks the controller's address up again after every break."""
+    """Follows `ControlService.Watch`; resolves the controller's address again when the stream breaks."""
 
     def __init__(self, resolve: Callable[[], Awaitable[str]]) -> None:
         self._resolve = resolve
@@ -68,9 +68,9 @@ class ControlWatch:
 
 
 class NamedWorkers:
-    """Asks the workers at fixed addresses what they hold, again and again.
+    """Polls the workers at fixed addresses for what they hold.
 
-    `experts` are those of the model; one that has none needs no workers.
+    `experts` are those of the model. A model without experts needs no workers.
     """
 
     def __init__(self, addresses: Sequence[str], *, model: str, experts: Collection[ExpertAddress]) -> None:
@@ -104,7 +104,7 @@ class NamedWorkers:
 
     def _epoch(self, replicas: tuple[Replica, ...]) -> Epoch | None:
         try:
-            versions = merge_versions((replica.versions for replica in replicas), self._experts)
+            versions = merge_versions((replica.holdings for replica in replicas), self._experts)
         except FailedPrecondition as error:
             log.info("the model is not complete yet", extra={"fields": {"reason": error.reason}})
             return None
@@ -112,10 +112,10 @@ class NamedWorkers:
 
 
 async def _describe(address: str, channel: grpc.aio.Channel, last: Replica | None) -> Replica | None:
-    """What a worker holds; None while it loads, restarts or is gone. One that is only slow is what it was."""
+    """The replica at an address; None while it loads or is gone. A slow worker counts as unchanged."""
     stub = expert_pb2_grpc.ExpertServiceStub(channel)
     try:
         answer = await stub.Describe(expert_pb2.DescribeRequest(), timeout=CALL_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         return last if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED else None
-    return Replica(answer.worker, address, answer.incarnation, versions_from_proto(answer.experts))
+    return Replica.from_description(address, answer)

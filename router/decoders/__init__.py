@@ -1,1 +1,1 @@
-"""The model without its experts: one decoder a kind of family."""
+"""The model without its experts: one decoder for each kind of family."""

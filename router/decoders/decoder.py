@@ -1,7 +1,7 @@
-"""What the engine knows of a model: it runs micro-batches through all layers and gives logits.
+"""The model as the engine sees it: it runs micro-batches through all layers and returns logits.
 
-Two decoders stand behind it: `lean_decoder.py`, our own for the families that it knows, and `stock_decoder.py`, the
-modules of transformers for all others and as the reference that the first must equal.
+Four decoders implement it: `lean`, our own for the families that it supports; `hf`, the modules of transformers, for all
+others and as the reference that `lean` must equal; `encoder_decoder`; and `stripedhyena`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Protocol
 import torch
 
 from router.attention.packed_batch import PackedBatch
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.dispatch.dispatcher import DispatchStep
-from router.gating.gate_stats import GateHealth
+from router.gating.gate_stats import GateStats
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one pass through the layers works on: a batch, the rows of it whose logits are wanted, its experts."""
+    """The input of one pass through the layers: a batch, its rows whose logits are wanted, and its experts."""
 
     batch: PackedBatch
     rows: torch.Tensor  # [N]
@@ -29,17 +29,17 @@ class MicroBatch:
 
 
 class RouterModel(Protocol):
-    """Attention, gates, norms, embeddings and head of one model; what experts compute comes from elsewhere."""
+    """Attention, gates, norms, embeddings and head of one model. Its experts are computed by workers."""
 
-    # How its batches are to be packed.
-    layout: Layout
-    gates: GateHealth
+    # The form in which its batches are packed.
+    layout: AttentionLayout
+    gate_stats: GateStats
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights that live in this process."""
+        """The bytes of all weights that this process holds."""
         ...
 
-    def forward(self, parts: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
-        """Runs a step, writes the cache, and gives the logits [N, V] of the wanted rows, part by part."""
+    def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
+        """Runs a step, writes the cache, and returns the logits [N, V] of the wanted rows of each micro-batch in turn."""
         ...

@@ -1,25 +1,30 @@
-"""Reading the tensors that the router holds, each once and by the name of the parameter that it becomes.
+"""Reads the tensors that the router holds, each once and under the name of its parameter.
 
-A file may hold them in other forms: several in one, rotary rows in another order, as float8 in blocks.
+A file may store them in another form: several joined into one, with rotary rows in another order, as float8 in blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.compute.dequantise import dequantise_fp8_block, fp8_row_scales
 from moesaic.families.model import DenseTensor
-from moesaic.families.tensor_check import FP8_BLOCK
 
 
 def read_dense(
-    checkpoint: Checkpoint, dense: Mapping[str, DenseTensor], *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    dense: Mapping[str, DenseTensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    exact: Collection[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors by name, file by file, one at a time."""
+    """Yields each tensor with its name, one at a time, file by file; those named in `exact` are float32 for any dtype."""
     by_file: dict[Path, list[str]] = {}
     for name in sorted(dense):
         by_file.setdefault(checkpoint.tensors[dense[name].source].file, []).append(name)
@@ -30,25 +35,19 @@ def read_dense(
                 rows = slice(None) if stored.rows is None else slice(*stored.rows)
                 tensor = shard.get_slice(stored.source)[rows]
                 if stored.scales is not None:
-                    tensor = _decode_fp8(tensor, rows.start or 0, _read(checkpoint, stored.scales))
+                    scales = fp8_row_scales(_read(checkpoint, stored.scales), rows.start or 0, len(tensor))
+                    tensor = dequantise_fp8_block(tensor, scales)
                 if stored.rotary_heads is not None:
                     tensor = pairs_half_apart(tensor, stored.rotary_heads)
                 # A copy: without it the tensor may be a view of the mapped file.
-                yield name, tensor.to(device, dtype, copy=True)
+                yield name, tensor.to(device, torch.float32 if name in exact else dtype, copy=True)
 
 
 def pairs_half_apart(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows [h * d, ...] of queries or keys whose rotary pairs lie side by side: in each head, the second ones of all
-    pairs behind the first ones."""
+    """Reorders rows [h * d, ...] of queries or keys whose rotary pairs lie side by side: in each head, the first members
+    of all pairs come before the second ones."""
     halves: torch.Tensor = rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     return halves
-
-
-def _decode_fp8(tensor: torch.Tensor, first_row: int, scales: torch.Tensor) -> torch.Tensor:
-    """float8 rows [n, I] from `first_row` on, times the factor of the block that each number lies in."""
-    rows = torch.arange(first_row, first_row + tensor.shape[0]) // FP8_BLOCK
-    columns = torch.arange(tensor.shape[1]) // FP8_BLOCK
-    return tensor.float() * scales[rows][:, columns]
 
 
 def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:

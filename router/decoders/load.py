@@ -1,17 +1,18 @@
-"""Which decoder runs a checkpoint: our own where it knows the family, else the modules of transformers."""
+"""Chooses the decoder of a checkpoint: our own where it supports the model, else the modules of transformers."""
 
 from __future__ import annotations
 
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.errors import InvalidArgument, Unsupported
+from moesaic.families.encoder_decoder import EncoderDecoderModel
 from moesaic.families.model import MoeModel
-from moesaic.families.stripedhyena import FAMILY
+from moesaic.families.stripedhyena import StripedHyenaModel
 from moesaic.settings import CapacityLimit, Decoder
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.decoder import RouterModel
 from router.decoders.encoder_decoder.decoder import EncoderDecoder
 from router.decoders.lean.decoder import LeanDecoder
-from router.decoders.lean.supported import DecoderLayout, describe_decoder
+from router.decoders.lean.supported import SupportedModel, check_supported
 from router.decoders.stripedhyena.decoder import StripedHyena
 from router.phase_clock import PhaseClock
 
@@ -19,25 +20,25 @@ from router.phase_clock import PhaseClock
 def load_model(
     checkpoint: Checkpoint,
     model: MoeModel,
-    layout: Layout,
+    layout: AttentionLayout,
     *,
     decoder: Decoder,
     num_positions: int,
     clock: PhaseClock,
     capacity: CapacityLimit = "off",
 ) -> RouterModel:
-    """Reads all but the expert weights, for sequences of at most `num_positions` tokens.
+    """Reads all weights but those of the experts, for sequences of at most `num_positions` tokens.
 
-    Raises CheckpointError; Unsupported where the lean decoder is wanted and does not know the model, or a capacity
-    that the family does not have.
+    Raises CheckpointError; Unsupported where the settings ask for a decoder that does not support the model, or for a
+    capacity that the family does not have.
     """
     if capacity == "model" and all(experts.capacity is None for experts in model.experts.values()):
         raise Unsupported(
             f"engine.capacity: experts of a {model.family} have none; use off", field="engine.capacity"
         )
-    if model.family == FAMILY or model.num_encoder_layers:
+    if isinstance(model, StripedHyenaModel | EncoderDecoderModel):
         _refuse_variants(model, layout, decoder)
-    if model.num_encoder_layers:
+    if isinstance(model, EncoderDecoderModel):
         return EncoderDecoder(
             checkpoint,
             model,
@@ -46,28 +47,28 @@ def load_model(
             clock=clock,
             limits_slots=capacity == "model",
         )
-    if model.family == FAMILY:
+    if isinstance(model, StripedHyenaModel):
         return StripedHyena(checkpoint, model, layout, num_positions=num_positions, clock=clock)
-    described = _describe(checkpoint, model, layout, decoder)
-    if described is not None:
-        return LeanDecoder(checkpoint, model, described, layout, num_positions=num_positions, clock=clock)
-    # Heavy: the modelling code of transformers is 90 MiB that a lean router does without.
-    from router.decoders.hf.decoder import StockDecoder
+    supported = _supported(checkpoint, model, layout, decoder)
+    if supported is not None:
+        return LeanDecoder(checkpoint, supported, layout, num_positions=num_positions, clock=clock)
+    # Imported here because the modelling code of transformers takes 90 MiB, which a lean router saves.
+    from router.decoders.hf.decoder import HfDecoder
 
-    return StockDecoder(checkpoint, model, layout, num_positions=num_positions, clock=clock)
+    return HfDecoder(checkpoint, model, layout, num_positions=num_positions, clock=clock)
 
 
-def _refuse_variants(model: MoeModel, layout: Layout, decoder: Decoder) -> None:
-    """Of models that have one decoder, which is not batch-invariant."""
+def _refuse_variants(model: MoeModel, layout: AttentionLayout, decoder: Decoder) -> None:
+    """Refuses the settings that choose among decoders: the model has only one, and it is not batch-invariant."""
     if decoder == "hf" or layout.invariant:
         field = "engine.decoder" if decoder == "hf" else "engine.batch_invariant"
-        raise Unsupported(f"{field}: not to be had of a {model.family}", field=field)
+        raise Unsupported(f"{field}: not available for a {model.family}", field=field)
 
 
-def _describe(
-    checkpoint: Checkpoint, model: MoeModel, layout: Layout, decoder: Decoder
-) -> DecoderLayout | None:
-    """None: stock."""
+def _supported(
+    checkpoint: Checkpoint, model: MoeModel, layout: AttentionLayout, decoder: Decoder
+) -> SupportedModel | None:
+    """The model as the lean decoder runs it, or None where the modules of transformers run it."""
     if decoder == "hf":
         if layout.invariant:
             raise InvalidArgument(
@@ -75,7 +76,7 @@ def _describe(
             )
         return None
     try:
-        return describe_decoder(checkpoint, model)
+        return check_supported(checkpoint, model)
     except Unsupported:
         if decoder == "lean" or layout.invariant:
             raise

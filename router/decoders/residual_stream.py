@@ -1,4 +1,4 @@
-"""A micro-batch between two layers: its rows, and what it waits for.
+"""The residual stream of a micro-batch: its hidden states between two layers, and the outputs that are still to be added.
 
 Shapes: T tokens, D hidden size.
 """
@@ -15,39 +15,39 @@ from router.dispatch.layer_call import LayerCall
 
 
 @dataclass(slots=True)
-class Flight:
-    """A micro-batch on its way through the layers."""
+class ResidualStream:
+    """The hidden states of one micro-batch as they pass the layers."""
 
-    part: MicroBatch
+    micro_batch: MicroBatch
     hidden: torch.Tensor  # [T, D]
-    # Of the tokens, those that `hidden` still has; None: all.
+    # The tokens of the micro-batch that `hidden` still has; None: all of them.
     tokens: list[int] | None = None
-    # What the layer that it is in adds: what experts were asked for, and what was computed here meanwhile.
+    # What the current layer adds: the answer to this call of its experts, and what was computed here in the meantime.
     call: LayerCall | None = None
-    beside: torch.Tensor | None = None  # [T, D]
+    local_output: torch.Tensor | None = None  # [T, D]
 
-    def land(self) -> None:
-        """Adds what the last layer makes of it."""
+    def add_layer_output(self) -> None:
+        """Waits for the experts of the current layer and adds all outputs of the layer."""
         if self.call is not None:
-            self.hidden += self.part.experts.receive(self.call)
+            self.hidden += self.micro_batch.experts.receive(self.call)
             self.call = None
-        if self.beside is not None:
-            self.hidden += self.beside
-            self.beside = None
+        if self.local_output is not None:
+            self.hidden += self.local_output
+            self.local_output = None
 
     def keep_wanted(self, mixed: torch.Tensor) -> torch.Tensor:
-        """In the last layer the caches are written, and nothing looks any more at tokens without wanted logits.
-        Drops those, also of `mixed`."""
-        rows = self.part.rows.tolist()
+        """Drops the tokens without wanted logits, from `mixed` too. Possible in the last layer once its mixer has
+        written the caches: nothing reads those tokens any more."""
+        rows = self.micro_batch.rows.tolist()
         if rows != list(range(len(mixed))):
             self.tokens = rows
-            index = self.part.rows.to(mixed.device)
+            index = self.micro_batch.rows.to(mixed.device)
             self.hidden, mixed = self.hidden[index], mixed[index]
         return mixed
 
 
-def landed(flights: Sequence[Flight]) -> torch.Tensor:
-    """What all of them come to behind the last layer, one after the other."""
-    for flight in flights:
-        flight.land()
-    return flights[0].hidden if len(flights) == 1 else torch.cat([flight.hidden for flight in flights])
+def final_hidden(streams: Sequence[ResidualStream]) -> torch.Tensor:
+    """The hidden states after the last layer, one stream after the other."""
+    for stream in streams:
+        stream.add_layer_output()
+    return streams[0].hidden if len(streams) == 1 else torch.cat([stream.hidden for stream in streams])

@@ -1,10 +1,10 @@
-"""Where the answers of a layer land, whichever worker they come from, and what they come to.
+"""The combine half of an MoE layer: the answers of the workers, collected and added up.
 
-Whatever lands is copied at once: an answer's bytes are its transport's. Everything lies in host memory and goes to the
-device that the model runs on as a whole.
+An answer is copied as soon as it arrives, because its bytes belong to its transport. All answers are
+collected in host memory and go to the model's device together.
+
+Shapes: T tokens, K experts per token, D hidden size, n assignments and R tokens of one worker.
 """
-
-# Shapes: T tokens, K experts per token, D hidden size, n assignments and R tokens of one worker.
 
 from __future__ import annotations
 
@@ -19,121 +19,123 @@ from torch import Tensor
 from moesaic.wire.tensor_check import SCALED_DTYPES
 from moesaic.wire.tensors import data_of, decode_rows
 from router.dispatch.host_staging import Staging
-from router.dispatch.row_grouping import Indices, Part, SlotOrder
+from router.dispatch.row_grouping import Indices, RowsBySlot, WorkerRows
 from router.workers.transports.base import Answer
 
 
-class Landing(Protocol):
-    """Every part has to be put or cleared before the total is right."""
+class Combiner(Protocol):
+    """Collects the answers of a layer. The result is valid once all rows have been added or cleared."""
 
-    def put(self, part: Part, answer: Answer) -> None:
-        """Takes a checked answer."""
+    def add(self, rows: WorkerRows, answer: Answer) -> None:
+        """Copies a checked answer."""
         ...
 
-    def clear(self, part: Part) -> None:
-        """Nothing came, or nothing of use."""
+    def clear(self, rows: WorkerRows) -> None:
+        """Leaves these rows out of the result: there is no answer, or a wrong one."""
         ...
 
-    def of(self, part: Part) -> Tensor:
-        """What landed of a part, [n or R, D]."""
+    def outputs_of(self, rows: WorkerRows) -> Tensor:
+        """The answer that was added for these rows, [n or R, D]."""
         ...
 
-    def total(self) -> Tensor:
-        """What everything that landed adds up to, [T, D] float32 on the device."""
+    def result(self) -> Tensor:
+        """The sum of everything that was added, [T, D] float32 on the device."""
         ...
 
-    def looks_finite(self, total: Tensor) -> bool:
-        """One look at all numbers: whatever is not finite among them shows in their sum. On a GPU they are looked at
-        where they landed, while it adds them up: a look at `total` would wait for it."""
+    def looks_finite(self, result: Tensor) -> bool:
+        """Checks all numbers at once: any of them that is not finite shows in their sum. On a GPU the check
+        reads the answers in host memory while the GPU adds them up, since reading `result` would wait for the
+        GPU."""
         ...
 
 
-class RowLanding:
-    """COMBINE_ROWS: a row for every assignment, added up by rank in float32. Neither placement nor the order of arrival
-    reaches the total."""
+class RowCombiner:
+    """COMBINE_ROWS: one row per assignment, added up by rank in float32. Neither the placement nor the order
+    of arrival affects the result."""
 
     def __init__(
-        self, staging: Staging, order: SlotOrder, weights: Tensor, width: int, dtype: torch.dtype
+        self, staging: Staging, groups: RowsBySlot, weights: Tensor, width: int, dtype: torch.dtype
     ) -> None:
-        """weights [T, K] on the device; `dtype` is that of the rows as they are decoded."""
+        """`weights` [T, K] are on the device; `dtype` is that of the decoded rows."""
         self._staging = staging
         self._weights = weights
-        self._rows = staging.empty((weights.numel(), width), dtype)  # [T * K, D]
-        # A single token has few rows: to copy their bytes costs less than one operation of torch.
-        self._bytes = data_of(self._rows) if order.num_tokens == 1 else None
-        if len(order.empty):
-            self._clear(order.empty)
+        self._outputs = staging.empty((weights.numel(), width), dtype)  # [T * K, D]
+        # A single token has few rows: copying their bytes costs less than one operation of torch.
+        self._bytes = data_of(self._outputs) if groups.num_tokens == 1 else None
+        if len(groups.unassigned):
+            self._clear(groups.unassigned)
 
-    def put(self, part: Part, answer: Answer) -> None:
+    def add(self, rows: WorkerRows, answer: Answer) -> None:
         header = answer.response.output
         if self._bytes is None:
-            self._rows.index_copy_(0, _tensor_of(part.assignments), decode_rows(header, answer.output))
+            outputs = decode_rows(header, answer.output)
+            self._outputs.index_copy_(0, _tensor_of(rows.assignments), outputs)
             return
         data = (
             answer.data if header.dtype not in SCALED_DTYPES else data_of(decode_rows(header, answer.output))
         )
-        row_bytes = len(self._bytes) // len(self._rows)
-        for i, assignment in enumerate(part.assignments):
+        row_bytes = len(self._bytes) // len(self._outputs)
+        for i, assignment in enumerate(rows.assignments):
             to, start = assignment * row_bytes, i * row_bytes
             self._bytes[to : to + row_bytes] = data[start : start + row_bytes]
 
-    def clear(self, part: Part) -> None:
-        self._clear(part.assignments)
+    def clear(self, rows: WorkerRows) -> None:
+        self._clear(rows.assignments)
 
-    def of(self, part: Part) -> Tensor:
-        return self._rows.index_select(0, _tensor_of(part.assignments))
+    def outputs_of(self, rows: WorkerRows) -> Tensor:
+        return self._outputs.index_select(0, _tensor_of(rows.assignments))
 
-    def total(self) -> Tensor:
-        return combine(self._staging.to_device(self._rows).view(*self._weights.shape, -1), self._weights)
+    def result(self) -> Tensor:
+        return combine(self._staging.to_device(self._outputs).view(*self._weights.shape, -1), self._weights)
 
-    def looks_finite(self, total: Tensor) -> bool:
-        return _is_sum_finite(total if total.device.type == "cpu" else self._rows)
+    def looks_finite(self, result: Tensor) -> bool:
+        return _is_sum_finite(result if result.device.type == "cpu" else self._outputs)
 
     def _clear(self, assignments: Indices | list[int]) -> None:
-        # What never lands must not reach other tokens: attention multiplies it by zero.
-        self._rows.index_fill_(0, _tensor_of(assignments), 0)
+        # Uninitialised memory must not reach other tokens: attention multiplies it by zero, but NaN stays.
+        self._outputs.index_fill_(0, _tensor_of(assignments), 0)
 
 
-class SumLanding:
-    """COMBINE_SUM: what each worker's experts add up to, a row for every token that it was sent. The sums are added in
-    the order in which they were put: placement reaches the last bits."""
+class SumCombiner:
+    """COMBINE_SUM: one row per token that a worker was sent, the weighted sum over that worker's experts. The
+    sums are added in the order of the calls, so placement affects the last bits."""
 
     def __init__(self, staging: Staging, hidden: Tensor) -> None:
-        """`hidden` [T, D] is what the layer is computed of."""
+        """`hidden` [T, D] is the layer's input."""
         self._staging = staging
         self._shape, self._device = hidden.shape, hidden.device
-        # By the first of its places, which no two parts share: [R, D] float32.
-        self._sums: dict[int, tuple[Part, Tensor]] = {}
+        # By the first of a worker's groups, which no two workers share: the sums [R, D] in float32.
+        self._sums: dict[int, tuple[WorkerRows, Tensor]] = {}
 
-    def put(self, part: Part, answer: Answer) -> None:
-        rows = decode_rows(answer.response.output, answer.output)
-        sums = self._staging.empty((len(rows), rows.shape[1]), torch.float32).copy_(rows)
-        self._sums[part.places[0]] = part, sums
+    def add(self, rows: WorkerRows, answer: Answer) -> None:
+        outputs = decode_rows(answer.response.output, answer.output)
+        sums = self._staging.empty((len(outputs), outputs.shape[1]), torch.float32).copy_(outputs)
+        self._sums[rows.groups[0]] = rows, sums
 
-    def clear(self, part: Part) -> None:
-        self._sums.pop(part.places[0], None)
+    def clear(self, rows: WorkerRows) -> None:
+        self._sums.pop(rows.groups[0], None)
 
-    def of(self, part: Part) -> Tensor:
-        return self._sums[part.places[0]][1]
+    def outputs_of(self, rows: WorkerRows) -> Tensor:
+        return self._sums[rows.groups[0]][1]
 
-    def total(self) -> Tensor:
+    def result(self) -> Tensor:
         total = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
-        for part, sums in self._sums.values():
+        for rows, sums in self._sums.values():
             on_device = self._staging.to_device(sums)
-            if part.tokens is None:
+            if rows.tokens is None:
                 total += on_device
             else:
-                total.index_add_(0, torch.from_numpy(part.tokens).to(self._device), on_device)
+                total.index_add_(0, torch.from_numpy(rows.tokens).to(self._device), on_device)
         return total
 
-    def looks_finite(self, total: Tensor) -> bool:
-        if total.device.type == "cpu":
-            return _is_sum_finite(total)
+    def looks_finite(self, result: Tensor) -> bool:
+        if result.device.type == "cpu":
+            return _is_sum_finite(result)
         return all(_is_sum_finite(sums) for _, sums in self._sums.values())
 
 
 def combine(rows: Tensor, weights: Tensor) -> Tensor:
-    """rows [T, K, D], weights [T, K] float32 -> [T, D] float32, rank by rank."""
+    """Adds up rows [T, K, D] with weights [T, K] float32, rank by rank: [T, D] float32."""
     ranks = zip(rows.unbind(1), weights.unsqueeze(-1).unbind(1), strict=True)
     rows_of_first, its_weights = next(ranks)
     total = rows_of_first * its_weights

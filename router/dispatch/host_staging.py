@@ -1,7 +1,8 @@
-"""Between the device that the model runs on and host memory, where rows are sent from and land.
+"""Copies between the model's device and host memory, in which rows are sent and received.
 
-On a CPU both are the same and nothing happens. On a GPU whatever a layer sends comes over in one wait, and what came
-back goes over without any, through pinned memory, which torch keeps for the next layer.
+On a CPU both are the same and nothing is copied. On a GPU all tensors that a layer sends are copied with a
+single wait, and the answers are copied back without any, through pinned memory that torch keeps for the next
+layer.
 """
 
 from __future__ import annotations
@@ -12,23 +13,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moesaic.compute.host_copy import to_host
+
 
 class Staging(Protocol):
+    """What the dispatcher needs of a device."""
+
     def to_host(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Contiguous tensors of the device, on the host and complete."""
+        """The tensors of the device on the host, contiguous and complete."""
         ...
 
     def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Host memory for rows to land in."""
+        """Host memory for the rows of the answers."""
         ...
 
     def to_device(self, rows: Tensor) -> Tensor:
-        """What landed, for the device to compute with."""
+        """Received rows on the device."""
         ...
 
 
 class HostStaging:
-    """The model runs in host memory."""
+    """The model runs in host memory: nothing is copied."""
 
     def to_host(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [tensor.contiguous() for tensor in tensors]
@@ -41,24 +46,19 @@ class HostStaging:
 
 
 class CudaStaging:
-    """The model runs on a GPU, on the current stream of whoever calls."""
+    """The model runs on a GPU. Copies run on the caller's current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def to_host(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        staged = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-            for tensor in tensors
-        ]
-        torch.cuda.current_stream(self._device).synchronize()
-        return staged
+        return to_host(tensors)
 
     def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def to_device(self, rows: Tensor) -> Tensor:
-        # The memory is not handed out again before the copy is done: torch's pinned allocator sees to that.
+        # torch's pinned allocator does not reuse the memory before the copy is done.
         return rows.to(self._device, non_blocking=True)
 
 

@@ -1,60 +1,81 @@
-"""One layer of a micro-batch in flight: what was asked, who was asked for it, and what came back."""
+"""One layer of a micro-batch in flight: what is asked, the waves of calls, and what is still missing."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
-from opentelemetry import trace
 
 from moesaic.errors import MoesaicError
-from router.dispatch.combine import Landing
-from router.dispatch.layer_request import LayerMessage
-from router.dispatch.row_grouping import Part, SlotOrder
-from router.workers.worker_link import PendingCall, WorkerLink
-
-
-@dataclass(slots=True, eq=False)
-class WorkerCall:
-    """One message to one worker."""
-
-    link: WorkerLink
-    part: Part
-    versions: list[bytes]
-    pending: PendingCall
-    span: trace.Span
-    # Whether it was waited for.
-    landed: bool = False
+from router.dispatch.combine import Combiner
+from router.dispatch.layer_request import LayerRequest
+from router.dispatch.row_grouping import RowsBySlot, WorkerRows
+from router.dispatch.wave import Wave, WorkerCall
+from router.workers.transports.base import Answer
 
 
 @dataclass(slots=True, eq=False)
 class LayerCall:
-    """Belongs to the step that sent it."""
+    """Every group of the layer is missing until a worker has answered for it."""
 
-    layer: int
-    # That the model computes in.
+    request: LayerRequest
+    groups: RowsBySlot
+    combiner: Combiner
+    # The dtype that the model computes in.
     dtype: torch.dtype
-    order: SlotOrder
-    message: LayerMessage
-    landing: Landing
-    # Of the micro-batch, those that are asked for; None: all.
+    # Which tokens of the micro-batch the rows are; None: all of them.
     tokens: Sequence[int] | None
-    # The calls of the newest wave, and all that were answered well.
-    wave: list[WorkerCall] = field(default_factory=list)
+    waves: list[Wave] = field(default_factory=list)
+    # The calls whose answers are in the combiner.
     answered: list[WorkerCall] = field(default_factory=list)
-    wave_ends_s: float = 0.0
-    # By place in `order`: why nothing landed for it, and the workers that failed to send it.
+    # The groups without an answer, and for each of them the workers that failed to compute it.
+    missing: dict[int, frozenset[str]] = field(init=False)
+    # Why the last attempt at each of these groups failed.
     errors: dict[int, MoesaicError] = field(default_factory=dict)
-    tried: defaultdict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
 
-    def fail(self, part: Part, error: MoesaicError) -> None:
-        """Nothing lands for these places, unless another replica is asked."""
-        self.errors.update(dict.fromkeys(part.places, error))
-        self.landing.clear(part)
+    def __post_init__(self) -> None:
+        self.missing = dict.fromkeys(range(len(self.groups.slots)), frozenset())
+
+    @property
+    def in_flight(self) -> list[WorkerCall]:
+        """The calls whose answers have not been waited for."""
+        return [call for wave in self.waves for call in wave.calls if not call.received]
+
+    def begin_wave(self, *, silent: Set[str], deadline_s: float) -> Wave:
+        """A wave for every group that is missing. It leaves out the workers that failed the group before, and
+        those that are silent."""
+        excluded = {group: failed | silent for group, failed in sorted(self.missing.items())}
+        wave = Wave(excluded, deadline_s, [])
+        self.waves.append(wave)
+        return wave
+
+    def accept(self, call: WorkerCall, answer: Answer) -> None:
+        """Takes an answer. Raises DataLoss unless it is valid."""
+        self.request.check(answer, call.rows, call.versions)
+        self.combiner.add(call.rows, answer)
+        self.answered.append(call)
+        for group in call.rows.groups:
+            self.missing.pop(group, None)
+            self.errors.pop(group, None)
+
+    def fail(self, call: WorkerCall, error: MoesaicError) -> None:
+        """Leaves the rows of a call out of the result, unless another replica computes them."""
+        worker = call.link.replica.worker
+        for group in call.rows.groups:
+            self.missing[group] = self.missing.get(group, frozenset()) | {worker}
+        self._leave_out(call.rows, error)
+
+    def fail_unheld(self, group: int, error: MoesaicError) -> None:
+        """Leaves out a group that no replica can be asked for. An earlier error of a replica is kept."""
+        if group not in self.errors:
+            self._leave_out(self.groups.worker_rows([group]), error)
 
     def failed_tokens(self) -> dict[int, MoesaicError]:
         """By token of the micro-batch: why one of its experts is missing."""
-        failed = {row: error for place, error in self.errors.items() for row in self.order.tokens_of(place)}
+        failed = {row: error for group, error in self.errors.items() for row in self.groups.tokens_of(group)}
         return failed if self.tokens is None else {self.tokens[row]: error for row, error in failed.items()}
+
+    def _leave_out(self, rows: WorkerRows, error: MoesaicError) -> None:
+        self.errors.update(dict.fromkeys(rows.groups, error))
+        self.combiner.clear(rows)

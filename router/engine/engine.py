@@ -1,7 +1,8 @@
-"""The loop of a router: take what came in, choose a batch, run it, sample, report. One thread owns all of it.
+"""The loop of a router: take commands, choose a batch, run it, sample, report. One thread owns all of it.
 
-Callers of other threads only put commands into an inbox; nobody on the engine's thread waits for those who listen. Every sequence ends with exactly one Finished or Failed, or
-silently when it was cancelled; whatever the end, its KV blocks are free at once.
+Other threads only put commands into its inbox, and the engine's thread never waits for those that receive its
+events. Every sequence ends with exactly one Finished or Failed event, or silently when it was cancelled.
+However it ends, its KV blocks are freed at once.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from router.decoders.decoder import MicroBatch, RouterModel
 from router.dispatch.dispatcher import Dispatcher
 from router.engine import sampler
 from router.engine.live_sequence import LiveSequence, Reading
-from router.engine.overlap import Overlap, halves
+from router.engine.overlap import micro_batches
 from router.engine.request import Failed, Finished, SequenceRequest
 from router.engine.sampling_params import SampledToken
-from router.phase_clock import INSIDE_FORWARD, PhaseClock
-from router.scheduling.scheduler import Scheduler, count
+from router.phase_clock import INSIDE_FORWARD, Phase, PhaseClock
+from router.scheduling.scheduler import Scheduler
 from router.scheduling.sequence import Chunk
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the start, and the state of the queues."""
+    """Counters since the start, and the present state of the queues."""
 
     steps: int
     prompt_tokens: int
@@ -56,7 +57,7 @@ class _Cancel:
 
 
 class Engine:
-    """Runs the sequences of one epoch on one model."""
+    """Runs the sequences of one epoch on one model. `overlap` splits steps into two micro-batches."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Engine:
         clock: PhaseClock,
         *,
         epoch: Epoch,
-        overlap: Overlap | None,
+        overlap: bool,
         max_waiting: int,
     ) -> None:
         self._model = model
@@ -79,7 +80,7 @@ class Engine:
         self._overlap = overlap
         self._max_open = scheduler.limits.max_running + max_waiting
         self._live: dict[str, LiveSequence] = {}
-        # Bounded by `_max_open`: whoever is not admitted puts nothing in.
+        # Bounded by `_max_open`: a request that is not admitted is not put in.
         self._inbox: queue.SimpleQueue[SequenceRequest | _Cancel | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._num_open = 0
@@ -96,11 +97,11 @@ class Engine:
 
     @property
     def num_open(self) -> int:
-        """Sequences that were submitted and have not ended."""
+        """The number of sequences that were submitted and have not ended."""
         return self._num_open
 
     def submit(self, request: SequenceRequest) -> str:
-        """Admits a sequence and returns the epoch it is pinned to. Raises Overloaded or Unavailable. Thread-safe."""
+        """Admits a sequence and returns its epoch. Thread-safe. Raises Overloaded or Unavailable."""
         with self._lock:
             if self._stopping:
                 raise _stopping()
@@ -115,11 +116,11 @@ class Engine:
         return self._epoch.id
 
     def cancel(self, sequence_id: str) -> None:
-        """Ends a sequence without further events, if it is still there. Thread-safe."""
+        """Ends a sequence without further events if it has not ended yet. Thread-safe."""
         self._inbox.put(_Cancel(sequence_id))
 
     def stop(self, timeout_s: float) -> None:
-        """Fails what is still running and ends the thread."""
+        """Fails the sequences that are still open and ends the thread."""
         with self._lock:
             self._stopping = True
             self._inbox.put(None)
@@ -144,22 +145,21 @@ class Engine:
     def _loop(self) -> None:
         try:
             while self._take_commands():
-                started = time.perf_counter()
-                self._expire()
-                chunks = self._scheduler.schedule()
-                self._clock.add("schedule", time.perf_counter() - started)
+                with self._clock.phase(Phase.SCHEDULE):
+                    self._expire()
+                    chunks = self._scheduler.schedule()
                 if chunks:
                     self._step(chunks)
                 if not self._live:
                     self._scheduler.check_integrity()
         except Exception:
-            # Outside a step only a bug comes here: health turns false, and whoever waits is told below.
+            # Only a bug outside a step leads here. The engine is dead, and open sequences fail below.
             log.exception("the engine died")
         finally:
             self._abandon()
 
     def _take_commands(self) -> bool:
-        """Empties the inbox; blocks while there is nothing to run. False: stop."""
+        """Carries out all commands, and waits while there is no sequence to run. False: the engine stops."""
         while not self._live or not self._inbox.empty():
             command = self._inbox.get()
             if command is None:
@@ -178,17 +178,16 @@ class Engine:
             self._fail(live, DeadlineExceeded(f"deadline passed after {len(live.sequence.output)} tokens"))
 
     def _step(self, chunks: tuple[Chunk, ...]) -> None:
-        """One batch: forward, then what each sequence gets from it. An unexpected error fails this batch alone."""
+        """Runs one batch and delivers its results. An unexpected error fails this batch alone."""
         lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
         started = time.perf_counter()
-        splits = self._overlap is not None and self._overlap.decide(*count(chunks))
         parts: list[MicroBatch] = []
         try:
-            parts, readings = self._pack(halves(chunks) if splits else (chunks,))
+            parts, readings = self._pack(micro_batches(chunks) if self._overlap else (chunks,))
             for reading in readings:
                 reading.live.note_step(reading.chunk)
             logits = self._forward(parts)
-            self._deliver(self._whole(readings), logits)
+            self._deliver(self._complete(readings), logits)
         except Exception:
             log.exception("a step failed")
             for part in parts:
@@ -197,80 +196,77 @@ class Engine:
                 self._fail(live, InternalError("internal error"))
         else:
             if not any(part.experts.failed for part in parts):
-                self._observe(chunks, splits, time.perf_counter() - started)
+                self._scheduler.observe(chunks, time.perf_counter() - started)
         self._steps += 1
-        self._overlapped_steps += splits
+        self._overlapped_steps += len(parts) > 1
 
     def _pack(self, parts: Iterable[tuple[Chunk, ...]]) -> tuple[list[MicroBatch], list[Reading]]:
-        """The step's micro-batches, and what each of their chunks wants of them."""
-        started = time.perf_counter()
-        batches: list[MicroBatch] = []
-        readings: list[Reading] = []
-        for chunks in parts:
-            lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
-            experts = self._dispatcher.begin(
-                self._epoch,
-                deadline_s=max(live.request.deadline_s for live in lives),
-                # The first recorded trace of the batch: one set of spans for all its sequences, or none.
-                context=next((live.trace for live in lives if live.trace is not None), None),
-            )
-            batch = pack(chunks, self._model.layout)
-            first_logit = sum(len(earlier.rows) for earlier in batches)
-            rows: list[int] = []
-            for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True):
-                reading = live.read(chunk, first_row, first_logit + len(rows), experts.failed)
-                rows += reading.wanted
-                readings.append(reading)
-            batches.append(MicroBatch(batch, torch.tensor(rows, dtype=torch.long), experts))
-        self._clock.add("schedule", time.perf_counter() - started)
+        """The micro-batches of a step, and what each chunk reads from their output."""
+        with self._clock.phase(Phase.SCHEDULE):
+            batches: list[MicroBatch] = []
+            readings: list[Reading] = []
+            for chunks in parts:
+                lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
+                experts = self._dispatcher.begin(
+                    self._epoch,
+                    deadline_s=max(live.request.deadline_s for live in lives),
+                    # A batch has one set of spans, in the first recorded trace among those of its sequences.
+                    context=next((live.trace for live in lives if live.trace is not None), None),
+                )
+                batch = pack(chunks, self._model.layout)
+                first_logit = sum(len(earlier.rows) for earlier in batches)
+                rows: list[int] = []
+                for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True):
+                    reading = live.read(chunk, first_row, first_logit + len(rows), experts.failed)
+                    rows += reading.wanted
+                    readings.append(reading)
+                batches.append(MicroBatch(batch, torch.tensor(rows, dtype=torch.long), experts))
         return batches, readings
 
     def _forward(self, parts: Sequence[MicroBatch]) -> torch.Tensor:
-        """Runs the model and gives the logits [N, V] of the wanted rows, part by part."""
+        """Runs the model. Returns the logits [N, V] of the wanted rows, micro-batch by micro-batch."""
         started, inside_s = time.perf_counter(), self._clock.total(INSIDE_FORWARD)
         if self._scheduler.states is not None and self._cache.states is not None:
             self._cache.states.apply(self._scheduler.states.take_copies())
         logits = self._model.forward(parts, self._cache)
         inside_s = self._clock.total(INSIDE_FORWARD) - inside_s
-        self._clock.add("dense", time.perf_counter() - started - inside_s)
+        self._clock.add(Phase.DENSE, time.perf_counter() - started - inside_s)
         return logits
 
-    def _whole(self, readings: list[Reading]) -> list[Reading]:
-        """Fails the sequences for which an expert was missing; the others have their chunks in the cache now."""
+    def _complete(self, readings: list[Reading]) -> list[Reading]:
+        """Fails the sequences that lack an expert's output, and records the other chunks as computed."""
         for reading in readings:
             error = reading.error
             if error is not None:
                 self._fail(reading.live, error)
-        whole = [reading for reading in readings if self._is_live(reading)]
-        for reading in whole:
+        complete = [reading for reading in readings if self._is_live(reading)]
+        for reading in complete:
             before = reading.live.sequence.num_prompt_tokens - reading.chunk.start
             self._prompt_tokens += max(0, min(reading.chunk.num_tokens, before))
             self._scheduler.advance(reading.chunk)
-        return whole
+        return complete
 
     def _deliver(self, readings: list[Reading], logits: torch.Tensor) -> None:
         """Scores prompts, samples next tokens, reports them and ends what is finished."""
-        started = time.perf_counter()
-        for reading in readings:
-            self._score(reading, logits)
-        readings = [reading for reading in readings if self._is_live(reading)]
-        drawing = [reading for reading in readings if reading.samples]
-        tokens = self._sample(drawing, logits)
-        self._clock.add("sample", time.perf_counter() - started)
-        started = time.perf_counter()
-        for reading in readings:
-            if reading.chunk.reaches_end:
-                self._end_if(reading.live, reading.live.reach_end_of_prompt())
-        for reading, token in zip(drawing, tokens, strict=True):
-            if isinstance(token, MoesaicError):
-                self._reject(reading.live, token)
-            else:
-                self._generated_tokens += 1
-                self._end_if(reading.live, reading.live.take_token(token))
-        self._clock.add("deliver", time.perf_counter() - started)
+        with self._clock.phase(Phase.SAMPLE):
+            for reading in readings:
+                self._score(reading, logits)
+            readings = [reading for reading in readings if self._is_live(reading)]
+            drawing = [reading for reading in readings if reading.samples]
+            tokens = self._sample(drawing, logits)
+        with self._clock.phase(Phase.DELIVER):
+            for reading in readings:
+                if reading.chunk.reaches_end:
+                    self._end_if(reading.live, reading.live.reach_end_of_prompt())
+            for reading, token in zip(drawing, tokens, strict=True):
+                if isinstance(token, MoesaicError):
+                    self._reject(reading.live, token)
+                else:
+                    self._generated_tokens += 1
+                    self._end_if(reading.live, reading.live.take_token(token))
 
     def _score(self, reading: Reading, logits: torch.Tensor) -> None:
-        """Scores the prompt's tokens of a chunk, where they are wanted."""
+        """Takes the log probabilities of a chunk's prompt tokens, if the request asks for them."""
         if not reading.scored or not self._is_live(reading):
             return
         num_top = reading.live.request.sampling.prompt_logprobs or 0
@@ -282,18 +278,12 @@ class Engine:
             reading.live.take_scores(scores)
 
     def _sample(self, readings: list[Reading], logits: torch.Tensor) -> list[SampledToken | MoesaicError]:
-        """The next token of each sequence."""
+        """The next token of each sequence, or why it has none."""
         if not readings:
             return []
         wanted = [reading.last_logit for reading in readings]
         rows = logits if len(wanted) == len(logits) else logits[wanted]
         return sampler.sample(rows, [reading.live.sampling for reading in readings])
-
-    def _observe(self, chunks: tuple[Chunk, ...], splits: bool, seconds: float) -> None:
-        """Tells those who learn from steps how long this one took."""
-        self._scheduler.observe(chunks, seconds)
-        if self._overlap is not None:
-            self._overlap.observe(*count(chunks), split=splits, seconds=seconds)
 
     def _is_live(self, reading: Reading) -> bool:
         return reading.live.request.sequence_id in self._live
@@ -304,8 +294,8 @@ class Engine:
             live.request.on_event(finished)
 
     def _reject(self, live: LiveSequence, error: MoesaicError) -> None:
-        """Fails a sequence whose values are wrong: nobody else shall find them in the cache."""
-        self._scheduler.distrust(live.sequence)
+        """Fails a sequence whose values are wrong, and keeps them from being reused by others."""
+        self._scheduler.discard_cached(live.sequence)
         self._fail(live, error)
 
     def _fail(self, live: LiveSequence, error: MoesaicError) -> None:
@@ -314,14 +304,14 @@ class Engine:
             live.request.on_event(Failed(error))
 
     def _end(self, live: LiveSequence) -> None:
-        """Forgets a sequence; its blocks are free before anybody hears of its end."""
+        """Removes a sequence. Its blocks are free before its end is reported."""
         if self._live.pop(live.request.sequence_id, None) is not None:
             self._scheduler.remove(live.sequence)
             with self._lock:
                 self._num_open -= 1
 
     def _abandon(self) -> None:
-        """Whatever is left when the loop ends gets an answer."""
+        """Fails every sequence that is left when the loop has ended."""
         with self._lock:
             self._stopping = True
         while not self._inbox.empty():

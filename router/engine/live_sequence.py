@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, its random numbers, its times, and what it reads of a batch."""
+"""One request inside the engine: its tokens, random numbers and times, and what it reads from a batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from router.scheduling.sequence import Chunk, Sequence
 
 
 class LiveSequence:
-    """A request between admission and end. Belongs to the engine's thread."""
+    """A request between its admission and its end. Used on the engine's thread alone."""
 
     def __init__(self, request: SequenceRequest) -> None:
         self.request = request
@@ -43,21 +43,21 @@ class LiveSequence:
             output=self.sequence.output,
             generator=make_generator(params),
         )
-        # The context that its layers' spans belong to, if anybody records them.
+        # The parent of the spans of its layers, if they are recorded.
         self.trace = request.trace if _is_recorded(request.trace) else None
         self._admitted_s = time.monotonic()
         self._first_step_s: float | None = None
         self._first_token_s: float | None = None
-        # Of the prompt's tokens from the second on; a preempted sequence does not score them again.
+        # The scores of the prompt's tokens from the second on. They survive a preemption.
         self._prompt_logprobs: list[TokenLogprobs] = []
 
     def read(
         self, chunk: Chunk, first_row: int, first_logit: int, failed: Mapping[int, MoesaicError]
     ) -> Reading:
-        """What this sequence wants of a micro-batch in which its chunk starts at `first_row`."""
+        """What this sequence reads from a micro-batch in which its chunk starts at `first_row`."""
         num_scored = first_scored = 0
         if self.sequence.reads_all:
-            # The row of position p scores the token at p + 1.
+            # The row at position p predicts the token at p + 1.
             first = max(chunk.start, len(self._prompt_logprobs))
             last = min(chunk.end, self.sequence.num_prompt_tokens - 1)
             first_scored, num_scored = first - chunk.start, max(0, last - first)
@@ -72,23 +72,23 @@ class LiveSequence:
         )
 
     def note_step(self, chunk: Chunk) -> None:
-        """Remembers and reports when the first step began, and where: what lies before it was in the cache."""
+        """Records and reports when the first step began, and how many tokens the prefix cache held."""
         if self._first_step_s is None:
             self._first_step_s = time.monotonic()
             self.request.on_event(Started(self._first_step_s - self._admitted_s, chunk.start))
 
     def take_scores(self, scores: list[TokenLogprobs]) -> None:
-        """Collects log probabilities of the prompt's tokens."""
+        """Adds log probabilities of the prompt's tokens."""
         self._prompt_logprobs += scores
 
     def reach_end_of_prompt(self) -> Finished | None:
-        """Reports the prompt's scores if they were asked for; with nothing to generate, this is the end."""
+        """Reports the prompt's scores if they are wanted. Returns the end if there is nothing to generate."""
         if self.request.sampling.prompt_logprobs is not None and not self.sequence.output:
             self.request.on_event(PromptScored(tuple(self._prompt_logprobs)))
         return None if self.request.sampling.max_tokens else self._finished(FinishReason.LENGTH)
 
     def take_token(self, token: SampledToken) -> Finished | None:
-        """Appends and reports a token; the end it brings, if it does."""
+        """Appends and reports a token. Returns the end of the sequence if the token brings it."""
         if self._first_token_s is None:
             self._first_token_s = time.monotonic()
         self.sequence.append(token.token_id)
@@ -115,18 +115,18 @@ def _is_recorded(context: Context | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The rows of a micro-batch that belong to one sequence, and those among them whose logits it wants."""
+    """The rows of a micro-batch that belong to one sequence, and those of them whose logits it needs."""
 
     live: LiveSequence
     chunk: Chunk
     rows: range
-    # Rows that score the next token of the prompt.
+    # The rows that score the next token of the prompt.
     scored: range
     # Whether the last row predicts a new token.
     samples: bool
-    # Where the wanted rows begin among the logits of the step.
+    # The index of the first wanted row among the logits of the step.
     first_logit: int
-    # The micro-batch's rows that have no valid output, known after the forward.
+    # The rows of the micro-batch without valid output, with the reason; filled in by the forward pass.
     failed: Mapping[int, MoesaicError]
 
     @property
@@ -135,7 +135,7 @@ class Reading:
 
     @property
     def last_logit(self) -> int:
-        """Where the row that predicts a new token stands among the logits of the step."""
+        """The index of the row that predicts a new token among the logits of the step."""
         return self.first_logit + len(self.scored)
 
     @property
@@ -144,13 +144,13 @@ class Reading:
 
     @property
     def targets(self) -> list[int]:
-        """The tokens that `scored` scores."""
+        """The tokens that the rows in `scored` score."""
         first = self.chunk.start + self.scored.start - self.rows.start + 1
         return self.live.sequence.tokens[first : first + len(self.scored)]
 
     @property
     def error(self) -> MoesaicError | None:
-        """Why its rows have no valid output, if they have none."""
+        """Why one of its rows has no valid output, if so."""
         if not self.failed:
             return None
         return next((self.failed[row] for row in self.rows if row in self.failed), None)

@@ -1,4 +1,4 @@
-"""Readiness: one real token through every layer."""
+"""Readiness: a router is ready when one real token has passed through every layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from router.engine.sampling_params import SamplingParams
 
 
 async def pass_one_token(engine: Engine, timeout_s: float) -> None:
-    """Generates one token, through every layer and back. Raises what it failed with."""
+    """Generates one token through every layer. Raises the error with which it fails."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[None] = loop.create_future()
 

@@ -1,6 +1,6 @@
-"""One request's tokens: what the service hands to the engine, and what the engine reports back.
+"""What the service submits to the engine, a sequence request, and the events that the engine reports back.
 
-The service owns text (tokenizer, stop strings); the engine knows token ids alone. Everything that crosses is frozen.
+Text (tokenizer, stop strings) belongs to the service; the engine works on token ids alone. All is frozen.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds from admission: until the first step, the first token, the end."""
+    """Seconds from admission to the first step, to the first token, and to the end."""
 
     queued_s: float
     first_token_s: float
@@ -33,8 +33,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The first step of a sequence begins, `queued_s` seconds after its admission. Its first `num_cached` tokens were
-    in the prefix cache."""
+    """The first step begins, `queued_s` seconds after admission, with `num_cached` tokens from the cache."""
 
     queued_s: float
     num_cached: int = 0
@@ -42,7 +41,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Log probabilities of the prompt's tokens from the second on; sent once, before the first token."""
+    """Log probabilities of the prompt's tokens from the second on. Reported once, before the first token."""
 
     logprobs: tuple[TokenLogprobs, ...]
 
@@ -56,7 +55,7 @@ class TokenGenerated:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The sequence ended well; nothing follows. With max_tokens 0 it comes after the prompt was computed."""
+    """The sequence ended as it should; nothing follows. With max_tokens 0, after its prompt is computed."""
 
     reason: FinishReason
     # The stop token that ended it, if one did.
@@ -66,7 +65,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The sequence ended with an error of its own; nothing follows."""
+    """The sequence ended with an error; nothing follows."""
 
     error: MoesaicError
 
@@ -78,9 +77,9 @@ SequenceEvent = Started | PromptScored | TokenGenerated | Finished | Failed
 class SequenceRequest:
     """One continuation to compute.
 
-    `on_event` is called on the engine's thread, in order; it must neither block nor raise. `deadline_s` is a time of
-    the monotonic clock. `trace` is the context that the layers' spans belong to. `tenant` is whom it is for: see
-    fair_queue.py and prefix_cache.py.
+    `on_event` is called on the engine's thread, in order, and must neither block nor raise. `deadline_s` is a
+    time of the monotonic clock. `trace` is the parent of the layers' spans. `tenant` names whom the sequence
+    is computed for: fair_queue.py admits and prefix_cache.py shares prefixes by it.
     """
 
     sequence_id: str
@@ -90,5 +89,5 @@ class SequenceRequest:
     on_event: Callable[[SequenceEvent], None]
     trace: Context | None = None
     tenant: str = ""
-    # Where an encoder reads the prompt: what the decoder is given before it generates, behind its start token.
+    # What the decoder is given after its start token, where an encoder reads the prompt.
     decoder_prompt: tuple[int, ...] = ()

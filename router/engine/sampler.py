@@ -1,9 +1,10 @@
 """Logits to token ids: penalties, filters, the draw, and log probabilities.
 
-A sequence's token depends on its own logits, parameters, seed and step alone, never on its batch mates: every row is
-computed by itself, and a draw takes one number of the sequence's own generator and inverts the cumulative distribution.
-Order, as in vLLM: repetition, presence and frequency penalties, logit bias, min_tokens, temperature, top-k, min-p, top-p;
-each filter sees what the one before it left, renormalised. Equal logits rank by id, lowest first, everywhere.
+The token of a sequence depends on its own logits, parameters, seed and step alone, never on its batch mates:
+every row is computed by itself, and a draw takes one number from the sequence's own generator and inverts the
+cumulative distribution. The order is that of vLLM: repetition, presence and frequency penalties, logit bias,
+min_tokens, temperature, top-k, min-p, top-p. Each filter sees what the one before it left, renormalised.
+Equal logits always rank by id, the lowest first.
 
 Shapes: N sequences, V vocabulary, T positions of a prompt, M rows of a group, K ranked candidates.
 """
@@ -21,19 +22,19 @@ from torch import Tensor
 
 from moesaic.errors import DataLoss, MoesaicError
 from router.engine.sampling_params import SampledToken, SamplingParams, TokenLogprobs
+from router.top_k import top_ids
 
-# Positions of a prompt that are scored at once: bounds the memory of [T, V] intermediates.
+# The number of a prompt's positions that are scored at once, which bounds the memory of [T, V] intermediates.
 _SCORED_ROWS = 64
-_LOW_32_BITS = 0xFFFFFFFF
-# Candidates that are ranked for min-p and top-p before all of them are.
+# The numbers of candidates that are ranked for min-p and top-p before the whole vocabulary is.
 _WIDTHS = (128, 2048)
-# How many more a ranking looks at, for equal scores.
+# How many more candidates than wanted a ranking looks at, for the sake of equal scores.
 _SPARE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingState:
-    """What one sequence brings to a step. `generator` is None when, and only when, the parameters are greedy."""
+    """What the sampler needs of one sequence. Only for greedy parameters `generator` is None."""
 
     params: SamplingParams
     prompt: Sequence[int]
@@ -42,14 +43,14 @@ class SamplingState:
 
 
 def make_generator(params: SamplingParams) -> torch.Generator | None:
-    """The random stream of one sequence, made at its admission and kept to its last token. Always on the CPU."""
+    """The random numbers of one sequence from its admission to its last token. Always on the CPU."""
     return None if params.greedy else torch.Generator().manual_seed(params.seed)
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken | MoesaicError]:
-    """Chooses the next token of every sequence. logits [N, V], any float dtype; left unchanged.
+    """Chooses the next token of every sequence from logits [N, V] of any float dtype, which stay unchanged.
 
-    A row with a NaN or an infinity yields DataLoss in its place; the others are not touched by it.
+    A row with a NaN or an infinity yields DataLoss in its place and does not affect the others.
     """
     assert logits.dim() == 2 and logits.shape[0] == len(states)
     scores = logits.float()
@@ -62,7 +63,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
 
 
 def score(logits: Tensor, targets: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """Log probabilities of given tokens. logits [T, V]: row t predicts targets[t]; `num_top` alternatives each.
+    """Log probabilities of tokens and `num_top` alternatives. Row t of logits [T, V] predicts targets[t].
 
     Raises DataLoss when a logit is NaN or infinite.
     """
@@ -77,8 +78,9 @@ def score(logits: Tensor, targets: Sequence[int], num_top: int) -> list[TokenLog
 
 
 def _finite(scores: Tensor) -> list[bool]:
-    """scores [N, V] -> whether all of a row is finite."""
-    # Whatever is not finite shows in a row's sum. Where sums of finite scores overflow, extremes tell: a NaN is both.
+    """For each row of scores [N, V], whether all of it is finite."""
+    # A value that is not finite makes the row's sum so. The sum of finite scores may overflow, too; then the
+    # extremes decide, since a NaN is both of them.
     if all(map(math.isfinite, scores.sum(dim=-1).tolist())):
         return [True] * len(scores)
     extremes = torch.stack((scores.amax(dim=-1), scores.amin(dim=-1)))
@@ -102,7 +104,7 @@ def _sample_finite(scores: Tensor, states: Sequence[SamplingState]) -> list[Samp
     return tokens
 
 
-# Penalties, bias and min_tokens: only rows that ask for them are touched.
+# Penalties, bias and min_tokens, applied to the rows that ask for them alone.
 
 
 def _adjust(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -128,7 +130,7 @@ def _is_adjusted(state: SamplingState) -> bool:
 
 
 def _penalise(scores: Tensor, state: SamplingState) -> None:
-    """In place, scores [V]: repetition over prompt and output, presence and frequency over the output."""
+    """Changes scores [V] in place: repetition over prompt and output, the others over the output."""
     params = state.params
     if params.repetition_penalty != 1:
         seen = _indices({*state.prompt, *state.output}, scores)
@@ -136,7 +138,7 @@ def _penalise(scores: Tensor, state: SamplingState) -> None:
         penalised = torch.where(
             values > 0, values / params.repetition_penalty, values * params.repetition_penalty
         )
-        # A tiny penalty must not make an infinity, which has no place in a softmax.
+        # A tiny penalty must not lead to an infinity, which a softmax cannot handle.
         scores[seen] = penalised.clamp(max=torch.finfo(scores.dtype).max)
     if state.output and (params.presence_penalty != 0 or params.frequency_penalty != 0):
         counts = Counter(state.output)
@@ -145,7 +147,7 @@ def _penalise(scores: Tensor, state: SamplingState) -> None:
 
 
 def _bias(scores: Tensor, state: SamplingState) -> None:
-    """In place, scores [V]: the request's own bias, and no stop token before min_tokens."""
+    """Changes scores [V] in place: adds the request's bias, and rules out stop tokens before min_tokens."""
     params = state.params
     if params.logit_bias:
         values = torch.tensor(list(params.logit_bias.values()), dtype=scores.dtype, device=scores.device)
@@ -158,23 +160,23 @@ def _indices(token_ids: Iterable[int], like: Tensor) -> Tensor:
     return torch.tensor(list(token_ids), dtype=torch.long, device=like.device)
 
 
-# The choice: greedy rows by one argmax, the others by inverting their cumulative distribution.
+# The choice: an argmax for greedy rows, the inverted cumulative distribution for the others.
 
 
 class _Kind(enum.Enum):
-    """Rows that are chosen by the same computation."""
+    """The computation by which the token of a row is chosen."""
 
     GREEDY = enum.auto()
-    # The whole vocabulary, unfiltered: no ranking.
+    # The whole vocabulary is drawn from, without a filter and thus without a ranking.
     PLAIN = enum.auto()
-    # Top-k bounds the candidates.
+    # Top-k bounds the number of candidates.
     NARROW = enum.auto()
-    # Top-p or min-p without top-k: every token is a candidate.
+    # Top-p or min-p apply without top-k, so every token is a candidate.
     WIDE = enum.auto()
 
 
 def _choose(scores: Tensor, states: Sequence[SamplingState]) -> list[int]:
-    """scores [N, V] -> N token ids. Rows of one kind are computed together; no row sees another."""
+    """scores [N, V] -> N token ids. Rows of one kind are computed together, and none depends on another."""
     chosen = [0] * len(states)
     groups: dict[_Kind, list[int]] = {}
     for row, state in enumerate(states):
@@ -208,7 +210,7 @@ def _choose_group(kind: _Kind, scores: Tensor, states: Sequence[SamplingState]) 
 
 
 def _choose_wide(scores: Tensor, states: Sequence[SamplingState]) -> list[int]:
-    """Ranks no more candidates than min-p and top-p may leave: a few as a rule, all of them where a row is flat."""
+    """Ranks only as many candidates as min-p and top-p may leave: few as a rule, all where a row is flat."""
     weights = _weights(scores, states)
     total = _left_by_min_p(weights, states).cumsum(dim=-1)[:, -1:]
     chosen = [0] * len(states)
@@ -218,7 +220,7 @@ def _choose_wide(scores: Tensor, states: Sequence[SamplingState]) -> list[int]:
         candidates = _ranked(scores[some], min(width, scores.shape[1]))
         ranked = weights[some].gather(1, candidates)
         kept = _filtered(ranked, [states[row] for row in rows], total[some])
-        # Where the lightest candidate is left out, so is all that is lighter.
+        # Where the lightest candidate is filtered out, so are all tokens that are lighter.
         is_all = [width >= scores.shape[1] or weight == 0 for weight in kept[:, -1].tolist()]
         done = [place for place, complete in enumerate(is_all) if complete]
         if done:
@@ -243,18 +245,18 @@ def _ids(token_ids: Tensor) -> list[int]:
 def _weights(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """Unnormalised probabilities [M, K] after temperature; the best token of a row weighs 1.
 
-    In float64: a temperature near zero stays finite, and a sum over a large vocabulary loses nothing.
+    In float64, so that a temperature near zero stays finite and a sum over a large vocabulary exact.
     """
     temperature = _column([state.params.temperature for state in states], scores.device)
-    wide = scores.double()  # a copy: the rest is in place, a vocabulary is large
+    wide = scores.double()  # a copy, changed in place below because a vocabulary is large
     return wide.sub_(wide.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
 
 
 def _filtered(weights: Tensor, states: Sequence[SamplingState], total: Tensor | None = None) -> Tensor:
-    """Top-k, min-p, top-p over ranked candidates. weights [M, K], heaviest first -> [M, K] with zeros.
+    """Top-k, min-p, top-p over ranked candidates: weights [M, K], heaviest first -> [M, K] with zeros.
 
-    Top-p keeps the fewest candidates whose share of what top-k and min-p left reaches it, and always the first.
-    `total` [M, 1] is the mass of all that these left, where the candidates may be only the heaviest part of it.
+    Top-p keeps the fewest candidates whose share of what top-k and min-p left reaches it, and always the
+    first. `total` [M, 1] is the mass of all that these two left, needed where not all are candidates.
     """
     num_candidates = weights.shape[1]
     top_k = _column([state.params.top_k or num_candidates for state in states], weights.device)
@@ -268,18 +270,18 @@ def _filtered(weights: Tensor, states: Sequence[SamplingState], total: Tensor | 
 
 
 def _left_by_min_p(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """weights [M, K] -> [M, K] with zeros where min-p leaves a token out."""
+    """weights [M, K] -> [M, K] with zeros where min-p rules a token out."""
     if not any(state.params.min_p for state in states):
         return weights
     return weights * (weights >= _column([state.params.min_p for state in states], weights.device))
 
 
 def _draw(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """weights [M, K] -> positions [M]: one number of each sequence's generator through the inverse distribution."""
+    """weights [M, K] -> positions [M]: one number of each generator through the inverse distribution."""
     mass = weights.cumsum(dim=-1)
     total = mass[:, -1:]
     target = _column([_uniform(state) for state in states], weights.device) * total
-    # The product may round up to the total, behind which there is no token.
+    # The product may round up to the total, beyond which there is no token.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(mass, target, right=True).squeeze(1)
 
@@ -299,31 +301,22 @@ def _column(values: Sequence[float], device: torch.device) -> Tensor:
 def _ranked(scores: Tensor, num: int) -> Tensor:
     """Ids of the `num` highest of scores [M, V] -> [M, num], highest first; equal scores by id, lowest first.
 
-    A plain top-k of a few more leaves little to put in order, unless equal scores reach beyond it.
+    A plain top-k of a few more leaves few candidates to put in order, unless equal scores extend beyond it.
     """
     width = num + _SPARE
     if width >= scores.shape[1]:
-        return _ranked_of(scores, torch.arange(scores.shape[1], device=scores.device), num)
+        return top_ids(scores, torch.arange(scores.shape[1], device=scores.device), num)
     values, ids = scores.topk(width, dim=-1)
-    ranked = _ranked_of(values, ids, num)
+    ranked = top_ids(values, ids, num)
     tied = values[:, num - 1] == values[:, -1]
     if tied.any():
         everything = torch.arange(scores.shape[1], device=scores.device)
-        ranked[tied] = _ranked_of(scores[tied], everything, num)
+        ranked[tied] = top_ids(scores[tied], everything, num)
     return ranked
 
 
-def _ranked_of(scores: Tensor, ids: Tensor, num: int) -> Tensor:
-    """The same of scores [M, W] that belong to `ids` ([M, W] or [W]): one exact top-k over integers that hold the
-    score's order above and the id below."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes one zero of the two
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    keys = (order << 32) | (_LOW_32_BITS - ids)
-    return _LOW_32_BITS - (keys.topk(num, dim=-1).values & _LOW_32_BITS)
-
-
 def _token_logprobs(scores: Tensor, targets: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """scores [M, V] in float32, before any adjustment; one target a row."""
+    """Log probabilities of one target a row, from scores [M, V] in float32 before any adjustment."""
     logprobs = scores.log_softmax(dim=-1)
     target = torch.tensor(targets, dtype=torch.long, device=scores.device).unsqueeze(1)
     of_target = logprobs.gather(1, target).squeeze(1).tolist()
@@ -331,7 +324,7 @@ def _token_logprobs(scores: Tensor, targets: Sequence[int], num_top: int) -> lis
         return [
             TokenLogprobs(token_id, logprob, ()) for token_id, logprob in zip(targets, of_target, strict=True)
         ]
-    # Ranked by score, which tells apart what rounding makes equal among log probabilities.
+    # Ranked by score, because rounding makes some log probabilities equal whose scores differ.
     top = _ranked(scores, min(num_top, scores.shape[1]))
     pairs = zip(top.tolist(), logprobs.gather(1, top).tolist(), strict=True)
     return [

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen, complete and validated: the service has filled every default in.
+    """How tokens are chosen. The service has validated every value and filled in every default.
 
-    Bounds are those of `SamplingParams` in inference.proto. `temperature` 0 is greedy. `stop_token_ids` holds the
-    end-of-sequence ids unless the request ignores them. `logprobs` and `prompt_logprobs` count alternatives;
-    None asks for no log probabilities, 0 for those of the token itself.
+    Bounds are those of `SamplingParams` in inference.proto. `temperature` 0 is greedy. `stop_token_ids` holds
+    the end-of-sequence ids unless the request ignores them. `logprobs` and `prompt_logprobs` are numbers of
+    alternatives: None asks for no log probabilities, 0 for that of the token itself.
     """
 
     max_tokens: int
@@ -37,17 +37,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """A token, its log probability under the model (before temperature, bias and penalties), the best alternatives."""
+    """A token, its log probability (before temperature, bias and penalties), and the best alternatives."""
 
     token_id: int
     logprob: float
-    # (token id, log probability), most probable first; ties: lowest id first.
+    # Pairs of token id and log probability, the most probable first, the lowest id first among equals.
     top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """What the sampler chose for one sequence."""
+    """The token that the sampler chose for one sequence."""
 
     token_id: int
     logprobs: TokenLogprobs | None

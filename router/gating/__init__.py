@@ -1,1 +1,1 @@
-"""Which experts a token goes to: the family's rule."""
+"""Gates: which experts compute a token, by the family's rule."""

@@ -1,33 +1,64 @@
-"""The gate of a layer: scores every expert for every token and keeps the best, by the family's rule as data.
+"""The gate of a layer: it scores every slot for every token and selects the best ones, by the family's rule as data.
 
-A mask takes slots out of a layer: what is left is scored, grouped and weighted as though the others had never been
-there, so that nothing of them reaches any weight. Where fewer are left than a token may have, the ranks behind them
-are empty: NO_SLOT, with weight zero, and nobody is asked for them.
+A mask removes slots from a layer: the remaining ones are scored, grouped and weighted as if the others did not exist,
+so that no weight depends on a masked slot. Where fewer slots remain than a token may have, the ranks after them are
+empty: their slot is NO_SLOT, their weight is zero, and no expert is called for them.
 
-Shapes: T tokens, E experts (slots), K experts per token, G groups.
+Shapes: T tokens, D hidden size, E slots (experts), K experts per token, G groups.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
+from moesaic.compute.linear import Linear
 from moesaic.families.model import GateRule, Groups
+from router.top_k import top_ids
 
-# The slot of a rank that nobody computes.
+# The slot of an empty rank: no expert computes it.
 NO_SLOT = -1
 
-# From this many scores on it is faster to find the best of a row than to sort all of it.
+# Up to this many scores, a sort of each row is faster than a search for its largest ones.
 _SORTED_SCORES = 2048
-_SCORE_BITS = 32
 
 
 class Assignment(NamedTuple):
-    """Which slots compute each token, best first, and with which weights."""
+    """The slots that compute each token, best first, and their weights."""
 
     weights: torch.Tensor  # [T, K], float32
     slots: torch.Tensor  # [T, K], int64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gate:
+    """The gate of one layer: the rows that score its slots, and the rule that turns the scores into an assignment.
+
+    The rows come as data: a tensor, or a Linear where the product has to be batch-invariant. Only families whose rule
+    is `own` have no such gate: they keep the module of transformers, whose rows cannot be exchanged here.
+    """
+
+    rule: GateRule
+    rows: torch.Tensor | Linear  # [E, D]
+    bias: torch.Tensor | None = None  # [E], added to the logits
+    selection_bias: torch.Tensor | None = None  # [E], takes part in the choice alone
+    # Whether the logits are computed in float32, whatever dtype the model computes in.
+    exact: bool = False
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, D] -> [T, E]."""
+        if isinstance(self.rows, Linear):
+            return self.rows(hidden)
+        if self.exact:
+            return functional.linear(hidden.float(), self.rows.float(), self.bias)
+        return functional.linear(hidden, self.rows, self.bias)
+
+    def assign(self, hidden: torch.Tensor) -> Assignment:
+        """Scores hidden [T, D] and applies the rule."""
+        return assign(self.logits(hidden), self.rule, selection_bias=self.selection_bias)
 
 
 def assign(
@@ -37,15 +68,15 @@ def assign(
     selection_bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> Assignment:
-    """Applies the rule to logits [T, E] in float32, the lowest slot first where choices tie.
+    """Applies the rule to logits [T, E] in float32; where choices tie, the lowest slot comes first.
 
-    `selection_bias` [E] takes part in the choice alone. `mask`, bool [E] or [T, E], says which slots may be chosen.
+    `selection_bias` [E] takes part in the choice alone. `mask`, bool [E] or [T, E], marks the slots that may be chosen.
     """
     chosen = choose(logits, rule, selection_bias=selection_bias, mask=mask)
     if rule.renormalise:
         chosen = renormalise(chosen, rule, may_be_empty=mask is not None)
-    if rule.least_second is not None:
-        chosen = leave_second(chosen, rule.least_second)
+    if rule.second_threshold is not None:
+        chosen = drop_second(chosen, rule.second_threshold)
     return chosen if rule.scale == 1 else Assignment(chosen.weights * rule.scale, chosen.slots)
 
 
@@ -56,7 +87,7 @@ def choose(
     selection_bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> Assignment:
-    """The slots, and their weights before these are renormalised, left out or scaled."""
+    """The chosen slots, with their weights before these are renormalised, dropped or scaled."""
     logits = logits.float()
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
@@ -74,7 +105,7 @@ def choose(
 
 
 def renormalise(chosen: Assignment, rule: GateRule, *, may_be_empty: bool) -> Assignment:
-    """Weights with a sum of one. `may_be_empty`: there may be tokens without any slot."""
+    """Divides the weights of each token by their sum. `may_be_empty`: some tokens may have no slot at all."""
     total = chosen.weights.sum(dim=-1, keepdim=True)
     if rule.epsilon:
         total += rule.epsilon
@@ -83,21 +114,21 @@ def renormalise(chosen: Assignment, rule: GateRule, *, may_be_empty: bool) -> As
     return Assignment(chosen.weights / total, chosen.slots)
 
 
-def leave_second(chosen: Assignment, least: float) -> Assignment:
-    """Without the slots behind the first whose weight is not above `least`."""
-    left_out = chosen.weights <= least
-    left_out[:, 0] = False
-    return without(chosen, left_out)
+def drop_second(chosen: Assignment, threshold: float) -> Assignment:
+    """Drops the slots after the first whose weight is not above the threshold."""
+    dropped = chosen.weights <= threshold
+    dropped[:, 0] = False
+    return drop(chosen, dropped)
 
 
-def without(chosen: Assignment, left_out: torch.Tensor) -> Assignment:
-    """Without these of its ranks, bool [T, K]."""
-    slots, weights = _empty(left_out, chosen.slots, chosen.weights)
+def drop(chosen: Assignment, dropped: torch.Tensor) -> Assignment:
+    """Empties the ranks that are set in `dropped`, bool [T, K]."""
+    slots, weights = _empty(dropped, chosen.slots, chosen.weights)
     return Assignment(weights, slots)
 
 
-def everyone(rows: torch.Tensor) -> Assignment:
-    """Of a layer with one slot and no gate: all of rows [T, D] as they are, with weight one."""
+def assign_all(rows: torch.Tensor) -> Assignment:
+    """The assignment of a layer without a gate: its one slot takes all of rows [T, D] with weight one."""
     shape, device = (len(rows), 1), rows.device
     return Assignment(torch.ones(shape, device=device), torch.zeros(shape, dtype=torch.long, device=device))
 
@@ -109,7 +140,7 @@ def _scores(logits: torch.Tensor, rule: GateRule) -> torch.Tensor:
 
 
 def _weights(logits: torch.Tensor, scores: torch.Tensor, slots: torch.Tensor, rule: GateRule) -> torch.Tensor:
-    """Of the chosen slots [T, K], before any of the sum and the scale."""
+    """The weights of the chosen slots [T, K], before they are renormalised and scaled."""
     if rule.weight == "score":
         return scores.gather(1, slots)
     chosen = logits.gather(1, slots)
@@ -124,7 +155,7 @@ def _choice(
     *,
     masked: bool,
 ) -> torch.Tensor:
-    """What the best are chosen by, [T, E]; minus infinity where a slot cannot be."""
+    """The values by which slots are chosen, [T, E]; minus infinity where a slot cannot be chosen."""
     choice = scores if selection_bias is None else scores + selection_bias.float()
     if masked:
         choice = choice.masked_fill(logits == -torch.inf, -torch.inf)
@@ -132,7 +163,8 @@ def _choice(
 
 
 def _within_groups(choice: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Leaves the kept groups. A group counts with its best slots, or with those that it has; without any, not at all."""
+    """Excludes all slots outside the kept groups. A group is ranked by its best slots, or by those that remain in it;
+    a group without any cannot be kept."""
     grouped = choice.unflatten(1, (groups.count, -1))  # [T, G, E / G]
     best = grouped.topk(groups.best, dim=-1).values
     totals = best.masked_fill(best == -torch.inf, 0).sum(dim=-1)
@@ -144,8 +176,8 @@ def _within_groups(choice: torch.Tensor, groups: Groups) -> torch.Tensor:
 
 
 def _sparse_mixer(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """One slot after the other: the best that is left, weighted by the softmax over those of the rest that are near it.
-    How near is measured against the logits as they were."""
+    """Chooses one slot after the other: the best of the remaining ones, weighted by the softmax over the remaining slots
+    that are near it. Nearness is always measured on the original logits."""
     left = logits
     weights, slots = [], []
     for _ in range(rule.top_k):
@@ -162,22 +194,15 @@ def _sparse_mixer(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, t
 def _empty(
     missing: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where there is nothing left to choose, no slot and no weight."""
+    """Sets NO_SLOT and weight zero where `missing` is set."""
     return slots.masked_fill(missing, NO_SLOT), weights.masked_fill(missing, 0)
 
 
 def _best(choice: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest of each row [T, E] and where they are, [T, K] both."""
-    # torch.topk promises no order among equals: a stable sort does, and so do keys of which no two are equal.
+    """The largest values of each row [T, E] and their slots, both [T, K]."""
+    # A stable sort leaves equal scores in the order of their slots, as `top_ids` does.
     if choice.numel() <= _SORTED_SCORES:
         ranked, order = choice.sort(dim=-1, descending=True, stable=True)
         return ranked[:, :top_k], order[:, :top_k]
-    last_slot = choice.shape[1] - 1
-    backwards = torch.arange(last_slot, -1, -1, device=choice.device)
-    # Floats from zero up are ordered as their bits are, those below in reverse. Minus zero plus zero is zero.
-    bits = (choice + 0.0).view(torch.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = bits.long().bitwise_left_shift_(_SCORE_BITS).bitwise_or_(backwards)
-    best = keys.topk(top_k, dim=-1).values
-    slots = last_slot - (best & ((1 << _SCORE_BITS) - 1))
+    slots = top_ids(choice, torch.arange(choice.shape[1], device=choice.device), top_k)
     return choice.gather(1, slots), slots

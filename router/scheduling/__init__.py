@@ -1,1 +1,1 @@
-"""What a step runs: pure decisions about sequences, blocks and prompts."""
+"""What a step runs: pure decisions about sequences, KV blocks and recurrent states."""

@@ -1,8 +1,8 @@
-"""Who is admitted next: the tenant that was served the fewest tokens, and within a tenant who came first.
+"""Admits the oldest sequence of the tenant that was served the fewest tokens.
 
-Virtual token counters, as in fair queueing: a tenant pays for the prompt tokens that are computed for it and for every
-token that it gets. Whoever had nothing waiting comes back at the level of those who have: idle time is no credit. With
-one tenant this is first come, first served.
+These are the virtual token counters of fair queueing: a tenant is charged for the prompt tokens that are
+computed for it and for every token that it receives. A tenant that had nothing waiting rejoins at the level
+of those that have, so idle time earns no credit. With a single tenant this is first come, first served.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Iterator
 
 from router.scheduling.sequence import Sequence
 
-# Counters that are remembered. A tenant beyond them starts at the level of those who wait, as a new one does.
+# The number of tenants whose counters are remembered. Any other counts as a new tenant.
 MAX_TENANTS = 1024
 
 
 class FairQueue:
-    """The sequences that wait for a place."""
+    """The sequences that wait to be admitted."""
 
     def __init__(self) -> None:
-        # Preempted ones: they were admitted before, and come first.
+        # Preempted sequences, which were admitted before and come first.
         self._returned: deque[Sequence] = deque()
-        # By tenant, in order of arrival: the number of the arrival and the sequence.
+        # The arrival number and the sequence of each entry, by tenant and sequence id, in order of arrival.
         self._waiting: dict[str, dict[str, tuple[int, Sequence]]] = {}
         self._served: OrderedDict[str, int] = OrderedDict()
         self._num_arrivals = 0
@@ -34,18 +34,20 @@ class FairQueue:
         return len(self._returned) + self._num_waiting
 
     def __iter__(self) -> Iterator[Sequence]:
-        """In the order of admission. The sequence that was yielded last may be admitted or removed meanwhile."""
+        """The order of admission. The sequence yielded last may be admitted or removed meanwhile."""
         yield from tuple(self._returned)
-        heads = [entry for tenant in self._waiting if (entry := self._entry(tenant, self._line(tenant)))]
+        heads = [
+            entry for tenant in self._waiting if (entry := self._next_entry(tenant, self._entries(tenant)))
+        ]
         heapq.heapify(heads)
         while heads:
-            _, _, sequence, line = heapq.heappop(heads)
+            _, _, sequence, entries = heapq.heappop(heads)
             yield sequence
-            if entry := self._entry(sequence.tenant, line):
+            if entry := self._next_entry(sequence.tenant, entries):
                 heapq.heappush(heads, entry)
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence arrives."""
+        """Queues a new sequence."""
         if sequence.tenant not in self._waiting:
             level = self._level()
             self._waiting[sequence.tenant] = {}
@@ -55,22 +57,22 @@ class FairQueue:
         self._num_waiting += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """A sequence lost its place; it is the next to get one."""
+        """Queues a preempted sequence ahead of all others."""
         self._returned.appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence leaves, for whatever reason."""
+        """Removes a sequence, for whatever reason."""
         if sequence in self._returned:
             self._returned.remove(sequence)
             return
-        line = self._waiting[sequence.tenant]
-        del line[sequence.sequence_id]
+        entries = self._waiting[sequence.tenant]
+        del entries[sequence.sequence_id]
         self._num_waiting -= 1
-        if not line:
+        if not entries:
             del self._waiting[sequence.tenant]
 
     def admit(self, sequence: Sequence) -> None:
-        """A sequence leaves because it has a place now; its tenant pays for what is left to compute of it."""
+        """Removes a sequence that now runs, and charges its tenant for what is left to compute of it."""
         is_new = sequence not in self._returned
         self.remove(sequence)
         if is_new:
@@ -78,11 +80,11 @@ class FairQueue:
             self.charge(sequence.tenant, sequence.num_pending)
 
     def charge(self, tenant: str, num_tokens: int) -> None:
-        """The tenant was served that many tokens."""
+        """Adds to the number of tokens that a tenant was served."""
         self._set(tenant, self._served.get(tenant, 0) + num_tokens)
 
     def _level(self) -> int:
-        """Where a tenant begins that had nothing waiting."""
+        """The counter at which a tenant begins that had nothing waiting."""
         waiting = [self._served.get(tenant, 0) for tenant in self._waiting]
         return min(waiting) if waiting else self._served.get(self._last_admitted, 0)
 
@@ -92,12 +94,12 @@ class FairQueue:
         if len(self._served) > MAX_TENANTS:
             self._served.popitem(last=False)
 
-    def _line(self, tenant: str) -> Iterator[tuple[int, Sequence]]:
+    def _entries(self, tenant: str) -> Iterator[tuple[int, Sequence]]:
         return iter(tuple(self._waiting[tenant].values()))
 
-    def _entry(
-        self, tenant: str, line: Iterator[tuple[int, Sequence]]
+    def _next_entry(
+        self, tenant: str, entries: Iterator[tuple[int, Sequence]]
     ) -> tuple[int, int, Sequence, Iterator[tuple[int, Sequence]]] | None:
-        """What orders a tenant's next sequence: its tenant's tokens, then its arrival, which is unique."""
-        arrival, sequence = next(line, (0, None))
-        return None if sequence is None else (self._served.get(tenant, 0), arrival, sequence, line)
+        """The heap entry of a tenant's next sequence: sorted by the tenant's tokens, then by arrival."""
+        arrival, sequence = next(entries, (0, None))
+        return None if sequence is None else (self._served.get(tenant, 0), arrival, sequence, entries)

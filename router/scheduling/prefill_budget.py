@@ -1,8 +1,10 @@
-"""How many prompt tokens are read beside sequences that decode, so that their next tokens are not long in coming.
+"""How many prompt tokens a step may read without delaying the sequences that decode for long.
 
-Learned from the steps themselves: what a step takes with nothing but decoding sequences, and what each prompt token
-adds to it. A mixed step may take `max_stall` times an undisturbed one while one prompt is read, and more where many wait for
-few: small chunks read slowly, and then those who wait lose more than those who are served. Pure: seconds come in as numbers.
+The budget follows from two figures that are learned from the steps themselves: the time of a step of decoding
+sequences alone, and the time that each prompt token adds to it. A mixed step may take `max_stall` times as
+long as an undisturbed one while a single prompt is read. It may take longer the more prompts wait for the
+fewer decoding sequences: small chunks read slowly, and then the waiting requests lose more than the running
+ones gain. Pure: it is given seconds as numbers.
 """
 
 from __future__ import annotations
@@ -10,19 +12,20 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-# The fewest tokens that are worth a place in a step: a prompt is read on, however little is known or left.
+# The fewest prompt tokens that a step reads, so that prompts always make progress.
 MIN_CHUNK = 16
-# Undisturbed steps that are remembered for each number of sequences, by powers of two.
+# The number of undisturbed steps that are remembered for each number of sequences, grouped by powers of two.
 NUM_STEPS = 15
-# A price that rises is believed soon, one that falls slowly; one slow step counts as twice the price at most.
+# The share of a new price that enters the average: a rising one is followed quickly, a falling one slowly. A
+# single slow step counts as MAX_RISE times the price at most.
 RISING, FALLING = 0.5, 0.3
 MAX_RISE = 2.0
-# Of a mixed step, at least this share is put down to its prompt tokens, however noisy the clock: no price is zero.
+# The least share of a mixed step that its prompt tokens account for, lest a noisy clock make the price zero.
 MIN_SHARE = 0.02
 
 
-class Pace:
-    """Prices of steps, and the budget that follows."""
+class PrefillBudget:
+    """The learned times of steps and prompt tokens, and the budget that follows from them."""
 
     def __init__(self, *, max_batch_tokens: int, max_stall: float) -> None:
         self._max_batch_tokens = max_batch_tokens
@@ -30,8 +33,8 @@ class Pace:
         self._undisturbed: dict[int, deque[float]] = {}
         self._token_s: float | None = None
 
-    def budget(self, num_decoding: int, num_unread: int = 1) -> int:
-        """Prompt tokens that a step may read beside `num_decoding` sequences, where `num_unread` prompts are not read yet."""
+    def tokens(self, num_decoding: int, num_unread: int = 1) -> int:
+        """How many prompt tokens a step may read, given `num_decoding` sequences and `num_unread` prompts."""
         room = self._max_batch_tokens - num_decoding
         if num_decoding == 0:
             return room
@@ -43,13 +46,13 @@ class Pace:
         return min(room, max(MIN_CHUNK, affordable))
 
     def observe(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:
-        """A step with that many decoding sequences and prompt tokens took `seconds`."""
+        """Records that a step with that many decoding sequences and prompt tokens took `seconds`."""
         if num_prompt_tokens == 0:
             self._learn_step(num_decoding, seconds)
             return
         undisturbed_s = self._step_s(num_decoding) if num_decoding else 0.0
         if undisturbed_s is None:
-            # Nothing has decoded alone so far: what the prompt's tokens do not explain must be the rest's.
+            # No step has only decoded so far: what prompt tokens do not account for is decoding.
             if self._token_s is not None and seconds > num_prompt_tokens * self._token_s:
                 self._learn_step(num_decoding, seconds - num_prompt_tokens * self._token_s)
             return
@@ -68,7 +71,7 @@ class Pace:
         self._token_s += share * (min(token_s, MAX_RISE * self._token_s) - self._token_s)
 
     def _step_s(self, num_decoding: int) -> float | None:
-        """The median undisturbed step with about that many sequences, or with the nearest number that is known."""
+        """The median time of undisturbed steps with that many sequences, or the nearest known number."""
         if not self._undisturbed:
             return None
         size = num_decoding.bit_length()

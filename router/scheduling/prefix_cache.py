@@ -1,13 +1,13 @@
-"""Finds keys and values that were computed before: full blocks by name, shared without a copy.
+"""Finds keys and values that were computed before: full blocks by hash, shared without a copy.
 
-A block's name is a digest of its tokens and of its parent's name; the chain begins with the epoch and the tenant, so
-neither another version of the model nor another tenant ever gets these blocks. Only computed blocks have names, and a
-named block is never written again: a sequence writes behind what it shares.
+The hash of a block covers its tokens and its parent's hash. The chain begins with the epoch and the tenant,
+so neither another version of the model nor another tenant ever gets these blocks. Only full, computed blocks
+have a hash, and they are never written again: a sequence writes behind the blocks that it shares.
 
-Where a model has recurrent states, a prefix is found if both are there, its blocks and the state after the last of them.
-Keys and values are kept of every token, states of few: at the last full block of a prompt, for those that begin alike
-and for what is asked next; and where a prompt leaves blocks that were found, because there another one has left them
-before.
+Where a model has recurrent states, a prefix can be reused only with both its blocks and a snapshot of the
+state after the last of them. Keys and values are cached for every token, states at few points: at the last
+full block of a prompt, for prompts that begin alike and for the next turn of a conversation; and where a
+prompt diverges from blocks that were found, since an earlier prompt has diverged there as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DIGEST_BYTES = 32
 
 
 class PrefixCache:
-    """Names the blocks of one epoch in a pool, and takes them from it by name; so, too, the states after them."""
+    """The cached prefixes of one epoch: blocks of a pool by hash, and snapshots of the states after them."""
 
     def __init__(self, pool: BlockPool, epoch: str, states: StatePool | None = None) -> None:
         self._pool = pool
@@ -32,74 +32,79 @@ class PrefixCache:
         self.num_looked_up = 0
         self.num_hit = 0
 
-    def take(self, sequence: Sequence) -> list[int]:
-        """The leading blocks of a sequence that are there, with it as one more user of each.
+    def share_blocks(self, sequence: Sequence) -> list[int]:
+        """The leading blocks of a sequence that are cached, each with this sequence as one more user.
 
-        Never all of its tokens: somebody has to compute the last one, for its logits.
+        They never hold all of its tokens: the last one has to be computed for its logits.
         """
         found: list[int] = []
         if sequence.reads_all:
             return found
-        names = self.names(sequence, (len(sequence.tokens) - 1) // self._pool.block_tokens)
-        for name in names:
-            block = self._pool.share(name)
+        for block_hash in self.block_hashes(sequence, (len(sequence.tokens) - 1) // self._pool.block_tokens):
+            block = self._pool.share(block_hash)
             if block is None:
                 break
             found.append(block)
-        return found if self._states is None else self._up_to_a_state(sequence, found, self._states)
+        return found if self._states is None else self._up_to_snapshot(sequence, found, self._states)
 
     def count(self, sequence: Sequence, num_blocks: int) -> None:
-        """Counts a look-up that found `num_blocks` blocks and was made use of."""
+        """Counts a lookup that found `num_blocks` blocks, all of which the sequence now uses."""
         if not sequence.reads_all:
             self.num_looked_up += len(sequence.tokens)
             self.num_hit += num_blocks * self._pool.block_tokens
 
-    def add(self, sequence: Sequence, num_before: int) -> None:
-        """Names the blocks that are full of computed tokens now; before, `num_before` tokens were computed."""
+    def cache_full_blocks(self, sequence: Sequence, num_before: int) -> None:
+        """Caches the blocks that a step has filled; before it, `num_before` tokens were computed."""
         first, last = (tokens // self._pool.block_tokens for tokens in (num_before, sequence.num_computed))
         if first < last:
-            names = self.names(sequence, last)
-            for block, name in zip(sequence.blocks[first:last], names[first:last], strict=True):
-                self._pool.name(block, name)
-            if self._states is not None and sequence.num_computed in sequence.marks:
+            hashes = self.block_hashes(sequence, last)
+            for block, block_hash in zip(sequence.blocks[first:last], hashes[first:last], strict=True):
+                self._pool.set_hash(block, block_hash)
+            if self._states is not None and sequence.num_computed in sequence.snapshot_points:
                 assert sequence.state is not None
-                self._states.keep(sequence.state, names[last - 1])
+                self._states.snapshot(sequence.state, hashes[last - 1])
 
-    def promises(self, sequence: Sequence) -> list[bytes]:
-        """Names up to which others will find a prefix, once this sequence has read its prompt."""
+    def pending_hashes(self, sequence: Sequence) -> list[bytes]:
+        """The hashes at which others can join, once this sequence has computed its prompt."""
         size = self._pool.block_tokens
         if self._states is None:
-            return sequence.names[sequence.num_computed // size :]
-        return [sequence.names[mark // size - 1] for mark in sequence.marks if mark > sequence.num_computed]
+            return sequence.block_hashes[sequence.num_computed // size :]
+        return [
+            sequence.block_hashes[point // size - 1]
+            for point in sequence.snapshot_points
+            if point > sequence.num_computed
+        ]
 
-    def awaits(self, sequence: Sequence, num_shared: int, promised: set[bytes]) -> bool:
-        """Whether another sequence is computing what comes behind this one's shared blocks: to wait for it costs less
-        than both."""
+    def should_wait(self, sequence: Sequence, num_shared: int, pending: set[bytes]) -> bool:
+        """Whether a running sequence is computing what follows this one's shared blocks.
+
+        `pending`: the hashes of what running sequences compute. Waiting costs less than computing it twice.
+        """
         if sequence.reads_all:
             return False
-        missing = sequence.names[num_shared:]
-        return any(name in promised for name in (missing[:1] if self._states is None else missing))
+        missing = sequence.block_hashes[num_shared:]
+        return any(block_hash in pending for block_hash in (missing[:1] if self._states is None else missing))
 
-    def _up_to_a_state(self, sequence: Sequence, found: list[int], states: StatePool) -> list[int]:
-        """Of the blocks that were found, those up to the last that has a state; marks where states are missing."""
-        size = self._pool.block_tokens
-        usable = next((n for n in range(len(found), 0, -1) if states.has(sequence.names[n - 1])), 0)
+    def block_hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
+        """The hashes of a sequence's first `num_blocks` blocks, each computed once in its life."""
+        size, hashes = self._pool.block_tokens, sequence.block_hashes
+        while len(hashes) < num_blocks:
+            start = len(hashes) * size
+            parent = hashes[-1] if hashes else self._root(sequence.tenant)
+            tokens = array("I", sequence.tokens[start : start + size]).tobytes()
+            hashes.append(blake2b(parent + tokens, digest_size=DIGEST_BYTES).digest())
+        return hashes[:num_blocks]
+
+    def _up_to_snapshot(self, sequence: Sequence, found: list[int], states: StatePool) -> list[int]:
+        """The found blocks up to the last with a snapshot. Sets snapshot points where they are missing."""
+        size, hashes = self._pool.block_tokens, sequence.block_hashes
+        usable = next((n for n in range(len(found), 0, -1) if states.has_snapshot(hashes[n - 1])), 0)
         last = (len(sequence.tokens) - 1) // size
-        sequence.marks = tuple(size * n for n in sorted({len(found), last}) if n > usable)
+        sequence.snapshot_points = tuple(size * n for n in sorted({len(found), last}) if n > usable)
         unusable = found[usable:]
         self._pool.release(unusable)
         return found[:usable]
 
-    def names(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
-        """Of the sequence's first `num_blocks` blocks; each is hashed once in the sequence's life."""
-        size, names = self._pool.block_tokens, sequence.names
-        while len(names) < num_blocks:
-            start = len(names) * size
-            parent = names[-1] if names else self._root(sequence.tenant)
-            tokens = array("I", sequence.tokens[start : start + size]).tobytes()
-            names.append(blake2b(parent + tokens, digest_size=DIGEST_BYTES).digest())
-        return names[:num_blocks]
-
     def _root(self, tenant: str) -> bytes:
-        # An epoch's id holds no zero byte: no tenant can spell another epoch.
+        # The id of an epoch holds no zero byte, so no tenant can imitate another epoch.
         return blake2b(f"{self._epoch}\0{tenant}".encode(), digest_size=DIGEST_BYTES).digest()

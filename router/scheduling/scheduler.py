@@ -1,9 +1,9 @@
 """Chooses what the next step runs. No tensors, no clock, no I/O: the same calls give the same batches.
 
-Running sequences come first, those that decode before those that still read their prompt; what is left of the token
-budget goes to chunks of prompts, beside sequences that decode no more than `pace.py` allows. Waiting sequences are
-admitted in the order of `fair_queue.py`. When the KV pool runs dry the newest sequence gives its blocks back and starts
-over later from its own tokens: it loses time, never a token.
+Running sequences come first, those that decode before those that still read their prompt. What is left of the
+token budget goes to chunks of prompts; beside decoding sequences, no more than the prefill budget allows.
+Waiting sequences are admitted in the order of fair_queue.py. When the KV pool runs dry the newest sequence is
+preempted: its blocks are freed and it later starts over from its own tokens. It loses time, never a token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from router.scheduling.block_pool import BlockPool, OutOfBlocks
 from router.scheduling.fair_queue import FairQueue
-from router.scheduling.prefill_budget import Pace
+from router.scheduling.prefill_budget import PrefillBudget
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.sequence import Chunk, Sequence
 from router.scheduling.state_pool import StatePool
@@ -25,13 +25,16 @@ class Limits:
 
     max_batch_tokens: int
     max_running: int
-    # An encoder reads a prompt both ways: it is never cut. The last one of a batch may then make it longer.
+    # Whether prompts are never cut, because an encoder reads them in both directions. The last prompt of a
+    # batch may then exceed `max_batch_tokens`.
     whole_prompts: bool = False
 
 
 class Scheduler:
-    """What runs and what waits, over one block pool, and one of states where the model has recurrent ones. Without
-    `prefixes` nothing is shared; without `pace` a step reads as much of prompts as fits into it."""
+    """Which sequences run and which wait, over a pool of KV blocks and, for recurrent models, one of states.
+
+    Without `prefixes` nothing is shared. Without `prefill_budget` a step reads as many prompt tokens as fit.
+    """
 
     def __init__(
         self,
@@ -39,14 +42,14 @@ class Scheduler:
         pool: BlockPool,
         *,
         prefixes: PrefixCache | None = None,
-        pace: Pace | None = None,
+        prefill_budget: PrefillBudget | None = None,
         states: StatePool | None = None,
     ) -> None:
         self.limits = limits
         self.pool = pool
         self.prefixes = prefixes
         self.states = states
-        self._pace = pace
+        self._prefill_budget = prefill_budget
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -55,44 +58,45 @@ class Scheduler:
         self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence wherever it is and lets go of its blocks."""
+        """Removes a running or waiting sequence and frees what it holds."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        self._let_go(sequence)
+        self._free(sequence)
 
     def schedule(self) -> tuple[Chunk, ...]:
-        """The next batch: at most `max_batch_tokens` tokens (but see `Limits`), blocks for all of them held."""
+        """The next batch, its blocks allocated: at most `max_batch_tokens` tokens (but see `Limits`)."""
         chunks: list[Chunk] = []
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         budget = self._extend(chunks, decoding, self.limits.max_batch_tokens)
         reading = [sequence for sequence in self.running if sequence.num_pending > 1]
-        if self._pace is not None:
-            budget = min(budget, self._pace.budget(len(chunks), len(reading) + len(self.waiting)))
+        if self._prefill_budget is not None:
+            num_unread = len(reading) + len(self.waiting)
+            budget = min(budget, self._prefill_budget.tokens(len(chunks), num_unread))
         budget = self._extend(chunks, reading, budget)
         self._admit(chunks, budget)
         return tuple(chunks)
 
     def advance(self, chunk: Chunk) -> None:
-        """What the chunk leaves to later tokens is in the cache now."""
+        """Records that a chunk is computed, so that its keys, values and state are in the cache."""
         sequence = chunk.sequence
         sequence.num_computed = chunk.end
         if self.prefixes is not None:
-            self.prefixes.add(sequence, chunk.start)
+            self.prefixes.cache_full_blocks(sequence, chunk.start)
         if chunk.reaches_end:
             self.waiting.charge(sequence.tenant, 1)
 
-    def distrust(self, sequence: Sequence) -> None:
-        """What a sequence left in the cache is not to be used again."""
-        self.pool.forget(sequence.blocks)
+    def discard_cached(self, sequence: Sequence) -> None:
+        """Keeps what a sequence left in the cache from being used again: its values are wrong."""
+        self.pool.discard_hashes(sequence.blocks)
         if self.states is not None:
-            self.states.forget(sequence.names)
+            self.states.discard_snapshots(sequence.block_hashes)
 
     def observe(self, chunks: tuple[Chunk, ...], seconds: float) -> None:
-        """How long a step took."""
-        if self._pace is not None:
-            self._pace.observe(*count(chunks), seconds)
+        """Records that a step over these chunks took `seconds`."""
+        if self._prefill_budget is not None:
+            self._prefill_budget.observe(*count(chunks), seconds)
 
     def check_integrity(self) -> None:
         sequences = (*self.running, *self.waiting)
@@ -103,64 +107,67 @@ class Scheduler:
             )
 
     def _extend(self, chunks: list[Chunk], sequences: list[Sequence], budget: int) -> int:
-        """Gives running sequences their next chunks; what is left of the budget."""
+        """Adds the next chunks of running sequences, and returns what is left of the budget."""
         preemptions = self.num_preemptions
         for sequence in sequences:
             if budget <= 0:
                 break
-            # A sequence earlier in this very loop may have taken this one's blocks.
-            has_place = self.num_preemptions == preemptions or sequence in self.running
-            if has_place and self._make_room(sequence, budget, chunks):
+            # An earlier sequence of this loop may have preempted this one.
+            is_running = self.num_preemptions == preemptions or sequence in self.running
+            if is_running and self._make_room(sequence, budget, chunks):
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
         return budget
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        """Gives places to waiting sequences, as long as there are places, tokens and blocks."""
+        """Admits waiting sequences while there are places, tokens and blocks for them."""
         if not self.waiting or budget <= 0 or len(self.running) >= self.limits.max_running:
             return
-        promised = self._promised(self.running)
+        pending = self._pending_hashes(self.running)
         for sequence in self.waiting:
             if budget <= 0 or len(self.running) >= self.limits.max_running:
                 break
-            blocks = [] if self.prefixes is None else self.prefixes.take(sequence)
-            if self.prefixes is not None and self.prefixes.awaits(sequence, len(blocks), promised):
+            blocks = [] if self.prefixes is None else self.prefixes.share_blocks(sequence)
+            if self.prefixes is not None and self.prefixes.should_wait(sequence, len(blocks), pending):
                 self.pool.release(blocks)
                 continue
-            # Room for the whole of it, not just its first chunk: else two long prompts starve each other.
+            # Room for all of it, not just its first chunk: else two long prompts starve each other.
             if self.pool.blocks_for(len(sequence.tokens)) - len(blocks) > self.pool.num_free:
                 self.pool.release(blocks)
                 break
-            self._place(sequence, blocks)
+            self._start(sequence, blocks)
             chunks.append(self._chunk(sequence, budget))
             self.pool.extend(sequence.blocks, chunks[-1].end)
             budget -= chunks[-1].num_tokens
-            promised |= self._promised([sequence])
+            pending |= self._pending_hashes([sequence])
 
-    def _place(self, sequence: Sequence, blocks: list[int]) -> None:
-        """Makes a waiting sequence a running one that begins behind the shared `blocks`."""
+    def _start(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Makes a waiting sequence a running one whose first tokens are in the shared `blocks`."""
         sequence.blocks = blocks
         sequence.num_computed = len(blocks) * self.pool.block_tokens
         if self.states is not None:
-            sequence.state = self.states.begin(sequence.names[len(blocks) - 1] if blocks else None)
+            sequence.state = self.states.begin(sequence.block_hashes[len(blocks) - 1] if blocks else None)
         if self.prefixes is not None and not sequence.output:
             self.prefixes.count(sequence, len(blocks))
         self.waiting.admit(sequence)
         self.running.append(sequence)
 
-    def _promised(self, sequences: Iterable[Sequence]) -> set[bytes]:
-        """Names that others will find, of those of these sequences that still read their prompts."""
+    def _pending_hashes(self, sequences: Iterable[Sequence]) -> set[bytes]:
+        """The hashes that those of the sequences that still read their prompts will have cached."""
         if self.prefixes is None:
             return set()
         return {
-            name
+            block_hash
             for sequence in sequences
             if sequence.num_pending > 1
-            for name in self.prefixes.promises(sequence)
+            for block_hash in self.prefixes.pending_hashes(sequence)
         }
 
     def _make_room(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> bool:
-        """Takes the blocks for the next chunk, from the newest sequences if need be. False: it lost its own place."""
+        """Allocates the blocks of the next chunk and preempts the newest sequences for them if need be.
+
+        False: the sequence itself was preempted.
+        """
         while True:
             try:
                 self.pool.extend(sequence.blocks, self._chunk(sequence, budget).end)
@@ -172,27 +179,29 @@ class Scheduler:
                     return False
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        """The next of a sequence, at most up to the next mark."""
+        """The next chunk of a sequence, which ends at the next snapshot point at the latest."""
         start = sequence.num_computed
         if self.limits.whole_prompts:
             budget = max(budget, sequence.num_prompt_tokens - start)
-        to_mark = next((mark - start for mark in sequence.marks if mark > start), sequence.num_pending)
-        return Chunk(sequence, start, min(sequence.num_pending, budget, to_mark))
+        to_snapshot = (point - start for point in sequence.snapshot_points if point > start)
+        return Chunk(
+            sequence, start, min(sequence.num_pending, budget, next(to_snapshot, sequence.num_pending))
+        )
 
     def _newest_idle(self, chunks: list[Chunk]) -> Sequence:
-        """The last to arrive among the sequences that are not in this batch yet; the caller itself is one of them."""
+        """The newest running sequence that is not in this batch yet, the caller's own being one such."""
         scheduled = {chunk.sequence.sequence_id for chunk in chunks}
         return next(sequence for sequence in reversed(self.running) if sequence.sequence_id not in scheduled)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._let_go(sequence)
+        self._free(sequence)
         sequence.num_computed = 0
         self.waiting.put_back(sequence)
         self.num_preemptions += 1
 
-    def _let_go(self, sequence: Sequence) -> None:
-        """Of its blocks and of its state."""
+    def _free(self, sequence: Sequence) -> None:
+        """Frees the blocks and the state slot of a sequence."""
         self.pool.release(sequence.blocks)
         if self.states is not None and sequence.state is not None:
             self.states.end(sequence.state)
@@ -200,7 +209,8 @@ class Scheduler:
 
 
 def count(chunks: Iterable[Chunk]) -> tuple[int, int]:
-    """Sequences that decode, and tokens of prompts. A prompt's single last token is as cheap as a decoded one."""
+    """The number of sequences that decode, and of prompt tokens. A prompt's single last token costs what a
+    decoded one does, and counts as one."""
     num_decoding = num_prompt_tokens = 0
     for chunk in chunks:
         if chunk.num_tokens == 1:

@@ -1,4 +1,4 @@
-"""What the scheduler works with: a sequence as it sees one, and the chunk of it that a step runs."""
+"""What the scheduler works with: its view of a sequence, and the chunk of one that a step runs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The scheduler's half of a request: how many tokens there are, how many are computed, which blocks are held."""
+    """The scheduler's half of a request: its tokens, how many of them are computed, which blocks it holds."""
 
     sequence_id: str
-    # Prompt and generated tokens; between them what a decoder is given, where an encoder reads the prompt.
+    # The prompt, the decoder's own prompt where an encoder reads the first, and the generated tokens.
     tokens: list[int]
     num_prompt_tokens: int
-    # Shares the router and the cached prefixes with nobody but itself.
+    # Whom it is computed for. Prefixes are shared, and served tokens counted, by tenant.
     tenant: str = ""
-    # Every token's logits are wanted: nothing may be taken from the prefix cache.
+    # Whether the logits of every token are wanted, so that nothing may be taken from the prefix cache.
     reads_all: bool = False
-    # Leading tokens whose keys and values are in the cache.
+    # The number of leading tokens whose keys and values are in the cache.
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     # The generated tokens alone.
     output: list[int] = field(default_factory=list)
-    # Names of its leading full blocks, as far as anybody asked (see prefix_cache.py).
-    names: list[bytes] = field(default_factory=list)
-    # The slot of its recurrent state while it runs, where the model has one (see state_cache.py).
+    # The hashes of its leading full blocks, as far as they have been needed (see prefix_cache.py).
+    block_hashes: list[bytes] = field(default_factory=list)
+    # The slot of its recurrent state while it runs, where the model has one (see state_pool.py).
     state: int | None = None
-    # How many tokens are computed, multiples of a block, when that state is worth a copy: chunks end there.
-    marks: tuple[int, ...] = ()
+    # Numbers of computed tokens, multiples of a block, at which chunks end and that state is copied.
+    snapshot_points: tuple[int, ...] = ()
 
     @property
     def num_pending(self) -> int:

@@ -1,7 +1,7 @@
-"""The checkpoint's own chat template: a conversation as text.
+"""The checkpoint's own chat template, which renders a conversation as text.
 
-A template is a program that comes with the weights. It runs in jinja2's immutable sandbox, with the functions that
-templates expect, and may neither take long nor write much. Requests bring messages and variables, never templates.
+A template is a program that comes with the weights. It runs in jinja2's immutable sandbox, with the functions
+that templates expect and bounds on time and output. Requests bring messages and variables, never templates.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ MAX_TEMPLATE_CHARS = 1 << 20
 MAX_RENDERED_CHARS = 16 << 20
 MAX_RENDER_S = 5.0
 _MAX_MESSAGE_CHARS = 200
-# Ends the final message while the template runs, so that its end is found again. The space shows whether the template
-# strips what it is given.
+# Marks the end of the final message while the template runs, so that it can be found in the output. The space
+# shows whether the template strips messages.
 _END = "\U0001fffe "
 
 
 def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template's text: from a file of its own, else from tokenizer_config.json, where of several by name the one
-    named default is taken. Raises CheckpointError."""
+    """The template's text from a file of its own, else from tokenizer_config.json, where the one named
+    default is taken of several. Raises CheckpointError."""
     path = folder / TEMPLATE_FILE
     if path.is_file():
         try:
@@ -61,7 +61,7 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
 
 
 class ChatTemplate:
-    """One template, compiled when it is first used. Thread-safe."""
+    """One template, compiled at its first use. Thread-safe."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -74,7 +74,7 @@ class ChatTemplate:
         continue_final_message: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        """Raises CheckpointError for a template that is none, InvalidArgument for messages that it cannot render."""
+        """Raises CheckpointError for an invalid template, InvalidArgument for messages it cannot render."""
         template = self._template
         talk = [dict(message) for message in messages]
         if continue_final_message:
@@ -89,7 +89,7 @@ class ChatTemplate:
         }
         try:
             rendered = _bounded(template.generate(variables), variables[_Deadline.KEY])
-        except Exception as error:  # a template is a program: whatever it runs into is this request's error
+        except Exception as error:  # a template is a program: any failure of it is an error of this request
             raise InvalidArgument(f"messages: {_template_message(error)}", field="messages") from error
         return _left_open(rendered) if continue_final_message else rendered
 
@@ -102,7 +102,7 @@ class ChatTemplate:
 
 
 def _left_open(rendered: str) -> str:
-    """Up to the end of the final message."""
+    """The rendered text up to the end of the final message."""
     mark = _END.rstrip()
     end = rendered.rfind(mark)
     if end < 0:
@@ -115,7 +115,7 @@ def _left_open(rendered: str) -> str:
 
 
 class _Deadline:
-    """Ends a rendering that takes too long."""
+    """The time by which a rendering must have ended."""
 
     KEY = "_deadline"
 
@@ -139,9 +139,9 @@ def _bounded(pieces: Iterable[str], deadline: _Deadline) -> str:
 
 
 class _Generation(Extension):
-    """{% generation %} marks what the assistant said, for training; here it is what it encloses."""
+    """{% generation %} marks the assistant's words for training. Here it stands for its own content."""
 
-    tags = {"generation"}  # noqa: RUF012 (the base class has it as an instance's)
+    tags = {"generation"}  # noqa: RUF012 (the base class declares it as an instance variable)
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
@@ -149,8 +149,8 @@ class _Generation(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox bounds one range(), but neither loops in loops, macros that call themselves, nor what *, **, + and
-    ~ make, which a few turns of a loop can double many times."""
+    """Bounds what jinja's sandbox does not. The sandbox limits a single range(), but neither nested loops,
+    recursive macros, nor the results of *, **, + and ~, which a few turns of a loop can double many times."""
 
     intercepted_binops = frozenset({"*", "**", "+"})
 
@@ -158,7 +158,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         template = super()._parse(source, name, filename)
         for loop in template.find_all(nodes.For):
             loop.iter = _filtered(loop.iter, "_timed")
-        # Before any is changed: one may lie within another.
+        # All are listed before any is changed, because they may be nested.
         for joined in list(template.find_all(nodes.Concat)):
             joined.nodes = [_filtered(nodes.List(joined.nodes, lineno=joined.lineno), "_joined")]
         return template
@@ -205,7 +205,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes for HTML."""
+    """The tojson filter without the HTML escapes of jinja's own."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -222,7 +222,7 @@ def _strftime_now(form: str) -> str:
 def _environment() -> Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters.update(tojson=_to_json, _timed=_timed, _joined=_joined)
-    # Text of any length at a word.
+    # It makes text of any length by a single call.
     del environment.globals["lipsum"]
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment

@@ -1,7 +1,7 @@
-"""Whose control tokens a conversation holds: those that the chat template writes, never those that a message spells.
+"""Keeps messages from injecting control tokens, which only the chat template may write.
 
-A template mixes its own text with that of the messages. Whatever a message spells like a control token is put between
-two marks before the template runs, and what is between marks afterwards is tokenized as the plain text that it is.
+A template mixes its own text with that of the messages. What a message spells like a control token is
+enclosed in two marks before the template runs, and what is enclosed afterwards is tokenized as plain text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 from moesaic.errors import InvalidArgument
 from router.text.tokenizer import TextTokenizer
 
-# Noncharacters of Unicode: no text may hold them, and no tokenizer's normalizer changes them.
+# Noncharacters of Unicode, which texts are not allowed to contain and no tokenizer's normalizer changes.
 _OPEN, _CLOSE = "\U0010fffe", "\U0010ffff"
 
 
@@ -35,9 +35,9 @@ class ControlTokens:
         )
 
     def mark(self, value: Any) -> Any:
-        """The same message, or value of a template's variable, with marks around all that is no control token.
+        """A message, or a template variable's value, with marks around what is spelled like a control token.
 
-        Raises InvalidArgument for text that holds the marks themselves.
+        Raises InvalidArgument for text that contains the marks themselves.
         """
         if isinstance(value, str):
             if _OPEN in value or _CLOSE in value:
@@ -50,11 +50,11 @@ class ControlTokens:
         return value
 
     def unmarked(self, rendered: str) -> str:
-        """What a template made of marked messages, without the marks."""
+        """The text that a template rendered from marked messages, without the marks."""
         return rendered.replace(_OPEN, "").replace(_CLOSE, "")
 
     def encode(self, rendered: str) -> tuple[int, ...]:
-        """Token ids of what a template made of marked messages.
+        """The token ids of the text that a template rendered from marked messages.
 
         Raises InvalidArgument where the tokenizer cannot tell text from control tokens.
         """
@@ -65,7 +65,7 @@ class ControlTokens:
         def written(part: re.Match[str]) -> str:
             nonlocal num_written
             if part[2] is None:
-                return part[1] or ""  # text between marks, or a mark whose partner the template has cut off
+                return part[1] or ""  # text between marks, or a mark whose partner is cut off
             num_written += 1
             return _private(self._ids[part[2]])
 
@@ -80,9 +80,9 @@ class ControlTokens:
 
     @cached_property
     def _private_tokenizer(self) -> TextTokenizer:
-        """The same tokenizer, except that control tokens are spelled as no message can spell them.
+        """The same tokenizer with control tokens spelled in a way that no message can.
 
-        It shares the model with the original, so it costs next to nothing. Its added tokens have ids of their own.
+        It shares the original's model and so costs almost nothing. Its added tokens have ids of their own.
         """
         original = self._tokenizer.backend
         backend = Tokenizer(self._model)
@@ -95,7 +95,7 @@ class ControlTokens:
 
     @cached_property
     def _originals(self) -> dict[int, int]:
-        """Ids of the private tokenizer's added tokens, to those of the original."""
+        """Maps the ids of the private tokenizer's added tokens to those of the original."""
         private = {_spelling(token_id, token): token_id for token_id, token in self._added.items()}
         return {
             found: private[token.content]
@@ -109,7 +109,7 @@ class ControlTokens:
 
     @cached_property
     def _never_text(self) -> frozenset[int]:
-        """Control tokens that the model itself holds. The unknown token is none: it may stand for any text."""
+        """Control tokens in the model's own vocabulary; not the unknown one, which may stand for any text."""
         unknown = getattr(self._model, "unk_token", None)
         find = Tokenizer(self._model).token_to_id
         held = (find(content) for content in self._ids if content != unknown)
@@ -117,7 +117,7 @@ class ControlTokens:
 
 
 def _spelling(token_id: int, token: AddedToken) -> str:
-    """Of an added token in the private tokenizer."""
+    """The spelling of an added token in the private tokenizer."""
     return _private(token_id) if token.special else token.content
 
 

@@ -1,6 +1,6 @@
-"""Mistral's own chat format, for folders that have no template: in the version that the tokenizer's file says.
+"""Mistral's own chat format for folders without a template, in the version that the tokenizer's file states.
 
-The library of Mistral encodes the conversation; it is an extra (moesaic[mistral]) and imported only here.
+Mistral's library encodes the conversation. It is an extra (moesaic[mistral]) and imported only here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _ROLES = ("system", "user", "assistant")
 
 
 def find_mistral_chat(path: Path, tokenizer: TextTokenizer) -> MistralChat | str:
-    """The format of a tokenizer's file, or why there is none: for a person, to be read after "there is no template".
+    """The chat format of a tokenizer's file, or for people why there is none, to follow "no chat template".
 
-    A plain tokenizer.model says no version. It is the first one in a folder of Mistral's own making, and only if it
-    lacks the control tokens of all others.
+    A plain tokenizer.model states no version. It is taken to be the first version only in a folder in
+    Mistral's own layout, and only if it lacks the control tokens of all later versions.
     """
     if path.name == SENTENCEPIECE_FILE:
         if not (path.parent / PARAMS_FILE).is_file():
@@ -43,11 +43,11 @@ def find_mistral_chat(path: Path, tokenizer: TextTokenizer) -> MistralChat | str
 
 
 class UnknownVersion(Exception):
-    """The library cannot make a chat format of a tokenizer's file."""
+    """Mistral's library knows no chat format for a tokenizer's file."""
 
 
 class MistralChat:
-    """Conversations to token ids. Raises ImportError where the extra is not installed, UnknownVersion."""
+    """Encodes conversations. Raises UnknownVersion, and ImportError where the extra is not installed."""
 
     def __init__(self, path: Path) -> None:
         from mistral_common.exceptions import MistralCommonException
@@ -58,7 +58,7 @@ class MistralChat:
             self._tokenizer: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer.from_file(path)
         except ImportError:
             raise
-        except Exception as error:  # the library raises whatever it runs into, assertions among them
+        except Exception as error:  # the library raises errors of any kind, assertions among them
             raise UnknownVersion(path.name) from error
 
     @property
@@ -68,9 +68,10 @@ class MistralChat:
     def encode(
         self, messages: Sequence[Mapping[str, Any]], *, continue_final_message: bool
     ) -> tuple[int, ...]:
-        """Token ids, the first one included. What messages spell never becomes a control token. Raises InvalidArgument.
+        """The token ids of a conversation, including the one that begins a text. Raises InvalidArgument.
 
-        The format opens the assistant's turn by ending that of the user, so there is no generation prompt to leave out.
+        The text of messages never becomes control tokens. The format opens the assistant's turn by ending
+        that of the user, so there is no generation prompt that could be left out.
         """
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 

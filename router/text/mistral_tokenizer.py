@@ -1,4 +1,4 @@
-"""The tokenizer of a folder that has no tokenizer.json, from the file of those who trained it."""
+"""The tokenizer of a folder in Mistral's format: tekken or SentencePiece instead of tokenizer.json."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 ADDED_TOKENS_FILE = "added_tokens.json"
 MAX_FILE_BYTES = 64 << 20
 
-# As Mistral names them: tokenizer.model.v3, with m and a number where the model sees images.
+# Mistral's names of versions, such as tokenizer.model.v3, with m and a number where the model reads images.
 _VERSIONED = re.compile(r".+\.model\.v(\d+)(?:m\d+)?")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def find_native_file(folder: Path) -> Path | None:
-    """tekken.json, else the highest tokenizer.model.vN, else tokenizer.model."""
+def find_mistral_file(folder: Path) -> Path | None:
+    """The path of tekken.json, else of the highest tokenizer.model.vN, else of tokenizer.model."""
     if (folder / TEKKEN_FILE).is_file():
         return folder / TEKKEN_FILE
     versions = [
@@ -39,9 +39,9 @@ def find_native_file(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def read_native(path: Path, config: Mapping[str, Any]) -> TextTokenizer:
-    """`config`: what tokenizer_config.json says, where there is one, of further tokens, of names of special ones, and
-    of those that a text begins and ends with. Raises CheckpointError that names the file."""
+def read_mistral_tokenizer(path: Path, config: Mapping[str, Any]) -> TextTokenizer:
+    """Reads a tokenizer. `config` is the content of tokenizer_config.json, if any: further tokens, names of
+    special ones, which of them begin and end a text. Raises CheckpointError that names the file."""
     if path.stat().st_size > MAX_FILE_BYTES:
         _fail(path.name, f"exceeds {MAX_FILE_BYTES} bytes")
     if path.name == TEKKEN_FILE:
@@ -64,7 +64,7 @@ def read_native(path: Path, config: Mapping[str, Any]) -> TextTokenizer:
 
 
 def _add_tokens(backend: Tokenizer, folder: Path, config: Mapping[str, Any]) -> None:
-    """Tokens that were added after the training, in order of id: each must get the id that it is listed with."""
+    """Adds the tokens that came after training, in order of id. Each must get the id it is listed with."""
     listed = config.get("added_tokens_decoder")
     try:
         if listed is not None:
@@ -86,13 +86,13 @@ def _read_added(folder: Path) -> list[tuple[str, int]]:
 
 
 def _added_token(entry: Mapping[str, Any]) -> AddedToken:
-    """One that says nothing of itself is a special token, as in the files that list no more than names."""
+    """An added token. Without a flag it is special, as in files that list names alone."""
     flags = {flag: entry[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized") if flag in entry}
     return AddedToken(entry["content"], special=entry.get("special", True), **{"normalized": False, **flags})
 
 
 def _configured_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """A name is a text or an object with its content; null is none."""
+    """The special tokens by role. Each is a text, an object with its content, or null for none."""
     found = {role: config.get(role) for role in _ROLES}
     names = {role: name.get("content") if isinstance(name, dict) else name for role, name in found.items()}
     for role, name in names.items():

@@ -1,33 +1,73 @@
-"""A SentencePiece model, as Llama and Mistral trained theirs, as a tokenizer of the `tokenizers` library.
+"""Reads a SentencePiece model like those of Llama and Mistral into a tokenizer of the `tokenizers` library.
 
-The token ids are those of SentencePiece for every text; its own library is not needed.
+For every text the token ids are those of SentencePiece, whose own library is not needed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers.convert_slow_tokenizer import generate_merges
-from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model
 
 from moesaic.errors import CheckpointError
+from router.text.merges import merges_by_score
 from router.text.tokenizer import TokenizerParts
 
 _SPACE = "▁"
-# Types of pieces and of models, as SentencePiece numbers them.
+# Types of pieces and of models, by the numbers of SentencePiece.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _BYTE_PAIR_ENCODING = 2
 
+# The part of SentencePiece's schema that is read, with its numbers and defaults. Enums are integers.
+_SCHEMA = """
+name: "moesaic/sentencepiece.proto"
+message_type {
+  name: "Model"
+  field { name: "pieces" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".Model.Piece" }
+  field { name: "trainer_spec" number: 2 type: TYPE_MESSAGE type_name: ".Model.Trainer" }
+  field { name: "normalizer_spec" number: 3 type: TYPE_MESSAGE type_name: ".Model.Normalizer" }
+  nested_type {
+    name: "Piece"
+    field { name: "piece" number: 1 type: TYPE_STRING }
+    field { name: "score" number: 2 type: TYPE_FLOAT }
+    field { name: "type" number: 3 type: TYPE_INT32 default_value: "1" }
+  }
+  nested_type {
+    name: "Trainer"
+    field { name: "model_type" number: 3 type: TYPE_INT32 default_value: "1" }
+    field { name: "byte_fallback" number: 35 type: TYPE_BOOL }
+    field { name: "unk_id" number: 40 type: TYPE_INT32 default_value: "0" }
+    field { name: "bos_id" number: 41 type: TYPE_INT32 default_value: "1" }
+    field { name: "eos_id" number: 42 type: TYPE_INT32 default_value: "2" }
+  }
+  nested_type {
+    name: "Normalizer"
+    field { name: "precompiled_charsmap" number: 2 type: TYPE_BYTES }
+    field { name: "add_dummy_prefix" number: 3 type: TYPE_BOOL default_value: "true" }
+    field { name: "remove_extra_whitespaces" number: 4 type: TYPE_BOOL default_value: "true" }
+  }
+}
+"""
+
+
+def _model_class() -> Any:
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("Model"))
+
+
+_MODEL = _model_class()
+
 
 def read_sentencepiece(path: Path, *, spaces_everywhere: bool) -> TokenizerParts:
-    """`spaces_everywhere`: a space is put in front of what follows an added token, too, not only of a whole text.
+    """`spaces_everywhere`: a space is put after every added token, too, not only before a text.
 
-    Raises CheckpointError for a file that is none, or one of another kind of model.
+    Raises CheckpointError for a file that is no such model, or one of another kind.
     """
-    model = sentencepiece_model.ModelProto()  # type: ignore[attr-defined]
+    model = _MODEL()
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError:
@@ -47,7 +87,7 @@ def read_sentencepiece(path: Path, *, spaces_everywhere: bool) -> TokenizerParts
     backend = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=generate_merges({piece: vocab[piece] for piece in scores}, scores),
+            merges=merges_by_score(scores),
             byte_fallback=True,
             unk_token=model.pieces[spec.unk_id].piece,
             fuse_unk=True,

@@ -1,4 +1,4 @@
-"""Stop strings, found in text that grows token by token."""
+"""Finds stop strings in text that grows token by token, wherever it is cut into pieces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 class StopMatcher:
     """Finds the first stop string in text that comes in pieces, and holds back what may be the start of one.
 
-    First is the match that ends first; of those that end together, the longest.
+    The first match is the one that ends first, and the longest of those that end together.
     """
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool) -> None:
@@ -17,7 +17,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, str | None]:
-        """The text that is certain now, and the stop string that ends it; nothing may be pushed after one."""
+        """The text that is certain by now, and the stop string that ends it, after which none may follow."""
         text = self._held + piece
         match = self._first_match(text)
         if match is not None:
@@ -28,7 +28,7 @@ class StopMatcher:
         return text[: len(text) - len(self._held)], None
 
     def flush(self) -> str:
-        """What was held back, when the text ends without a stop string."""
+        """The text that was held back, for a text that ends without a stop string."""
         held, self._held = self._held, ""
         return held
 

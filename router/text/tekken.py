@@ -1,24 +1,23 @@
-"""Mistral's tekken.json, ranks of byte strings and a pattern, as a tokenizer of the `tokenizers` library.
+"""Reads Mistral's tekken.json, byte strings by rank and a pattern, into a tokenizer of `tokenizers`.
 
-The token ids are those of Mistral's own library for every text, which is not needed.
+For every text the token ids are those of Mistral's own library, which is not needed.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
 
 from moesaic.errors import CheckpointError
+from router.text.merges import merges_by_score
 from router.text.tokenizer import TokenizerParts
+from router.text.vocabulary import BYTE_ALPHABET
 
-_ALPHABET: Mapping[int, str] = bytes_to_unicode()
-# Special tokens of the files that do not list them, in order of id.
+# The special tokens, in order of id, of files that do not list them.
 _UNLISTED_SPECIALS = [
     "<unk>",
     "<s>",
@@ -41,16 +40,16 @@ _UNLISTED_SPECIALS = [
     "[/SYSTEM_PROMPT]",
     "[TOOL_CONTENT]",
 ]
-# That a file may keep places for: published ones do for a thousand.
+# The most special tokens that a file may reserve ids for. Published files reserve a thousand.
 _MOST_SPECIALS = 1 << 16
 _NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def read_tekken(path: Path) -> TokenizerParts:
-    """Ids: as many special tokens as the file keeps places for, then the vocabulary by rank. Raises CheckpointError."""
+    """The ids reserved for special tokens come first, then the vocabulary by rank. Raises CheckpointError."""
     try:
         return _parse(json.loads(path.read_bytes()))
-    except Exception as error:  # the library raises bare exceptions for a pattern that is none
+    except Exception as error:  # the library raises bare exceptions for an invalid pattern
         raise CheckpointError(f"{path.name} is not a tekken tokenizer", field=path.name) from error
 
 
@@ -65,12 +64,12 @@ def _parse(content: Any) -> TokenizerParts:
         raise ValueError("the vocabulary is not in order of rank")
     pieces = [_alphabetical(base64.b64decode(entry["token_bytes"])) for entry in entries]
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    if len(ranks) < len(pieces) or not ranks.keys() >= set(_ALPHABET.values()):
+    if len(ranks) < len(pieces) or not ranks.keys() >= set(BYTE_ALPHABET.values()):
         raise ValueError("the vocabulary does not hold every token once and every byte")
     vocab = {piece: num_specials + rank for piece, rank in ranks.items()}
     vocab.update({special: token_id for token_id, special in enumerate(specials)})
     # The lower the rank, the earlier the merge.
-    merges = generate_merges(ranks, {piece: -rank for piece, rank in ranks.items()})
+    merges = merges_by_score({piece: -rank for piece, rank in ranks.items()})
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -95,4 +94,4 @@ def _specials(listed: list[dict[str, Any]] | None, num_specials: int) -> list[st
 
 
 def _alphabetical(token: bytes) -> str:
-    return "".join(_ALPHABET[byte] for byte in token)
+    return "".join(BYTE_ALPHABET[byte] for byte in token)

@@ -1,8 +1,8 @@
 """The text side of a model: tokenizer, chat format, end-of-sequence ids.
 
-It is read from the checkpoint's files of text alone: tokenizer.json, tekken.json or a SentencePiece tokenizer.model,
-tokenizer_config.json and the chat template. No code of a checkpoint is ever run. A folder without a tokenizer serves
-token ids.
+It is read from these files of a checkpoint alone: tokenizer.json, tekken.json or a SentencePiece
+tokenizer.model, tokenizer_config.json, and the chat template. No code of a checkpoint is ever run. A folder
+without a tokenizer can be served with token ids.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from router.text.chat_template import TOKENIZER_CONFIG_FILE, ChatTemplate, find_
 from router.text.control_tokens import ControlTokens
 from router.text.detokenizer import Detokenizer
 from router.text.mistral_chat import MistralChat, find_mistral_chat
-from router.text.mistral_tokenizer import find_native_file, read_native
+from router.text.mistral_tokenizer import find_mistral_file, read_mistral_tokenizer
 from router.text.tokenizer import TextTokenizer
 from router.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
-# Names that a template's variables may not have: they would steer the rendering itself, up to another template.
+# Names that template variables may not have: they would control the rendering, up to the template.
 _RESERVED_VARIABLES = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
     "messages"
 }
@@ -38,9 +38,8 @@ _NO_TEMPLATE = "this model has no chat template"
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages as one text, control tokens included. `encode`: its token ids; takes time in proportion to the text.
-
-    The ids are not always those of the text: what a message spells like a control token is none.
+    """Messages as one text, control tokens included. `encode` makes the token ids, in time in proportion to
+    the text. They may differ from the ids of the text, because messages never become control tokens.
     """
 
     text: str
@@ -48,9 +47,9 @@ class Conversation:
 
 
 class Text:
-    """Text to token ids and back. Without a tokenizer, tokens spell nothing and the rest is Unsupported.
+    """Text to token ids and back. Without a tokenizer, tokens spell nothing and all else is Unsupported.
 
-    `no_chat`: why there is no chat format, where there is none.
+    `no_chat` says why there is no chat format, where there is none.
     """
 
     def __init__(
@@ -74,28 +73,28 @@ class Text:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether conversations can be had at all."""
+        """Whether conversations are supported."""
         return self._tokenizer is not None and self._chat is not None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Token ids of a text. Thread-safe; takes time in proportion to the text. Raises Unsupported."""
+        """The token ids of a text. Thread-safe. Takes time in proportion to the text. Raises Unsupported."""
         if self._tokenizer is None:
             raise _no_tokenizer()
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def least_tokens(self, text: str) -> int:
-        """A lower bound of how many tokens `text` has, known at once. Raises Unsupported."""
+        """A lower bound of the number of tokens of `text`, without tokenizing it. Raises Unsupported."""
         if self._vocabulary is None:
             raise _no_tokenizer()
         return -(-len(text.encode()) // self._vocabulary.longest_token_bytes)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The text of all tokens together; what the pieces of a detokenizer join to."""
+        """The text of all tokens, equal to the joined pieces of a detokenizer."""
         detokenizer = self.detokenizer((), skip_special_tokens=skip_special_tokens)
         return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
 
     def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
-        """A detokenizer for what follows `prompt`."""
+        """A detokenizer for the tokens that follow `prompt`."""
         if self._vocabulary is None:
             return Detokenizer(lambda _: b"", prompt, drop_leading_space=False)
         vocabulary = self._vocabulary
@@ -106,11 +105,11 @@ class Text:
         )
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's own spelling, such as "▁Hello"; empty for an id that it does not hold."""
+        """A token in the vocabulary's spelling, such as "▁Hello"; empty for an id that it does not hold."""
         return "" if self._vocabulary is None else self._vocabulary.token(token_id)
 
     def spell(self, token_id: int) -> tuple[str, bytes]:
-        """One token as text, with U+FFFD where it holds part of a character, and as bytes."""
+        """A token as text, with U+FFFD where it holds part of a character, and as bytes."""
         spelled = b"" if self._vocabulary is None else self._vocabulary.bytes_of(token_id)
         return spelled.decode(errors="replace"), spelled
 
@@ -122,9 +121,9 @@ class Text:
         continue_final_message: bool,
         variables: Mapping[str, Any],
     ) -> Conversation:
-        """The conversation in the checkpoint's own format. Thread-safe.
+        """A conversation in the checkpoint's own chat format. Thread-safe.
 
-        Raises Unsupported without a format, InvalidArgument when it refuses the messages.
+        Raises Unsupported without a chat format, InvalidArgument if it refuses the messages.
         """
         tokenizer, control = self._tokenizer, self._control_tokens
         if tokenizer is None or control is None or self._chat is None:
@@ -148,12 +147,14 @@ class Text:
 def load_text(folder: str | Path) -> Text:
     """The text side of a checkpoint folder.
 
-    Raises CheckpointError when a tokenizer, a template or an end-of-sequence id is there and not usable.
+    Raises CheckpointError if a tokenizer, a template or an end-of-sequence id exists and cannot be used.
     """
     folder = Path(folder)
     config = _read_object(folder / TOKENIZER_CONFIG_FILE)
-    native_file = None if (folder / TOKENIZER_FILE).is_file() else find_native_file(folder)
-    tokenizer = _load_tokenizer(folder) if native_file is None else read_native(native_file, config)
+    mistral_file = None if (folder / TOKENIZER_FILE).is_file() else find_mistral_file(folder)
+    tokenizer = (
+        _load_tokenizer(folder) if mistral_file is None else read_mistral_tokenizer(mistral_file, config)
+    )
     eos_token_ids = _eos_token_ids(folder)
     if tokenizer is None:
         return Text(None, eos_token_ids)
@@ -162,9 +163,9 @@ def load_text(folder: str | Path) -> Text:
     template = find_template(folder, config)
     if template is not None:
         return Text(tokenizer, eos_token_ids, ChatTemplate(template))
-    if native_file is None:
+    if mistral_file is None:
         return Text(tokenizer, eos_token_ids)
-    found = find_mistral_chat(native_file, tokenizer)
+    found = find_mistral_chat(mistral_file, tokenizer)
     if isinstance(found, str):
         return Text(tokenizer, eos_token_ids, no_chat=f"{_NO_TEMPLATE}; {found}")
     fields = {"version": found.version}
@@ -177,7 +178,7 @@ def _load_tokenizer(folder: Path) -> TextTokenizer | None:
         log.warning("the model folder has no tokenizer: prompts are token ids only")
         return None
     try:
-        # Named, not looked up by the folder's config: this class reads tokenizer.json as it is, and no code.
+        # This class reads tokenizer.json as it is. A class named by the folder's config might run code.
         found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises bare exceptions for a file that it cannot read
         raise CheckpointError(f"{TOKENIZER_FILE} cannot be read", field=TOKENIZER_FILE) from error
@@ -185,7 +186,7 @@ def _load_tokenizer(folder: Path) -> TextTokenizer | None:
 
 
 def _eos_token_ids(folder: Path) -> frozenset[int]:
-    """generation_config.json decides; without an entry there, config.json."""
+    """The end-of-sequence ids in generation_config.json, or without an entry there, in config.json."""
     for name in ("generation_config.json", "config.json"):
         found = _read_object(folder / name).get("eos_token_id")
         if found is not None:
@@ -194,7 +195,7 @@ def _eos_token_ids(folder: Path) -> frozenset[int]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty where there is none."""
+    """The JSON object in a file, empty if there is no file."""
     try:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
     except (ValueError, RecursionError) as error:

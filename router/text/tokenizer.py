@@ -1,4 +1,4 @@
-"""A tokenizer of whatever folder: text to token ids, and the names of its special tokens."""
+"""The tokenizer of a model folder in any format: text to token ids, and the names of its special tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 
 class TokenizerParts(NamedTuple):
-    """What a file says of a tokenizer; see TextTokenizer."""
+    """The content of a tokenizer file; see TextTokenizer."""
 
     backend: Tokenizer
     special_names: Mapping[str, str]
@@ -18,10 +18,10 @@ class TokenizerParts(NamedTuple):
 
 
 class TextTokenizer:
-    """Immutable and thread-safe. `special_names`: tokens by role, such as bos_token.
+    """A tokenizer, immutable and thread-safe. `special_names`: tokens by role, such as bos_token.
 
-    `begins_with_space`: a text gets a space in front, as SentencePiece does it, unless it begins with a special token.
-    (The library's own step for it leaves it out of a text that has a space there already.)
+    `begins_with_space`: whether a text gets a space in front, as in SentencePiece, unless it begins with a
+    special token. (The library's own normalizer adds none to a text that begins with a space already.)
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TextTokenizer:
         added = backend.get_added_tokens_decoder().values()
         special = "|".join(re.escape(token.content) for token in added if token.special)
         self._begins_with_special = re.compile(special or r"(?!)")
-        # A folder may ask for both; a server neither cuts nor pads what it was given.
+        # A folder may ask for both, but a server must neither cut nor pad a prompt.
         backend.no_truncation()
         backend.no_padding()
 
@@ -47,7 +47,7 @@ class TextTokenizer:
         return None if name is None else self.backend.token_to_id(str(name))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Takes time in proportion to the text."""
+        """The token ids of a text. Takes time in proportion to its length."""
         if self.begins_with_space and text and not self._begins_with_special.match(text):
             text = " " + text
         return tuple(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -1,35 +1,44 @@
 """A tokenizer's vocabulary: which bytes each token spells.
 
-A token is a piece of bytes, and text is those bytes read as UTF-8. That makes log probabilities exact (a token may hold
-half a character) and streaming exact (see detokenizer.py). How a vocabulary writes bytes is what its decoder says; the
-two ways in use, byte-level alphabets and SentencePiece pieces, are known here, and any other is refused at loading.
+A token stands for a string of bytes, and text is the bytes of all tokens read as UTF-8. That makes log
+probabilities exact (a token may hold half a character) and streaming exact (see detokenizer.py). The decoder
+of a tokenizer states how its vocabulary writes bytes. Both ways in use, byte-level alphabets and
+SentencePiece pieces, are supported; any other is refused at loading.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from moesaic.errors import CheckpointError
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
-_ALPHABET: Mapping[int, str] = bytes_to_unicode()
-_BYTE_OF_CHARACTER = {character: byte for byte, character in _ALPHABET.items()}
+
+
+def _byte_alphabet() -> dict[int, str]:
+    printable = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+# The character by which a byte-level vocabulary writes each byte, as GPT-2 chose them: itself where it is
+# printable in Latin-1 and no space, else one behind Latin-1.
+BYTE_ALPHABET = _byte_alphabet()
+_BYTE_OF_CHARACTER = {character: byte for byte, character in BYTE_ALPHABET.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
     """How a vocabulary writes bytes.
 
-    Byte-level: every byte is a character of an alphabet of 256. Otherwise pieces are text in which `space_marks` stand
-    for spaces and, with `byte_fallback`, tokens such as <0xE2> for single bytes; the first space of a text is the
-    tokenizer's own, and no part of the text, when `adds_leading_space`.
+    With `byte_level` every byte is a character of an alphabet of 256. Otherwise tokens are pieces of text in
+    which `space_marks` stand for spaces, and with `byte_fallback` tokens such as <0xE2> stand for single
+    bytes. With `adds_leading_space` the first space of a text is the tokenizer's and not part of it.
     """
 
     byte_level: bool = False
@@ -49,7 +58,7 @@ class Spelling:
 
 
 class Vocabulary:
-    """The tokens of one tokenizer by id. Ids that it does not hold spell nothing: embeddings are often padded."""
+    """The tokens of one tokenizer by id. Other ids spell nothing, as embeddings are often padded."""
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
@@ -65,7 +74,7 @@ class Vocabulary:
         return self._spelling.adds_leading_space
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's own spelling."""
+        """A token in the vocabulary's own spelling, empty for an id that it does not hold."""
         return self._backend.id_to_token(token_id) or ""
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -75,11 +84,11 @@ class Vocabulary:
         return known
 
     def visible_bytes_of(self, token_id: int) -> bytes:
-        """The same, with nothing for a special token."""
+        """The bytes of a token, none for a special token."""
         return b"" if token_id in self._special else self.bytes_of(token_id)
 
     def _spelled(self, token_id: int) -> bytes:
-        if token_id in self._added:  # literal text, in whatever way the rest is written
+        if token_id in self._added:  # added tokens are literal text, however the others are written
             return self._added[token_id].encode()
         token = self._backend.id_to_token(token_id)
         return b"" if token is None else self._spelling.to_bytes(token)
@@ -88,12 +97,12 @@ class Vocabulary:
 def _byte_level_bytes(token: str) -> bytes:
     try:
         return bytes(_BYTE_OF_CHARACTER[character] for character in token)
-    except KeyError:  # not in the alphabet: literal text
+    except KeyError:  # a character outside the alphabet: the token is literal text
         return token.encode()
 
 
 def _spelling_of(backend: Tokenizer) -> Spelling:
-    """Raises CheckpointError when the decoder has a step that is not known."""
+    """How a vocabulary writes bytes. Raises CheckpointError if the decoder has an unknown step."""
     steps = _decoder_steps(backend)
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.serve_command import END_TIMEOUT_S, MOESAIC, START_TIMEOUT_S, Serve
 
-from router.phase_clock import PHASES
+from router.phase_clock import Phase
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -51,7 +51,7 @@ def test_the_built_in_model_is_measured_beside_transformers_and_gives_the_same_t
     assert (row["load"]["prompt_tokens"], row["load"]["output_tokens"]) == (32, 24)
     assert row["load"]["inter_token"]["p99_ms"] >= row["load"]["inter_token"]["p50_ms"] > 0
     profile = row["profile"]
-    assert list(profile["phases_ms"]) == list(PHASES)
+    assert list(profile["phases_ms"]) == list(Phase)
     assert profile["phases_ms"]["worker compute"] > 0
     assert profile["bytes_per_token"] > 0
     assert [worker["name"] for worker in profile["workers"]] == ["expert-worker-0", "expert-worker-1"]

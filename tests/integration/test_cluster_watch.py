@@ -10,10 +10,10 @@ from typing import Any
 from support.fake_links import make_epoch
 
 from moesaic import rpc
-from moesaic.epoch import Epoch
+from moesaic.epoch import Epoch, ExpertVersion, versions_to_proto
 from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica, RoutingTable, Snapshot
-from moesaic.v1 import control_pb2, control_pb2_grpc
+from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc
 from router.control.cluster_watch import ControlWatch, NamedWorkers
 
 EPOCH = make_epoch(1, 2)
@@ -34,7 +34,7 @@ class Controller(control_pb2_grpc.ControlServiceServicer):
 
 
 def snapshot(revision: int, *, complete: bool = True) -> control_pb2.WatchResponse:
-    table = RoutingTable(revision, (Replica("a", "a:1", f"a-{revision}", EPOCH.versions),))
+    table = RoutingTable(revision, (Replica("a", "a:1", f"a-{revision}", EPOCH.expert_versions),))
     return control_pb2.WatchResponse(
         epoch=EPOCH.to_proto() if complete else None, routing_table=table.to_proto()
     )
@@ -107,6 +107,39 @@ async def test_without_experts_there_is_an_epoch_without_workers() -> None:
     first = await following(watched)
     await watched.aclose()
     assert first == Snapshot(Epoch.of("dense", {}), RoutingTable(1, ()))
+
+
+class Worker(expert_pb2_grpc.ExpertServiceServicer):
+    """Holds what the test says."""
+
+    def __init__(self, holdings: frozenset[ExpertVersion]) -> None:
+        self.holdings = holdings
+
+    async def Describe(self, request: object, context: object) -> expert_pb2.DescribeResponse:
+        return expert_pb2.DescribeResponse(
+            worker="a", incarnation="a-1", experts=versions_to_proto(self.holdings)
+        )
+
+
+async def test_what_a_running_named_worker_loads_is_in_the_next_snapshot() -> None:
+    worker = Worker(EPOCH.expert_versions)
+    server = rpc.Server(
+        {
+            "moesaic.v1.ExpertService": lambda grpc_server: (
+                expert_pb2_grpc.add_ExpertServiceServicer_to_server(worker, grpc_server)
+            )
+        }
+    )
+    address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
+    watched = NamedWorkers([address], model="tiny", experts=EPOCH.versions).watch()
+    first = await following(watched)
+    worker.holdings |= {ExpertVersion(min(EPOCH.versions), b"2" * 32)}
+    second = await following(watched)
+    await watched.aclose()
+    await server.stop(0)
+    assert [replica.holdings for replica in first.table.replicas] == [EPOCH.expert_versions]
+    assert second.table.revision > first.table.revision
+    assert second.table.replicas == (Replica("a", address, "a-1", worker.holdings),)
 
 
 async def test_named_workers_that_are_away_make_no_epoch() -> None:

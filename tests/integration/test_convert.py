@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from support.checkpoints import random_mixtral
-from support.mistral_checkpoints import write_native
+from support.mistral_checkpoints import write_mistral_format
 
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.families import describe_model
@@ -26,7 +26,7 @@ def tell(progress):
     if progress.done_files == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=1 << 20, tell=tell)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=1 << 20, show=tell)
 """
 
 # Bytes by which the resident set grows over the conversion, mapped pages of files included.
@@ -40,10 +40,10 @@ def kibibytes(name):
 
 tiny, large, out = map(Path, sys.argv[1:])
 # Loads every module and warms every pool before the count begins.
-convert(tiny, out / "tiny", max_shard_bytes=1 << 30, tell=lambda _: None)
+convert(tiny, out / "tiny", max_shard_bytes=1 << 30, show=lambda _: None)
 Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
 before = kibibytes("VmRSS")
-convert(large, out / "large", max_shard_bytes=1 << 30, tell=lambda _: None)
+convert(large, out / "large", max_shard_bytes=1 << 30, show=lambda _: None)
 print(kibibytes("VmHWM") - before << 10)
 """
 
@@ -59,7 +59,7 @@ def run(program: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_conversion_that_was_killed_is_no_model_until_it_was_run_again(tmp_path: Path) -> None:
-    folder = write_native(
+    folder = write_mistral_format(
         tmp_path / "torrent", random_mixtral(hidden_size=128, intermediate_size=256), "torrent"
     )
     out = tmp_path / "out"
@@ -86,7 +86,7 @@ def test_a_conversion_that_was_killed_is_no_model_until_it_was_run_again(tmp_pat
 
 
 def test_memory_does_not_grow_with_the_size_of_the_model(tmp_path: Path) -> None:
-    tiny = write_native(tmp_path / "tiny", random_mixtral(), "torrent")
+    tiny = write_mistral_format(tmp_path / "tiny", random_mixtral(), "torrent")
     large = write_large_mistral(tmp_path / "large", num_layers=16)
     num_bytes = (large / "consolidated.00.pth").stat().st_size
     measured = run(GROWTH, tiny, large, tmp_path / "out")

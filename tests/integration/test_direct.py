@@ -63,7 +63,8 @@ class Ways:
 def ways_to(worker: Process) -> Iterator[Ways]:
     with rpc.channel(worker.address) as channel:
         main = expert_pb2_grpc.ExpertServiceStub(channel)
-        versions = versions_from_proto(main.Describe(expert_pb2.DescribeRequest(), timeout=WAIT_S).experts)
+        described = main.Describe(expert_pb2.DescribeRequest(), timeout=WAIT_S)
+        versions = dict(versions_from_proto(described.experts))
         # Of another host, so that there is no lane for it.
         opened = main.OpenLane(expert_pb2.OpenLaneRequest(host_id="another"), timeout=WAIT_S)
         assert not opened.socket_path

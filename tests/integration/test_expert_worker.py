@@ -34,7 +34,7 @@ def connected(worker: Process) -> Iterator[Any]:
 
 
 def held_versions(stub: Any) -> dict[ExpertAddress, bytes]:
-    return versions_from_proto(stub.Describe(expert_pb2.DescribeRequest(), timeout=10).experts)
+    return dict(versions_from_proto(stub.Describe(expert_pb2.DescribeRequest(), timeout=10).experts))
 
 
 def compute(stub: Any, request: expert_pb2.ComputeRequest) -> expert_pb2.ComputeResponse:

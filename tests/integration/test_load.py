@@ -87,7 +87,7 @@ async def test_a_router_without_a_controller_is_observed_alone(site: Site) -> No
     async with Observer(site.link.address, clock=lambda: 7.0) as observer:
         seen = await observer.observe()
     assert (seen.at_s, seen.model.model, seen.problem) == (7.0, "fake", "")
-    assert [(member.name, member.is_router) for member in seen.members] == [("router", True)]
+    assert [(process.name, process.is_router) for process in seen.processes] == [("router", True)]
     assert seen.routers["router"].generated_tokens == 7
 
 

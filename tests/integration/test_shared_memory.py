@@ -42,7 +42,7 @@ class Caller:
 
     @property
     def versions(self) -> dict[ExpertAddress, bytes]:
-        return versions_from_proto(self.described.experts)
+        return dict(versions_from_proto(self.described.experts))
 
     def path(self, **changes: Any) -> str:
         request = expert_pb2.OpenLaneRequest(
@@ -56,7 +56,7 @@ class Caller:
         return link
 
     def enter(self, incarnation: str) -> LaneLink | None:
-        replica = Replica(self.described.worker, "unused", incarnation, self.versions)
+        replica = Replica(self.described.worker, "unused", incarnation, frozenset())
         link = open_ways(self.stub, replica, use_lane=True, use_direct=False).get(LANE)
         assert link is None or isinstance(link, LaneLink)
         return link

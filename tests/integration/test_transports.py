@@ -20,7 +20,6 @@ from support.processes import Process, running_router, running_workers
 
 from moesaic import rpc
 from moesaic.client import SyncClient
-from moesaic.epoch import versions_from_proto
 from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
@@ -65,8 +64,7 @@ def replica_of(worker: Process) -> Replica:
     with rpc.channel(worker.address) as channel:
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
         described = stub.Describe(expert_pb2.DescribeRequest(), timeout=WAIT_S)
-    versions = versions_from_proto(described.experts)
-    return Replica(described.worker, worker.address, described.incarnation, versions)
+    return Replica.from_description(worker.address, described)
 
 
 ALL_WAYS = partial(open_ways, use_lane=True, use_direct=True)
@@ -84,7 +82,7 @@ def linked(replica: Replica, opening: OpenWays = ALL_WAYS) -> Iterator[WorkerLin
 def send(link: WorkerLink, hidden: torch.Tensor = HIDDEN) -> PendingCall:
     """A call for two experts."""
     every_row = list(range(len(hidden)))
-    request = compute_request(hidden, {0: every_row, 1: every_row[:2]}, link.replica.versions)
+    request = compute_request(hidden, {0: every_row, 1: every_row[:2]}, dict(link.replica.holdings))
     request.hidden.ClearField("data")
     return link.send(request, hidden)
 

@@ -68,7 +68,7 @@ def server() -> Iterator[tuple[grpc.Server, int]]:
 
 @pytest.fixture
 def link(server: tuple[grpc.Server, int]) -> Iterator[WorkerLink]:
-    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", {}))
+    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", frozenset()))
     yield made
     made.close()
 
@@ -181,7 +181,7 @@ def fast_link(server: tuple[grpc.Server, int], ways: dict[Way, FakeWay]) -> Iter
         asked.append(replica.incarnation)
         return ways
 
-    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", {}), open_ways=open_ways)
+    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", frozenset()), open_ways=open_ways)
     yield made
     made.close()
     assert asked == ["a-1"] and all(way.closed for way in ways.values())

@@ -186,7 +186,7 @@ def test_switch_slots_are_full_where_those_of_transformers_are(tmp_path: Path, s
     model = write_switch(tmp_path, 4, expert_capacity=size)
     router = lonely_router(tmp_path, capacity="model")
     check(router, switch_logits(model), start=0)
-    sparse, decoding = router._parts.model.gates.snapshot()
+    sparse, decoding = router.loaded.model.gate_stats.snapshot()
     assert 0 < sparse.dropped < sparse.assignments
     assert decoding.dropped == 0 < decoding.assignments
 
@@ -202,7 +202,7 @@ def test_slots_of_st_moe_are_full_by_the_rule_of_mesh(tmp_path: Path) -> None:
     # One at a time: a batch would share the slots.
     for prompt in prompts():
         check(router, switch_logits(model), start=0, prompts=[prompt])
-    sparse, _ = router._parts.model.gates.snapshot()
+    sparse, _ = router.loaded.model.gate_stats.snapshot()
     assert 0 < sparse.dropped < sparse.assignments
 
 
@@ -302,16 +302,16 @@ def prompts() -> list[list[int]]:
 
 def encode(router: LocalRouter, prompts: Sequence[Sequence[int]]) -> Sequence[Tensor]:
     """What the encoder of the router's model makes of prompts that share a batch."""
-    parts = router._parts
-    model = parts.model
+    loaded = router.loaded
+    model = loaded.model
     assert isinstance(model, EncoderDecoder)
     chunks = []
     for index, prompt in enumerate(prompts):
         sequence = ScheduledSequence(str(index), list(prompt), len(prompt))
-        parts.blocks.extend(sequence.blocks, len(prompt))
+        loaded.blocks.extend(sequence.blocks, len(prompt))
         chunks.append(Chunk(sequence, 0, len(prompt)))
     batch = pack(tuple(chunks), model.layout)
-    part = MicroBatch(batch, torch.arange(0), router._begin())
+    part = MicroBatch(batch, torch.arange(0), router.begin_step())
     with torch.inference_mode():
         return model.encode(part, PromptRows.of(batch)).split([len(prompt) for prompt in prompts])
 

@@ -74,7 +74,7 @@ def test_all_layouts_of_the_same_weights_give_the_same(
     folder = golden / layout
     if LAYOUTS[name][layout]:
         folder = tmp_path / "converted"
-        convert(golden / layout, folder, max_shard_bytes=1 << 20, tell=lambda _: None)
+        convert(golden / layout, folder, max_shard_bytes=1 << 20, show=lambda _: None)
     with routers(folder, name=name, dense_layers="experts") as opened:
         for router in opened:
             check(router, golden)

@@ -19,7 +19,7 @@ from support.striped_hyena import EVO, Reference, write_striped_hyena
 
 from moesaic.client import SyncClient
 from moesaic.epoch import Epoch
-from router.assembly import load_parts
+from router.assembly import load_router
 from router.attention.packed_batch import pack
 from router.attention.rotary import pairs_side_by_side
 from router.cache.kv_cache import Contexts
@@ -150,19 +150,19 @@ def test_two_micro_batches_in_flight_over_workers_give_what_the_recurrence_gives
         running_workers(folder, ["0:0,1:0", "2:0,3:0"]) as workers,
         local_router(folder, [worker.address for worker in workers]) as router,
     ):
-        parts, begin = router._parts, router._begin
-        assert parts.states is not None and parts.cache.states is not None
-        scheduler = Scheduler(Limits(512, 4), parts.blocks, states=parts.states)
+        loaded, begin = router.loaded, router.begin_step
+        assert loaded.states is not None and loaded.cache.states is not None
+        scheduler = Scheduler(Limits(512, 4), loaded.blocks, states=loaded.states)
         for index, prompt in enumerate(prompts):
             scheduler.add(Sequence(str(index), list(prompt), len(prompt)))
         for _ in range(3):
             flights = []
             chunks = scheduler.schedule()
             for part in halves(chunks):
-                batch = pack(part, parts.model.layout)
+                batch = pack(part, loaded.model.layout)
                 flights.append(MicroBatch(batch, torch.arange(batch.num_tokens), begin()))
-            parts.cache.states.apply(parts.states.take_copies())
-            rows = parts.model.forward(flights, parts.cache).split([chunk.num_tokens for chunk in chunks])
+            loaded.cache.states.apply(loaded.states.take_copies())
+            rows = loaded.model.forward(flights, loaded.cache).split([chunk.num_tokens for chunk in chunks])
             for chunk, own in zip(chunks, rows, strict=True):
                 expected = reference.logits(chunk.sequence.tokens)[chunk.start :]
                 torch.testing.assert_close(own.double(), expected, atol=LOGITS_TOLERANCE, rtol=0)
@@ -174,22 +174,22 @@ class Forced:
     """One sequence of given tokens on the real model, its MLPs in the router: a prompt in one step, then token by token."""
 
     def __init__(self, folder: Path, tokens: list[int], num_prompt: int) -> None:
-        parts = load_parts(router_config(folder, "router"), ReplicaPool(), PhaseClock())
-        assert parts.states is not None and parts.cache.states is not None
-        self.parts, self.pool, self.states = parts, parts.states, parts.cache.states
+        loaded = load_router(router_config(folder, "router"), ReplicaPool(), PhaseClock())
+        assert loaded.states is not None and loaded.cache.states is not None
+        self.loaded, self.pool, self.states = loaded, loaded.states, loaded.cache.states
         self.sequence = Sequence("forced", tokens[:num_prompt], num_prompt)
         self._left = tokens[num_prompt:]
-        self._scheduler = Scheduler(Limits(512, 1), parts.blocks, states=parts.states)
+        self._scheduler = Scheduler(Limits(512, 1), loaded.blocks, states=loaded.states)
         self._scheduler.add(self.sequence)
 
     def step(self) -> torch.Tensor:
         """Logits of the next step's rows."""
         chunks = self._scheduler.schedule()
-        batch = pack(chunks, self.parts.model.layout)
+        batch = pack(chunks, self.loaded.model.layout)
         self.states.apply(self.pool.take_copies())
-        experts = self.parts.dispatcher.begin(Epoch.of("golden", {}), deadline_s=0.0)
+        experts = self.loaded.dispatcher.begin(Epoch.of("golden", {}), deadline_s=0.0)
         part = MicroBatch(batch, torch.arange(batch.num_tokens), experts)
-        logits = self.parts.model.forward((part,), self.parts.cache)
+        logits = self.loaded.model.forward((part,), self.loaded.cache)
         self._scheduler.advance(chunks[0])
         if self._left:
             self.sequence.append(self._left.pop(0))
@@ -219,7 +219,9 @@ def test_states_and_keys_after_a_prompt_and_after_single_tokens_are_those_of_the
         )
         forced.check_states(expected, "after_prefill", index)
         cached = torch.stack(
-            forced.parts.cache.read(1, Contexts(1, 2, torch.tensor(forced.sequence.blocks[:2])), slice(0, 32))
+            forced.loaded.cache.read(
+                1, Contexts(1, 2, torch.tensor(forced.sequence.blocks[:2])), slice(0, 32)
+            )
         )[:, 0].permute(2, 0, 1, 3)  # [P, 2, G, d]
         keys, values = expected["kv_cache.after_prefill.1"][index].unbind(1)
         in_pairs = (

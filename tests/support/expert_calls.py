@@ -13,11 +13,23 @@ from support.wire_tensors import to_wire
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from expert_worker.experts.expert import Expert
+from expert_worker.experts.store import ExpertStore
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.epoch import ExpertAddress
 from moesaic.families import DenseLayers, describe_model
 from moesaic.families.model import WeightPattern
 from moesaic.v1 import expert_pb2
+
+
+def versions_of(store: ExpertStore) -> dict[ExpertAddress, bytes]:
+    """The version in each slot, of a store that holds one of each."""
+    return dict(store.experts().keys())
+
+
+def experts_of(store: ExpertStore) -> dict[ExpertAddress, Expert]:
+    """The expert in each slot, of a store that holds one version of each."""
+    return {version.address: expert for version, expert in store.experts().items()}
 
 
 def compute_request(

@@ -135,7 +135,7 @@ def make_pool(
             name,
             f"{name}:1",
             f"{name}-1",
-            {address: version for address, version in epoch.versions.items() if address.slot in slots},
+            frozenset(version for version in epoch.expert_versions if version.address.slot in slots),
         )
         for name, slots in workers.items()
     )

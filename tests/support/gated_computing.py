@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.compute_pass import compute_calls
 from moesaic.errors import MoesaicError
 
@@ -24,7 +24,7 @@ class Gate:
         # How many calls each pass joined.
         self.passes: list[int] = []
 
-    def __call__(self, calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
+    def __call__(self, calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
         self.entered.set()
         self.passes.append(len(calls))
         assert self.open.wait(WAIT_S)

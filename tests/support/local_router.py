@@ -22,7 +22,7 @@ from moesaic.errors import MoesaicError
 from moesaic.families import DenseLayers, describe_model
 from moesaic.routing_table import Snapshot
 from moesaic.settings import DType, EngineSettings
-from router.assembly import Parts, load_parts
+from router.assembly import LoadedRouter, load_router
 from router.attention.packed_batch import pack
 from router.config import RouterConfig
 from router.control.cluster_watch import NamedWorkers
@@ -40,15 +40,15 @@ from router.workers.replica_pool import ReplicaPool
 class LocalRouter:
     """Runs sequences step by step and keeps every logit."""
 
-    def __init__(self, parts: Parts, begin: Callable[[], DispatchStep]) -> None:
-        self._parts = parts
-        self._begin = begin
+    def __init__(self, loaded: LoadedRouter, begin_step: Callable[[], DispatchStep]) -> None:
+        self.loaded = loaded
+        self.begin_step = begin_step
         self.num_preemptions = 0
 
     def with_blocks(self, num_blocks: int) -> LocalRouter:
         """The same with so little room in its cache that sequences are in each other's way."""
-        blocks = BlockPool(num_blocks, self._parts.blocks.block_tokens)
-        return LocalRouter(replace(self._parts, blocks=blocks), self._begin)
+        blocks = BlockPool(num_blocks, self.loaded.blocks.block_tokens)
+        return LocalRouter(replace(self.loaded, blocks=blocks), self.begin_step)
 
     def run(
         self,
@@ -61,9 +61,9 @@ class LocalRouter:
         """All prompts at once: for each, the logits [T + num_new, V] of every position, and its tokens: the greedy
         ones, or those that are to follow each prompt. Of prompts that an encoder reads, only the last position has
         logits."""
-        parts = self._parts
-        limits = Limits(max_batch_tokens, len(prompts), whole_prompts=parts.encodes_prompts)
-        scheduler = Scheduler(limits, parts.blocks, states=parts.states)
+        loaded = self.loaded
+        limits = Limits(max_batch_tokens, len(prompts), whole_prompts=loaded.encodes_prompts)
+        scheduler = Scheduler(limits, loaded.blocks, states=loaded.states)
         open_sequences = [
             ScheduledSequence(str(index), list(prompt), len(prompt)) for index, prompt in enumerate(prompts)
         ]
@@ -73,8 +73,8 @@ class LocalRouter:
         for sequence in open_sequences:
             scheduler.add(sequence)
         while chunks := scheduler.schedule():
-            batch = pack(chunks, parts.model.layout)
-            experts = self._begin()
+            batch = pack(chunks, loaded.model.layout)
+            experts = self.begin_step()
             predicting = [self._predicting(chunk) for chunk in chunks]
             wanted = [
                 row + first
@@ -82,9 +82,9 @@ class LocalRouter:
                 for row in rows_of_chunk
             ]
             part = MicroBatch(batch, torch.tensor(wanted), experts)
-            if parts.states is not None and parts.cache.states is not None:
-                parts.cache.states.apply(parts.states.take_copies())
-            logits = parts.model.forward((part,), parts.cache)
+            if loaded.states is not None and loaded.cache.states is not None:
+                loaded.cache.states.apply(loaded.states.take_copies())
+            logits = loaded.model.forward((part,), loaded.cache)
             assert not experts.failed, experts.failed
             parted = logits.split([len(own) for own in predicting])
             for chunk, own, its_rows in zip(chunks, parted, predicting, strict=True):
@@ -104,7 +104,7 @@ class LocalRouter:
 
     def _predicting(self, chunk: Chunk) -> range:
         """Rows of a chunk that have logits."""
-        first = chunk.sequence.num_prompt_tokens - 1 if self._parts.encodes_prompts else 0
+        first = chunk.sequence.num_prompt_tokens - 1 if self.loaded.encodes_prompts else 0
         return range(max(0, first - chunk.start), chunk.num_tokens)
 
 
@@ -119,9 +119,9 @@ def local_router(
     assert snapshot.epoch is not None, "the workers do not hold every expert"
     epoch, pool = snapshot.epoch, ReplicaPool()
     pool.update(snapshot.table)
-    parts = load_parts(router_config(model, dense_layers, **engine), pool, PhaseClock())
+    loaded = load_router(router_config(model, dense_layers, **engine), pool, PhaseClock())
     try:
-        yield LocalRouter(parts, lambda: parts.dispatcher.begin(epoch, deadline_s=time.monotonic() + 30))
+        yield LocalRouter(loaded, lambda: loaded.dispatcher.begin(epoch, deadline_s=time.monotonic() + 30))
     finally:
         pool.close()
 
@@ -132,8 +132,8 @@ def lonely_router(
     """A router of this process whose experts are computed here, one by one: plainly, or in bfloat16 as a worker does."""
     experts = (ReferenceExperts if dtype == "float32" else WorkerExperts)(model, dense_layers)
     config = replace(router_config(model, dense_layers, **engine), dtype=dtype)
-    parts = load_parts(config, ReplicaPool(), PhaseClock())
-    return LocalRouter(parts, lambda: cast(DispatchStep, ReferenceStep(experts)))
+    loaded = load_router(config, ReplicaPool(), PhaseClock())
+    return LocalRouter(loaded, lambda: cast(DispatchStep, ReferenceStep(experts)))
 
 
 def router_config(model: Path, dense_layers: DenseLayers, **engine: Any) -> RouterConfig:

@@ -21,10 +21,10 @@ Form = Literal["safetensors", "torrent", "stacked"]
 NUM_STACKED_FILES = 3
 
 
-def write_native(folder: Path, model: PreTrainedModel, form: Form, **params: Any) -> Path:
+def write_mistral_format(folder: Path, model: PreTrainedModel, form: Form, **params: Any) -> Path:
     """A Mixtral or a Mistral; `params` override those of the model, None leaves one out."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = native_tensors(model, stacked=form == "stacked")
+    tensors = mistral_tensors(model, stacked=form == "stacked")
     if form == "safetensors":
         save_file(tensors, folder / "consolidated.safetensors")
     elif form == "torrent":
@@ -33,13 +33,13 @@ def write_native(folder: Path, model: PreTrainedModel, form: Form, **params: Any
         for part in range(NUM_STACKED_FILES):
             names = list(tensors)[part::NUM_STACKED_FILES]
             torch.save({name: tensors[name] for name in names}, folder / f"consolidated.{part:02}.pt")
-    given = (_stacked_params if form == "stacked" else native_params)(model) | params
+    given = (_stacked_params if form == "stacked" else mistral_params)(model) | params
     text = json.dumps({key: value for key, value in given.items() if value is not None})
     (folder / "params.json").write_text(text)
     return folder
 
 
-def native_params(model: PreTrainedModel) -> dict[str, Any]:
+def mistral_params(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config
     params = {
         "dim": config.hidden_size,
@@ -77,8 +77,8 @@ def _stacked_params(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def native_tensors(model: PreTrainedModel, *, stacked: bool = False) -> dict[str, torch.Tensor]:
-    """Every parameter under its native name."""
+def mistral_tensors(model: PreTrainedModel, *, stacked: bool = False) -> dict[str, torch.Tensor]:
+    """Every parameter under the name that it has in Mistral's format."""
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors = {
         "tok_embeddings.weight": ours["model.embed_tokens.weight"],
@@ -93,8 +93,8 @@ def native_tensors(model: PreTrainedModel, *, stacked: bool = False) -> dict[str
         if model.config.model_type == "mixtral":
             tensors |= (_stacked_experts if stacked else _experts)(ours, prefix, target)
         else:
-            for name, native in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
-                tensors[f"{target}feed_forward.{native}.weight"] = ours[f"{prefix}mlp.{name}.weight"]
+            for name, short in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+                tensors[f"{target}feed_forward.{short}.weight"] = ours[f"{prefix}mlp.{name}.weight"]
     return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from router.attention.packed_batch import PackedBatch, pack
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.scheduling.block_pool import BlockPool
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.sequence import Sequence
 
 
 def packed_batches(
-    lengths: Mapping[str, int], layout: Layout, pool: BlockPool, budget: int
+    lengths: Mapping[str, int], layout: AttentionLayout, pool: BlockPool, budget: int
 ) -> Iterator[PackedBatch]:
     """Prompts of these lengths in chunks beside one another, with four decoded tokens each."""
     scheduler = Scheduler(Limits(budget, 8), pool)

@@ -1,8 +1,9 @@
-"""Encoder-decoders behind the same seams as all other models: their experts elsewhere, their keys and values paged.
+"""Encoder-decoders behind the same seams as all other models: workers compute their experts, and their keys and values
+are paged.
 
-A request's prompt is what the encoder reads, in one step and as a whole; what it makes of it lies in the cache as the keys
-and values of every cross-attention. The decoder begins in the same step, with the start token: its logits are those of
-the first token that is generated. See two_sided_batch.py for who stands where.
+The encoder reads the prompt of a request as a whole, in one step; its output is cached as the keys and values of every
+cross-attention. The decoder begins in the same step, with the start token, whose logits are those of the first generated
+token. batch.py describes the positions of both.
 
 Shapes: S tokens of prompts, U rows of the decoder, D hidden size, H heads, d head size, n tokens of a prompt, N rows whose
 logits are wanted, V vocabulary, P positions that can be served.
@@ -10,7 +11,6 @@ logits are wanted, V vocabulary, P positions that can be served.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,45 +18,38 @@ import torch
 from torch.nn import functional
 
 from moesaic.checkpoints.checkpoint import Checkpoint
-from moesaic.families import nllb_moe, switch_transformers
-from moesaic.families.config import Config
-from moesaic.families.encoder_decoder import Arithmetic
-from moesaic.families.model import CrossAttention, DecoderAttention, EncoderAttention, MoeModel
+from moesaic.families.encoder_decoder import EncoderDecoderModel
+from moesaic.families.model import CrossAttention, DecoderAttention, EncoderAttention
 from router.attention.paged import attend_group
 from router.attention.plan import DecodeGroup
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch
 from router.decoders.encoder_decoder.batch import DecoderRows, PromptRows
 from router.decoders.encoder_decoder.positions import (
     bias_of_distances,
     bias_of_queries,
-    prompt_places,
+    prompt_positions,
     sinusoids,
 )
-from router.decoders.encoder_decoder.weights import Layer, Reader
-from router.decoders.residual_stream import Flight
-from router.gating.capacity import assign_within, runs
-from router.gating.gate import NO_SLOT, Assignment, assign
-from router.gating.gate_stats import GateHealth
-from router.phase_clock import PhaseClock
+from router.decoders.encoder_decoder.weights import SideLayer, SideReader
+from router.decoders.residual_stream import ResidualStream
+from router.gating.capacity import assign_with_capacity, run_lengths
+from router.gating.gate import NO_SLOT, Assignment, Gate, assign_all
+from router.gating.gate_stats import GateStats
+from router.phase_clock import Phase, PhaseClock
 
-_FAMILIES = {family.FAMILY: family for family in (nllb_moe, switch_transformers)}
-# Of a prompt, where each has a bias of its own for every key.
+# The queries of a prompt that are attended at once, where each has a bias of its own for every key.
 _QUERIES_AT_ONCE = 256
 
 
 @dataclass(slots=True, kw_only=True)
-class _Reading(Flight):
-    """A micro-batch's prompts on their way through the encoder."""
-
+class _EncoderStream(ResidualStream):
     prompts: PromptRows
 
 
 @dataclass(slots=True, kw_only=True)
-class _Answering(Flight):
-    """A micro-batch on its way through the decoder."""
-
+class _DecoderStream(ResidualStream):
     rows: DecoderRows
 
 
@@ -66,18 +59,17 @@ class EncoderDecoder:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        model: MoeModel,
-        layout: Layout,
+        model: EncoderDecoderModel,
+        layout: AttentionLayout,
         *,
         num_positions: int,
         clock: PhaseClock,
         limits_slots: bool,
     ) -> None:
-        """`limits_slots`: whether experts have their capacity, and what is beyond it is dropped."""
+        """`limits_slots`: whether experts have a capacity, and assignments beyond it are dropped."""
         self.layout = layout
-        self.gates = GateHealth.of(model)
-        family = _FAMILIES[model.family]
-        self._arithmetic: Arithmetic = family.read_arithmetic(Config(checkpoint.config))
+        self.gate_stats = GateStats.of(model)
+        self._arithmetic = model.arithmetic
         self._experts = model.experts
         self._limits_slots = limits_slots
         self._clock = clock
@@ -85,156 +77,157 @@ class EncoderDecoder:
         mixers = (model.mixers[0], model.mixers[model.num_encoder_layers])
         self._heads = tuple(_heads(mixer) for mixer in mixers)
         self._first_cross = model.num_layers
-        reader = Reader(checkpoint, model, family.NAMES, self._arithmetic, layout)
+        reader = SideReader(checkpoint, model, layout)
         self._encoder, self._decoder = reader.sides()
         self._head = reader.head(self._decoder)
         self.weight_bytes = reader.num_bytes
         self._set_positions(num_positions, model.hidden_size)
 
     def _set_positions(self, num_positions: int, hidden_size: int) -> None:
-        """Looked up, never computed."""
-        self._both_ways: torch.Tensor | None = None
-        self._backwards: torch.Tensor | None = None
-        self._places: torch.Tensor | None = None
+        """Prepares the tables from which positions are looked up: biases of both sides, or sinusoids."""
+        self._encoder_bias: torch.Tensor | None = None
+        self._decoder_bias: torch.Tensor | None = None
+        self._sinusoids: torch.Tensor | None = None
         relative = self._arithmetic.relative
         biases = (self._encoder.relative_bias, self._decoder.relative_bias)
         if relative is None:
-            # Counted from the id of the padding token, which itself has no place.
+            # Positions are counted from the id of the padding token, which itself has none.
             first = self._arithmetic.padding_token
-            places = sinusoids(torch.arange(first, first + 1 + num_positions), hidden_size)
-            places[0] = 0
-            self._places = places.to(self.layout.device, self.layout.dtype)
-            self.weight_bytes += self._places.nbytes
+            table = sinusoids(torch.arange(first, first + 1 + num_positions), hidden_size)
+            table[0] = 0
+            self._sinusoids = table.to(self.layout.device, self.layout.dtype)
+            self.weight_bytes += self._sinusoids.nbytes
             return
         assert biases[0] is not None and biases[1] is not None
-        self._both_ways = bias_of_distances(biases[0], relative, num_positions, both_ways=True)
-        self._backwards = bias_of_distances(biases[1], relative, num_positions, both_ways=False)
-        self.weight_bytes += self._both_ways.nbytes + self._backwards.nbytes
+        self._encoder_bias = bias_of_distances(biases[0], relative, num_positions, both_ways=True)
+        self._decoder_bias = bias_of_distances(biases[1], relative, num_positions, both_ways=False)
+        self.weight_bytes += self._encoder_bias.nbytes + self._decoder_bias.nbytes
 
     @torch.inference_mode()
-    def forward(self, parts: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
-        """Runs a step, writes the cache, and gives the logits [N, V] of the wanted rows, part by part."""
-        self.gates.begin_step()
-        for part in parts:
-            prompts = PromptRows.of(part.batch)
+    def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
+        """Runs a step, writes the cache, and returns the logits [N, V] of the wanted rows of each micro-batch in turn."""
+        self.gate_stats.begin_step()
+        for micro_batch in micro_batches:
+            prompts = PromptRows.of(micro_batch.batch)
             if prompts.lengths:
-                self._write_crossings(prompts, self.encode(part, prompts), cache)
-        flights = [self._start(part) for part in parts]
+                self._write_cross_attention(prompts, self.encode(micro_batch, prompts), cache)
+        streams = [self._start(micro_batch) for micro_batch in micro_batches]
         for layer, weights in enumerate(self._decoder.layers, self._num_encoder_layers):
-            for flight in flights:
-                flight.land()
-                self._decode(layer, weights, flight, cache)
-        for flight in flights:
-            flight.land()
-        hidden = torch.cat([_wanted(flight) for flight in flights])
+            for stream in streams:
+                stream.add_layer_output()
+                self._decode(layer, weights, stream, cache)
+        for stream in streams:
+            stream.add_layer_output()
+        hidden = torch.cat([_wanted(stream) for stream in streams])
         return self._head(self._decoder.norm(hidden) * self._arithmetic.logits_scale)
 
-    def encode(self, part: MicroBatch, prompts: PromptRows) -> torch.Tensor:
-        """What the encoder makes of the prompts, [S, D]."""
+    def encode(self, micro_batch: MicroBatch, prompts: PromptRows) -> torch.Tensor:
+        """The encoder's output for the prompts, [S, D]."""
         hidden = self._embed(self._encoder.embedding, prompts.token_ids)
-        if self._places is not None:
-            places = prompt_places(prompts.token_ids, prompts.lengths, self._arithmetic.padding_token)
-            hidden += self._places[places]
-        flight = _Reading(part=part, hidden=hidden, tokens=prompts.tokens, prompts=prompts)
-        for layer, weights in enumerate(self._encoder.layers):
-            flight.land()
-            self._read(layer, weights, flight)
-        flight.land()
-        return self._encoder.norm(flight.hidden)
-
-    def _read(self, layer: int, weights: Layer, flight: _Reading) -> None:
-        """A layer of the encoder up to its experts, which are asked and not waited for."""
-        qkv = weights.attention.projections(weights.attention.norm(flight.hidden))
-        started = time.perf_counter()
-        num_heads, head_dim = self._heads[0]
-        queries, keys, values = qkv.view(len(qkv), 3, num_heads, head_dim).unbind(1)
-        attended = attend_prompts(
-            queries, keys, values, flight.prompts.lengths, self._scaling(head_dim), self._both_ways
+        if self._sinusoids is not None:
+            positions = prompt_positions(prompts.token_ids, prompts.lengths, self._arithmetic.padding_token)
+            hidden += self._sinusoids[positions]
+        stream = _EncoderStream(
+            micro_batch=micro_batch, hidden=hidden, tokens=prompts.tokens, prompts=prompts
         )
-        self._clock.add("attention", time.perf_counter() - started)
-        flight.hidden += weights.attention.output(attended)
-        self._ask(layer, weights, flight, flight.prompts.lengths)
+        for layer, weights in enumerate(self._encoder.layers):
+            stream.add_layer_output()
+            self._encode(layer, weights, stream)
+        stream.add_layer_output()
+        return self._encoder.norm(stream.hidden)
 
-    def _write_crossings(self, prompts: PromptRows, encoded: torch.Tensor, cache: KVCache) -> None:
-        for place, weights in enumerate(self._decoder.layers):
+    def _encode(self, layer: int, weights: SideLayer, stream: _EncoderStream) -> None:
+        """Computes a layer of the encoder up to the call of its experts, without waiting for their answer."""
+        qkv = weights.attention.projections(weights.attention.norm(stream.hidden))
+        with self._clock.phase(Phase.ATTENTION):
+            num_heads, head_dim = self._heads[0]
+            queries, keys, values = qkv.view(len(qkv), 3, num_heads, head_dim).unbind(1)
+            attended = attend_prompts(
+                queries, keys, values, stream.prompts.lengths, self._scaling(head_dim), self._encoder_bias
+            )
+        stream.hidden += weights.attention.output(attended)
+        self._mix_channels(layer, weights, stream, stream.prompts.lengths)
+
+    def _write_cross_attention(self, prompts: PromptRows, encoded: torch.Tensor, cache: KVCache) -> None:
+        for layer, weights in enumerate(self._decoder.layers, self._first_cross):
             assert weights.cross is not None
-            cache.write(self._first_cross + place, prompts.cache_positions, weights.cross.sources(encoded))
+            cache.write(layer, prompts.cache_positions, weights.cross.keys_values(encoded))
 
-    def _start(self, part: MicroBatch) -> _Answering:
+    def _start(self, micro_batch: MicroBatch) -> _DecoderStream:
         rows = DecoderRows.of(
-            part.batch, self.layout, start_token=self._arithmetic.start_token, bias=self._backwards
+            micro_batch.batch,
+            self.layout,
+            start_token=self._arithmetic.start_token,
+            bias=self._decoder_bias,
         )
         hidden = self._embed(self._decoder.embedding, rows.token_ids)
-        if self._places is not None:
-            counts = rows.token_ids != self._arithmetic.padding_token
-            hidden += self._places[(rows.places + 1) * counts]
-        return _Answering(part=part, hidden=hidden, tokens=rows.tokens, rows=rows)
+        if self._sinusoids is not None:
+            counted = rows.token_ids != self._arithmetic.padding_token
+            hidden += self._sinusoids[(rows.positions + 1) * counted]
+        return _DecoderStream(micro_batch=micro_batch, hidden=hidden, tokens=rows.tokens, rows=rows)
 
-    def _decode(self, layer: int, weights: Layer, flight: _Answering, cache: KVCache) -> None:
-        """A layer of the decoder up to its experts, which are asked and not waited for."""
+    def _decode(self, layer: int, weights: SideLayer, stream: _DecoderStream, cache: KVCache) -> None:
+        """Computes a layer of the decoder up to the call of its experts, without waiting for their answer."""
         assert weights.cross is not None
-        rows, (num_heads, head_dim) = flight.rows, self._heads[1]
-        qkv = weights.attention.projections(weights.attention.norm(flight.hidden))
+        rows, (num_heads, head_dim) = stream.rows, self._heads[1]
+        qkv = weights.attention.projections(weights.attention.norm(stream.hidden))
         cache.write(layer, rows.cache_positions, qkv[:, num_heads * head_dim :])
         queries = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
-        flight.hidden += weights.attention.output(self._attend(layer, queries, rows.own, cache))
-        queries = weights.cross.queries(weights.cross.norm(flight.hidden)).unflatten(1, (num_heads, head_dim))
+        stream.hidden += weights.attention.output(self._attend(layer, queries, rows.self_attention, cache))
+        queries = weights.cross.queries(weights.cross.norm(stream.hidden)).unflatten(1, (num_heads, head_dim))
         crossing = self._first_cross + layer - self._num_encoder_layers
-        flight.hidden += weights.cross.output(self._attend(crossing, queries, rows.cross, cache))
-        # Each row for itself, as when it was generated: the same whenever a sequence has to start over.
-        self._ask(layer, weights, flight, (1,) * len(rows.tokens))
+        stream.hidden += weights.cross.output(self._attend(crossing, queries, rows.cross_attention, cache))
+        # Each row counts as a sequence of its own, as when it was generated: so the result is the same when a preempted
+        # sequence starts over.
+        self._mix_channels(layer, weights, stream, (1,) * len(rows.tokens))
 
     def _attend(
         self, layer: int, queries: torch.Tensor, groups: Sequence[DecodeGroup], cache: KVCache
     ) -> torch.Tensor:
         """[U, H, d] -> [U, H * d]"""
-        started = time.perf_counter()
-        attended = queries.new_empty(len(queries), queries[0].numel())
-        scaling = self._scaling(queries.shape[2])
-        for group in groups:
-            attended[group.rows] = attend_group(layer, queries[group.rows], group, cache, scaling)
-        self._clock.add("attention", time.perf_counter() - started)
-        return attended
+        with self._clock.phase(Phase.ATTENTION):
+            attended = queries.new_empty(len(queries), queries[0].numel())
+            scaling = self._scaling(queries.shape[2])
+            for group in groups:
+                attended[group.rows] = attend_group(layer, queries[group.rows], group, cache, scaling)
+            return attended
 
-    def _ask(self, layer: int, weights: Layer, flight: Flight, lengths: Sequence[int]) -> None:
-        """`lengths`: how many consecutive rows are counted as one sequence, where slots can be full."""
-        normed = weights.mlp_norm(flight.hidden)
+    def _mix_channels(
+        self, layer: int, weights: SideLayer, stream: ResidualStream, lengths: Sequence[int]
+    ) -> None:
+        """Computes the MLP of a layer or calls its experts. `lengths`: how many consecutive rows a capacity counts as one
+        sequence."""
+        normed = weights.mlp_norm(stream.hidden)
         if weights.mlp is not None:
-            flight.beside = weights.mlp(normed)
+            stream.local_output = weights.mlp(normed)
             return
-        assignment = self._assign(layer, weights, normed, lengths)
-        flight.call = flight.part.experts.send(
-            layer, normed, assignment.slots, assignment.weights, tokens=flight.tokens
+        assignment = (
+            assign_all(normed) if weights.gate is None else self._assign(layer, weights.gate, normed, lengths)
+        )
+        stream.call = stream.micro_batch.experts.send(
+            layer, normed, assignment.slots, assignment.weights, tokens=stream.tokens
         )
 
-    def _assign(self, layer: int, weights: Layer, normed: torch.Tensor, lengths: Sequence[int]) -> Assignment:
-        experts = self._experts[layer]
-        if weights.scorer is None or experts.gate is None:
-            one_slot = (len(normed), 1)
-            return Assignment(
-                torch.ones(one_slot, device=normed.device),
-                torch.zeros(one_slot, dtype=torch.long, device=normed.device),
-            )
-        started = time.perf_counter()
-        logits = weights.scorer(normed)
-        if self.gates.looks:
-            self.gates.look(layer, logits)
-        if self._limits_slots and experts.capacity is not None:
-            assignment, num_dropped = assign_within(
-                logits, experts.gate, experts.capacity, runs(experts.capacity, lengths)
-            )
-            num_kept = int((assignment.slots != NO_SLOT).sum())
-            self.gates.count(layer, num_kept + num_dropped, num_dropped)
-        else:
-            assignment = assign(logits, experts.gate)
-        self._clock.add("gate", time.perf_counter() - started)
+    def _assign(self, layer: int, gate: Gate, normed: torch.Tensor, lengths: Sequence[int]) -> Assignment:
+        with self._clock.phase(Phase.GATE):
+            if self.gate_stats.sampling:
+                self.gate_stats.record_logits(layer, gate.logits(normed))
+            capacity = self._experts[layer].capacity if self._limits_slots else None
+            if capacity is None:
+                assignment = gate.assign(normed)
+            else:
+                assignment, num_dropped = assign_with_capacity(
+                    gate.logits(normed), gate.rule, capacity, run_lengths(capacity, lengths)
+                )
+                num_kept = int((assignment.slots != NO_SLOT).sum())
+                self.gate_stats.record_dropped(layer, num_kept + num_dropped, num_dropped)
         return assignment
 
     def _embed(self, embedding: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         return functional.embedding(token_ids, embedding) * self._arithmetic.embedding_scale
 
     def _scaling(self, head_dim: int) -> float:
-        """Where scores are biased, weights have been trained to scale them."""
+        """The factor of attention scores. With relative positions there is none: the weights were trained without it."""
         return head_dim**-0.5 if self._arithmetic.relative is None else 1.0
 
 
@@ -246,7 +239,7 @@ def attend_prompts(
     scaling: float,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Each prompt over all of itself: [S, H, d] -> [S, H * d]. `bias` [H, 2 P - 1], by distance."""
+    """Every token attends to the whole of its prompt: [S, H, d] -> [S, H * d]. `bias` [H, 2 P - 1] is by distance."""
     attended = torch.empty_like(queries)
     first = 0
     for length in lengths:
@@ -264,12 +257,12 @@ def attend_prompts(
     return attended.flatten(1)
 
 
-def _wanted(flight: _Answering) -> torch.Tensor:
-    """Of the decoder's rows, those whose logits are wanted."""
-    wanted = flight.rows.index_of(flight.part.rows.tolist())
-    if wanted == list(range(len(flight.hidden))):
-        return flight.hidden
-    return flight.hidden.index_select(0, torch.tensor(wanted, dtype=torch.long).to(flight.hidden.device))
+def _wanted(stream: _DecoderStream) -> torch.Tensor:
+    """The decoder's rows whose logits are wanted."""
+    wanted = stream.rows.index_of(stream.micro_batch.rows.tolist())
+    if wanted == list(range(len(stream.hidden))):
+        return stream.hidden
+    return stream.hidden.index_select(0, torch.tensor(wanted, dtype=torch.long).to(stream.hidden.device))
 
 
 def _heads(mixer: object) -> tuple[int, int]:

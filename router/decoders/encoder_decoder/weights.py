@@ -1,4 +1,4 @@
-"""The weights of an encoder-decoder, each laid out for its use as it is read; nothing is held twice.
+"""The weights of an encoder-decoder. Each is brought into the layout of its use while it is read, and none is held twice.
 
 Shapes: D hidden size, F inner size, H heads, d head size, E slots, V vocabulary.
 """
@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.compute.linear import Linear
-from moesaic.families.encoder_decoder import Arithmetic, Names, StackNames
-from moesaic.families.model import MoeModel
-from router.attention.views import Layout
+from moesaic.families.encoder_decoder import EncoderDecoderModel, StackNames
+from router.attention.views import AttentionLayout
 from router.decoders.dense_tensors import read_dense
+from router.gating.gate import Gate
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
@@ -30,7 +30,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
     weight: torch.Tensor  # [D]
-    # None: the mean is left in.
+    # None: the norm does not subtract the mean (RMSNorm).
     bias: torch.Tensor | None
     eps: float
 
@@ -41,17 +41,17 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class OwnAttention:
+class SelfAttention:
     norm: Norm
     projections: Linear  # D -> 3 * H * d: queries, keys, values
     output: Linear  # H * d -> D
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Crossing:
+class CrossAttention:
     norm: Norm
     queries: Linear  # D -> H * d
-    sources: Linear  # D -> 2 * H * d, of what the encoder gives: keys, values
+    keys_values: Linear  # D -> 2 * H * d: keys, values, of the encoder's output
     output: Linear  # H * d -> D
 
 
@@ -69,23 +69,13 @@ class Mlp:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scorer:
-    """Gate logits in float32, whatever the model computes in."""
-
-    weight: torch.Tensor  # [E, D]
-    bias: torch.Tensor | None  # [E]
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return functional.linear(hidden.float(), self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layer:
-    attention: OwnAttention
-    cross: Crossing | None
+class SideLayer:
+    attention: SelfAttention
+    # None: the layer belongs to the encoder.
+    cross: CrossAttention | None
     mlp_norm: Norm
-    # Neither: workers compute all of it, as the one expert of the layer.
-    scorer: Scorer | None
+    # Without a gate and an MLP, the layer has a single expert, which takes every token.
+    gate: Gate | None
     mlp: Mlp | None
 
 
@@ -94,28 +84,21 @@ class Side:
     """The encoder or the decoder."""
 
     embedding: torch.Tensor  # [V, D]
-    layers: tuple[Layer, ...]
+    layers: tuple[SideLayer, ...]
     norm: Norm
-    # [buckets, H], where positions are told by a bias.
+    # [buckets, H], where positions are relative.
     relative_bias: torch.Tensor | None
 
 
-class Reader:
-    """Reads one side after the other, each layer by itself."""
+class SideReader:
+    """Reads one side after the other, layer by layer."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: MoeModel,
-        names: Names,
-        arithmetic: Arithmetic,
-        layout: Layout,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: EncoderDecoderModel, layout: AttentionLayout) -> None:
         self.num_bytes = 0
         self._checkpoint = checkpoint
         self._model = model
-        self._names = names
-        self._arithmetic = arithmetic
+        self._names = model.names
+        self._arithmetic = model.arithmetic
         self._layout = layout
 
     def sides(self) -> tuple[Side, Side]:
@@ -127,7 +110,7 @@ class Reader:
         )
 
     def head(self, decoder: Side) -> Linear:
-        """Tied ones are held in both forms where a product wants one of its own."""
+        """The head. A tied one is held in both forms where the product needs a layout of its own."""
         if self._names.head in self._model.dense:
             return Linear(self._read({self._names.head})[self._names.head])
         head = Linear(decoder.embedding)
@@ -145,39 +128,46 @@ class Reader:
         if self._arithmetic.relative is not None:
             name = names.block.format(block=0) + names.attention + self._names.relative_bias
             bias = self._read({name})[name]
-        own = names.embedding if names.embedding in embeddings else self._names.shared
+        embedding = names.embedding if names.embedding in embeddings else self._names.shared
         ends = self._read(name for name in self._model.dense if name.startswith(f"{names.norm}."))
         return Side(
-            embeddings[own],
+            embeddings[embedding],
             tuple(self._layer(names, layers.start, layer) for layer in layers),
             self._norm(ends, names.norm),
             bias,
         )
 
-    def _layer(self, names: StackNames, first: int, layer: int) -> Layer:
+    def _layer(self, names: StackNames, first: int, layer: int) -> SideLayer:
         prefix = names.block.format(block=layer - first)
         wanted = [name for name in self._model.dense if name.startswith(prefix)]
         tensors = {name.removeprefix(prefix): tensor for name, tensor in self._read(wanted).items()}
         queries, keys, values, output = self._names.projections
-        attention = OwnAttention(
+        attention = SelfAttention(
             self._norm(tensors, names.attention_norm),
             self._joined(tensors, names.attention, queries, keys, values),
             self._joined(tensors, names.attention, output),
         )
         cross = None
         if names.cross:
-            cross = Crossing(
+            cross = CrossAttention(
                 self._norm(tensors, names.cross_norm),
                 self._joined(tensors, names.cross, queries),
                 self._joined(tensors, names.cross, keys, values),
                 self._joined(tensors, names.cross, output),
             )
-        gate = names.mlp + self._names.gate
-        scorer = None
-        if f"{gate}.weight" in tensors:
-            scorer = Scorer(tensors[f"{gate}.weight"], tensors.get(f"{gate}.bias"))
-        mlp = None if layer in self._model.experts else self._mlp(tensors, names.mlp)
-        return Layer(attention, cross, self._norm(tensors, names.mlp_norm), scorer, mlp)
+        return SideLayer(
+            attention,
+            cross,
+            self._norm(tensors, names.mlp_norm),
+            self._gate(layer, tensors, names.mlp + self._names.gate),
+            None if layer in self._model.experts else self._mlp(tensors, names.mlp),
+        )
+
+    def _gate(self, layer: int, tensors: Mapping[str, torch.Tensor], name: str) -> Gate | None:
+        experts = self._model.experts.get(layer)
+        if experts is None or experts.gate is None:
+            return None
+        return Gate(experts.gate, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), exact=True)
 
     def _mlp(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> Mlp:
         return Mlp(
@@ -187,7 +177,7 @@ class Reader:
         )
 
     def _joined(self, tensors: Mapping[str, torch.Tensor], prefix: str, *names: str) -> Linear:
-        """Several projections of the same input as one."""
+        """Joins several projections of the same input into one."""
         weights = [tensors[f"{prefix}{name}.weight"] for name in names]
         biases = [tensors[bias] for name in names if (bias := f"{prefix}{name}.bias") in tensors]
         return Linear(torch.cat(weights), bias=torch.cat(biases) if biases else None)
@@ -196,12 +186,12 @@ class Reader:
         return Norm(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), self._arithmetic.norm_eps)
 
     def _read(self, wanted: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Gates stay in float32, as they are computed in it."""
-        names = set(wanted)
-        exact = {name for name in names if f".{self._names.gate}." in name}
-        tensors: dict[str, torch.Tensor] = {}
-        for some, dtype in ((exact, torch.float32), (names - exact, self._layout.dtype)):
-            dense = {name: self._model.dense[name] for name in some}
-            tensors |= read_dense(self._checkpoint, dense, dtype=dtype, device=self._layout.device)
+        """Reads tensors by name. Those of gates stay float32, as gates are computed in it."""
+        layout = self._layout
+        dense = {name: self._model.dense[name] for name in wanted}
+        exact = {name for name in dense if f".{self._names.gate}." in name}
+        tensors = dict(
+            read_dense(self._checkpoint, dense, dtype=layout.dtype, device=layout.device, exact=exact)
+        )
         self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         return tensors

@@ -1,1 +1,1 @@
-"""The modules of transformers, wired into our seams."""
+"""The modules of transformers, with our parts in their seams."""

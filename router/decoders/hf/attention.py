@@ -1,14 +1,13 @@
-"""The attention seam of transformers: the modules make queries, keys and values, and paged attention does the rest.
+"""The attention seam of transformers: the modules compute queries, keys and values, and paged attention does the rest.
 
-Windows, chunks and masks are the batch's own, laid out by the model's mixers. Whatever else a family hands to its
-attention function and is not known here is refused by name: it would change the arithmetic.
+Windows, chunks and masks come from the batch, which follows the model's mixers. Any other argument that a family passes to
+its attention function is refused by name if it is not known here: it would change the arithmetic.
 
 Shapes: T tokens, H query heads, G key/value heads, d head size.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,11 @@ from moesaic.families.model import Attention, Mixer
 from router.attention.packed_batch import PackedBatch
 from router.attention.paged import attend
 from router.cache.kv_cache import KVCache
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 
 ATTENTION_NAME = "moesaic_paged"
 
-# Arguments that say what the batch knows better, or what only training and other caches want.
+# Arguments whose content the batch already has, and those that only training or other caches need.
 _IGNORED = frozenset({
     "attention_mask", "cache_position", "cache_params", "dropout", "is_causal", "output_attentions",
     "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "use_cache",
@@ -33,7 +32,7 @@ _IGNORED = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """What attention needs to know of the step; it reaches `paged_attention` as an argument of the model's forward."""
+    """The step as attention sees it. It reaches `paged_attention` as an argument of the model's forward."""
 
     batch: PackedBatch
     cache: KVCache
@@ -43,7 +42,7 @@ class AttentionStep:
 
 @dataclass(frozen=True, slots=True)
 class Temperature:
-    """Llama-4: in layers without rotary positions queries grow with their position."""
+    """The temperature of Llama-4: in layers without rotary positions, queries are scaled up with their position."""
 
     scale: float
     floor: float
@@ -54,9 +53,9 @@ class Temperature:
 
 
 def register_attention() -> None:
-    """Makes the seam known to transformers; any number of times."""
+    """Registers the seam with transformers; may be called any number of times."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
-    # Masks are the batch's own, so the model builds none.
+    # The batch has the masks, so the model builds none.
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
 
 
@@ -74,17 +73,16 @@ def paged_attention(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, d], key and value [1, G, T, d], s_aux [H] -> ([1, T, H, d], None)."""
-    started = time.perf_counter()
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    _check_arguments(step.mixers[layer], sliding_window, s_aux, others)
-    rows = torch.cat((key, value), dim=1)[0].transpose(0, 1).flatten(1)
-    step.cache.write(layer, step.batch.cache_positions, rows)
-    queries = query[0].transpose(0, 1).contiguous()
-    temperature: Temperature | None = getattr(module, "temperature", None)
-    if temperature is not None:
-        queries = (queries * temperature.of(step.batch.positions[0])[:, None, None]).to(queries.dtype)
-    output = attend(layer, queries, step.batch, step.cache, scaling, s_aux)
-    step.clock.add("attention", time.perf_counter() - started)
+    with step.clock.phase(Phase.ATTENTION):
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        _check_arguments(step.mixers[layer], sliding_window, s_aux, others)
+        rows = torch.cat((key, value), dim=1)[0].transpose(0, 1).flatten(1)
+        step.cache.write(layer, step.batch.cache_positions, rows)
+        queries = query[0].transpose(0, 1).contiguous()
+        temperature: Temperature | None = getattr(module, "temperature", None)
+        if temperature is not None:
+            queries = (queries * temperature.of(step.batch.positions[0])[:, None, None]).to(queries.dtype)
+        output = attend(layer, queries, step.batch, step.cache, scaling, s_aux)
     return output[None], None
 
 

@@ -1,8 +1,9 @@
-"""The transformers model of a checkpoint with our parts in its three seams: attention, gate, experts.
+"""The transformers model of a checkpoint, with our parts in its three seams: attention, gate and experts.
 
-It is built on the meta device, and only what belongs to the router is read: experts never exist in this process. Where
-the wiring of a family is known, our block takes the place of its own; any other family that uses the experts interface
-of transformers keeps its gate. Where `lean_decoder.py` knows the family too, this is the reference that it must equal.
+The model is built on the meta device, and only the tensors of the router are read: experts never exist in this process.
+Where the wiring of a family is known, our block replaces its own; any other family that uses the experts interface of
+transformers keeps its gate, whose rows are then out of our reach. Where the lean decoder supports a model too, this one
+is the reference that it must equal.
 
 Shapes: T tokens, D hidden size, K experts per token, N rows whose logits are wanted, V vocabulary.
 """
@@ -20,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError, Unsupported
 from moesaic.families.model import LatentAttention, MoeModel
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch
 from router.decoders.dense_tensors import read_dense
@@ -30,26 +31,26 @@ from router.decoders.hf.latent_attention import LatentAttentionModule
 from router.decoders.hf.moe_block import CurrentStep, MoeBlock, RemoteExperts, RemoteMlp
 from router.decoders.hf.wiring import WIRINGS, Wiring
 from router.gating.gate import Assignment
-from router.gating.gate_stats import GateHealth
+from router.gating.gate_stats import GateStats
 from router.phase_clock import PhaseClock
 
 EXPERTS_NAME = "moesaic_remote"
 
 
-class StockDecoder:
-    """A RouterModel of any family. Micro-batches pass one after the other: a module tree cannot be left half way."""
+class HfDecoder:
+    """A RouterModel of any family. Micro-batches pass one after the other, as a module tree cannot be left halfway."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         model: MoeModel,
-        layout: Layout,
+        layout: AttentionLayout,
         *,
         num_positions: int,
         clock: PhaseClock,
     ) -> None:
         self.layout = layout
-        self.gates = GateHealth.of(model)
+        self.gate_stats = GateStats.of(model)
         self._clock = clock
         self._mixers = model.mixers
         self._step = CurrentStep()
@@ -57,28 +58,29 @@ class StockDecoder:
         exact = _exact_tensors(self._modules)
         _replace_blocks(self._modules, model, self._step, clock)
         _replace_attention(self._modules, model)
-        _watch_gates(self._modules, model, self.gates)
+        _observe_gates(self._modules, model, self.gate_stats)
         _load(self._modules, checkpoint, model, layout, exact)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors that live in this process."""
+        """The bytes of all tensors that this process holds."""
         return sum(tensor.nbytes for tensor in (*self._modules.parameters(), *self._modules.buffers()))
 
     @torch.inference_mode()
-    def forward(self, parts: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
-        """Runs a step, writes the cache, and gives the logits [N, V] of the wanted rows, part by part."""
-        self.gates.begin_step()
-        return torch.cat([self._forward(part, cache) for part in parts])
+    def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
+        """Runs a step, writes the cache, and returns the logits [N, V] of the wanted rows of each micro-batch in turn."""
+        self.gate_stats.begin_step()
+        return torch.cat([self._forward(micro_batch, cache) for micro_batch in micro_batches])
 
-    def _forward(self, part: MicroBatch, cache: KVCache) -> torch.Tensor:
-        self._step.experts = part.experts
+    def _forward(self, micro_batch: MicroBatch, cache: KVCache) -> torch.Tensor:
+        self._step.experts = micro_batch.experts
+        batch = micro_batch.batch
         output = self._modules(
-            input_ids=part.batch.token_ids,
-            position_ids=part.batch.positions,
+            input_ids=batch.token_ids,
+            position_ids=batch.positions,
             use_cache=False,
-            logits_to_keep=part.rows,
-            step=AttentionStep(part.batch, cache, self._mixers, self._clock),
+            logits_to_keep=micro_batch.rows,
+            step=AttentionStep(batch, cache, self._mixers, self._clock),
         )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -100,7 +102,7 @@ def _build(
 
 
 def _replace_blocks(modules: PreTrainedModel, model: MoeModel, step: CurrentStep, clock: PhaseClock) -> None:
-    """Leaves no expert in the modules: what computes them elsewhere takes their place."""
+    """Replaces all experts in the modules by objects that call the workers."""
     wiring = WIRINGS.get(model.family, Wiring())
     layers = _decoder_layers(modules)
     for index, layer in sorted(model.experts.items()):
@@ -108,24 +110,25 @@ def _replace_blocks(modules: PreTrainedModel, model: MoeModel, step: CurrentStep
         if layer.gate is None:
             layers[index].set_submodule(wiring.block, RemoteMlp(remote))
         elif layer.gate.own:
-            _empty_experts(layers[index], remote)
+            _strip_experts(layers[index], remote)
         else:
             block = MoeBlock(layers[index].get_submodule(wiring.block), wiring, layer, remote, clock)
             layers[index].set_submodule(wiring.block, block)
 
 
-def _empty_experts(layer: nn.Module, remote: RemoteExperts) -> None:
-    """Of a block that stays: its experts have no weights any more, and are computed by `_remote_experts`."""
+def _strip_experts(layer: nn.Module, remote: RemoteExperts) -> None:
+    """Removes the weights from the experts of a block that is kept; `_remote_experts` then computes them."""
     experts: Any = next(module for name, module in layer.named_modules() if name.split(".")[-1] == "experts")
     experts.remote = remote
     for name in list(experts._parameters):
         delattr(experts, name)
 
 
-def _watch_gates(modules: PreTrainedModel, model: MoeModel, gates: GateHealth) -> None:
-    """A gate is known by its rows, whoever it belongs to; a projection of attention may have as many."""
+def _observe_gates(modules: PreTrainedModel, model: MoeModel, gate_stats: GateStats) -> None:
+    """Finds the gate of each layer, ours or the family's own, by the shape of its rows. A projection of attention may
+    have the same shape, so attention is left out."""
     layers = _decoder_layers(modules)
-    for index in gates.gates:
+    for index in gate_stats.layers:
         experts = model.experts[index]
         rows = (experts.num_slots, experts.module.hidden_size)
         for name, module in layers[index].named_modules():
@@ -135,7 +138,7 @@ def _watch_gates(modules: PreTrainedModel, model: MoeModel, gates: GateHealth) -
                 and weight.shape == rows
                 and not name.startswith("self_attn.")
             ):
-                gates.watch(index, module)
+                gate_stats.observe_module(index, module)
                 break
 
 
@@ -154,14 +157,14 @@ def _replace_attention(modules: PreTrainedModel, model: MoeModel) -> None:
         if isinstance(mixer, LatentAttention):
             layer.set_submodule("self_attn", LatentAttentionModule(attention, index, mixer))
         elif getattr(attention, "attn_temperature_tuning", False) and not attention.use_rope:
-            # The module would count tokens from the batch's first one.
+            # The module would count positions from the first token of the batch.
             attention.attn_temperature_tuning = False
             attention.temperature = Temperature(attention.attn_scale, attention.floor_scale)
 
 
 def _exact_tensors(modules: PreTrainedModel) -> frozenset[str]:
-    """Names of those that stay float32 whatever the model computes in: because their module declares them so, or the
-    family lists them. One of its lists transformers heeds in float16 alone; bfloat16 rounds by more."""
+    """The names of the tensors that stay float32, whatever dtype the model computes in: their module declares them so, or
+    the family lists them. transformers respects one of the two lists in float16 alone; bfloat16 rounds even more."""
     kept = (*(modules._keep_in_fp32_modules or ()), *(modules._keep_in_fp32_modules_strict or ()))
     return frozenset(
         name
@@ -174,20 +177,14 @@ def _load(
     modules: PreTrainedModel,
     checkpoint: Checkpoint,
     model: MoeModel,
-    layout: Layout,
+    layout: AttentionLayout,
     exact: frozenset[str],
 ) -> None:
-    """Reads every parameter. Raises CheckpointError for one that is missing or that the modules do not have."""
-    kept = {name: tensor for name, tensor in model.dense.items() if name in exact}
-    others = {name: tensor for name, tensor in model.dense.items() if name not in exact}
-    tensors = {
-        name: tensor
-        for dense, dtype in ((kept, torch.float32), (others, layout.dtype))
-        for name, tensor in read_dense(checkpoint, dense, dtype=dtype, device=layout.device)
-    }
-    strangers = modules.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
-    if strangers:
-        source = model.dense[strangers[0]].source
+    """Reads every parameter. Raises CheckpointError for one that is missing or that no module has."""
+    tensors = read_dense(checkpoint, model.dense, dtype=layout.dtype, device=layout.device, exact=exact)
+    unexpected = modules.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys
+    if unexpected:
+        source = model.dense[unexpected[0]].source
         raise CheckpointError(f"tensor {source} is not part of the model", field=source)
     modules.tie_weights()
     _rebuild_buffers(modules, layout.device)
@@ -198,7 +195,7 @@ def _load(
 
 
 def _rebuild_buffers(modules: PreTrainedModel, device: torch.device) -> None:
-    """Rotary frequencies are computed, not stored: after a build on meta they must be computed again."""
+    """Computes rotary frequencies again: checkpoints do not store them, and a build on meta leaves them empty."""
     for parent in list(modules.modules()):
         for name, child in parent.named_children():
             transient = child._non_persistent_buffers_set
@@ -217,5 +214,5 @@ def _tensors(modules: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _decoder_layers(modules: PreTrainedModel) -> Any:
-    """The layers of the decoder, where descriptions find them too; which parts they have is a matter of the family."""
+    """The layers of the decoder, which all families keep under this name; the parts of a layer differ by family."""
     return modules.get_submodule("model.layers")

@@ -1,18 +1,17 @@
-"""DeepSeek's latent attention over a cache of one compressed vector a token: what the modules of transformers compute,
-without the keys and values of every head.
+"""DeepSeek's latent attention over a cache of one compressed vector per token. It equals the modules of transformers, but
+does not cache the keys and values of every head.
 
-What a head makes of the cached vector c is linear: its keys are U c, its values W c. So there are two ways to attend.
-Absorbed: U goes into the query and W behind the sum, and all heads attend to the cached vectors as they lie, which a
-token that decodes wants. Expanded: keys and values are made of the whole context first, which pays from some number of
-queries on that share them.
+Each head derives its keys U c and values W c linearly from the cached vector c, so there are two ways to attend.
+Absorbed: U is applied to the query and W to the sum, and all heads attend to the cached vectors as they are; this suits
+tokens that decode. Expanded: keys and values of the whole context are computed first, which pays off once enough queries
+share them.
 
-Shapes: T tokens, D hidden size, H heads, n rows that are attended together, C positions of their context, l numbers of
-the compressed vector, r rotary numbers of a key, k numbers of a head's key beside them, v of its value.
+Shapes: T tokens, D hidden size, H heads, n rows that are attended together, C positions of their context, l size of the
+compressed vector, r size of the rotary part of a key, k size of the rest of a head's key, v size of its value.
 """
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -26,9 +25,10 @@ from router.attention.paged import attend_chunk, attend_group, attend_parts
 from router.attention.plan import PrefillChunk
 from router.cache.kv_cache import KVCache
 from router.decoders.hf.attention import AttentionStep
+from router.phase_clock import Phase
 
-# Modules of transformers whose arithmetic this is, and whether their rotary pairs lie side by side; None: their config
-# says so.
+# The modules of transformers that compute the same, and whether their rotary pairs lie side by side. None: the config
+# decides.
 _PAIRS_SIDE_BY_SIDE: dict[str, bool | None] = {
     "AXK1Attention": None,
     "DeepseekV2Attention": True,
@@ -40,16 +40,16 @@ _PAIRS_SIDE_BY_SIDE: dict[str, bool | None] = {
 _PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 _NORMS = ("q_a_layernorm", "kv_a_layernorm")
 
-# Numbers of expanded keys and values that are held at a time, if one head has no more.
+# The most elements of expanded keys and values that are held at a time, unless a single head has more.
 _MOST_EXPANDED = 1 << 24
-# What a multiplication costs in the product that expands, against one inside attention. Measured on a CPU.
+# The cost of a multiplication in the expanding product, relative to one inside attention. Measured on a CPU.
 _PRODUCT_COST = {torch.float32: 1.0, torch.bfloat16: 0.25, torch.float16: 0.25}
 
 
 class LatentAttentionModule(nn.Module):
-    """Takes the place of a decoder layer's attention module, with its very parameters under their names."""
+    """Replaces the attention module of a decoder layer and takes over its parameters under their names."""
 
-    q_proj: nn.Linear | None  # D -> H * (k + r), or by way of these:
+    q_proj: nn.Linear | None  # D -> H * (k + r); None: the next three modules do the same
     q_a_proj: nn.Linear
     q_a_layernorm: nn.Module
     q_b_proj: nn.Linear
@@ -81,17 +81,16 @@ class LatentAttentionModule(nn.Module):
         step: AttentionStep,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """[1, T, D] -> ([1, T, D], None). Positions are complex [1, T, r / 2], or cosine and sine [1, T, r]."""
+        """[1, T, D] -> ([1, T, D], None). Position embeddings are complex [1, T, r / 2], or cosine and sine [1, T, r]."""
         mixer, hidden = self._mixer, hidden_states[0]
         turns = _turns(position_embeddings)
         queries, rotary = self._queries(hidden).split([mixer.key_dim, mixer.rotary_dim], dim=-1)
         latent, key = self.kv_a_proj_with_mqa(hidden).split([mixer.latent_dim, mixer.rotary_dim], dim=-1)
         row = torch.cat((self.kv_a_layernorm(latent), self._turned(key, turns)), dim=-1)
         queries = torch.cat((queries, self._turned(rotary, turns[:, None])), dim=-1)
-        started = time.perf_counter()
-        step.cache.write(self._layer, step.batch.cache_positions, row)
-        attended = self._attend(queries, step.batch, step.cache)
-        step.clock.add("attention", time.perf_counter() - started)
+        with step.clock.phase(Phase.ATTENTION):
+            step.cache.write(self._layer, step.batch.cache_positions, row)
+            attended = self._attend(queries, step.batch, step.cache)
         output: torch.Tensor = self.o_proj(attended)
         return output[None], None
 
@@ -105,7 +104,7 @@ class LatentAttentionModule(nn.Module):
         return heads
 
     def _turned(self, rotary: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Turns the pairs of [.., r], in float32. They come out side by side: scores do not know their order."""
+        """Rotates the pairs of [.., r] in float32. They come out side by side, as scores do not depend on the order."""
         pairs = rotary.unflatten(-1, (-1, 2) if self._side_by_side else (2, -1)).float()
         if not self._side_by_side:
             pairs = pairs.transpose(-2, -1)
@@ -131,24 +130,24 @@ class LatentAttentionModule(nn.Module):
         return output.flatten(1)
 
     def _expands(self, num_queries: int, dtype: torch.dtype) -> bool:
-        """Whether so many queries save more multiplications by expanded heads than expanding takes, per position."""
+        """Whether expanded heads save this number of queries more multiplications, per position, than expanding costs."""
         mixer = self._mixer
         expanding = mixer.latent_dim * (mixer.key_dim + mixer.value_dim) * _PRODUCT_COST[dtype]
         return 2 * (mixer.latent_dim - mixer.key_dim) * num_queries > expanding
 
     @property
     def _heads(self) -> torch.Tensor:
-        """[H, k + v, l]: what makes keys and values of the compressed vector."""
+        """[H, k + v, l]: the weights that derive keys and values from the compressed vector."""
         return self.kv_b_proj.weight.view(self._mixer.num_heads, -1, self._mixer.latent_dim)
 
     def _absorb(self, queries: torch.Tensor) -> torch.Tensor:
-        """[n, H, k + r] -> [n, H, l + r]: as long as the cached vectors, with the same scores."""
+        """[n, H, k + r] -> [n, H, l + r]: queries of the size of the cached vectors, with the same scores."""
         plain, rotary = queries.split([self._mixer.key_dim, self._mixer.rotary_dim], dim=-1)
         latent = torch.bmm(plain.transpose(0, 1), self._heads[:, : self._mixer.key_dim])
         return torch.cat((latent.transpose(0, 1), rotary), dim=-1)
 
     def _release(self, attended: torch.Tensor) -> torch.Tensor:
-        """Sums of cached vectors [n, H * (l + r)] -> the sums of values that they stand for, [n, H, v]."""
+        """Weighted sums of cached vectors [n, H * (l + r)] -> the weighted sums of values that they represent, [n, H, v]."""
         mixer = self._mixer
         latent = attended.view(len(attended), mixer.num_heads, -1)[..., : mixer.latent_dim]
         values = self._heads[:, mixer.key_dim :].transpose(1, 2)
@@ -157,7 +156,7 @@ class LatentAttentionModule(nn.Module):
     def _attend_expanded(
         self, queries: torch.Tensor, chunk: PrefillChunk, cache: KVCache, output: torch.Tensor
     ) -> None:
-        """[n, H, k + r] -> output [n, H, v], so many heads at a time as memory is meant for."""
+        """[n, H, k + r] -> output [n, H, v], with as many heads at a time as the memory bound allows."""
         mixer = self._mixer
         rows, _ = cache.read(self._layer, chunk.contexts, chunk.span)  # [1, 1, C, l + r]
         latent, rotary = rows[0, 0].split([mixer.latent_dim, mixer.rotary_dim], dim=-1)
@@ -169,7 +168,7 @@ class LatentAttentionModule(nn.Module):
             expanded = functional.linear(latent, weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
             keys, values = expanded.transpose(0, 1).split([mixer.key_dim, mixer.value_dim], dim=-1)
             keys = torch.cat((keys, rotary.expand(len(keys), -1, -1)), dim=-1)
-            # Fused kernels want heads of one size.
+            # Fused kernels need keys and values of one size.
             values = functional.pad(values, (0, max(0, key_size - mixer.value_dim)))
             attended = values.new_empty(len(values), 1, len(queries), values.shape[-1])
             attend_parts(
@@ -185,7 +184,7 @@ class LatentAttentionModule(nn.Module):
 
 
 def _turns(position_embeddings: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """[T, r / 2] complex64: how far each position turns each pair, and how much it grows by that."""
+    """[T, r / 2] complex64: the rotation and the scaling of each pair at each position."""
     if isinstance(position_embeddings, torch.Tensor):
         return position_embeddings[0]
     cos, sin = (part[0, :, : part.shape[-1] // 2].float() for part in position_embeddings)

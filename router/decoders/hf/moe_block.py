@@ -1,11 +1,9 @@
-"""What takes the place of the blocks of transformers whose experts are elsewhere.
+"""Replacements for the blocks of transformers whose experts are computed by workers.
 
 Shapes: T tokens, D hidden size, E slots, K experts per token.
 """
 
 from __future__ import annotations
-
-import time
 
 import torch
 from torch import nn
@@ -15,34 +13,46 @@ from moesaic.families.model import ExpertLayer, GateRule
 from router.decoders.hf.wiring import Wiring
 from router.dispatch.dispatcher import DispatchStep
 from router.dispatch.layer_call import LayerCall
-from router.gating.gate import Assignment, assign, everyone
-from router.phase_clock import PhaseClock
+from router.gating.gate import Assignment, Gate, assign_all
+from router.phase_clock import Phase, PhaseClock
 
 
 class CurrentStep:
-    """Whose experts are asked: those of the micro-batch that is on its way through the modules."""
+    """Holds the experts of the micro-batch that is passing the modules. All layers of a decoder share one."""
 
-    experts: DispatchStep
+    def __init__(self) -> None:
+        self._experts: DispatchStep | None = None
+
+    @property
+    def experts(self) -> DispatchStep:
+        """Raises RuntimeError before the first step, when there is no micro-batch whose experts could be called."""
+        if self._experts is None:
+            raise RuntimeError("no step is running: the modules have no experts to call")
+        return self._experts
+
+    @experts.setter
+    def experts(self, experts: DispatchStep) -> None:
+        self._experts = experts
 
 
 class RemoteExperts:
-    """The experts of one layer, as the modules know them. All layers share the step that they are in."""
+    """The experts of one layer, as the modules call them."""
 
     def __init__(self, layer: int, step: CurrentStep) -> None:
         self._layer = layer
         self._step = step
 
     def send(self, rows: torch.Tensor, assignment: Assignment) -> LayerCall:
-        """Asks for rows [T, D] and waits for nothing."""
+        """Sends rows [T, D] without waiting for the answer."""
         return self._step.experts.send(self._layer, rows, assignment.slots, assignment.weights)
 
     def receive(self, call: LayerCall) -> torch.Tensor:
-        """[T, D]"""
+        """Waits for the answer, [T, D]."""
         return self._step.experts.receive(call)
 
 
-class Gate(nn.Module):
-    """Takes the place of a family's own gate: rows [E, D] and a rule. Parameters have the names that they have there."""
+class GateModule(nn.Module):
+    """Replaces a family's own gate module. Its parameters have the names that they have there, by which they are loaded."""
 
     def __init__(
         self,
@@ -63,18 +73,13 @@ class Gate(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> Assignment:
         """Scores rows [T, D]."""
-        started = time.perf_counter()
-        if self._exact:
-            logits = nn.functional.linear(rows.float(), self.weight.float(), self.bias)
-        else:
-            logits = nn.functional.linear(rows, self.weight, self.bias)
-        assignment = assign(logits, self._rule, selection_bias=self.e_score_correction_bias)
-        self._clock.add("gate", time.perf_counter() - started)
-        return assignment
+        with self._clock.phase(Phase.GATE):
+            gate = Gate(self._rule, self.weight, self.bias, self.e_score_correction_bias, self._exact)
+            return gate.assign(rows)
 
 
 class MoeBlock(nn.Module):
-    """A gate, remote experts, and the shared expert of the family's own block, which is computed while they work."""
+    """A gate, remote experts, and the shared expert of the family's own block, which is computed in the meantime."""
 
     def __init__(
         self,
@@ -84,13 +89,15 @@ class MoeBlock(nn.Module):
         remote: RemoteExperts,
         clock: PhaseClock,
     ) -> None:
-        """Raises Unsupported where several weights would have to go onto one row."""
+        """Raises Unsupported where one row would have to carry several weights."""
         super().__init__()
         assert layer.gate is not None
         if layer.gate.weighs == "input" and layer.gate.top_k > 1:
             raise Unsupported("model: experts that weigh their input take one a token", field="model")
-        gate = Gate(layer.num_slots, layer.module.hidden_size, layer.gate, clock, exact=wiring.exact_gate)
-        # Under the family's names, by which parameters are found.
+        gate = GateModule(
+            layer.num_slots, layer.module.hidden_size, layer.gate, clock, exact=wiring.exact_gate
+        )
+        # The submodules have the family's names, by which parameters are loaded.
         self.add_module(wiring.gate, gate)
         for name in (wiring.shared, wiring.shared_gate):
             if name is not None:
@@ -103,12 +110,12 @@ class MoeBlock(nn.Module):
         """hidden [.., D] -> [.., D]."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         assignment: Assignment = self.get_submodule(self._wiring.gate)(rows)
-        asked = rows
+        sent = rows
         if self._rule.weighs == "input":
-            # One slot a token, so that one row can carry its weight.
-            asked = rows * assignment.weights.to(rows.dtype)
+            # Each token has one slot, so its row can carry the weight.
+            sent = rows * assignment.weights.to(rows.dtype)
             assignment = Assignment(torch.ones_like(assignment.weights), assignment.slots)
-        call = self._remote.send(asked, assignment)
+        call = self._remote.send(sent, assignment)
         shared = self._compute_shared(rows)
         output = self._remote.receive(call)
         if shared is not None:
@@ -127,7 +134,7 @@ class MoeBlock(nn.Module):
 
 
 class RemoteMlp(nn.Module):
-    """The MLP of a dense layer, computed by the one expert of it."""
+    """Replaces the MLP of a dense layer: the layer's one expert computes it."""
 
     def __init__(self, remote: RemoteExperts) -> None:
         super().__init__()
@@ -136,10 +143,10 @@ class RemoteMlp(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [.., D] -> [.., D]."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        output = self._remote.receive(self._remote.send(rows, everyone(rows)))
+        output = self._remote.receive(self._remote.send(rows, assign_all(rows)))
         return output.view(hidden.shape)
 
 
 def _empty(*shape: int) -> nn.Parameter:
-    """A parameter that is still to be read."""
+    """A parameter without memory, to be replaced by the one that is read."""
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)

@@ -1,7 +1,7 @@
-"""Where the modules of each family of transformers have their experts, as data.
+"""Where the modules of each family of transformers hold their experts, as data.
 
-A family that is not here and uses the experts interface of transformers keeps its own block and gate; only its experts
-are elsewhere.
+A family that is not listed here but uses the experts interface of transformers keeps its own block and gate; only its
+experts are replaced.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """Names of submodules. `block` is that of a decoder layer which holds the experts, or the MLP of a dense layer."""
+    """Names of submodules. `block` is the part of a decoder layer that holds the experts, or the MLP of a dense layer."""
 
     block: str = "mlp"
     gate: str = "gate"
-    # Computed for every token beside the experts, and what weighs that through a sigmoid.
+    # The expert that is computed for every token in addition to the others, and the gate whose sigmoid weighs it.
     shared: str | None = None
     shared_gate: str | None = None
-    # Whether the layer takes the block's output out of a pair.
+    # Whether the layer expects the block to return its output as the first of a pair.
     returns_pair: bool = False
-    # Whether gate logits are computed in float32 whatever the model computes in.
+    # Whether gate logits are computed in float32, whatever dtype the model computes in.
     exact_gate: bool = False
 
 

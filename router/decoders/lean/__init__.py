@@ -1,1 +1,1 @@
-"""Our own decoder, for the families that it knows."""
+"""Our own decoder, for the families that it supports."""

@@ -1,8 +1,8 @@
-"""Our own decoder: what transformers computes, with as few operations as that takes.
+"""Our own decoder: it computes what transformers computes, with as few operations as possible.
 
-One product gives queries, keys and values; keys and values go to the cache as they come out of it; weights lie as they
-are read; positions are looked up, never computed. Several micro-batches pass the layers in turn, so that one is here
-while the workers have the other.
+One product gives queries, keys and values; keys and values are cached as that product leaves them; weights are stored in
+the layout in which they are read; rotary positions are looked up, never computed. Several micro-batches pass the layers
+in turn, so that the router computes one while the workers compute the other.
 
 Shapes: T tokens, D hidden size, H query heads, G key/value heads, d head size, N rows whose logits are wanted, V
 vocabulary, P positions that can be served.
@@ -10,7 +10,6 @@ vocabulary, P positions that can be served.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,103 +17,103 @@ import torch
 from torch.nn import functional
 
 from moesaic.checkpoints.checkpoint import Checkpoint
-from moesaic.families.model import Attention, MoeModel
+from moesaic.families.model import Attention
 from router.attention.paged import attend
 from router.attention.rotary import rotary_turns, turn_
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch
-from router.decoders.lean.supported import DecoderLayout
-from router.decoders.lean.weights import Layer, Reader
-from router.decoders.residual_stream import Flight, landed
-from router.gating.gate_stats import GateHealth
-from router.phase_clock import PhaseClock
+from router.decoders.lean.supported import SupportedModel
+from router.decoders.lean.weights import DecoderLayer, LayerReader
+from router.decoders.residual_stream import ResidualStream, final_hidden
+from router.gating.gate import assign_all
+from router.gating.gate_stats import GateStats
+from router.phase_clock import Phase, PhaseClock
 
 
 @dataclass(slots=True, kw_only=True)
-class _Flight(Flight):
-    turns: torch.Tensor  # [T, 1, d / 2], complex: how far each position turns each pair
+class _Stream(ResidualStream):
+    turns: torch.Tensor  # [T, 1, d / 2], complex: the rotation of each pair at each position
 
 
 class LeanDecoder:
-    """A RouterModel of the decoder that `DecoderLayout` describes."""
+    """A RouterModel of any model that `supported.py` lists."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        model: MoeModel,
-        decoder: DecoderLayout,
-        layout: Layout,
+        supported: SupportedModel,
+        layout: AttentionLayout,
         *,
         num_positions: int,
         clock: PhaseClock,
     ) -> None:
+        model = supported.model
         self.layout = layout
-        self.gates = GateHealth.of(model)
+        self.gate_stats = GateStats.of(model)
         self._clock = clock
-        self._norm_eps = decoder.norm_eps
-        # The heads of all layers are alike; what each of them sees is the batch's own matter.
+        self._norm_eps = supported.norm_eps
+        # The heads of all layers have the same sizes; the windows of each are part of the batch.
         mixer = model.mixers[0]
         assert isinstance(mixer, Attention)
         self._attention = mixer
         self._scaling = mixer.head_dim**-0.5
-        reader = Reader(checkpoint, model, layout)
+        self._expert_layers = frozenset(model.experts)
+        reader = LayerReader(checkpoint, model, layout)
         self._layers = tuple(reader.layer(index) for index in range(model.num_layers))
         self._embedding, self._norm, self._head = reader.ends()
-        self._turns = rotary_turns(num_positions, mixer.head_dim, decoder.rope_theta).to(layout.device)
+        self._turns = rotary_turns(num_positions, mixer.head_dim, supported.rope_theta).to(layout.device)
         self.weight_bytes = reader.num_bytes + self._turns.nbytes
 
     @torch.inference_mode()
-    def forward(self, parts: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
-        """Runs a step, writes the cache, and gives the logits [N, V] of the wanted rows, part by part."""
-        self.gates.begin_step()
-        flights = [self._start(part) for part in parts]
+    def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
+        """Runs a step, writes the cache, and returns the logits [N, V] of the wanted rows of each micro-batch in turn."""
+        self.gate_stats.begin_step()
+        streams = [self._start(micro_batch) for micro_batch in micro_batches]
         for index, layer in enumerate(self._layers):
-            for flight in flights:
-                flight.land()
-                self._run(index, layer, flight, cache)
-        return self._head(self._normed(landed(flights), self._norm))
+            for stream in streams:
+                stream.add_layer_output()
+                self._run(index, layer, stream, cache)
+        return self._head(self._normed(final_hidden(streams), self._norm))
 
-    def _start(self, part: MicroBatch) -> _Flight:
-        hidden = functional.embedding(part.batch.token_ids[0], self._embedding)
-        return _Flight(part=part, hidden=hidden, turns=self._turns[part.batch.positions[0]])
+    def _start(self, micro_batch: MicroBatch) -> _Stream:
+        batch = micro_batch.batch
+        hidden = functional.embedding(batch.token_ids[0], self._embedding)
+        return _Stream(micro_batch=micro_batch, hidden=hidden, turns=self._turns[batch.positions[0]])
 
-    def _run(self, index: int, layer: Layer, flight: _Flight, cache: KVCache) -> None:
-        """A layer up to its experts, which are asked and not waited for."""
-        attended = self._attend(index, layer, flight, cache)
+    def _run(self, index: int, layer: DecoderLayer, stream: _Stream, cache: KVCache) -> None:
+        """Computes a layer up to the call of its experts, without waiting for their answer."""
+        attended = self._attend(index, layer, stream, cache)
         if index == len(self._layers) - 1:
-            attended = flight.keep_wanted(attended)
+            attended = stream.keep_wanted(attended)
             if not len(attended):
                 return
-        hidden = flight.hidden
+        hidden = stream.hidden
         hidden += layer.output(attended)
         normed = self._normed(hidden, layer.experts_norm)
-        if layer.gate is not None:
-            started = time.perf_counter()
-            assignment = layer.gate(normed)
-            if self.gates.looks and layer.gate.logits is not None:
-                self.gates.look(index, layer.gate.logits(normed))
-            self._clock.add("gate", time.perf_counter() - started)
-            flight.call = flight.part.experts.send(
-                index, normed, assignment.slots, assignment.weights, tokens=flight.tokens
+        if index in self._expert_layers:
+            with self._clock.phase(Phase.GATE):
+                assignment = assign_all(normed) if layer.gate is None else layer.gate.assign(normed)
+                if self.gate_stats.sampling and layer.gate is not None:
+                    self.gate_stats.record_logits(index, layer.gate.logits(normed))
+            stream.call = stream.micro_batch.experts.send(
+                index, normed, assignment.slots, assignment.weights, tokens=stream.tokens
             )
         if layer.mlp is not None:
-            flight.beside = layer.mlp(normed)
+            stream.local_output = layer.mlp(normed)
 
-    def _attend(self, index: int, layer: Layer, flight: _Flight, cache: KVCache) -> torch.Tensor:
-        """[T, D] -> [T, H * d]; turns queries and keys where they are."""
+    def _attend(self, index: int, layer: DecoderLayer, stream: _Stream, cache: KVCache) -> torch.Tensor:
+        """[T, D] -> [T, H * d]. Rotates queries and keys in place."""
         num_heads, head_dim = self._attention.num_heads, self._attention.head_dim
-        normed = self._normed(flight.hidden, layer.attention_norm)
+        normed = self._normed(stream.hidden, layer.attention_norm)
         qkv = layer.projections(normed, num_heads, head_dim, self._norm_eps)
-        started = time.perf_counter()
-        batch = flight.part.batch
-        num_turned = num_heads + self._attention.num_kv_heads
-        heads = qkv.view(len(qkv), -1, head_dim)
-        turn_(heads[:, :num_turned], flight.turns)
-        cache.write(index, batch.cache_positions, qkv[:, num_heads * head_dim :])
-        attended = attend(index, heads[:, :num_heads], batch, cache, self._scaling)
-        self._clock.add("attention", time.perf_counter() - started)
-        return attended
+        with self._clock.phase(Phase.ATTENTION):
+            batch = stream.micro_batch.batch
+            num_turned = num_heads + self._attention.num_kv_heads
+            heads = qkv.view(len(qkv), -1, head_dim)
+            turn_(heads[:, :num_turned], stream.turns)
+            cache.write(index, batch.cache_positions, qkv[:, num_heads * head_dim :])
+            return attend(index, heads[:, :num_heads], batch, cache, self._scaling)
 
     def _normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(hidden, weight.shape, weight, self._norm_eps)

@@ -1,7 +1,7 @@
-"""What the lean decoder has to know of a checkpoint: which parameters it may have, and the constants of its arithmetic.
+"""Which models the lean decoder supports: the families, their config keys and parameters, as data.
 
-A family is data here, as in moesaic/families. Whatever of a config might change the arithmetic and is not known is
-refused by name: the stock decoder serves such a model.
+A config key that is not known here might change the arithmetic, so it is refused by name: the hf decoder serves such a
+model.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
-# Parameters of a layer, behind `layer_prefix`.
+# The parameters of a layer; `layer_prefix` precedes each name.
 ATTENTION_NORM = "input_layernorm.weight"
 EXPERTS_NORM = "post_attention_layernorm.weight"
-# Queries, keys and values each have a weight, and may have a bias.
+# The projections of queries, keys and values; each has a weight and may have a bias.
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUTPUT = "self_attn.o_proj.weight"
-# Norms of queries and of keys, over each head or over all of them: their length says which.
+# The norms of queries and of keys, over each head or over all heads at once, as their length shows.
 QUERY_NORM = "self_attn.q_norm.weight"
 KEY_NORM = "self_attn.k_norm.weight"
 GATE = "mlp.gate.weight"
-# A gated MLP: the whole of a layer without experts, or what every token gets beside them, weighted by a sigmoid.
+# The gated MLP of a layer without experts.
 MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+# The gated MLP that every token gets in addition to its experts, and the gate whose sigmoid weighs it.
 SHARED_MLP = (
     "mlp.shared_expert.gate_proj.weight",
     "mlp.shared_expert.up_proj.weight",
@@ -45,20 +46,22 @@ _KNOWN = frozenset({
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderLayout:
-    """A pre-norm decoder: RMSNorm, rotary attention, RMSNorm, experts or an MLP; then RMSNorm and the head."""
+class SupportedModel:
+    """A pre-norm decoder with the constants of its arithmetic. Its layers are RMSNorm, rotary attention, RMSNorm, and
+    experts or an MLP; after the last come RMSNorm and the head."""
 
+    model: MoeModel
     norm_eps: float
     rope_theta: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """Constants that a config may leave out, and what else the family's arithmetic hangs on."""
+    """The constants that a config may leave out, and the conditions on which the family's arithmetic depends."""
 
     norm_eps: float
     rope_theta: float
-    # Keys of the config with the only value that each may have, beside those of `_HARMLESS`.
+    # Config keys with the only value that each may have, in addition to the keys of `_HARMLESS`.
     fixed: Mapping[str, Any]
 
 
@@ -74,7 +77,7 @@ _FAMILIES = {
     "olmoe": _Family(norm_eps=1e-5, rope_theta=1e4, fixed=_PLAIN | {"clip_qkv": None}),
 }
 
-# What moesaic/families reads, what this module reads, and what has no part in a forward pass that trains nothing.
+# The config keys that moesaic/families or this module reads, and those that have no part in inference.
 _HARMLESS = frozenset({
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "decoder_sparse_step", "dtype",
     "eos_token_id", "head_dim", "hidden_size", "id2label", "initializer_range", "intermediate_size", "label2id",
@@ -92,8 +95,8 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
-def describe_decoder(checkpoint: Checkpoint, model: MoeModel) -> DecoderLayout:
-    """Raises Unsupported that names what the lean decoder does not know: a config key or a parameter."""
+def check_supported(checkpoint: Checkpoint, model: MoeModel) -> SupportedModel:
+    """Raises Unsupported, which names the config key or the parameter that the lean decoder does not know."""
     config = checkpoint.config
     family = _FAMILIES.get(model.family)
     if family is None:
@@ -104,7 +107,8 @@ def describe_decoder(checkpoint: Checkpoint, model: MoeModel) -> DecoderLayout:
         if key not in family.fixed or value != family.fixed[key]:
             raise _unknown(key)
     _check_layers(model)
-    return DecoderLayout(
+    return SupportedModel(
+        model,
         norm_eps=_number(config, "rms_norm_eps", family.norm_eps),
         rope_theta=_rope_theta(config, family.rope_theta),
     )
@@ -112,8 +116,8 @@ def describe_decoder(checkpoint: Checkpoint, model: MoeModel) -> DecoderLayout:
 
 def _check_layers(model: MoeModel) -> None:
     known = {layer_prefix(layer) + name for layer in range(model.num_layers) for name in _KNOWN}
-    if strangers := model.dense.keys() - known - _ENDS:
-        raise _unknown(f"parameter {min(strangers)}")
+    if unexpected := model.dense.keys() - known - _ENDS:
+        raise _unknown(f"parameter {min(unexpected)}")
     for mixer in model.mixers:
         if not isinstance(mixer, Attention) or mixer.chunk is not None or mixer.sinks or mixer.head_dim % 2:
             raise _unknown("kind of attention")
@@ -135,7 +139,7 @@ def _is_plain(rule: GateRule) -> bool:
 
 
 def _rope_theta(config: Mapping[str, Any], default: float) -> float:
-    """The base of the rotary frequencies, under either spelling of transformers."""
+    """The base of the rotary frequencies, in either of the two spellings of transformers."""
     parameters = config.get("rope_parameters") or {}
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
         raise _unknown("rope_parameters")
@@ -153,6 +157,6 @@ def _number(values: Mapping[str, Any], key: str, default: float) -> float:
 
 def _unknown(what: str) -> Unsupported:
     return Unsupported(
-        f"engine.decoder: the lean decoder does not know this {what} of {CONFIG_FILE}; use stock",
+        f"engine.decoder: the lean decoder does not know this {what} of {CONFIG_FILE}; use hf",
         field="engine.decoder",
     )

@@ -1,4 +1,5 @@
-"""The weights of the lean decoder, each laid out for its use as it is read (see rotary.py); nothing is held twice.
+"""The weights of the lean decoder. Each is brought into the layout of its use while it is read (see rotary.py), and
+none is held twice.
 
 Shapes: T tokens, D hidden size, F inner size, H query heads, G key/value heads, d head size, E slots, V vocabulary.
 """
@@ -13,26 +14,25 @@ import torch
 from torch.nn import functional
 
 from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.compute.elementwise import CUT_ELEMENTS
 from moesaic.compute.linear import Linear
-from moesaic.families.model import Attention, ExpertLayer, GateRule, MoeModel
+from moesaic.families.model import Attention, ExpertLayer, MoeModel
 from router.attention.rotary import pairs_side_by_side
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.dense_tensors import read_dense
 from router.decoders.lean import supported as names
-from router.gating.gate import Assignment, assign, everyone
+from router.gating.gate import Gate
 
-# From so many elements torch cuts an elementwise product into one piece a thread.
-_UNCUT_ELEMENTS = 32768
-# So many numbers, or a multiple of it, torch computes in whole vectors on any CPU.
+# On any CPU, torch computes this number of elements, or a multiple of it, in whole vectors.
 _VECTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Projections:
-    """Queries, keys and values of a layer in one product."""
+    """The projections of a layer to queries, keys and values, as one product."""
 
     weight: Linear  # D -> (H + 2 G) * d
-    # Over each head, or over all heads of a token.
+    # The norms over each head, or over all heads of a token at once.
     query_norm: torch.Tensor | None  # [d] or [H * d]
     key_norm: torch.Tensor | None  # [d] or [G * d]
 
@@ -50,13 +50,13 @@ class Projections:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """down(silu(gate x) * up x), of a layer without experts or beside them."""
+    """down(silu(gate x) * up x): the MLP of a layer without experts, or the one that every token gets besides them."""
 
     gate_up: Linear  # D -> 2F: gate outputs before up outputs
     down: Linear  # F -> D
-    # What every token weighs it by, through a sigmoid.
+    # The score whose sigmoid weighs the output for each token.
     weight: Callable[[torch.Tensor], torch.Tensor] | None  # D -> 1
-    # So many that torch does not cut them between threads, which may change last bits; None: all.
+    # How many rows torch computes without splitting them among threads, which may change the last bits; None: all.
     rows_at_once: int | None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -67,45 +67,33 @@ class Mlp:
         output = self.down(activated[0] if len(activated) == 1 else torch.cat(activated))
         if self.weight is None:
             return output
-        # Whole vectors of each number: the last bits of an odd one at the end may differ.
+        # Each score is repeated to whole vectors: the last bits of what does not fill one may differ.
         weights = self.weight(hidden).expand(-1, _VECTORS).contiguous().sigmoid()
         return output.mul_(weights[:, :1])
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
-    """Scores the slots of a layer; a layer without a gate has one slot, which takes every token as it is."""
-
-    logits: Callable[[torch.Tensor], torch.Tensor] | None  # D -> E
-    rule: GateRule | None
-
-    def __call__(self, hidden: torch.Tensor) -> Assignment:
-        if self.logits is None or self.rule is None:
-            return everyone(hidden)
-        return assign(self.logits(hidden), self.rule)
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
+class DecoderLayer:
     attention_norm: torch.Tensor  # [D]
     projections: Projections
     output: Linear  # H * d -> D
     experts_norm: torch.Tensor  # [D]
-    # None: all of the layer is `mlp`.
+    # None: the layer has no experts, or a single one that takes every token.
     gate: Gate | None
+    # The MLP that the router computes, if the layer has one.
     mlp: Mlp | None
 
 
-class Reader:
+class LayerReader:
     """Reads one layer after the other."""
 
-    def __init__(self, checkpoint: Checkpoint, model: MoeModel, layout: Layout) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: MoeModel, layout: AttentionLayout) -> None:
         self.num_bytes = 0
         self._checkpoint = checkpoint
         self._model = model
         self._layout = layout
 
-    def layer(self, index: int) -> Layer:
+    def layer(self, index: int) -> DecoderLayer:
         mixer = self._model.mixers[index]
         assert isinstance(mixer, Attention)
         prefix = names.layer_prefix(index)
@@ -113,7 +101,7 @@ class Reader:
             name.removeprefix(prefix): tensor
             for name, tensor in self._read(*(n for n in self._model.dense if n.startswith(prefix))).items()
         }
-        return Layer(
+        return DecoderLayer(
             attention_norm=tensors[names.ATTENTION_NORM],
             projections=self._projections(tensors, mixer.head_dim),
             output=self._linear(tensors[names.OUTPUT]),
@@ -123,8 +111,8 @@ class Reader:
         )
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor, Linear]:
-        """Embedding, last norm, head. Tied ones are one tensor, except where a product wants a layout of its own:
-        then they are held in both forms, which costs memory and makes the head 1.6 to 4 times as fast."""
+        """Embedding, last norm and head. A tied head is the tensor of the embedding, except where the product needs a
+        layout of its own: then both forms are held, which costs memory and makes the head 1.6 to 4 times as fast."""
         tied = names.HEAD not in self._model.dense
         tensors = self._read(*{names.EMBEDDING, names.NORM, names.HEAD} & self._model.dense.keys())
         head = self._linear(tensors[names.EMBEDDING if tied else names.HEAD])
@@ -149,9 +137,10 @@ class Reader:
         return Projections(self._linear(weight, rows("bias")), norm(names.QUERY_NORM), norm(names.KEY_NORM))
 
     def _gate(self, tensors: dict[str, torch.Tensor], experts: ExpertLayer | None) -> Gate | None:
-        if experts is None:
+        if experts is None or experts.gate is None:
             return None
-        return Gate(self._small(tensors[names.GATE]) if experts.gate else None, experts.gate)
+        rows = tensors[names.GATE]
+        return Gate(experts.gate, self._linear(rows) if self._layout.invariant else rows)
 
     def _mlp(self, tensors: dict[str, torch.Tensor]) -> Mlp | None:
         weights = names.MLP if names.MLP[0] in tensors else names.SHARED_MLP
@@ -163,7 +152,7 @@ class Reader:
             self._linear(torch.cat((gate, up))),
             self._linear(down),
             None if shared_gate is None else self._small(shared_gate),
-            max(1, _UNCUT_ELEMENTS // len(gate)) if self._layout.invariant else None,
+            max(1, CUT_ELEMENTS // len(gate)) if self._layout.invariant else None,
         )
 
     def _read(self, *wanted: str) -> dict[str, torch.Tensor]:
@@ -177,5 +166,5 @@ class Reader:
         return Linear(weight, bias=bias, batch_invariant=self._layout.invariant)
 
     def _small(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A product so small that the plain one is the faster."""
+        """A product that is so small that a plain one is faster than a packed one."""
         return self._linear(weight) if self._layout.invariant else partial(functional.linear, weight=weight)

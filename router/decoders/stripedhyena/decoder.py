@@ -1,8 +1,8 @@
-"""StripedHyena: the one decoder that is not in transformers, behind the same seams as all others.
+"""StripedHyena: the only decoder that transformers does not have, behind the same seams as all others.
 
-Its blocks differ in what mixes the tokens of a sequence (see sequence_mixer.py) and in nothing else. Several
-micro-batches pass the blocks in turn, so that one is here while the workers have the other; of a sequence that is cut
-in two, the first part passes every block before the second, which goes on from the keys, values and states that it left.
+Its blocks differ only in their sequence mixer (see mixers.py). Several micro-batches pass the blocks in turn, so that the
+router computes one while the workers compute the other. Where two micro-batches hold consecutive parts of one sequence,
+the first passes every block before the second, which continues from the keys, values and states that it left.
 
 Shapes: T tokens, D hidden size, d head size, N rows whose logits are wanted, V vocabulary.
 """
@@ -16,24 +16,22 @@ import torch
 from torch.nn import functional
 
 from moesaic.checkpoints.checkpoint import Checkpoint
-from moesaic.families.config import Config
-from moesaic.families.model import MoeModel
-from moesaic.families.stripedhyena import read_arithmetic
+from moesaic.families.stripedhyena import StripedHyenaModel
 from router.attention.rotary import rotary_turns
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.cache.state_cache import StateRows
 from router.decoders.decoder import MicroBatch
-from router.decoders.residual_stream import Flight, landed
+from router.decoders.residual_stream import ResidualStream, final_hidden
 from router.decoders.stripedhyena.mixers import MixerStep
-from router.decoders.stripedhyena.weights import Block, Reader
-from router.gating.gate import everyone
-from router.gating.gate_stats import GateHealth
+from router.decoders.stripedhyena.weights import Block, BlockReader
+from router.gating.gate import assign_all
+from router.gating.gate_stats import GateStats
 from router.phase_clock import PhaseClock
 
 
 @dataclass(slots=True, kw_only=True)
-class _Flight(Flight):
+class _Stream(ResidualStream):
     step: MixerStep
 
 
@@ -43,16 +41,16 @@ class StripedHyena:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        model: MoeModel,
-        layout: Layout,
+        model: StripedHyenaModel,
+        layout: AttentionLayout,
         *,
         num_positions: int,
         clock: PhaseClock,
     ) -> None:
         self.layout = layout
-        self.gates = GateHealth.of(model)
-        self._arithmetic = read_arithmetic(Config(checkpoint.config))
-        reader = Reader(checkpoint, model, self._arithmetic, layout, clock)
+        self.gate_stats = GateStats.of(model)
+        self._arithmetic = model.arithmetic
+        reader = BlockReader(checkpoint, model, layout, clock)
         self._blocks = tuple(reader.block(layer) for layer in range(model.num_layers))
         self._embedding, self._norm, self._head = reader.ends()
         head_dim = model.hidden_size // model.mixers[0].num_heads
@@ -61,40 +59,41 @@ class StripedHyena:
         self.weight_bytes = reader.num_bytes + self._turns.nbytes
 
     @torch.inference_mode()
-    def forward(self, parts: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
-        """Runs a step, writes the cache, and gives the logits [N, V] of the wanted rows, part by part."""
-        flights = [self._start(part, cache) for part in parts]
+    def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
+        """Runs a step, writes the cache, and returns the logits [N, V] of the wanted rows of each micro-batch in turn."""
+        streams = [self._start(micro_batch, cache) for micro_batch in micro_batches]
         for layer, block in enumerate(self._blocks):
-            for flight in flights:
-                flight.land()
-                self._run(layer, block, flight)
-        return self._head(self._normed(landed(flights), self._norm))
+            for stream in streams:
+                stream.add_layer_output()
+                self._run(layer, block, stream)
+        return self._head(self._normed(final_hidden(streams), self._norm))
 
-    def _start(self, part: MicroBatch, cache: KVCache) -> _Flight:
-        batch = part.batch
+    def _start(self, micro_batch: MicroBatch, cache: KVCache) -> _Stream:
+        batch = micro_batch.batch
         step = MixerStep(
             batch=batch,
             cache=cache,
             turns=self._turns[batch.positions[0]],
             states=StateRows.of(batch.chunks, batch.first_rows, self.layout.device),
         )
-        return _Flight(part=part, hidden=functional.embedding(batch.token_ids[0], self._embedding), step=step)
+        hidden = functional.embedding(batch.token_ids[0], self._embedding)
+        return _Stream(micro_batch=micro_batch, hidden=hidden, step=step)
 
-    def _run(self, layer: int, block: Block, flight: _Flight) -> None:
-        """A block up to its MLP, which workers are asked for and which is not waited for."""
-        mixed = block.mixer(self._normed(flight.hidden, block.pre_norm), flight.step)
+    def _run(self, layer: int, block: Block, stream: _Stream) -> None:
+        """Computes a block up to the call of its expert, without waiting for the answer."""
+        mixed = block.mixer(self._normed(stream.hidden, block.pre_norm), stream.step)
         if layer == len(self._blocks) - 1:
-            mixed = flight.keep_wanted(mixed)
+            mixed = stream.keep_wanted(mixed)
             if not len(mixed):
                 return
-        flight.hidden += block.output(mixed)
-        normed = self._normed(flight.hidden, block.post_norm)
+        stream.hidden += block.output(mixed)
+        normed = self._normed(stream.hidden, block.post_norm)
         if block.mlp is not None:
-            flight.beside = block.mlp(normed)
+            stream.local_output = block.mlp(normed)
             return
-        assignment = everyone(normed)
-        flight.call = flight.part.experts.send(
-            layer, normed, assignment.slots, assignment.weights, tokens=flight.tokens
+        assignment = assign_all(normed)
+        stream.call = stream.micro_batch.experts.send(
+            layer, normed, assignment.slots, assignment.weights, tokens=stream.tokens
         )
 
     def _normed(self, hidden: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -104,7 +103,7 @@ class StripedHyena:
 
 
 def rms_norm(hidden: torch.Tensor, scale: torch.Tensor, eps: float, *, inside_root: bool) -> torch.Tensor:
-    """hidden [T, D] over the root of the mean of its squares. `eps` goes to that mean, or to the root itself."""
+    """Divides hidden [T, D] by the root of the mean of its squares. `eps` is added to that mean, or to the root itself."""
     if inside_root:
         return functional.rms_norm(hidden, scale.shape, scale, eps)
     rows = hidden.float()

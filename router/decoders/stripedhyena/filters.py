@@ -1,9 +1,9 @@
 """The two filters of a Hyena mixer, as functions of packed rows and of the state of each sequence.
 
-The short one is a causal depthwise product over a few tokens; its state is the inputs that the next token still needs.
-The long one, h_t = Re(sum of R_s P_s^t), is a sum of complex exponentials: a prompt goes through it by FFT, in pieces
-that hand their state on, and a single token by one step of the recurrence. Both give the same numbers up to rounding,
-wherever the tokens are cut. All of it is float32 and complex64, whatever the rows' dtype.
+The short filter is a causal depthwise convolution over a few tokens; its state is the inputs that the next token still
+needs. The long filter, h_t = Re(sum of R_s P_s^t), is a sum of complex exponentials: prompts are computed by FFT, in
+pieces that pass their state on, and single tokens by one step of the recurrence. Both give the same numbers up to
+rounding, wherever the tokens are cut. All computation is in float32 and complex64, whatever the dtype of the rows.
 
 Shapes: D channels, S modes of a channel, K taps of the short filter, C channels of it (3 D), c consecutive tokens of
 one sequence, n sequences with one token each, m pieces of l tokens.
@@ -16,21 +16,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Tokens of a piece: its FFTs are short, and its powers of the poles are few enough to be held.
+# The tokens of a piece: few enough for short FFTs, and for all powers of the poles to be held.
 PIECE_TOKENS = 64
-# Pieces that are computed side by side.
+# The number of pieces that are computed together.
 _PIECES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShortFilter:
-    """The last tap is that of the current token."""
+    """A causal depthwise filter. Its last tap is that of the current token."""
 
     weight: Tensor  # [K, C] float32
     bias: Tensor | None  # [C] float32
 
     def run(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """inputs [c, C] behind a state [K - 1, C] -> outputs [c, C] in float32, and the next state."""
+        """inputs [c, C] that follow a state [K - 1, C] -> outputs [c, C] in float32, and the next state."""
         num_tokens = len(inputs)
         padded = torch.cat((state, inputs))
         outputs = padded[:num_tokens] * self.weight[0]
@@ -48,7 +48,7 @@ class ShortFilter:
 
 
 class LongFilter:
-    """poles and residues [S, D] complex64, skip [D] float32: what of the input is added to the output as it is."""
+    """poles and residues [S, D] complex64; skip [D] float32 is the factor with which the input is added to the output."""
 
     def __init__(self, poles: Tensor, residues: Tensor, skip: Tensor) -> None:
         self._poles = poles
@@ -64,7 +64,7 @@ class LongFilter:
         return sum(tensor.nbytes for tensor in held)
 
     def run(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """inputs [c, D] float32 behind a state [S, D] -> outputs [c, D], and the next state."""
+        """inputs [c, D] float32 that follow a state [S, D] -> outputs [c, D], and the next state."""
         whole = len(inputs) - len(inputs) % PIECE_TOKENS
         outputs = []
         for pieces in inputs[:whole].view(-1, PIECE_TOKENS, inputs.shape[1]).split(_PIECES_AT_ONCE):
@@ -82,9 +82,9 @@ class LongFilter:
         return (states * self._residues).real.sum(1).addcmul_(self._skip, inputs), states
 
     def _run_pieces(self, pieces: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """pieces [m, l, D] in a row behind a state [S, D] -> outputs [m, l, D] without the skip, and the next state."""
+        """Consecutive pieces [m, l, D] that follow a state [S, D] -> outputs [m, l, D] without the skip, and the next state."""
         num_tokens = pieces.shape[1]
-        # What each piece adds to the state at its end, by itself.
+        # What each piece alone adds to the state at its end.
         ends = (self._powers[:num_tokens] * pieces.flip(1)[:, :, None]).sum(1)  # [m, S, D]
         before = []
         for end in ends:
@@ -94,7 +94,7 @@ class LongFilter:
         return self._convolve(pieces).add_(carried.real.sum(2)), state
 
     def _convolve(self, pieces: Tensor) -> Tensor:
-        """Each piece [m, l, D] by itself, as though nothing was before it."""
+        """Convolves each piece [m, l, D] alone, as if nothing preceded it."""
         num_tokens = pieces.shape[1]
         size = 2 << (num_tokens - 1).bit_length()
         spectrum = self._spectrum
@@ -106,10 +106,10 @@ class LongFilter:
 
 
 def powers(poles: Tensor, count: int) -> Tensor:
-    """poles [S, D] complex64 -> [count, S, D]: to the power of 0, 1, …; zero to the power of 0 is one.
+    """poles [S, D] complex64 -> their powers 0, 1, …: [count, S, D]. Zero to the power of 0 is one.
 
-    By doubling: every power is a product of few factors, so that the phase of a high one is as good as that of a low
-    one. The factors are squared in double precision.
+    The table is doubled step by step: every power is a product of few factors, so that the phase of a high power is as
+    exact as that of a low one. The factors are squared in double precision.
     """
     table = torch.ones_like(poles)[None]
     factor = poles.to(torch.complex128)
@@ -120,11 +120,11 @@ def powers(poles: Tensor, count: int) -> Tensor:
 
 
 def complex_of(pairs: Tensor) -> Tensor:
-    """Poles or residues as they are stored, [D, S, 1, 2] real and imaginary -> [S, D] complex64."""
+    """Stored poles or residues, [D, S, 1, 2] with real and imaginary parts -> [S, D] complex64."""
     return torch.view_as_complex(pairs.float().contiguous()).squeeze(-1).t().contiguous()
 
 
 def by_role(rows: Tensor, num_heads: int) -> Tensor:
-    """Rows [C, …] that lie head by head, in each x2, x1 and v -> first those of x2 for all heads, then x1, then v."""
+    """Rows [C, …] that are ordered by head, and within it by x2, x1 and v -> those of x2 of all heads, then x1, then v."""
     grouped: Tensor = rows.unflatten(0, (num_heads, 3, -1))
     return grouped.transpose(0, 1).flatten(0, 2)

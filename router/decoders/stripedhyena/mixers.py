@@ -1,14 +1,13 @@
-"""What mixes the tokens of each sequence: attention over its keys and values, or a Hyena over its recurrent state.
+"""The sequence mixers of a block: attention over keys and values, or a Hyena over a recurrent state.
 
-A block does not know which of the two it has. Either is given the normed rows of a packed batch and gives as many rows,
-which the block's output projection takes; what later tokens need of these it leaves in its own kind of cache.
+Both have one interface: they map the normed rows of a packed batch to as many rows, which go to the output projection of
+the block, and keep what later tokens need in their own kind of cache.
 
 Shapes: T tokens, D hidden size, H query heads, G key/value heads, d head size, n sequences with one token each.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,22 +21,22 @@ from router.attention.rotary import turn_
 from router.cache.kv_cache import KVCache
 from router.cache.state_cache import StateRows
 from router.decoders.stripedhyena.filters import LongFilter, ShortFilter
-from router.phase_clock import PhaseClock
+from router.phase_clock import Phase, PhaseClock
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MixerStep:
-    """A micro-batch as mixers see it, worked out once for all layers."""
+    """A micro-batch as mixers see it, prepared once for all layers."""
 
     batch: PackedBatch
     cache: KVCache
-    turns: torch.Tensor  # [T, 1, d / 2], complex: how far each position turns each pair
+    turns: torch.Tensor  # [T, 1, d / 2], complex: the rotation of each pair at each position
     states: StateRows
 
 
 class SequenceMixer(Protocol):
     def __call__(self, hidden: torch.Tensor, step: MixerStep) -> torch.Tensor:
-        """hidden [T, D], normed -> [T, D]. Writes the cache."""
+        """Normed hidden [T, D] -> [T, D]. Writes the cache."""
         ...
 
 
@@ -52,21 +51,19 @@ class AttentionMixer:
 
     def __call__(self, hidden: torch.Tensor, step: MixerStep) -> torch.Tensor:
         qkv = self.projections(hidden)
-        started = time.perf_counter()
-        num_heads, head_dim = self.shape.num_heads, self.shape.head_dim
-        heads = qkv.view(len(qkv), -1, head_dim)
-        turn_(heads[:, : num_heads + self.shape.num_kv_heads], step.turns)
-        step.cache.write(self.layer, step.batch.cache_positions, qkv[:, num_heads * head_dim :])
-        queries = heads[:, :num_heads]
-        attended = attend(self.layer, queries, step.batch, step.cache, head_dim**-0.5)
-        self.clock.add("attention", time.perf_counter() - started)
-        return attended
+        with self.clock.phase(Phase.ATTENTION):
+            num_heads, head_dim = self.shape.num_heads, self.shape.head_dim
+            heads = qkv.view(len(qkv), -1, head_dim)
+            turn_(heads[:, : num_heads + self.shape.num_kv_heads], step.turns)
+            step.cache.write(self.layer, step.batch.cache_positions, qkv[:, num_heads * head_dim :])
+            queries = heads[:, :num_heads]
+            return attend(self.layer, queries, step.batch, step.cache, head_dim**-0.5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HyenaMixer:
-    """A SequenceMixer over recurrent states: x2 * (h (x1 * v)), where a short filter gives x2, x1 and v, and h is a
-    long one."""
+    """A SequenceMixer over recurrent states: x2 * (h (x1 * v)), where the short filter gives x2, x1 and v, and h is the
+    long filter."""
 
     layer: int
     projections: Linear  # D -> 3 D: the channels of x2, of x1, of v
@@ -76,20 +73,19 @@ class HyenaMixer:
 
     def __call__(self, hidden: torch.Tensor, step: MixerStep) -> torch.Tensor:
         channels = self.projections(hidden)
-        started = time.perf_counter()
-        assert step.cache.states is not None
-        inputs, modes = step.cache.states.of(self.layer)
-        mixed = torch.empty_like(hidden)
-        for run, slot in step.states.runs:
-            filtered, inputs[slot] = self.short.run(channels[run], inputs[slot])
-            x2, x1, v = filtered.chunk(3, dim=1)
-            output, modes[slot] = self.long.run(x1 * v, modes[slot])
-            mixed[run] = (output * x2).to(mixed.dtype)
-        rows, slots = step.states.rows, step.states.slots
-        if len(slots):
-            filtered, inputs[slots] = self.short.step(channels[rows], inputs[slots])
-            x2, x1, v = filtered.chunk(3, dim=1)
-            output, modes[slots] = self.long.step(x1 * v, modes[slots])
-            mixed[rows] = (output * x2).to(mixed.dtype)
-        self.clock.add("attention", time.perf_counter() - started)
+        with self.clock.phase(Phase.ATTENTION):
+            assert step.cache.states is not None
+            inputs, modes = step.cache.states.of(self.layer)
+            mixed = torch.empty_like(hidden)
+            for run, slot in step.states.runs:
+                filtered, inputs[slot] = self.short.run(channels[run], inputs[slot])
+                x2, x1, v = filtered.chunk(3, dim=1)
+                output, modes[slot] = self.long.run(x1 * v, modes[slot])
+                mixed[run] = (output * x2).to(mixed.dtype)
+            rows, slots = step.states.rows, step.states.slots
+            if len(slots):
+                filtered, inputs[slots] = self.short.step(channels[rows], inputs[slots])
+                x2, x1, v = filtered.chunk(3, dim=1)
+                output, modes[slots] = self.long.step(x1 * v, modes[slots])
+                mixed[rows] = (output * x2).to(mixed.dtype)
         return mixed

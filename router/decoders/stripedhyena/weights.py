@@ -1,7 +1,7 @@
-"""The weights of a StripedHyena, each laid out for its use as it is read; nothing is held twice.
+"""The weights of a StripedHyena. Each is brought into the layout of its use while it is read, and none is held twice.
 
-Rows are put into another order where that makes them plain to use: rotary pairs side by side (see rotary.py), and
-the channels of a Hyena by what they are for rather than by head.
+Rows are reordered where that makes them simpler to use: rotary pairs lie side by side (see rotary.py), and the channels of
+a Hyena are ordered by role instead of by head.
 
 Shapes: D hidden size, F inner size, H query heads, G key/value heads, d head size, S modes, K taps of the short filter,
 V vocabulary.
@@ -19,10 +19,10 @@ from torch.nn import functional
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.compute.linear import Linear
 from moesaic.families import stripedhyena as names
-from moesaic.families.model import Attention, Hyena, MoeModel
-from moesaic.families.stripedhyena import Arithmetic
+from moesaic.families.model import Attention, Hyena
+from moesaic.families.stripedhyena import StripedHyenaModel
 from router.attention.rotary import pairs_side_by_side
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.dense_tensors import read_dense
 from router.decoders.stripedhyena.filters import LongFilter, ShortFilter, by_role, complex_of
 from router.decoders.stripedhyena.mixers import AttentionMixer, HyenaMixer, SequenceMixer
@@ -34,7 +34,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
 }
-# Poles and residues: float32 in every file, and here whatever the model computes in.
+# These are float32 in every file, and here too, whatever dtype the model computes in.
 _EXACT = ("poles", "residues")
 
 
@@ -58,25 +58,20 @@ class Block:
     mixer: SequenceMixer
     output: Linear  # D -> D
     post_norm: torch.Tensor  # [D]
-    # None: workers compute it, as the one expert of the layer.
+    # None: workers compute the MLP, as the one expert of the layer.
     mlp: Mlp | None
 
 
-class Reader:
+class BlockReader:
     """Reads one block after the other."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: MoeModel,
-        arithmetic: Arithmetic,
-        layout: Layout,
-        clock: PhaseClock,
+        self, checkpoint: Checkpoint, model: StripedHyenaModel, layout: AttentionLayout, clock: PhaseClock
     ) -> None:
         self.num_bytes = 0
         self._checkpoint = checkpoint
         self._model = model
-        self._arithmetic = arithmetic
+        self._arithmetic = model.arithmetic
         self._layout = layout
         self._clock = clock
 
@@ -101,7 +96,7 @@ class Reader:
         )
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor, Linear]:
-        """Embedding, last norm, head. Tied ones are held in both forms where a product wants one of its own."""
+        """Embedding, last norm and head. A tied head is held in both forms where the product needs a layout of its own."""
         tied = names.HEAD not in self._model.dense
         tensors = self._read(*{names.EMBEDDING, names.NORM, names.HEAD} & self._model.dense.keys())
         head = Linear(tensors[names.EMBEDDING if tied else names.HEAD])
@@ -130,7 +125,7 @@ class Reader:
         if poles.abs().max() > 1:
             log.warning("a state grows with every token", extra={"fields": {"layer": layer}})
         long = LongFilter(poles, residues, tensors["filter.D"].float())
-        # Beside the poles and residues, which are counted as they were read.
+        # The poles and residues were already counted when they were read.
         self.num_bytes += long.num_bytes - poles.nbytes - residues.nbytes
         return HyenaMixer(
             layer=layer,
@@ -151,10 +146,11 @@ class Reader:
         return Mlp(Linear(torch.cat((gate, up))), Linear(down), activation)
 
     def _read(self, *wanted: str) -> dict[str, torch.Tensor]:
+        layout = self._layout
+        dense = {name: self._model.dense[name] for name in wanted}
         exact = {name for name in wanted if name.endswith(_EXACT)}
-        tensors: dict[str, torch.Tensor] = {}
-        for some, dtype in ((exact, torch.float32), (set(wanted) - exact, self._layout.dtype)):
-            dense = {name: self._model.dense[name] for name in some}
-            tensors |= read_dense(self._checkpoint, dense, dtype=dtype, device=self._layout.device)
+        tensors = dict(
+            read_dense(self._checkpoint, dense, dtype=layout.dtype, device=layout.device, exact=exact)
+        )
         self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         return tensors

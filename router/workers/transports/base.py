@@ -10,7 +10,7 @@ from torch import Tensor
 from moesaic.errors import DataLoss, from_status
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import Framed
-from moesaic.wire.tensor_check import ITEM_BYTES
+from moesaic.wire.tensor_check import DTYPE_BYTES
 from moesaic.wire.tensors import view_rows
 
 # gRPC by threads of its own; gRPC by the threads that compute; shared memory. Also what statistics call them.
@@ -75,7 +75,7 @@ def read_answer(framed: Framed[expert_pb2.ComputeResponse]) -> Answer:
     if response.HasField("error"):
         raise from_status(response.error)
     output = response.output
-    item_bytes = ITEM_BYTES.get(output.dtype, 0)
+    item_bytes = DTYPE_BYTES.get(output.dtype, 0)
     if not item_bytes or math.prod(output.shape) * item_bytes != data.nbytes:
         raise DataLoss("the worker's answer is malformed: its bytes are not those of its dtype and shape")
     return Answer(response, data)

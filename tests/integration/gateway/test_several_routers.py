@@ -51,7 +51,7 @@ async def site_of(*routers: FakeRouter, settings: GatewaySettings | None = None)
         stack.push_async_callback(gateway.stop, 0)
         http = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://{address}", timeout=10))
         await until_status(http, "/ready", 200)
-        await until(lambda: all(link.serving for link in gateway._routers._links.values()))
+        await until(lambda: len(gateway.serving_routers) == len(links))
         yield Site(gateway, links, http)
 
 
@@ -92,7 +92,7 @@ async def test_the_gateway_is_ready_as_long_as_one_router_serves() -> None:
     async with site_of(*two()) as site:
         first, second = site.links
         await first.set_serving(False)
-        await until(lambda: not site.gateway._routers._links["router-0"].serving)
+        await until(lambda: "router-0" not in site.gateway.serving_routers)
         assert (await site.http.get("/health")).status_code == 200
         assert [(await site.complete(f"{index}")).status_code for index in range(4)] == [200] * 4
         assert site.counts() == [0, 4]

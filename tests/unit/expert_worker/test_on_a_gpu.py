@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from expert_worker.compute import compute_pass as compute
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.experts import expert
 from expert_worker.experts.expert import (
     ExpertForm,
@@ -65,7 +65,7 @@ def test_a_pass_stays_on_the_device_and_comes_back_once(
             make_expert(stack[index], module, form, stack if grouped else None, index) for index in range(3)
         ]
         calls = [
-            Call(
+            ExpertCall(
                 layer=0,
                 hidden=torch.empty(4, HIDDEN, dtype=torch.bfloat16),
                 experts=[experts[slot] for slot in of_call],

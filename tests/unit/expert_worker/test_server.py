@@ -83,6 +83,20 @@ async def test_the_loaded_bytes_are_the_share_and_no_more(server: WorkerServer, 
     assert (stats.passes, stats.busy_s) == (0, 0)  # warming up is not counted
 
 
+async def test_the_contents_have_a_revision_that_is_described(folder: Path) -> None:
+    changes: list[int] = []
+    server = WorkerServer(
+        config(folder, SHARE), on_contents_change=lambda: changes.append(server.contents_revision)
+    )
+    address = await server.start()
+    await server.load()
+    assert changes == [0] * len(SHARE)  # nothing is served before all is loaded
+    async with rpc.aio_channel(address) as channel:
+        described = await expert_pb2_grpc.ExpertServiceStub(channel).Describe(expert_pb2.DescribeRequest())
+    assert described.contents_revision == server.contents_revision == len(SHARE)
+    await server.stop(0)
+
+
 async def test_every_start_has_an_incarnation_of_its_own(folder: Path) -> None:
     assert WorkerServer(config(folder, SHARE)).incarnation != WorkerServer(config(folder, SHARE)).incarnation
 

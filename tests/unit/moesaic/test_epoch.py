@@ -10,12 +10,14 @@ from moesaic.epoch import (
     DIGEST_BYTES,
     Epoch,
     ExpertAddress,
+    ExpertVersion,
     VersionHasher,
     merge_versions,
     versions_from_proto,
     versions_to_proto,
 )
 from moesaic.errors import FailedPrecondition
+from moesaic.routing_table import Replica
 from moesaic.v1 import common_pb2, control_pb2
 
 
@@ -33,6 +35,7 @@ def version(
 
 
 VERSIONS = {ExpertAddress(layer, slot): digest(4 * layer + slot) for layer in range(2) for slot in range(4)}
+HOLDINGS = Epoch.of("m", VERSIONS).expert_versions
 
 
 def test_a_version_depends_on_kind_dtype_names_shapes_and_bytes() -> None:
@@ -78,7 +81,7 @@ def test_an_epoch_travels_and_its_name_is_checked() -> None:
 def test_workers_that_hold_all_slots_between_them_make_an_epoch_and_others_do_not(
     held: list[set[ExpertAddress]],
 ) -> None:
-    workers = [{address: VERSIONS[address] for address in addresses} for addresses in held]
+    workers = [{ExpertVersion(address, VERSIONS[address]) for address in addresses} for addresses in held]
     if set().union(*held) == VERSIONS.keys():
         assert merge_versions(workers, VERSIONS.keys()) == VERSIONS
     else:
@@ -88,16 +91,17 @@ def test_workers_that_hold_all_slots_between_them_make_an_epoch_and_others_do_no
 
 
 def test_replicas_that_disagree_are_refused() -> None:
-    other = {ExpertAddress(1, 2): digest(99)}
-    with pytest.raises(FailedPrecondition) as caught:
-        merge_versions([VERSIONS, other], VERSIONS.keys())
-    assert caught.value.reason == "VERSIONS_DISAGREE"
-    assert "layer 1 slot 2" in caught.value.message
+    other = {ExpertVersion(ExpertAddress(1, 2), digest(99))}
+    for held in ([HOLDINGS, other], [HOLDINGS | other]):
+        with pytest.raises(FailedPrecondition) as caught:
+            merge_versions(held, VERSIONS.keys())
+        assert caught.value.reason == "VERSIONS_DISAGREE"
+        assert "layer 1 slot 2" in caught.value.message
 
 
 def test_an_expert_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(FailedPrecondition) as caught:
-        merge_versions([VERSIONS], [ExpertAddress(0, slot) for slot in range(4)])
+        merge_versions([HOLDINGS], [ExpertAddress(0, slot) for slot in range(4)])
     assert caught.value.reason == "EXPERTS_UNKNOWN"
 
 
@@ -109,9 +113,28 @@ def test_a_model_without_experts_has_an_epoch_that_is_always_the_same() -> None:
 
 
 def test_versions_travel_in_order() -> None:
-    messages = versions_to_proto(dict(sorted(VERSIONS.items(), reverse=True)))
+    messages = versions_to_proto(sorted(HOLDINGS, reverse=True))
     assert [(message.address.layer, message.address.slot) for message in messages] == sorted(VERSIONS)
-    assert versions_from_proto(messages) == VERSIONS
+    assert versions_from_proto(messages) == HOLDINGS
+
+
+def test_two_versions_of_one_slot_survive_the_wire() -> None:
+    both = frozenset(ExpertVersion(ExpertAddress(0, 1), digest(tag)) for tag in (3, 5))
+    assert versions_from_proto(versions_to_proto(both)) == both
+    replica = Replica("w", "host:1", "w-1", both)
+    message = control_pb2.Replica.FromString(replica.to_proto().SerializeToString())
+    assert Replica.from_proto(message) == replica
+
+
+@pytest.mark.parametrize("tag", [3, 5])
+def test_an_epoch_that_names_a_slot_twice_is_refused_with_the_slot(tag: int) -> None:
+    message = Epoch.of("m", {ExpertAddress(2, 7): digest(3)}).to_proto()
+    message.experts.append(message.experts[0])
+    message.experts[1].digest = digest(tag)
+    with pytest.raises(FailedPrecondition) as caught:
+        Epoch.from_proto(message)
+    assert "layer 2 slot 7" in caught.value.message
+    assert caught.value.field == "epoch.experts"
 
 
 def test_a_digest_of_the_wrong_length_is_refused() -> None:

@@ -3,7 +3,7 @@ nothing may look at a number, which on a GPU waits for all that was launched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from moesaic.families import describe_model
 from moesaic.families.model import Attention, DenseTensor
 from router.attention.packed_batch import pack
 from router.attention.paged import attend
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch
 from router.decoders.encoder_decoder import weights as encoder_decoder_weights
@@ -99,7 +99,9 @@ def test_a_whole_step_stays_on_the_device_and_waits_for_nothing(
     wanted = cast(torch.Tensor, WantedRows([8, 9, 15, 16, 17]))
     # What torch.tensor makes on `meta` is no fake yet.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        layout = Layout.of(mixers, block_tokens=BLOCK_TOKENS, device=DEVICE, dtype=dtype, invariant=invariant)
+        layout = AttentionLayout.of(
+            mixers, block_tokens=BLOCK_TOKENS, device=DEVICE, dtype=dtype, invariant=invariant
+        )
         model = load_model(checkpoint, shape, layout, decoder="lean", num_positions=64, clock=PhaseClock())
         cache = KVCache(mixers, num_blocks=64, block_tokens=BLOCK_TOKENS, dtype=dtype, device=DEVICE)
         # A prompt, one that decodes, the end of a prompt, and two that decode beside it.
@@ -113,7 +115,7 @@ def test_a_whole_step_stays_on_the_device_and_waits_for_nothing(
 @pytest.mark.parametrize("mixer", [Attention(6, 2, 8, sinks=True), Attention(6, 2, 8, chunk=6, sinks=True)])
 def test_sinks_and_chunks_stay_on_the_device(mixer: Attention, invariant: bool) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        layout = Layout.of(
+        layout = AttentionLayout.of(
             [mixer], block_tokens=BLOCK_TOKENS, device=DEVICE, dtype=torch.bfloat16, invariant=invariant
         )
         cache = KVCache(
@@ -146,7 +148,7 @@ def test_encoder_and_decoder_stay_on_the_device(
         chunk.sequence.tokens += range(5)
     wanted = cast(torch.Tensor, WantedRows([19, 20, 21]))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        layout = Layout.of(shape.mixers, block_tokens=BLOCK_TOKENS, device=DEVICE, dtype=dtype)
+        layout = AttentionLayout.of(shape.mixers, block_tokens=BLOCK_TOKENS, device=DEVICE, dtype=dtype)
         model = load_model(checkpoint, shape, layout, decoder="auto", num_positions=64, clock=PhaseClock())
         cache = KVCache(shape.mixers, num_blocks=64, block_tokens=BLOCK_TOKENS, dtype=dtype, device=DEVICE)
         experts = cast(DispatchStep, DeviceExperts())
@@ -181,7 +183,13 @@ def _chunks(*spans: tuple[int, int]) -> tuple[Chunk, ...]:
 
 
 def _read_nothing(
-    checkpoint: Checkpoint, dense: Mapping[str, DenseTensor], *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    dense: Mapping[str, DenseTensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    exact: Collection[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in dense.items():
-        yield name, torch.empty(tensor.shape, dtype=dtype, device=device)
+        own = torch.float32 if name in exact else dtype
+        yield name, torch.empty(tensor.shape, dtype=own, device=device)

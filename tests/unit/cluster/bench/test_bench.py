@@ -19,7 +19,7 @@ from cluster.bench.report import BenchReport, Duel, Level, Row, print_report
 from cluster.cli import main as cli
 from cluster.cli.commands import app
 from cluster.observation.step_profile import StepProfile, WorkerProfile
-from router.phase_clock import PHASES
+from router.phase_clock import Phase
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,8 @@ def row(level: Level, *, failed: int = 0, factor: float = 1.0) -> Row:
         steps=12_345,
         overlapped_steps=12,
         tokens_per_step=123.4,
-        phases_ms=dict.fromkeys(PHASES, 123.45 * factor),
-        step_ms=123.45 * len(PHASES) * factor,
+        phases_ms=dict.fromkeys(Phase, 123.45 * factor),
+        step_ms=123.45 * len(Phase) * factor,
         outside_steps_share=0.05,
         bytes_per_token=12_345_678.0,
         calls_per_output_token=32.0,

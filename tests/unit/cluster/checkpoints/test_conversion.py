@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.checkpoints import TINY_MIXTRAL
-from support.mistral_checkpoints import native_tensors, randomise, write_native
+from support.mistral_checkpoints import mistral_tensors, randomise, write_mistral_format
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
@@ -43,7 +43,7 @@ def mistral(**overrides: Any) -> PreTrainedModel:
 
 
 def run(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Conversion:
-    return convert(folder, out, max_shard_bytes=shard_bytes, tell=lambda _: None)
+    return convert(folder, out, max_shard_bytes=shard_bytes, show=lambda _: None)
 
 
 def refusal(folder: Path, out: Path) -> MoesaicError:
@@ -86,7 +86,7 @@ def write_bins(folder: Path, model: PreTrainedModel, num_files: int = 2) -> Path
 
 @pytest.fixture
 def torrent(tmp_path: Path) -> Path:
-    return write_native(tmp_path / "torrent", mixtral(), "torrent")
+    return write_mistral_format(tmp_path / "torrent", mixtral(), "torrent")
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_mixtral_of_pickles_becomes_the_published_folder_bit_by_bit(
 ) -> None:
     model = mixtral(**overrides)
     model.save_pretrained(tmp_path / "hf")
-    run(write_native(tmp_path / form, model, form), out)
+    run(write_mistral_format(tmp_path / form, model, form), out)
     assert_same(tensors(out), tensors(tmp_path / "hf"))
 
 
@@ -113,7 +113,7 @@ def test_a_dense_mistral_of_pickles_becomes_the_published_folder(
 ) -> None:
     model = mistral(**overrides)
     model.save_pretrained(tmp_path / "hf")
-    done = run(write_native(tmp_path / "native", model, "torrent"), out)
+    done = run(write_mistral_format(tmp_path / "native", model, "torrent"), out)
     assert_same(tensors(out), tensors(tmp_path / "hf"))
     assert done.family == "mistral"
     written = describe_model(open_checkpoint(out))
@@ -122,7 +122,7 @@ def test_a_dense_mistral_of_pickles_becomes_the_published_folder(
 
 def test_transformers_loads_what_was_written_and_computes_the_same(tmp_path: Path, out: Path) -> None:
     model = mixtral()
-    run(write_native(tmp_path / "native", model, "stacked"), out)
+    run(write_mistral_format(tmp_path / "native", model, "stacked"), out)
     loaded = MixtralForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     token_ids = torch.arange(12).view(1, -1)
     with torch.inference_mode():
@@ -176,7 +176,7 @@ def test_a_hugging_face_folder_of_pickles_keeps_names_bits_and_config(
 def test_half_precision_is_kept(tmp_path: Path, out: Path) -> None:
     model = mixtral().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "hf")
-    run(write_native(tmp_path / "native", model, "stacked"), out)
+    run(write_mistral_format(tmp_path / "native", model, "stacked"), out)
     assert_same(tensors(out), tensors(tmp_path / "hf"))
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -257,7 +257,7 @@ class _Bomb:
 
 
 def write_params(folder: Path) -> None:
-    write_native(folder / "other", mixtral(), "torrent")
+    write_mistral_format(folder / "other", mixtral(), "torrent")
     shutil.move(folder / "other" / "params.json", folder / "params.json")
     shutil.rmtree(folder / "other")
 
@@ -328,8 +328,8 @@ def test_a_model_cut_over_files_within_its_tensors_is_refused(torrent: Path, out
 
 
 def test_a_missing_tensor_is_named_before_anything_is_written(tmp_path: Path, out: Path) -> None:
-    folder = write_native(tmp_path / "native", mixtral(), "torrent")
-    stored = native_tensors(mixtral())
+    folder = write_mistral_format(tmp_path / "native", mixtral(), "torrent")
+    stored = mistral_tensors(mixtral())
     del stored["layers.1.feed_forward.experts.2.w2.weight"]
     torch.save(stored, folder / "consolidated.00.pth")
     assert refusal(folder, out).field == "layers.1.feed_forward.experts.2.w2.weight"
@@ -337,11 +337,11 @@ def test_a_missing_tensor_is_named_before_anything_is_written(tmp_path: Path, ou
 
 
 def test_stacked_experts_of_another_number_are_refused(tmp_path: Path, out: Path) -> None:
-    folder = write_native(tmp_path / "native", mixtral(), "stacked", num_local_experts=5)
+    folder = write_mistral_format(tmp_path / "native", mixtral(), "stacked", num_local_experts=5)
     assert refusal(folder, out).field in {
         f"layers.{layer}.block_sparse_moe.w{n}" for layer in (0, 1) for n in (1, 2, 3)
     }
-    folder = write_native(tmp_path / "native", mixtral(), "stacked", num_local_experts=2)
+    folder = write_mistral_format(tmp_path / "native", mixtral(), "stacked", num_local_experts=2)
     assert refusal(folder, out).field == "params.json: num_local_experts"
 
 
@@ -384,7 +384,7 @@ def interrupted(folder: Path, out: Path, after: Callable[[Progressed], bool]) ->
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(folder, out, max_shard_bytes=SHARD_BYTES, tell=tell)
+        convert(folder, out, max_shard_bytes=SHARD_BYTES, show=tell)
 
 
 def test_a_conversion_that_was_stopped_goes_on_with_the_files_that_are_whole(
@@ -420,7 +420,7 @@ def test_a_finished_conversion_stays_as_it_is(torrent: Path, out: Path) -> None:
 
 def test_a_folder_made_from_another_source_is_refused(tmp_path: Path, torrent: Path, out: Path) -> None:
     run(torrent, out)
-    other = write_native(tmp_path / "other", randomise(mixtral(), seed=1), "torrent")
+    other = write_mistral_format(tmp_path / "other", randomise(mixtral(), seed=1), "torrent")
     error = refusal(other, out)
     assert error.field == "out" and "another model" in error.message
 
@@ -459,7 +459,7 @@ def test_a_second_conversion_into_the_same_folder_waits_for_nobody(torrent: Path
     def tell(_: Progressed) -> None:
         assert "another conversion" in refusal(torrent, out).message
 
-    convert(torrent, out, max_shard_bytes=1 << 30, tell=tell)
+    convert(torrent, out, max_shard_bytes=1 << 30, show=tell)
 
 
 def test_a_place_that_cannot_be_written_is_told(torrent: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from cluster.cli.commands import app
 from cluster.cli.top import TopView
 from cluster.cli.top_view import Look, draw_look, plain_look
 from cluster.observation.activity import activity_between
-from cluster.observation.observer import Member, Observation
+from cluster.observation.observer import Observation, ObservedProcess
 from moesaic.v1 import control_pb2, expert_pb2, inference_pb2
 
 TARGET = "127.0.0.1:50051"
@@ -56,11 +56,11 @@ def observation(second: int) -> Observation:
     return Observation(
         at_s=float(second),
         model=inference_pb2.GetModelInfoResponse(model="demo_model", epoch="0123456789abcdef"),
-        members=(
-            Member("router-0", TARGET, True, ready),
-            Member("expert-worker-0", "127.0.0.1:1", False, ready),
-            Member("expert-worker-1", "127.0.0.1:2", False, loading, "reads its experts"),
-            Member("expert-worker-2", "127.0.0.1:3", False, ready),
+        processes=(
+            ObservedProcess("router-0", TARGET, True, ready),
+            ObservedProcess("expert-worker-0", "127.0.0.1:1", False, ready),
+            ObservedProcess("expert-worker-1", "127.0.0.1:2", False, loading, "reads its experts"),
+            ObservedProcess("expert-worker-2", "127.0.0.1:3", False, ready),
         ),
         routers={"router-0": router},
         workers={"expert-worker-0": busy, "expert-worker-1": expert_pb2.GetWorkerStatsResponse()},
@@ -73,7 +73,7 @@ def look() -> Look:
 
 
 def test_a_cluster_without_workers_has_no_table_of_them() -> None:
-    alone = replace(observation(2), members=observation(2).members[:1])
+    alone = replace(observation(2), processes=observation(2).processes[:1])
     text = drawn(draw_look(Look(TARGET, alone, activity_between(alone, alone))))
     assert "router-0" in text
     assert "worker" not in text

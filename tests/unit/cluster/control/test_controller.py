@@ -11,7 +11,7 @@ import pytest
 
 from cluster.control.controller import Cluster, Controller, Member
 from cluster.control.process_report import ProcessReport
-from moesaic.epoch import Epoch, ExpertAddress
+from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion
 from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica, Snapshot
 from moesaic.v1 import control_pb2 as pb
@@ -37,9 +37,12 @@ def digest(address: ExpertAddress, salt: int = 0) -> bytes:
     return bytes([address.layer, address.slot, salt]) + bytes(29)
 
 
+def holdings(name: str, salt: int = 0) -> frozenset[ExpertVersion]:
+    return frozenset(ExpertVersion(address, digest(address, salt)) for address in EXPERTS[name])
+
+
 def replica(name: str, start: int = 1, salt: int = 0) -> Replica:
-    versions = {address: digest(address, salt) for address in sorted(EXPERTS[name])}
-    return Replica(name, f"127.0.0.1:{start}", f"{name}-{start}", versions)
+    return Replica(name, f"127.0.0.1:{start}", f"{name}-{start}", holdings(name, salt))
 
 
 @dataclass
@@ -63,6 +66,17 @@ class PlayedCluster:
     async def ready(self, name: str, start: int = 1, salt: int = 0) -> None:
         self.replicas[f"127.0.0.1:{start}"] = replica(name, start, salt)
         await self.tell(name, pb.PROCESS_STATE_READY, 3, start)
+
+    async def load(self, name: str, start: int, contents: frozenset[ExpertVersion]) -> None:
+        """The same process holds something else from now on."""
+        before = self.reports[name]
+        assert before is not None
+        self.replicas[f"127.0.0.1:{start}"] = Replica(name, f"127.0.0.1:{start}", f"{name}-{start}", contents)
+        async with self.changed:
+            self.reports[name] = replace(
+                before, revision=before.revision + 1, contents_revision=before.contents_revision + 1
+            )
+            self.changed.notify_all()
 
     async def kill(self, name: str) -> None:
         async with self.changed:
@@ -215,6 +229,38 @@ async def test_a_replica_serves_only_the_versions_that_the_epoch_names() -> None
         assert (await until(snapshots)).table.replicas == ()
 
 
+async def test_new_contents_of_the_same_incarnation_are_described_again() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        snapshots = controller.watch()
+        await played.ready("w0", 1)
+        played.replicas["127.0.0.1:2"] = Replica("w1", "127.0.0.1:2", "w1-2", frozenset())
+        await played.tell("w1", pb.PROCESS_STATE_READY, 3, 2)
+        assert (await until(snapshots, "w0")).epoch is None
+        await played.load("w1", 2, holdings("w1"))
+        complete = await until(snapshots, "w0", "w1")
+        assert complete.epoch is not None
+        assert complete.table.replicas[1].incarnation == "w1-2"
+        assert played.described.count("127.0.0.1:2") == 2
+
+
+async def test_a_version_beside_the_one_in_use_is_not_served_and_does_no_harm() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        before = await until(controller.watch(), "w0", "w1")
+        await played.load("w1", 2, holdings("w1") | holdings("w1", 9))
+        while len(played.described) < 3:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.02)
+        assert (await anext(controller.watch())) is before
+        assert (process(controller, "w1").state, process(controller, "w1").detail) == (
+            pb.PROCESS_STATE_READY,
+            "",
+        )
+
+
 async def test_workers_that_disagree_are_a_problem_of_the_controller() -> None:
     played = PlayedCluster()
     more = Member("w2", pb.PROCESS_ROLE_EXPERT_WORKER, EXPERTS["w0"])
@@ -222,7 +268,7 @@ async def test_workers_that_disagree_are_a_problem_of_the_controller() -> None:
     async with following(played, twice) as controller:
         await played.ready("w0", 1)
         await played.ready("w1", 2)
-        other = Replica("w2", "127.0.0.1:3", "w2-3", {key: digest(key, 7) for key in sorted(EXPERTS["w0"])})
+        other = Replica("w2", "127.0.0.1:3", "w2-3", holdings("w0", 7))
         played.replicas["127.0.0.1:3"] = other
         await played.tell("w2", pb.PROCESS_STATE_READY, 3, 3)
         snapshot = await until(controller.watch(), "w0", "w1", "w2")

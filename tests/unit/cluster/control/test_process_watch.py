@@ -68,7 +68,7 @@ async def test_a_described_worker_is_a_replica(server: tuple[rpc.Server, str]) -
     _, address = server
     replica = await ProcessWatch(PlayedPeers(ready(address))).describe(address)
     assert (replica.worker, replica.address, replica.incarnation) == ("w0", address, "first")
-    assert replica.versions == {ExpertAddress(1, 2): bytes(32)}
+    assert replica.holdings == {(ExpertAddress(1, 2), bytes(32))}
 
 
 async def test_a_worker_whose_server_goes_away_is_lost_at_once(server: tuple[rpc.Server, str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from cluster.control.process_report import ProcessReport
 from cluster.control.service import SERVICE
 from cluster.launch.launcher import Endpoints, Launcher
-from cluster.processes.blueprint import PlannedProcess
+from cluster.processes.process_plan import PlannedProcess
 from moesaic import rpc
 from moesaic.errors import FailedPrecondition, Unavailable
 from moesaic.settings import Settings, load_settings

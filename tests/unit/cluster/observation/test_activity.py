@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from cluster.observation.activity import Activity, activity_between
-from cluster.observation.observer import Member, Observation
+from cluster.observation.observer import Observation, ObservedProcess
 from cluster.observation.step_profile import profile_steps
 from moesaic.v1 import control_pb2, expert_pb2, inference_pb2
 
 READY = control_pb2.PROCESS_STATE_READY
 MEMBERS = (
-    Member("router-0", "127.0.0.1:1", True, READY),
-    Member("router-1", "127.0.0.1:2", True, READY),
-    Member("expert-worker-0", "127.0.0.1:3", False, READY),
+    ObservedProcess("router-0", "127.0.0.1:1", True, READY),
+    ObservedProcess("router-1", "127.0.0.1:2", True, READY),
+    ObservedProcess("expert-worker-0", "127.0.0.1:3", False, READY),
 )
 
 
@@ -63,7 +63,7 @@ def observation(
     return Observation(
         at_s=at_s,
         model=inference_pb2.GetModelInfoResponse(model="tiny"),
-        members=MEMBERS,
+        processes=MEMBERS,
         routers={f"router-{index}": stats for index, stats in enumerate(routers) if stats is not None},
         workers={} if worker is None else {"expert-worker-0": worker},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
@@ -18,6 +19,8 @@ class FakeServer:
         self.failures = failures
         self.loaded = asyncio.Event()
         self.loaded_bytes, self.total_bytes = 3, 10
+        self.contents_revision = 0
+        self.on_contents_change: Callable[[], object] = lambda: None
         self.stopped_with: list[float] = []
 
     async def start(self) -> str:
@@ -33,7 +36,8 @@ class FakeServer:
 
 
 def host_of(server: FakeServer, naps: list[float] | None = None) -> ProcessHost:
-    async def make() -> FakeServer:
+    async def make(on_contents_change: Callable[[], object]) -> FakeServer:
+        server.on_contents_change = on_contents_change
         return server
 
     async def nap(seconds: float) -> None:
@@ -99,6 +103,42 @@ async def test_an_unexpected_error_is_told_with_its_kind() -> None:
 
     await asyncio.gather(follow(), host.run())
     assert details == ["MemoryError: no room"]
+
+
+async def test_new_contents_wake_whoever_waits_for_a_report() -> None:
+    server = FakeServer([])
+    server.loaded.set()
+    host = host_of(server)
+    await host.run()
+    ready = await host.report(0, 1.0)
+    waiting = asyncio.create_task(host.report(ready.revision, 60.0))
+    await asyncio.sleep(0)
+    server.contents_revision = 4
+    await asyncio.to_thread(server.on_contents_change)
+    changed = await waiting
+    assert changed.ready and changed.revision > ready.revision
+    assert (ready.contents_revision, changed.contents_revision) == (0, 4)
+
+
+async def test_new_contents_are_reported_even_if_nobody_told_of_them() -> None:
+    server = FakeServer([])
+    server.loaded.set()
+    host = host_of(server)
+    await host.run()
+    ready = await host.report(0, 1.0)
+    server.contents_revision = 4
+    changed = await host.report(ready.revision, 60.0)
+    assert changed.ready and changed.contents_revision == 4
+
+
+async def test_contents_that_are_told_of_without_a_change_are_no_news() -> None:
+    server = FakeServer([])
+    server.loaded.set()
+    host = host_of(server)
+    await host.run()
+    ready = await host.report(0, 1.0)
+    await asyncio.to_thread(server.on_contents_change)
+    assert await host.report(ready.revision, 0.01) == ready
 
 
 async def test_stopping_drains_the_server() -> None:

@@ -8,15 +8,17 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cluster.cli.demo import Answer, DemoReport, WorkerShare, _print_closing, _WordFlow
-from cluster.cli.status import ClusterStatus, _print
+from cluster.cli.demo import DemoReport, StreamedAnswer, WorkerShare, _print_closing, _WordFlow
+from cluster.cli.status import _print
 from cluster.launch.milestones import Milestones, seconds_since_start
+from cluster.observation.observer import Observation
 from cluster.terminal.json_output import plain
 from cluster.terminal.load_progress import LoadProgress
 from cluster.terminal.tables import bar, count, size
 from moesaic.v1 import control_pb2 as pb
 from moesaic.v1 import inference_pb2
 
+TARGET = "127.0.0.1:50051"
 TOPOLOGY = pb.GetTopologyResponse(
     model="tiny",
     epoch="0123456789abcdef",
@@ -50,7 +52,7 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def status(num_routers: int = 1, num_experts: int = 8) -> ClusterStatus:
+def status(num_routers: int = 1, num_experts: int = 8) -> Observation:
     stats = inference_pb2.GetRouterStatsResponse(
         workers=[inference_pb2.WorkerTraffic(worker="expert-worker-63", rows=1234567)],
         running_sequences=1024,
@@ -68,12 +70,14 @@ def status(num_routers: int = 1, num_experts: int = 8) -> ClusterStatus:
         num_experts_per_token=min(2, num_experts),
     )
     routers = {f"router-{index}": stats for index in range(num_routers)}
-    return ClusterStatus("127.0.0.1:50051", model, stats, TOPOLOGY, "", routers)
+    return Observation(
+        at_s=0.0, model=model, processes=(), routers=routers, workers={}, entry=stats, topology=TOPOLOGY
+    )
 
 
 def test_the_status_fits_eighty_columns_and_says_why_a_process_is_away() -> None:
     console = terminal()
-    _print(status(), console)
+    _print(TARGET, status(), console)
     text = written(console)
     assert max(map(len, text.splitlines())) <= 80
     assert "1,234,567" in text
@@ -90,20 +94,20 @@ def test_the_status_fits_eighty_columns_and_says_why_a_process_is_away() -> None
 )
 def test_the_status_says_how_many_experts_a_layer_has(num_experts: int, says: str) -> None:
     console = terminal()
-    _print(status(num_experts=num_experts), console)
+    _print(TARGET, status(num_experts=num_experts), console)
     assert says in written(console)
 
 
 def test_the_status_of_a_router_without_workers_or_controller_has_no_table() -> None:
     console = terminal()
-    alone = replace(status(num_experts=0), topology=None, stats=inference_pb2.GetRouterStatsResponse())
-    _print(alone, console)
+    alone = replace(status(num_experts=0), topology=None, entry=inference_pb2.GetRouterStatsResponse())
+    _print(TARGET, alone, console)
     assert "worker" not in written(console)
 
 
 def test_the_status_of_several_routers_adds_up_what_they_sent_and_fits_eighty_columns() -> None:
     console = terminal()
-    _print(status(num_routers=3), console)
+    _print(TARGET, status(num_routers=3), console)
     text = written(console)
     assert max(map(len, text.splitlines())) <= 80
     assert "3,703,701" in text
@@ -112,7 +116,9 @@ def test_the_status_of_several_routers_adds_up_what_they_sent_and_fits_eighty_co
 
 def test_the_demo_fits_eighty_columns() -> None:
     worker = WorkerShare("expert-worker-0", 8, 123456, 12345, 12.345, 1 << 30)
-    report = DemoReport("", Answer("", 120, 78.0), (worker,), {"worker compute": 1.5}, {"first token": 9.9})
+    report = DemoReport(
+        "", StreamedAnswer("", 120, 78.0), (worker,), {"worker compute": 1.5}, {"first token": 9.9}
+    )
     console = terminal()
     _print_closing(console, report)
     assert max(map(len, written(console).splitlines())) <= 80

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import Computed
 from expert_worker.experts.expert import Expert
 from moesaic.compute.linear import Linear
@@ -28,9 +28,9 @@ from moesaic.errors import (
 EXPERT = Expert(Linear(torch.zeros(2, 1)), Linear(torch.zeros(1, 1)), "silu")
 
 
-def call(tag: float, *, layer: int = 0, num_rows: int = 1, timeout_s: float = 10.0) -> Call:
+def call(tag: float, *, layer: int = 0, num_rows: int = 1, timeout_s: float = 10.0) -> ExpertCall:
     hidden, rows = torch.full((num_rows, 1), tag), torch.arange(num_rows)
-    return Call(layer, hidden, (EXPERT,), (num_rows,), rows, None, time.monotonic() + timeout_s)
+    return ExpertCall(layer, hidden, (EXPERT,), (num_rows,), rows, None, time.monotonic() + timeout_s)
 
 
 class GatedCompute:
@@ -43,7 +43,7 @@ class GatedCompute:
         self.entered = threading.Event()
         self.error: BaseException | None = None
 
-    def __call__(self, calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
+    def __call__(self, calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
         self.passes.append([call.hidden[0, 0].item() for call in calls])
         self.entered.set()
         assert self.gate.wait(10)
@@ -88,7 +88,7 @@ async def block(batcher: Batcher, compute: GatedCompute, **first: float) -> asyn
     return running
 
 
-async def submit_all(batcher: Batcher, calls: Sequence[Call]) -> list[asyncio.Task[Computed]]:
+async def submit_all(batcher: Batcher, calls: Sequence[ExpertCall]) -> list[asyncio.Task[Computed]]:
     tasks = [asyncio.create_task(batcher.submit(one)) for one in calls]
     await asyncio.sleep(0)
     return tasks
@@ -260,7 +260,6 @@ class SpyTicket:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.call = call(5.0)
-        self.caller = id(self)
         self.queued_s = time.monotonic()
         self.wanted = True
         self.error = error

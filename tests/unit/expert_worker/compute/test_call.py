@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.expert_calls import compute_request
+from support.expert_calls import compute_request, experts_of, versions_of
 from support.wire_tensors import to_wire
 
-from expert_worker.compute.call import Call, read_call
+from expert_worker.compute.call import ExpertCall, read_call
 from expert_worker.experts.store import ExpertStore
 from moesaic.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, MoesaicError
 from moesaic.families import MoeModel
@@ -23,24 +23,24 @@ Edit = Callable[[expert_pb2.ComputeRequest], Any]
 
 @pytest.fixture
 def request_of_two(store: ExpertStore) -> expert_pb2.ComputeRequest:
-    return compute_request(torch.ones(4, 32), {0: [0, 2], 2: [1, 2, 3]}, store.versions(), layer=1)
+    return compute_request(torch.ones(4, 32), {0: [0, 2], 2: [1, 2, 3]}, versions_of(store), layer=1)
 
 
 @pytest.fixture
-def read(store: ExpertStore, model: MoeModel) -> Callable[[expert_pb2.ComputeRequest], Call]:
+def read(store: ExpertStore, model: MoeModel) -> Callable[[expert_pb2.ComputeRequest], ExpertCall]:
     return lambda request: read_call(
         decode_request(request.SerializeToString()), model=model, store=store, max_rows=8, now_s=100.0
     )
 
 
 def test_a_good_request_becomes_a_call(
-    read: Callable[..., Call], request_of_two: expert_pb2.ComputeRequest, store: ExpertStore
+    read: Callable[..., ExpertCall], request_of_two: expert_pb2.ComputeRequest, store: ExpertStore
 ) -> None:
     call = read(request_of_two)
     assert (call.layer, call.num_rows, call.combine_sum, call.deadline_s) == (1, 5, False, 110.0)
     assert (call.counts, call.rows.tolist(), call.weights) == ([2, 3], [0, 2, 1, 2, 3], None)
     assert torch.equal(call.hidden, torch.ones(4, 32))
-    held = store.experts()
+    held = experts_of(store)
     assert call.experts == [held[1, 0], held[1, 2]]  # type: ignore[index]
 
 
@@ -55,8 +55,10 @@ def test_a_layer_without_experts_is_refused(
     assert caught.value.field == "layer"
 
 
-def test_a_request_for_sums_carries_one_weight_per_row(read: Callable[..., Call], store: ExpertStore) -> None:
-    request = compute_request(torch.ones(2, 32), {0: [0, 1]}, store.versions(), weights={0: [0.25, 0.75]})
+def test_a_request_for_sums_carries_one_weight_per_row(
+    read: Callable[..., ExpertCall], store: ExpertStore
+) -> None:
+    request = compute_request(torch.ones(2, 32), {0: [0, 1]}, versions_of(store), weights={0: [0.25, 0.75]})
     weights = read(request).weights
     assert weights is not None and weights.tolist() == [0.25, 0.75]
 
@@ -90,7 +92,7 @@ def set_rows(request: expert_pb2.ComputeRequest, rows: list[int]) -> None:
     ],
 )
 def test_a_wrong_request_is_refused_by_field(
-    read: Callable[..., Call], request_of_two: expert_pb2.ComputeRequest, field: str, edit: Edit
+    read: Callable[..., ExpertCall], request_of_two: expert_pb2.ComputeRequest, field: str, edit: Edit
 ) -> None:
     edit(request_of_two)
     with pytest.raises(InvalidArgument) as caught:
@@ -100,9 +102,9 @@ def test_a_wrong_request_is_refused_by_field(
 
 @pytest.mark.parametrize("weights", [[], [1.0], [1.0] * 3, [1.0, float("nan")], [float("inf"), 1.0]])
 def test_weights_of_a_sum_must_be_finite_and_one_per_row(
-    read: Callable[..., Call], store: ExpertStore, weights: list[float]
+    read: Callable[..., ExpertCall], store: ExpertStore, weights: list[float]
 ) -> None:
-    request = compute_request(torch.ones(2, 32), {0: [0, 1]}, store.versions(), weights={0: weights})
+    request = compute_request(torch.ones(2, 32), {0: [0, 1]}, versions_of(store), weights={0: weights})
     with pytest.raises(InvalidArgument) as caught:
         read(request)
     assert caught.value.field == "experts[0].weights"
@@ -119,7 +121,7 @@ def test_weights_of_a_sum_must_be_finite_and_one_per_row(
     ],
 )
 def test_an_expert_that_is_not_held_so_is_refused_and_not_guessed(
-    read: Callable[..., Call], request_of_two: expert_pb2.ComputeRequest, reason: str, edit: Edit
+    read: Callable[..., ExpertCall], request_of_two: expert_pb2.ComputeRequest, reason: str, edit: Edit
 ) -> None:
     edit(request_of_two)
     with pytest.raises(FailedPrecondition) as caught:
@@ -128,7 +130,7 @@ def test_an_expert_that_is_not_held_so_is_refused_and_not_guessed(
 
 
 def test_a_caller_who_waits_no_more_is_refused(
-    read: Callable[..., Call], request_of_two: expert_pb2.ComputeRequest
+    read: Callable[..., ExpertCall], request_of_two: expert_pb2.ComputeRequest
 ) -> None:
     request_of_two.timeout_ms = 0
     with pytest.raises(DeadlineExceeded):
@@ -136,7 +138,7 @@ def test_a_caller_who_waits_no_more_is_refused(
 
 
 def test_no_random_message_raises_anything_but_a_typed_error(
-    read: Callable[..., Call], request_of_two: expert_pb2.ComputeRequest
+    read: Callable[..., ExpertCall], request_of_two: expert_pb2.ComputeRequest
 ) -> None:
     whole = request_of_two.SerializeToString()
     for position in range(0, len(whole), 3):

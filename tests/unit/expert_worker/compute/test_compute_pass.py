@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.expert_calls import ReferenceExperts
+from support.expert_calls import ReferenceExperts, experts_of
 from torch import Tensor
 
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.compute_pass import compute_calls
-from expert_worker.experts.store import ExpertStore
+from expert_worker.experts.store import ExpertStore, HeldExpert
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import InvalidArgument
 
@@ -27,9 +27,9 @@ def make_call(
     *,
     layer: int = 0,
     weights: dict[int, list[float]] | None = None,
-) -> Call:
-    experts = store.experts()
-    return Call(
+) -> ExpertCall:
+    experts = experts_of(store)
+    return ExpertCall(
         layer,
         hidden,
         [experts[ExpertAddress(layer, slot)] for slot in rows],
@@ -44,7 +44,7 @@ def random_hidden(num_rows: int, seed: int = 0) -> Tensor:
     return torch.randn(num_rows, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def outputs(calls: list[Call]) -> list[Tensor]:
+def outputs(calls: list[ExpertCall]) -> list[Tensor]:
     results = compute_calls(calls)
     assert all(isinstance(result, Tensor) for result in results)
     return [result for result in results if isinstance(result, Tensor)]
@@ -104,12 +104,27 @@ def test_merged_callers_get_their_rows_in_the_order_of_their_own_experts(store: 
 
 
 def test_slots_that_are_one_expert_each_get_their_own_rows(store: ExpertStore) -> None:
-    expert = store.experts()[ExpertAddress(0, 1)]
+    expert = experts_of(store)[ExpertAddress(0, 1)]
     first, second = (random_hidden(4, seed) for seed in (0, 1))
     rows = torch.tensor([0, 3, 1, 2])
-    calls = [Call(0, x, [expert, expert], [1, 3], rows, None, float("inf")) for x in (first, second)]
+    calls = [ExpertCall(0, x, [expert, expert], [1, 3], rows, None, float("inf")) for x in (first, second)]
     for output, x in zip(outputs(calls), (first, second), strict=True):
         torch.testing.assert_close(output, expert(x)[rows], atol=1e-6, rtol=1e-6)
+
+
+def test_callers_of_two_versions_of_a_slot_share_a_pass_and_each_gets_its_own(store: ExpertStore) -> None:
+    """The experts of slots 0 and 1 stand for two versions of one slot."""
+    address, held = ExpertAddress(0, 0), experts_of(store)
+    both = ExpertStore()
+    for tag, slot in ((b"1", 0), (b"2", 1)):
+        both.add(address, HeldExpert(tag * 32, held[ExpertAddress(0, slot)]))
+    x, rows = random_hidden(3), torch.tensor([0, 2])
+    experts = [both.get(address, tag * 32, field="f") for tag in (b"1", b"2")]
+    calls = [ExpertCall(0, x, [expert], [2], rows, None, float("inf")) for expert in experts]
+    both.remove(address, b"1" * 32)  # an expert in flight outlives its removal
+    for output, expert in zip(outputs(calls), experts, strict=True):
+        torch.testing.assert_close(output, expert(x)[rows], atol=1e-6, rtol=1e-6)
+    assert not torch.equal(*outputs(calls))
 
 
 def test_callers_may_send_rows_of_different_dtypes_into_one_pass(store: ExpertStore) -> None:

@@ -22,7 +22,14 @@ from moesaic.checkpoints.checkpoint import CONFIG_FILE, SINGLE_FILE, Checkpoint,
 from moesaic.compute.linear import Linear
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import CheckpointError
-from moesaic.families.model import Encoding, ExpertLayer, ExpertModule, Layout, MoeModel, WeightPattern
+from moesaic.families.model import (
+    Encoding,
+    ExpertLayer,
+    ExpertModule,
+    Layout,
+    MoeModel,
+    WeightPattern,
+)
 
 # No multiple of a block, and a multiple of a group.
 HIDDEN, INNER, SLOTS = 160, 96, 3

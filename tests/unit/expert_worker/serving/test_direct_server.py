@@ -23,13 +23,13 @@ from h2.connection import H2Connection
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from support.expert_calls import ReferenceExperts, compute_request
+from support.expert_calls import ReferenceExperts, compute_request, versions_of
 from support.gated_computing import Gate
 from support.wire_tensors import from_wire
 from torch import Tensor
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.call import Call
+from expert_worker.compute.call import ExpertCall
 from expert_worker.experts.store import ExpertStore
 from expert_worker.serving import direct_connection
 from expert_worker.serving import direct_server as direct_door
@@ -173,7 +173,7 @@ async def worker(model: MoeModel, store: ExpertStore) -> AsyncIterator[Worker]:
 @pytest.fixture
 def make_call(store: ExpertStore) -> MakeCall:
     def make(rows: dict[int, list[int]], **fields: Any) -> expert_pb2.ComputeRequest:
-        return compute_request(fields.pop("hidden", HIDDEN), rows, store.versions(), **fields)
+        return compute_request(fields.pop("hidden", HIDDEN), rows, versions_of(store), **fields)
 
     return make
 
@@ -296,7 +296,7 @@ def test_a_flood_that_takes_long_to_read_lets_the_passes_of_others_in(
     monkeypatch.setattr(direct_connection, "READ_BYTES", 64)
     unread: list[int] = []
 
-    def compute(calls: Sequence[Call]) -> list[Tensor | MoesaicError]:
+    def compute(calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
         unread.append(worker.num_arrived())
         return worker.gate(calls)
 

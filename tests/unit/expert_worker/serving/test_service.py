@@ -12,7 +12,7 @@ import grpc
 import pytest
 import torch
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from support.expert_calls import ReferenceExperts, compute_request
+from support.expert_calls import ReferenceExperts, compute_request, versions_of
 from support.gated_computing import Gate
 from support.wire_tensors import from_wire, to_wire
 
@@ -99,7 +99,7 @@ def stub(channel: grpc.aio.Channel) -> Any:
 @pytest.fixture
 def request_of(store: ExpertStore) -> Callable[..., expert_pb2.ComputeRequest]:
     def make(rows: dict[int, list[int]], **fields: Any) -> expert_pb2.ComputeRequest:
-        return compute_request(fields.pop("hidden", HIDDEN), rows, store.versions(), **fields)
+        return compute_request(fields.pop("hidden", HIDDEN), rows, versions_of(store), **fields)
 
     return make
 
@@ -126,7 +126,7 @@ async def test_an_answer_holds_the_rows_and_says_what_computed_them(
     response = await call(stub.Compute(), request_of(rows, layer=1, call_id=77))
     assert not response.HasField("error")
     assert (response.call_id, response.epoch) == (77, "epoch-1")
-    assert list(response.versions) == [store.versions()[1, 2], store.versions()[1, 0]]  # type: ignore[index]
+    assert list(response.versions) == [versions_of(store)[1, 2], versions_of(store)[1, 0]]  # type: ignore[index]
     expected = ReferenceExperts(folder).rows(1, HIDDEN, rows)
     torch.testing.assert_close(from_wire(response.output), expected, atol=1e-5, rtol=1e-5)
     assert response.timing.compute_us > 0
@@ -300,7 +300,7 @@ async def test_describe_tells_what_is_held(stub: Any, store: ExpertStore, model:
     assert (described.hidden_size, described.device) == (32, "cpu")
     assert described.weight_bytes == 6 * model.expert_bytes(0)
     held = {(expert.address.layer, expert.address.slot): expert.digest for expert in described.experts}
-    assert held == store.versions()
+    assert held == versions_of(store)
     assert len(described.dtypes) == 5
 
 

@@ -71,3 +71,16 @@ def test_a_field_that_does_not_fit_is_named(
 ) -> None:
     got = http_errors.from_validation(RequestValidationError([error]))
     assert (got.status, got.param, got.message) == (400, param, message)
+
+
+def test_an_error_about_a_field_of_the_router_becomes_one_about_its_name_in_this_api() -> None:
+    error = errors.Overloaded("chat: too long, chat: is", field="chat", reason="LONG", retry_after_s=2.0)
+    renamed = http_errors.about_field(error, "messages")
+    assert (type(renamed), renamed.message) == (errors.Overloaded, "messages: too long, chat: is")
+    assert (renamed.field, renamed.reason, renamed.retry_after_s) == ("messages", "LONG", 2.0)
+    assert (error.message, error.field) == ("chat: too long, chat: is", "chat")
+
+
+def test_a_message_that_does_not_begin_with_its_field_stays() -> None:
+    error = errors.InvalidArgument("the chat: is too long", field="chat")
+    assert http_errors.about_field(error, "messages").message == "the chat: is too long"

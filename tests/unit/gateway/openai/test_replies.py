@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gateway.openai import logprobs
-from gateway.openai.answer import Answer, Piece
 from gateway.openai.renderers import ChatRenderer, CompletionRenderer, Identity
+from gateway.openai.request_output import Piece, RequestOutput
 from gateway.openai.requests import ChatCompletionRequest, CompletionRequest
 from moesaic.errors import DataLoss
 from moesaic.v1 import inference_pb2 as pb
@@ -45,12 +45,12 @@ def test_a_completion_is_its_chunks_put_together() -> None:
         {"prompt": "hi", "echo": True, "return_token_ids": True, "stream": True}
     )
     messages = [token(1, text="a", prompt=PROMPT), token(2, text="b", end=True, stop="b")]
-    answer, renderer = Answer(1, 1), CompletionRenderer(request, WHO)
-    pieces = [piece for message in messages if (piece := answer.add(0, message))]
+    output, renderer = RequestOutput(1, 1), CompletionRenderer(request, WHO)
+    pieces = [piece for message in messages if (piece := output.add(0, message))]
     chunks = [
-        chunk.model_dump(exclude_unset=True) for piece in pieces for chunk in renderer.chunks(answer, piece)
+        chunk.model_dump(exclude_unset=True) for piece in pieces for chunk in renderer.chunks(output, piece)
     ]
-    whole = CompletionRenderer(request, WHO).reply(answer, [pieces]).model_dump(exclude_unset=True)
+    whole = CompletionRenderer(request, WHO).reply(output, [pieces]).model_dump(exclude_unset=True)
     (choice,) = whole["choices"]
     assert choice["text"] == "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hiab"
     assert (choice["token_ids"], choice["prompt_token_ids"]) == ([1, 2], [7, 8])
@@ -68,56 +68,56 @@ def test_a_completion_is_its_chunks_put_together() -> None:
 
 
 def test_usage_is_counted_per_prompt_and_over_all_choices() -> None:
-    answer = Answer(2, 2)
+    output = RequestOutput(2, 2)
     for prompt in (0, 1):
-        answer.add(prompt, token(1, prompt=PROMPT))
-        answer.add(prompt, token(2, end=True))
-        answer.add(prompt, token(3, index=1))
-        answer.add(prompt, token(4, index=1, end=True))
-    answer.check_complete()
-    assert (answer.prompt_tokens, answer.completion_tokens) == (4, 8)
+        output.add(prompt, token(1, prompt=PROMPT))
+        output.add(prompt, token(2, end=True))
+        output.add(prompt, token(3, index=1))
+        output.add(prompt, token(4, index=1, end=True))
+    output.check_complete()
+    assert (output.prompt_tokens, output.completion_tokens) == (4, 8)
 
 
 def test_cached_tokens_are_those_that_no_choice_had_to_compute() -> None:
-    answer = Answer(2, 2)
+    output = RequestOutput(2, 2)
     for prompt, cached in ((0, (16, 48)), (1, (0, 32))):
         for index in (1, 0):
             message = token(1, index=index, end=True)
             message.usage.cached_prompt_tokens = cached[index]
-            answer.add(prompt, message)
-    assert answer.cached_tokens == 16
+            output.add(prompt, message)
+    assert output.cached_tokens == 16
 
 
 def test_choices_are_numbered_prompt_by_prompt() -> None:
-    answer = Answer(3, 2)
-    piece = answer.add(2, token(1, index=1))
+    output = RequestOutput(3, 2)
+    piece = output.add(2, token(1, index=1))
     assert piece is not None and piece.index == 5
 
 
 def test_a_message_with_the_prompt_alone_is_no_piece() -> None:
-    answer = Answer(1, 1)
-    assert answer.add(0, pb.GenerateResponse(prompt=PROMPT)) is None
-    piece = answer.add(0, token(1, text="a"))
+    output = RequestOutput(1, 1)
+    assert output.add(0, pb.GenerateResponse(prompt=PROMPT)) is None
+    piece = output.add(0, token(1, text="a"))
     assert piece is not None and piece.is_first and piece.prompt.text == "hi"
 
 
 def test_an_answer_without_its_end_is_data_loss() -> None:
-    answer = Answer(1, 1)
-    answer.add(0, token(1))
+    output = RequestOutput(1, 1)
+    output.add(0, token(1))
     with pytest.raises(DataLoss):
-        answer.check_complete()
+        output.check_complete()
 
 
 def test_the_first_chunk_of_a_chat_names_the_role() -> None:
     request = ChatCompletionRequest.model_validate(
         {"messages": [{"role": "user", "content": "x"}], "stream": True}
     )
-    answer, renderer = Answer(1, 1), ChatRenderer(request, WHO)
-    first = answer.add(0, token(1, text="a", prompt=PROMPT))
-    last = answer.add(0, token(2, text="b", end=True))
+    output, renderer = RequestOutput(1, 1), ChatRenderer(request, WHO)
+    first = output.add(0, token(1, text="a", prompt=PROMPT))
+    last = output.add(0, token(2, text="b", end=True))
     assert first is not None and last is not None
     chunks = [
-        c.model_dump(exclude_unset=True) for piece in (first, last) for c in renderer.chunks(answer, piece)
+        c.model_dump(exclude_unset=True) for piece in (first, last) for c in renderer.chunks(output, piece)
     ]
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
         {"role": "assistant", "content": ""},
@@ -137,10 +137,10 @@ def test_the_first_chunk_of_a_chat_names_the_role() -> None:
 )
 def test_usage_in_chunks_is_what_was_asked_for(options: dict[str, bool], usages: list[Any]) -> None:
     request = CompletionRequest.model_validate({"prompt": "x", "stream": True, "stream_options": options})
-    answer = Answer(1, 1)
-    piece = answer.add(0, token(1, text="a", prompt=PROMPT))
+    output = RequestOutput(1, 1)
+    piece = output.add(0, token(1, text="a", prompt=PROMPT))
     assert piece is not None
-    (chunk,) = CompletionRenderer(request, WHO).chunks(answer, piece)
+    (chunk,) = CompletionRenderer(request, WHO).chunks(output, piece)
     usage = chunk.model_dump(exclude_unset=True).get("usage", ...)
     assert [usage["completion_tokens"] if isinstance(usage, dict) else usage] == usages
 
@@ -185,8 +185,8 @@ def test_the_stop_reason_is_one_that_the_client_named(stop: str, expected: str |
     request = CompletionRequest.model_validate(
         {"prompt": "x", "stop": ["end", "7"], "stop_token_ids": [42, 7]}
     )
-    answer = Answer(1, 1)
-    piece = answer.add(0, token(1, end=True, stop=stop))
+    output = RequestOutput(1, 1)
+    piece = output.add(0, token(1, end=True, stop=stop))
     assert isinstance(piece, Piece)
-    reply = CompletionRenderer(request, WHO).reply(answer, [[piece]]).model_dump()
+    reply = CompletionRenderer(request, WHO).reply(output, [[piece]]).model_dump()
     assert reply["choices"][0]["stop_reason"] == expected

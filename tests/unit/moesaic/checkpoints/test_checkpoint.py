@@ -18,8 +18,8 @@ from support.checkpoints import write_mixtral
 
 from moesaic.checkpoints.checkpoint import (
     INDEX_FILE,
-    NATIVE_INDEX_FILE,
-    NATIVE_SINGLE_FILE,
+    MISTRAL_INDEX_FILE,
+    MISTRAL_SINGLE_FILE,
     SINGLE_FILE,
     open_checkpoint,
 )
@@ -40,7 +40,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def native(tmp_path: Path) -> Path:
+def released(tmp_path: Path) -> Path:
     """A release of Mistral's, as far as a look at its headers goes."""
     folder = tmp_path / "native"
     folder.mkdir()
@@ -54,7 +54,7 @@ def native(tmp_path: Path) -> Path:
         "vocab_size": 8,
     }
     (folder / "params.json").write_text(json.dumps(params))
-    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, folder / NATIVE_SINGLE_FILE)
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, folder / MISTRAL_SINGLE_FILE)
     return folder
 
 
@@ -126,74 +126,74 @@ def test_a_folder_of_pickles_is_told_that_only_safetensors_is_served(tmp_path: P
     assert "`moesaic convert FOLDER OUT`" in error.message
 
 
-def test_a_release_of_mistral_has_an_ordinary_config_beside_its_own_names(native: Path) -> None:
-    checkpoint = open_checkpoint(native)
-    assert checkpoint.native and checkpoint.config_file == "params.json"
+def test_a_release_of_mistral_has_an_ordinary_config_beside_its_own_names(released: Path) -> None:
+    checkpoint = open_checkpoint(released)
+    assert checkpoint.in_mistral_format and checkpoint.config_file == "params.json"
     assert (checkpoint.config["model_type"], checkpoint.config["hidden_size"]) == ("mistral", 8)
     assert checkpoint.spelling["hidden_size"] == "dim"
     assert checkpoint.tensors.keys() == {"a", "b"}
 
 
-def test_numbered_shards_of_a_release_are_read_with_or_without_an_index(native: Path) -> None:
-    (native / NATIVE_SINGLE_FILE).unlink()
+def test_numbered_shards_of_a_release_are_read_with_or_without_an_index(released: Path) -> None:
+    (released / MISTRAL_SINGLE_FILE).unlink()
     shards = [f"consolidated-0000{part}-of-00002.safetensors" for part in (1, 2)]
     for shard, name in zip(shards, "ab", strict=True):
-        save_file({name: torch.zeros(2)}, native / shard)
-    assert {name: entry.file.name for name, entry in open_checkpoint(native).tensors.items()} == {
+        save_file({name: torch.zeros(2)}, released / shard)
+    assert {name: entry.file.name for name, entry in open_checkpoint(released).tensors.items()} == {
         "a": shards[0],
         "b": shards[1],
     }
-    (native / NATIVE_INDEX_FILE).write_text(json.dumps({"weight_map": {"b": shards[1]}}))
-    assert open_checkpoint(native).tensors.keys() == {"b"}
+    (released / MISTRAL_INDEX_FILE).write_text(json.dumps({"weight_map": {"b": shards[1]}}))
+    assert open_checkpoint(released).tensors.keys() == {"b"}
 
 
-def test_a_release_that_lacks_a_shard_is_refused(native: Path) -> None:
-    (native / NATIVE_SINGLE_FILE).rename(native / "consolidated-00001-of-00002.safetensors")
-    assert "shards are missing" in refusal(native).message
+def test_a_release_that_lacks_a_shard_is_refused(released: Path) -> None:
+    (released / MISTRAL_SINGLE_FILE).rename(released / "consolidated-00001-of-00002.safetensors")
+    assert "shards are missing" in refusal(released).message
 
 
-def test_a_tensor_in_two_shards_of_a_release_is_refused(native: Path) -> None:
-    (native / NATIVE_SINGLE_FILE).unlink()
+def test_a_tensor_in_two_shards_of_a_release_is_refused(released: Path) -> None:
+    (released / MISTRAL_SINGLE_FILE).unlink()
     for part in (1, 2):
-        save_file({"a": torch.zeros(2)}, native / f"consolidated-0000{part}-of-00002.safetensors")
-    error = refusal(native)
+        save_file({"a": torch.zeros(2)}, released / f"consolidated-0000{part}-of-00002.safetensors")
+    error = refusal(released)
     assert error.field == "consolidated-00002-of-00002.safetensors"
     assert "tensor a " in error.message
 
 
-def test_a_release_without_params_is_refused(native: Path) -> None:
-    (native / "params.json").unlink()
-    assert "params.json" in refusal(native).message
+def test_a_release_without_params_is_refused(released: Path) -> None:
+    (released / "params.json").unlink()
+    assert "params.json" in refusal(released).message
 
 
-def test_broken_params_are_refused_by_name(native: Path) -> None:
-    (native / "params.json").write_text("{")
-    assert refusal(native).field == "params.json"
-    (native / "params.json").write_text("{}")
-    assert refusal(native).field == "params.json: dim"
+def test_broken_params_are_refused_by_name(released: Path) -> None:
+    (released / "params.json").write_text("{")
+    assert refusal(released).field == "params.json"
+    (released / "params.json").write_text("{}")
+    assert refusal(released).field == "params.json: dim"
 
 
 @pytest.mark.parametrize("name", ["consolidated.00.pth", "consolidated.00.pt"])
-def test_a_release_that_has_pickles_beside_safetensors_is_refused(native: Path, name: str) -> None:
-    (native / name).write_bytes(b"\x80\x04")
-    error = refusal(native)
+def test_a_release_that_has_pickles_beside_safetensors_is_refused(released: Path, name: str) -> None:
+    (released / name).write_bytes(b"\x80\x04")
+    error = refusal(released)
     assert error.field == "model"
-    assert name in error.message and NATIVE_SINGLE_FILE in error.message
+    assert name in error.message and MISTRAL_SINGLE_FILE in error.message
 
 
-def test_of_both_forms_side_by_side_that_of_hugging_face_is_read(folder: Path, native: Path) -> None:
-    for path in native.iterdir():
+def test_of_both_forms_side_by_side_that_of_hugging_face_is_read(folder: Path, released: Path) -> None:
+    for path in released.iterdir():
         path.rename(folder / path.name)
     (folder / "config.json").write_text('{"model_type": "mixtral", "hidden_size": 8}')
     checkpoint = open_checkpoint(folder)
-    assert not checkpoint.native
+    assert not checkpoint.in_mistral_format
     assert checkpoint.config["model_type"] == "mixtral"
     assert checkpoint.tensors["a"].file.name == SINGLE_FILE
 
 
 @pytest.mark.parametrize(("key", "theirs"), [("hidden_size", "dim"), ("num_hidden_layers", "n_layers")])
-def test_two_models_in_one_folder_are_refused(folder: Path, native: Path, key: str, theirs: str) -> None:
-    for path in native.iterdir():
+def test_two_models_in_one_folder_are_refused(folder: Path, released: Path, key: str, theirs: str) -> None:
+    for path in released.iterdir():
         path.rename(folder / path.name)
     (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", key: 9}))
     error = refusal(folder)

@@ -99,8 +99,8 @@ SWITCH_GATES: dict[str, tuple[dict[str, Any], GateRule, Capacity]] = {
     "switch": ({}, GateRule(1), Capacity("fixed", 64, counted="sequence")),
     "st_moe": (
         {"num_selected_experts": 2},
-        GateRule(2, renormalise=True, epsilon=1e-9, least_second=0.2),
-        Capacity("factor", 2.0, least=4, group=1024, kept_only=True),
+        GateRule(2, renormalise=True, epsilon=1e-9, second_threshold=0.2),
+        Capacity("factor", 2.0, min_tokens=4, group_size=1024, count_kept_only=True),
     ),
     "st_moe in other words": (
         {
@@ -111,13 +111,13 @@ SWITCH_GATES: dict[str, tuple[dict[str, Any], GateRule, Capacity]] = {
             "min_expert_capacity": 2,
             "expert_group_size": 256,
         },
-        GateRule(2, renormalise=True, epsilon=1e-9, least_second=0.3),
-        Capacity("factor", 1.5, least=2, group=256, kept_only=True),
+        GateRule(2, renormalise=True, epsilon=1e-9, second_threshold=0.3),
+        Capacity("factor", 1.5, min_tokens=2, group_size=256, count_kept_only=True),
     ),
     "both always": (
         {"num_selected_experts": 2, "second_expert_policy": "all"},
         GateRule(2, renormalise=True, epsilon=1e-9),
-        Capacity("factor", 2.0, least=4, group=1024, kept_only=True),
+        Capacity("factor", 2.0, min_tokens=4, group_size=1024, count_kept_only=True),
     ),
 }
 
@@ -130,16 +130,19 @@ def test_the_gates_of_switch_and_of_st_moe_are_told_by_the_config(switch: Checkp
 
 
 NLLB_CAPACITIES: dict[str, tuple[dict[str, Any], Capacity]] = {
-    "of all tokens": ({}, Capacity("fraction", 1.0, share_first=False)),
-    "of some": ({"moe_eval_capacity_token_fraction": 0.25}, Capacity("fraction", 0.25, share_first=False)),
-    "a number": ({"moe_eval_capacity_token_fraction": -1.0}, Capacity("fixed", 64, share_first=False)),
+    "of all tokens": ({}, Capacity("fraction", 1.0, renormalise_first=False)),
+    "of some": (
+        {"moe_eval_capacity_token_fraction": 0.25},
+        Capacity("fraction", 0.25, renormalise_first=False),
+    ),
+    "a number": ({"moe_eval_capacity_token_fraction": -1.0}, Capacity("fixed", 64, renormalise_first=False)),
     "the even share": (
         {"moe_eval_capacity_token_fraction": -1.0, "expert_capacity": None},
-        Capacity("even", share_first=False),
+        Capacity("even", renormalise_first=False),
     ),
     "by score": (
         {"batch_prioritized_routing": True, "normalize_router_prob_before_dropping": True},
-        Capacity("fraction", 1.0, by_score=True),
+        Capacity("fraction", 1.0, batch_prioritised=True),
     ),
 }
 

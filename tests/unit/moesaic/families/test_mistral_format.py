@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import TINY_MIXTRAL
 from support.described_tensors import read_described
-from support.mistral_checkpoints import native_tensors, randomise, write_native
+from support.mistral_checkpoints import mistral_tensors, randomise, write_mistral_format
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from moesaic.checkpoints.checkpoint import NATIVE_SINGLE_FILE, Checkpoint, open_checkpoint
+from moesaic.checkpoints.checkpoint import MISTRAL_SINGLE_FILE, Checkpoint, open_checkpoint
 from moesaic.checkpoints.mistral_params import PARAMS_FILE, read_params
 from moesaic.checkpoints.safetensors_file import TensorEntry
 from moesaic.errors import CheckpointError
@@ -35,7 +35,7 @@ def mistral(**overrides: Any) -> PreTrainedModel:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_native(tmp_path / "native", mixtral(), "safetensors")
+    return write_mistral_format(tmp_path / "native", mixtral(), "safetensors")
 
 
 def bits(folder: Path) -> dict[str, torch.Tensor]:
@@ -59,8 +59,8 @@ def edit_params(folder: Path, **changes: Any) -> None:
 
 
 def edit_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
-    tensors = {**load_file(folder / NATIVE_SINGLE_FILE), **changes}
-    save_file({k: v for k, v in tensors.items() if v is not None}, folder / NATIVE_SINGLE_FILE)
+    tensors = {**load_file(folder / MISTRAL_SINGLE_FILE), **changes}
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / MISTRAL_SINGLE_FILE)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def edit_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
 def test_the_very_bits_of_the_hugging_face_form_come_out(tmp_path: Path, build: Any, overrides: Any) -> None:
     model = build(**overrides)
     model.save_pretrained(tmp_path / "hf")
-    write_native(tmp_path / "native", model, "safetensors")
+    write_mistral_format(tmp_path / "native", model, "safetensors")
     assert equal(bits(tmp_path / "hf"), bits(tmp_path / "native"))
 
 
 def test_both_forms_are_the_same_model_but_for_names(tmp_path: Path) -> None:
     model = mixtral(sliding_window=9)
     model.save_pretrained(tmp_path / "hf")
-    write_native(tmp_path / "native", model, "safetensors", max_seq_len=256)
+    write_mistral_format(tmp_path / "native", model, "safetensors", max_seq_len=256)
     ours, theirs = (describe_model(open_checkpoint(tmp_path / form)) for form in ("hf", "native"))
     assert (ours.family, ours.mixers, ours.max_model_len, ours.addresses, ours.num_parameters) == (
         theirs.family,
@@ -109,7 +109,7 @@ def test_queries_and_keys_are_put_in_order_by_their_own_number_of_heads(folder: 
 
 
 def test_a_dense_layer_goes_to_the_router_under_the_names_of_transformers(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(write_native(tmp_path, mistral(), "safetensors"))
+    checkpoint = open_checkpoint(write_mistral_format(tmp_path, mistral(), "safetensors"))
     model = describe_model(checkpoint, "router")
     assert model.experts == {}
     gate = model.dense["model.layers.1.mlp.gate_proj.weight"]
@@ -117,7 +117,7 @@ def test_a_dense_layer_goes_to_the_router_under_the_names_of_transformers(tmp_pa
 
 
 def test_windows_that_differ_by_layer_are_those_of_the_mixers(tmp_path: Path) -> None:
-    folder = write_native(tmp_path, mistral(), "safetensors", sliding_window=[None, 16])
+    folder = write_mistral_format(tmp_path, mistral(), "safetensors", sliding_window=[None, 16])
     model = describe_model(open_checkpoint(folder))
     assert [mixer.window for mixer in model.mixers if isinstance(mixer, Attention)] == [None, 16]
 
@@ -164,7 +164,7 @@ def test_a_tensor_that_is_no_part_of_the_model_is_named(folder: Path) -> None:
 
 
 def test_experts_in_params_of_a_dense_model_are_refused(tmp_path: Path) -> None:
-    folder = write_native(tmp_path, mistral(), "safetensors")
+    folder = write_mistral_format(tmp_path, mistral(), "safetensors")
     edit_params(folder, moe={"num_experts": 4, "num_experts_per_tok": 2})
     assert refusal(folder).field == "layers.0.feed_forward.experts.0.w1.weight"
 
@@ -185,7 +185,7 @@ def test_the_reference_mistral_has_the_same_bits_in_either_form(shared: Path) ->
 
 
 def test_the_test_writes_what_the_files_of_mistral_have() -> None:
-    names = native_tensors(mixtral()).keys()
+    names = mistral_tensors(mixtral()).keys()
     assert {name for name in names if "layers.0." in name and "experts" not in name} == {
         *(f"layers.0.attention.w{letter}.weight" for letter in "qkvo"),
         "layers.0.attention_norm.weight",
@@ -249,7 +249,7 @@ def test_the_published_models_have_the_published_number_of_parameters(
         for name, shape in {**LAYER, **ffn}.items()
     }
     entries = {
-        name: TensorEntry(name, Path(NATIVE_SINGLE_FILE), "BF16", shape, 0, 2 * math.prod(shape))
+        name: TensorEntry(name, Path(MISTRAL_SINGLE_FILE), "BF16", shape, 0, 2 * math.prod(shape))
         for name, shape in shapes.items()
     }
     config = read_params(PARAMS | params)

@@ -7,16 +7,16 @@ import threading
 
 import pytest
 
-from router.api.event_bridge import Mailbox
+from router.api.event_bridge import EventBridge
 
 
 async def test_everything_arrives_in_order_whatever_thread_it_comes_from() -> None:
-    mailbox, received, done = Mailbox(), list[int](), asyncio.Event()
+    bridge, received, done = EventBridge(), list[int](), asyncio.Event()
 
     def send() -> None:
         for number in range(10_000):
-            mailbox.put(received.append, number)
-        mailbox.put(done.set)
+            bridge.put(received.append, number)
+        bridge.put(done.set)
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -25,7 +25,7 @@ async def test_everything_arrives_in_order_whatever_thread_it_comes_from() -> No
     assert received == list(range(10_000))
 
 
-async def test_many_letters_wake_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_events_wake_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loop, wakes = asyncio.get_running_loop(), 0
     call_soon_threadsafe = loop.call_soon_threadsafe
 
@@ -35,19 +35,20 @@ async def test_many_letters_wake_the_loop_once(monkeypatch: pytest.MonkeyPatch) 
         return call_soon_threadsafe(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "call_soon_threadsafe", count)
-    mailbox, received = Mailbox(), list[int]()
+    bridge, received = EventBridge(), list[int]()
     for number in range(64):
-        mailbox.put(received.append, number)
+        bridge.put(received.append, number)
     await asyncio.sleep(0)
     assert wakes == 1 and received == list(range(64))
-    mailbox.put(received.append, 64)
+    bridge.put(received.append, 64)
     await asyncio.sleep(0)
     assert wakes == 2 and received[-1] == 64
 
 
-def test_a_letter_to_a_closed_loop_is_dropped() -> None:
-    async def make() -> Mailbox:
-        return Mailbox()
+def test_an_event_for_a_closed_loop_is_dropped() -> None:
+    async def make() -> EventBridge:
+        return EventBridge()
 
-    mailbox = asyncio.run(make())
-    mailbox.put(print, "nobody reads this")
+    bridge, delivered = asyncio.run(make()), list[str]()
+    bridge.put(delivered.append, "too late")
+    assert delivered == []

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moesaic.families.model import Attention, Hyena, Mixer
 from router.attention.packed_batch import PackedBatch, pack
 from router.attention.paged import attend, softmax_beside_sinks
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.scheduling.block_pool import BlockPool
 from router.scheduling.sequence import Chunk, Sequence
@@ -88,7 +88,7 @@ def run(
     sinks: torch.Tensor | None = None,
 ) -> tuple[dict[int, dict[str, QueriesKeysValues]], dict[int, dict[str, torch.Tensor]]]:
     """Inputs and outputs of every layer that attends, by sequence."""
-    layout = Layout.of(mixers, block_tokens=4, device=CPU, dtype=dtype, invariant=invariant)
+    layout = AttentionLayout.of(mixers, block_tokens=4, device=CPU, dtype=dtype, invariant=invariant)
     num_blocks = sum(-(-(length + 4) // 4) for length in lengths.values())
     cache = KVCache(mixers, num_blocks=num_blocks, block_tokens=4, dtype=dtype, device=CPU)
     attending = {layer: mixer for layer, mixer in enumerate(mixers) if isinstance(mixer, Attention)}
@@ -168,7 +168,7 @@ def test_layers_of_one_model_may_see_differently_and_have_heads_of_their_own(inv
 
 def test_layers_that_see_alike_share_what_is_laid_out() -> None:
     mixers = [view("all"), view("window 5"), view("all", sinks=True), view("window 5")]
-    layout = Layout.of(mixers, block_tokens=4, device=CPU, dtype=torch.float32)
+    layout = AttentionLayout.of(mixers, block_tokens=4, device=CPU, dtype=torch.float32)
     sequence = Sequence("a", [0] * 9, 9, blocks=[0, 1, 2])
     batch = pack((Chunk(sequence, 0, 9),), layout)
     assert len(batch.plans) == 2
@@ -259,7 +259,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("in_a_row", [True, False])
 def test_a_prompt_of_32k_is_read_in_chunks_with_bounded_memory(window: int | None, in_a_row: bool) -> None:
     mixer = Attention(num_heads=2, num_kv_heads=1, head_dim=8, window=window)
-    layout = Layout.of([mixer], block_tokens=LONG_BLOCK, device=CPU, dtype=torch.float32)
+    layout = AttentionLayout.of([mixer], block_tokens=LONG_BLOCK, device=CPU, dtype=torch.float32)
     blocks = list(range(LONG // LONG_BLOCK + 1))
     cache = KVCache([mixer], num_blocks=len(blocks), block_tokens=LONG_BLOCK, dtype=torch.float32, device=CPU)
     inputs = random_inputs(LONG + 1, mixer)
@@ -281,7 +281,7 @@ def test_a_prompt_of_32k_is_read_in_chunks_with_bounded_memory(window: int | Non
 
 def test_a_token_that_decodes_reads_no_block_that_its_window_has_left() -> None:
     mixers = [Attention(2, 1, 8, window=4096), Attention(2, 1, 8, chunk=8192)]
-    layout = Layout.of(mixers, block_tokens=LONG_BLOCK, device=CPU, dtype=torch.float32)
+    layout = AttentionLayout.of(mixers, block_tokens=LONG_BLOCK, device=CPU, dtype=torch.float32)
     sequence = Sequence("a", [0] * LONG, LONG, blocks=list(range(LONG // LONG_BLOCK)))
     batch = pack((Chunk(sequence, 3 * 8192 + 100, 1),), layout)
     (in_window,), (in_chunk,) = (batch.plan(layer).decode for layer in range(2))

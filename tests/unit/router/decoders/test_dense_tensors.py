@@ -44,6 +44,16 @@ def test_tensors_come_in_the_dtype_of_the_model_whatever_the_files_hold(tmp_path
     assert {name: tensor.dtype for name, tensor in tensors.items()} == dict.fromkeys("ab", torch.bfloat16)
 
 
+def test_tensors_that_are_exact_come_in_float32_unrounded(tmp_path: Path) -> None:
+    values = torch.randn(2, 4)
+    checkpoint = write(tmp_path, model={"gate": values, "up": values.clone()})
+    dense = {name: DenseTensor((2, 4), name) for name in ("gate", "up")}
+    device = torch.device("cpu")
+    tensors = dict(read_dense(checkpoint, dense, dtype=torch.bfloat16, device=device, exact={"gate"}))
+    assert torch.equal(tensors["gate"], values)
+    assert torch.equal(tensors["up"], values.bfloat16())
+
+
 @pytest.mark.parametrize("num_heads", [1, 2])
 def test_rotary_rows_in_interleaved_order_are_put_into_half_order(tmp_path: Path, num_heads: int) -> None:
     rows = torch.arange(num_heads * 6 * 2, dtype=torch.float32).view(num_heads * 6, 2)

@@ -6,49 +6,49 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
-from router.dispatch.row_grouping import SlotOrder
+from router.dispatch.row_grouping import RowsBySlot
 from router.gating.gate import NO_SLOT
 
 
 def test_slots_ascend_and_keep_the_order_of_tokens() -> None:
-    order = SlotOrder.of(torch.tensor([[3, 1], [1, 0]]))
-    assert order.slots == [0, 1, 3]
-    assert [order.assignments_of(place).tolist() for place in range(3)] == [[3], [1, 2], [0]]
-    assert [order.tokens_of(place) for place in range(3)] == [[1], [0, 1], [0]]
+    groups = RowsBySlot.of(torch.tensor([[3, 1], [1, 0]]))
+    assert groups.slots == [0, 1, 3]
+    assert [groups.assignments_of(group).tolist() for group in range(3)] == [[3], [1, 2], [0]]
+    assert [groups.tokens_of(group) for group in range(3)] == [[1], [0, 1], [0]]
 
 
 def test_ranks_without_a_slot_are_asked_of_nobody() -> None:
-    order = SlotOrder.of(torch.tensor([[3, 1], [1, NO_SLOT], [NO_SLOT, NO_SLOT]]))
-    assert order.slots == [1, 3]
-    assert [order.assignments_of(place).tolist() for place in range(2)] == [[1, 2], [0]]
-    assert order.empty.tolist() == [3, 4, 5]
-    nobody = SlotOrder.of(torch.full((2, 2), NO_SLOT))
-    assert nobody.slots == [] and len(nobody.empty) == 4
+    groups = RowsBySlot.of(torch.tensor([[3, 1], [1, NO_SLOT], [NO_SLOT, NO_SLOT]]))
+    assert groups.slots == [1, 3]
+    assert [groups.assignments_of(group).tolist() for group in range(2)] == [[1, 2], [0]]
+    assert groups.unassigned.tolist() == [3, 4, 5]
+    nobody = RowsBySlot.of(torch.full((2, 2), NO_SLOT))
+    assert nobody.slots == [] and len(nobody.unassigned) == 4
 
 
 def test_a_single_token_is_ordered_as_many_are() -> None:
     for slots in ([5, NO_SLOT, 2], [NO_SLOT, NO_SLOT], [4]):
-        alone, beside = SlotOrder.of(torch.tensor([slots])), SlotOrder.of(torch.tensor([slots, slots]))
+        alone, beside = RowsBySlot.of(torch.tensor([slots])), RowsBySlot.of(torch.tensor([slots, slots]))
         assert alone.slots == beside.slots
-        assert list(alone.empty) == [rank for rank, slot in enumerate(slots) if slot == NO_SLOT]
-        for place, slot in enumerate(alone.slots):
-            assert list(alone.assignments_of(place)) == [slots.index(slot)]
-            assert alone.tokens_of(place) == [0]
-            part = alone.part([place])
-            assert (part.slots, part.counts, part.rows) == ([slot], [1], [0])
-            assert part.tokens is None and part.num_tokens == 1
+        assert list(alone.unassigned) == [rank for rank, slot in enumerate(slots) if slot == NO_SLOT]
+        for group, slot in enumerate(alone.slots):
+            assert list(alone.assignments_of(group)) == [slots.index(slot)]
+            assert alone.tokens_of(group) == [0]
+            rows = alone.worker_rows([group])
+            assert (rows.slots, rows.counts, rows.hidden_rows) == ([slot], [1], [0])
+            assert rows.tokens is None and rows.num_tokens == 1
 
 
 def test_whoever_computes_every_token_is_sent_all_without_a_choice() -> None:
-    part = SlotOrder.of(torch.tensor([[3, 1], [1, 0]])).part([1])
-    assert part.tokens is None and part.num_tokens == 2
-    assert (part.slots, part.counts, part.rows) == ([1], [2], [0, 1])
+    rows = RowsBySlot.of(torch.tensor([[3, 1], [1, 0]])).worker_rows([1])
+    assert rows.tokens is None and rows.num_tokens == 2
+    assert (rows.slots, rows.counts, rows.hidden_rows) == ([1], [2], [0, 1])
 
 
 def test_whoever_computes_few_tokens_is_sent_just_these() -> None:
-    part = SlotOrder.of(torch.tensor([[0, 1], [2, 3], [0, 3]])).part([1, 2])
-    assert part.tokens is not None and part.tokens.tolist() == [0, 1]
-    assert (part.slots, part.counts, part.rows) == ([1, 2], [1, 1], [0, 1])
+    rows = RowsBySlot.of(torch.tensor([[0, 1], [2, 3], [0, 3]])).worker_rows([1, 2])
+    assert rows.tokens is not None and rows.tokens.tolist() == [0, 1]
+    assert (rows.slots, rows.counts, rows.hidden_rows) == ([1, 2], [1, 1], [0, 1])
 
 
 @given(
@@ -62,18 +62,18 @@ def test_every_assignment_is_asked_of_just_one_part_and_finds_its_token_there(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     slots = torch.rand(num_tokens, 8, generator=generator).topk(num_ranks).indices
-    order = SlotOrder.of(slots)
-    owners = data.draw(st.lists(st.integers(0, 2), min_size=len(order.slots), max_size=len(order.slots)))
+    groups = RowsBySlot.of(slots)
+    owners = data.draw(st.lists(st.integers(0, 2), min_size=len(groups.slots), max_size=len(groups.slots)))
     seen = []
     for owner in set(owners):
-        part = order.part([place for place, one in enumerate(owners) if one == owner])
-        sent = list(range(num_tokens)) if part.tokens is None else part.tokens.tolist()
-        assert part.num_tokens == len(sent)
+        rows = groups.worker_rows([group for group, one in enumerate(owners) if one == owner])
+        sent = list(range(num_tokens)) if rows.tokens is None else rows.tokens.tolist()
+        assert rows.num_tokens == len(sent)
         slot_of_row = [
-            slot for slot, count in zip(part.slots, part.counts, strict=True) for _ in range(count)
+            slot for slot, count in zip(rows.slots, rows.counts, strict=True) for _ in range(count)
         ]
-        for assignment, row, slot in zip(part.assignments, part.rows, slot_of_row, strict=True):
+        for assignment, row, slot in zip(rows.assignments, rows.hidden_rows, slot_of_row, strict=True):
             token, rank = divmod(int(assignment), num_ranks)
             assert sent[row] == token and slots[token, rank] == slot
-        seen += map(int, part.assignments)
+        seen += map(int, rows.assignments)
     assert sorted(seen) == list(range(num_tokens * num_ranks))

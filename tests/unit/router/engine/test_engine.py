@@ -24,12 +24,11 @@ from moesaic.errors import (
     Unavailable,
 )
 from moesaic.families.model import Attention
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import Contexts, KVCache
 from router.decoders.decoder import MicroBatch, RouterModel
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.engine.engine import Engine
-from router.engine.overlap import Overlap
 from router.engine.request import (
     Failed,
     Finished,
@@ -54,7 +53,7 @@ class CountingModel:
     """Keeps each token id in the cache, so that the sum over a context is what its blocks really hold."""
 
     mixers = (Attention(num_heads=1, num_kv_heads=1, head_dim=1),)
-    layout = Layout.of(mixers, block_tokens=4, device=torch.device("cpu"), dtype=torch.float32)
+    layout = AttentionLayout.of(mixers, block_tokens=4, device=torch.device("cpu"), dtype=torch.float32)
 
     def __init__(self) -> None:
         self.on_forward: Callable[[MicroBatch], None] = lambda part: None
@@ -90,7 +89,7 @@ class Harness:
         num_blocks: int = 64,
         limits: Limits | None = None,
         max_waiting: int = 64,
-        overlap: Overlap | None = None,
+        overlap: bool = False,
     ) -> None:
         self.model = CountingModel()
         self.blocks = BlockPool(num_blocks, 4)
@@ -339,15 +338,8 @@ def test_values_that_are_not_finite_are_not_found_by_anybody_else(
     assert harness.engine.stats().prefix_hit_tokens == 0
 
 
-class AlwaysSplit(Overlap):
-    """Two micro-batches whenever there are two tokens."""
-
-    def decide(self, num_decoding: int, num_prompt_tokens: int) -> bool:
-        return num_decoding + num_prompt_tokens > 1
-
-
 def test_two_micro_batches_give_what_one_gives() -> None:
-    harness = Harness(overlap=AlwaysSplit())
+    harness = Harness(overlap=True)
     prompts = [tuple(range(1, 2 + 3 * index)) for index in range(12)]
     waiting = [harness.submit(str(i), prompt) for i, prompt in enumerate(prompts)]
     scored = harness.submit("scored", tuple(range(1, 40)), max_tokens=2, prompt_logprobs=0)
@@ -366,7 +358,7 @@ def test_two_micro_batches_give_what_one_gives() -> None:
 
 @pytest.mark.parametrize("part_number", [0, 1])
 def test_a_prompt_that_was_cut_in_two_fails_once_whichever_part_lacks_an_expert(part_number: int) -> None:
-    harness = Harness(overlap=AlwaysSplit())
+    harness = Harness(overlap=True)
     parts: list[MicroBatch] = []
 
     def lose_one(part: MicroBatch) -> None:

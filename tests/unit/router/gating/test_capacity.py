@@ -13,7 +13,7 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from moesaic.families.model import Capacity, GateRule
-from router.gating.capacity import assign_within, runs
+from router.gating.capacity import assign_with_capacity, run_lengths
 from router.gating.gate import NO_SLOT, Assignment, assign
 
 TOP_1 = GateRule(1)
@@ -48,7 +48,7 @@ def test_switch_counts_the_tokens_of_each_sequence_as_transformers_does(
     router.classifier.weight.data = torch.eye(num_slots)
     capacity = Capacity("fixed", size, counted="sequence")
 
-    found, dropped = assign_within(logits, TOP_1, capacity, runs(capacity, lengths))
+    found, dropped = assign_with_capacity(logits, TOP_1, capacity, run_lengths(capacity, lengths))
 
     with torch.inference_mode():
         outputs = [router(part[None]) for part in logits.split(lengths)]
@@ -85,9 +85,9 @@ def test_nllb_drops_what_its_router_in_transformers_drops(
         normalize_router_prob_before_dropping=share_first,
     )
     kind, amount = ("fraction", fraction) if fraction > 0 else ("fixed", float(size))
-    capacity = Capacity(kind, amount, by_score=by_score, share_first=share_first)  # type: ignore[arg-type]
+    capacity = Capacity(kind, amount, batch_prioritised=by_score, renormalise_first=share_first)  # type: ignore[arg-type]
 
-    found, dropped = assign_within(logits, TOP_2, capacity, runs(capacity, [num_tokens]))
+    found, dropped = assign_with_capacity(logits, TOP_2, capacity, run_lengths(capacity, [num_tokens]))
 
     with torch.inference_mode():
         _, expected = NllbMoeTop2Router(config).eval().route_tokens(logits.clone())
@@ -140,10 +140,10 @@ def test_st_moe_counts_second_choices_behind_the_first_ones_that_found_a_place(
     seed: int, num_tokens: int, num_slots: int, group: int, factor: float, least: int, threshold: float | None
 ) -> None:
     logits = random_logits(seed, num_tokens, num_slots)
-    rule = GateRule(2, renormalise=True, epsilon=1e-9, least_second=threshold)
-    capacity = Capacity("factor", factor, least=least, group=group, kept_only=True)
+    rule = GateRule(2, renormalise=True, epsilon=1e-9, second_threshold=threshold)
+    capacity = Capacity("factor", factor, min_tokens=least, group_size=group, count_kept_only=True)
 
-    found, dropped = assign_within(logits, rule, capacity, runs(capacity, [num_tokens]))
+    found, dropped = assign_with_capacity(logits, rule, capacity, run_lengths(capacity, [num_tokens]))
 
     expected, expected_dropped = mesh(logits, group, factor, least, threshold)
     torch.testing.assert_close(combine_weights(found, num_slots), expected)
@@ -153,7 +153,7 @@ def test_st_moe_counts_second_choices_behind_the_first_ones_that_found_a_place(
 @pytest.mark.parametrize("threshold", [None, 0.2, 1.0])
 def test_without_a_capacity_the_second_choice_hangs_on_its_weight_alone(threshold: float | None) -> None:
     logits = random_logits(1, 50, 6)
-    rule = GateRule(2, renormalise=True, epsilon=1e-9, least_second=threshold)
+    rule = GateRule(2, renormalise=True, epsilon=1e-9, second_threshold=threshold)
     expected, dropped = mesh(logits, 1024, factor=100.0, least=100, threshold=threshold)
     assert dropped == 0
     torch.testing.assert_close(combine_weights(assign(logits, rule), 6), expected)
@@ -161,10 +161,10 @@ def test_without_a_capacity_the_second_choice_hangs_on_its_weight_alone(threshol
 
 RULES: dict[str, tuple[GateRule, Capacity]] = {
     "switch": (TOP_1, Capacity("fixed", 100, counted="sequence")),
-    "nllb": (GateRule(2, renormalise=True, scale=0.8), Capacity("fraction", 1.0, share_first=False)),
+    "nllb": (GateRule(2, renormalise=True, scale=0.8), Capacity("fraction", 1.0, renormalise_first=False)),
     "st_moe": (
-        GateRule(2, renormalise=True, epsilon=1e-9, least_second=0.2),
-        Capacity("factor", 100.0, kept_only=True, group=8),
+        GateRule(2, renormalise=True, epsilon=1e-9, second_threshold=0.2),
+        Capacity("factor", 100.0, count_kept_only=True, group_size=8),
     ),
 }
 
@@ -173,7 +173,7 @@ RULES: dict[str, tuple[GateRule, Capacity]] = {
 def test_where_no_slot_is_full_nothing_changes(name: str) -> None:
     rule, capacity = RULES[name]
     logits = random_logits(2, 30, 5)
-    found, dropped = assign_within(logits, rule, capacity, runs(capacity, [30]))
+    found, dropped = assign_with_capacity(logits, rule, capacity, run_lengths(capacity, [30]))
     expected = assign(logits, rule)
     assert dropped == 0
     assert torch.equal(found.slots, expected.slots)
@@ -185,18 +185,18 @@ def test_where_no_slot_is_full_nothing_changes(name: str) -> None:
     [
         ({"counted": "sequence"}, [3, 5, 1]),
         ({}, [9]),
-        ({"group": 4}, [4, 4, 1]),
-        ({"group": 3}, [3, 3, 3]),
+        ({"group_size": 4}, [4, 4, 1]),
+        ({"group_size": 3}, [3, 3, 3]),
     ],
 )
 def test_tokens_are_counted_over_sequences_steps_or_groups(
     capacity: dict[str, Any], expected: list[int]
 ) -> None:
-    assert runs(Capacity("fixed", 1, **capacity), [3, 5, 1]) == expected
+    assert run_lengths(Capacity("fixed", 1, **capacity), [3, 5, 1]) == expected
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_no_tokens_need_no_slots(name: str) -> None:
     rule, capacity = RULES[name]
-    found, dropped = assign_within(torch.empty(0, 5), rule, capacity, runs(capacity, []))
+    found, dropped = assign_with_capacity(torch.empty(0, 5), rule, capacity, run_lengths(capacity, []))
     assert found.slots.shape == (0, rule.top_k) and dropped == 0

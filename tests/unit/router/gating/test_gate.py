@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch.nn import functional
 from transformers import AutoConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -23,9 +24,10 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from moesaic.compute.linear import Linear
 from moesaic.families.model import GateRule, Groups
-from router.decoders.hf.moe_block import Gate
-from router.gating.gate import NO_SLOT, Assignment, assign
+from router.decoders.hf.moe_block import GateModule
+from router.gating.gate import NO_SLOT, Assignment, Gate, assign, assign_all
 from router.phase_clock import PhaseClock
 
 MIXTRAL = GateRule(top_k=2, renormalise=True)
@@ -63,6 +65,45 @@ def per_slot(assignment: Assignment, num_slots: int = NUM_SLOTS) -> torch.Tensor
     """Weights [T, E], zero where a slot was not chosen."""
     slots = assignment.slots.clamp(min=0)
     return torch.zeros(len(slots), num_slots).scatter_add_(1, slots, assignment.weights)
+
+
+def draw_gate(rule: GateRule, dtype: torch.dtype, *, exact: bool) -> Gate:
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(NUM_SLOTS, 16, generator=generator).to(dtype)
+    bias = torch.randn(NUM_SLOTS, generator=generator).to(torch.float32 if exact else dtype)
+    return Gate(rule, rows, bias if rule.biased else None, draw_bias(1, rule), exact)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_gate_applies_its_rule_to_the_logits_of_its_rows(name: str) -> None:
+    gate, hidden = draw_gate(RULES[name], torch.float32, exact=False), torch.randn(5, 16)
+    logits = hidden @ gate.rows.T + (0 if gate.bias is None else gate.bias)  # type: ignore[union-attr]
+    torch.testing.assert_close(gate.logits(hidden), logits)
+    expected = assign(gate.logits(hidden), RULES[name], selection_bias=gate.selection_bias)
+    found = gate.assign(hidden)
+    assert torch.equal(found.slots, expected.slots) and torch.equal(found.weights, expected.weights)
+
+
+def test_an_exact_gate_computes_logits_in_float32_and_any_other_in_the_dtype_of_the_model() -> None:
+    hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact, rounded = (draw_gate(RULES["gpt_oss"], torch.bfloat16, exact=exact) for exact in (True, False))
+    assert rounded.logits(hidden).dtype == torch.bfloat16
+    rows, bias = exact.rows, exact.bias
+    assert isinstance(rows, torch.Tensor)
+    assert torch.equal(exact.logits(hidden), functional.linear(hidden.float(), rows.float(), bias))
+
+
+def test_rows_in_a_batch_invariant_form_give_each_token_the_same_bits_alone() -> None:
+    rows = torch.randn(NUM_SLOTS, 16, generator=torch.Generator().manual_seed(7))
+    gate, hidden = Gate(MIXTRAL, Linear(rows, batch_invariant=True)), torch.randn(9, 16)
+    together = gate.logits(hidden)
+    assert torch.equal(together, torch.cat([gate.logits(row[None]) for row in hidden]))
+
+
+def test_a_layer_without_a_gate_gives_every_token_to_its_one_slot() -> None:
+    assignment = assign_all(torch.randn(3, 16))
+    assert assignment.slots.tolist() == [[0]] * 3
+    assert assignment.weights.tolist() == [[1.0]] * 3
 
 
 def test_equal_scores_choose_the_lowest_slots() -> None:
@@ -231,7 +272,7 @@ def test_the_gate_equals_the_one_of_transformers(family: str, dtype: torch.dtype
     with torch.no_grad():
         for tensor in (*theirs.parameters(), *theirs.buffers()):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.5 if tensor.dim() > 1 else 0.1))
-    ours = Gate(16, 32, rule, PhaseClock(), exact=family in EXACT)
+    ours = GateModule(16, 32, rule, PhaseClock(), exact=family in EXACT)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     hidden = torch.randn(200, 32, generator=generator).to(dtype)
     with torch.inference_mode():
@@ -254,7 +295,7 @@ def _weights_per_slot(family: str, output: tuple[torch.Tensor, ...], num_slots: 
     return per_slot(Assignment(weights.float(), slots), num_slots)
 
 
-def _has_ties(gate: Gate, hidden: torch.Tensor) -> torch.Tensor:
+def _has_ties(gate: GateModule, hidden: torch.Tensor) -> torch.Tensor:
     """Of the tokens [T], those with two equal logits, which bfloat16 makes many: theirs promise no order among them."""
     logits = torch.nn.functional.linear(hidden, gate.weight, gate.bias)
     ranked = logits.float().sort(dim=-1).values

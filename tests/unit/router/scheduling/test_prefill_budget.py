@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.scheduling.block_pool import BlockPool
-from router.scheduling.prefill_budget import MIN_CHUNK, Pace
+from router.scheduling.prefill_budget import MIN_CHUNK, PrefillBudget
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.sequence import Sequence
 
@@ -20,102 +20,104 @@ class Machine:
         return self.fixed_s + self.decode_s * num_decoding + self.prompt_s * num_prompt_tokens
 
 
-def learn(pace: Pace, machine: Machine, *steps: tuple[int, int]) -> None:
+def learn(prefill: PrefillBudget, machine: Machine, *steps: tuple[int, int]) -> None:
     for num_decoding, num_prompt_tokens in steps:
-        pace.observe(num_decoding, num_prompt_tokens, machine.seconds(num_decoding, num_prompt_tokens))
+        prefill.observe(num_decoding, num_prompt_tokens, machine.seconds(num_decoding, num_prompt_tokens))
 
 
 def test_with_nobody_to_disturb_a_step_is_full() -> None:
-    assert Pace(max_batch_tokens=512, max_stall=1.8).budget(0) == 512
+    assert PrefillBudget(max_batch_tokens=512, max_stall=1.8).tokens(0) == 512
 
 
 def test_before_anything_is_known_a_prompt_is_read_in_the_smallest_chunks() -> None:
-    pace = Pace(max_batch_tokens=512, max_stall=1.8)
-    assert pace.budget(8) == MIN_CHUNK
-    assert pace.budget(510) == 2
+    prefill = PrefillBudget(max_batch_tokens=512, max_stall=1.8)
+    assert prefill.tokens(8) == MIN_CHUNK
+    assert prefill.tokens(510) == 2
 
 
 def test_a_mixed_step_takes_what_it_may_and_no_more() -> None:
-    pace, machine = (
-        Pace(max_batch_tokens=512, max_stall=1.8),
+    prefill, machine = (
+        PrefillBudget(max_batch_tokens=512, max_stall=1.8),
         Machine(fixed_s=0.06, decode_s=0.005, prompt_s=0.001),
     )
-    learn(pace, machine, *[(8, 0)] * 5, (0, 512))
+    learn(prefill, machine, *[(8, 0)] * 5, (0, 512))
     for _ in range(20):
-        learn(pace, machine, (8, pace.budget(8)))
-    stalled = machine.seconds(8, pace.budget(8)) / machine.seconds(8, 0)
+        learn(prefill, machine, (8, prefill.tokens(8)))
+    stalled = machine.seconds(8, prefill.tokens(8)) / machine.seconds(8, 0)
     assert 1.7 < stalled <= 1.8
 
 
 def test_the_more_wait_for_few_the_larger_the_chunks() -> None:
-    pace, machine = (
-        Pace(max_batch_tokens=512, max_stall=1.8),
+    prefill, machine = (
+        PrefillBudget(max_batch_tokens=512, max_stall=1.8),
         Machine(fixed_s=0.06, decode_s=0.005, prompt_s=0.001),
     )
-    learn(pace, machine, *[(8, 0)] * 5, (0, 512))
+    learn(prefill, machine, *[(8, 0)] * 5, (0, 512))
     for _ in range(20):
-        learn(pace, machine, (8, pace.budget(8)))
-    calm = pace.budget(8)
-    assert pace.budget(8, num_unread=1) == calm
-    assert calm < pace.budget(8, num_unread=4) < pace.budget(8, num_unread=8)
-    assert pace.budget(8, num_unread=56) == 504
+        learn(prefill, machine, (8, prefill.tokens(8)))
+    calm = prefill.tokens(8)
+    assert prefill.tokens(8, num_unread=1) == calm
+    assert calm < prefill.tokens(8, num_unread=4) < prefill.tokens(8, num_unread=8)
+    assert prefill.tokens(8, num_unread=56) == 504
 
 
 def test_a_first_step_price_that_hides_a_fixed_cost_is_corrected_soon() -> None:
-    pace = Pace(max_batch_tokens=512, max_stall=1.8)
+    prefill = PrefillBudget(max_batch_tokens=512, max_stall=1.8)
     for _ in range(5):
-        pace.observe(8, 0, 0.1)
-    pace.observe(0, 512, 0.2)  # cheap: a prompt alone
+        prefill.observe(8, 0, 0.1)
+    prefill.observe(0, 512, 0.2)  # cheap: a prompt alone
     for _ in range(6):
-        budget = pace.budget(8)
-        pace.observe(8, budget, 0.1 + 0.04 + 0.0005 * budget)  # beside others it costs more to begin with
-    budget = pace.budget(8)
+        budget = prefill.tokens(8)
+        prefill.observe(8, budget, 0.1 + 0.04 + 0.0005 * budget)  # beside others it costs more to begin with
+    budget = prefill.tokens(8)
     assert 0.1 + 0.04 + 0.0005 * budget == pytest.approx(0.18, rel=0.1)
 
 
 def test_an_expensive_prompt_is_still_read_in_chunks_worth_a_place() -> None:
-    pace, machine = (
-        Pace(max_batch_tokens=512, max_stall=1.1),
+    prefill, machine = (
+        PrefillBudget(max_batch_tokens=512, max_stall=1.1),
         Machine(fixed_s=0.01, decode_s=0.0, prompt_s=0.1),
     )
-    learn(pace, machine, (4, 0), (4, 16))
-    assert pace.budget(4) == MIN_CHUNK
+    learn(prefill, machine, (4, 0), (4, 16))
+    assert prefill.tokens(4) == MIN_CHUNK
 
 
 def test_a_cheap_prompt_never_fills_more_than_the_batch() -> None:
-    pace, machine = (
-        Pace(max_batch_tokens=512, max_stall=1.8),
+    prefill, machine = (
+        PrefillBudget(max_batch_tokens=512, max_stall=1.8),
         Machine(fixed_s=1.0, decode_s=0.0, prompt_s=1e-6),
     )
-    learn(pace, machine, (4, 0), (4, 16), (4, 16))
-    assert pace.budget(4) == 508
+    learn(prefill, machine, (4, 0), (4, 16), (4, 16))
+    assert prefill.tokens(4) == 508
 
 
 def test_one_slow_step_does_not_stop_the_reading() -> None:
-    pace, machine = (
-        Pace(max_batch_tokens=512, max_stall=1.8),
+    prefill, machine = (
+        PrefillBudget(max_batch_tokens=512, max_stall=1.8),
         Machine(fixed_s=0.1, decode_s=0.0, prompt_s=0.001),
     )
-    learn(pace, machine, *[(8, 0)] * 5, *[(8, 64)] * 10)
-    before = pace.budget(8)
-    pace.observe(8, 64, 30.0)
-    assert pace.budget(8) >= before // 2
-    pace.observe(8, 0, 30.0)
-    assert pace.budget(8) <= before
+    learn(prefill, machine, *[(8, 0)] * 5, *[(8, 64)] * 10)
+    before = prefill.tokens(8)
+    prefill.observe(8, 64, 30.0)
+    assert prefill.tokens(8) >= before // 2
+    prefill.observe(8, 0, 30.0)
+    assert prefill.tokens(8) <= before
 
 
 def test_where_nothing_ever_decoded_alone_the_rest_of_a_mixed_step_is_taken_for_it() -> None:
-    pace, machine = (
-        Pace(max_batch_tokens=512, max_stall=1.8),
+    prefill, machine = (
+        PrefillBudget(max_batch_tokens=512, max_stall=1.8),
         Machine(fixed_s=0.1, decode_s=0.0, prompt_s=0.001),
     )
-    pace.observe(0, 512, 0.512)
-    learn(pace, machine, (1, 16))
-    assert pace.budget(1) == 80
+    prefill.observe(0, 512, 0.512)
+    learn(prefill, machine, (1, 16))
+    assert prefill.tokens(1) == 80
 
 
 def test_the_scheduler_keeps_to_it_and_reads_all_it_can_when_nobody_decodes() -> None:
-    scheduler = Scheduler(Limits(64, 8), BlockPool(128, 4), pace=Pace(max_batch_tokens=64, max_stall=1.5))
+    scheduler = Scheduler(
+        Limits(64, 8), BlockPool(128, 4), prefill_budget=PrefillBudget(max_batch_tokens=64, max_stall=1.5)
+    )
 
     def step() -> dict[str, int]:
         chunks = scheduler.schedule()

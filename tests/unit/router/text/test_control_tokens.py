@@ -16,7 +16,7 @@ from moesaic.errors import InvalidArgument
 from router.text.text import Text, load_text
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
-KINDS = ("byte_level", "sentencepiece", "native_sentencepiece", "tekken")
+KINDS = ("byte_level", "sentencepiece", "mistral_sentencepiece", "tekken")
 
 
 def folder_of(kind: str, folder: Path, template: str = TEMPLATE) -> Path:
@@ -27,7 +27,7 @@ def folder_of(kind: str, folder: Path, template: str = TEMPLATE) -> Path:
             return write_folder(folder, sentencepiece(), chat_template=template)
         case "tekken":
             write_tekken(folder)
-        case "native_sentencepiece":
+        case "mistral_sentencepiece":
             write_sentencepiece(folder, controls=("[INST]",))
     (folder / "chat_template.jinja").write_text(template)
     return folder

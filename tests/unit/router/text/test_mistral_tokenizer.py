@@ -15,7 +15,7 @@ from support.mistral_tokenizers import sentencepiece_model_bytes, tekken, write_
 from support.tiny_tokenizer import byte_level, write_folder
 
 from moesaic.errors import CheckpointError
-from router.text.mistral_tokenizer import find_native_file
+from router.text.mistral_tokenizer import find_mistral_file
 from router.text.text import Text, load_text
 
 V1, V2, V3, V7 = (
@@ -42,19 +42,19 @@ def streamed(text: Text, ids: tuple[int, ...]) -> list[str]:
 
 def test_tokenizer_json_goes_before_all_others_then_tekken_then_the_highest_version(tmp_path: Path) -> None:
     write_sentencepiece(tmp_path)
-    assert find_native_file(tmp_path) == tmp_path / "tokenizer.model"
+    assert find_mistral_file(tmp_path) == tmp_path / "tokenizer.model"
     for name in ("tokenizer.model.v3", "tokenizer.model.v11", "tokenizer.model.v2", "tokenizer.model.old"):
         write_sentencepiece(tmp_path, name)
-    assert find_native_file(tmp_path) == tmp_path / "tokenizer.model.v11"
+    assert find_mistral_file(tmp_path) == tmp_path / "tokenizer.model.v11"
     write_tekken(tmp_path)
-    assert find_native_file(tmp_path) == tmp_path / "tekken.json"
+    assert find_mistral_file(tmp_path) == tmp_path / "tekken.json"
     assert load_text(tmp_path).token(3) == "[INST]"
     write_folder(tmp_path, byte_level())
     assert load_text(tmp_path).token(3) != "[INST]"
 
 
-def test_a_folder_with_no_such_file_has_no_native_tokenizer(tmp_path: Path) -> None:
-    assert find_native_file(tmp_path) is None
+def test_a_folder_with_no_such_file_has_no_tokenizer_of_mistrals(tmp_path: Path) -> None:
+    assert find_mistral_file(tmp_path) is None
 
 
 # SentencePiece.

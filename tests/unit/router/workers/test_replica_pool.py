@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from support.fake_links import FakeLink, digest, make_epoch
 
-from moesaic.epoch import ExpertAddress
+from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.routing_table import Replica, RoutingTable
-from router.workers.replica_pool import SHUN_S, ReplicaPool
+from router.workers.replica_pool import BACK_OFF_S, ReplicaPool
 
 EPOCH = make_epoch(1, 2)
 FIRST = ExpertAddress(0, 0)
@@ -27,7 +27,7 @@ class Rig:
 
     def publish(self, revision: int, *incarnations: str) -> None:
         """A table of workers that hold everything; "a2" is the second start of worker "a"."""
-        replicas = (Replica(name[0], f"{name}:1", name, EPOCH.versions) for name in incarnations)
+        replicas = (Replica(name[0], f"{name}:1", name, EPOCH.expert_versions) for name in incarnations)
         self.pool.update(RoutingTable(revision, tuple(replicas)))
 
     def pick(self, *exclude: str) -> str | None:
@@ -53,6 +53,17 @@ def test_a_restarted_worker_is_another_replica(rig: Rig) -> None:
     assert rig.links["a1"].closed and rig.pick() == "a2"
 
 
+def test_a_version_that_a_running_worker_loads_becomes_visible_on_the_same_link(rig: Rig) -> None:
+    first, second = (ExpertVersion(FIRST, digest(0, 0)), ExpertVersion(FIRST, b"2" * 32))
+    for revision, holdings in enumerate([{first}, {first, second}, {second}]):
+        replica = Replica("a", "a:1", "a1", frozenset(holdings))
+        rig.pool.update(RoutingTable(revision, (replica,)))
+        for version in (first, second):
+            link = rig.pool.pick(*version)
+            assert link is (rig.links["a1"] if version in holdings else None)
+    assert len(rig.links) == 1 and not rig.links["a1"].closed
+
+
 def test_an_older_table_changes_nothing(rig: Rig) -> None:
     rig.publish(2, "a1")
     rig.publish(1, "b1")
@@ -61,15 +72,15 @@ def test_an_older_table_changes_nothing(rig: Rig) -> None:
 
 def test_a_replica_that_failed_is_left_alone_for_a_moment(rig: Rig) -> None:
     rig.publish(1, "a1", "b1")
-    rig.pool.shun(rig.links["a1"])
+    rig.pool.back_off(rig.links["a1"])
     assert rig.pick() == "b1"
-    rig.now_s += SHUN_S + 0.1
+    rig.now_s += BACK_OFF_S + 0.1
     assert rig.pick() == "a1"
 
 
 def test_a_replica_that_failed_is_asked_when_there_is_no_other(rig: Rig) -> None:
     rig.publish(1, "a1")
-    rig.pool.shun(rig.links["a1"])
+    rig.pool.back_off(rig.links["a1"])
     assert rig.pick() == "a1"
 
 

@@ -14,7 +14,7 @@ from router.decoders.encoder_decoder.positions import (
     bias_of_distances,
     bias_of_queries,
     buckets,
-    prompt_places,
+    prompt_positions,
     sinusoids,
 )
 
@@ -55,6 +55,6 @@ def test_a_prompt_has_the_sines_and_cosines_of_transformers(padding: int) -> Non
     first, second = torch.tensor([5, 6, padding, 9, 9, padding]), torch.tensor([padding, 3])
     table = sinusoids(torch.arange(padding, padding + 20), 16)
     table[0] = 0
-    found = table[prompt_places(torch.cat([first, second]), [6, 2], padding)]
+    found = table[prompt_positions(torch.cat([first, second]), [6, 2], padding)]
     expected = torch.cat([reference(ids[None])[0] for ids in (first, second)])
     assert torch.equal(found, expected)

@@ -17,10 +17,10 @@ from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import CheckpointError, InvalidArgument, Unsupported
 from moesaic.families import describe_model
 from moesaic.families.model import Attention
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.hf.attention import AttentionStep, Temperature, paged_attention
 from router.decoders.hf.config import modules_config
-from router.decoders.hf.decoder import StockDecoder
+from router.decoders.hf.decoder import HfDecoder
 from router.phase_clock import PhaseClock
 
 
@@ -30,11 +30,11 @@ def change_config(folder: Path, **values: Any) -> Path:
     return folder
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> StockDecoder:
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> HfDecoder:
     checkpoint = open_checkpoint(folder)
     model = describe_model(checkpoint)
-    layout = Layout.of(model.mixers, block_tokens=16, device=torch.device("cpu"), dtype=dtype)
-    return StockDecoder(checkpoint, model, layout, num_positions=64, clock=PhaseClock())
+    layout = AttentionLayout.of(model.mixers, block_tokens=16, device=torch.device("cpu"), dtype=dtype)
+    return HfDecoder(checkpoint, model, layout, num_positions=64, clock=PhaseClock())
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from transformers.models.youtu.configuration_youtu import YoutuConfig
 
 from moesaic.errors import Unsupported
 from moesaic.families.model import LatentAttention, Mixer
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.hf import latent_attention
 from router.decoders.hf.attention import AttentionStep
@@ -120,7 +120,7 @@ def paged(
     """Hidden states [T, D] of every sequence -> outputs [T, D], by ours."""
     dtype = hidden["one"].dtype
     cpu = torch.device("cpu")
-    layout = Layout.of([mixer], block_tokens=BLOCK_TOKENS, device=cpu, dtype=dtype)
+    layout = AttentionLayout.of([mixer], block_tokens=BLOCK_TOKENS, device=cpu, dtype=dtype)
     cache = KVCache([mixer], num_blocks=64, block_tokens=BLOCK_TOKENS, dtype=dtype, device=cpu)
     ours = LatentAttentionModule(module, 0, mixer)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in hidden}
@@ -184,8 +184,16 @@ def test_in_bfloat16_it_is_as_close_to_the_truth_as_the_module_of_transformers(
 def test_heads_are_expanded_one_by_one_where_memory_has_no_room_for_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    num_heads, attend = [], latent_attention.attend_parts
+
+    def count(queries: torch.Tensor, *rest: Any) -> None:
+        num_heads.append(len(queries))
+        attend(queries, *rest)
+
+    monkeypatch.setattr(latent_attention, "attend_parts", count)
     monkeypatch.setattr(latent_attention, "_MOST_EXPANDED", 1)
     test_prompts_in_chunks_and_decoded_tokens_equal_the_module_of_transformers("v3", 64)
+    assert set(num_heads) == {1}
 
 
 def test_the_cache_holds_one_compressed_vector_a_token() -> None:

@@ -16,7 +16,7 @@ from moesaic.errors import CheckpointError
 from moesaic.families import describe_model
 from moesaic.families.model import Attention
 from moesaic.settings import Decoder
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.decoders.decoder import RouterModel
 from router.decoders.load import load_model
 from router.phase_clock import PhaseClock
@@ -30,7 +30,7 @@ def load(folder: Path, decoder: Decoder = "auto") -> RouterModel:
     return load_model(
         checkpoint,
         model,
-        Layout.of(model.mixers, block_tokens=16, device=torch.device("cpu"), dtype=torch.float32),
+        AttentionLayout.of(model.mixers, block_tokens=16, device=torch.device("cpu"), dtype=torch.float32),
         decoder=decoder,
         num_positions=NUM_POSITIONS,
         clock=PhaseClock(),

@@ -97,6 +97,11 @@ def test_several_weights_cannot_go_onto_one_row() -> None:
         block(GateRule(2, score="logit", weight="sigmoid", weighs="input"), Wiring(), [])
 
 
+def test_experts_that_are_called_outside_a_step_are_an_error_that_says_so() -> None:
+    with pytest.raises(RuntimeError, match="no step is running"):
+        RemoteMlp(RemoteExperts(0, CurrentStep()))(HIDDEN)
+
+
 def test_a_dense_layer_asks_its_one_expert_for_every_token() -> None:
     step, experts = CurrentStep(), Experts([])
     step.experts = cast(DispatchStep, experts)

@@ -20,10 +20,10 @@ from moesaic.families import DenseLayers, describe_model
 from moesaic.settings import Decoder
 from router.attention.packed_batch import pack
 from router.attention.rotary import rotary_turns
-from router.attention.views import Layout
+from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
 from router.decoders.decoder import MicroBatch, RouterModel
-from router.decoders.hf.decoder import StockDecoder
+from router.decoders.hf.decoder import HfDecoder
 from router.decoders.lean.decoder import LeanDecoder
 from router.decoders.load import load_model
 from router.dispatch.dispatcher import DispatchStep
@@ -72,7 +72,7 @@ class Harness:
     ) -> None:
         checkpoint = open_checkpoint(folder)
         shape = describe_model(checkpoint, dense_layers)
-        layout = Layout.of(
+        layout = AttentionLayout.of(
             shape.mixers,
             block_tokens=BLOCK_TOKENS,
             device=torch.device("cpu"),
@@ -158,7 +158,7 @@ def known_model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, D
     return write_model(random_model(family, 5, **SIZES, **overrides), tmp_path), dense_layers
 
 
-def test_lean_and_stock_give_the_same_logits_for_prompts_decodes_and_both_at_once(
+def test_lean_and_hf_give_the_same_logits_for_prompts_decodes_and_both_at_once(
     known_model: tuple[Path, DenseLayers],
 ) -> None:
     folder, dense_layers = known_model
@@ -173,8 +173,8 @@ def test_lean_and_stock_give_the_same_logits_for_prompts_decodes_and_both_at_onc
             harness.run([Chunk(a, 20, 1), Chunk(b, 3, 1), Chunk(c, 0, 149)]),
             harness.run([Chunk(c, 149, 1), Chunk(b, 4, 5)]),
         ]
-    for lean, stock in zip(logits["lean"], logits["hf"], strict=True):
-        torch.testing.assert_close(lean, stock, atol=1e-5, rtol=1e-5)
+    for lean, hf in zip(logits["lean"], logits["hf"], strict=True):
+        torch.testing.assert_close(lean, hf, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_turn_by_the_very_numbers_of_transformers() -> None:
@@ -265,14 +265,14 @@ def test_a_config_that_it_does_not_know_is_refused_by_name_and_left_to_transform
     with pytest.raises(Unsupported, match=key) as refused:
         Harness(folder, "lean")
     assert refused.value.field == "engine.decoder"
-    assert isinstance(Harness(folder, "auto").model, StockDecoder)
+    assert isinstance(Harness(folder, "auto").model, HfDecoder)
     with pytest.raises(Unsupported, match=key):
         Harness(folder, "auto", invariant=True)
 
 
-def test_what_it_knows_it_runs_unless_stock_is_asked_for(tmp_path: Path) -> None:
+def test_what_it_knows_it_runs_unless_hf_is_asked_for(tmp_path: Path) -> None:
     folder = write_mixtral(tmp_path)
     assert isinstance(Harness(folder, "auto").model, LeanDecoder)
-    assert isinstance(Harness(folder, "hf").model, StockDecoder)
+    assert isinstance(Harness(folder, "hf").model, HfDecoder)
     with pytest.raises(InvalidArgument, match="batch_invariant"):
         Harness(folder, "hf", invariant=True)

@@ -19,11 +19,10 @@ from support.striped_hyena import EVO, Reference, write_striped_hyena
 
 from moesaic.epoch import Epoch
 from moesaic.errors import DataLoss, MoesaicError, Unavailable, Unsupported
-from router.assembly import load_parts
+from router.assembly import load_router
 from router.decoders.decoder import MicroBatch
 from router.decoders.stripedhyena.decoder import rms_norm
 from router.engine.engine import Engine
-from router.engine.overlap import Overlap
 from router.engine.request import (
     Failed,
     Finished,
@@ -46,13 +45,6 @@ MAX_RUNNING = 8
 EPOCH = Epoch.of("tiny", {})
 
 
-class AlwaysSplit(Overlap):
-    """Two micro-batches whenever there are two tokens."""
-
-    def decide(self, num_decoding: int, num_prompt_tokens: int) -> bool:
-        return num_decoding + num_prompt_tokens > 1
-
-
 class Harness:
     """The real engine over a tiny model."""
 
@@ -61,16 +53,16 @@ class Harness:
         folder: Path,
         *,
         num_blocks: int = 256,
-        num_kept: int = 8,
-        overlap: Overlap | None = None,
+        num_snapshots: int = 8,
+        overlap: bool = False,
         max_batch_tokens: int = 64,
     ) -> None:
         config = router_config(folder, "router", kv_block_tokens=BLOCK)
-        parts = load_parts(config, ReplicaPool(), PhaseClock())
-        self.model = parts.model
-        self.cache = parts.cache
+        loaded = load_router(config, ReplicaPool(), PhaseClock())
+        self.model = loaded.model
+        self.cache = loaded.cache
         self.blocks = BlockPool(num_blocks, BLOCK)
-        self.states = StatePool(MAX_RUNNING, num_kept)
+        self.states = StatePool(MAX_RUNNING, num_snapshots)
         scheduler = Scheduler(
             Limits(max_batch_tokens, MAX_RUNNING),
             self.blocks,
@@ -78,11 +70,11 @@ class Harness:
             states=self.states,
         )
         self.engine = Engine(
-            parts.model,
-            parts.cache,
+            loaded.model,
+            loaded.cache,
             scheduler,
-            parts.dispatcher,
-            parts.clock,
+            loaded.dispatcher,
+            loaded.clock,
             epoch=EPOCH,
             overlap=overlap,
             max_waiting=64,
@@ -157,16 +149,16 @@ Make = Callable[..., Harness]
 
 
 @pytest.mark.parametrize("max_batch_tokens", [64, 5])
-@pytest.mark.parametrize("overlap", [None, AlwaysSplit()])
+@pytest.mark.parametrize("overlap", [False, True])
 def test_prompts_of_many_lengths_at_once_each_get_what_they_get_alone(
-    make: Make, greedy: Greedy, max_batch_tokens: int, overlap: Overlap | None
+    make: Make, greedy: Greedy, max_batch_tokens: int, overlap: bool
 ) -> None:
     harness = make(max_batch_tokens=max_batch_tokens, overlap=overlap)
     prompts = random_prompts(1, 2, 3, 11, 16, 17, 30)
     waiting = [harness.submit(str(index), prompt) for index, prompt in enumerate(prompts)]
     for prompt, events in zip(prompts, waiting, strict=True):
         assert collect(events)[0] == greedy(prompt)
-    if overlap is not None:
+    if overlap:
         assert harness.engine.stats().overlapped_steps > 0
 
 
@@ -206,7 +198,7 @@ def test_preempted_sequences_start_over_and_are_exact(make: Make, greedy: Greedy
 
 
 def test_slots_of_the_ended_are_used_again_from_zero(make: Make, greedy: Greedy) -> None:
-    harness = make(num_kept=1)
+    harness = make(num_snapshots=1)
     for index, prompt in enumerate(random_prompts(9, 2, 1, 13, 5)):
         assert collect(harness.submit(str(index), prompt, num_new=3))[0] == greedy(prompt, 3)
 
@@ -270,8 +262,8 @@ def test_in_bfloat16_rounding_does_not_add_up_along_the_sequence(
 ) -> None:
     write_striped_hyena(tmp_path, seed=3, dtype=torch.bfloat16, **variant)
     config = replace(router_config(tmp_path, "router"), dtype="bfloat16")
-    parts = load_parts(config, ReplicaPool(), PhaseClock())
-    router = LocalRouter(parts, lambda: parts.dispatcher.begin(EPOCH, deadline_s=0.0))
+    loaded = load_router(config, ReplicaPool(), PhaseClock())
+    router = LocalRouter(loaded, lambda: loaded.dispatcher.begin(EPOCH, deadline_s=0.0))
     (prompt,) = random_prompts(150)
     expected = Reference(tmp_path).logits(prompt)
     for budget in (512, 1):
@@ -290,5 +282,5 @@ def test_what_is_not_to_be_had_of_it_is_refused(
     folder: Path, settings: dict[str, object], field: str
 ) -> None:
     with pytest.raises(Unsupported) as refused:
-        load_parts(router_config(folder, "router", **settings), ReplicaPool(), PhaseClock())
+        load_router(router_config(folder, "router", **settings), ReplicaPool(), PhaseClock())
     assert refused.value.field == field

@@ -44,7 +44,9 @@ class OldStub:
 def opened(
     stub: Any, host: str = "127.0.0.1", *, use_lane: bool = False, use_direct: bool = True
 ) -> dict[Way, Transport]:
-    return open_ways(stub, Replica("a", f"{host}:1", "a-1", {}), use_lane=use_lane, use_direct=use_direct)
+    return open_ways(
+        stub, Replica("a", f"{host}:1", "a-1", frozenset()), use_lane=use_lane, use_direct=use_direct
+    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Between the host's memory and the device that computes. Where that is the CPU, nothing moves.
+"""Copies between the host's memory and the device that computes. Where that is the CPU, nothing is copied.
 
-With CUDA rows travel through pinned memory, so that no copy waits: the device runs behind, and a pass waits for it once,
-when its answers are complete.
+With CUDA tensors travel through pinned memory, so that no copy waits by itself: the device runs behind, and
+`to_host` waits for it once, for all tensors together.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host, on the device."""
     if device.type != "cuda":
         return tensor
-    # torch keeps pinned memory back until the copy is through.
+    # torch does not hand pinned memory out again before the copy is done.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of one device, complete and readable by the host."""
+    """Tensors of one device, complete and readable by the host; those of a GPU are contiguous."""
     if not tensors or tensors[0].device.type != "cuda":
         return list(tensors)
     copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]

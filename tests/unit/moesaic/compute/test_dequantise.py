@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from expert_worker.experts.dequantise import dequantise_fp8_block, dequantise_mxfp4
+from moesaic.compute.dequantise import dequantise_fp8_block, dequantise_mxfp4
 
 MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 

@@ -1,4 +1,4 @@
-"""The blueprint: what is started for some settings, a model and some nodes."""
+"""The process plan: what is started for some settings, a model and some nodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.checkpoints import write_mixtral
 from support.sparse_checkpoints import TINY_MISTRAL, write_sparse_decoder
 
 from cluster.control.placement import Node
-from cluster.processes.blueprint import PlannedProcess, check_counts, draw_blueprint
+from cluster.processes.process_plan import PlannedProcess, check_counts, plan_processes
 from cluster.processes.specs import ControllerSpec, ExpertWorkerSpec, GatewaySpec, RouterSpec
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument
@@ -32,8 +32,8 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sparse_decoder(tmp_path_factory.mktemp("dense"), TINY_MISTRAL)
 
 
-def blueprint(model: MoeModel, settings: Settings, *nodes: Node) -> tuple[PlannedProcess, ...]:
-    return draw_blueprint(settings, Path("/models/tiny"), "mine", model, nodes or (HOME,), "home")
+def planned(model: MoeModel, settings: Settings, *nodes: Node) -> tuple[PlannedProcess, ...]:
+    return plan_processes(settings, Path("/models/tiny"), "mine", model, nodes or (HOME,), "home")
 
 
 def settings(**flags: Any) -> Settings:
@@ -49,7 +49,7 @@ def specs(processes: tuple[PlannedProcess, ...], kind: type) -> list[Any]:
 
 
 def test_there_is_one_controller_one_router_one_gateway_and_the_workers(model: MoeModel) -> None:
-    processes = blueprint(model, settings(cluster={"workers": 3}))
+    processes = planned(model, settings(cluster={"workers": 3}))
     assert [process.spec.name for process in processes] == [
         "router-0",
         "controller",
@@ -61,7 +61,7 @@ def test_there_is_one_controller_one_router_one_gateway_and_the_workers(model: M
 
 
 def test_the_workers_hold_every_expert_and_the_controller_knows_which(model: MoeModel) -> None:
-    processes = blueprint(model, settings(cluster={"workers": 3}))
+    processes = planned(model, settings(cluster={"workers": 3}))
     workers = configs(processes, ExpertWorkerSpec)
     (controller,) = specs(processes, ControllerSpec)
     assert sum(len(worker.experts) for worker in workers) == len(model.addresses)
@@ -73,7 +73,7 @@ def test_the_workers_hold_every_expert_and_the_controller_knows_which(model: Moe
 
 
 def test_public_addresses_and_names_come_from_the_settings(model: MoeModel) -> None:
-    processes = blueprint(
+    processes = planned(
         model,
         settings(host="0.0.0.0", http_port=1, grpc_port=2, engine={"threads": 3}),
     )
@@ -88,7 +88,7 @@ def test_public_addresses_and_names_come_from_the_settings(model: MoeModel) -> N
 
 
 def test_router_and_gateway_stay_on_the_node_of_the_command(model: MoeModel) -> None:
-    processes = blueprint(model, settings(cluster={"workers": 2}), HOME, OTHER)
+    processes = planned(model, settings(cluster={"workers": 2}), HOME, OTHER)
     assert {process.spec.name: process.seat.node.id for process in processes if process.pinned} == {
         "router-0": "home",
         "gateway": "home",
@@ -96,7 +96,7 @@ def test_router_and_gateway_stay_on_the_node_of_the_command(model: MoeModel) -> 
 
 
 def test_several_routers_are_all_known_to_the_gateway_and_the_controller(model: MoeModel) -> None:
-    processes = blueprint(model, settings(cluster={"routers": 3, "workers": 2}))
+    processes = planned(model, settings(cluster={"routers": 3, "workers": 2}))
     names = ("router-0", "router-1", "router-2")
     (gateway,), (controller,) = specs(processes, GatewaySpec), specs(processes, ControllerSpec)
     assert tuple(router.name for router in specs(processes, RouterSpec)) == gateway.routers == names
@@ -105,7 +105,7 @@ def test_several_routers_are_all_known_to_the_gateway_and_the_controller(model: 
 
 
 def test_only_the_first_router_has_the_public_address_and_may_not_move(model: MoeModel) -> None:
-    processes = blueprint(
+    processes = planned(
         model, settings(host="0.0.0.0", grpc_port=2, device="cpu", cluster={"routers": 3}), HOME, OTHER
     )
     routers = [process for process in processes if isinstance(process.spec, RouterSpec)]
@@ -122,7 +122,7 @@ def test_only_the_first_router_has_the_public_address_and_may_not_move(model: Mo
 
 
 def test_workers_run_on_a_gpu_where_there_is_one_and_share_the_cores_of_their_node(model: MoeModel) -> None:
-    workers = configs(blueprint(model, settings(cluster={"workers": 3}), HOME, OTHER), ExpertWorkerSpec)
+    workers = configs(planned(model, settings(cluster={"workers": 3}), HOME, OTHER), ExpertWorkerSpec)
     assert [(worker.device, worker.settings.threads) for worker in workers] == [
         ("cpu", 4),
         ("cuda", 16),
@@ -132,19 +132,19 @@ def test_workers_run_on_a_gpu_where_there_is_one_and_share_the_cores_of_their_no
 
 def test_a_tiny_model_takes_no_more_workers_than_it_has_experts(model: MoeModel) -> None:
     nodes = [Node(str(index), f"10.0.0.{index}", 4, 0) for index in range(20)]
-    processes = draw_blueprint(settings(), Path("/models/tiny"), "mine", model, nodes, "3")
+    processes = plan_processes(settings(), Path("/models/tiny"), "mine", model, nodes, "3")
     assert len(specs(processes, ExpertWorkerSpec)) == len(model.addresses)
 
 
 def test_the_layers_of_a_dense_model_are_spread_over_the_workers(dense_folder: Path) -> None:
     model = describe_model(open_checkpoint(dense_folder))
-    workers = configs(blueprint(model, settings(cluster={"workers": 2})), ExpertWorkerSpec)
+    workers = configs(planned(model, settings(cluster={"workers": 2})), ExpertWorkerSpec)
     assert [sorted(worker.experts) for worker in workers] == [[(0, 0), (2, 0)], [(1, 0)]]
 
 
 def test_a_dense_model_in_the_router_has_no_workers_and_every_process_is_told(dense_folder: Path) -> None:
     model = describe_model(open_checkpoint(dense_folder), "router")
-    processes = blueprint(model, settings(dense_layers="router", cluster={"routers": 2}), HOME, OTHER)
+    processes = planned(model, settings(dense_layers="router", cluster={"routers": 2}), HOME, OTHER)
     assert [process.spec.name for process in processes] == ["router-0", "router-1", "controller", "gateway"]
     (controller,) = specs(processes, ControllerSpec)
     assert (controller.cluster.experts, controller.cluster.workers) == (frozenset(), frozenset())
@@ -153,7 +153,7 @@ def test_a_dense_model_in_the_router_has_no_workers_and_every_process_is_told(de
 
 
 def test_where_dense_layers_are_computed_reaches_routers_and_workers(model: MoeModel) -> None:
-    processes = blueprint(model, settings(dense_layers="experts", cluster={"workers": 2}))
+    processes = planned(model, settings(dense_layers="experts", cluster={"workers": 2}))
     told = [*configs(processes, RouterSpec), *configs(processes, ExpertWorkerSpec)]
     assert [config.dense_layers for config in told] == ["experts"] * 3
 

@@ -1,6 +1,6 @@
-"""Settings, a model and the nodes of a cluster -> the processes to start, each with its seat. Pure.
+"""The process plan: which processes to start for some settings, a model and the nodes of a cluster. Pure.
 
-The routers come first: of all processes they take longest to start.
+The routers are first, because they take the longest of all processes to start.
 """
 
 from __future__ import annotations
@@ -39,26 +39,29 @@ from router.config import RouterConfig
 
 @dataclass(frozen=True, slots=True)
 class PlannedProcess:
-    """A process and where it runs. `pinned`: nowhere else, for its public address is that of this machine."""
+    """A process and where it runs.
+
+    It reserves `num_cpus`; the controller and the gateway reserve none, because they hardly compute. A
+    `pinned` process runs on its node and nowhere else, because it has the public address of that machine.
+    """
 
     spec: ProcessSpec
     seat: Seat
-    # What it reserves; the controller and the gateway hardly need any.
     num_cpus: int
     pinned: bool
 
 
 def check_counts(settings: Settings, model: MoeModel) -> None:
-    """Whether the model can be served and spread as asked, before anything runs. Raises InvalidArgument."""
+    """Checks that the model can be served and spread as the settings say. Raises InvalidArgument."""
     model.context_length(settings.engine.max_model_len)
     if settings.cluster.workers is not None:
         place_experts(layer_loads(model), settings.cluster.workers, settings.cluster.replicas)
 
 
-def draw_blueprint(
+def plan_processes(
     settings: Settings, folder: Path, name: str, model: MoeModel, nodes: Sequence[Node], home: str
 ) -> tuple[PlannedProcess, ...]:
-    """All processes that serve the model in `folder` as `name`; the command runs on the node with id `home`.
+    """All processes that serve the model in `folder` as `name`. The command runs on the node with id `home`.
 
     Raises InvalidArgument with field `workers`, `replicas` or `device`.
     """
@@ -97,7 +100,7 @@ def draw_blueprint(
 def _workers(
     settings: Settings, folder: Path, model: MoeModel, seats: Sequence[Seat]
 ) -> tuple[PlannedProcess, ...]:
-    """None where the router holds the whole model."""
+    """The expert workers. There are none if the routers hold the whole model."""
     if not seats:
         return ()
     placement = place_experts(layer_loads(model), len(seats), settings.cluster.replicas)
@@ -129,7 +132,7 @@ def _workers(
 def _routers(
     settings: Settings, folder: Path, served_name: str, seats: Sequence[Seat]
 ) -> tuple[PlannedProcess, ...]:
-    """The first has the public address and keeps it; the others are known to the gateway alone and may move."""
+    """The routers. Only the first one is pinned, to the public address; the gateway finds the others."""
     return tuple(
         _router(settings, folder, served_name, name, seat, is_public=index == 0)
         for index, (name, seat) in enumerate(zip(router_names(len(seats)), seats, strict=True))

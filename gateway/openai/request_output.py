@@ -1,7 +1,7 @@
-"""What the calls of one HTTP request have brought so far, in pieces that a reply is made of.
+"""The output of one HTTP request so far, collected from all its calls to routers.
 
-A piece is what one message adds to one choice, or a whole choice at once: streamed chunks and collected replies are
-rendered by the same code.
+A piece is what one message adds to one choice, or a whole choice. Streamed chunks and whole replies are both
+rendered from pieces, by the same code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moesaic.v1 import inference_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What is added to choice `index`; `is_first` when nothing was before."""
+    """An addition to choice `index`. `is_first`: the choice had nothing before it."""
 
     index: int
     is_first: bool
@@ -29,7 +29,7 @@ class Piece:
     stop: str
 
 
-class Answer:
+class RequestOutput:
     """The choices of one request: `num_prompts` x `num_choices`, numbered prompt by prompt."""
 
     def __init__(self, num_prompts: int, num_choices: int) -> None:
@@ -38,9 +38,10 @@ class Answer:
         self._num_choices = num_choices
         self._unfinished = set(range(num_prompts * num_choices))
         self._prompts: dict[int, pb.PromptInfo] = {}
-        # Of every choice that has begun.
+        # The count of each choice that has begun.
         self._completion_tokens: dict[int, int] = {}
-        # Of every prompt that has a finished choice: the fewest that any of its choices found in the cache.
+        # For each prompt with a finished choice, the fewest tokens that any of its choices found in the
+        # cache.
         self._cached_tokens: dict[int, int] = {}
 
     @property
@@ -53,11 +54,11 @@ class Answer:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that were not computed for this request. Its choices share their prompt: that is no hit."""
+        """Prompt tokens from the prefix cache. Choices that share their prompt do not count as hits."""
         return sum(self._cached_tokens.values())
 
     def add(self, prompt_number: int, message: pb.GenerateResponse) -> Piece | None:
-        """Takes a message in; None when it held the prompt alone."""
+        """Adds a message. Returns None for one that holds nothing but the prompt."""
         self.model, self.epoch = message.model, message.epoch
         if message.HasField("prompt"):
             self._prompts[prompt_number] = message.prompt
@@ -84,13 +85,13 @@ class Answer:
         )
 
     def check_complete(self) -> None:
-        """Raises DataLoss when the router fell silent without an end or an error."""
+        """Raises DataLoss when a choice has no finish reason although its call ended without an error."""
         if self._unfinished:
             raise DataLoss("the answer broke off", reason="INCOMPLETE_ANSWER")
 
 
 def join(pieces: Sequence[Piece]) -> Piece:
-    """The pieces of one choice, in order, as one."""
+    """One piece made of all the pieces of a choice, in order."""
     last = pieces[-1]
     return Piece(
         index=last.index,

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from gateway.upstream.router_pool import (
+from gateway.upstream.load_balancer import (
     BUSIER,
     HEAD_LENGTH,
     MAX_PREFIXES,
     TOKENS_PER_SEQUENCE,
     Demand,
-    RouterPool,
+    LoadBalancer,
 )
 from moesaic.v1 import inference_pb2 as pb
 
@@ -78,94 +78,94 @@ def test_a_request_weighs_its_continuations_and_the_length_of_its_prompt() -> No
 
 
 def test_strange_prompts_go_to_the_least_loaded_router() -> None:
-    pool = RouterPool(NAMES)
-    taken = [pool.take(demand(index), NAMES) for index in range(16)]
+    balancer = LoadBalancer(NAMES)
+    taken = [balancer.take(demand(index), NAMES) for index in range(16)]
     assert set(Counter(taken).values()) == {4}
 
 
 def test_a_heavy_request_counts_for_several() -> None:
-    pool = RouterPool(NAMES[:2])
-    busy = pool.take(demand("heavy", 3.0), NAMES[:2])
+    balancer = LoadBalancer(NAMES[:2])
+    busy = balancer.take(demand("heavy", 3.0), NAMES[:2])
     (idle,) = set(NAMES[:2]) - {busy}
-    assert [pool.take(demand(index), NAMES[:2]) for index in range(3)] == [idle] * 3
+    assert [balancer.take(demand(index), NAMES[:2]) for index in range(3)] == [idle] * 3
 
 
 def test_what_ends_is_no_load_any_more() -> None:
-    pool = RouterPool(NAMES[:2])
+    balancer = LoadBalancer(NAMES[:2])
     heavy = demand("heavy", 3.0)
-    first = pool.take(heavy, NAMES[:2])
-    pool.take(demand("light"), NAMES[:2])
-    pool.release(first, heavy)
-    assert pool.take(demand("next"), NAMES[:2]) == first
+    first = balancer.take(heavy, NAMES[:2])
+    balancer.take(demand("light"), NAMES[:2])
+    balancer.release(first, heavy)
+    assert balancer.take(demand("next"), NAMES[:2]) == first
 
 
 def test_a_prefix_stays_with_its_router_while_others_are_less_loaded_but_not_clearly() -> None:
-    pool = RouterPool(NAMES)
-    home = pool.take(demand("shared"), NAMES)
+    balancer = LoadBalancer(NAMES)
+    home = balancer.take(demand("shared"), NAMES)
     for index in range(8):
-        pool.take(demand(index), NAMES)
-    assert pool.take(demand("shared"), NAMES) == home
+        balancer.take(demand(index), NAMES)
+    assert balancer.take(demand("shared"), NAMES) == home
 
 
 def test_one_prefix_for_all_does_not_overload_its_router() -> None:
-    pool = RouterPool(NAMES)
-    taken = Counter(pool.take(demand("shared"), NAMES) for _ in range(400))
+    balancer = LoadBalancer(NAMES)
+    taken = Counter(balancer.take(demand("shared"), NAMES) for _ in range(400))
     assert max(taken.values()) <= BUSIER * 100 + 1
     assert min(taken.values()) >= 80
 
 
 def test_one_after_another_the_same_prefix_always_meets_the_same_router() -> None:
-    pool = RouterPool(NAMES)
+    balancer = LoadBalancer(NAMES)
     shared = demand("shared")
     homes = set()
     for index in range(50):
-        homes.add(home := pool.take(shared, NAMES))
-        other = pool.take(demand(index), NAMES)
-        pool.release(home, shared)
-        pool.release(other, demand(index))
+        homes.add(home := balancer.take(shared, NAMES))
+        other = balancer.take(demand(index), NAMES)
+        balancer.release(home, shared)
+        balancer.release(other, demand(index))
     assert len(homes) == 1
 
 
 def test_idle_pools_side_by_side_send_a_prefix_the_same_way() -> None:
-    chosen = [[RouterPool(NAMES).take(demand(index), NAMES) for index in range(40)] for _ in range(2)]
+    chosen = [[LoadBalancer(NAMES).take(demand(index), NAMES) for index in range(40)] for _ in range(2)]
     assert chosen[0] == chosen[1]
     assert set(chosen[0]) == set(NAMES)
 
 
 def test_when_a_router_goes_only_its_prefixes_move() -> None:
-    before = [RouterPool(NAMES).take(demand(index), NAMES) for index in range(40)]
-    after = [RouterPool(NAMES).take(demand(index), NAMES[1:]) for index in range(40)]
+    before = [LoadBalancer(NAMES).take(demand(index), NAMES) for index in range(40)]
+    after = [LoadBalancer(NAMES).take(demand(index), NAMES[1:]) for index in range(40)]
     assert all(new == old for old, new in zip(before, after, strict=True) if old != NAMES[0])
 
 
 def test_a_prefix_whose_router_is_away_finds_a_new_home_and_keeps_it() -> None:
-    pool = RouterPool(NAMES)
+    balancer = LoadBalancer(NAMES)
     shared = demand("shared")
-    home = pool.take(shared, NAMES)
-    pool.release(home, shared)
+    home = balancer.take(shared, NAMES)
+    balancer.release(home, shared)
     left = [name for name in NAMES if name != home]
-    new = pool.take(shared, left)
-    pool.release(new, shared)
+    new = balancer.take(shared, left)
+    balancer.release(new, shared)
     assert new in left
-    assert pool.take(shared, NAMES) == new
+    assert balancer.take(shared, NAMES) == new
 
 
 def test_the_only_candidate_is_taken_however_busy_it_is() -> None:
-    pool = RouterPool(NAMES)
-    assert {pool.take(demand(index), NAMES[:1]) for index in range(100)} == {NAMES[0]}
+    balancer = LoadBalancer(NAMES)
+    assert {balancer.take(demand(index), NAMES[:1]) for index in range(100)} == {NAMES[0]}
 
 
 @pytest.mark.parametrize("num_prefixes", [1, 5, 1000])
 def test_whatever_comes_and_goes_loads_stay_near_each_other(num_prefixes: int) -> None:
     draw = random.Random(num_prefixes)
-    pool = RouterPool(NAMES)
+    balancer = LoadBalancer(NAMES)
     running: list[tuple[str, Demand]] = []
     worst = 0.0
     for _ in range(5000):
         if len(running) == 64:
-            pool.release(*running.pop(draw.randrange(64)))
+            balancer.release(*running.pop(draw.randrange(64)))
         wanted = demand(draw.randrange(num_prefixes), draw.choice((1.0, 1.5, 2.0)))
-        running.append((pool.take(wanted, NAMES), wanted))
+        running.append((balancer.take(wanted, NAMES), wanted))
         loads = Counter[str]()
         for name, it in running:
             loads[name] += it.weight
@@ -175,9 +175,9 @@ def test_whatever_comes_and_goes_loads_stay_near_each_other(num_prefixes: int) -
 
 
 def test_prefixes_are_forgotten_least_recently_used_first() -> None:
-    pool = RouterPool(NAMES)
+    balancer = LoadBalancer(NAMES)
     for index in range(3 * MAX_PREFIXES):
-        pool.release(pool.take(demand("kept"), NAMES), demand("kept"))
-        pool.release(pool.take(demand(index), NAMES), demand(index))
-    assert len(pool._homes) == MAX_PREFIXES
-    assert demand("kept").prefix in pool._homes and demand(0).prefix not in pool._homes
+        balancer.release(balancer.take(demand("kept"), NAMES), demand("kept"))
+        balancer.release(balancer.take(demand(index), NAMES), demand(index))
+    assert len(balancer._homes) == MAX_PREFIXES
+    assert demand("kept").prefix in balancer._homes and demand(0).prefix not in balancer._homes

@@ -1,8 +1,10 @@
-"""Which router a request goes to. Pure: loads are what the gateway itself has sent and not yet seen end.
+"""The choice of a router for each request. Pure.
 
-The least loaded router gets a request, unless its prompt begins like one that went to another router lately: that one
-holds the prefix in its cache, and keeps such requests until it is clearly busier than the rest. Among equals a hash of
-the prompt decides, so that gateways side by side send equal prompts the same way.
+The load of a router is the work of the gateway's own requests that have not ended. A request goes to the
+least loaded router, unless an earlier prompt with the same beginning went to another one. That router holds
+the prefix in its cache and keeps receiving such requests until it is clearly busier than the rest. A hash of
+the prompt decides between equally loaded routers, so that several gateways send equal prompts to the same
+router.
 """
 
 from __future__ import annotations
@@ -14,23 +16,24 @@ from itertools import islice
 
 from moesaic.v1 import inference_pb2 as pb
 
-# How far a prompt is looked at, in characters or token ids: about what makes a cached prefix worth a detour.
+# The length of the compared beginning of a prompt, in characters or token ids. A shorter cached prefix is not
+# worth a busier router.
 HEAD_LENGTH = 256
 # A prompt of this many tokens weighs as much as another sequence.
 TOKENS_PER_SEQUENCE = 512
 CHARS_PER_TOKEN = 4
-# A router keeps a prefix until it carries this much more than its share.
+# A router keeps its prefixes until its load exceeds its share by this factor.
 BUSIER = 1.25
-# Prefixes of which it is remembered where they went.
+# The number of prefixes whose router is remembered.
 MAX_PREFIXES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What the choice needs to know of a request: how its prompt begins, hashed, and how much work it is."""
+    """The facts about a request that the choice depends on. `prefix`: a hash of the prompt's beginning."""
 
     prefix: bytes
-    # In sequences.
+    # The work, in units of one sequence.
     weight: float
 
     @classmethod
@@ -42,16 +45,16 @@ class Demand:
         return cls(digest.digest(), max(request.n, 1) + num_tokens / TOKENS_PER_SEQUENCE)
 
 
-class RouterPool:
-    """The routers by name, what each carries, and where prefixes went."""
+class LoadBalancer:
+    """The load of each router by name, and the router that each recent prefix went to."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._loads = dict.fromkeys(names, 0.0)
-        # Least recently used first.
+        # The router of each prefix, the least recently used prefix first.
         self._homes: dict[bytes, str] = {}
 
     def take(self, demand: Demand, candidates: Collection[str]) -> str:
-        """One of `candidates`, which must not be empty; it carries the request until `release`."""
+        """One of `candidates`, never empty. The request counts as the router's load until `release`."""
         name = self._choose(demand, candidates)
         self._remember(demand.prefix, name)
         self._loads[name] += demand.weight
@@ -75,12 +78,12 @@ class RouterPool:
 
 
 def _rank(prefix: bytes, name: str) -> bytes:
-    """Rendezvous: every prefix has an order of its own for the routers, which no other router's coming or going changes."""
+    """Rendezvous hashing: adding or removing a router keeps the order of the others for each prefix."""
     return blake2b(prefix + name.encode(), digest_size=8).digest()
 
 
 def _read_prompt(request: pb.GenerateRequest) -> tuple[str, float]:
-    """The head of the prompt and about how many tokens it has."""
+    """The beginning of the prompt, and an estimate of its number of tokens."""
     match request.WhichOneof("prompt"):
         case "token_ids":
             ids = request.token_ids.ids
@@ -92,7 +95,7 @@ def _read_prompt(request: pb.GenerateRequest) -> tuple[str, float]:
 
 
 def _opening(chat: pb.Chat) -> str:
-    """What stays as the conversation grows: everything up to its first word of a user."""
+    """The part that stays the same as the conversation grows: everything up to the first user message."""
     opening = ""
     for message in chat.messages:
         opening += f"{message.role}\0{message.content}\0"

@@ -1,0 +1,59 @@
+"""What `moesaic status` prints of a cluster, with and without a controller that answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.played_cluster import PlayedController, PlayedRouter, playing
+
+from cluster.cli.status import run_status
+from moesaic.v1 import control_pb2, inference_pb2
+
+
+def router() -> PlayedRouter:
+    stats = inference_pb2.GetRouterStatsResponse(
+        kv_blocks_used=1, kv_blocks_total=4, generated_tokens=1234, uptime_s=12.0
+    )
+    stats.workers.add(worker="expert-worker-0", address="127.0.0.1:9", connected=True, calls=5, rows=6789)
+    return PlayedRouter(stats)
+
+
+async def test_a_router_without_a_controller_shows_its_own_view(capsys: pytest.CaptureFixture[str]) -> None:
+    async with playing(router()) as (address, _):
+        await run_status(address, as_json=False)
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        f"tiny (mixtral), epoch e1, router {address}",
+        "2 layers; context 0; up 12 s",
+        "0 running, 0 waiting; KV 1 of 4 blocks; 1,234 tokens generated",
+        "",
+        "worker            connected   address       calls    rows   failed",
+        "──────────────────────────────────────────────────────────────────",
+        "expert-worker-0   yes         127.0.0.1:9       5   6,789        0",
+    ]
+
+
+async def test_json_holds_what_router_and_controller_report(capsys: pytest.CaptureFixture[str]) -> None:
+    asked, controller = router(), PlayedController()
+    async with playing(controller) as (asked.control_address, _), playing(asked) as (address, _):
+        controller.topology.processes.add(
+            name="router-0", role=control_pb2.PROCESS_ROLE_ROUTER, address=address
+        )
+        await run_status(address, as_json=True)
+    status = json.loads(capsys.readouterr().out)
+    assert list(status) == ["router", "model", "stats", "routers", "topology", "problem"]
+    assert (status["router"], status["model"]["model"], status["problem"]) == (address, "tiny", None)
+    assert status["routers"] == {"router-0": status["stats"]}
+    assert status["topology"]["processes"][0]["name"] == "router-0"
+
+
+async def test_a_controller_that_does_not_answer_is_a_remark(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = router()
+    asked.control_address = "127.0.0.1:1"
+    async with playing(asked) as (address, _):
+        await run_status(address, as_json=True)
+    status = json.loads(capsys.readouterr().out)
+    assert (status["topology"], list(status["routers"])) == (None, ["router"])
+    assert status["problem"] == (
+        "the controller at 127.0.0.1:1 does not answer: only the router's view is shown"
+    )
