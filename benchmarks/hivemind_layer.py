@@ -3,7 +3,7 @@
 Both sides: one worker process with all threads, and two that share them out; a client that gates, sends, waits and
 combines, with rows of their own in every call. Ours is the router's dispatcher over real gRPC (the direct stream, as
 routers use it between hosts); judged is our one worker against the faster of theirs. Reported beside it: the same worker
-over gRPC by the threads of grpcio alone, and over the same-host lane.
+over gRPC by the threads of grpcio alone, and over shared memory.
 
 Needs an environment with hivemind (`--python`). Its processes live in a network namespace of their own, which takes the
 rights to make one. Run: python benchmarks/hivemind_layer.py --python ENVIRONMENT/bin/python
@@ -26,7 +26,7 @@ from typing import Annotated
 import torch
 import typer
 from harness import options
-from harness.one_way import pool_of, strays
+from harness.one_transport import call_until_open, pool_of
 from harness.result import Figure, Table, conclude
 from harness.serving import Served, Setup, serve
 from harness.turns import Side, take_turns
@@ -40,7 +40,7 @@ from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.gating.gate import assign
 from router.phase_clock import PhaseClock
 from router.server import SWITCH_INTERVAL_S
-from router.workers.transports.base import DIRECT, GRPC, LANE, Way
+from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, TransportKind
 
 SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
 # A namespace with nothing but loopback; whatever runs inside ends with it.
@@ -50,11 +50,12 @@ START_TIMEOUT_S = 180.0
 # Either side works for a while before it counts: for some tens of milliseconds after a pause everything is slow, and the
 # faster side would do all of its calls in them.
 WARM_UP_S, SPELL_S, MIN_CALLS = 0.5, 1.0, 12
-# Within so many, a link has tried its ways and chosen one.
-TRIAL_SPELLS = 10
 WORKERS = (1, 2)
-# Of our one worker, beside the judged one.
-OTHER_WAYS: dict[str, Way] = {"ours, 1 worker, grpcio": GRPC, "ours, 1 worker, lane": LANE}
+# The transports of our one worker, beside the judged one.
+OTHER_TRANSPORTS: dict[str, TransportKind] = {
+    "ours, 1 worker, grpcio": GRPC,
+    "ours, 1 worker, lane": SHARED_MEMORY,
+}
 
 
 class HivemindLayer:
@@ -93,19 +94,19 @@ class HivemindLayer:
 class OurLayer:
     """Layer 0 of a served model, from this process."""
 
-    def __init__(self, served: Served, model: Path, way: Way) -> None:
-        self._way = way
+    def __init__(self, served: Served, model: Path, kind: TransportKind) -> None:
         self._shape = options.read_shape(model)
         experts = describe_model(open_checkpoint(model)).addresses
         view = NamedWorkers(served.workers, model=model.name, experts=experts)
         snapshot = asyncio.run(_first(view))
         assert snapshot.epoch is not None
         self._epoch = snapshot.epoch
-        self._pool = pool_of(way)
+        self._pool = pool_of(kind)
         self._pool.update(snapshot.table)
         self._dispatcher = Dispatcher(self._pool, PhaseClock(), DispatchRules(call_timeout_s=30.0))
         self._gate = torch.randn(self._shape.experts, self._shape.hidden) / self._shape.hidden**0.5
         self._rule = GateRule(top_k=self._shape.experts_per_token, renormalise=True)
+        call_until_open(self._pool, kind, lambda: self._compute(torch.randn(1, self._shape.hidden)))
 
     @torch.inference_mode()
     def measure(self, tokens: int) -> float:
@@ -115,24 +116,19 @@ class OurLayer:
         while len(times) < MIN_CALLS or time.perf_counter() < counts_from_s + SPELL_S:
             rows = torch.randn(tokens, self._shape.hidden)
             started_s = time.perf_counter()
-            assignment = assign(torch.nn.functional.linear(rows, self._gate), self._rule)
-            step = self._dispatcher.begin(self._epoch, deadline_s=time.monotonic() + 30.0)
-            step.compute(0, rows, assignment.slots, assignment.weights)
+            self._compute(rows)
             if started_s >= counts_from_s:
                 times.append(1000 * (time.perf_counter() - started_s))
-            assert not step.failed
         return statistics.median(times)
-
-    def take_way(self) -> None:
-        """Calls until its way has been tried and chosen. Raises SystemExit where it is not."""
-        for _ in range(TRIAL_SPELLS):
-            self.measure(1)
-            if not strays(self._pool, self._way):
-                return
-        raise SystemExit(f"this way was not chosen: {self._way}")
 
     def close(self) -> None:
         self._pool.close()
+
+    def _compute(self, rows: torch.Tensor) -> None:
+        assignment = assign(torch.nn.functional.linear(rows, self._gate), self._rule)
+        step = self._dispatcher.begin(self._epoch, deadline_s=time.monotonic() + 30.0)
+        step.compute(0, rows, assignment.slots, assignment.weights)
+        assert not step.failed
 
 
 def main(
@@ -155,10 +151,9 @@ def main(
         pids: dict[str, tuple[int, ...]] = {}
         for workers in WORKERS:
             served = stack.enter_context(serve(Setup(folder, workers=workers)))
-            for name, way in {_ours(workers): DIRECT, **(OTHER_WAYS if workers == 1 else {})}.items():
+            for name, kind in {_ours(workers): DIRECT, **(OTHER_TRANSPORTS if workers == 1 else {})}.items():
                 pids[name] = served.pids
-                ours[name] = stack.enter_context(contextlib.closing(OurLayer(served, folder, way)))
-                ours[name].take_way()
+                ours[name] = stack.enter_context(contextlib.closing(OurLayer(served, folder, kind)))
             theirs[workers] = stack.enter_context(contextlib.closing(HivemindLayer(python, workers)))
         for tokens in (1, 16):
             turns = take_turns(
@@ -170,7 +165,7 @@ def main(
                 f"hivemind, {tokens} tokens",
             )
             fastest = min(map(_theirs, WORKERS), key=lambda side: turns.median(side, float))
-            for key, name in ((f"hivemind-{tokens}", _ours(1)), *(("", name) for name in OTHER_WAYS)):
+            for key, name in ((f"hivemind-{tokens}", _ours(1)), *(("", name) for name in OTHER_TRANSPORTS)):
                 faster = turns.ratio(fastest, name, float)
                 figures.append(
                     Figure(

@@ -4,7 +4,7 @@
    time), and raw bytes without any message; alone, and echoed by another process over one gRPC stream, TCP and unix.
 2. A wave: 8 KiB to each of four workers and back, through dispatcher, links and the workers' own service, whose experts
    return their rows; over gRPC (the direct stream, as routers use it between hosts), over gRPC by the threads of grpcio alone,
-   and over the lane, against four processes that echo over bare unix sockets. Reported with it, the least that such a wave
+   and over shared memory, against four processes that echo over bare unix sockets. Reported with it, the least that such a wave
    costs: four processes that echo raw bytes over streams of grpcio, and four that read the messages of the data plane,
    gather their rows and answer, in as few lines as that takes (peers/plain_wave.py). And one row to one of the workers.
 3. A layer call of 64 rows x 2048 bfloat16, top 8 of 128, two such workers, combine: sum.
@@ -32,7 +32,7 @@ import grpc
 import torch
 import typer
 from harness import options
-from harness.one_way import pool_of, strays
+from harness.one_transport import call_until_open, pool_of
 from harness.result import Figure, Table, conclude
 from harness.turns import Rules, Side, take_turns
 from peers.echo import read_frame
@@ -47,17 +47,17 @@ from moesaic.wire.messages import Framed, decode_request, decode_response, encod
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
-from router.workers.transports.base import DIRECT, GRPC, LANE, Way
+from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, TransportKind
 
 PEERS = Path(__file__).parent / "peers"
 SIZES = {"8 KiB": 8 << 10, "128 KiB": 128 << 10, "2 MiB": 2 << 20, "16 MiB": 16 << 20}
 ENCODINGS = ("protobuf field", "ours", "raw bytes")
 METHODS = dict(zip(ENCODINGS, ("Plain", "Ours", "Raw"), strict=True))
-WAYS: dict[str, Way] = {"gRPC, grpcio": GRPC, "gRPC": DIRECT, "lane": LANE}
+TRANSPORTS: dict[str, TransportKind] = {"gRPC, grpcio": GRPC, "gRPC": DIRECT, "lane": SHARED_MEMORY}
 JUDGED_WAVES = {"gRPC": "wave-grpc", "lane": "wave-lane"}
 WAVE_WORKERS, WAVE_HIDDEN = 4, 2048
 LAYER_ROWS, LAYER_HIDDEN, LAYER_SLOTS, LAYER_TOP_K, LAYER_WORKERS = 64, 2048, 128, 8, 2
-# Enough for the trial between two ways to be over.
+# Enough for buffers to be open and caches to be filled.
 WARM_UP_CALLS = 200
 DEADLINE_S = 30.0
 
@@ -75,16 +75,15 @@ def main(
     rules = options.rules(rounds, quick)
     figures: list[Figure] = []
     tables: list[Table] = []
-    notes: list[str] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if part in ("", "encodings"):
             tables += [_encode_table(quick), _round_trip_table(folder, rules, quick)]
         if part in ("", "wave"):
-            figures += _wave(folder, rules, quick, notes)
+            figures += _wave(folder, rules, quick)
         if part in ("", "layer"):
-            figures += _layer(rules, quick, notes)
-    conclude("transport", out, figures=figures, tables=tables, notes=notes, quick=quick)
+            figures += _layer(rules, quick)
+    conclude("transport", out, figures=figures, tables=tables, quick=quick)
 
 
 # Encodings
@@ -228,7 +227,7 @@ def _decode_answer(encoding: str, raw: bytes) -> int:
 # A wave to four workers
 
 
-def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Figure]:
+def _wave(folder: Path, rules: Rules, quick: bool) -> list[Figure]:
     repeats = 20 if quick else 300
     # One token, one expert on each worker: a row of 8 KiB to each, and one back.
     hidden = torch.randn(1, WAVE_HIDDEN)
@@ -255,11 +254,11 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
             "plain messages": partial(_median_s, plain.compute, repeats),
         }
         workers = stack.enter_context(_identity_workers(WAVE_WORKERS, WAVE_HIDDEN, WAVE_WORKERS))
-        for name, way in WAYS.items():
-            layer = stack.enter_context(_layer_of(workers, way, combine_sum=False))
+        for name, kind in TRANSPORTS.items():
+            layer = stack.enter_context(_layer_of(workers, kind, combine_sum=False))
             weights = torch.full(slots.shape, 1 / WAVE_WORKERS)
             compute = partial(layer.compute, hidden, slots, weights)
-            notes += layer.warm_up(compute, f"wave, {name}")
+            layer.warm_up(compute)
             sides[name] = partial(_median_s, compute, repeats)
             one_worker = partial(layer.compute, hidden, slots[:, :1], weights[:, :1])
             sides[f"{name}, one worker"] = partial(_median_s, one_worker, repeats)
@@ -280,7 +279,7 @@ def _wave(folder: Path, rules: Rules, quick: bool, notes: list[str]) -> list[Fig
             "x",
         ),
     ]
-    for name in WAYS:
+    for name in TRANSPORTS:
         over = turns.ratio(name, "bare sockets", _same)
         figures += [
             Figure(
@@ -339,7 +338,7 @@ def _stream_waves(streams: Sequence[_EchoStream], frame: bytes, repeats: int) ->
 # A wide layer
 
 
-def _layer(rules: Rules, quick: bool, notes: list[str]) -> list[Figure]:
+def _layer(rules: Rules, quick: bool) -> list[Figure]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(LAYER_ROWS, LAYER_HIDDEN, generator=generator).bfloat16()
     scores = torch.rand(LAYER_ROWS, LAYER_SLOTS, generator=generator).softmax(-1)
@@ -347,10 +346,10 @@ def _layer(rules: Rules, quick: bool, notes: list[str]) -> list[Figure]:
     with ExitStack() as stack:
         workers = stack.enter_context(_identity_workers(LAYER_WORKERS, LAYER_HIDDEN, LAYER_SLOTS))
         sides = {}
-        for name, way in WAYS.items():
-            layer = stack.enter_context(_layer_of(workers, way, combine_sum=True))
+        for name, kind in TRANSPORTS.items():
+            layer = stack.enter_context(_layer_of(workers, kind, combine_sum=True))
             compute = partial(layer.compute, hidden, slots, weights)
-            notes += layer.warm_up(compute, f"layer call, {name}")
+            layer.warm_up(compute)
             sides[name] = partial(_median_s, compute, 10 if quick else 150)
         turns = take_turns((Side(name, side) for name, side in sides.items()), rules, "layer call")
     return [
@@ -370,9 +369,9 @@ def _layer(rules: Rules, quick: bool, notes: list[str]) -> list[Figure]:
 class _Layer:
     """One layer of identity experts behind the product's own dispatcher and links."""
 
-    def __init__(self, pool: ReplicaPool, epoch: Epoch, way: Way, *, combine_sum: bool) -> None:
+    def __init__(self, pool: ReplicaPool, epoch: Epoch, kind: TransportKind, *, combine_sum: bool) -> None:
         rules = DispatchRules(call_timeout_s=DEADLINE_S, combine_sum=combine_sum)
-        self._pool, self._epoch, self._way = pool, epoch, way
+        self._pool, self._epoch, self._kind = pool, epoch, kind
         self._dispatcher = Dispatcher(pool, PhaseClock(), rules)
 
     def compute(self, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
@@ -381,23 +380,20 @@ class _Layer:
         if step.failed:
             raise SystemExit(f"a layer call failed: {next(iter(step.failed.values()))}")
 
-    def warm_up(self, compute: Callable[[], None], what: str) -> list[str]:
-        """Runs until the ways are chosen; what a reader of the figures must know of the choice."""
+    def warm_up(self, compute: Callable[[], None]) -> None:
+        """Runs until the transport is open, and then for a while."""
+        call_until_open(self._pool, self._kind, compute)
         for _ in range(WARM_UP_CALLS):
             compute()
-            if self._way != GRPC and all(link.traffic.transport == GRPC for link in self._pool.links):
-                time.sleep(0.01)  # ways are opened beside the calls
-        others = strays(self._pool, self._way)
-        return [f"{what}: {', '.join(others)} went another way"] if others else []
 
 
 @contextmanager
-def _layer_of(workers: Sequence[Replica], way: Way, *, combine_sum: bool) -> Iterator[_Layer]:
-    pool = pool_of(way)
+def _layer_of(workers: Sequence[Replica], kind: TransportKind, *, combine_sum: bool) -> Iterator[_Layer]:
+    pool = pool_of(kind)
     pool.update(RoutingTable(1, tuple(workers)))
     epoch = Epoch.of("identity", dict(version for worker in workers for version in worker.holdings))
     try:
-        yield _Layer(pool, epoch, way, combine_sum=combine_sum)
+        yield _Layer(pool, epoch, kind, combine_sum=combine_sum)
     finally:
         pool.close()
 

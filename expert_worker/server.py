@@ -25,7 +25,7 @@ from expert_worker.experts.expert import Expert, ExpertForm, choose_form
 from expert_worker.experts.loader import load_experts
 from expert_worker.experts.store import ExpertStore
 from expert_worker.experts.stored_weight import stored_bytes
-from expert_worker.serving.service import SERVICE, ExpertService, LoadedModel
+from expert_worker.serving.service import ExpertService, LoadedModel
 from moesaic import rpc
 from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from moesaic.compute.device import choose_device, choose_dtype
@@ -64,11 +64,11 @@ class WorkerServer:
             # Twice the queue, so that a caller with too many calls is refused before its stream is slowed
             # down.
             max_stream_calls=2 * settings.max_queued_calls,
-            lane=settings.shared_memory == "auto",
+            shared_memory=settings.shared_memory == "auto",
             direct_host=config.host if settings.direct_stream == "auto" else None,
         )
         self._server = rpc.Server(
-            {SERVICE: self._service.add_to},
+            {rpc.EXPERT_SERVICE: self._service.add_to},
             max_message_bytes=rpc.DATA_MESSAGE_BYTES,
             max_concurrent_rpcs=MAX_CONCURRENT_RPCS,
         )

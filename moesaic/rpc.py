@@ -1,7 +1,8 @@
 """The only file that makes gRPC channels and servers: limits, keepalive, health, reflection, errors, tracing.
 
-Every server answers grpc.health.v1 and reflection, turns exceptions into google.rpc.Status in one place, and continues
-the caller's trace. Health is per service name and starts as NOT_SERVING: the owner says when it is true.
+Every server answers grpc.health.v1 and reflection, turns exceptions into google.rpc.Status in one place, and
+continues the caller's trace. Health is per service and starts as NOT_SERVING until the owner of the server
+sets it.
 """
 
 from __future__ import annotations
@@ -22,29 +23,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What a stream gives when it has no more.
+INFERENCE_SERVICE = "moesaic.v1.InferenceService"
+EXPERT_SERVICE = "moesaic.v1.ExpertService"
+CONTROL_SERVICE = "moesaic.v1.ControlService"
+
+# The value that marks the end of a handler's stream.
 _END = object()
 
 PUBLIC_MESSAGE_BYTES = 16 << 20
-# A prefill chunk of some thousand rows, one row back per (token, expert), fits with room to spare.
+# The answer to a prefill chunk of a few thousand rows, one row per (token, expert), fits with room to spare.
 DATA_MESSAGE_BYTES = 256 << 20
 
 _CHANNEL_OPTIONS = (
-    # A restarted peer is found again within half a second; the defaults wait for up to two minutes.
+    # A restarted peer is reached again within half a second; the defaults wait for up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # Also the time that one attempt may take: a peer that stalls for a moment must not be given up.
+    # This is also the time that one attempt may take: a peer that stalls for a moment must not be given up.
     ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    # Without it a stopped peer goes unseen for a minute, whatever the keepalive says.
+    # Without this a stopped peer goes unnoticed for a minute, whatever the keepalive options are.
     ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.enable_retries", 0),
 )
 _SERVER_OPTIONS = (
     # Two servers must not share a port by accident.
     ("grpc.so_reuseport", 0),
-    # Long generations are quiet; do not cut off clients that ping meanwhile.
+    # During long generations no bytes flow; clients that send pings meanwhile must not be disconnected.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
@@ -64,7 +69,7 @@ def aio_channel(target: str, *, max_message_bytes: int = PUBLIC_MESSAGE_BYTES) -
 
 
 def cannot_connect(channel: grpc.aio.Channel) -> bool:
-    """Whether the last attempt to connect failed; gRPC's error itself tells it only in prose."""
+    """Whether the last attempt of the channel to connect has failed."""
     return channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE
 
 
@@ -87,7 +92,7 @@ class Server:
         max_message_bytes: int = PUBLIC_MESSAGE_BYTES,
         max_concurrent_rpcs: int | None = None,
     ) -> None:
-        # Imported here because a client install has neither package.
+        # Imported here because an installation of the client alone has neither package.
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
         from grpc_reflection.v1alpha import reflection
 
@@ -121,13 +126,13 @@ class Server:
         return bound
 
     async def set_serving(self, serving: bool) -> None:
-        """What grpc.health.v1 answers, for every service and for the server as a whole."""
+        """Sets the answer of grpc.health.v1, for every service and for the server as a whole."""
         status = self._status.SERVING if serving else self._status.NOT_SERVING
         for service in ("", *self._services):
             await self._health.set(service, status)
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new calls, lets running ones end within `grace_s` seconds, then cancels them."""
+        """Refuses new calls and cancels running ones that have not ended within `grace_s` seconds."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
@@ -136,7 +141,7 @@ class Server:
 
 
 def request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """The caller's x-request-id, or nothing."""
+    """The caller's x-request-id, or an empty string."""
     for key, value in context.invocation_metadata() or ():
         if key == telemetry.REQUEST_ID_METADATA and isinstance(value, str):
             return value
@@ -144,7 +149,7 @@ def request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
 
 
 class _Boundary(grpc.aio.ServerInterceptor):
-    """The one place where an exception becomes a status, and where a server span starts."""
+    """The one place where an exception becomes a status and where a server's span starts."""
 
     async def intercept_service(
         self,
@@ -191,7 +196,8 @@ def _guard_stream(
         responses = call(request, context)
         try:
             while True:
-                # Current only while the handler runs: a cancelled stream is closed in another context.
+                # The span is current only while the handler runs: a cancelled stream is closed in another
+                # context.
                 with trace.use_span(span):
                     response = await anext(responses, _END)
                 if response is _END:

@@ -28,12 +28,11 @@ from router.engine.engine import Engine
 from router.engine.readiness import pass_one_token
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
-from router.workers.transports.negotiate import open_ways
+from router.workers.transports.negotiate import open_transports
 from router.workers.worker_link import WorkerLink
 
 log = logging.getLogger(__name__)
 
-SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 HEALTH_PERIOD_S = 0.25
 DRAIN_POLL_S = 0.02
 ENGINE_STOP_S = 5.0
@@ -52,8 +51,8 @@ class RouterServer:
         self._servicer = LoadingService()
         self._server = rpc.Server(
             {
-                SERVICE: lambda server: inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-                    self._servicer, server
+                rpc.INFERENCE_SERVICE: lambda server: (
+                    inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, server)
                 )
             }
         )
@@ -68,9 +67,9 @@ class RouterServer:
 
     def _connect(self, replica: Replica) -> WorkerLink:
         engine = self._config.engine
-        use_lane, use_direct = engine.shared_memory == "auto", engine.direct_stream == "auto"
-        opening = partial(open_ways, use_lane=use_lane, use_direct=use_direct)
-        return WorkerLink(replica, open_ways=opening if use_lane or use_direct else None)
+        use_shared_memory, use_direct = engine.shared_memory == "auto", engine.direct_stream == "auto"
+        opening = partial(open_transports, use_shared_memory=use_shared_memory, use_direct=use_direct)
+        return WorkerLink(replica, open_transports=opening if use_shared_memory or use_direct else None)
 
     async def start(self) -> str:
         """Binds the port and begins to follow the cluster. Returns HOST:PORT."""

@@ -21,7 +21,7 @@ from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.call import ExpertCall
 from expert_worker.experts.expert import Expert
 from expert_worker.experts.store import ExpertStore, HeldExpert
-from expert_worker.serving.service import SERVICE, ExpertService, LoadedModel
+from expert_worker.serving.service import ExpertService, LoadedModel
 from moesaic import rpc
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import MoesaicError
@@ -54,7 +54,7 @@ async def main(name: str, hidden: int, first: int, last: int) -> None:
         incarnation=f"{name}-1",
         max_call_rows=MAX_ROWS,
         max_stream_calls=64,
-        lane=True,
+        shared_memory=True,
         direct_host="127.0.0.1",
     )
     batcher = Batcher(return_rows, max_queued_calls=64, max_pass_rows=MAX_ROWS)
@@ -62,7 +62,7 @@ async def main(name: str, hidden: int, first: int, last: int) -> None:
     expert = cast(Expert, object())  # never looked into
     for slot in range(first, last):
         store.add(ExpertAddress(0, slot), HeldExpert(identity_version(slot), expert))
-    server = rpc.Server({SERVICE: service.add_to}, max_message_bytes=rpc.DATA_MESSAGE_BYTES)
+    server = rpc.Server({rpc.EXPERT_SERVICE: service.add_to}, max_message_bytes=rpc.DATA_MESSAGE_BYTES)
     port = await server.start("127.0.0.1", 0)
     batcher.start()
     model = cast(MoeModel, SimpleNamespace(experts={0: None}, hidden_size=hidden))

@@ -180,7 +180,7 @@ def _worker_table(rows: Sequence[Row]) -> Table:
             for row in rows
             for each in row.profile.workers[index : index + 1]
         )
-        table.add_row(f"{worker.name} {' '.join(worker.transports)}".rstrip(), *cells)
+        table.add_row(f"{worker.name}\n{' '.join(worker.transports)}".rstrip(), *cells)
     return table
 
 

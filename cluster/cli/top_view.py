@@ -149,7 +149,8 @@ def _worker_table(activity: Activity) -> Table:
         table.add_row(
             worker.name,
             _state(worker),
-            "+".join(worker.transports) or "-",
+            # One line for each word, because "shared_memory" would not fit into eighty columns.
+            "\n".join(worker.transports).replace("_", "\n") or "-",
             f"{activity.rate(worker.rows):,.0f}",
             f"{activity.rate(worker.calls):,.0f}",
             f"{busy:.0%}",

@@ -23,7 +23,6 @@ from moesaic.v1 import expert_pb2, expert_pb2_grpc
 if TYPE_CHECKING:
     from cluster.control.peers import Peers
 
-EXPERT_SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
 # How long a process may hold a question. It is short while the process loads, because reports then show
 # progress.
 LOADING_HOLD_S = 0.25
@@ -92,7 +91,7 @@ async def _unless_lost(
 
 async def _ask(channel: grpc.aio.Channel) -> tuple[AsyncIterator[Any], expert_pb2.DescribeResponse]:
     """The health stream of a worker that is SERVING, and its description."""
-    question = health_pb2.HealthCheckRequest(service=EXPERT_SERVICE)
+    question = health_pb2.HealthCheckRequest(service=rpc.EXPERT_SERVICE)
     health: AsyncIterator[Any] = aiter(health_pb2_grpc.HealthStub(channel).Watch(question))
     if not _serving(await anext(health, None)):
         raise Unavailable("it does not serve")

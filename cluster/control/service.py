@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 # The pause before the loop of a controller that failed by a bug is started anew.
 RESTART_S = 1.0
-SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
@@ -55,7 +54,7 @@ class ControlServer:
     def __init__(self, controller: Controller, host: str) -> None:
         self._controller = controller
         self._host = host
-        self._server = rpc.Server({SERVICE: self._add_servicer})
+        self._server = rpc.Server({rpc.CONTROL_SERVICE: self._add_servicer})
         self._loop: asyncio.Task[None] | None = None
 
     async def start(self) -> str:

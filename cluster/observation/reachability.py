@@ -10,7 +10,7 @@ from moesaic.errors import Unavailable
 
 @contextmanager
 def explaining_absence(target: str, cannot_connect: Callable[[], bool]) -> Iterator[None]:
-    """Turns the error of an unreachable `target` into one that says what to check."""
+    """Turns the error of a `target` that cannot be connected to into one that says what to check."""
     try:
         yield
     except Unavailable as error:

@@ -1,1 +1,1 @@
-"""How calls reach a worker and answers leave it."""
+"""The servers that accept calls and send their answers."""

@@ -1,6 +1,6 @@
-"""Where calls are taken and answers made, alike for every way in: read, check, count, trace.
+"""Validates calls and makes their answers, alike for every transport: read, check, count, trace.
 
-A desk belongs to one way in and to the one thread that serves it, so that its counters need no lock.
+A handler belongs to one transport and to the one thread that serves it, so its counters need no lock.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Response = Framed[expert_pb2.ComputeResponse]
 _NOTHING = memoryview(b"")
 
 
-class OpenCall(NamedTuple):
-    """A call that was taken and is not yet answered."""
+class AcceptedCall(NamedTuple):
+    """A call that was accepted and is not answered yet."""
 
     request: expert_pb2.ComputeRequest
     call: ExpertCall
     span: trace.Span
     decode_s: float
-    # When it was decoded: from then on it waits for its pass.
-    taken_s: float
+    # When decoding ended and the wait for a pass began.
+    accepted_s: float
 
 
-class CallDesk:
-    """Until `open` it refuses all calls as Unavailable, and so it does after `close`."""
+class CallHandler:
+    """Refuses all calls as Unavailable before `open` and after `close`."""
 
     def __init__(self, *, worker: str, max_call_rows: int) -> None:
         self._worker = worker
@@ -59,9 +59,9 @@ class CallDesk:
     def close(self) -> None:
         self._closed = True
 
-    def take(self, framed: Request, sent_s: float | None = None) -> OpenCall | Response:
-        """The call behind a message, or its refusal; never raises. The caller's time runs from `sent_s`, where that is
-        known, else from now."""
+    def accept(self, framed: Request, sent_s: float | None = None) -> AcceptedCall | Response:
+        """The call in a message, or its refusal; never raises. The caller's timeout runs from `sent_s` if
+        that is known, else from now."""
         request = framed.message
         span = self._start_span(request) if request.traceparent else trace.INVALID_SPAN
         start_s = time.monotonic()
@@ -72,18 +72,18 @@ class CallDesk:
         except Exception:
             log.exception("a call failed", extra={"fields": {"layer": request.layer}})
             return self._refuse(request, span, InternalError("internal error"))
-        taken_s = time.monotonic()
-        return OpenCall(request, call, span, taken_s - start_s, taken_s)
+        accepted_s = time.monotonic()
+        return AcceptedCall(request, call, span, accepted_s - start_s, accepted_s)
 
-    def answer(self, taken: OpenCall, result: Computed | MoesaicError) -> Response:
-        """The answer to a call that was taken. Comes once for each."""
-        request = taken.request
+    def answer(self, accepted: AcceptedCall, result: Computed | MoesaicError) -> Response:
+        """The answer to an accepted call. Called once for each."""
+        request = accepted.request
         if isinstance(result, MoesaicError):
-            return self._refuse(request, taken.span, result)
+            return self._refuse(request, accepted.span, result)
         header, rows = encode_rows(result.output, request.hidden.dtype)
         self.calls += 1
-        self.rows += taken.call.num_rows
-        taken.span.end()
+        self.rows += accepted.call.num_rows
+        accepted.span.end()
         response = expert_pb2.ComputeResponse(
             call_id=request.call_id,
             epoch=request.epoch,
@@ -91,15 +91,15 @@ class CallDesk:
             output=header,
         )
         timing = response.timing
-        timing.decode_us = _us(taken.decode_s)
+        timing.decode_us = _us(accepted.decode_s)
         timing.queue_us = _us(result.queue_s)
         timing.compute_us = _us(result.compute_s)
         timing.encode_us = _us(time.monotonic() - result.ended_s)
         return Framed(response, data_of(rows))
 
-    def drop(self, taken: OpenCall) -> None:
-        """Its caller went away."""
-        taken.span.end()
+    def drop(self, accepted: AcceptedCall) -> None:
+        """Ends a call whose caller is gone."""
+        accepted.span.end()
 
     def _read(self, framed: Request, sent_s: float) -> ExpertCall:
         if self._closed:

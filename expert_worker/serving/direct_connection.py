@@ -1,7 +1,8 @@
-"""One caller of the direct port: the gRPC streams of its connection, read and answered on the compute thread.
+"""One connection to the direct port: its gRPC streams are read and answered on the compute thread.
 
-It is never waited for: what its socket does not take at once is kept, within a bound, until it does. A caller that does
-not keep to the protocol, or does not read its answers, is cut off; its calls are dropped, all others go on.
+The thread never waits for a caller: bytes that the socket does not accept at once are kept, within a bound,
+until it does. A caller that violates the protocol or does not read its answers is disconnected; its calls are
+dropped, and those of other callers continue.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import suppress
 from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import Computed
-from expert_worker.serving.call_handler import CallDesk, OpenCall, Request, Response
+from expert_worker.serving.call_handler import AcceptedCall, CallHandler, Request, Response
 from moesaic.errors import InvalidArgument, MoesaicError, Unavailable, Unsupported
 from moesaic.transports.grpc_connection import (
     CallerEnded,
@@ -32,51 +33,52 @@ from moesaic.wire import messages as wire
 log = logging.getLogger(__name__)
 
 READ_BYTES = 64 << 10
-# Of what one caller sent, so much is looked at before the next pass may start: any call of a router's, as it goes this
-# way, and not all of a flood. Many short words take long for their bytes: then less of them.
+# How much of one caller's input is read before the next pass may start: enough for any call that a router
+# sends over the direct stream, and not all of a flood. The time limit stops earlier at many short frames,
+# which are slow for their bytes.
 MAX_READS = 8
 MAX_READ_S = 0.01
-# Refusals repeat it.
+# An epoch is bounded because refusals repeat it.
 MAX_EPOCH_CHARS = 1024
-# Answers that one caller may leave unread.
+# The bytes of answers that one caller may leave unread.
 MAX_UNSENT_BYTES = 4 * MAX_MESSAGE_BYTES
-# What an answer says beyond what its request said: timing, and the tags of its fields.
+# The bytes that an answer needs beyond those of its request: timing, and the tags of its fields.
 _ANSWER_BYTES = 256
 
 
 class DirectConnection:
-    """The calls of one caller. There are never more of them than the batcher's queue holds: one more is refused."""
+    """The calls of one caller. They are bounded by the batcher's queue, which refuses one more."""
 
     def __init__(
         self,
         opened: socket.socket,
-        desk: CallDesk,
+        handler: CallHandler,
         batcher: Batcher,
         forget: Callable[[DirectConnection], None],
     ) -> None:
         self._socket = opened
-        self._desk = desk
+        self._handler = handler
         self._batcher = batcher
         self._forget = forget
         self._protocol = GrpcConnection(client=False, max_message_bytes=MAX_MESSAGE_BYTES)
-        # By id, those on which calls may still come or are to be answered.
+        # By id: the streams on which calls may still arrive or are not answered yet.
         self._streams: dict[int, _Stream] = {}
         self._unsent = bytearray()
-        self._awaits_room = False
+        self._awaits_write = False
         self.closed = False
 
     @property
     def is_used(self) -> bool:
-        """Whether its caller has a stream open."""
+        """Whether the caller has a stream open."""
         return bool(self._streams)
 
     def is_idle(self) -> bool:
-        """Whether every call is answered, and every answer on its way."""
+        """Whether every call is answered and every answer given to the socket."""
         streams = list(self._streams.values())
         return not any(stream.in_flight for stream in streams) and not self._num_unsent_bytes()
 
-    def greet(self) -> None:
-        """Says what this end speaks, and listens from now on."""
+    def send_preface(self) -> None:
+        """Sends the HTTP/2 preface and starts reading."""
         self._batcher.attach(self)
         self._send()
 
@@ -84,15 +86,15 @@ class DirectConnection:
         return self._socket.fileno()
 
     def read(self) -> None:
-        """Takes what came, within a bound: when there is more, the next look finds it."""
+        """Reads what has arrived, within a bound. The next poll finds the rest."""
         ends_s = time.monotonic() + MAX_READ_S
         try:
             for _ in range(MAX_READS):
                 raw = self._socket.recv(READ_BYTES)
-                self._take(raw)
+                self._receive(raw)
                 if self.closed or len(raw) < READ_BYTES or time.monotonic() >= ends_s:
                     return
-        except BlockingIOError:  # it is room to write that there is
+        except BlockingIOError:  # nothing to read: the socket was ready for writing
             self._send()
         except ConnectionBroken as error:
             self._cut_off(str(error))
@@ -100,12 +102,13 @@ class DirectConnection:
             self._end()
 
     def close(self) -> None:
-        """Ends all streams, as far as the caller still listens, and drops its calls."""
+        """Ends all streams, as far as the socket accepts that, and drops their calls."""
         if self.closed:
             return
         try:
-            self._say_goodbye()
-        except Exception:  # of a protocol that failed before: it must not keep others from being closed
+            self._send_goaway()
+        except Exception:
+            # A protocol that has failed before must not prevent other connections from being closed.
             log.exception("a direct connection failed")
         self._end()
 
@@ -116,7 +119,7 @@ class DirectConnection:
         self._settle(ticket, result)
         self._send()
 
-    def _take(self, raw: bytes) -> None:
+    def _receive(self, raw: bytes) -> None:
         """Raises ConnectionBroken."""
         if not raw:
             self._end()
@@ -132,9 +135,9 @@ class DirectConnection:
             case StreamOpened(stream_id, method):
                 self._open_stream(stream_id, method)
             case MessageReceived(stream_id, data):
-                # Of a stream that has been ended here, some may still come.
+                # Messages of a stream that was ended here may still arrive.
                 if stream := self._streams.get(stream_id):
-                    self._take_call(stream, data)
+                    self._accept_call(stream, data)
             case CallerEnded(stream_id):
                 if stream := self._streams.get(stream_id):
                     stream.caller_ended = True
@@ -149,7 +152,7 @@ class DirectConnection:
         self._protocol.accept_stream(stream_id)
         self._streams[stream_id] = _Stream(stream_id)
 
-    def _take_call(self, stream: _Stream, raw: bytes) -> None:
+    def _accept_call(self, stream: _Stream, raw: bytes) -> None:
         try:
             request = wire.decode_request(raw)
             if len(request.message.epoch) > MAX_EPOCH_CHARS:
@@ -158,16 +161,17 @@ class DirectConnection:
             self._end_stream(stream.stream_id, error)
             self._drop_stream(stream.stream_id)
             return
-        # When it was sent is not known, and the clock of another host says nothing here: its time runs from now, and
-        # what it waited in the socket while the thread computed shows only in the caller's own measure of the call.
-        taken = self._desk.take(request)
-        if not isinstance(taken, OpenCall):
-            self._respond(stream, taken)
+        # The clock of another host cannot say when the call was sent, so its timeout runs from now. The time
+        # that it waited in the socket while the thread computed appears only in the caller's own measure of
+        # the call.
+        accepted = self._handler.accept(request)
+        if not isinstance(accepted, AcceptedCall):
+            self._respond(stream, accepted)
             return
-        ticket = _DirectTicket(self, stream, taken)
+        ticket = _DirectTicket(self, stream, accepted)
         stream.in_flight.add(ticket)
         try:
-            _check_answer_fits(request, taken.call, len(raw))
+            _check_answer_fits(request, accepted.call, len(raw))
             self._batcher.offer(ticket)
         except MoesaicError as error:
             self._settle(ticket, error)
@@ -175,7 +179,7 @@ class DirectConnection:
     def _settle(self, ticket: _DirectTicket, result: Computed | MoesaicError) -> None:
         stream = ticket.stream
         stream.in_flight.discard(ticket)
-        self._respond(stream, self._desk.answer(ticket.taken, result))
+        self._respond(stream, self._handler.answer(ticket.accepted, result))
         self._end_if_done(stream)
 
     def _respond(self, stream: _Stream, response: Response) -> None:
@@ -190,17 +194,17 @@ class DirectConnection:
         self._protocol.end_stream(stream_id, error.code.value[0], error.message)
 
     def _drop_stream(self, stream_id: int) -> None:
-        """Nobody waits for its answers."""
+        """Forgets a stream whose answers are no longer wanted, and drops its calls."""
         stream = self._streams.pop(stream_id, None)
         if stream is None:
             return
         dropped, stream.in_flight = stream.in_flight, set()
         for ticket in dropped:
             self._batcher.withdraw(ticket)
-            self._desk.drop(ticket.taken)
+            self._handler.drop(ticket.accepted)
 
     def _send(self) -> None:
-        """Gives the socket what it takes; for the rest, it says when it has room."""
+        """Writes what the socket accepts; the poller reports when it accepts the rest."""
         try:
             self._write()
         except OSError:
@@ -208,14 +212,14 @@ class DirectConnection:
             return
         if self._num_unsent_bytes() > MAX_UNSENT_BYTES:
             self._cut_off("answers are not read")
-        elif self._awaits_room != bool(self._unsent):
-            self._awaits_room = bool(self._unsent)
-            self._batcher.await_room(self, self._awaits_room)
+        elif self._awaits_write != bool(self._unsent):
+            self._awaits_write = bool(self._unsent)
+            self._batcher.await_room(self, self._awaits_write)
 
     def _num_unsent_bytes(self) -> int:
         return len(self._unsent) + self._protocol.num_held_bytes
 
-    def _say_goodbye(self) -> None:
+    def _send_goaway(self) -> None:
         for stream_id in self._streams:
             self._end_stream(stream_id, Unavailable("the worker is draining"))
         self._protocol.close()
@@ -256,14 +260,14 @@ class _Stream:
 
 
 class _DirectTicket:
-    """A call of a direct connection: its answer is written by the thread that computed it."""
+    """A call of a direct connection. The thread that computed it writes its answer."""
 
-    def __init__(self, connection: DirectConnection, stream: _Stream, taken: OpenCall) -> None:
+    def __init__(self, connection: DirectConnection, stream: _Stream, accepted: AcceptedCall) -> None:
         self._connection = connection
         self.stream = stream
-        self.taken = taken
-        self.call = taken.call
-        self.queued_s = taken.taken_s
+        self.accepted = accepted
+        self.call = accepted.call
+        self.queued_s = accepted.accepted_s
 
     @property
     def wanted(self) -> bool:
@@ -274,11 +278,11 @@ class _DirectTicket:
 
 
 def _check_answer_fits(request: Request, call: ExpertCall, num_request_bytes: int) -> None:
-    """Raises InvalidArgument when the answer would be larger than this way carries: better now than after the computing."""
+    """Raises InvalidArgument when the answer would be too large for this port, before it is computed."""
     data_bytes = request.data.nbytes
     num_rows = len(call.hidden) if call.combine_sum else call.num_rows
     row_bytes = (data_bytes + len(request.message.hidden.scales)) // len(call.hidden)
-    # Beside its rows an answer repeats less than what its request said beside them.
+    # Apart from its rows, an answer repeats less than its request holds apart from them.
     num_bytes = num_rows * row_bytes + num_request_bytes - data_bytes + _ANSWER_BYTES
     if num_bytes > MAX_MESSAGE_BYTES:
         raise InvalidArgument(

@@ -1,6 +1,6 @@
-"""The port at which the compute thread itself speaks gRPC, for callers of any host: a door for their connections.
+"""The port at which the compute thread itself serves gRPC, for callers on any host.
 
-It serves Compute and nothing else; everything else, and messages that are larger, go to the main server.
+It serves Compute and nothing else; other methods, and larger messages, go to the main server.
 """
 
 from __future__ import annotations
@@ -9,35 +9,36 @@ import logging
 import socket
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.serving.call_handler import CallDesk
+from expert_worker.serving.call_handler import CallHandler
 from expert_worker.serving.direct_connection import DirectConnection
-from expert_worker.serving.listener import Entrance
-from moesaic.transports import tcp_socket as direct
+from expert_worker.serving.listener import Listener
+from moesaic.transports import tcp_socket
 
 log = logging.getLogger(__name__)
 
-# One for every router that a cluster may have, each with a stream: whoever has none goes when there is no place left.
+# One for every router that a cluster may have, each with a stream open. At the limit a new connection
+# replaces one that has no stream.
 MAX_CONNECTIONS = 64
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 
 
-class DirectDoor:
-    """Until `open`, and where there can be none, `port` is 0."""
+class DirectServer:
+    """`port` is 0 before `open`, and where no port could be opened."""
 
-    def __init__(self, desk: CallDesk, *, host: str) -> None:
+    def __init__(self, handler: CallHandler, *, host: str) -> None:
         self.port = 0
-        self._desk = desk
+        self._handler = handler
         self._host = host
-        self._entrance: Entrance
+        self._listener: Listener
         self._batcher: Batcher
         self._connections: set[DirectConnection] = set()
 
     def is_idle(self) -> bool:
-        """Whether every call that was taken is answered, and every answer on its way."""
+        """Whether every accepted call is answered and every answer given to its socket."""
         return all(connection.is_idle() for connection in list(self._connections))
 
     def open(self, batcher: Batcher) -> None:
-        """Lets callers in; `batcher` reads and computes their calls."""
+        """Starts listening; `batcher` reads and computes the calls."""
         self._batcher = batcher
         try:
             listening = _listen(self._host)
@@ -45,37 +46,37 @@ class DirectDoor:
             log.warning("no port of the compute thread: calls take the main one", exc_info=True)
             return
         self.port = listening.getsockname()[1]
-        self._entrance = Entrance(listening)
+        self._listener = Listener(listening)
         batcher.attach(self)
 
     def close(self) -> None:
-        """Comes at the end of the batcher."""
+        """Called when the batcher ends."""
         self.port = 0
         self._batcher.detach(self)
-        self._entrance.close()
+        self._listener.close()
 
     def fileno(self) -> int:
-        return self._entrance.fileno()
+        return self._listener.fileno()
 
     def read(self) -> None:
-        """Lets one caller in."""
-        accepted = self._entrance.accept()
-        if accepted is None:
+        """Accepts one connection."""
+        client = self._listener.accept()
+        if client is None:
             return
-        if not self._has_place():
-            accepted.close()
+        if not self._make_room():
+            client.close()
             return
         try:
-            direct.prepare_socket(accepted)
+            tcp_socket.prepare_socket(client)
         except OSError:  # it is gone already
-            accepted.close()
+            client.close()
             return
-        made = DirectConnection(accepted, self._desk, self._batcher, self._connections.discard)
-        self._connections.add(made)
-        made.greet()
+        connection = DirectConnection(client, self._handler, self._batcher, self._connections.discard)
+        self._connections.add(connection)
+        connection.send_preface()
 
-    def _has_place(self) -> bool:
-        """For one more, who takes the place of one that has no stream, if that is needed."""
+    def _make_room(self) -> bool:
+        """Whether one more connection can be accepted, closing one without a stream if that is needed."""
         if len(self._connections) < MAX_CONNECTIONS:
             return True
         unused = next((held for held in self._connections if not held.is_used), None)
@@ -93,7 +94,7 @@ def _listen(host: str) -> socket.socket:
 
 
 def _listen_at(name: str) -> socket.socket:
-    """At the first address of this name that is to be had: whoever connects tries them all."""
+    """Listens at the first address of the name that is available; callers try all of them."""
     found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
     for family, _, _, _, address in found[:-1]:
         try:

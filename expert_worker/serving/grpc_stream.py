@@ -1,4 +1,4 @@
-"""Calls over a stream of grpcio."""
+"""The calls of one grpcio stream."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import Computed
-from expert_worker.serving.call_handler import CallDesk, OpenCall, Request, Response
+from expert_worker.serving.call_handler import AcceptedCall, CallHandler, Request, Response
 from moesaic.errors import DeadlineExceeded, MoesaicError
 
 
 class CallStream:
-    """The calls of one stream: at most `limit` of them are read and not yet written back."""
+    """Reads calls and yields their answers; at most `limit` calls are read and not answered at a time."""
 
-    def __init__(self, desk: CallDesk, batcher: Batcher, limit: int) -> None:
-        self._desk = desk
+    def __init__(self, handler: CallHandler, batcher: Batcher, limit: int) -> None:
+        self._handler = handler
         self._batcher = batcher
-        self._places = asyncio.Semaphore(limit)
+        self._capacity = asyncio.Semaphore(limit)
         self._in_flight: set[StreamTicket] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        # Bounded by the places; None ends the stream.
+        # Bounded by `limit`; None ends the stream.
         self._responses: asyncio.Queue[Response | None] = asyncio.Queue()
 
     async def responses(self, requests: AsyncIterator[Request]) -> AsyncGenerator[Response, None]:
-        """Answers in the order in which they are ready, until the caller has ended its side and has them all."""
+        """The answers as they become ready, until the caller has ended its side and has all of them."""
         reader = asyncio.create_task(self._read(requests))
         try:
             while (response := await self._responses.get()) is not None:
                 yield response
-                self._places.release()
+                self._capacity.release()
             if reader.done():
                 await reader
         finally:
@@ -40,39 +40,39 @@ class CallStream:
                 self._drop(ticket)
 
     async def answered(self) -> None:
-        """Returns when every call taken so far has its response queued."""
+        """Returns when the response of every call accepted so far is queued."""
         await self._idle.wait()
 
     def end(self) -> None:
-        """Lets `responses` end after the responses that are queued."""
+        """Makes `responses` end after those that are queued."""
         self._responses.put_nowait(None)
 
     def settle(self, ticket: StreamTicket, result: Computed | MoesaicError) -> None:
-        """Answers a call once: what comes second, the result or the end of the caller's time, changes nothing."""
+        """Answers a call once. Of its result and the end of its timeout, only the first has an effect."""
         if ticket in self._in_flight:
             self._forget(ticket)
-            self._responses.put_nowait(self._desk.answer(ticket.taken, result))
+            self._responses.put_nowait(self._handler.answer(ticket.accepted, result))
 
     def expire(self, ticket: StreamTicket) -> None:
-        """The caller's time is over."""
+        """Answers a call whose timeout has ended."""
         self._batcher.withdraw(ticket)
         self.settle(ticket, DeadlineExceeded("the caller's time is over"))
 
     async def _read(self, requests: AsyncIterator[Request]) -> None:
         try:
             async for request in requests:
-                await self._places.acquire()
+                await self._capacity.acquire()
                 self._begin(request)
             await self.answered()
         finally:
             self.end()
 
     def _begin(self, request: Request) -> None:
-        taken = self._desk.take(request)
-        if not isinstance(taken, OpenCall):
-            self._responses.put_nowait(taken)
+        accepted = self._handler.accept(request)
+        if not isinstance(accepted, AcceptedCall):
+            self._responses.put_nowait(accepted)
             return
-        ticket = StreamTicket(self, taken)
+        ticket = StreamTicket(self, accepted)
         self._in_flight.add(ticket)
         self._idle.clear()
         try:
@@ -81,10 +81,10 @@ class CallStream:
             self.settle(ticket, error)
 
     def _drop(self, ticket: StreamTicket) -> None:
-        """Its caller went away."""
+        """Drops a call whose caller is gone."""
         self._forget(ticket)
         self._batcher.withdraw(ticket)
-        self._desk.drop(ticket.taken)
+        self._handler.drop(ticket.accepted)
 
     def _forget(self, ticket: StreamTicket) -> None:
         ticket.wanted = False
@@ -95,25 +95,25 @@ class CallStream:
 
 
 class StreamTicket:
-    """A call of a stream: its answer goes back to the event loop."""
+    """A call of a stream. Its answer goes back to the event loop."""
 
-    def __init__(self, stream: CallStream, taken: OpenCall) -> None:
+    def __init__(self, stream: CallStream, accepted: AcceptedCall) -> None:
         self._stream = stream
         self._loop = asyncio.get_running_loop()
-        self.taken = taken
+        self.accepted = accepted
         self.wanted = True
-        # The caller hears of the end of its time even from a worker that hangs.
-        self.timer = self._loop.call_at(taken.call.deadline_s, stream.expire, self)
+        # Answers the caller at its deadline even when the compute thread hangs.
+        self.timer = self._loop.call_at(accepted.call.deadline_s, stream.expire, self)
 
     @property
     def call(self) -> ExpertCall:
-        return self.taken.call
+        return self.accepted.call
 
     @property
     def queued_s(self) -> float:
-        return self.taken.taken_s
+        return self.accepted.accepted_s
 
     def answer(self, result: Computed | MoesaicError) -> None:
-        # The loop may have ended together with whoever waited.
+        # The loop may have ended together with the stream.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stream.settle, self, result)

@@ -1,7 +1,7 @@
-"""A listening socket whose callers are let in one by one, or turned away: nobody is left standing before it.
+"""A listening socket that accepts or refuses every connection, even without a free file descriptor.
 
-Where the process has no file descriptor left, a caller cannot even be refused, and the socket would stay ready for ever:
-the thread that waits on it would run in circles. So one descriptor is kept for that case.
+Without a descriptor a connection cannot even be refused: the socket would stay readable and the thread that
+polls it would spin. So one spare descriptor is kept, which is given up to accept and close the connection.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
 
-class Entrance:
+class Listener:
     """Takes over a socket that listens."""
 
     def __init__(self, listening: socket.socket) -> None:
@@ -29,22 +29,22 @@ class Entrance:
         return self._listening.fileno()
 
     def accept(self) -> socket.socket | None:
-        """The next caller; None when it did not wait or could not be let in."""
+        """The next connection; None when it is gone already or had to be refused."""
         if self._spare is None:
             self._spare = _open_spare()
         try:
             return self._listening.accept()[0]
         except OSError as error:
             if error.errno in _NO_DESCRIPTOR:
-                self._turn_away()
+                self._refuse()
             return None
 
     def close(self) -> None:
         self._listening.close()
         self._close_spare()
 
-    def _turn_away(self) -> None:
-        log.warning("a caller was turned away: no file descriptor is left")
+    def _refuse(self) -> None:
+        log.warning("a connection was refused: no file descriptor is left")
         self._close_spare()
         with suppress(OSError):
             self._listening.accept()[0].close()
@@ -57,7 +57,7 @@ class Entrance:
 
 
 def _open_spare() -> int | None:
-    """None where another thread was faster."""
+    """None if another thread took the last descriptor first."""
     try:
         return os.open(os.devnull, os.O_RDONLY)
     except OSError:

@@ -1,7 +1,8 @@
-"""ExpertService: calls in, answers out. What a call means is the desk's business, computing is the batcher's.
+"""ExpertService: the RPCs of a worker. The call handler validates calls, the batcher computes them.
 
-A stream carries many calls at once, bounded; each is answered in-band, with rows or with its own error, and a refused
-call never ends the stream. While the worker drains, new calls are refused and every call taken before is answered.
+A stream carries a bounded number of calls at once; each is answered in-band, with rows or with its own error,
+and a refused call never ends the stream. While the worker drains, new calls are refused and earlier ones are
+answered.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import psutil
 from expert_worker.compute.batcher import Batcher, BatcherStats
 from expert_worker.compute.call import ROW_DTYPES
 from expert_worker.experts.store import ExpertStore
-from expert_worker.serving.call_handler import RETRY_AFTER_S, CallDesk, Request, Response
-from expert_worker.serving.direct_server import DirectDoor
+from expert_worker.serving.call_handler import RETRY_AFTER_S, CallHandler, Request, Response
+from expert_worker.serving.direct_server import DirectServer
 from expert_worker.serving.grpc_stream import CallStream
-from expert_worker.serving.shared_memory import Lanes
+from expert_worker.serving.shared_memory import SharedMemoryServer
+from moesaic import rpc
 from moesaic.epoch import versions_to_proto
 from moesaic.errors import Unavailable
 from moesaic.families import MoeModel
@@ -32,13 +34,12 @@ from moesaic.wire import messages as wire
 
 log = logging.getLogger(__name__)
 
-SERVICE = "moesaic.v1.ExpertService"
 DRAIN_PERIOD_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What the service serves once the weights are there."""
+    """What the service serves once the weights are loaded."""
 
     name: str
     model: MoeModel
@@ -48,9 +49,9 @@ class LoadedModel:
 
 
 class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
-    """The servicer of one worker. Until `serve` it answers Unavailable, and so it does after `drain`.
+    """The servicer of one worker. It answers Unavailable before `serve` and after `drain`.
 
-    With `lane` there are lanes, with `direct_host` a direct port at that address, beside it."""
+    `shared_memory` also opens that transport, `direct_host` also a direct port at that address."""
 
     def __init__(
         self,
@@ -59,17 +60,23 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         incarnation: str,
         max_call_rows: int,
         max_stream_calls: int,
-        lane: bool,
+        shared_memory: bool,
         direct_host: str | None,
     ) -> None:
         self._worker = worker
         self._incarnation = incarnation
         self._max_stream_calls = max_stream_calls
-        self._desk = CallDesk(worker=worker, max_call_rows=max_call_rows)
-        self._lane_desk = CallDesk(worker=worker, max_call_rows=max_call_rows)
-        self._lanes = Lanes(self._lane_desk, incarnation=incarnation) if lane else None
-        self._direct_desk = CallDesk(worker=worker, max_call_rows=max_call_rows)
-        self._door = None if direct_host is None else DirectDoor(self._direct_desk, host=direct_host)
+        self._handler = CallHandler(worker=worker, max_call_rows=max_call_rows)
+        self._shared_memory_handler = CallHandler(worker=worker, max_call_rows=max_call_rows)
+        self._shared_memory = (
+            SharedMemoryServer(self._shared_memory_handler, incarnation=incarnation)
+            if shared_memory
+            else None
+        )
+        self._direct_handler = CallHandler(worker=worker, max_call_rows=max_call_rows)
+        self._direct_server = (
+            None if direct_host is None else DirectServer(self._direct_handler, host=direct_host)
+        )
         self._loaded: LoadedModel | None = None
         self._warm_up = BatcherStats()
         self._streams: set[CallStream] = set()
@@ -77,31 +84,31 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         self._start_s = time.monotonic()
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers the methods. Compute takes and gives its tensors as views, with serialisers of our own."""
+        """Registers the methods. Compute has its own serialisers, which pass tensors as views."""
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self, server)
         compute = grpc.stream_stream_rpc_method_handler(
             self.Compute,
             request_deserializer=wire.decode_request,
             response_serializer=wire.encode_response,
         )
-        server.add_registered_method_handlers(SERVICE, {"Compute": compute})
+        server.add_registered_method_handlers(rpc.EXPERT_SERVICE, {"Compute": compute})
 
     def serve(self, loaded: LoadedModel) -> None:
-        """From now on calls are answered; what the batcher did before was warming up and is not counted."""
+        """Starts to answer calls. The batcher's work until now was warm-up and is not counted."""
         self._loaded = loaded
         self._warm_up = loaded.batcher.stats()
-        for desk in self._desks:
-            desk.open(loaded.model, loaded.store)
-        if self._lanes is not None:
-            self._lanes.open(loaded.batcher)
-        if self._door is not None:
-            self._door.open(loaded.batcher)
+        for handler in self._handlers:
+            handler.open(loaded.model, loaded.store)
+        if self._shared_memory is not None:
+            self._shared_memory.open(loaded.batcher)
+        if self._direct_server is not None:
+            self._direct_server.open(loaded.batcher)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuses new calls, answers those taken before, then ends all streams; False when the time ran out."""
+        """Refuses new calls, answers earlier ones, then ends all streams. False when the time ran out."""
         self._draining = True
-        for desk in self._desks:
-            desk.close()
+        for handler in self._handlers:
+            handler.close()
         streams = list(self._streams)
         try:
             async with asyncio.timeout(timeout_s):
@@ -117,7 +124,7 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
 
     async def Compute(self, requests: AsyncIterator[Request], context: Any) -> AsyncIterator[Response]:
         batcher = self._ready().batcher
-        stream = CallStream(self._desk, batcher, self._max_stream_calls)
+        stream = CallStream(self._handler, batcher, self._max_stream_calls)
         self._streams.add(stream)
         try:
             async with aclosing(stream.responses(requests)) as responses:
@@ -128,13 +135,19 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         if self._draining:
             raise Unavailable("the worker is draining", retry_after_s=RETRY_AFTER_S)
 
-    async def OpenLane(
-        self, request: expert_pb2.OpenLaneRequest, context: Any
-    ) -> expert_pb2.OpenLaneResponse:
+    async def OpenTransports(
+        self, request: expert_pb2.OpenTransportsRequest, context: Any
+    ) -> expert_pb2.OpenTransportsResponse:
         self._ready()
-        path = "" if self._lanes is None else self._lanes.path_for(request.host_id, request.lane_version)
-        port = 0 if self._door is None else self._door.port
-        return expert_pb2.OpenLaneResponse(socket_path=path, incarnation=self._incarnation, compute_port=port)
+        path = (
+            ""
+            if self._shared_memory is None
+            else self._shared_memory.path_for(request.host_id, request.shared_memory_version)
+        )
+        port = 0 if self._direct_server is None else self._direct_server.port
+        return expert_pb2.OpenTransportsResponse(
+            socket_path=path, incarnation=self._incarnation, direct_port=port
+        )
 
     async def Describe(
         self, request: expert_pb2.DescribeRequest, context: Any
@@ -156,13 +169,13 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
     async def GetWorkerStats(
         self, request: expert_pb2.GetWorkerStatsRequest, context: Any
     ) -> expert_pb2.GetWorkerStatsResponse:
-        desks = self._desks
+        handlers = self._handlers
         stats = expert_pb2.GetWorkerStatsResponse(
-            calls=sum(desk.calls for desk in desks),
-            rows=sum(desk.rows for desk in desks),
-            refused_calls=sum(desk.refused_calls for desk in desks),
-            lane_calls=self._lane_desk.calls,
-            direct_calls=self._direct_desk.calls,
+            calls=sum(handler.calls for handler in handlers),
+            rows=sum(handler.rows for handler in handlers),
+            refused_calls=sum(handler.refused_calls for handler in handlers),
+            shared_memory_calls=self._shared_memory_handler.calls,
+            direct_calls=self._direct_handler.calls,
             uptime_s=time.monotonic() - self._start_s,
             resident_bytes=psutil.Process().memory_info().rss,
         )
@@ -173,18 +186,18 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         return stats
 
     def close(self) -> None:
-        """Leaves nothing behind in the file system. Call it when the batcher has stopped."""
-        if self._lanes is not None:
-            self._lanes.close()
+        """Removes the files of the shared-memory transport. Call it when the batcher has stopped."""
+        if self._shared_memory is not None:
+            self._shared_memory.close()
 
     @property
-    def _desks(self) -> tuple[CallDesk, ...]:
-        return self._desk, self._lane_desk, self._direct_desk
+    def _handlers(self) -> tuple[CallHandler, ...]:
+        return self._handler, self._shared_memory_handler, self._direct_handler
 
     def _compute_thread_is_done(self) -> bool:
-        """Whether it has answered every call that it took itself; it ends their streams at its own end."""
-        return (self._lanes is None or not self._lanes.num_in_flight) and (
-            self._door is None or self._door.is_idle()
+        """Whether it has answered every call that it accepted itself; it ends their streams when it stops."""
+        return (self._shared_memory is None or not self._shared_memory.num_in_flight) and (
+            self._direct_server is None or self._direct_server.is_idle()
         )
 
     def _ready(self) -> LoadedModel:

@@ -1,7 +1,8 @@
-"""The worker's end of the same-host lane: a door in a private folder, and a lane for every router that came through it.
+"""The worker's end of the shared-memory transport: a socket in a private folder, a connection per router.
 
-All of it runs on the compute thread: a call is read, computed and answered without a hand-over. Only processes of the
-same user get in, and one that does not keep to the framing is cut off; its calls are dropped, all others go on.
+All of it runs on the compute thread: a call is read, computed and answered without a hand-over to another
+thread. Only processes of the same user are accepted. One that violates the framing is disconnected; its calls
+are dropped, and those of other routers continue.
 """
 
 from __future__ import annotations
@@ -20,128 +21,129 @@ from google.protobuf.message import DecodeError
 from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import Computed
-from expert_worker.serving.call_handler import CallDesk, OpenCall, Response
-from expert_worker.serving.listener import Entrance
+from expert_worker.serving.call_handler import AcceptedCall, CallHandler, Response
+from expert_worker.serving.listener import Listener
 from moesaic.errors import MoesaicError
-from moesaic.transports import shared_memory as lane
-from moesaic.transports.shared_memory import Buffer, Frame, LaneError
+from moesaic.transports import shared_memory
+from moesaic.transports.shared_memory import Buffer, Frame, SharedMemoryError
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import Framed
 
 log = logging.getLogger(__name__)
 
 # One for every router that a cluster may have.
-MAX_LANES = 64
-SOCKET_NAME = "lane.sock"
+MAX_CONNECTIONS = 64
+SOCKET_NAME = "rows.sock"
 SOCKET_MODE = 0o600
 
 
-class Lanes:
-    """The door. Until `open`, and where there can be none, `path_for` is empty."""
+class SharedMemoryServer:
+    """The listening socket. `path_for` is empty before `open`, and where no socket could be opened."""
 
-    def __init__(self, desk: CallDesk, *, incarnation: str) -> None:
-        self._desk = desk
+    def __init__(self, handler: CallHandler, *, incarnation: str) -> None:
+        self._handler = handler
         self._incarnation = incarnation
-        self._host_id = lane.host_id()
+        self._host_id = shared_memory.host_id()
         self._folder: Path | None = None
         self._path = ""
-        self._entrance: Entrance | None = None
+        self._listener: Listener | None = None
         self._batcher: Batcher
-        self._lanes: set[Lane] = set()
+        self._connections: set[SharedMemoryConnection] = set()
 
     @property
     def num_in_flight(self) -> int:
-        """Calls that were taken and are not answered."""
-        return sum(lane.num_in_flight for lane in list(self._lanes))
+        """The number of calls that were accepted and are not answered."""
+        return sum(connection.num_in_flight for connection in list(self._connections))
 
     def open(self, batcher: Batcher) -> None:
-        """Lets routers in; `batcher` reads and computes their calls."""
+        """Starts listening; `batcher` reads and computes the calls."""
         if not self._host_id:
             return
         self._batcher = batcher
         try:
-            self._entrance = Entrance(self._listen())
-        except OSError:  # the folder for temporary files has too long a name, or knows no sockets
-            log.warning("no lane for routers on this host", exc_info=True)
+            self._listener = Listener(self._listen())
+        except OSError:
+            # The name of the folder for temporary files is too long, or its file system has no sockets.
+            log.warning("no shared memory with routers on this host", exc_info=True)
             self.close()
         else:
             batcher.attach(self)
 
-    def path_for(self, host_id: str, lane_version: int) -> str:
-        """Where a caller of that host gets in; empty for one that cannot."""
-        return self._path if (host_id, lane_version) == (self._host_id, lane.LANE_VERSION) else ""
+    def path_for(self, host_id: str, version: int) -> str:
+        """The socket for a caller on that host; empty if it cannot use shared memory with this worker."""
+        return self._path if (host_id, version) == (self._host_id, shared_memory.VERSION) else ""
 
     def close(self) -> None:
-        """Shuts the door and removes the folder. The batcher does it at its end; whoever waits for that may repeat it."""
+        """Stops listening and removes the folder. The batcher calls this when it ends; it may be repeated."""
         self._path = ""
-        if self._entrance is not None:
+        if self._listener is not None:
             self._batcher.detach(self)
-            self._entrance.close()
+            self._listener.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def fileno(self) -> int:
-        assert self._entrance is not None
-        return self._entrance.fileno()
+        assert self._listener is not None
+        return self._listener.fileno()
 
     def read(self) -> None:
-        """Lets one router in."""
-        assert self._entrance is not None
-        connection = self._entrance.accept()
-        if connection is None:
+        """Accepts one connection."""
+        assert self._listener is not None
+        client = self._listener.accept()
+        if client is None:
             return
-        if len(self._lanes) >= MAX_LANES or not lane.is_ours(connection):
-            connection.close()
+        if len(self._connections) >= MAX_CONNECTIONS or not shared_memory.is_ours(client):
+            client.close()
             return
-        made = Lane(connection, self._desk, self._batcher, self._lanes.discard)
-        self._lanes.add(made)
-        made.greet(self._incarnation)
+        connection = SharedMemoryConnection(client, self._handler, self._batcher, self._connections.discard)
+        self._connections.add(connection)
+        connection.send_handshake(self._incarnation)
 
     def _listen(self) -> socket.socket:
-        # Only this user may enter the folder: mkdtemp sees to it.
+        # mkdtemp makes the folder accessible to this user only.
         self._folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
         path = self._folder / SOCKET_NAME
-        door = lane.lane_socket()
+        listening = shared_memory.frame_socket()
         try:
-            door.bind(str(path))
+            listening.bind(str(path))
             path.chmod(SOCKET_MODE)
-            door.listen()
+            listening.listen()
         except OSError:
-            door.close()
+            listening.close()
             raise
         self._path = str(path)
-        return door
+        return listening
 
 
-class Lane:
-    """The calls of one router, each in a buffer of that router's."""
+class SharedMemoryConnection:
+    """The calls of one router, each in one of that router's buffers."""
 
     def __init__(
         self,
         connection: socket.socket,
-        desk: CallDesk,
+        handler: CallHandler,
         batcher: Batcher,
-        forget: Callable[[Lane], None],
+        forget: Callable[[SharedMemoryConnection], None],
     ) -> None:
         self._connection = connection
-        self._desk = desk
+        self._handler = handler
         self._batcher = batcher
         self._forget = forget
         self._buffers: dict[int, Buffer] = {}
-        # By buffer: what lies in it is the caller's again only after the answer.
-        self._in_flight: dict[int, _LaneTicket] = {}
+        # By buffer, which belongs to the worker until the call in it is answered.
+        self._in_flight: dict[int, _SharedMemoryTicket] = {}
         self.closed = False
 
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
-    def greet(self, incarnation: str) -> None:
-        """Says who is here, and listens from now on."""
+    def send_handshake(self, incarnation: str) -> None:
+        """Sends the incarnation and the clock, and starts reading."""
         self._batcher.attach(self)
-        greeting = lane.encode_greeting(incarnation, time.monotonic_ns())
+        handshake = shared_memory.encode_handshake(incarnation, time.monotonic_ns())
         try:
-            self._connection.send(greeting, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._connection.send(handshake, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError:
             self.close()
 
@@ -149,23 +151,23 @@ class Lane:
         return self._connection.fileno()
 
     def read(self) -> None:
-        """Takes one call: when more are there, the next look finds them."""
+        """Reads one call. The next poll finds the others."""
         try:
-            received = lane.receive_frame(self._connection)
+            received = shared_memory.receive_frame(self._connection)
             if received is None:
                 self.close()
             else:
-                self._take(*received)
+                self._accept_call(*received)
         except BlockingIOError:
             return
-        except LaneError as error:
-            log.warning("a lane was cut off", extra={"fields": {"reason": str(error)}})
+        except SharedMemoryError as error:
+            log.warning("a shared-memory connection was cut off", extra={"fields": {"reason": str(error)}})
             self.close()
         except OSError:
             self.close()
 
     def close(self) -> None:
-        """Ends the lane and drops its calls."""
+        """Closes the connection and drops its calls."""
         if self.closed:
             return
         self.closed = True
@@ -174,33 +176,33 @@ class Lane:
         self._forget(self)
         for ticket in list(self._in_flight.values()):
             self._batcher.withdraw(ticket)
-            self._desk.drop(ticket.taken)
+            self._handler.drop(ticket.accepted)
         self._in_flight.clear()
 
-    def answer(self, ticket: _LaneTicket, result: Computed | MoesaicError) -> None:
+    def answer(self, ticket: _SharedMemoryTicket, result: Computed | MoesaicError) -> None:
         """Writes an answer over its call."""
         if self.closed:
             return
-        response = self._desk.answer(ticket.taken, result)
+        response = self._handler.answer(ticket.accepted, result)
         del self._in_flight[ticket.frame.buffer]
         self._send(ticket.frame, response)
 
-    def _take(self, frame: Frame, fd: int | None) -> None:
-        """Raises LaneError for a frame that a router of ours would not send."""
+    def _accept_call(self, frame: Frame, fd: int | None) -> None:
+        """Raises SharedMemoryError for a frame that our router would not send."""
         buffer = self._buffer(frame, fd)
         try:
             request = expert_pb2.ComputeRequest.FromString(buffer.message(frame))
         except DecodeError as error:
-            raise LaneError("a call that is no message") from error
+            raise SharedMemoryError("a call that is no message") from error
         sent_s = min(time.monotonic(), frame.sent_ns / 1e9)
-        taken = self._desk.take(Framed(request, buffer.data(frame)), sent_s)
-        if not isinstance(taken, OpenCall):
-            self._send(frame, taken)
+        accepted = self._handler.accept(Framed(request, buffer.data(frame)), sent_s)
+        if not isinstance(accepted, AcceptedCall):
+            self._send(frame, accepted)
             return
-        _check_room(buffer, frame, taken.call)
-        # While the thread computed, the frame waited in the socket as others do in the queue.
+        _check_room(buffer, frame, accepted.call)
+        # The frame waited in the socket while the thread computed; that time counts as waiting in the queue.
         waited_s = max(0.0, self._batcher.listening_since_s - sent_s)
-        ticket = _LaneTicket(self, frame, taken, taken.taken_s - waited_s)
+        ticket = _SharedMemoryTicket(self, frame, accepted, accepted.accepted_s - waited_s)
         self._in_flight[frame.buffer] = ticket
         try:
             self._batcher.offer(ticket)
@@ -208,21 +210,21 @@ class Lane:
             self.answer(ticket, error)
 
     def _buffer(self, frame: Frame, fd: int | None) -> Buffer:
-        """The buffer that a frame names; with a descriptor it is a new one."""
+        """The buffer that a frame names; a descriptor makes it a new one."""
         index = frame.buffer
         if fd is not None:
             self._open_buffer(index, fd)
         if index in self._in_flight or index not in self._buffers:
-            raise LaneError("a buffer that is in use, or none")
+            raise SharedMemoryError("a buffer that is in use, or none")
         buffer = self._buffers[index]
         buffer.check(frame)
         return buffer
 
     def _open_buffer(self, index: int, fd: int) -> None:
         try:
-            if index >= lane.MAX_BUFFERS or index in self._in_flight:
-                raise LaneError("a new buffer in a place that is in use, or none")
-            self._buffers[index] = lane.open_buffer(fd)
+            if index >= shared_memory.MAX_BUFFERS or index in self._in_flight:
+                raise SharedMemoryError("a new buffer in a place that is in use, or none")
+            self._buffers[index] = shared_memory.open_buffer(fd)
         finally:
             os.close(fd)
 
@@ -230,39 +232,44 @@ class Lane:
         buffer, data = self._buffers[frame.buffer], response.data
         message = response.message.SerializeToString()
         if len(message) > frame.data_offset:
-            log.warning("a lane was cut off", extra={"fields": {"reason": "no room for an answer's message"}})
+            log.warning(
+                "a shared-memory connection was cut off",
+                extra={"fields": {"reason": "no room for an answer's message"}},
+            )
             self.close()
             return
         buffer.bytes[: len(message)] = message
         buffer.bytes[frame.data_offset : frame.data_offset + data.nbytes] = data
         answer = Frame(frame.buffer, len(message), frame.data_offset, data.nbytes, time.monotonic_ns())
         try:
-            lane.send_frame(self._connection, answer)
+            shared_memory.send_frame(self._connection, answer)
         except OSError:
             self.close()
 
 
-class _LaneTicket:
-    """A call of a lane: its answer is written where it was read."""
+class _SharedMemoryTicket:
+    """A call of a connection. Its answer is written where the call was read."""
 
-    def __init__(self, lane: Lane, frame: Frame, taken: OpenCall, queued_s: float) -> None:
-        self._lane = lane
+    def __init__(
+        self, connection: SharedMemoryConnection, frame: Frame, accepted: AcceptedCall, queued_s: float
+    ) -> None:
+        self._connection = connection
         self.frame = frame
-        self.taken = taken
-        self.call = taken.call
+        self.accepted = accepted
+        self.call = accepted.call
         self.queued_s = queued_s
 
     @property
     def wanted(self) -> bool:
-        return not self._lane.closed
+        return not self._connection.closed
 
     def answer(self, result: Computed | MoesaicError) -> None:
-        self._lane.answer(self, result)
+        self._connection.answer(self, result)
 
 
 def _check_room(buffer: Buffer, frame: Frame, call: ExpertCall) -> None:
-    """Raises LaneError when the answer would not fit where the rows are."""
+    """Raises SharedMemoryError when the answer's rows would not fit into the buffer."""
     num_sent = call.hidden.shape[0]
     num_rows = num_sent if call.combine_sum else call.num_rows
     if frame.data_offset + num_rows * (frame.data_bytes // num_sent) > buffer.num_bytes:
-        raise LaneError("no room for the answer's rows")
+        raise SharedMemoryError("no room for the answer's rows")

@@ -22,7 +22,6 @@ from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
 
 log = logging.getLogger(__name__)
 
-SERVICE = "moesaic.v1.InferenceService"
 UNARY_TIMEOUT_S = 30.0
 # The error reason of a call that did not reach its router or lost the connection to it.
 ROUTER_UNREACHABLE = "ROUTER_UNREACHABLE"
@@ -155,7 +154,7 @@ class RouterLink:
         Raises when the stream breaks.
         """
         call = health_pb2_grpc.HealthStub(self._channel).Watch(
-            health_pb2.HealthCheckRequest(service=SERVICE), timeout=_WATCH_S
+            health_pb2.HealthCheckRequest(service=rpc.INFERENCE_SERVICE), timeout=_WATCH_S
         )
         try:
             while True:

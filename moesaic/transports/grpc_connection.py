@@ -1,8 +1,9 @@
-"""One end of an HTTP/2 connection that carries gRPC streams, without I/O: bytes in, events out, bytes to send.
+"""One end of an HTTP/2 connection that carries gRPC streams, without I/O: bytes and events.
 
-For the two places where a thread of grpcio between the socket and the computing costs more than the call itself: the
-engine's way to a worker, and the worker's compute thread. The protocol is the library's (h2); here are only the headers
-of gRPC and the five bytes before each of its messages, so either end may as well be any other gRPC implementation.
+It serves the two places where a grpcio thread between the socket and the computation costs more than the call
+itself: the engine's connection to a worker, and the worker's compute thread. h2 implements HTTP/2; only
+gRPC's headers and the five bytes before each message are added here, so the other end may be any gRPC
+implementation.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ from moesaic.transports.grpc_headers import INTERNAL, UNAVAILABLE, Header
 from moesaic.transports.grpc_messages import BadMessage, MessageReader, with_prefix
 from moesaic.transports.http2 import WINDOW_BYTES, open_connection
 
-# Room that the other end is given again at once: rarely, so that it costs nothing, and long before it has none.
+# How many received bytes are acknowledged together: seldom enough to cost nothing, and long before the window
+# is used up.
 _ACKNOWLEDGE_BYTES = WINDOW_BYTES // 2
 
 
 class ConnectionBroken(Exception):
-    """The other end does not keep to HTTP/2, or said goodbye: what `take_outgoing` still gives is for it, then close."""
+    """The other end violated HTTP/2 or sent GOAWAY. Send what `take_outgoing` returns, then close."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamOpened:
-    """A caller opened a stream (servers only). `method` is the full path, "/moesaic.v1.ExpertService/Compute"."""
+    """A caller opened a stream (servers only). `method` is a path: "/moesaic.v1.ExpertService/Compute"."""
 
     stream_id: int
     method: str
@@ -54,14 +56,15 @@ class MessageReceived:
 
 @dataclass(frozen=True, slots=True)
 class CallerEnded:
-    """The caller sends no more messages (servers only); it may still wait for answers."""
+    """The caller sends no more messages (servers only). It may still wait for answers."""
 
     stream_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class StreamEnded:
-    """No more comes on this stream, and nothing more can be sent on it. `code` is the gRPC status code (grpc.StatusCode.*.value[0])."""
+    """Nothing more arrives on this stream or can be sent on it. `code` is the gRPC status code, as in
+    grpc.StatusCode.OK.value[0]."""
 
     stream_id: int
     code: int
@@ -73,60 +76,62 @@ Event = StreamOpened | MessageReceived | CallerEnded | StreamEnded
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """A call that the owner of the connection knows of."""
+    """A call that the owner of the connection has not ended."""
 
     reader: MessageReader
-    # Servers: that the call is taken was said.
+    # Whether a server has sent the headers that accept the call.
     accepted: bool
-    # Of what came, what the other end was not yet given room for again.
+    # Received bytes that no window update has returned to the other end yet.
     unacknowledged: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """What flow control does not let go yet, and the status that follows it."""
+    """Bytes that flow control does not allow to be sent yet, and the status that follows them."""
 
     pieces: deque[memoryview] = field(default_factory=deque)
     trailers: tuple[Header, ...] = ()
 
 
 class GrpcConnection:
-    """Belongs to one thread. Messages are bounded by `max_message_bytes` in both directions.
+    """Belongs to one thread. `max_message_bytes` bounds messages in both directions.
 
-    It keeps at most one message that is not whole yet per stream and what `num_held_bytes` counts. Every word of the
-    other end adds at most a few times its own length to the outgoing bytes (a PING is answered), never more: call
-    `take_outgoing` after every `receive`, and close when what the socket does not take grows beyond a bound.
+    It keeps at most one incomplete message per stream and what `num_held_bytes` counts. A frame of the other
+    end adds at most a few times its own length to the outgoing bytes (a PING is answered): call
+    `take_outgoing` after every `receive`, and close the connection when the bytes that the socket does not
+    accept exceed a bound.
     """
 
     def __init__(self, *, client: bool, max_message_bytes: int) -> None:
         self._client = client
         self._max_message_bytes = max_message_bytes
         self._over = False
-        self._met = False
+        self._handshake_done = False
         self._num_held_bytes = 0
         self._unacknowledged = 0
         self._streams: dict[int, _Stream] = {}
-        # Also of streams that the owner has ended: their last messages go first.
+        # Includes streams that the owner has ended: their last messages are sent before the status.
         self._held: dict[int, _Held] = {}
         self._h2 = open_connection(client)
 
     @property
-    def is_met(self) -> bool:
-        """Whether the other end has shown that it speaks HTTP/2: its SETTINGS came."""
-        return self._met
+    def handshake_done(self) -> bool:
+        """Whether the other end speaks HTTP/2: its SETTINGS have arrived."""
+        return self._handshake_done
 
     @property
     def is_over(self) -> bool:
-        """Either end said goodbye, or broke: nothing more comes, nothing can be sent. Write what is outgoing and close."""
+        """Whether either end sent GOAWAY or the protocol was violated: nothing more arrives or can be sent.
+        Write the outgoing bytes and close the socket."""
         return self._over
 
     @property
     def num_held_bytes(self) -> int:
-        """Of messages given to `send`, what the other end's flow control does not let go yet."""
+        """The bytes given to `send` that the other end's flow control does not allow to be sent yet."""
         return self._num_held_bytes
 
     def open_stream(self, method: str, authority: str) -> int:
-        """Client: begins a call; its id. Raises ConnectionBroken when this connection takes no more."""
+        """Client: begins a call; its id. Raises ConnectionBroken when no more streams can be opened."""
         if self._over:
             raise ConnectionBroken("the connection is over")
         try:
@@ -138,16 +143,16 @@ class GrpcConnection:
         return stream_id
 
     def accept_stream(self, stream_id: int) -> None:
-        """Server: answers that the call is taken; before its first message."""
+        """Server: sends the headers that accept the call, which must precede its first message."""
         stream = self._streams.get(stream_id)
         if stream is not None and not stream.accepted:
             stream.accepted = True
-            self._h2.send_headers(stream_id, grpc_headers.CALL_TAKEN)
+            self._h2.send_headers(stream_id, grpc_headers.CALL_ACCEPTED)
 
     def send(self, stream_id: int, message: bytes) -> None:
-        """Sends a message, as far as flow control lets it; the rest follows by itself as `receive` hears of room.
+        """Sends a message as far as flow control allows; `receive` sends the rest when the window grows.
 
-        What is sent on a stream that has ended is dropped. Raises ValueError for a message of more than
+        A message on a stream that has ended is dropped. Raises ValueError for a message of more than
         `max_message_bytes`, and on a stream that is not accepted.
         """
         stream = self._streams.get(stream_id)
@@ -166,10 +171,11 @@ class GrpcConnection:
                 self._held[stream_id] = _Held()
         self._held[stream_id].pieces.append(memoryview(data))
         self._num_held_bytes += len(data)
-        self._let_go(stream_id)
+        self._send_held(stream_id)
 
     def end_stream(self, stream_id: int, code: int = 0, details: str = "") -> None:
-        """Server: the status of the call, after all messages. Client: cancels. No more events come of the stream."""
+        """Server: sends the status of the call after all its messages. Client: cancels it. The stream has no
+        more events."""
         stream = self._streams.pop(stream_id, None)
         if stream is None:
             return
@@ -178,48 +184,49 @@ class GrpcConnection:
             self._reset(stream_id, ErrorCodes.CANCEL)
             return
         trailers = grpc_headers.status(code, details)
-        trailers = trailers if stream.accepted else (*grpc_headers.CALL_TAKEN, *trailers)
+        trailers = trailers if stream.accepted else (*grpc_headers.CALL_ACCEPTED, *trailers)
         if stream_id in self._held:
             self._held[stream_id].trailers = trailers
         else:
             self._finish(stream_id, trailers)
 
     def close(self) -> None:
-        """Says goodbye (GOAWAY). Streams that are not ended are cut off, and so is what is held."""
+        """Sends GOAWAY. Streams that have not ended are cut off, and held bytes are dropped."""
         if not self._over:
             self._over = True
             self._forget_streams()
             self._h2.close_connection()
 
     def receive(self, raw: bytes | memoryview) -> list[Event]:
-        """Takes what came. Raises ConnectionBroken; the connection is over then. Gives nothing once it is over."""
+        """Processes received bytes. Raises ConnectionBroken, after which the connection is over. Returns no
+        events once it is over."""
         if self._over:
             return []
         try:
-            heard = self._h2.receive_data(raw)
+            received = self._h2.receive_data(raw)
         except ProtocolError as error:
             self._over = True
             self._forget_streams()
             raise _broken(error) from error
         events: list[Event] = []
-        for event in heard:
+        for event in received:
             handle = self._HANDLERS.get(type(event))
             if handle is not None:
                 handle(self, event, events)
-        # Only now: an event may be of a stream that a later one ends.
+        # Not before all events are handled: a later one may end the stream.
         if self._held:
             for stream_id in tuple(self._held):
-                self._let_go(stream_id)
+                self._send_held(stream_id)
         if self._unacknowledged >= _ACKNOWLEDGE_BYTES:
             self._acknowledge()
         return events
 
     def take_outgoing(self) -> bytes:
-        """What is to be written to the socket now; each byte is given once."""
+        """The bytes to write to the socket now. Each is returned once."""
         return self._h2.data_to_send()
 
     def _settings_received(self, _: h2.events.RemoteSettingsChanged, __: list[Event]) -> None:
-        self._met = True
+        self._handshake_done = True
 
     def _data_received(self, event: h2.events.DataReceived, events: list[Event]) -> None:
         stream_id = event.stream_id
@@ -256,7 +263,7 @@ class GrpcConnection:
             self._end_call(event.stream_id, *status, events)
 
     def _trailers_received(self, event: h2.events.TrailersReceived, events: list[Event]) -> None:
-        # Of a caller they say nothing; that it has ended is heard next.
+        # A caller's trailers mean nothing; the event that it has ended follows.
         if self._client:
             self._end_call(event.stream_id, *grpc_headers.read_status(event.headers), events)
 
@@ -276,14 +283,14 @@ class GrpcConnection:
         if self._streams.pop(event.stream_id, None) is not None:
             events.append(StreamEnded(event.stream_id, *grpc_headers.reset_status(event.error_code)))
 
-    def _goodbye_received(self, event: h2.events.ConnectionTerminated, events: list[Event]) -> None:
+    def _goaway_received(self, event: h2.events.ConnectionTerminated, events: list[Event]) -> None:
         self._over = True
-        details = f"the other end said goodbye: {grpc_headers.error_name(event.error_code)}"
+        details = f"the other end sent GOAWAY: {grpc_headers.error_name(event.error_code)}"
         events.extend(StreamEnded(stream_id, UNAVAILABLE, details) for stream_id in self._streams)
         self._forget_streams()
 
     def _end_call(self, stream_id: int, code: int, details: str, events: list[Event]) -> None:
-        """Client: the other end said how the call ended."""
+        """Client: the other end has sent the status of the call."""
         stream = self._streams.pop(stream_id, None)
         if stream is None:
             return
@@ -300,8 +307,9 @@ class GrpcConnection:
         events.append(StreamEnded(stream_id, code, details))
 
     def _finish(self, stream_id: int, headers: tuple[Header, ...]) -> None:
-        """Server: the last headers of a call; a caller that has not ended is told that nobody listens any more."""
-        # The other end may have reset the stream in the same piece of bytes; h2 may even have forgotten it.
+        """Server: sends the last headers of a call. RST_STREAM follows, so that a caller that is still
+        sending stops."""
+        # The other end may have reset the stream in the same bytes, and h2 may have forgotten it already.
         with suppress(StreamClosedError, StreamIDTooLowError):
             self._h2.send_headers(stream_id, headers, end_stream=True)
         self._reset(stream_id, ErrorCodes.NO_ERROR)
@@ -310,13 +318,13 @@ class GrpcConnection:
         with suppress(StreamClosedError):
             self._h2.reset_stream(stream_id, error_code)
 
-    def _let_go(self, stream_id: int) -> None:
-        """Sends of what is held as much as there is room for."""
+    def _send_held(self, stream_id: int) -> None:
+        """Sends as much of the held bytes as the window allows."""
         held = self._held[stream_id]
         connection = self._h2
         while held.pieces:
             room = min(connection.local_flow_control_window(stream_id), connection.max_outbound_frame_size)
-            if room <= 0:  # below it where a setting took back what was given
+            if room <= 0:  # negative where a setting shrank the window
                 return
             piece = held.pieces.popleft()
             if room < len(piece):
@@ -339,7 +347,7 @@ class GrpcConnection:
         self._num_held_bytes = 0
 
     def _acknowledge(self) -> None:
-        """Gives the other end room for what it sent."""
+        """Returns the received bytes to the other end's windows."""
         self._h2.increment_flow_control_window(self._unacknowledged)
         self._unacknowledged = 0
         for stream_id, stream in self._streams.items():
@@ -355,7 +363,7 @@ class GrpcConnection:
         h2.events.TrailersReceived: _trailers_received,
         h2.events.StreamEnded: _sending_ended,
         h2.events.StreamReset: _stream_reset,
-        h2.events.ConnectionTerminated: _goodbye_received,
+        h2.events.ConnectionTerminated: _goaway_received,
     }
 
 

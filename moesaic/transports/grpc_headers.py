@@ -1,4 +1,4 @@
-"""What gRPC says in the headers of HTTP/2: the call, that it is taken, and its status."""
+"""The HTTP/2 headers of gRPC: those that open a call, that accept it, and that hold its status."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ INTERNAL: int = grpc.StatusCode.INTERNAL.value[0]
 UNAVAILABLE: int = grpc.StatusCode.UNAVAILABLE.value[0]
 UNAUTHENTICATED: int = grpc.StatusCode.UNAUTHENTICATED.value[0]
 
-CALL_TAKEN: tuple[Header, ...] = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+CALL_ACCEPTED: tuple[Header, ...] = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 NOT_GRPC: tuple[Header, ...] = ((b":status", b"415"),)
 
 _CODES: Mapping[bytes, int] = {b"%d" % code.value[0]: code.value[0] for code in grpc.StatusCode}
-# Three times as long when every byte must be escaped: other ends bound their header lists, by 8 KiB at the least.
+# Escaping every byte makes them three times as long, and other implementations bound their header lists, at 8
+# KiB or more.
 _MAX_DETAILS_BYTES = 2_000
-# All that is printable, but the escape itself and the space, which headers may not begin or end with.
+# All printable characters except the escape itself and the space, with which a header may not begin or end.
 _PLAIN = "".join(map(chr, range(0x21, 0x7F))).replace("%", "")
 
-# The tables of gRPC's own document on HTTP/2: what stands for a status where there is none.
+# The tables of gRPC's HTTP/2 specification: the status that a reset, or an HTTP status, stands for.
 _OF_RESET: Mapping[int, int] = {
     ErrorCodes.REFUSED_STREAM: UNAVAILABLE,
     ErrorCodes.CANCEL: CANCELLED,
@@ -75,30 +76,30 @@ def status(code: int, details: str) -> tuple[Header, ...]:
 
 
 def is_call(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether a request is one of gRPC."""
+    """Whether a request is a gRPC call."""
     return headers[b":method"] == b"POST" and _is_grpc(headers)
 
 
 def read_status(headers: Iterable[Header]) -> tuple[int, str]:
-    """Code and details in the last headers of an answer, which may be its only ones."""
-    told = dict(headers)
-    code = told.get(b"grpc-status")
+    """Code and details from the last headers of an answer, which may be its only ones."""
+    fields = dict(headers)
+    code = fields.get(b"grpc-status")
     if code is None:
         return read_refusal(headers) or (UNKNOWN, "the call ended without a status")
-    return _CODES.get(code, UNKNOWN), unquote(told.get(b"grpc-message", b"").decode("ascii", "replace"))
+    return _CODES.get(code, UNKNOWN), unquote(fields.get(b"grpc-message", b"").decode("ascii", "replace"))
 
 
 def read_refusal(headers: Iterable[Header]) -> tuple[int, str] | None:
-    """Code and details when the answer is none of gRPC's."""
-    told = dict(headers)
-    # Trailers have none: that the answer began well was heard before.
-    http_status = told.get(b":status")
+    """Code and details if the answer is not a gRPC answer, else None."""
+    fields = dict(headers)
+    # Trailers have no HTTP status; that of the answer was in its first headers.
+    http_status = fields.get(b":status")
     if http_status is None:
         return None
     if http_status != b"200":
         code = _OF_HTTP_STATUS.get(http_status, UNKNOWN)
         return code, f"the answer has the HTTP status {http_status.decode('ascii', 'replace')}"
-    return None if _is_grpc(told) else (UNKNOWN, "the answer is not of gRPC's content type")
+    return None if _is_grpc(fields) else (UNKNOWN, "the answer is not of gRPC's content type")
 
 
 def _is_grpc(headers: Mapping[bytes, bytes]) -> bool:
@@ -106,7 +107,7 @@ def _is_grpc(headers: Mapping[bytes, bytes]) -> bool:
 
 
 def reset_status(error_code: int) -> tuple[int, str]:
-    """What RST_STREAM stands for."""
+    """Code and details for RST_STREAM."""
     return _OF_RESET.get(error_code, INTERNAL), f"the other end reset the call: {error_name(error_code)}"
 
 

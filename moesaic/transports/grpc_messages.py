@@ -1,4 +1,4 @@
-"""gRPC's messages in a stream of bytes: each behind five bytes, which say that it is plain and how long it is."""
+"""gRPC messages in a stream of bytes: each follows five bytes with a compression flag and its length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREFIX_BYTES = _PREFIX.size
 
 
 class BadMessage(Exception):
-    """A message that ends its call: `code` is the gRPC status code."""
+    """A message that ends its call with an error. `code` is the gRPC status code."""
 
     def __init__(self, code: int, details: str) -> None:
         super().__init__(details)
@@ -25,14 +25,15 @@ def with_prefix(message: bytes) -> bytes:
 
 
 class MessageReader:
-    """Puts the messages of one direction of one call together. `compresses`: the caller said that it may compress."""
+    """Assembles the messages of one direction of one call. `compresses` says whether the caller announced a
+    compression, which changes the status of a compressed message."""
 
     __slots__ = ("_compresses", "_max_message_bytes", "_pending")
 
     def __init__(self, max_message_bytes: int, *, compresses: bool = False) -> None:
         self._max_message_bytes = max_message_bytes
         self._compresses = compresses
-        # The beginning of the next message. Not a list of pieces: those may be of one byte each.
+        # The beginning of the next message. A list of pieces would cost more, as each may be a single byte.
         self._pending = bytearray()
 
     @property
@@ -40,10 +41,11 @@ class MessageReader:
         return bool(self._pending)
 
     def read(self, data: bytes) -> list[bytes] | Iterator[bytes]:
-        """What `data` makes whole. Raises BadMessage, an iterator as it goes; nothing may be read then any more."""
+        """The messages that `data` completes. Raises BadMessage, possibly while the result is iterated;
+        nothing may be read after that."""
         if not self._pending and len(data) >= PREFIX_BYTES:
             compressed, num_bytes = _PREFIX.unpack_from(data)
-            # Nearly always: one frame, one message.
+            # The usual case: one frame holds exactly one message.
             if (
                 PREFIX_BYTES + num_bytes == len(data)
                 and not compressed

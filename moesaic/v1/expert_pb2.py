@@ -26,15 +26,15 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from moesaic.v1 import common_pb2 as moesaic_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17moesaic/v1/expert.proto\x12\nmoesaic.v1\x1a\x17google/rpc/status.proto\x1a\x17moesaic/v1/common.proto\"J\n\nExpertRows\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x0c\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12\x0f\n\x07weights\x18\x04 \x03(\x02\"\xdb\x01\n\x0e\x43omputeRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\r\n\x05layer\x18\x03 \x01(\r\x12\"\n\x06hidden\x18\x04 \x01(\x0b\x32\x12.moesaic.v1.Tensor\x12\'\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x16.moesaic.v1.ExpertRows\x12$\n\x07\x63ombine\x18\x06 \x01(\x0e\x32\x13.moesaic.v1.Combine\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\"[\n\rComputeTiming\x12\x11\n\tdecode_us\x18\x01 \x01(\r\x12\x10\n\x08queue_us\x18\x02 \x01(\r\x12\x12\n\ncompute_us\x18\x03 \x01(\r\x12\x11\n\tencode_us\x18\x04 \x01(\r\"\xb5\x01\n\x0f\x43omputeResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08versions\x18\x04 \x03(\x0c\x12\"\n\x06output\x18\x05 \x01(\x0b\x32\x12.moesaic.v1.Tensor\x12)\n\x06timing\x18\x06 \x01(\x0b\x32\x19.moesaic.v1.ComputeTiming\"8\n\x0fOpenLaneRequest\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x14\n\x0clane_version\x18\x02 \x01(\r\"R\n\x10OpenLaneResponse\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x14\n\x0c\x63ompute_port\x18\x03 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\xeb\x01\n\x10\x44\x65scribeResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12*\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x19.moesaic.v1.ExpertVersion\x12!\n\x06\x64types\x18\x06 \x03(\x0e\x32\x11.moesaic.v1.Dtype\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x19\n\x11\x63ontents_revision\x18\t \x01(\x04\"\x17\n\x15GetWorkerStatsRequest\"\xc0\x01\n\x16GetWorkerStatsResponse\x12\r\n\x05\x63\x61lls\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x15\n\rrefused_calls\x18\x03 \x01(\x04\x12\x0e\n\x06passes\x18\x04 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x05 \x01(\x01\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12\x16\n\x0eresident_bytes\x18\x07 \x01(\x04\x12\x12\n\nlane_calls\x18\x08 \x01(\x04\x12\x14\n\x0c\x64irect_calls\x18\t \x01(\x04*E\n\x07\x43ombine\x12\x17\n\x13\x43OMBINE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43OMBINE_ROWS\x10\x01\x12\x0f\n\x0b\x43OMBINE_SUM\x10\x02\x32\xbe\x02\n\rExpertService\x12\x46\n\x07\x43ompute\x12\x1a.moesaic.v1.ComputeRequest\x1a\x1b.moesaic.v1.ComputeResponse(\x01\x30\x01\x12\x45\n\x08OpenLane\x12\x1b.moesaic.v1.OpenLaneRequest\x1a\x1c.moesaic.v1.OpenLaneResponse\x12\x45\n\x08\x44\x65scribe\x12\x1b.moesaic.v1.DescribeRequest\x1a\x1c.moesaic.v1.DescribeResponse\x12W\n\x0eGetWorkerStats\x12!.moesaic.v1.GetWorkerStatsRequest\x1a\".moesaic.v1.GetWorkerStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17moesaic/v1/expert.proto\x12\nmoesaic.v1\x1a\x17google/rpc/status.proto\x1a\x17moesaic/v1/common.proto\"J\n\nExpertRows\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x0c\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12\x0f\n\x07weights\x18\x04 \x03(\x02\"\xdb\x01\n\x0e\x43omputeRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\r\n\x05layer\x18\x03 \x01(\r\x12\"\n\x06hidden\x18\x04 \x01(\x0b\x32\x12.moesaic.v1.Tensor\x12\'\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x16.moesaic.v1.ExpertRows\x12$\n\x07\x63ombine\x18\x06 \x01(\x0e\x32\x13.moesaic.v1.Combine\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\"[\n\rComputeTiming\x12\x11\n\tdecode_us\x18\x01 \x01(\r\x12\x10\n\x08queue_us\x18\x02 \x01(\r\x12\x12\n\ncompute_us\x18\x03 \x01(\r\x12\x11\n\tencode_us\x18\x04 \x01(\r\"\xb5\x01\n\x0f\x43omputeResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08versions\x18\x04 \x03(\x0c\x12\"\n\x06output\x18\x05 \x01(\x0b\x32\x12.moesaic.v1.Tensor\x12)\n\x06timing\x18\x06 \x01(\x0b\x32\x19.moesaic.v1.ComputeTiming\"G\n\x15OpenTransportsRequest\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x1d\n\x15shared_memory_version\x18\x02 \x01(\r\"W\n\x16OpenTransportsResponse\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0b\x64irect_port\x18\x03 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\xeb\x01\n\x10\x44\x65scribeResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12*\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x19.moesaic.v1.ExpertVersion\x12!\n\x06\x64types\x18\x06 \x03(\x0e\x32\x11.moesaic.v1.Dtype\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x19\n\x11\x63ontents_revision\x18\t \x01(\x04\"\x17\n\x15GetWorkerStatsRequest\"\xc9\x01\n\x16GetWorkerStatsResponse\x12\r\n\x05\x63\x61lls\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x15\n\rrefused_calls\x18\x03 \x01(\x04\x12\x0e\n\x06passes\x18\x04 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x05 \x01(\x01\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12\x16\n\x0eresident_bytes\x18\x07 \x01(\x04\x12\x1b\n\x13shared_memory_calls\x18\x08 \x01(\x04\x12\x14\n\x0c\x64irect_calls\x18\t \x01(\x04*E\n\x07\x43ombine\x12\x17\n\x13\x43OMBINE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43OMBINE_ROWS\x10\x01\x12\x0f\n\x0b\x43OMBINE_SUM\x10\x02\x32\xd0\x02\n\rExpertService\x12\x46\n\x07\x43ompute\x12\x1a.moesaic.v1.ComputeRequest\x1a\x1b.moesaic.v1.ComputeResponse(\x01\x30\x01\x12W\n\x0eOpenTransports\x12!.moesaic.v1.OpenTransportsRequest\x1a\".moesaic.v1.OpenTransportsResponse\x12\x45\n\x08\x44\x65scribe\x12\x1b.moesaic.v1.DescribeRequest\x1a\x1c.moesaic.v1.DescribeResponse\x12W\n\x0eGetWorkerStats\x12!.moesaic.v1.GetWorkerStatsRequest\x1a\".moesaic.v1.GetWorkerStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moesaic.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMBINE']._serialized_start=1283
-  _globals['_COMBINE']._serialized_end=1352
+  _globals['_COMBINE']._serialized_start=1312
+  _globals['_COMBINE']._serialized_end=1381
   _globals['_EXPERTROWS']._serialized_start=89
   _globals['_EXPERTROWS']._serialized_end=163
   _globals['_COMPUTEREQUEST']._serialized_start=166
@@ -43,18 +43,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMPUTETIMING']._serialized_end=478
   _globals['_COMPUTERESPONSE']._serialized_start=481
   _globals['_COMPUTERESPONSE']._serialized_end=662
-  _globals['_OPENLANEREQUEST']._serialized_start=664
-  _globals['_OPENLANEREQUEST']._serialized_end=720
-  _globals['_OPENLANERESPONSE']._serialized_start=722
-  _globals['_OPENLANERESPONSE']._serialized_end=804
-  _globals['_DESCRIBEREQUEST']._serialized_start=806
-  _globals['_DESCRIBEREQUEST']._serialized_end=823
-  _globals['_DESCRIBERESPONSE']._serialized_start=826
-  _globals['_DESCRIBERESPONSE']._serialized_end=1061
-  _globals['_GETWORKERSTATSREQUEST']._serialized_start=1063
-  _globals['_GETWORKERSTATSREQUEST']._serialized_end=1086
-  _globals['_GETWORKERSTATSRESPONSE']._serialized_start=1089
-  _globals['_GETWORKERSTATSRESPONSE']._serialized_end=1281
-  _globals['_EXPERTSERVICE']._serialized_start=1355
-  _globals['_EXPERTSERVICE']._serialized_end=1673
+  _globals['_OPENTRANSPORTSREQUEST']._serialized_start=664
+  _globals['_OPENTRANSPORTSREQUEST']._serialized_end=735
+  _globals['_OPENTRANSPORTSRESPONSE']._serialized_start=737
+  _globals['_OPENTRANSPORTSRESPONSE']._serialized_end=824
+  _globals['_DESCRIBEREQUEST']._serialized_start=826
+  _globals['_DESCRIBEREQUEST']._serialized_end=843
+  _globals['_DESCRIBERESPONSE']._serialized_start=846
+  _globals['_DESCRIBERESPONSE']._serialized_end=1081
+  _globals['_GETWORKERSTATSREQUEST']._serialized_start=1083
+  _globals['_GETWORKERSTATSREQUEST']._serialized_end=1106
+  _globals['_GETWORKERSTATSRESPONSE']._serialized_start=1109
+  _globals['_GETWORKERSTATSRESPONSE']._serialized_end=1310
+  _globals['_EXPERTSERVICE']._serialized_start=1384
+  _globals['_EXPERTSERVICE']._serialized_end=1720
 # @@protoc_insertion_point(module_scope)

@@ -78,23 +78,23 @@ class ComputeResponse(_message.Message):
     timing: ComputeTiming
     def __init__(self, call_id: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., epoch: _Optional[str] = ..., versions: _Optional[_Iterable[bytes]] = ..., output: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., timing: _Optional[_Union[ComputeTiming, _Mapping]] = ...) -> None: ...
 
-class OpenLaneRequest(_message.Message):
-    __slots__ = ("host_id", "lane_version")
+class OpenTransportsRequest(_message.Message):
+    __slots__ = ("host_id", "shared_memory_version")
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
-    LANE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_VERSION_FIELD_NUMBER: _ClassVar[int]
     host_id: str
-    lane_version: int
-    def __init__(self, host_id: _Optional[str] = ..., lane_version: _Optional[int] = ...) -> None: ...
+    shared_memory_version: int
+    def __init__(self, host_id: _Optional[str] = ..., shared_memory_version: _Optional[int] = ...) -> None: ...
 
-class OpenLaneResponse(_message.Message):
-    __slots__ = ("socket_path", "incarnation", "compute_port")
+class OpenTransportsResponse(_message.Message):
+    __slots__ = ("socket_path", "incarnation", "direct_port")
     SOCKET_PATH_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
-    COMPUTE_PORT_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_PORT_FIELD_NUMBER: _ClassVar[int]
     socket_path: str
     incarnation: str
-    compute_port: int
-    def __init__(self, socket_path: _Optional[str] = ..., incarnation: _Optional[str] = ..., compute_port: _Optional[int] = ...) -> None: ...
+    direct_port: int
+    def __init__(self, socket_path: _Optional[str] = ..., incarnation: _Optional[str] = ..., direct_port: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -127,7 +127,7 @@ class GetWorkerStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkerStatsResponse(_message.Message):
-    __slots__ = ("calls", "rows", "refused_calls", "passes", "busy_s", "uptime_s", "resident_bytes", "lane_calls", "direct_calls")
+    __slots__ = ("calls", "rows", "refused_calls", "passes", "busy_s", "uptime_s", "resident_bytes", "shared_memory_calls", "direct_calls")
     CALLS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_CALLS_FIELD_NUMBER: _ClassVar[int]
@@ -135,7 +135,7 @@ class GetWorkerStatsResponse(_message.Message):
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
-    LANE_CALLS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_CALLS_FIELD_NUMBER: _ClassVar[int]
     DIRECT_CALLS_FIELD_NUMBER: _ClassVar[int]
     calls: int
     rows: int
@@ -144,6 +144,6 @@ class GetWorkerStatsResponse(_message.Message):
     busy_s: float
     uptime_s: float
     resident_bytes: int
-    lane_calls: int
+    shared_memory_calls: int
     direct_calls: int
-    def __init__(self, calls: _Optional[int] = ..., rows: _Optional[int] = ..., refused_calls: _Optional[int] = ..., passes: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., lane_calls: _Optional[int] = ..., direct_calls: _Optional[int] = ...) -> None: ...
+    def __init__(self, calls: _Optional[int] = ..., rows: _Optional[int] = ..., refused_calls: _Optional[int] = ..., passes: _Optional[int] = ..., busy_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., shared_memory_calls: _Optional[int] = ..., direct_calls: _Optional[int] = ...) -> None: ...

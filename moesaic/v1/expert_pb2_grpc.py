@@ -39,10 +39,10 @@ class ExpertServiceStub:
                 request_serializer=moesaic_dot_v1_dot_expert__pb2.ComputeRequest.SerializeToString,
                 response_deserializer=moesaic_dot_v1_dot_expert__pb2.ComputeResponse.FromString,
                 _registered_method=True)
-        self.OpenLane = channel.unary_unary(
-                '/moesaic.v1.ExpertService/OpenLane',
-                request_serializer=moesaic_dot_v1_dot_expert__pb2.OpenLaneRequest.SerializeToString,
-                response_deserializer=moesaic_dot_v1_dot_expert__pb2.OpenLaneResponse.FromString,
+        self.OpenTransports = channel.unary_unary(
+                '/moesaic.v1.ExpertService/OpenTransports',
+                request_serializer=moesaic_dot_v1_dot_expert__pb2.OpenTransportsRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_expert__pb2.OpenTransportsResponse.FromString,
                 _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/moesaic.v1.ExpertService/Describe',
@@ -60,16 +60,17 @@ class ExpertServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Compute(self, request_iterator, context):
-        """One long-lived stream per router and worker. Answers may come in another order than the calls;
-        call_id pairs them. A refused call is answered with its error, the stream goes on.
+        """One long-lived stream per router and worker. Answers may arrive in another order than the calls;
+        call_id pairs them. A refused call is answered with its error and the stream goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def OpenLane(self, request, context):
-        """Asks for faster ways in beside this service: a lane for a caller on the same host, and a port of the computing thread
-        for a caller on any host. An empty answer means none.
+    def OpenTransports(self, request, context):
+        """Negotiates faster transports for Compute: shared memory for a caller on the same host, and a port that is
+        served by the compute thread for a caller on any host. An empty field of the answer means that there is
+        none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,10 +98,10 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     request_deserializer=moesaic_dot_v1_dot_expert__pb2.ComputeRequest.FromString,
                     response_serializer=moesaic_dot_v1_dot_expert__pb2.ComputeResponse.SerializeToString,
             ),
-            'OpenLane': grpc.unary_unary_rpc_method_handler(
-                    servicer.OpenLane,
-                    request_deserializer=moesaic_dot_v1_dot_expert__pb2.OpenLaneRequest.FromString,
-                    response_serializer=moesaic_dot_v1_dot_expert__pb2.OpenLaneResponse.SerializeToString,
+            'OpenTransports': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenTransports,
+                    request_deserializer=moesaic_dot_v1_dot_expert__pb2.OpenTransportsRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_expert__pb2.OpenTransportsResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -151,7 +152,7 @@ class ExpertService:
             _registered_method=True)
 
     @staticmethod
-    def OpenLane(request,
+    def OpenTransports(request,
             target,
             options=(),
             channel_credentials=None,
@@ -164,9 +165,9 @@ class ExpertService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/moesaic.v1.ExpertService/OpenLane',
-            moesaic_dot_v1_dot_expert__pb2.OpenLaneRequest.SerializeToString,
-            moesaic_dot_v1_dot_expert__pb2.OpenLaneResponse.FromString,
+            '/moesaic.v1.ExpertService/OpenTransports',
+            moesaic_dot_v1_dot_expert__pb2.OpenTransportsRequest.SerializeToString,
+            moesaic_dot_v1_dot_expert__pb2.OpenTransportsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,13 +20,13 @@ from moesaic.wire.tensor_check import SCALED_DTYPES
 from moesaic.wire.tensors import data_of, decode_rows
 from router.dispatch.host_staging import Staging
 from router.dispatch.row_grouping import Indices, RowsBySlot, WorkerRows
-from router.workers.transports.base import Answer
+from router.workers.transports.base import WorkerAnswer
 
 
 class Combiner(Protocol):
     """Collects the answers of a layer. The result is valid once all rows have been added or cleared."""
 
-    def add(self, rows: WorkerRows, answer: Answer) -> None:
+    def add(self, rows: WorkerRows, answer: WorkerAnswer) -> None:
         """Copies a checked answer."""
         ...
 
@@ -65,7 +65,7 @@ class RowCombiner:
         if len(groups.unassigned):
             self._clear(groups.unassigned)
 
-    def add(self, rows: WorkerRows, answer: Answer) -> None:
+    def add(self, rows: WorkerRows, answer: WorkerAnswer) -> None:
         header = answer.response.output
         if self._bytes is None:
             outputs = decode_rows(header, answer.output)
@@ -107,7 +107,7 @@ class SumCombiner:
         # By the first of a worker's groups, which no two workers share: the sums [R, D] in float32.
         self._sums: dict[int, tuple[WorkerRows, Tensor]] = {}
 
-    def add(self, rows: WorkerRows, answer: Answer) -> None:
+    def add(self, rows: WorkerRows, answer: WorkerAnswer) -> None:
         outputs = decode_rows(answer.response.output, answer.output)
         sums = self._staging.empty((len(outputs), outputs.shape[1]), torch.float32).copy_(outputs)
         self._sums[rows.groups[0]] = rows, sums

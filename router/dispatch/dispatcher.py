@@ -47,7 +47,7 @@ from router.dispatch.row_grouping import RowsBySlot, WorkerRows
 from router.dispatch.wave import Wave, WorkerCall
 from router.phase_clock import Phase, PhaseClock
 from router.workers.replica_pool import ReplicaPool
-from router.workers.transports.base import Answer
+from router.workers.transports.base import WorkerAnswer
 from router.workers.worker_link import WorkerLink
 
 MAX_ATTEMPTS = 2
@@ -233,7 +233,7 @@ class DispatchStep:
         with self._clock.phase(Phase.COMBINE):
             return self._combine(layer_call)
 
-    def _receive(self, layer_call: LayerCall, call: WorkerCall, timeout_s: float) -> Answer | None:
+    def _receive(self, layer_call: LayerCall, call: WorkerCall, timeout_s: float) -> WorkerAnswer | None:
         """Waits for an answer; None where the call failed."""
         call.received = True
         try:
@@ -243,7 +243,7 @@ class DispatchStep:
             _end_span(call.span, error)
             return None
 
-    def _accept(self, layer_call: LayerCall, call: WorkerCall, answer: Answer) -> None:
+    def _accept(self, layer_call: LayerCall, call: WorkerCall, answer: WorkerAnswer) -> None:
         """Takes an answer; one that is not valid fails its call."""
         try:
             layer_call.accept(call, answer)

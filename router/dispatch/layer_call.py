@@ -12,7 +12,7 @@ from router.dispatch.combine import Combiner
 from router.dispatch.layer_request import LayerRequest
 from router.dispatch.row_grouping import RowsBySlot, WorkerRows
 from router.dispatch.wave import Wave, WorkerCall
-from router.workers.transports.base import Answer
+from router.workers.transports.base import WorkerAnswer
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +50,7 @@ class LayerCall:
         self.waves.append(wave)
         return wave
 
-    def accept(self, call: WorkerCall, answer: Answer) -> None:
+    def accept(self, call: WorkerCall, answer: WorkerAnswer) -> None:
         """Takes an answer. Raises DataLoss unless it is valid."""
         self.request.check(answer, call.rows, call.versions)
         self.combiner.add(call.rows, answer)

@@ -17,7 +17,7 @@ from moesaic.v1 import expert_pb2
 from moesaic.wire.tensor_check import check_tensor
 from moesaic.wire.tensors import WIRE_DTYPES, header_of
 from router.dispatch.row_grouping import WorkerRows
-from router.workers.transports.base import Answer
+from router.workers.transports.base import WorkerAnswer
 
 
 class LayerRequest:
@@ -69,7 +69,7 @@ class LayerRequest:
                 expert.weights.extend(weights[start:end])
         return request, hidden
 
-    def check(self, answer: Answer, rows: WorkerRows, versions: Sequence[bytes]) -> None:
+    def check(self, answer: WorkerAnswer, rows: WorkerRows, versions: Sequence[bytes]) -> None:
         """Raises DataLoss unless the answer is for exactly this request: epoch, versions, dtype, shape, bytes
         and scales."""
         response = answer.response

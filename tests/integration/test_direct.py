@@ -44,8 +44,8 @@ with rpc.channel(f"127.0.0.1:{port}") as channel:
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
-    """Both ways to one worker."""
+class Stubs:
+    """Both ports of one worker."""
 
     main: Any
     direct: Any
@@ -60,17 +60,17 @@ class Ways:
 
 
 @contextmanager
-def ways_to(worker: Process) -> Iterator[Ways]:
+def stubs_to(worker: Process) -> Iterator[Stubs]:
     with rpc.channel(worker.address) as channel:
         main = expert_pb2_grpc.ExpertServiceStub(channel)
         described = main.Describe(expert_pb2.DescribeRequest(), timeout=WAIT_S)
         versions = dict(versions_from_proto(described.experts))
-        # Of another host, so that there is no lane for it.
-        opened = main.OpenLane(expert_pb2.OpenLaneRequest(host_id="another"), timeout=WAIT_S)
+        # Of another host, so that it gets no shared memory.
+        opened = main.OpenTransports(expert_pb2.OpenTransportsRequest(host_id="another"), timeout=WAIT_S)
         assert not opened.socket_path
-        with rpc.channel(f"127.0.0.1:{opened.compute_port}") as direct_channel:
+        with rpc.channel(f"127.0.0.1:{opened.direct_port}") as direct_channel:
             stub = expert_pb2_grpc.ExpertServiceStub(direct_channel)
-            yield Ways(main, stub, opened.compute_port, versions)
+            yield Stubs(main, stub, opened.direct_port, versions)
 
 
 @pytest.fixture
@@ -80,12 +80,12 @@ def slow_model(tmp_path: Path) -> Path:
     return write_mixtral(tmp_path / "slow", **sizes)
 
 
-def slow_request(ways: Ways, call_id: int = 0) -> expert_pb2.ComputeRequest:
+def slow_request(stubs: Stubs, call_id: int = 0) -> expert_pb2.ComputeRequest:
     every_row = list(range(1024))
     return compute_request(
         torch.randn(1024, 256),
         {0: every_row, 1: every_row},
-        ways.versions,
+        stubs.versions,
         call_id=call_id,
         timeout_ms=60_000,
     )
@@ -103,9 +103,9 @@ def outcome(answer: expert_pb2.ComputeResponse) -> tuple[int, str, str, str | No
 def test_a_grpcio_channel_gets_the_rows_of_the_reference_checkpoint(shared: Path) -> None:
     folder = shared / "goldens" / "mixtral" / "hf_v4"
     rows = {5: [0, 2, 6], 4: [1], 7: [0, 1, 2, 3, 4, 5, 6]}
-    with running_workers(folder, ["4-7"]) as (worker,), ways_to(worker) as ways:
-        request = compute_request(HIDDEN, rows, ways.versions, layer=1)
-        (response,) = ways.direct.Compute(iter([request]), timeout=WAIT_S)
+    with running_workers(folder, ["4-7"]) as (worker,), stubs_to(worker) as stubs:
+        request = compute_request(HIDDEN, rows, stubs.versions, layer=1)
+        (response,) = stubs.direct.Compute(iter([request]), timeout=WAIT_S)
         expected = ReferenceExperts(folder).rows(1, HIDDEN, rows)
         torch.testing.assert_close(from_wire(response.output), expected, atol=1e-5, rtol=1e-5)
 
@@ -113,28 +113,28 @@ def test_a_grpcio_channel_gets_the_rows_of_the_reference_checkpoint(shared: Path
 def test_both_ways_give_the_same_bits_and_the_same_refusals(tmp_path: Path) -> None:
     write_mixtral(tmp_path)
     hidden = HIDDEN[:, :32]
-    with running_workers(tmp_path, ["0:0-1,1:3"]) as (worker,), ways_to(worker) as ways:
-        wrong_version = compute_request(hidden, {1: [0]}, ways.versions, call_id=6)
+    with running_workers(tmp_path, ["0:0-1,1:3"]) as (worker,), stubs_to(worker) as stubs:
+        wrong_version = compute_request(hidden, {1: [0]}, stubs.versions, call_id=6)
         wrong_version.experts[0].version = bytes(32)
         requests = [
-            compute_request(hidden, {0: [0, 2], 1: [1]}, ways.versions, call_id=0),
-            compute_request(hidden, {3: list(range(7))}, ways.versions, call_id=1, layer=1),
-            compute_request(hidden, {2: [0]}, ways.versions, call_id=2),
-            compute_request(hidden[:, :31], {1: [0]}, ways.versions, call_id=3),
-            compute_request(hidden, {1: [7]}, ways.versions, call_id=4),
-            compute_request(hidden, {1: [0]}, ways.versions, call_id=5, timeout_ms=0),
+            compute_request(hidden, {0: [0, 2], 1: [1]}, stubs.versions, call_id=0),
+            compute_request(hidden, {3: list(range(7))}, stubs.versions, call_id=1, layer=1),
+            compute_request(hidden, {2: [0]}, stubs.versions, call_id=2),
+            compute_request(hidden[:, :31], {1: [0]}, stubs.versions, call_id=3),
+            compute_request(hidden, {1: [7]}, stubs.versions, call_id=4),
+            compute_request(hidden, {1: [0]}, stubs.versions, call_id=5, timeout_ms=0),
             wrong_version,
-            compute_request(torch.full((1, 32), float("inf")), {1: [0]}, ways.versions, call_id=7),
+            compute_request(torch.full((1, 32), float("inf")), {1: [0]}, stubs.versions, call_id=7),
         ]
         for request in requests:
-            (over_main,) = ways.main.Compute(iter([request]), timeout=WAIT_S)
-            (over_direct,) = ways.direct.Compute(iter([request]), timeout=WAIT_S)
+            (over_main,) = stubs.main.Compute(iter([request]), timeout=WAIT_S)
+            (over_direct,) = stubs.direct.Compute(iter([request]), timeout=WAIT_S)
             assert outcome(over_direct) == outcome(over_main)
             assert over_direct.output == over_main.output
             assert over_direct.versions == over_main.versions
-        stats = ways.stats()
+        stats = stubs.stats()
         assert (stats.calls, stats.direct_calls, stats.refused_calls) == (4, 2, 12)
-        for address in (worker.address, f"127.0.0.1:{ways.port}"):
+        for address in (worker.address, f"127.0.0.1:{stubs.port}"):
             with rpc.channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
                 next(channel.stream_stream(COMPUTE_METHOD)(iter([b"\xff" * 4]), timeout=WAIT_S))
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -145,13 +145,13 @@ def test_many_calls_of_several_callers_are_in_flight_and_each_gets_its_own_rows(
     write_mixtral(tmp_path)
     hidden = HIDDEN[:, :32]
     reference = ReferenceExperts(tmp_path)
-    with running_workers(tmp_path, ["all"]) as (worker,), ways_to(worker) as ways:
+    with running_workers(tmp_path, ["all"]) as (worker,), stubs_to(worker) as stubs:
         failures: list[str] = []
 
         def call(stub: Any, seed: int) -> None:
             requests = {
                 call_id: compute_request(
-                    hidden, {seed: [call_id % 7]}, ways.versions, layer=call_id % 2, call_id=call_id
+                    hidden, {seed: [call_id % 7]}, stubs.versions, layer=call_id % 2, call_id=call_id
                 )
                 for call_id in range(12)
             }
@@ -164,7 +164,7 @@ def test_many_calls_of_several_callers_are_in_flight_and_each_gets_its_own_rows(
             failures.extend(f"caller {seed}, call {call_id}: no answer" for call_id in requests)
 
         callers = [
-            threading.Thread(target=call, args=(ways.main if seed == 3 else ways.direct, seed))
+            threading.Thread(target=call, args=(stubs.main if seed == 3 else stubs.direct, seed))
             for seed in range(4)
         ]
         for caller in callers:
@@ -172,16 +172,16 @@ def test_many_calls_of_several_callers_are_in_flight_and_each_gets_its_own_rows(
         for caller in callers:
             caller.join(WAIT_S)
         assert not failures
-        assert ways.stats().direct_calls == 36
+        assert stubs.stats().direct_calls == 36
 
 
 def test_calls_that_run_when_sigterm_comes_are_answered_and_open_connections_keep_nobody(
     slow_model: Path,
 ) -> None:
-    with running_workers(slow_model, ["all"]) as (worker,), ways_to(worker) as ways:
+    with running_workers(slow_model, ["all"]) as (worker,), stubs_to(worker) as stubs:
         ended = threading.Event()
-        idle = ways.direct.Compute(iter(ended.wait, True), timeout=WAIT_S)
-        responses = ways.direct.Compute(iter([slow_request(ways, i) for i in range(16)]), timeout=WAIT_S)
+        idle = stubs.direct.Compute(iter(ended.wait, True), timeout=WAIT_S)
+        responses = stubs.direct.Compute(iter([slow_request(stubs, i) for i in range(16)]), timeout=WAIT_S)
         answers = [next(responses)]
         stopped: list[int] = []
         stopping = threading.Thread(target=lambda: stopped.append(worker.stop()))
@@ -204,20 +204,20 @@ def test_calls_that_run_when_sigterm_comes_are_answered_and_open_connections_kee
 def test_a_caller_that_is_killed_in_the_middle_leaves_the_worker_to_the_others(
     slow_model: Path, tmp_path: Path
 ) -> None:
-    with running_workers(slow_model, ["all"]) as (worker,), ways_to(worker) as ways:
+    with running_workers(slow_model, ["all"]) as (worker,), stubs_to(worker) as stubs:
         file = tmp_path / "call"
-        file.write_bytes(slow_request(ways).SerializeToString())
+        file.write_bytes(slow_request(stubs).SerializeToString())
         with subprocess.Popen(
-            [sys.executable, "-c", CALLER, str(ways.port), str(file), "48"],
+            [sys.executable, "-c", CALLER, str(stubs.port), str(file), "48"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         ) as caller:
             assert caller.stdout is not None and caller.stdout.readline() == b"0\n"
             caller.send_signal(signal.SIGKILL)
             caller.wait(WAIT_S)
-            (answer,) = ways.direct.Compute(iter([slow_request(ways, 1)]), timeout=WAIT_S)
+            (answer,) = stubs.direct.Compute(iter([slow_request(stubs, 1)]), timeout=WAIT_S)
         assert outcome(answer) == (1, "answered", "", None)
-        assert ways.stats().calls < 49, "what the other one had asked for was dropped"
+        assert stubs.stats().calls < 49, "what the other one had asked for was dropped"
 
 
 def test_a_worker_may_have_no_such_port(tmp_path: Path) -> None:
@@ -225,5 +225,5 @@ def test_a_worker_may_have_no_such_port(tmp_path: Path) -> None:
     with running_workers(tmp_path, ["all"], "--direct-stream", "off") as (worker,):
         with rpc.channel(worker.address) as channel:
             stub = expert_pb2_grpc.ExpertServiceStub(channel)
-            opened = stub.OpenLane(expert_pb2.OpenLaneRequest(), timeout=WAIT_S)
-        assert opened.compute_port == 0 and opened.incarnation
+            opened = stub.OpenTransports(expert_pb2.OpenTransportsRequest(), timeout=WAIT_S)
+        assert opened.direct_port == 0 and opened.incarnation

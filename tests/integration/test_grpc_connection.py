@@ -358,7 +358,7 @@ def test_two_streams_of_one_channel_are_answered_at_once(channel: grpc.Channel) 
     assert [list(stream) for stream in streams] == [[], []]
 
 
-def test_our_goodbye_ends_the_calls_of_a_channel_of_grpcio_which_comes_again(channel: grpc.Channel) -> None:
+def test_our_goaway_ends_the_calls_of_a_channel_of_grpcio_which_comes_again(channel: grpc.Channel) -> None:
     assert refusal(channel, [b"goodbye"])[0] is grpc.StatusCode.UNAVAILABLE
     answers = channel.stream_stream(ECHO)(iter([SMALL]), timeout=WAIT_S, wait_for_ready=True)
     assert list(answers) == [SMALL]

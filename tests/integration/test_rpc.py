@@ -26,8 +26,6 @@ from moesaic.errors import (
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1 import inference_pb2_grpc as pb_grpc
 
-SERVICE = "moesaic.v1.InferenceService"
-
 
 class Service(pb_grpc.InferenceServiceServicer):
     """Fails as it is told to by the request."""
@@ -54,7 +52,11 @@ class Service(pb_grpc.InferenceServiceServicer):
 async def served() -> AsyncIterator[tuple[Service, rpc.Server, grpc.aio.Channel]]:
     service = Service()
     server = rpc.Server(
-        {SERVICE: lambda grpc_server: pb_grpc.add_InferenceServiceServicer_to_server(service, grpc_server)}
+        {
+            rpc.INFERENCE_SERVICE: lambda grpc_server: pb_grpc.add_InferenceServiceServicer_to_server(
+                service, grpc_server
+            )
+        }
     )
     port = await server.start("127.0.0.1", 0)
     async with rpc.aio_channel(f"127.0.0.1:{port}") as channel:
@@ -102,7 +104,7 @@ async def test_health_is_what_the_owner_says(served: tuple[Any, Any, Any]) -> No
     health = health_pb2_grpc.HealthStub(channel)
     for serving, expected in ((False, "NOT_SERVING"), (True, "SERVING")):
         await server.set_serving(serving)
-        for service in ("", SERVICE):
+        for service in ("", rpc.INFERENCE_SERVICE):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
             assert health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == expected
 
@@ -112,7 +114,7 @@ async def test_reflection_names_every_service(served: tuple[Any, rpc.Server, grp
     stub = reflection_pb2_grpc.ServerReflectionStub(served[2])
     async for answer in stub.ServerReflectionInfo(iter([request]), timeout=5):
         names = {service.name for service in answer.list_services_response.service}
-        assert {SERVICE, "grpc.health.v1.Health"} <= names
+        assert {rpc.INFERENCE_SERVICE, "grpc.health.v1.Health"} <= names
         break
 
 

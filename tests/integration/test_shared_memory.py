@@ -1,4 +1,4 @@
-"""The same-host lane between real processes: as exact as gRPC, as safe when either side dies, and gone without a trace."""
+"""Shared memory between real processes: as exact as gRPC, as safe when either side dies, and gone without a trace."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from moesaic.client import SyncClient
 from moesaic.epoch import ExpertAddress, versions_from_proto
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.routing_table import Replica
-from moesaic.transports import shared_memory as lane
+from moesaic.transports import shared_memory
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
-from router.workers.transports.base import LANE
-from router.workers.transports.negotiate import open_ways
-from router.workers.transports.shared_memory import LaneLink
+from router.workers.transports.base import SHARED_MEMORY
+from router.workers.transports.negotiate import open_transports
+from router.workers.transports.shared_memory import SharedMemoryTransport
 
 WAIT_S = 20.0
 HIDDEN = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
@@ -35,7 +35,7 @@ HIDDEN = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A way to one worker, as a router has it."""
+    """The connections to one worker, as a router has them."""
 
     stub: Any
     described: expert_pb2.DescribeResponse
@@ -45,20 +45,22 @@ class Caller:
         return dict(versions_from_proto(self.described.experts))
 
     def path(self, **changes: Any) -> str:
-        request = expert_pb2.OpenLaneRequest(
-            **{"host_id": lane.host_id(), "lane_version": lane.LANE_VERSION} | changes
+        request = expert_pb2.OpenTransportsRequest(
+            **{"host_id": shared_memory.host_id(), "shared_memory_version": shared_memory.VERSION} | changes
         )
-        return str(self.stub.OpenLane(request, timeout=WAIT_S).socket_path)
+        return str(self.stub.OpenTransports(request, timeout=WAIT_S).socket_path)
 
-    def link(self) -> LaneLink:
+    def link(self) -> SharedMemoryTransport:
         link = self.enter(self.described.incarnation)
         assert link is not None
         return link
 
-    def enter(self, incarnation: str) -> LaneLink | None:
+    def enter(self, incarnation: str) -> SharedMemoryTransport | None:
         replica = Replica(self.described.worker, "unused", incarnation, frozenset())
-        link = open_ways(self.stub, replica, use_lane=True, use_direct=False).get(LANE)
-        assert link is None or isinstance(link, LaneLink)
+        link = open_transports(self.stub, replica, use_shared_memory=True, use_direct=False).get(
+            SHARED_MEMORY
+        )
+        assert link is None or isinstance(link, SharedMemoryTransport)
         return link
 
     def stats(self) -> expert_pb2.GetWorkerStatsResponse:
@@ -87,13 +89,13 @@ def slow_model(tmp_path: Path) -> Path:
     return write_mixtral(tmp_path / "slow", **sizes)
 
 
-def send(link: LaneLink, request: expert_pb2.ComputeRequest) -> None:
+def send(link: SharedMemoryTransport, request: expert_pb2.ComputeRequest) -> None:
     hidden = torch.frombuffer(bytearray(request.hidden.data), dtype=torch.uint8)
     request.hidden.ClearField("data")
     link.send(request, hidden)
 
 
-def send_much(link: LaneLink, caller: Caller, num_calls: int) -> None:
+def send_much(link: SharedMemoryTransport, caller: Caller, num_calls: int) -> None:
     hidden, every_row = torch.randn(1024, 256), list(range(1024))
     for call_id in range(num_calls):
         send(
@@ -109,18 +111,18 @@ def test_both_ways_give_the_same_bits(model: Path) -> None:
             request = compute_request(HIDDEN, rows, caller.versions, layer=call_id % 2, call_id=call_id)
             over_grpc = next(caller.stub.Compute(iter([request]), timeout=WAIT_S))
             send(link, request)
-            over_lane = link.receive(call_id, WAIT_S)
-            assert torch.equal(over_lane.output, from_wire(over_grpc.output))
-            assert over_lane.response.versions == over_grpc.versions
-            assert over_lane.response.epoch == over_grpc.epoch
+            over_shared_memory = link.receive(call_id, WAIT_S)
+            assert torch.equal(over_shared_memory.output, from_wire(over_grpc.output))
+            assert over_shared_memory.response.versions == over_grpc.versions
+            assert over_shared_memory.response.epoch == over_grpc.epoch
         stats = caller.stats()
-        assert (stats.calls, stats.lane_calls, stats.passes) == (6, 3, 6)
+        assert (stats.calls, stats.shared_memory_calls, stats.passes) == (6, 3, 6)
         link.close()
         assert worker.stop() == 0
     assert "Traceback" not in worker.log
 
 
-def test_only_a_caller_of_this_host_and_version_gets_a_lane_and_only_where_it_is_on(
+def test_only_a_caller_of_this_host_and_version_gets_shared_memory_and_only_where_it_is_on(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOESAIC_WORKER__SHARED_MEMORY", "off")
@@ -130,7 +132,7 @@ def test_only_a_caller_of_this_host_and_version_gets_a_lane_and_only_where_it_is
             path = Path(caller.path())
             assert stat.S_ISSOCK(path.stat().st_mode) and stat.S_IMODE(path.stat().st_mode) == 0o600
             assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-            assert caller.path(host_id="another") == caller.path(lane_version=99) == ""
+            assert caller.path(host_id="another") == caller.path(shared_memory_version=99) == ""
             assert other.path() == "" and other.enter(other.described.incarnation) is None
             assert caller.enter("another incarnation") is None
 
@@ -184,7 +186,7 @@ def test_a_worker_that_stops_answers_what_it_took(slow_model: Path) -> None:
     assert "Traceback" not in worker.log
 
 
-def _end(link: LaneLink, call_id: int) -> str:
+def _end(link: SharedMemoryTransport, call_id: int) -> str:
     try:
         link.receive(call_id, WAIT_S)
     except MoesaicError as error:
@@ -228,13 +230,13 @@ def test_two_routers_share_a_worker_and_get_their_own_rows(model: Path) -> None:
         for router in routers:
             router.join(60.0)
         assert not failures
-        assert caller.stats().lane_calls == 200
+        assert caller.stats().shared_memory_calls == 200
 
 
-def test_a_router_gives_the_same_tokens_with_the_lane_and_without(
+def test_a_router_gives_the_same_tokens_over_shared_memory_and_without(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens, lane_calls = [], []
+    tokens, shared_memory_calls = [], []
     for switch in ("off", "auto"):
         monkeypatch.setenv("MOESAIC_ENGINE__SHARED_MEMORY", switch)
         with running_workers(model, ["0-1", "2-3"]) as workers, running_router(model, workers) as router:
@@ -242,6 +244,6 @@ def test_a_router_gives_the_same_tokens_with_the_lane_and_without(
                 answer = client.complete([90, 91, 92, 17], max_tokens=48, temperature=0)
                 tokens.append(answer.token_ids)
             with calling(workers[0]) as caller:
-                lane_calls.append(caller.stats().lane_calls)
+                shared_memory_calls.append(caller.stats().shared_memory_calls)
     assert tokens[0] == tokens[1]
-    assert lane_calls[0] == 0 and lane_calls[1] > 0
+    assert shared_memory_calls[0] == 0 and shared_memory_calls[1] > 0

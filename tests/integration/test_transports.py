@@ -1,4 +1,4 @@
-"""A link and real workers: every way gives the same bits, and whatever happens to one of them, the calls go on."""
+"""A link and real workers: every transport gives the same bits, and whatever happens to one of them, the calls go on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,10 @@ from moesaic.client import SyncClient
 from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
-from router.workers.transports.base import DIRECT, GRPC, LANE, Transport, Way
-from router.workers.transports.choice import WayTrial
+from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, Transport, TransportKind
 from router.workers.transports.direct_stream import MAX_ROWS_BYTES
-from router.workers.transports.negotiate import open_ways
-from router.workers.worker_link import OpenWays, PendingCall, WorkerLink
+from router.workers.transports.negotiate import open_transports
+from router.workers.worker_link import OpenTransports, PendingCall, WorkerLink
 
 WAIT_S = 20.0
 HIDDEN = torch.randn(100, 32, generator=torch.Generator().manual_seed(3))
@@ -46,20 +45,6 @@ def slow_model(tmp_path: Path) -> Path:
     return write_mixtral(tmp_path / "slow", **sizes)
 
 
-@pytest.fixture
-def fastest(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], None]:
-    """Tells all trials which way is the fastest, so that no test depends on the machine."""
-    observe = WayTrial.observe
-
-    def choose(fastest: Way) -> None:
-        def told(trial: WayTrial, way: Way, _overhead_s: float) -> None:
-            observe(trial, way, 1e-4 if way == fastest else 4e-4)
-
-        monkeypatch.setattr(WayTrial, "observe", told)
-
-    return choose
-
-
 def replica_of(worker: Process) -> Replica:
     with rpc.channel(worker.address) as channel:
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
@@ -67,12 +52,14 @@ def replica_of(worker: Process) -> Replica:
     return Replica.from_description(worker.address, described)
 
 
-ALL_WAYS = partial(open_ways, use_lane=True, use_direct=True)
+ALL = partial(open_transports, use_shared_memory=True, use_direct=True)
+DIRECT_ONLY = partial(open_transports, use_shared_memory=False, use_direct=True)
+SHARED_MEMORY_ONLY = partial(open_transports, use_shared_memory=True, use_direct=False)
 
 
 @contextmanager
-def linked(replica: Replica, opening: OpenWays = ALL_WAYS) -> Iterator[WorkerLink]:
-    link = WorkerLink(replica, open_ways=opening)
+def linked(replica: Replica, opening: OpenTransports) -> Iterator[WorkerLink]:
+    link = WorkerLink(replica, open_transports=opening)
     try:
         yield link
     finally:
@@ -91,59 +78,62 @@ def ask(link: WorkerLink, hidden: torch.Tensor = HIDDEN) -> torch.Tensor:
     return link.receive(send(link, hidden), WAIT_S).output.clone()
 
 
-def ask_until(link: WorkerLink, way: Way) -> None:
-    """Ways are opened in the background and tried in turn."""
-    run, ends_s = 0, time.monotonic() + WAIT_S
-    while run < 4:
-        assert time.monotonic() < ends_s, f"never chosen: {way}"
+def ask_until(link: WorkerLink, kind: TransportKind) -> None:
+    """Transports are opened in the background after the first answer."""
+    ends_s = time.monotonic() + WAIT_S
+    while link.traffic.transport != kind:
+        assert time.monotonic() < ends_s, f"never taken: {kind}"
         ask(link)
-        run = run + 1 if link.traffic.transport == way else 0
 
 
-@pytest.mark.parametrize("way", [DIRECT, LANE])
-def test_all_ways_give_the_same_bits_and_the_one_measured_fastest_is_taken(
-    model: Path, way: Way, fastest: Callable[[Way], None]
+@pytest.mark.parametrize(
+    ("opening", "kind"), [(ALL, SHARED_MEMORY), (SHARED_MEMORY_ONLY, SHARED_MEMORY), (DIRECT_ONLY, DIRECT)]
+)
+def test_all_transports_give_the_same_bits_and_the_first_in_the_order_is_taken(
+    model: Path, opening: OpenTransports, kind: TransportKind
 ) -> None:
-    fastest(way)
-    with running_workers(model, ["all"]) as (worker,), linked(replica_of(worker)) as link:
+    with running_workers(model, ["all"]) as (worker,), linked(replica_of(worker), opening) as link:
         over_grpc = ask(link)
         assert link.traffic.transport == GRPC
-        ask_until(link, way)
-        assert torch.equal(ask(link), over_grpc)
+        ask_until(link, kind)
+        for _ in range(8):
+            assert torch.equal(ask(link), over_grpc)
+            assert link.traffic.transport == kind
         assert link.traffic.failed_calls == link.num_in_flight == 0
         assert worker.stop() == 0
     assert "Traceback" not in worker.log
 
 
-def test_a_direct_stream_that_breaks_in_the_middle_of_calls_costs_no_answer(
-    slow_model: Path, fastest: Callable[[Way], None]
+def test_transports_that_break_in_the_middle_of_calls_cost_no_answer_and_the_next_one_is_taken(
+    slow_model: Path,
 ) -> None:
-    fastest(DIRECT)
-    opened: dict[Way, Transport] = {}
+    opened: dict[TransportKind, Transport] = {}
 
-    def open_direct(stub: expert_pb2_grpc.ExpertServiceStub, replica: Replica) -> dict[Way, Transport]:
-        opened.update(open_ways(stub, replica, use_lane=False, use_direct=True))
+    def open_all(stub: expert_pb2_grpc.ExpertServiceStub, replica: Replica) -> dict[TransportKind, Transport]:
+        opened.update(ALL(stub, replica))
         return opened
 
     with (
         running_workers(slow_model, ["all"]) as (worker,),
-        linked(replica_of(worker), open_direct) as link,
+        linked(replica_of(worker), open_all) as link,
     ):
         over_grpc = ask(link)
-        ask_until(link, DIRECT)
-        calls = [send(link) for _ in range(4)]
-        opened[DIRECT].close()
-        for call in calls:
-            assert torch.equal(link.receive(call, WAIT_S).output, over_grpc)
-        ask(link)
-        assert link.traffic.transport == GRPC and link.traffic.failed_calls == 0
+        ask_until(link, SHARED_MEMORY)
+        for breaking, following in ((SHARED_MEMORY, DIRECT), (DIRECT, GRPC)):
+            calls = [send(link) for _ in range(4)]
+            assert link.traffic.transport == breaking
+            opened[breaking].close()
+            for call in calls:
+                assert torch.equal(link.receive(call, WAIT_S).output, over_grpc)
+            ask(link)
+            assert link.traffic.transport == following
+        assert link.traffic.failed_calls == link.num_in_flight == 0
 
 
 def test_a_worker_killed_in_the_middle_of_calls_fails_them_at_once(
-    slow_model: Path, fastest: Callable[[Way], None]
+    slow_model: Path,
 ) -> None:
-    fastest(DIRECT)
-    with running_workers(slow_model, ["all"]) as (worker,), linked(replica_of(worker)) as link:
+    with running_workers(slow_model, ["all"]) as (worker,), linked(replica_of(worker), DIRECT_ONLY) as link:
         ask_until(link, DIRECT)
         calls = [send(link) for _ in range(8)]
         worker.kill()
@@ -157,11 +147,10 @@ def test_a_worker_killed_in_the_middle_of_calls_fails_them_at_once(
         assert link.num_in_flight == 0
 
 
-def test_a_worker_that_stands_still_ends_a_call_at_its_deadline_and_keeps_its_way(
-    model: Path, fastest: Callable[[Way], None]
+def test_a_worker_that_stands_still_ends_a_call_at_its_deadline_and_keeps_its_transport(
+    model: Path,
 ) -> None:
-    fastest(DIRECT)
-    with running_workers(model, ["all"]) as (worker,), linked(replica_of(worker)) as link:
+    with running_workers(model, ["all"]) as (worker,), linked(replica_of(worker), DIRECT_ONLY) as link:
         ask_until(link, DIRECT)
         os.kill(worker.pid, signal.SIGSTOP)
         try:
@@ -175,10 +164,9 @@ def test_a_worker_that_stands_still_ends_a_call_at_its_deadline_and_keeps_its_wa
 
 
 def test_large_calls_go_over_grpc_beside_small_ones_over_the_direct_stream(
-    model: Path, fastest: Callable[[Way], None]
+    model: Path,
 ) -> None:
-    fastest(DIRECT)
-    with running_workers(model, ["all"]) as (worker,), linked(replica_of(worker)) as link:
+    with running_workers(model, ["all"]) as (worker,), linked(replica_of(worker), DIRECT_ONLY) as link:
         ask_until(link, DIRECT)
         first = ask(link, LARGE)
         for _ in range(60):
@@ -188,8 +176,9 @@ def test_large_calls_go_over_grpc_beside_small_ones_over_the_direct_stream(
             assert link.traffic.transport == DIRECT
 
 
-def test_a_port_that_a_firewall_shuts_leaves_grpc(model: Path, fastest: Callable[[Way], None]) -> None:
-    fastest(DIRECT)
+def test_a_port_that_a_firewall_shuts_leaves_grpc(
+    model: Path,
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         shut = listening.getsockname()[1]
 
@@ -197,19 +186,23 @@ def test_a_port_that_a_firewall_shuts_leaves_grpc(model: Path, fastest: Callable
         def __init__(self, stub: expert_pb2_grpc.ExpertServiceStub) -> None:
             self._stub = stub
 
-        def OpenLane(
-            self, request: expert_pb2.OpenLaneRequest, timeout: float
-        ) -> expert_pb2.OpenLaneResponse:
-            opened: expert_pb2.OpenLaneResponse = self._stub.OpenLane(request, timeout=timeout)
-            assert opened.compute_port
-            opened.compute_port = shut
+        def OpenTransports(
+            self, request: expert_pb2.OpenTransportsRequest, timeout: float
+        ) -> expert_pb2.OpenTransportsResponse:
+            opened: expert_pb2.OpenTransportsResponse = self._stub.OpenTransports(request, timeout=timeout)
+            assert opened.direct_port
+            opened.direct_port = shut
             return opened
 
-    results: list[dict[Way, Transport]] = []
+    results: list[dict[TransportKind, Transport]] = []
     tried = threading.Event()
 
-    def open_shut(stub: expert_pb2_grpc.ExpertServiceStub, replica: Replica) -> dict[Way, Transport]:
-        results.append(open_ways(BehindFirewall(stub), replica, use_lane=False, use_direct=True))  # type: ignore[arg-type]
+    def open_shut(
+        stub: expert_pb2_grpc.ExpertServiceStub, replica: Replica
+    ) -> dict[TransportKind, Transport]:
+        results.append(
+            open_transports(BehindFirewall(stub), replica, use_shared_memory=False, use_direct=True)
+        )  # type: ignore[arg-type]
         tried.set()
         return results[0]
 

@@ -14,8 +14,7 @@ from moesaic.errors import DataLoss, Overloaded, Unavailable, to_status
 from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from moesaic.wire.tensors import data_of, header_of
-from router.workers.transports.base import DIRECT, GRPC, LANE, Answer, Way
-from router.workers.transports.choice import WayTrial
+from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, TransportKind, WorkerAnswer
 from router.workers.transports.direct_stream import MAX_ROWS_BYTES
 from router.workers.worker_link import PendingCall, WorkerLink
 
@@ -139,128 +138,151 @@ def test_a_closed_link_refuses(link: WorkerLink) -> None:
         link.receive(send(link, 0), WAIT_S)
 
 
-class FakeWay:
-    """A way that answers in the test, with its name for an epoch, until it breaks."""
+class FakeTransport:
+    """A transport that answers in the test, with its name for an epoch, until it breaks."""
 
-    def __init__(self, name: Way) -> None:
-        self.broken = self.closed = False
+    def __init__(self, name: TransportKind) -> None:
+        self.broken = self.closed = self.breaks_with_next_call = False
         self.num_in_flight = 0
         self._name = name
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> None:
         self.num_in_flight += 1
+        self.broken = self.broken or self.breaks_with_next_call
         self._request, self._hidden = request, hidden
 
-    def receive(self, call_id: int, timeout_s: float) -> Answer:
+    def receive(self, call_id: int, timeout_s: float) -> WorkerAnswer:
         self.num_in_flight -= 1
         if self.broken:
-            raise DataLoss("the way broke")
+            raise DataLoss("the transport broke")
         response = expert_pb2.ComputeResponse(call_id=call_id, epoch=self._name, output=self._request.hidden)
-        return Answer(response, data_of(self._hidden))
+        return WorkerAnswer(response, data_of(self._hidden))
 
     def close(self) -> None:
         self.broken = self.closed = True
 
 
-OVERHEADS_S: dict[Way, float] = {GRPC: 4e-4, DIRECT: 2e-4, LANE: 1e-4}
+@pytest.fixture
+def transports() -> dict[TransportKind, FakeTransport]:
+    """Those that `fast_link` opens."""
+    return {kind: FakeTransport(kind) for kind in (DIRECT, SHARED_MEMORY)}
 
 
 @pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> dict[Way, FakeWay]:
-    """Those of `fast_link`, which is told that they take as long as `OVERHEADS_S` says."""
-    observe = WayTrial.observe
-    monkeypatch.setattr(WayTrial, "observe", lambda trial, way, _: observe(trial, way, OVERHEADS_S[way]))
-    return {way: FakeWay(way) for way in (DIRECT, LANE)}
-
-
-@pytest.fixture
-def fast_link(server: tuple[grpc.Server, int], ways: dict[Way, FakeWay]) -> Iterator[WorkerLink]:
+def fast_link(
+    server: tuple[grpc.Server, int], transports: dict[TransportKind, FakeTransport]
+) -> Iterator[WorkerLink]:
     asked: list[str] = []
 
-    def open_ways(_stub: object, replica: Replica) -> dict[Way, FakeWay]:
+    def open_transports(_stub: object, replica: Replica) -> dict[TransportKind, FakeTransport]:
         asked.append(replica.incarnation)
-        return ways
+        return transports
 
-    made = WorkerLink(Replica("a", f"127.0.0.1:{server[1]}", "a-1", frozenset()), open_ways=open_ways)
+    made = WorkerLink(
+        Replica("a", f"127.0.0.1:{server[1]}", "a-1", frozenset()), open_transports=open_transports
+    )
     yield made
     made.close()
-    assert asked == ["a-1"] and all(way.closed for way in ways.values())
+    assert asked == ["a-1"] and all(transport.closed for transport in transports.values())
 
 
 def ask(link: WorkerLink, rows: torch.Tensor = ROWS) -> str:
-    """The epoch of an answer: its fake way, or nothing."""
+    """The epoch of an answer: its fake transport, or nothing."""
     request = expert_pb2.ComputeRequest(hidden=header_of(rows))
     return link.receive(link.send(request, rows), WAIT_S).response.epoch
 
 
-def ask_until(link: WorkerLink, way: Way, rows: torch.Tensor = ROWS) -> None:
-    """Ways are opened in the background and tried in turn."""
-    run = 0
+def ask_until_opened(link: WorkerLink) -> None:
+    """Transports are opened in the background after the first answer."""
     for _ in range(10_000):
-        ask(link, rows)
-        run = run + 1 if link.traffic.transport == way else 0
-        if run > 3:
+        if ask(link) == SHARED_MEMORY:
             return
-    raise AssertionError(f"never chosen: {way}")
+    raise AssertionError("never opened")
 
 
-def test_calls_go_the_fastest_way_once_all_were_tried(fast_link: WorkerLink) -> None:
-    ask_until(fast_link, LANE)
-    assert [ask(fast_link) for _ in range(8)] == [LANE] * 8
-    assert fast_link.traffic.transport == LANE and fast_link.connected
+def test_calls_go_over_shared_memory_once_it_is_open(fast_link: WorkerLink) -> None:
+    ask_until_opened(fast_link)
+    assert [ask(fast_link) for _ in range(8)] == [SHARED_MEMORY] * 8
+    assert fast_link.traffic.transport == SHARED_MEMORY and fast_link.connected
 
 
-def test_a_call_whose_way_breaks_is_answered_over_grpc_and_the_next_ones_go_the_next_best_way(
-    fast_link: WorkerLink, ways: dict[Way, FakeWay]
+def test_a_call_whose_transport_breaks_is_answered_over_the_next_one_which_the_later_calls_take(
+    fast_link: WorkerLink, transports: dict[TransportKind, FakeTransport]
 ) -> None:
-    ask_until(fast_link, LANE)
-    for broken, next_best in ((LANE, DIRECT), (DIRECT, GRPC)):
+    ask_until_opened(fast_link)
+    for broken, following, epoch in ((SHARED_MEMORY, DIRECT, DIRECT), (DIRECT, GRPC, "as asked")):
         in_flight = send(fast_link, 0, "as asked")
         assert fast_link.traffic.transport == broken and fast_link.num_in_flight == 1
-        ways[broken].broken = True
-        assert fast_link.receive(in_flight, WAIT_S).response.epoch == "as asked"
-        assert ways[broken].closed
+        transports[broken].broken = True
+        assert fast_link.receive(in_flight, WAIT_S).response.epoch == epoch
+        assert transports[broken].closed
         ask(fast_link)
-        assert fast_link.traffic.transport == next_best
+        assert fast_link.traffic.transport == following
     assert fast_link.traffic.failed_calls == 0
 
 
-def test_a_call_whose_way_breaks_when_its_time_is_over_is_not_asked_again(
-    fast_link: WorkerLink, ways: dict[Way, FakeWay]
+def test_a_call_goes_again_over_every_transport_in_turn(
+    fast_link: WorkerLink, transports: dict[TransportKind, FakeTransport]
 ) -> None:
-    ask_until(fast_link, LANE)
+    ask_until_opened(fast_link)
+    in_flight = send(fast_link, 0, "as asked")
+    transports[SHARED_MEMORY].broken = True
+    transports[DIRECT].breaks_with_next_call = True
+    assert fast_link.receive(in_flight, WAIT_S).response.epoch == "as asked"
+    assert fast_link.traffic.transport == GRPC
+    assert fast_link.traffic.failed_calls == fast_link.num_in_flight == 0
+
+
+def test_a_large_call_whose_shared_memory_breaks_goes_again_over_grpcio(
+    fast_link: WorkerLink, transports: dict[TransportKind, FakeTransport]
+) -> None:
+    ask_until_opened(fast_link)
+    large = torch.zeros(2, MAX_ROWS_BYTES // 8 + 1)
+    in_flight = fast_link.send(expert_pb2.ComputeRequest(hidden=header_of(large)), large)
+    transports[SHARED_MEMORY].broken = True
+    assert fast_link.receive(in_flight, WAIT_S).response.epoch == ""
+    assert fast_link.traffic.transport == GRPC
+    assert ask(fast_link) == DIRECT
+
+
+def test_a_call_whose_transport_breaks_when_its_time_is_over_is_not_sent_again(
+    fast_link: WorkerLink, transports: dict[TransportKind, FakeTransport]
+) -> None:
+    ask_until_opened(fast_link)
     in_flight = send(fast_link, 0)
-    ways[LANE].broken = True
-    with pytest.raises(DataLoss, match="the way broke"):
+    transports[SHARED_MEMORY].broken = True
+    with pytest.raises(DataLoss, match="the transport broke"):
         fast_link.receive(in_flight, 0.0)
     assert fast_link.num_in_flight == 0
 
 
-def test_a_way_that_broke_between_calls_is_not_taken(fast_link: WorkerLink, ways: dict[Way, FakeWay]) -> None:
-    ask_until(fast_link, LANE)
-    ways[LANE].broken = True
+def test_a_transport_that_broke_between_calls_is_not_taken(
+    fast_link: WorkerLink, transports: dict[TransportKind, FakeTransport]
+) -> None:
+    ask_until_opened(fast_link)
+    transports[SHARED_MEMORY].broken = True
     assert ask(fast_link) == DIRECT
 
 
-def test_large_calls_are_tried_apart_and_never_go_over_the_direct_stream(
-    fast_link: WorkerLink, ways: dict[Way, FakeWay]
+def test_large_calls_never_go_over_the_direct_stream(
+    fast_link: WorkerLink, transports: dict[TransportKind, FakeTransport]
 ) -> None:
     large = torch.zeros(2, MAX_ROWS_BYTES // 8 + 1)
-    ask_until(fast_link, LANE)
-    ways[LANE].broken = True
-    ask_until(fast_link, DIRECT)
+    ask_until_opened(fast_link)
+    transports[SHARED_MEMORY].broken = True
     for _ in range(100):
         assert ask(fast_link, large) == ""
         assert fast_link.traffic.transport == GRPC
         assert ask(fast_link) == DIRECT
 
 
-def test_large_calls_go_over_the_lane_where_that_is_faster(fast_link: WorkerLink) -> None:
-    ask_until(fast_link, LANE, torch.zeros(2, MAX_ROWS_BYTES // 8 + 1))
+def test_large_calls_go_over_shared_memory(fast_link: WorkerLink) -> None:
+    ask_until_opened(fast_link)
+    assert ask(fast_link, torch.zeros(2, MAX_ROWS_BYTES // 8 + 1)) == SHARED_MEMORY
 
 
-def test_a_closed_link_takes_none_of_the_ways(fast_link: WorkerLink) -> None:
-    ask_until(fast_link, LANE)
+def test_a_closed_link_takes_none_of_the_transports(fast_link: WorkerLink) -> None:
+    ask_until_opened(fast_link)
     fast_link.close()
     with pytest.raises(Unavailable):
         ask(fast_link)

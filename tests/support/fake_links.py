@@ -17,14 +17,13 @@ from moesaic.routing_table import Replica, RoutingTable
 from moesaic.v1 import expert_pb2
 from moesaic.wire.tensors import data_of, decode_rows, encode_rows
 from router.workers.replica_pool import ReplicaPool
-from router.workers.transports.base import GRPC, Answer
-from router.workers.transports.choice import WayTrial
+from router.workers.transports.base import GRPC, WorkerAnswer
 from router.workers.worker_link import PendingCall, Traffic, WorkerLink
 
-Answerer = Callable[[expert_pb2.ComputeRequest, torch.Tensor], Answer]
+Answerer = Callable[[expert_pb2.ComputeRequest, torch.Tensor], WorkerAnswer]
 
 
-def scaled_rows(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> Answer:
+def scaled_rows(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> WorkerAnswer:
     """The right answer: each expert's rows times slot + 1, in the way that the request asks for."""
     rows = decode_rows(request.hidden, hidden)
     parts = [rows[list(expert.rows)] * (expert.slot + 1) for expert in request.experts]
@@ -42,7 +41,7 @@ def scaled_rows(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> Ans
         output=header,
         timing=expert_pb2.ComputeTiming(decode_us=1, queue_us=2, compute_us=3, encode_us=4),
     )
-    return Answer(response, data_of(wire))
+    return WorkerAnswer(response, data_of(wire))
 
 
 class FakeLink(WorkerLink):
@@ -67,9 +66,9 @@ class FakeLink(WorkerLink):
     def send(self, request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> PendingCall:
         request.call_id = len(self.requests) + 1
         self.requests.append(request)
-        return PendingCall(request, hidden, GRPC, None, WayTrial(), time.perf_counter())
+        return PendingCall(request, hidden, GRPC, None, time.perf_counter())
 
-    def receive(self, call: PendingCall, timeout_s: float) -> Answer:
+    def receive(self, call: PendingCall, timeout_s: float) -> WorkerAnswer:
         self.received.append(call.request.call_id)
         return self.answer(call.request, call.hidden)
 
@@ -80,7 +79,7 @@ class FakeLink(WorkerLink):
 def failing(error: MoesaicError | TimeoutError) -> Answerer:
     """A worker that never gives an answer."""
 
-    def answer(_request: expert_pb2.ComputeRequest, _hidden: torch.Tensor) -> Answer:
+    def answer(_request: expert_pb2.ComputeRequest, _hidden: torch.Tensor) -> WorkerAnswer:
         raise error
 
     return answer
@@ -89,7 +88,7 @@ def failing(error: MoesaicError | TimeoutError) -> Answerer:
 def spoiled(**changes: Any) -> Answerer:
     """A worker whose answers have fields replaced; `output` is a function of the right rows."""
 
-    def answer(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> Answer:
+    def answer(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> WorkerAnswer:
         right = scaled_rows(request, hidden)
         response, output = right.response, right.output
         response.MergeFrom(expert_pb2.ComputeResponse(epoch=changes.get("epoch", "")))
@@ -100,7 +99,7 @@ def spoiled(**changes: Any) -> Answerer:
             rows = changes["output"](decode_rows(response.output, output))
             header, output = encode_rows(rows, changes.get("dtype", response.output.dtype))
             response.output.CopyFrom(header)
-        return Answer(response, data_of(output))
+        return WorkerAnswer(response, data_of(output))
 
     return answer
 

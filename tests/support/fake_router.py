@@ -22,7 +22,6 @@ from moesaic.v1.inference_pb2_grpc import (
     add_InferenceServiceServicer_to_server,
 )
 
-SERVICE = "moesaic.v1.InferenceService"
 EOS = 256
 VOCAB_SIZE = 257
 
@@ -275,7 +274,9 @@ class RunningRouter:
 
 @asynccontextmanager
 async def running(router: FakeRouter, *, port: int = 0, serving: bool = True) -> AsyncIterator[RunningRouter]:
-    server = rpc.Server({SERVICE: lambda it: add_InferenceServiceServicer_to_server(router, it)})
+    server = rpc.Server(
+        {rpc.INFERENCE_SERVICE: lambda it: add_InferenceServiceServicer_to_server(router, it)}
+    )
     bound = await server.start("127.0.0.1", port)
     await server.set_serving(serving)
     try:

@@ -1,1 +1,1 @@
-"""The ways in which a call reaches a worker."""
+"""The transports that carry a call to a worker."""

@@ -1,4 +1,4 @@
-"""The ways to a worker: their names, and what a gRPC stream, a direct stream and a same-host lane have in common."""
+"""What the transports to a worker have in common: their kinds, their interface, and their answers."""
 
 from __future__ import annotations
 
@@ -13,55 +13,59 @@ from moesaic.wire.messages import Framed
 from moesaic.wire.tensor_check import DTYPE_BYTES
 from moesaic.wire.tensors import view_rows
 
-# gRPC by threads of its own; gRPC by the threads that compute; shared memory. Also what statistics call them.
-Way = Literal["grpc", "direct", "lane"]
+# grpc: a grpcio stream, served by grpcio's own threads. direct: a gRPC stream that the engine's thread and
+# the worker's compute thread read and write themselves. shared_memory: buffers that both processes map.
+# Statistics use these names.
+TransportKind = Literal["grpc", "direct", "shared_memory"]
 GRPC: Final = "grpc"
 DIRECT: Final = "direct"
-LANE: Final = "lane"
+SHARED_MEMORY: Final = "shared_memory"
 
 
-class Answer(NamedTuple):
-    """What a worker answered. `data` holds the bytes of its rows, to be read only, unchecked beyond their number; they
-    may be overwritten by the next call on this transport: whoever keeps them copies."""
+class WorkerAnswer(NamedTuple):
+    """A worker's answer to one call. `data` holds the bytes of its rows: read-only, and checked for their
+    number alone. The next call on the same transport may overwrite them, so a caller that keeps them copies
+    them."""
 
     response: expert_pb2.ComputeResponse
     data: memoryview
 
     @property
     def output(self) -> Tensor:
-        """The rows as they are, in the dtype of the wire."""
+        """The rows, uncopied, in the dtype of the wire."""
         return view_rows(self.response.output, self.data)
 
     @property
     def busy_us(self) -> int:
-        """The worker's own work on the call, by its own account."""
+        """The time that the worker spent on the call, as it measured it."""
         timing = self.response.timing
         return timing.decode_us + timing.queue_us + timing.compute_us + timing.encode_us
 
 
 class Transport(Protocol):
-    """Many calls in flight to one worker. One thread sends and receives; `num_in_flight`, `broken` and `close` are for
-    any thread."""
+    """Carries many calls at once to one worker. One thread sends and receives; any thread may use
+    `num_in_flight`, `broken` and `close`."""
 
     @property
     def broken(self) -> bool:
-        """Once true, always true: every call in flight fails, and another transport has to be opened."""
+        """Never becomes false again: every call in flight fails, and another transport has to be opened."""
         ...
 
     @property
     def num_in_flight(self) -> int:
-        """Calls sent and neither answered nor given up."""
+        """The number of calls that were sent and are neither answered nor given up."""
         ...
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: Tensor) -> None:
-        """Sends a call, named by its `call_id`, without waiting. `hidden` holds the contiguous CPU rows whose dtype,
-        shape and scales the request names; they must not change before the answer came. Never raises for the worker's
-        sake: where a call cannot be sent, `receive` says so."""
+        """Sends a call, identified by its `call_id`, without waiting. `hidden` holds the contiguous CPU rows
+        whose dtype, shape and scales the request names; they must not change before the answer has arrived.
+        Never raises because of the worker: `receive` raises for a call that could not be sent."""
         ...
 
-    def receive(self, call_id: int, timeout_s: float) -> Answer:
-        """Waits for an answer. Raises what the worker answered, DataLoss for a malformed answer, Unavailable when the
-        transport broke, or TimeoutError after `timeout_s`: the late answer is dropped then."""
+    def receive(self, call_id: int, timeout_s: float) -> WorkerAnswer:
+        """Waits for an answer. Raises the error that the worker answered with, DataLoss for a malformed
+        answer, Unavailable when the transport broke, or TimeoutError after `timeout_s`; a late answer is then
+        dropped."""
         ...
 
     def close(self) -> None:
@@ -69,8 +73,9 @@ class Transport(Protocol):
         ...
 
 
-def read_answer(framed: Framed[expert_pb2.ComputeResponse]) -> Answer:
-    """Raises what the worker answered in place of rows, DataLoss for rows that are no tensor."""
+def read_answer(framed: Framed[expert_pb2.ComputeResponse]) -> WorkerAnswer:
+    """Raises the error that the worker answered with, or DataLoss where the bytes do not match their dtype
+    and shape."""
     response, data = framed.message, framed.data
     if response.HasField("error"):
         raise from_status(response.error)
@@ -78,4 +83,4 @@ def read_answer(framed: Framed[expert_pb2.ComputeResponse]) -> Answer:
     item_bytes = DTYPE_BYTES.get(output.dtype, 0)
     if not item_bytes or math.prod(output.shape) * item_bytes != data.nbytes:
         raise DataLoss("the worker's answer is malformed: its bytes are not those of its dtype and shape")
-    return Answer(response, data)
+    return WorkerAnswer(response, data)

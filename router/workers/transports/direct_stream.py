@@ -1,7 +1,8 @@
-"""The router's end of the direct stream: gRPC on the wire, but the engine's thread itself sends, polls and reads.
+"""The router's end of the direct stream: gRPC on the wire, sent, polled and read by the engine's own thread.
 
-There is no thread behind it: whoever waits for an answer reads the socket, and keeps the answers of others that come by.
-What the socket does not take at once goes out while somebody waits, or with the next call, so that a send never blocks.
+There is no background thread: the caller that waits for an answer reads the socket and stores the answers to
+other calls that arrive meanwhile. Bytes that the socket does not accept at once are written while a caller
+waits, or with the next call, so a send never blocks.
 """
 
 from __future__ import annotations
@@ -17,32 +18,35 @@ from google.rpc import status_pb2
 from torch import Tensor
 
 from moesaic.errors import Cancelled, DataLoss, MoesaicError, Overloaded, Unavailable, from_status
-from moesaic.transports import tcp_socket as direct
+from moesaic.transports import tcp_socket
 from moesaic.transports.grpc_connection import ConnectionBroken, GrpcConnection, MessageReceived, StreamEnded
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import COMPUTE_METHOD, Framed, decode_response, encode_request
 from moesaic.wire.tensors import data_of
-from router.workers.transports.base import Answer, read_answer
+from router.workers.transports.base import WorkerAnswer, read_answer
 
-# Calls in flight, those that nobody waits for any more among them.
+# Calls in flight, including those whose caller no longer waits.
 MAX_CALLS = 16
-# Of the largest call, and of the largest answer, that go this way. What is larger makes the engine wait for the socket
-# while grpcio's threads would carry it: 256 KiB there and back take 0.44 ms (0.73 over grpcio), 512 KiB 1.7 (0.98).
+# The rows of the largest call, and of the largest answer, that the direct stream carries. With larger ones
+# the engine waits for the socket, which grpcio's threads do for it: the round trip of 256 KiB takes 0.44 ms
+# (0.73 over grpcio), that of 512 KiB 1.7 (0.98).
 MAX_ROWS_BYTES = 256 << 10
-# For each step: until the host lets us through, and until the worker says a first word, which it does between two passes.
+# The limit for each of two steps: the TCP connection, and the worker's HTTP/2 preface, which it sends between
+# two passes.
 CONNECT_TIMEOUT_S = 10.0
 
 _READ_BYTES = 256 << 10
-# An answer that is there is taken when the time is over as well; reading what lies before it takes no longer.
+# An answer that has already arrived is still read after the deadline; reading the bytes before it takes no
+# longer.
 _OVERTIME_S = 0.1
-# Beyond the calls in flight there are only the protocol's own words.
-_MAX_UNSENT_BYTES = MAX_CALLS * direct.MAX_MESSAGE_BYTES
+# Beyond the calls in flight there are only the protocol's own frames.
+_MAX_UNSENT_BYTES = MAX_CALLS * tcp_socket.MAX_MESSAGE_BYTES
 
 _Arrived = Framed[expert_pb2.ComputeResponse]
 
 
 def carries(request: expert_pb2.ComputeRequest, hidden: Tensor, num_rows: int) -> bool:
-    """Whether a call of `num_rows` (token, expert) pairs and its answer are small enough for the direct stream."""
+    """Whether a call of `num_rows` (token, expert) pairs and its answer fit the direct stream."""
     num_bytes = hidden.nbytes
     if request.combine != expert_pb2.COMBINE_SUM:
         num_bytes = max(num_bytes, num_rows * num_bytes // hidden.size(0))
@@ -50,15 +54,15 @@ def carries(request: expert_pb2.ComputeRequest, hidden: Tensor, num_rows: int) -
 
 
 def connect(address: str, port: int) -> DirectStream:
-    """The direct stream to `port` of the host of `address`, HOST:PORT. Raises OSError (TimeoutError among them) where
-    nobody answers, Unavailable where somebody else does."""
+    """The direct stream to `port` of the host in `address`, HOST:PORT. Raises OSError (including
+    TimeoutError) where nothing answers, Unavailable where the other end does not speak HTTP/2."""
     host, _, _ = address.rpartition(":")
     connection = socket.create_connection((host.strip("[]"), port), CONNECT_TIMEOUT_S)
     try:
-        direct.prepare_socket(connection)
+        tcp_socket.prepare_socket(connection)
         stream = DirectStream(connection, f"{host}:{port}")
-        # Who lets everybody in and then says nothing would cost a call all of its time.
-        stream.meet(CONNECT_TIMEOUT_S)
+        # A port that accepts connections and never answers would cost a call its whole timeout.
+        stream.handshake(CONNECT_TIMEOUT_S)
     except BaseException:
         connection.close()
         raise
@@ -66,7 +70,7 @@ def connect(address: str, port: int) -> DirectStream:
 
 
 class DirectStream:
-    """A `Transport` of one Compute call. The lock is held by whoever sends, and by whoever waits."""
+    """A `Transport` over one Compute RPC. The lock is held while a thread sends, and while one waits."""
 
     def __init__(self, connection: socket.socket, authority: str) -> None:
         """Takes a connected socket that does not block."""
@@ -74,14 +78,14 @@ class DirectStream:
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
         self._lock = threading.Lock()
-        self._connection = GrpcConnection(client=True, max_message_bytes=direct.MAX_MESSAGE_BYTES)
+        self._connection = GrpcConnection(client=True, max_message_bytes=tcp_socket.MAX_MESSAGE_BYTES)
         self._stream_id = self._connection.open_stream(COMPUTE_METHOD, authority)
-        # Bounded by the calls in flight.
+        # The bytes that the socket has not accepted yet, bounded by the calls in flight.
         self._unsent = memoryview(b"")
         self._read_into = memoryview(bytearray(_READ_BYTES))
-        # By call id: the answer, what came instead of it, or nothing yet.
+        # By call id: the answer, the error that replaces it, or None before either.
         self._calls: dict[int, _Arrived | MoesaicError | None] = {}
-        # Sent, but nobody waits any more.
+        # The ids of calls that were sent and that no caller waits for any more.
         self._abandoned: set[int] = set()
         self._broken: MoesaicError | None = None
 
@@ -93,13 +97,13 @@ class DirectStream:
     def num_in_flight(self) -> int:
         return len(self._calls)
 
-    def meet(self, timeout_s: float) -> None:
-        """Waits until the other end has shown that it speaks HTTP/2. Raises Unavailable where it ended or spoke otherwise,
-        TimeoutError."""
+    def handshake(self, timeout_s: float) -> None:
+        """Exchanges the HTTP/2 prefaces. Raises Unavailable where the other end closes or does not speak
+        HTTP/2, or TimeoutError."""
         ends_s = time.monotonic() + timeout_s
         with self._lock:
             self._write()
-            while not self._connection.is_met:
+            while not self._connection.handshake_done:
                 self._advance(ends_s)
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: Tensor) -> None:
@@ -112,7 +116,7 @@ class DirectStream:
             except MoesaicError as error:
                 self._calls[request.call_id] = error
 
-    def receive(self, call_id: int, timeout_s: float) -> Answer:
+    def receive(self, call_id: int, timeout_s: float) -> WorkerAnswer:
         """See `Transport`."""
         with self._lock:
             ends_s = time.monotonic() + timeout_s
@@ -129,19 +133,19 @@ class DirectStream:
         return read_answer(arrived)
 
     def close(self) -> None:
-        # Wakes whoever waits, who then lets go of the lock.
+        # Wakes the thread that waits, which then releases the lock.
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
         with self._lock:
             self._break(Unavailable("the direct stream to the worker is closed"))
 
     def _send(self, message: bytes) -> None:
-        """Raises what keeps a call from being sent."""
+        """Raises the error that prevents sending."""
         if self._broken is not None:
             raise self._broken
-        if len(message) > direct.MAX_MESSAGE_BYTES:
+        if len(message) > tcp_socket.MAX_MESSAGE_BYTES:
             raise Overloaded("a call is too large for the direct stream")
-        # Late answers that nobody came by to read.
+        # Late answers may be waiting unread in the socket.
         while self._is_full() and self._read():
             pass
         if self._is_full():
@@ -153,14 +157,14 @@ class DirectStream:
         return len(self._calls) + len(self._abandoned) >= MAX_CALLS
 
     def _advance(self, ends_s: float) -> None:
-        """Takes what came, or waits for it. Raises TimeoutError, also where what comes never ends."""
+        """Reads what has arrived, or waits for it. Raises TimeoutError, even if bytes keep arriving."""
         if not self._read():
             self._wait(ends_s)
         elif time.monotonic() > ends_s + _OVERTIME_S:
             raise TimeoutError
 
     def _read(self) -> bool:
-        """Takes what came; False when nothing did. Raises why the stream broke."""
+        """Reads what has arrived; False if nothing has. Raises the reason when the stream is broken."""
         if self._broken is not None:
             raise self._broken
         try:
@@ -182,7 +186,8 @@ class DirectStream:
         return True
 
     def _wait(self, ends_s: float) -> None:
-        """Until there is something to read, or room for what is not sent yet, which then is sent. Raises TimeoutError."""
+        """Waits until there are bytes to read, or room for unsent ones, which are then sent. Raises
+        TimeoutError."""
         wanted = select.POLLIN | select.POLLOUT if self._unsent else select.POLLIN
         self._poll.modify(self._socket, wanted)
         if not self._poll.poll(max(0, math.ceil(1000 * (ends_s - time.monotonic())))):
@@ -191,7 +196,7 @@ class DirectStream:
             self._write()
 
     def _write(self) -> None:
-        """Sends as much as the socket takes. Raises why the stream broke."""
+        """Sends as much as the socket accepts. Raises the reason when the stream breaks."""
         if fresh := self._connection.take_outgoing():
             self._unsent = memoryview(b"".join((self._unsent, fresh)) if self._unsent else fresh)
         if not self._unsent:
@@ -205,11 +210,11 @@ class DirectStream:
             raise self._break(Unavailable("the direct stream to the worker broke")) from error
 
     def _sort(self, message: bytes) -> None:
-        """Puts an answer where its call waits, drops one that nobody waits for. Raises DataLoss for what is none."""
+        """Stores an answer for its call, or drops it if no caller waits. Raises DataLoss for anything else."""
         try:
             framed = decode_response(message)
         except DataLoss as error:
-            # Whose answer it was cannot be told, and nothing behind it can be trusted.
+            # Its call is unknown, and nothing after it on this stream can be trusted.
             self._break(error)
             raise
         call_id = framed.message.call_id
@@ -219,7 +224,8 @@ class DirectStream:
             self._abandoned.discard(call_id)
 
     def _break(self, error: MoesaicError) -> MoesaicError:
-        """Fails the calls in flight, the first time; answers that have come can still be taken. The reason."""
+        """Fails the calls in flight, the first time; answers that have arrived can still be received. Returns
+        the reason of the first time."""
         if self._broken is not None:
             return self._broken
         self._broken = error
@@ -234,7 +240,8 @@ class DirectStream:
 
 
 def _reason(end: StreamEnded) -> MoesaicError:
-    """A stream with calls in flight must not end, however well; a server that stops at once cancels its calls."""
+    """A stream that ends, even with OK, is an error for its calls. A server that stops without a grace period
+    cancels its calls, which means here that the worker is gone."""
     error = from_status(status_pb2.Status(code=end.code, message=end.details))
     return (
         Unavailable("the worker ended the stream") if not end.code or isinstance(error, Cancelled) else error

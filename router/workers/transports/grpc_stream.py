@@ -1,7 +1,8 @@
-"""One Compute call of gRPC as a transport.
+"""One Compute RPC over grpcio as a transport.
 
-gRPC's own threads pull what is sent and push what came, as bytes; whoever waits for an answer decodes it. So the threads
-between the socket and the engine have next to nothing to do while the engine wants the interpreter for itself.
+grpcio's own threads take requests from a queue and put answers into another, as bytes; the thread that waits
+for an answer decodes it. So the threads between the socket and the engine do almost nothing while the engine
+needs the interpreter.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ from moesaic.errors import DataLoss, MoesaicError, Unavailable, from_rpc_error
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import COMPUTE_METHOD, Framed, decode_response, encode_request
 from moesaic.wire.tensors import data_of
-from router.workers.transports.base import Answer, read_answer
+from router.workers.transports.base import WorkerAnswer, read_answer
 
 _Arrived = Framed[expert_pb2.ComputeResponse]
 
 
 class GrpcStream:
-    """A `Transport` that opens with its first call."""
+    """A `Transport` whose RPC starts when it is made."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self.broken = False
-        # Both are bounded by the calls in flight. The first ends with None, the second with why the stream broke.
+        # Both are bounded by the calls in flight. None ends the first, the reason of the break ends the
+        # second.
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[bytes | MoesaicError] = queue.SimpleQueue()
-        # By call id: the answer, what came instead of it, or nothing yet.
+        # By call id: the answer, the error that replaces it, or None before either.
         self._calls: dict[int, _Arrived | MoesaicError | None] = {}
-        # Without serialisers: bytes out and bytes in.
+        # Without serialisers, requests and answers are bytes.
         call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(COMPUTE_METHOD)
         self._answers = call(self._requests())
         threading.Thread(target=self._read, name="worker-link", daemon=True).start()
@@ -46,7 +48,7 @@ class GrpcStream:
         self._calls[request.call_id] = None
         self._outbox.put(encode_request(Framed(request, data_of(hidden))))
 
-    def receive(self, call_id: int, timeout_s: float) -> Answer:
+    def receive(self, call_id: int, timeout_s: float) -> WorkerAnswer:
         deadline_s = time.monotonic() + timeout_s
         try:
             while (arrived := self._calls[call_id]) is None:
@@ -63,12 +65,12 @@ class GrpcStream:
         self._answers.cancel()
 
     def _sort(self, arrived: bytes | MoesaicError) -> None:
-        """Puts an answer where its call waits, drops one that nobody waits for; an error is everybody's."""
+        """Stores an answer for its call, or drops it if no caller waits; an error fails all calls."""
         if isinstance(arrived, bytes):
             try:
                 framed = decode_response(arrived)
             except DataLoss as error:
-                # Whose answer it was cannot be told, and nothing behind it can be trusted.
+                # Its call is unknown, and nothing after it on this stream can be trusted.
                 self.broken = True
                 self._answers.cancel()
                 arrived = error
@@ -90,7 +92,7 @@ class GrpcStream:
             for answer in self._answers:
                 self._inbox.put(answer)
         except grpc.RpcError as broken:
-            # A server that stops at once cancels its calls; to us, too, that is a worker that went away.
+            # A server that stops without a grace period cancels its calls: the worker is gone.
             if broken.code() is not grpc.StatusCode.CANCELLED:
                 error = from_rpc_error(broken)
         finally:

@@ -1,4 +1,4 @@
-"""The ways to a worker beside gRPC's own: asked for once, and opened where there are any."""
+"""Asks a worker, once, which transports it offers beside the grpcio stream, and opens them."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import grpc
 
 from moesaic.errors import MoesaicError
 from moesaic.routing_table import Replica
-from moesaic.transports import shared_memory as lane
-from moesaic.transports.shared_memory import LaneError
+from moesaic.transports.shared_memory import VERSION, SharedMemoryError, host_id
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
-from router.workers.transports import direct_stream
-from router.workers.transports import shared_memory as lane_link
-from router.workers.transports.base import DIRECT, LANE, Transport, Way
+from router.workers.transports import direct_stream, shared_memory
+from router.workers.transports.base import DIRECT, SHARED_MEMORY, Transport, TransportKind
 
-# A worker that computes lets callers in between two passes.
+# A worker that is computing accepts connections between two passes.
 ASK_TIMEOUT_S = 10.0
 
 
-def open_ways(
-    stub: expert_pb2_grpc.ExpertServiceStub, replica: Replica, *, use_lane: bool, use_direct: bool
-) -> dict[Way, Transport]:
-    """The open ways to just that incarnation of a worker, none where there are none. Waits for the worker, for seconds
-    at most: a host that does not let us through must not be told from one that is slow."""
-    host_id = lane.host_id() if use_lane else ""
-    request = expert_pb2.OpenLaneRequest(host_id=host_id, lane_version=lane.LANE_VERSION)
+def open_transports(
+    stub: expert_pb2_grpc.ExpertServiceStub, replica: Replica, *, use_shared_memory: bool, use_direct: bool
+) -> dict[TransportKind, Transport]:
+    """The transports that could be opened to exactly that incarnation of a worker; empty where there are
+    none. May wait for seconds, but no longer: a host whose firewall drops packets looks the same as a slow
+    one."""
+    request = expert_pb2.OpenTransportsRequest(
+        host_id=host_id() if use_shared_memory else "", shared_memory_version=VERSION
+    )
     try:
-        opened = stub.OpenLane(request, timeout=ASK_TIMEOUT_S)
-    except grpc.RpcError:  # a worker that is busy with its end, or older than all other ways
+        offered = stub.OpenTransports(request, timeout=ASK_TIMEOUT_S)
+    except grpc.RpcError:  # the worker is stopping, or is older than this RPC
         return {}
-    ways: dict[Way, Transport] = {}
-    if opened.incarnation != replica.incarnation:
-        return ways
-    if use_direct and opened.compute_port:
+    opened: dict[TransportKind, Transport] = {}
+    if offered.incarnation != replica.incarnation:
+        return opened
+    if use_direct and offered.direct_port:
         with suppress(OSError, MoesaicError):
-            ways[DIRECT] = direct_stream.connect(replica.address, opened.compute_port)
-    if use_lane and opened.socket_path:
-        with suppress(OSError, LaneError):
-            ways[LANE] = lane_link.connect(opened.socket_path, replica.incarnation)
-    return ways
+            opened[DIRECT] = direct_stream.connect(replica.address, offered.direct_port)
+    if use_shared_memory and offered.socket_path:
+        with suppress(OSError, SharedMemoryError):
+            opened[SHARED_MEMORY] = shared_memory.connect(offered.socket_path, replica.incarnation)
+    return opened

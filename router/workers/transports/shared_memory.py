@@ -1,7 +1,8 @@
-"""The router's end of the same-host lane: a transport that writes rows where the worker reads them.
+"""The router's end of the shared-memory transport: rows are written where the worker reads them.
 
-There is no thread behind it: whoever waits for an answer reads the socket, and keeps the answers of others that come by.
-A call that nobody waits for any more keeps its buffer until the worker is done with it.
+There is no background thread: the caller that waits for an answer reads the socket and stores the answers to
+other calls that arrive meanwhile. A call whose caller no longer waits keeps its buffer until the worker has
+answered it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from moesaic.errors import DataLoss, MoesaicError, Overloaded, Unavailable
-from moesaic.transports import shared_memory as lane
-from moesaic.transports.shared_memory import Buffer, Frame, LaneError
+from moesaic.transports import shared_memory
+from moesaic.transports.shared_memory import Buffer, Frame, SharedMemoryError
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import Framed
 from moesaic.wire.tensors import data_of
-from router.workers.transports.base import Answer, read_answer
+from router.workers.transports.base import WorkerAnswer, read_answer
 
-# The worker lets callers in between two passes.
+# The worker accepts connections between two passes.
 CONNECT_TIMEOUT_S = 10.0
-# Room behind a call's message for what an answer says beyond it: an error, a scale for every row.
+# Room after a call's message for the fields that only an answer has: an error, and a scale for every row.
 ANSWER_MESSAGE_BYTES = 4096
 SCALE_BYTES = 4
 SMALLEST_BUFFER_BYTES = 64 << 10
@@ -36,57 +37,58 @@ SMALLEST_BUFFER_BYTES = 64 << 10
 _RECEIVE_FLAGS = int(socket.MSG_DONTWAIT)
 
 
-def connect(path: str, incarnation: str) -> LaneLink:
-    """Enters the lane behind a socket. Raises OSError or LaneError when another one than that worker is there."""
-    connection = lane.lane_socket()
+def connect(path: str, incarnation: str) -> SharedMemoryTransport:
+    """Connects to a worker's socket. Raises OSError, or SharedMemoryError when it is not that incarnation of
+    the worker."""
+    connection = shared_memory.frame_socket()
     try:
         connection.settimeout(CONNECT_TIMEOUT_S)
         start_ns = time.monotonic_ns()
         connection.connect(path)
-        if not lane.is_ours(connection):
-            raise LaneError("the worker runs as another user")
-        said, clock_ns = lane.decode_greeting(connection.recv(lane.GREETING_BYTES))
-        if said != incarnation:
-            raise LaneError("another incarnation of the worker")
+        if not shared_memory.is_ours(connection):
+            raise SharedMemoryError("the worker runs as another user")
+        answered, clock_ns = shared_memory.decode_handshake(connection.recv(shared_memory.HANDSHAKE_BYTES))
+        if answered != incarnation:
+            raise SharedMemoryError("another incarnation of the worker")
         if not start_ns <= clock_ns <= time.monotonic_ns():
-            raise LaneError("the worker lives by another clock")
+            raise SharedMemoryError("the worker has another clock")
     except BaseException:
         connection.close()
         raise
-    return LaneLink(connection)
+    return SharedMemoryTransport(connection)
 
 
 @dataclass(slots=True, eq=False)
-class _Place:
-    """A buffer and the call that lies in it."""
+class _CallBuffer:
+    """A buffer and the call in it."""
 
     index: int
-    buffer: Buffer | None = None
+    memory: Buffer | None = None
     call_id: int = 0
-    # Nobody waits any more.
+    # Whether the caller no longer waits.
     abandoned: bool = False
     answer: Frame | None = None
 
     @property
     def num_bytes(self) -> int:
-        return 0 if self.buffer is None else self.buffer.num_bytes
+        return 0 if self.memory is None else self.memory.num_bytes
 
 
-class LaneLink:
-    """A lane that was entered; a `Transport`."""
+class SharedMemoryTransport:
+    """A `Transport` over one connection."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
         self._lock = threading.Lock()
-        self._free = [_Place(index) for index in reversed(range(lane.MAX_BUFFERS))]
-        # By index, those that the worker has.
-        self._asked: dict[int, _Place] = {}
-        # By call id, those that somebody waits for, and calls that could not be sent.
-        self._waiting: dict[int, _Place | MoesaicError] = {}
-        # Whose answers were handed out: theirs again with the next call.
-        self._lent: list[_Place] = []
+        self._free = [_CallBuffer(index) for index in reversed(range(shared_memory.MAX_BUFFERS))]
+        # By index: the buffers of calls that the worker has not answered.
+        self._with_worker: dict[int, _CallBuffer] = {}
+        # By call id: the buffers of calls whose caller waits, and the errors of calls that could not be sent.
+        self._waiting: dict[int, _CallBuffer | MoesaicError] = {}
+        # Buffers whose answers the caller may still read; they are free again with the next call.
+        self._lent: list[_CallBuffer] = []
         self._broken: MoesaicError | None = None
 
     @property
@@ -104,131 +106,134 @@ class LaneLink:
                 self._waiting[request.call_id] = self._send(request, hidden)
             except OSError:
                 self._break()
-                self._waiting[request.call_id] = Unavailable("the lane to the worker broke")
+                self._waiting[request.call_id] = Unavailable("the shared memory with the worker broke")
             except MoesaicError as error:
                 self._waiting[request.call_id] = error
 
-    def receive(self, call_id: int, timeout_s: float) -> Answer:
+    def receive(self, call_id: int, timeout_s: float) -> WorkerAnswer:
         """See `Transport`."""
         with self._lock:
-            place = self._waiting.pop(call_id)
-            if isinstance(place, MoesaicError):
-                raise place
+            held = self._waiting.pop(call_id)
+            if isinstance(held, MoesaicError):
+                raise held
             ends_s = time.monotonic() + timeout_s
             try:
-                while place.answer is None:
+                while held.answer is None:
                     self._read(ends_s - time.monotonic())
-                return self._answer(place, place.answer)
+                return self._answer(held, held.answer)
             except TimeoutError:
-                place.abandoned = True
+                held.abandoned = True
                 raise
 
     def close(self) -> None:
-        # Wakes whoever waits, who then lets go of the lock.
+        # Wakes the thread that waits, which then releases the lock.
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         with self._lock:
             self._break()
             self._connection.close()
 
-    def _send(self, request: expert_pb2.ComputeRequest, hidden: Tensor) -> _Place:
-        """Raises OSError when the lane is broken, Overloaded when no buffer is free or can be large enough."""
+    def _send(self, request: expert_pb2.ComputeRequest, hidden: Tensor) -> _CallBuffer:
+        """Raises OSError when the connection is broken, Overloaded when no buffer is free or can be large
+        enough."""
         if self._broken is not None:
             raise self._broken
         message, data = request.SerializeToString(), data_of(hidden)
         data_offset, num_bytes = _layout(request, len(message), data.nbytes)
-        place = self._take_place(num_bytes)
+        held = self._acquire(num_bytes)
         fd = None
         try:
-            if place.num_bytes < num_bytes:
-                place.buffer, fd = lane.make_buffer(1 << (num_bytes - 1).bit_length())
-            assert place.buffer is not None
-            place.call_id, place.answer, place.abandoned = request.call_id, None, False
-            frame = Frame(place.index, len(message), data_offset, data.nbytes, time.monotonic_ns())
-            place.buffer.bytes[: len(message)] = message
-            place.buffer.bytes[data_offset : data_offset + data.nbytes] = data
-            lane.send_frame(self._connection, frame, fd)
+            if held.num_bytes < num_bytes:
+                held.memory, fd = shared_memory.make_buffer(1 << (num_bytes - 1).bit_length())
+            assert held.memory is not None
+            held.call_id, held.answer, held.abandoned = request.call_id, None, False
+            frame = Frame(held.index, len(message), data_offset, data.nbytes, time.monotonic_ns())
+            held.memory.bytes[: len(message)] = message
+            held.memory.bytes[data_offset : data_offset + data.nbytes] = data
+            shared_memory.send_frame(self._connection, frame, fd)
         finally:
             if fd is not None:
                 os.close(fd)
-        self._asked[place.index] = place
-        return place
+        self._with_worker[held.index] = held
+        return held
 
-    def _take_place(self, num_bytes: int) -> _Place:
-        """A free place, of enough bytes if there is one. Raises Overloaded."""
-        if num_bytes > lane.MAX_BUFFER_BYTES:
-            raise Overloaded("a call is too large for the lane")
+    def _acquire(self, num_bytes: int) -> _CallBuffer:
+        """A free buffer, one that is large enough if there is one. Raises Overloaded."""
+        if num_bytes > shared_memory.MAX_BUFFER_BYTES:
+            raise Overloaded("a call is too large for shared memory")
         self._free += self._lent
         self._lent.clear()
-        # Late answers that nobody came by to read.
+        # Late answers may be waiting unread in the socket.
         while not self._free and self._readable.poll(0):
             self._read(0.0)
         if not self._free:
-            raise Overloaded(f"{lane.MAX_BUFFERS} calls are in flight already")
-        # The last one that was used is the one that the caches know.
+            raise Overloaded(f"{shared_memory.MAX_BUFFERS} calls are in flight already")
+        # The buffer that was used last is the one still in the CPU caches.
         for i in reversed(range(len(self._free))):
             if self._free[i].num_bytes >= num_bytes:
                 return self._free.pop(i)
         return self._free.pop()
 
     def _read(self, timeout_s: float) -> None:
-        """Takes one answer. Raises TimeoutError when none comes, Unavailable when the lane breaks."""
+        """Reads one answer. Raises TimeoutError when none arrives, Unavailable when the connection breaks."""
         if self._broken is not None:
             raise self._broken
         if not self._readable.poll(max(0, math.ceil(1000 * timeout_s))):
             raise TimeoutError
         try:
-            frame = lane.decode_frame(self._receive())
-            place = self._asked.pop(frame.buffer)
-            assert place.buffer is not None
-            place.buffer.check(frame)
-        except (OSError, LaneError, KeyError) as error:
+            frame = shared_memory.decode_frame(self._receive())
+            held = self._with_worker.pop(frame.buffer)
+            assert held.memory is not None
+            held.memory.check(frame)
+        except (OSError, SharedMemoryError, KeyError) as error:
             self._break()
-            raise Unavailable("the lane to the worker broke") from error
-        if place.abandoned:
-            self._free.append(place)
+            raise Unavailable("the shared memory with the worker broke") from error
+        if held.abandoned:
+            self._free.append(held)
         else:
-            place.answer = frame
+            held.answer = frame
 
     def _receive(self) -> bytes:
         try:
-            return self._connection.recv(lane.FRAME_BYTES + 1, _RECEIVE_FLAGS)
+            return self._connection.recv(shared_memory.FRAME_BYTES + 1, _RECEIVE_FLAGS)
         except ConnectionResetError:
-            # It ended before it read all calls. What it answered until then is still there.
-            return self._connection.recv(lane.FRAME_BYTES + 1, _RECEIVE_FLAGS)
+            # The worker closed before it had read all calls. The answers that it sent until then can still be
+            # read.
+            return self._connection.recv(shared_memory.FRAME_BYTES + 1, _RECEIVE_FLAGS)
 
-    def _answer(self, place: _Place, frame: Frame) -> Answer:
-        """What lies in a place."""
-        self._lent.append(place)
-        assert place.buffer is not None
+    def _answer(self, held: _CallBuffer, frame: Frame) -> WorkerAnswer:
+        """The answer in a buffer."""
+        self._lent.append(held)
+        assert held.memory is not None
         try:
-            response = expert_pb2.ComputeResponse.FromString(place.buffer.message(frame))
+            response = expert_pb2.ComputeResponse.FromString(held.memory.message(frame))
         except DecodeError as error:
             raise DataLoss("the answer is not a ComputeResponse") from error
-        if response.call_id != place.call_id:
+        if response.call_id != held.call_id:
             raise DataLoss("the answer is that of another call")
-        return read_answer(Framed(response, place.buffer.data(frame)))
+        return read_answer(Framed(response, held.memory.data(frame)))
 
     def _break(self) -> None:
-        """Fails the calls in flight; answers that have come can still be taken."""
+        """Fails the calls in flight; answers that have arrived can still be received."""
         if self._broken is not None:
             return
-        self._broken = Unavailable("the lane to the worker broke")
-        for call_id, place in self._waiting.items():
-            if isinstance(place, _Place) and place.answer is None:
+        self._broken = Unavailable("the shared memory with the worker broke")
+        for call_id, held in self._waiting.items():
+            if isinstance(held, _CallBuffer) and held.answer is None:
                 self._waiting[call_id] = self._broken
         self._connection.close()
 
 
 def _layout(request: expert_pb2.ComputeRequest, message_bytes: int, data_bytes: int) -> tuple[int, int]:
-    """Where the rows begin, and the bytes of a buffer that holds call and answer, one over the other."""
+    """Where the rows begin, and the size of a buffer that can hold the call and, written over it, the
+    answer."""
     num_rows = request.hidden.shape[0]
     if request.combine == expert_pb2.COMBINE_SUM:
         answer_rows = num_rows
-    elif num_rows == 1:  # once for every expert
+    elif num_rows == 1:  # one row for every expert
         answer_rows = len(request.experts)
     else:
         answer_rows = sum(len(expert.rows) for expert in request.experts)
-    data_offset = lane.align(message_bytes + ANSWER_MESSAGE_BYTES + SCALE_BYTES * answer_rows)
+    data_offset = shared_memory.align(message_bytes + ANSWER_MESSAGE_BYTES + SCALE_BYTES * answer_rows)
     num_bytes = data_offset + max(data_bytes, answer_rows * (data_bytes // num_rows))
     return data_offset, max(num_bytes, SMALLEST_BUFFER_BYTES)

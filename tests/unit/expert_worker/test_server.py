@@ -15,7 +15,6 @@ from expert_worker import server as server_module
 from expert_worker.compute.batcher import Batcher
 from expert_worker.config import WorkerConfig
 from expert_worker.server import WorkerServer
-from expert_worker.serving.service import SERVICE
 from moesaic import rpc
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import CheckpointError, InvalidArgument, Unavailable
@@ -53,7 +52,7 @@ async def server(folder: Path) -> AsyncIterator[WorkerServer]:
     await server.stop(0)
 
 
-async def health(address: str, service: str = SERVICE) -> int:
+async def health(address: str, service: str = rpc.EXPERT_SERVICE) -> int:
     async with rpc.aio_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)

@@ -56,7 +56,7 @@ def row(level: Level, *, failed: int = 0, factor: float = 1.0) -> Row:
         calls_per_output_token=32.0,
         prefix_hit_share=0.5,
         preemptions=3,
-        workers=(WorkerProfile("expert-worker-0", 0.5, 1234, 567, 1, ("lane",), 1234, 12_345),),
+        workers=(WorkerProfile("expert-worker-0", 0.5, 1234, 567, 1, ("shared_memory",), 1234, 12_345),),
     )
     return Row(level, load, profile, client_cores=0.6)
 

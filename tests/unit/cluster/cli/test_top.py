@@ -105,6 +105,15 @@ def test_the_view_fits_eighty_columns_and_says_what_everybody_does() -> None:
     )
 
 
+def test_the_longest_name_of_a_transport_fits_eighty_columns_as_well() -> None:
+    seen = look()
+    workers = tuple(replace(worker, transports=("shared_memory",)) for worker in seen.activity.workers)
+    text = drawn(draw_look(replace(seen, activity=replace(seen.activity, workers=workers))))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert line(text, "expert-worker-0")[2] == "shared"
+
+
 def test_a_worker_that_loads_and_one_that_is_away_are_told_from_one_that_serves() -> None:
     text = drawn(draw_look(look()))
     assert line(text, "expert-worker-1")[1] == "loading"

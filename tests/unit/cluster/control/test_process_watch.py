@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from cluster.control.process_report import ProcessReport
-from cluster.control.process_watch import EXPERT_SERVICE, ProcessWatch
+from cluster.control.process_watch import ProcessWatch
 from moesaic import rpc
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import Unavailable
@@ -49,7 +49,7 @@ class PlayedPeers:
 async def server() -> AsyncIterator[tuple[rpc.Server, str]]:
     server = rpc.Server(
         {
-            EXPERT_SERVICE: lambda server: expert_pb2_grpc.add_ExpertServiceServicer_to_server(
+            rpc.EXPERT_SERVICE: lambda server: expert_pb2_grpc.add_ExpertServiceServicer_to_server(
                 PlayedWorker(), server
             )
         }

@@ -12,7 +12,6 @@ from typing import Any, cast
 import pytest
 
 from cluster.control.process_report import ProcessReport
-from cluster.control.service import SERVICE
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.processes.process_plan import PlannedProcess
 from moesaic import rpc
@@ -88,7 +87,7 @@ async def launched(
     starter = PlayedStarter(list(topologies))
     server = rpc.Server(
         {
-            SERVICE: lambda server: control_pb2_grpc.add_ControlServiceServicer_to_server(
+            rpc.CONTROL_SERVICE: lambda server: control_pb2_grpc.add_ControlServiceServicer_to_server(
                 PlayedControl(starter), server
             )
         }

@@ -39,7 +39,7 @@ def router(factor: int, *, uptime_s: float = 0.0, p99_us: int = 900) -> inferenc
                 failed_calls=factor,
                 sent_bytes=1000 * factor,
                 received_bytes=3000 * factor,
-                transport="lane",
+                transport="shared_memory",
                 call_p50_us=300,
                 call_p99_us=p99_us,
             )
@@ -91,7 +91,7 @@ def test_a_worker_has_its_own_counters_and_its_traffic_with_every_router() -> No
     assert (it.rows, it.calls, it.busy_s) == (400, 80, 1.0)
     assert (it.sent_bytes, it.received_bytes) == (4000, 12000)
     assert (it.failed_calls, it.all_failed_calls) == (4, 12)
-    assert it.transports == ("lane",)
+    assert it.transports == ("shared_memory",)
     assert (it.call_p50_us, it.call_p99_us) == (300, 1700)
 
 

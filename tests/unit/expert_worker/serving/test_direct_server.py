@@ -1,4 +1,4 @@
-"""The direct port, in this process: a compute thread, the door, and callers that speak gRPC well, badly or not at all."""
+"""The direct port, in this process: a compute thread, the server, and callers that speak gRPC well, badly or not at all."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ from torch import Tensor
 from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.call import ExpertCall
 from expert_worker.experts.store import ExpertStore
-from expert_worker.serving import direct_connection
-from expert_worker.serving import direct_server as direct_door
-from expert_worker.serving.call_handler import CallDesk
-from expert_worker.serving.direct_server import DirectDoor
+from expert_worker.serving import direct_connection, direct_server
+from expert_worker.serving.call_handler import CallHandler
+from expert_worker.serving.direct_server import DirectServer
 from moesaic import rpc
 from moesaic.errors import MoesaicError, from_status
 from moesaic.families import MoeModel
-from moesaic.transports import tcp_socket as direct
+from moesaic.transports import tcp_socket
 from moesaic.transports.grpc_connection import Event, GrpcConnection, MessageReceived, StreamEnded
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from moesaic.wire.messages import COMPUTE_METHOD
@@ -106,7 +105,7 @@ class Caller:
         return True
 
     def reset(self) -> None:
-        """The end of a process, or of its host's patience: no word of goodbye."""
+        """The end of a process, or of its host's patience: no GOAWAY."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
@@ -127,35 +126,35 @@ class Worker:
     def __init__(self, model: MoeModel, store: ExpertStore, host: str = "127.0.0.1") -> None:
         self.gate = Gate()
         self.batcher = Batcher(self.gate, max_queued_calls=MAX_QUEUED_CALLS, max_pass_rows=64)
-        self.desk = CallDesk(worker="w", max_call_rows=16384)
-        self.desk.open(model, store)
-        self.door = DirectDoor(self.desk, host=host)
+        self.handler = CallHandler(worker="w", max_call_rows=16384)
+        self.handler.open(model, store)
+        self.server = DirectServer(self.handler, host=host)
 
     def start(self) -> None:
         self.batcher.start()
-        self.door.open(self.batcher)
+        self.server.open(self.batcher)
 
     @contextmanager
     def caller(self, **options: Any) -> Iterator[Caller]:
-        caller = Caller(self.door.port, **options)
+        caller = Caller(self.server.port, **options)
         with caller.socket:
             yield caller
 
     @contextmanager
     def grpcio(self, host: str = "127.0.0.1") -> Iterator[Any]:
         """A caller that knows nothing of ours."""
-        with rpc.channel(f"{host}:{self.door.port}") as channel:
+        with rpc.channel(f"{host}:{self.server.port}") as channel:
             yield expert_pb2_grpc.ExpertServiceStub(channel)
 
     @contextmanager
     def enter(self) -> Iterator[socket.socket]:
         """A caller that will say what it likes."""
-        with socket.create_connection(("127.0.0.1", self.door.port), WAIT_S) as connection:
+        with socket.create_connection(("127.0.0.1", self.server.port), WAIT_S) as connection:
             yield connection
 
     def num_arrived(self) -> int:
         """Connections with something that the compute thread has not read yet."""
-        return len(select.select(list(self.door._connections), [], [], 0)[0])
+        return len(select.select(list(self.server._connections), [], [], 0)[0])
 
     async def stop(self) -> None:
         self.gate.open.set()
@@ -202,7 +201,7 @@ def test_a_grpcio_channel_gets_its_rows_computed_and_its_stream_ended(
         expected = ReferenceExperts(folder).rows(call_id % 2, HIDDEN, rows)
         torch.testing.assert_close(from_wire(answer.output), expected, atol=1e-5, rtol=1e-5)
         assert answer.epoch == "epoch-1" and len(answer.versions) == 2 and answer.timing.compute_us > 0
-    assert (worker.desk.calls, worker.desk.rows) == (12, 72)
+    assert (worker.handler.calls, worker.handler.rows) == (12, 72)
 
 
 def test_many_calls_on_several_streams_of_one_connection_are_in_flight_and_each_gets_its_own_answer(
@@ -245,7 +244,7 @@ def test_wrong_calls_are_refused_one_by_one_and_the_stream_goes_on(
             error = error_of(caller.ask(request))
             assert (error.code.name, error.reason) == (code, reason)
         assert caller.ask(make_call({0: [0]})).HasField("output")
-    assert (worker.desk.calls, worker.desk.refused_calls) == (1, 6)
+    assert (worker.handler.calls, worker.handler.refused_calls) == (1, 6)
 
 
 def test_any_other_method_is_not_implemented_here(worker: Worker, make_call: MakeCall) -> None:
@@ -253,7 +252,7 @@ def test_any_other_method_is_not_implemented_here(worker: Worker, make_call: Mak
         with pytest.raises(grpc.RpcError) as caught:
             stub.Describe(expert_pb2.DescribeRequest(), timeout=WAIT_S)
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
-        other = caller.open_stream("/moesaic.v1.ExpertService/OpenLane")
+        other = caller.open_stream("/moesaic.v1.ExpertService/OpenTransports")
         assert caller.end(other).code == grpc.StatusCode.UNIMPLEMENTED.value[0]
         assert caller.ask(make_call({0: [0]})).HasField("output")
 
@@ -272,10 +271,12 @@ def test_bytes_that_are_no_message_end_their_stream_with_its_calls_and_nothing_e
         ended = caller.end(other)
         assert (ended.code, ended.details) == (3, "the call is not a ComputeRequest")
         assert {caller.answer().call_id for _ in range(2)} == {1, 3}
-    assert worker.desk.calls == 2
+    assert worker.handler.calls == 2
 
 
-@pytest.mark.parametrize("length", [direct_connection.MAX_EPOCH_CHARS + 1, direct.MAX_MESSAGE_BYTES - 1000])
+@pytest.mark.parametrize(
+    "length", [direct_connection.MAX_EPOCH_CHARS + 1, tcp_socket.MAX_MESSAGE_BYTES - 1000]
+)
 def test_an_epoch_that_no_refusal_could_repeat_ends_its_stream_and_nothing_else(
     worker: Worker, make_call: MakeCall, caplog: pytest.LogCaptureFixture, length: int
 ) -> None:
@@ -317,7 +318,7 @@ def test_a_message_beyond_the_bound_ends_its_stream_and_nothing_else(
 ) -> None:
     with worker.caller() as caller:
         other = caller.open_stream()
-        caller.send(bytes(direct.MAX_MESSAGE_BYTES + 1), other)
+        caller.send(bytes(tcp_socket.MAX_MESSAGE_BYTES + 1), other)
         assert caller.end(other).code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
         assert caller.ask(make_call({0: [0]})).HasField("output")
 
@@ -392,8 +393,8 @@ def test_a_cancelled_stream_takes_its_calls_along(worker: Worker, make_call: Mak
         worker.gate.open.set()
         assert caller.answer().call_id == 1
         assert caller.ask(make_call({0: [0]}, call_id=3)).call_id == 3
-        assert worker.desk.calls == 2
-        until(worker.door.is_idle)
+        assert worker.handler.calls == 2
+        until(worker.server.is_idle)
 
 
 def test_a_caller_that_is_reset_in_the_middle_of_a_call_takes_its_calls_along(
@@ -405,7 +406,7 @@ def test_a_caller_that_is_reset_in_the_middle_of_a_call_takes_its_calls_along(
         gone.reset()
         worker.gate.open.set()
         assert staying.ask(make_call({0: [0]})).HasField("output")
-        until(worker.door.is_idle)
+        until(worker.server.is_idle)
     until(worker.batcher.is_idle)
 
 
@@ -419,13 +420,13 @@ def test_what_a_socket_does_not_take_at_once_goes_out_when_the_caller_reads(
         for call_id in range(12):
             request.call_id = call_id
             slow.send(request)
-        until(lambda: worker.desk.calls == 12)
-        assert not worker.door.is_idle()
+        until(lambda: worker.handler.calls == 12)
+        assert not worker.server.is_idle()
         assert other.ask(make_call({0: [0]})).HasField("output")
         answers = [slow.answer() for _ in range(12)]
         assert [answer.call_id for answer in answers] == list(range(12))
         assert all(torch.equal(from_wire(answers[0].output), from_wire(one.output)) for one in answers)
-        until(worker.door.is_idle)
+        until(worker.server.is_idle)
 
 
 def test_a_caller_that_does_not_read_its_answers_is_cut_off(
@@ -438,7 +439,7 @@ def test_a_caller_that_does_not_read_its_answers_is_cut_off(
                 unread.send(request)
         assert other.ask(make_call({0: [0]})).HasField("output")
     assert "a direct connection was cut off" in caplog.text
-    until(worker.door.is_idle)
+    until(worker.server.is_idle)
 
 
 def test_a_caller_that_gives_no_room_for_its_answers_is_cut_off(
@@ -473,10 +474,10 @@ def test_a_caller_that_gives_no_room_for_its_answers_is_cut_off(
         HTTP2_PREFACE + NO_SETTINGS + b"\0\0\1\0\0\0\0\0\1x",
         HTTP2_PREFACE + NO_SETTINGS + b"\x20\0\0\0\0\0\0\0\1" + bytes(2 << 20),
         HTTP2_PREFACE + NO_SETTINGS + b"\0\0\4\1\4\0\0\0\1\xff\xff\xff\xff",
-        # A goodbye.
+        # A GOAWAY.
         HTTP2_PREFACE + NO_SETTINGS + b"\0\0\x08\7\0\0\0\0\0" + bytes(8),
     ],
-    ids=["http/1", "tls", "zeros", "unopened", "overlong", "headers", "goodbye"],
+    ids=["http/1", "tls", "zeros", "unopened", "overlong", "headers", "goaway"],
 )
 def test_a_caller_that_sends_garbage_is_cut_off_and_the_worker_lives(
     worker: Worker, make_call: MakeCall, garbage: bytes
@@ -496,7 +497,7 @@ def test_half_a_frame_and_then_nothing_keeps_nobody_waiting(worker: Worker, make
         half.protocol.send(half.stream, request)
         half.socket.sendall(half.protocol.take_outgoing()[:-100])
         assert caller.ask(make_call({0: [0]})).HasField("output")
-        until(worker.door.is_idle)
+        until(worker.server.is_idle)
 
 
 def test_a_caller_that_breaks_the_protocol_takes_its_calls_along(worker: Worker, make_call: MakeCall) -> None:
@@ -509,7 +510,7 @@ def test_a_caller_that_breaks_the_protocol_takes_its_calls_along(worker: Worker,
         assert broken.is_cut_off()
         assert blocker.ask(make_call({0: [0]}, call_id=2)).call_id == 2
     # Whether it was computed depends on how much came at once; that it is not waited for does not.
-    until(worker.door.is_idle)
+    until(worker.server.is_idle)
 
 
 def test_a_protocol_that_fails_ends_its_connection_and_not_the_worker(
@@ -544,13 +545,13 @@ def test_no_bytes_end_the_worker(worker: Worker, garbage: bytes, greeted: bool) 
 def test_a_flood_of_connections_is_bounded(
     worker: Worker, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct_door, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(direct_server, "MAX_CONNECTIONS", 2)
     with worker.caller() as caller, worker.caller() as other, worker.enter() as refused:
         with suppress(ConnectionResetError):
             assert refused.recv(1) == b""
         for let_in in (caller, other):
             assert let_in.ask(make_call({0: [0]})).HasField("output")
-    until(lambda: not worker.door._connections)
+    until(lambda: not worker.server._connections)
     with worker.caller() as caller:
         assert caller.ask(make_call({0: [0]})).HasField("output")
 
@@ -558,7 +559,7 @@ def test_a_flood_of_connections_is_bounded(
 def test_connections_that_ask_for_nothing_keep_no_caller_out(
     worker: Worker, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct_door, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(direct_server, "MAX_CONNECTIONS", 2)
     with worker.caller() as caller, worker.enter() as silent:
         assert silent.recv(1)
         with worker.caller() as late:
@@ -569,9 +570,9 @@ def test_connections_that_ask_for_nothing_keep_no_caller_out(
                 pass
 
 
-def test_a_closed_desk_refuses_in_band(worker: Worker, make_call: MakeCall) -> None:
+def test_a_closed_handler_refuses_in_band(worker: Worker, make_call: MakeCall) -> None:
     with worker.caller() as caller:
-        worker.desk.close()
+        worker.handler.close()
         assert error_of(caller.ask(make_call({0: [0]}))).code == grpc.StatusCode.UNAVAILABLE
 
 
@@ -593,11 +594,11 @@ async def test_the_end_of_the_batcher_answers_what_runs_refuses_what_waits_and_e
         for stream in (caller.stream, idle):
             assert caller.end(stream).code == grpc.StatusCode.UNAVAILABLE.value[0]
         assert caller.is_cut_off()
-    assert worker.door.port == 0
+    assert worker.server.port == 0
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "[::1]", "[::]"])
-async def test_the_door_is_at_the_address_of_the_main_server(
+async def test_the_port_is_at_the_address_of_the_main_server(
     model: MoeModel, store: ExpertStore, make_call: MakeCall, host: str
 ) -> None:
     over_ipv6 = host.startswith("[")
@@ -617,7 +618,7 @@ async def test_where_there_can_be_no_port_a_warning_says_so(
     worker = Worker(model, store, "192.0.2.1")
     with caplog.at_level(logging.WARNING):
         worker.start()
-    assert worker.door.port == 0 and "no port of the compute thread" in caplog.text
+    assert worker.server.port == 0 and "no port of the compute thread" in caplog.text
     await worker.stop()
 
 

@@ -12,20 +12,20 @@ from contextlib import contextmanager
 
 import pytest
 
-from expert_worker.serving.listener import Entrance
+from expert_worker.serving.listener import Listener
 
 WAIT_S = 10.0
 
 
 @pytest.fixture
-def entrance() -> Iterator[Entrance]:
-    made = Entrance(socket.create_server(("127.0.0.1", 0)))
+def entrance() -> Iterator[Listener]:
+    made = Listener(socket.create_server(("127.0.0.1", 0)))
     yield made
     made.close()
 
 
 @contextmanager
-def caller_of(entrance: Entrance) -> Iterator[socket.socket]:
+def caller_of(entrance: Listener) -> Iterator[socket.socket]:
     """Stands before the entrance."""
     with socket.socket(fileno=os.dup(entrance.fileno())) as listening:
         address = listening.getsockname()
@@ -46,7 +46,7 @@ def no_descriptor_left() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_caller_is_let_in(entrance: Entrance) -> None:
+def test_a_caller_is_let_in(entrance: Listener) -> None:
     with caller_of(entrance) as caller:
         accepted = entrance.accept()
         assert accepted is not None
@@ -54,12 +54,12 @@ def test_a_caller_is_let_in(entrance: Entrance) -> None:
             assert accepted.getpeername() == caller.getsockname()
 
 
-def test_where_nobody_stands_nobody_is_let_in(entrance: Entrance) -> None:
+def test_where_nobody_stands_nobody_is_let_in(entrance: Listener) -> None:
     assert entrance.accept() is None
 
 
 def test_without_a_descriptor_left_callers_are_turned_away_and_none_is_left_standing(
-    entrance: Entrance,
+    entrance: Listener,
 ) -> None:
     for _ in range(2):
         with caller_of(entrance) as caller:
@@ -74,7 +74,7 @@ def test_without_a_descriptor_left_callers_are_turned_away_and_none_is_left_stan
 
 
 def test_a_spare_descriptor_that_another_thread_took_is_replaced_as_soon_as_there_is_one(
-    entrance: Entrance, monkeypatch: pytest.MonkeyPatch
+    entrance: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with caller_of(entrance) as caller, no_descriptor_left(), monkeypatch.context() as patched:
         patched.setattr(os, "open", _taken)

@@ -19,13 +19,13 @@ from support.wire_tensors import from_wire, to_wire
 from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.compute_pass import compute_calls
 from expert_worker.experts.store import ExpertStore
-from expert_worker.serving.call_handler import CallDesk
+from expert_worker.serving.call_handler import CallHandler
 from expert_worker.serving.grpc_stream import CallStream
-from expert_worker.serving.service import SERVICE, ExpertService, LoadedModel
+from expert_worker.serving.service import ExpertService, LoadedModel
 from moesaic import rpc, telemetry
 from moesaic.errors import from_rpc_error, from_status
 from moesaic.families import MoeModel
-from moesaic.transports import shared_memory as lane
+from moesaic.transports import shared_memory
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from moesaic.wire.messages import Framed
 from router.workers.transports.shared_memory import connect
@@ -52,11 +52,11 @@ class Worker:
             incarnation="i",
             max_call_rows=64,
             max_stream_calls=8,
-            lane=True,
+            shared_memory=True,
             direct_host="127.0.0.1",
         )
         self._loaded = LoadedModel("tiny", model, "cpu", store, self.batcher)
-        self._server = rpc.Server({SERVICE: self.service.add_to})
+        self._server = rpc.Server({rpc.EXPERT_SERVICE: self.service.add_to})
 
     async def start(self) -> str:
         self.batcher.start()
@@ -67,8 +67,8 @@ class Worker:
 
     def has_direct_call(self) -> bool:
         """Whether one has come that the compute thread has not read yet."""
-        assert self.service._door is not None
-        return bool(select.select(list(self.service._door._connections), [], [], 0)[0])
+        assert self.service._direct_server is not None
+        return bool(select.select(list(self.service._direct_server._connections), [], [], 0)[0])
 
     async def stop(self) -> None:
         self.gate.open.set()
@@ -182,7 +182,7 @@ async def test_bytes_that_are_no_message_end_their_stream_and_nothing_else(
     channel: grpc.aio.Channel, stub: Any, request_of: RequestOf
 ) -> None:
     good = stub.Compute()
-    raw = channel.stream_stream(f"/{SERVICE}/Compute")()
+    raw = channel.stream_stream(f"/{rpc.EXPERT_SERVICE}/Compute")()
     await raw.write(b"\xff\xff\xff\xff")
     with pytest.raises(grpc.aio.AioRpcError):
         await asyncio.wait_for(raw.read(), 10)
@@ -212,11 +212,13 @@ async def test_concurrent_callers_share_a_pass_and_each_gets_its_own_rows(
 async def test_callers_of_all_three_ways_share_a_pass_and_are_counted_apart(
     worker: Worker, stub: Any, request_of: RequestOf, folder: Path
 ) -> None:
-    ways = await stub.OpenLane(
-        expert_pb2.OpenLaneRequest(host_id=lane.host_id(), lane_version=lane.LANE_VERSION)
+    opened = await stub.OpenTransports(
+        expert_pb2.OpenTransportsRequest(
+            host_id=shared_memory.host_id(), shared_memory_version=shared_memory.VERSION
+        )
     )
-    over_lane = await asyncio.to_thread(connect, ways.socket_path, "i")
-    async with rpc.aio_channel(f"127.0.0.1:{ways.compute_port}") as direct_channel:
+    over_shared_memory = await asyncio.to_thread(connect, opened.socket_path, "i")
+    async with rpc.aio_channel(f"127.0.0.1:{opened.direct_port}") as direct_channel:
         blocker, over_grpc = stub.Compute(), stub.Compute()
         direct = expert_pb2_grpc.ExpertServiceStub(direct_channel).Compute()
         await direct.wait_for_connection()
@@ -224,23 +226,23 @@ async def test_callers_of_all_three_ways_share_a_pass_and_are_counted_apart(
         rows = ({0: [0, 1], 1: [2]}, {1: [3, 4], 0: [5]}, {2: [0]})
         await over_grpc.write(request_of(rows[0]))
         await direct.write(request_of(rows[1]))
-        by_lane = request_of(rows[2])
-        by_lane.hidden.ClearField("data")
-        over_lane.send(by_lane, HIDDEN)
+        by_shared_memory = request_of(rows[2])
+        by_shared_memory.hidden.ClearField("data")
+        over_shared_memory.send(by_shared_memory, HIDDEN)
         await eventually(lambda: asyncio.sleep(0, len(worker.batcher._waiting) == 1))
         await eventually(lambda: asyncio.sleep(0, worker.has_direct_call()))
         worker.gate.open.set()
         outputs = [
             from_wire((await asyncio.wait_for(over_grpc.read(), 10)).output),
             from_wire((await asyncio.wait_for(direct.read(), 10)).output),
-            (await asyncio.to_thread(over_lane.receive, 1, 10)).output,
+            (await asyncio.to_thread(over_shared_memory.receive, 1, 10)).output,
         ]
         reference = ReferenceExperts(folder)
         for output, wanted in zip(outputs, rows, strict=True):
             torch.testing.assert_close(output, reference.rows(0, HIDDEN, wanted), atol=1e-5, rtol=1e-5)
         stats = await stub.GetWorkerStats(expert_pb2.GetWorkerStatsRequest())
-        assert (stats.calls, stats.passes, stats.lane_calls, stats.direct_calls) == (4, 2, 1, 1)
-    over_lane.close()
+        assert (stats.calls, stats.passes, stats.shared_memory_calls, stats.direct_calls) == (4, 2, 1, 1)
+    over_shared_memory.close()
 
 
 async def test_a_full_queue_is_refused_in_band_with_a_time_to_retry(
@@ -271,9 +273,9 @@ async def test_a_caller_that_reads_nothing_is_not_read_from_for_ever() -> None:
         for taken in range(1, 101):
             yield Framed(expert_pb2.ComputeRequest(call_id=taken), memoryview(b""))
 
-    desk = CallDesk(worker="w", max_call_rows=64)  # it never opens: every call is refused
+    handler = CallHandler(worker="w", max_call_rows=64)  # it never opens: every call is refused
     batcher = Batcher(compute_calls, max_queued_calls=4, max_pass_rows=64)
-    responses = CallStream(desk, batcher, limit=5).responses(requests())
+    responses = CallStream(handler, batcher, limit=5).responses(requests())
     first = await anext(responses)
     await asyncio.sleep(0.02)
     assert taken <= 6
@@ -349,8 +351,8 @@ async def test_a_draining_worker_answers_what_it_took_and_refuses_what_comes(
 async def test_a_draining_worker_answers_what_it_took_on_the_direct_port_and_then_ends_its_streams(
     worker: Worker, stub: Any, request_of: RequestOf
 ) -> None:
-    ways = await stub.OpenLane(expert_pb2.OpenLaneRequest())
-    async with rpc.aio_channel(f"127.0.0.1:{ways.compute_port}") as channel:
+    opened = await stub.OpenTransports(expert_pb2.OpenTransportsRequest())
+    async with rpc.aio_channel(f"127.0.0.1:{opened.direct_port}") as channel:
         stream = expert_pb2_grpc.ExpertServiceStub(channel).Compute()
         await close_behind(worker.gate, stream, request_of({0: [0]}, call_id=1))
         draining = asyncio.create_task(worker.service.drain(10))

@@ -1,4 +1,4 @@
-"""The worker's end of a lane, in this process: a compute thread, the door, and routers that come and go."""
+"""The worker's end of shared memory, in this process: a compute thread, the socket, and routers that come and go."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from support.gated_computing import Gate
 from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.call import ExpertCall
 from expert_worker.experts.store import ExpertStore
-from expert_worker.serving.call_handler import CallDesk
-from expert_worker.serving.shared_memory import Lanes
+from expert_worker.serving.call_handler import CallHandler
+from expert_worker.serving.shared_memory import SharedMemoryServer
 from moesaic import telemetry
 from moesaic.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, MoesaicError, Unavailable
 from moesaic.families import MoeModel
-from moesaic.transports import shared_memory as lane
+from moesaic.transports import shared_memory
 from moesaic.transports.shared_memory import Frame
 from moesaic.v1 import common_pb2, expert_pb2
 from moesaic.wire.tensors import decode_rows, encode_rows
-from router.workers.transports.base import Answer
-from router.workers.transports.shared_memory import LaneLink, connect
+from router.workers.transports.base import WorkerAnswer
+from router.workers.transports.shared_memory import SharedMemoryTransport, connect
 
 WAIT_S = 10.0
 HIDDEN = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
@@ -46,16 +46,16 @@ class Worker:
     def __init__(self, model: MoeModel, store: ExpertStore) -> None:
         self.gate = Gate()
         self.batcher = Batcher(self.gate, max_queued_calls=4, max_pass_rows=64)
-        self.desk = CallDesk(worker="w", max_call_rows=64)
-        self.desk.open(model, store)
-        self.lanes = Lanes(self.desk, incarnation="i")
+        self.handler = CallHandler(worker="w", max_call_rows=64)
+        self.handler.open(model, store)
+        self.server = SharedMemoryServer(self.handler, incarnation="i")
 
     @property
     def path(self) -> str:
-        return self.lanes.path_for(lane.host_id(), lane.LANE_VERSION)
+        return self.server.path_for(shared_memory.host_id(), shared_memory.VERSION)
 
     @contextmanager
-    def link(self) -> Iterator[LaneLink]:
+    def link(self) -> Iterator[SharedMemoryTransport]:
         link = connect(self.path, "i")
         yield link
         link.close()
@@ -63,14 +63,14 @@ class Worker:
     async def stop(self) -> None:
         self.gate.open.set()
         await self.batcher.stop(5)
-        self.lanes.close()
+        self.server.close()
 
 
 @pytest.fixture
 async def worker(model: MoeModel, store: ExpertStore) -> AsyncIterator[Worker]:
     worker = Worker(model, store)
     worker.batcher.start()
-    worker.lanes.open(worker.batcher)
+    worker.server.open(worker.batcher)
     yield worker
     await worker.stop()
 
@@ -83,14 +83,14 @@ def make_call(store: ExpertStore) -> MakeCall:
     return make
 
 
-def send(link: LaneLink, request: expert_pb2.ComputeRequest) -> None:
-    """`request` with its data: over a lane they go another way."""
+def send(link: SharedMemoryTransport, request: expert_pb2.ComputeRequest) -> None:
+    """`request` with its data: over shared memory they travel apart."""
     hidden = torch.frombuffer(bytearray(request.hidden.data), dtype=torch.uint8)
     request.hidden.ClearField("data")
     link.send(request, hidden)
 
 
-def ask(link: LaneLink, request: expert_pb2.ComputeRequest) -> Answer:
+def ask(link: SharedMemoryTransport, request: expert_pb2.ComputeRequest) -> WorkerAnswer:
     send(link, request)
     return link.receive(request.call_id, WAIT_S)
 
@@ -104,7 +104,7 @@ def test_a_call_comes_back_computed(worker: Worker, make_call: MakeCall, folder:
         assert (answer.response.call_id, answer.response.epoch) == (77, "epoch-1")
         assert len(answer.response.versions) == 2
         assert answer.response.timing.compute_us > 0
-        assert (worker.desk.calls, worker.desk.rows) == (1, 6)
+        assert (worker.handler.calls, worker.handler.rows) == (1, 6)
 
 
 def test_sums_and_many_rows_come_back_as_well(worker: Worker, make_call: MakeCall) -> None:
@@ -131,7 +131,9 @@ def test_narrow_rows_are_answered_in_kind(
     assert torch.nn.functional.cosine_similarity(output.flatten(), expected.flatten(), dim=0) > 0.98
 
 
-def test_wrong_calls_are_refused_one_by_one_and_the_lane_goes_on(worker: Worker, make_call: MakeCall) -> None:
+def test_wrong_calls_are_refused_one_by_one_and_the_connection_goes_on(
+    worker: Worker, make_call: MakeCall
+) -> None:
     wrong: list[tuple[expert_pb2.ComputeRequest, type[MoesaicError]]] = [
         (make_call({3: [0]}), FailedPrecondition),
         (make_call({}), InvalidArgument),
@@ -145,10 +147,10 @@ def test_wrong_calls_are_refused_one_by_one_and_the_lane_goes_on(worker: Worker,
             with pytest.raises(error):
                 ask(link, request)
         assert ask(link, make_call({0: [0]})).output.shape == (1, 32)
-    assert (worker.desk.calls, worker.desk.refused_calls) == (1, 6)
+    assert (worker.handler.calls, worker.handler.refused_calls) == (1, 6)
 
 
-def test_calls_of_several_lanes_share_a_pass(worker: Worker, make_call: MakeCall, folder: Path) -> None:
+def test_calls_of_several_connections_share_a_pass(worker: Worker, make_call: MakeCall, folder: Path) -> None:
     shares = ({0: [0, 1], 1: [2]}, {1: [3, 4], 0: [5]})
     with worker.link() as blocker, worker.link() as first, worker.link() as second:
         worker.gate.close_behind(partial(send, blocker, make_call({0: [0]}, layer=1)))
@@ -163,7 +165,9 @@ def test_calls_of_several_lanes_share_a_pass(worker: Worker, make_call: MakeCall
     assert worker.gate.passes == [1, 2]
 
 
-async def test_calls_of_a_lane_and_of_a_stream_share_a_pass(worker: Worker, make_call: MakeCall) -> None:
+async def test_calls_over_shared_memory_and_of_a_stream_share_a_pass(
+    worker: Worker, make_call: MakeCall
+) -> None:
     with worker.link() as blocker, worker.link() as link:
         worker.gate.close_behind(partial(send, blocker, make_call({0: [0]}, layer=1)))
         send(link, make_call({0: [0]}))
@@ -208,22 +212,22 @@ def test_a_router_that_goes_takes_its_calls_along(worker: Worker, make_call: Mak
         worker.gate.open.set()
         assert staying.receive(1, WAIT_S).output.shape == (1, 32)
         assert blocker.receive(1, WAIT_S).output.shape == (1, 32)
-    assert worker.desk.calls >= 2
+    assert worker.handler.calls >= 2
 
 
 def enter(worker: Worker) -> socket.socket:
-    connection = lane.lane_socket()
+    connection = shared_memory.frame_socket()
     connection.settimeout(WAIT_S)
     connection.connect(worker.path)
-    assert lane.decode_greeting(connection.recv(lane.GREETING_BYTES))[0] == "i"
+    assert shared_memory.decode_handshake(connection.recv(shared_memory.HANDSHAKE_BYTES))[0] == "i"
     return connection
 
 
 def offered(frame: Frame, content: bytes = b"", num_bytes: int = 4096) -> tuple[bytes, list[Any]]:
     """A frame that brings a buffer with this content."""
-    buffer, fd = lane.make_buffer(num_bytes)
+    buffer, fd = shared_memory.make_buffer(num_bytes)
     buffer.bytes[: len(content)] = content
-    return lane.encode_frame(frame), [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))]
+    return shared_memory.encode_frame(frame), [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))]
 
 
 GOOD = Frame(0, 16, 64, 128, 0)
@@ -234,8 +238,8 @@ GOOD = Frame(0, 16, 64, 128, 0)
     [
         lambda: (b"x", []),
         lambda: (bytes(4096), []),
-        lambda: (lane.encode_frame(GOOD), []),
-        lambda: offered(GOOD._replace(buffer=lane.MAX_BUFFERS)),
+        lambda: (shared_memory.encode_frame(GOOD), []),
+        lambda: offered(GOOD._replace(buffer=shared_memory.MAX_BUFFERS)),
         lambda: offered(GOOD._replace(buffer=2**64 - 1)),
         lambda: offered(GOOD._replace(message_bytes=2**63)),
         lambda: offered(GOOD._replace(data_offset=2**63, data_bytes=2**63)),
@@ -262,19 +266,19 @@ def test_a_buffer_that_is_in_use_is_not_taken_twice(worker: Worker, make_call: M
     data = bytes(request.hidden.data)
     request.hidden.ClearField("data")
     message = request.SerializeToString()
-    offset = lane.align(len(message) + 4096)
+    offset = shared_memory.align(len(message) + 4096)
     frame = Frame(0, len(message), offset, len(data), 2**62)
     with worker.link() as blocker, enter(worker) as connection:
         worker.gate.close_behind(partial(send, blocker, make_call({0: [0]})))
         raw, rights = offered(frame, message + bytes(offset - len(message)) + data, 1 << 16)
         connection.sendmsg([raw], rights)
-        connection.send(lane.encode_frame(frame))
+        connection.send(shared_memory.encode_frame(frame))
         os.close(rights[0][2][0])
         worker.gate.open.set()
         assert blocker.receive(1, WAIT_S)
         # The second frame comes either after the first answer, which is fine, or before it, which is not.
-        first = connection.recv(lane.FRAME_BYTES)
-        assert first == b"" or lane.decode_frame(first).buffer == 0
+        first = connection.recv(shared_memory.FRAME_BYTES)
+        assert first == b"" or shared_memory.decode_frame(first).buffer == 0
         assert ask(blocker, make_call({0: [0]}, call_id=2))
 
 
@@ -295,12 +299,12 @@ def test_no_bytes_in_frames_or_buffers_end_the_worker(
     assert worker.batcher.is_healthy()
 
 
-def test_an_answer_without_room_cuts_the_lane_off(worker: Worker, make_call: MakeCall) -> None:
+def test_an_answer_without_room_cuts_the_connection_off(worker: Worker, make_call: MakeCall) -> None:
     request = make_call({0: list(range(6)), 1: list(range(6))})
     data = bytes(request.hidden.data)
     request.hidden.ClearField("data")
     message = request.SerializeToString()
-    offset = lane.align(len(message))
+    offset = shared_memory.align(len(message))
     frame = Frame(0, len(message), offset, len(data), 2**62)
     with enter(worker) as connection:
         raw, rights = offered(frame, message + bytes(offset - len(message)) + data, offset + len(data))
@@ -313,28 +317,28 @@ def test_only_this_user_may_enter(worker: Worker, monkeypatch: pytest.MonkeyPatc
     path = Path(worker.path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    monkeypatch.setattr(lane, "is_ours", lambda _: False)
-    with lane.lane_socket() as connection:
+    monkeypatch.setattr(shared_memory, "is_ours", lambda _: False)
+    with shared_memory.frame_socket() as connection:
         connection.settimeout(WAIT_S)
         connection.connect(worker.path)
         assert connection.recv(1) == b""
 
 
-def test_another_host_and_another_version_get_no_lane(worker: Worker) -> None:
+def test_another_host_and_another_version_get_no_shared_memory(worker: Worker) -> None:
     assert worker.path
-    assert worker.lanes.path_for("other", lane.LANE_VERSION) == ""
-    assert worker.lanes.path_for("", lane.LANE_VERSION) == ""
-    assert worker.lanes.path_for(lane.host_id(), lane.LANE_VERSION + 1) == ""
+    assert worker.server.path_for("other", shared_memory.VERSION) == ""
+    assert worker.server.path_for("", shared_memory.VERSION) == ""
+    assert worker.server.path_for(shared_memory.host_id(), shared_memory.VERSION + 1) == ""
 
 
-def test_a_closed_desk_refuses_in_band(worker: Worker, make_call: MakeCall) -> None:
+def test_a_closed_handler_refuses_in_band(worker: Worker, make_call: MakeCall) -> None:
     with worker.link() as link:
-        worker.desk.close()
+        worker.handler.close()
         with pytest.raises(Unavailable):
             ask(link, make_call({0: [0]}))
 
 
-async def test_the_end_of_the_batcher_ends_lanes_and_leaves_no_folder(
+async def test_the_end_of_the_batcher_ends_connections_and_leaves_no_folder(
     worker: Worker, make_call: MakeCall
 ) -> None:
     folder = Path(worker.path).parent
@@ -349,7 +353,7 @@ async def test_the_end_of_the_batcher_ends_lanes_and_leaves_no_folder(
     assert not folder.exists() and worker.path == ""
 
 
-async def test_where_the_temporary_folder_has_too_long_a_name_there_is_no_lane(
+async def test_where_the_temporary_folder_has_too_long_a_name_there_is_no_shared_memory(
     model: MoeModel, store: ExpertStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = tmp_path / ("x" * 120)
@@ -357,7 +361,7 @@ async def test_where_the_temporary_folder_has_too_long_a_name_there_is_no_lane(
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     worker = Worker(model, store)
     worker.batcher.start()
-    worker.lanes.open(worker.batcher)
+    worker.server.open(worker.batcher)
     assert worker.path == "" and not list(deep.iterdir())
     await worker.stop()
 

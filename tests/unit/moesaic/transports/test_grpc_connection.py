@@ -471,7 +471,7 @@ def test_what_is_misread_does_not_matter_when_its_stream_is_gone_already() -> No
     assert events[-1] == StreamOpened(3, METHOD)
 
 
-def test_a_goodbye_ends_every_stream_and_the_connection() -> None:
+def test_goaway_ends_every_stream_and_the_connection() -> None:
     pair = Pair()
     streams = [pair.opened(), pair.opened()]
     pair.server.send(streams[0], b"last words")
@@ -488,7 +488,7 @@ def test_a_goodbye_ends_every_stream_and_the_connection() -> None:
     assert pair.exchange() == ([], [])
 
 
-def test_words_behind_a_goodbye_are_no_fault() -> None:
+def test_frames_behind_goaway_are_no_fault() -> None:
     other = Other(client=False)
     stream_id = other.is_called()
     other.h2.close_connection()

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from moesaic.transports import tcp_socket as direct
+from moesaic.transports import tcp_socket
 
 
 def option(connection: socket.socket, name: str) -> int:
@@ -17,17 +17,17 @@ def option(connection: socket.socket, name: str) -> int:
 
 def test_a_host_that_vanished_is_noticed_in_time_whether_or_not_something_is_under_way() -> None:
     with socket.socket() as connection:
-        direct.prepare_socket(connection)
+        tcp_socket.prepare_socket(connection)
         assert not connection.getblocking()
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        assert option(connection, "TCP_USER_TIMEOUT") == direct.GONE_AFTER_S * 1000
+        assert option(connection, "TCP_USER_TIMEOUT") == tcp_socket.GONE_AFTER_S * 1000
         quiet_s, period_s = option(connection, "TCP_KEEPIDLE"), option(connection, "TCP_KEEPINTVL")
-        assert quiet_s + period_s * option(connection, "TCP_KEEPCNT") == direct.GONE_AFTER_S
+        assert quiet_s + period_s * option(connection, "TCP_KEEPCNT") == tcp_socket.GONE_AFTER_S
 
 
 def test_a_connection_that_is_closed_cannot_be_prepared() -> None:
     with socket.socket() as connection:
         connection.close()
         with pytest.raises(OSError):
-            direct.prepare_socket(connection)
+            tcp_socket.prepare_socket(connection)

@@ -26,7 +26,6 @@ from router.api.service import InferenceService, ModelFacts
 from router.engine.request import Failed, PromptScored, Started
 from router.text.text import Text, load_text
 
-SERVICE = "moesaic.v1.InferenceService"
 MAX_MODEL_LEN, VOCAB_SIZE = 512, 420
 
 
@@ -73,7 +72,11 @@ async def serving(
         request_timeout_s=request_timeout_s,
     )
     server = rpc.Server(
-        {SERVICE: lambda s: inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, s)}
+        {
+            rpc.INFERENCE_SERVICE: lambda s: inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+                service, s
+            )
+        }
     )
     port = await server.start("127.0.0.1", 0)
     try:

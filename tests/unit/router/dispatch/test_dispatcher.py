@@ -21,7 +21,7 @@ from router.dispatch.dispatcher import Dispatcher, DispatchRules, DispatchStep
 from router.dispatch.host_staging import HostStaging
 from router.gating.gate import NO_SLOT
 from router.phase_clock import PhaseClock
-from router.workers.transports.base import Answer
+from router.workers.transports.base import WorkerAnswer
 
 NUM_SLOTS = 4
 HIDDEN = torch.arange(12, dtype=torch.float32).view(4, 3) + 1
@@ -170,7 +170,7 @@ def test_a_worker_that_failed_is_left_out_even_where_nobody_else_is_left() -> No
 def test_a_second_wave_leaves_out_an_overloaded_worker_for_its_own_rows_alone() -> None:
     errors = [Overloaded("full")]
 
-    def full_at_first(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> Answer:
+    def full_at_first(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> WorkerAnswer:
         if errors:
             raise errors.pop()
         return scaled_rows(request, hidden)
@@ -360,11 +360,11 @@ def test_answers_may_be_overwritten_by_the_next_ones(
 ) -> None:
     memory = bytearray(4096)
 
-    def overwriting(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> Answer:
+    def overwriting(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> WorkerAnswer:
         right = scaled_rows(request, hidden)
         memory[:] = bytes([0x7E]) * len(memory)
         memory[: right.data.nbytes] = right.data
-        return Answer(right.response, memoryview(memory)[: right.data.nbytes])
+        return WorkerAnswer(right.response, memoryview(memory)[: right.data.nbytes])
 
     workers = {"a": range(2), "b": range(2, 4)}
     slots = torch.tensor([[0, 3], [2, 1], [1, 2], [3, 0]])

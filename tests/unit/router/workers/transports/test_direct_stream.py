@@ -73,9 +73,9 @@ class Worker:
 
 @pytest.fixture
 def ends() -> Iterator[tuple[DirectStream, Worker]]:
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        ours = socket.create_connection(door.getsockname())
-        theirs, _ = door.accept()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ours = socket.create_connection(listening.getsockname())
+        theirs, _ = listening.accept()
     prepare_socket(ours)
     stream = DirectStream(ours, "worker:1")
     yield stream, Worker(theirs)
@@ -275,7 +275,7 @@ def test_what_was_answered_before_the_end_is_still_taken(stream: DirectStream, w
     assert stream.receive(1, WAIT_S).response.call_id == 1
 
 
-def test_a_goodbye_ends_the_stream(stream: DirectStream, worker: Worker) -> None:
+def test_goaway_ends_the_stream(stream: DirectStream, worker: Worker) -> None:
     send(stream, 1)
     worker.take()
     worker.peer.close()
@@ -320,7 +320,7 @@ def test_an_answer_whose_bytes_are_not_those_of_its_shape_loses_its_call(
     assert not stream.broken
 
 
-def test_close_wakes_whoever_waits_and_says_goodbye(stream: DirectStream, worker: Worker) -> None:
+def test_close_wakes_whoever_waits_and_sends_goaway(stream: DirectStream, worker: Worker) -> None:
     send(stream, 1)
     worker.take()
     failed = threading.Event()

@@ -1,4 +1,4 @@
-"""The router's end of a lane, against a worker's end that the test plays by hand."""
+"""The router's end of shared memory, against a worker's end that the test plays by hand."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from moesaic.errors import DataLoss, Overloaded, Unavailable, to_status
-from moesaic.transports import shared_memory as lane
-from moesaic.transports.shared_memory import Buffer, Frame, LaneError
+from moesaic.transports import shared_memory
+from moesaic.transports.shared_memory import Buffer, Frame, SharedMemoryError
 from moesaic.v1 import common_pb2, expert_pb2
 from moesaic.wire.tensors import data_of, encode_rows, view_rows
-from router.workers.transports.shared_memory import LaneLink, connect
+from router.workers.transports.shared_memory import SharedMemoryTransport, connect
 
 WAIT_S = 10.0
 HIDDEN = torch.arange(8.0).view(2, 4)
@@ -31,11 +31,11 @@ class Worker:
         self.buffers: dict[int, Buffer] = {}
 
     def take(self) -> tuple[Frame, expert_pb2.ComputeRequest]:
-        received = lane.receive_frame(self.connection)
+        received = shared_memory.receive_frame(self.connection)
         assert received is not None
         frame, fd = received
         if fd is not None:
-            self.buffers[frame.buffer] = lane.open_buffer(fd)
+            self.buffers[frame.buffer] = shared_memory.open_buffer(fd)
             os.close(fd)
         buffer = self.buffers[frame.buffer]
         buffer.check(frame)
@@ -56,29 +56,31 @@ class Worker:
         buffer.bytes[: len(message)] = message
         buffer.bytes[frame.data_offset : frame.data_offset + len(data)] = data
         answer = frame._replace(message_bytes=len(message), data_bytes=len(data))
-        lane.send_frame(self.connection, answer)
+        shared_memory.send_frame(self.connection, answer)
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[LaneLink, Worker]]:
+def ends() -> Iterator[tuple[SharedMemoryTransport, Worker]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    link = LaneLink(ours)
+    link = SharedMemoryTransport(ours)
     yield link, Worker(theirs)
     link.close()
     theirs.close()
 
 
 @pytest.fixture
-def link(ends: tuple[LaneLink, Worker]) -> LaneLink:
+def link(ends: tuple[SharedMemoryTransport, Worker]) -> SharedMemoryTransport:
     return ends[0]
 
 
 @pytest.fixture
-def worker(ends: tuple[LaneLink, Worker]) -> Worker:
+def worker(ends: tuple[SharedMemoryTransport, Worker]) -> Worker:
     return ends[1]
 
 
-def send(link: LaneLink, call_id: int, hidden: torch.Tensor = HIDDEN, rows: tuple[int, ...] = (1,)) -> None:
+def send(
+    link: SharedMemoryTransport, call_id: int, hidden: torch.Tensor = HIDDEN, rows: tuple[int, ...] = (1,)
+) -> None:
     header, wire = encode_rows(hidden, common_pb2.DTYPE_FLOAT32)
     request = expert_pb2.ComputeRequest(
         call_id=call_id,
@@ -90,7 +92,7 @@ def send(link: LaneLink, call_id: int, hidden: torch.Tensor = HIDDEN, rows: tupl
     link.send(request, wire)
 
 
-def test_rows_go_there_and_back(link: LaneLink, worker: Worker) -> None:
+def test_rows_go_there_and_back(link: SharedMemoryTransport, worker: Worker) -> None:
     send(link, 1)
     assert link.num_in_flight == 1
     worker.answer(*worker.take())
@@ -99,7 +101,9 @@ def test_rows_go_there_and_back(link: LaneLink, worker: Worker) -> None:
     assert link.num_in_flight == 0 and not link.broken
 
 
-def test_answers_find_their_calls_in_whatever_order_they_come(link: LaneLink, worker: Worker) -> None:
+def test_answers_find_their_calls_in_whatever_order_they_come(
+    link: SharedMemoryTransport, worker: Worker
+) -> None:
     for call_id in range(1, 4):
         send(link, call_id, HIDDEN + call_id)
     for taken in reversed([worker.take() for _ in range(3)]):
@@ -108,7 +112,7 @@ def test_answers_find_their_calls_in_whatever_order_they_come(link: LaneLink, wo
         assert torch.equal(link.receive(call_id, WAIT_S).output, (HIDDEN[1:] + call_id) * 2)
 
 
-def test_a_buffer_is_used_again_and_grows_with_its_calls(link: LaneLink, worker: Worker) -> None:
+def test_a_buffer_is_used_again_and_grows_with_its_calls(link: SharedMemoryTransport, worker: Worker) -> None:
     opened = set()
     for call_id, num_rows in enumerate((1, 2, 1, 2, 100_000, 5, 1), start=1):
         hidden = torch.full((num_rows, 4), float(call_id))
@@ -120,7 +124,7 @@ def test_a_buffer_is_used_again_and_grows_with_its_calls(link: LaneLink, worker:
     assert len(worker.buffers) <= 2 and len(opened) <= 3
 
 
-def test_an_answer_with_more_rows_than_its_call_has_room(link: LaneLink, worker: Worker) -> None:
+def test_an_answer_with_more_rows_than_its_call_has_room(link: SharedMemoryTransport, worker: Worker) -> None:
     hidden = torch.randn(20, 1000)
     header, wire = encode_rows(hidden, common_pb2.DTYPE_FLOAT32)
     experts = [expert_pb2.ExpertRows(slot=slot, rows=range(20)) for slot in range(8)]
@@ -132,7 +136,9 @@ def test_an_answer_with_more_rows_than_its_call_has_room(link: LaneLink, worker:
     assert torch.equal(link.receive(1, WAIT_S).output, torch.cat([hidden * 2] * 8))
 
 
-def test_the_answer_to_a_single_row_has_room_for_all_its_experts(link: LaneLink, worker: Worker) -> None:
+def test_the_answer_to_a_single_row_has_room_for_all_its_experts(
+    link: SharedMemoryTransport, worker: Worker
+) -> None:
     hidden = torch.randn(1, 10_000)
     header, wire = encode_rows(hidden, common_pb2.DTYPE_FLOAT32)
     experts = [expert_pb2.ExpertRows(slot=slot, rows=[0]) for slot in range(8)]
@@ -144,7 +150,9 @@ def test_the_answer_to_a_single_row_has_room_for_all_its_experts(link: LaneLink,
     assert torch.equal(link.receive(1, WAIT_S).output, torch.cat([hidden * 2] * 8))
 
 
-def test_a_refusal_is_raised_with_its_details_and_the_lane_goes_on(link: LaneLink, worker: Worker) -> None:
+def test_a_refusal_is_raised_with_its_details_and_the_connection_goes_on(
+    link: SharedMemoryTransport, worker: Worker
+) -> None:
     send(link, 1)
     frame, _ = worker.take()
     refused = expert_pb2.ComputeResponse(call_id=1, error=to_status(Overloaded("full", retry_after_s=0.5)))
@@ -157,7 +165,9 @@ def test_a_refusal_is_raised_with_its_details_and_the_lane_goes_on(link: LaneLin
     assert link.receive(2, WAIT_S)
 
 
-def test_a_late_answer_is_dropped_and_its_buffer_rests_until_it_came(link: LaneLink, worker: Worker) -> None:
+def test_a_late_answer_is_dropped_and_its_buffer_rests_until_it_came(
+    link: SharedMemoryTransport, worker: Worker
+) -> None:
     send(link, 1)
     late = worker.take()
     with pytest.raises(TimeoutError):
@@ -171,18 +181,20 @@ def test_a_late_answer_is_dropped_and_its_buffer_rests_until_it_came(link: LaneL
     assert torch.equal(link.receive(2, WAIT_S).output, (HIDDEN[1:] + 1) * 2)
 
 
-def test_an_answer_that_is_there_is_taken_even_when_no_time_is_left(link: LaneLink, worker: Worker) -> None:
+def test_an_answer_that_is_there_is_taken_even_when_no_time_is_left(
+    link: SharedMemoryTransport, worker: Worker
+) -> None:
     send(link, 1)
     worker.answer(*worker.take())
     assert link.receive(1, 0.0).response.call_id == 1
 
 
 def test_calls_beyond_the_buffers_are_refused_until_late_answers_give_some_back(
-    link: LaneLink, worker: Worker
+    link: SharedMemoryTransport, worker: Worker
 ) -> None:
-    for call_id in range(1, lane.MAX_BUFFERS + 1):
+    for call_id in range(1, shared_memory.MAX_BUFFERS + 1):
         send(link, call_id)
-    taken = [worker.take() for _ in range(lane.MAX_BUFFERS)]
+    taken = [worker.take() for _ in range(shared_memory.MAX_BUFFERS)]
     send(link, 100)
     with pytest.raises(Overloaded):
         link.receive(100, WAIT_S)
@@ -196,8 +208,8 @@ def test_calls_beyond_the_buffers_are_refused_until_late_answers_give_some_back(
     assert link.receive(101, WAIT_S).response.call_id == 101
 
 
-def test_a_broken_lane_fails_what_is_in_flight_at_once_and_what_comes_after(
-    link: LaneLink, worker: Worker
+def test_a_broken_connection_fails_what_is_in_flight_at_once_and_what_comes_after(
+    link: SharedMemoryTransport, worker: Worker
 ) -> None:
     for call_id in range(1, 4):
         send(link, call_id)
@@ -213,7 +225,9 @@ def test_a_broken_lane_fails_what_is_in_flight_at_once_and_what_comes_after(
             link.receive(lost, WAIT_S)
 
 
-def test_a_worker_that_is_gone_before_the_call_is_noticed(link: LaneLink, worker: Worker) -> None:
+def test_a_worker_that_is_gone_before_the_call_is_noticed(
+    link: SharedMemoryTransport, worker: Worker
+) -> None:
     worker.connection.close()
     send(link, 1)
     with pytest.raises(Unavailable):
@@ -226,13 +240,15 @@ def test_a_worker_that_is_gone_before_the_call_is_noticed(link: LaneLink, worker
     [
         b"",
         b"no frame",
-        lane.encode_frame(Frame(99, 0, 0, 0, 0)),
-        lane.encode_frame(Frame(1, 0, 0, 0, 0)),
-        lane.encode_frame(Frame(0, 1 << 60, 1 << 61, 0, 0)),
-        lane.encode_frame(Frame(0, 0, 0, 1 << 40, 0)),
+        shared_memory.encode_frame(Frame(99, 0, 0, 0, 0)),
+        shared_memory.encode_frame(Frame(1, 0, 0, 0, 0)),
+        shared_memory.encode_frame(Frame(0, 1 << 60, 1 << 61, 0, 0)),
+        shared_memory.encode_frame(Frame(0, 0, 0, 1 << 40, 0)),
     ],
 )
-def test_a_worker_that_sends_nonsense_breaks_its_lane(link: LaneLink, worker: Worker, raw: bytes) -> None:
+def test_a_worker_that_sends_nonsense_breaks_its_connection(
+    link: SharedMemoryTransport, worker: Worker, raw: bytes
+) -> None:
     send(link, 1)
     frame, _ = worker.take()
     worker.connection.send(raw.replace(bytes(8), frame.buffer.to_bytes(8, "little"), 1) if raw else raw)
@@ -241,7 +257,9 @@ def test_a_worker_that_sends_nonsense_breaks_its_lane(link: LaneLink, worker: Wo
     assert link.broken
 
 
-def test_an_answer_that_is_no_message_of_this_call_is_lost_data(link: LaneLink, worker: Worker) -> None:
+def test_an_answer_that_is_no_message_of_this_call_is_lost_data(
+    link: SharedMemoryTransport, worker: Worker
+) -> None:
     for call_id, message in enumerate(
         (
             b"\xff\xff\xff",
@@ -266,7 +284,7 @@ def test_an_answer_that_is_no_message_of_this_call_is_lost_data(link: LaneLink, 
     assert link.receive(5, WAIT_S)
 
 
-def test_close_wakes_whoever_waits(link: LaneLink) -> None:
+def test_close_wakes_whoever_waits(link: SharedMemoryTransport) -> None:
     send(link, 1)
     failed = threading.Event()
 
@@ -290,36 +308,38 @@ def test_close_wakes_whoever_waits(link: LaneLink) -> None:
 @pytest.mark.parametrize(
     ("incarnation", "clock_s", "fits"), [("a-1", 0.0, True), ("a-2", 0.0, False), ("a-1", -100.0, False)]
 )
-def test_a_lane_is_entered_only_where_just_that_worker_lives_by_the_same_clock(
+def test_shared_memory_is_opened_only_to_just_that_worker_with_the_same_clock(
     tmp_path: Path, incarnation: str, clock_s: float, fits: bool
 ) -> None:
     path = str(tmp_path / "s")
-    with lane.lane_socket() as door:
-        door.bind(path)
-        door.listen()
+    with shared_memory.frame_socket() as listening:
+        listening.bind(path)
+        listening.listen()
 
-        def greet() -> None:
-            connection, _ = door.accept()
+        def send_handshake() -> None:
+            connection, _ = listening.accept()
             with connection:
-                connection.send(lane.encode_greeting("a-1", time.monotonic_ns() + int(clock_s * 1e9)))
+                connection.send(
+                    shared_memory.encode_handshake("a-1", time.monotonic_ns() + int(clock_s * 1e9))
+                )
                 connection.recv(1)
 
-        greeting = threading.Thread(target=greet)
-        greeting.start()
+        handshake = threading.Thread(target=send_handshake)
+        handshake.start()
         try:
             connect(path, incarnation).close()
             entered = True
-        except LaneError:
+        except SharedMemoryError:
             entered = False
-        greeting.join(WAIT_S)
+        handshake.join(WAIT_S)
     assert entered == fits
 
 
 def test_a_socket_of_another_user_is_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "s")
-    with lane.lane_socket() as door:
-        door.bind(path)
-        door.listen()
+    with shared_memory.frame_socket() as listening:
+        listening.bind(path)
+        listening.listen()
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-        with pytest.raises(LaneError):
+        with pytest.raises(SharedMemoryError):
             connect(path, "a-1")
