@@ -1,8 +1,8 @@
 """Our own settings against each other, in turn: what each costs or wins in tokens per second.
 
-  placement   2 and 4 workers on this host, and the same-host lane, against one worker over gRPC
+  placement   2 and 4 workers on this host, and shared memory, against one worker over gRPC
   invariance  batch-invariant mode against the default
-  wire        rows on the wire in bfloat16 and int8 against float32, with what is lost
+  wire        rows on the wire in bfloat16 and int8 against float32, and what is lost by it
   overlap     two micro-batches in flight, against one
   tracing     1 % of traces sampled, to a collector that takes everything, against no tracing
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -22,26 +22,19 @@ from typing import Annotated, Any
 import typer
 from harness import options
 from harness.collector import collecting
-from harness.likeness import compare_scores
-from harness.result import Figure, Table, conclude
+from harness.likeness import Likeness, compare_scores, likeness_table
+from harness.load import FirstToken, Prompt, decode, first_token, random_prompts, run_load, score
+from harness.phases import Measured, Phases, decode_point
+from harness.result import Figure, Table, conclude, ratio_figure
 from harness.serving import Served, Setup, serve
 from harness.turns import Rules, Side, Turns, take_turns
-from harness.workload import (
-    Decoded,
-    FirstToken,
-    Phases,
-    Prompt,
-    Request,
-    decode,
-    first_token,
-    random_prompts,
-    run_load,
-    score,
-)
+
+from cluster.bench.latency import LoadSummary
+from cluster.bench.workload import LoadRequest
 
 STEPS = {1: 32, 4: 24, 16: 16}
 PREFILL_TOKENS = 512
-ON_GRPC = {"engine.lane": "off"}
+BATCH = "batch "
 SAMPLING = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.01"}
 
 
@@ -56,11 +49,11 @@ class Group(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """One measurement of one variant."""
+class Prefilled:
+    """The reading of one prompt."""
 
     tokens_per_s: float
-    phases: Phases | None = None
+    phases: Phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +65,6 @@ class Comparison:
     batches: tuple[int, ...] = (1, 4, 16)
     prefill: bool = True
     lossy: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def main(
@@ -97,11 +89,11 @@ def main(
 
 def _placement(folder: Path) -> Comparison:
     return Comparison(
-        ("1 worker, gRPC", Setup(folder, settings=ON_GRPC)),
+        ("1 worker, gRPC", Setup(folder, settings=options.ON_GRPC)),
         {
-            "1 worker, lane": Setup(folder, settings={"engine.lane": "auto"}),
-            "2 workers, gRPC": Setup(folder, workers=2, settings=ON_GRPC),
-            "4 workers, gRPC": Setup(folder, workers=4, settings=ON_GRPC),
+            "1 worker, lane": Setup(folder, settings={"engine.shared_memory": "auto"}),
+            "2 workers, gRPC": Setup(folder, workers=2, settings=options.ON_GRPC),
+            "4 workers, gRPC": Setup(folder, workers=4, settings=options.ON_GRPC),
         },
     )
 
@@ -109,16 +101,16 @@ def _placement(folder: Path) -> Comparison:
 def _invariance(folder: Path) -> Comparison:
     both = {"engine.batch_invariant": "true", "worker.batch_invariant": "true"}
     return Comparison(
-        ("default", Setup(folder, settings=ON_GRPC)),
-        {"batch-invariant": Setup(folder, settings=ON_GRPC | both)},
+        ("default", Setup(folder, settings=options.ON_GRPC)),
+        {"batch-invariant": Setup(folder, settings=options.ON_GRPC | both)},
     )
 
 
 def _wire(folder: Path) -> Comparison:
     return Comparison(
-        ("float32", Setup(folder, settings=ON_GRPC | {"engine.wire_dtype": "float32"})),
+        ("float32", Setup(folder, settings=options.ON_GRPC | {"engine.wire_dtype": "float32"})),
         {
-            dtype: Setup(folder, settings=ON_GRPC | {"engine.wire_dtype": dtype})
+            dtype: Setup(folder, settings=options.ON_GRPC | {"engine.wire_dtype": dtype})
             for dtype in ("bfloat16", "int8")
         },
         lossy=True,
@@ -127,8 +119,8 @@ def _wire(folder: Path) -> Comparison:
 
 def _overlap(folder: Path) -> Comparison:
     return Comparison(
-        ("off", Setup(folder, settings=ON_GRPC | {"engine.overlap": "off"})),
-        {"on": Setup(folder, settings=ON_GRPC | {"engine.overlap": "on"})},
+        ("off", Setup(folder, settings=options.ON_GRPC | {"engine.overlap": "off"})),
+        {"on": Setup(folder, settings=options.ON_GRPC | {"engine.overlap": "on"})},
         batches=(16,),
     )
 
@@ -146,9 +138,9 @@ def _compare(group: Group, comparison: Comparison, rules: Rules, out: Path, quic
     plain, setup = comparison.plain
     figures: list[Figure] = []
     rows: list[tuple[str, ...]] = []
-    losses: list[tuple[str, ...]] = []
+    losses: list[tuple[str, Likeness]] = []
     points: list[dict[str, Any]] = []
-    # Drawn from by all variants, or the prefix cache of the side that they share would know them.
+    # All variants draw from these, because the side that they share would have others in its prefix cache.
     fresh = iter(random_prompts(1000, PREFILL_TOKENS, shape.vocabulary, seed=7))
     with serve(setup, shape.experts) as base:
         if comparison.lossy:
@@ -165,12 +157,22 @@ def _compare(group: Group, comparison: Comparison, rules: Rules, out: Path, quic
                         f"{name}, {what}",
                     )
                     figures.append(
-                        _figure(f"{group}-{name}-{what}", f"{name} over {plain}, {what}", turns, name, plain)
+                        ratio_figure(
+                            _key(group, name, what),
+                            f"{name} over {plain}, {what}",
+                            turns,
+                            name,
+                            plain,
+                            _speed,
+                        )
                     )
                     rows.append(_row(turns, name, plain, what))
-                    points += _points(turns, name, variant.workers, what)
+                    if what.startswith(BATCH):
+                        batch = int(what.removeprefix(BATCH))
+                        point = decode_point(turns, name, batch, "fp32", variant.workers)
+                        points.append({"variant": name, **point})
                 if comparison.lossy:
-                    losses.append((name, *compare_scores(exact, score(other.router, texts)).cells))
+                    losses.append((name, compare_scores(exact, score(other.router, texts))))
     conclude(
         str(group),
         out,
@@ -181,11 +183,7 @@ def _compare(group: Group, comparison: Comparison, rules: Rules, out: Path, quic
                 ("variant", plain, "variant", "ratio", "bytes a token", "variant"),
                 tuple(rows),
             ),
-            *(
-                [Table("", ("variant", "mean error", "largest", "perplexity ratio"), tuple(losses))]
-                if losses
-                else []
-            ),
+            *([likeness_table("", "variant", losses)] if losses else []),
         ],
         notes=["tokens per second; bytes a token: both ways, all layers"],
         data={"points": points, "shape": shape.config},
@@ -199,14 +197,14 @@ def _workloads(
     fresh: Iterator[Prompt],
     vocabulary: int,
     quick: bool,
-) -> dict[str, dict[str, Callable[[], Speed]]]:
+) -> dict[str, dict[str, Callable[[], Measured]]]:
     """What is measured, by its name: one callable a site."""
-    work: dict[str, dict[str, Callable[[], Speed]]] = {}
+    work: dict[str, dict[str, Callable[[], Measured]]] = {}
     for batch in comparison.batches:
         prompts = random_prompts(batch, 32, vocabulary, seed=batch)
         steps = 6 if quick else STEPS.get(batch, 16)
-        work[f"batch {batch}"] = {
-            name: partial(_decode, site.router, prompts, steps) for name, site in sites.items()
+        work[f"{BATCH}{batch}"] = {
+            name: partial(decode, site.router, prompts, steps) for name, site in sites.items()
         }
     if comparison.prefill:
         work[f"prefill {PREFILL_TOKENS}"] = {
@@ -215,25 +213,22 @@ def _workloads(
     return work
 
 
-def _decode(router: str, prompts: Sequence[tuple[int, ...]], steps: int) -> Speed:
-    decoded: Decoded = decode(router, prompts, steps)
-    return Speed(decoded.tokens_per_s, decoded.phases)
-
-
-def _prefill(router: str, fresh: Iterator[Prompt]) -> Speed:
+def _prefill(router: str, fresh: Iterator[Prompt]) -> Prefilled:
     first: FirstToken = first_token(router, next(fresh))
-    return Speed(PREFILL_TOKENS / first.seconds, replace(first.phases, tokens=PREFILL_TOKENS))
+    return Prefilled(PREFILL_TOKENS / first.seconds, replace(first.phases, tokens=PREFILL_TOKENS))
 
 
 def _trace(folder: Path, rules: Rules, out: Path, quick: bool) -> None:
-    """Tracing is a matter of requests, so requests are what is measured: 24 short ones, 8 at a time."""
+    """Traces belong to requests, so requests are what is measured: 24 short ones, 8 at a time."""
     vocabulary = options.read_shape(folder).vocabulary
-    requests = [Request(prompt, 16) for prompt in random_prompts(8 if quick else 24, 32, vocabulary, seed=24)]
+    requests = [
+        LoadRequest(prompt, 16) for prompt in random_prompts(8 if quick else 24, 32, vocabulary, seed=24)
+    ]
     names = "off", "1 % sampled"
     with ExitStack() as stack:
         collector = stack.enter_context(collecting())
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, **SAMPLING}
-        settings = ON_GRPC | {"engine.prefix_cache": "false"}
+        settings = options.ON_GRPC | {"engine.prefix_cache": "false"}
         sites = {
             names[0]: stack.enter_context(serve(Setup(folder, settings=settings))),
             names[1]: stack.enter_context(serve(Setup(folder, settings=settings, environment=environment))),
@@ -243,43 +238,31 @@ def _trace(folder: Path, rules: Rules, out: Path, quick: bool) -> None:
             rules,
             "tracing",
         )
-    off, on = (turns.median(name, _speed) for name in names)
+    rates = [(name, f"{turns.median(name, float):.1f}") for name in names]
+    title = "tokens/s with 1 % of traces sampled over tracing off"
     conclude(
         "tracing",
         out,
-        figures=[
-            _figure(
-                "tracing", "tokens/s with 1 % of traces sampled over tracing off", turns, names[1], names[0]
-            )
-        ],
-        tables=[Table("", ("tracing", "tokens/s"), ((names[0], f"{off:.1f}"), (names[1], f"{on:.1f}")))],
+        figures=[ratio_figure("tracing", title, turns, names[1], names[0], float)],
+        tables=[Table("", ("tracing", "tokens/s"), tuple(rates))],
         notes=[f"the collector got {collector.exports} exports"],
         quick=quick,
     )
 
 
-def _load(router: str, requests: Sequence[Request]) -> Speed:
-    return Speed(run_load(router, requests, 8).tokens_per_s)
+def _load(router: str, requests: Sequence[LoadRequest]) -> float:
+    return LoadSummary.of(run_load(router, requests, 8)).output_tokens_per_s
 
 
-def _figure(key: str, title: str, turns: Turns[Speed], name: str, plain: str) -> Figure:
-    ratio = turns.ratio(name, plain, _speed)
-    return Figure(
-        key.lower().replace(", ", "-").replace(" ", "-"),
-        title,
-        ratio.value,
-        "x",
-        ratio.low,
-        ratio.high,
-        sum(turns.disturbed),
-    )
+def _key(*words: str) -> str:
+    return "-".join(words).lower().replace(", ", "-").replace(" ", "-")
 
 
-def _row(turns: Turns[Speed], name: str, plain: str, what: str) -> tuple[str, ...]:
+def _row(turns: Turns[Measured], name: str, plain: str, what: str) -> tuple[str, ...]:
     ratio = turns.ratio(name, plain, _speed)
 
     def size(side: str) -> str:
-        return f"{turns.median(side, lambda speed: _phases(speed).bytes_per_token):,.0f}"
+        return f"{turns.median(side, lambda measured: measured.phases.bytes_per_token):,.0f}"
 
     return (
         f"{name}, {what}",
@@ -291,37 +274,8 @@ def _row(turns: Turns[Speed], name: str, plain: str, what: str) -> tuple[str, ..
     )
 
 
-def _points(turns: Turns[Speed], name: str, workers: int, what: str) -> list[dict[str, Any]]:
-    """What the scaling model is fitted to: decoding alone, where every step is alike."""
-    if not what.startswith("batch "):
-        return []
-    rows = int(what.removeprefix("batch "))
-
-    def median(of: Callable[[Phases], float]) -> float:
-        return turns.median(name, lambda speed: of(_phases(speed)))
-
-    return [
-        {
-            "variant": name,
-            "experts": "fp32",
-            "workers": workers,
-            "rows": rows,
-            "step_s": turns.median(name, lambda speed: rows / speed.tokens_per_s),
-            "compute_s": median(lambda phases: phases.compute_s),
-            "overhead_s": median(lambda phases: phases.overhead_s),
-            "router_s": median(lambda phases: phases.router_s),
-            "bytes": median(lambda phases: phases.bytes_per_token) * rows,
-        }
-    ]
-
-
-def _phases(speed: Speed) -> Phases:
-    assert speed.phases is not None
-    return speed.phases
-
-
-def _speed(speed: Speed) -> float:
-    return speed.tokens_per_s
+def _speed(measured: Measured) -> float:
+    return measured.tokens_per_s
 
 
 if __name__ == "__main__":
