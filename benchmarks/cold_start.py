@@ -1,4 +1,4 @@
-"""From the command to the first token: `moesaic demo` on the built-in model, several times, with its own breakdown.
+"""The time from the command to the first token of `moesaic demo`, over several runs, with its milestones.
 
 Run: python benchmarks/cold_start.py [--rounds 5]
 """

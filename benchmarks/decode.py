@@ -1,8 +1,9 @@
-"""Decode speed against `transformers` in one process: tokens per second at several batch sizes, with each kind of expert weights.
+"""Decode speed against `transformers` in one process, by batch size and kind of expert weights.
 
-Ours: a router and one worker with all threads, over real gRPC (no lane), asked through the public API. Theirs: a process of
-its own with its fastest experts and cache. Same weights, same prompts of 32 tokens, greedy, fp32 unless said; the clock
-runs while all streams decode. All sides take turns; the others' processes must be idle meanwhile.
+Ours is a router and one worker with all threads, over real gRPC (without shared memory), asked through the
+public API. Theirs is a process of its own with its fastest experts and cache. Both have the same weights and
+the same prompts of 32 tokens, decode greedily, and compute in fp32 unless said otherwise; the clock runs
+while all streams decode. All sides take turns, and the processes of the others must be idle meanwhile.
 
 Run: python benchmarks/decode.py [--batches 1,4,16] [--experts fp32,int8] [--rounds 5]
 """
@@ -12,24 +13,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 from harness import options
-from harness.likeness import Likeness, compare_scores
-from harness.result import Figure, Table, conclude
+from harness.likeness import Likeness, compare_scores, likeness_table, same_tokens
+from harness.load import Decoded, Prompt, decode, random_prompts, score
+from harness.phases import Phases, decode_point
+from harness.result import Figure, Table, conclude, ratio_figure
 from harness.serving import Served, Setup, serve
-from harness.transformers_peer import TransformersPeer, transformers_peer
+from harness.transformers_peer import Peer, plain_transformers, running_peer
 from harness.turns import Side, Turns, progress, take_turns
-from harness.workload import Decoded, Phases, Prompt, decode, random_prompts, score
 
 PROMPT_TOKENS = 32
-# Steps of one measurement: long enough for a second or more.
+# The steps of one measurement, enough for a second or more.
 STEPS = {1: 32, 4: 24, 16: 16}
 THEIRS = "transformers"
-# Another system keeps no account of its steps.
+# transformers keeps no account of its steps.
 NO_PHASES = Phases({}, steps=0, sent_bytes=0, received_bytes=0, calls=0, tokens=0)
 
 
@@ -50,14 +50,20 @@ def main(
     speeds: list[tuple[str, ...]] = []
     points: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        theirs = stack.enter_context(transformers_peer(folder, len(psutil.Process().cpu_affinity())))
-        ours = {kind: stack.enter_context(serve(_setup(folder, kind))) for kind in kinds}
+        theirs = stack.enter_context(running_peer(plain_transformers(folder)))
+        ours = {
+            kind: stack.enter_context(
+                serve(Setup(folder, settings=options.ON_GRPC | {"worker.expert_dtype": kind}))
+            )
+            for kind in kinds
+        }
         choices = {}
         for batch in map(int, batches.split(",")):
-            choices[batch] = theirs.choose(batch, PROMPT_TOKENS)
-            progress(f"batch {batch}: transformers is fastest with {choices[batch]['choice']}")
             steps = 6 if quick else STEPS.get(batch, 16)
             prompts = random_prompts(batch, PROMPT_TOKENS, shape.vocabulary, seed=batch)
+            tried = theirs.decode(prompts, steps)
+            choices[batch] = {"choice": tried.decoding, "seconds": tried.decoding_trials_s}
+            progress(f"batch {batch}: transformers is fastest with {tried.decoding}")
             sides = [
                 Side(THEIRS, partial(_theirs, theirs, prompts, steps), (theirs.pid,)),
                 *(
@@ -67,16 +73,17 @@ def main(
             ]
             turns = take_turns(sides, rules, f"decode, batch {batch}")
             figures += [_figure(turns, kind, batch) for kind in kinds]
-            speeds.append(_row(turns, kinds, batch, choices[batch]["choice"]))
-            points += [_point(turns, kind, batch) for kind in kinds]
+            speeds.append(_row(turns, kinds, batch, tried.decoding))
+            points += [decode_point(turns, kind, batch, kind, workers=1) for kind in kinds]
         errors = _errors(ours, shape.vocabulary, 32 if quick else 256)
+    title = "What the lossy kinds lose, on log probabilities of random prompts"
     conclude(
         "decode",
         out,
         figures=figures,
         tables=[
             Table("", ("batch", "transformers", "with", *kinds, "same tokens"), tuple(speeds)),
-            *_error_tables(errors),
+            *([likeness_table(title, "experts", errors)] if errors else []),
         ],
         notes=["tokens per second; `same tokens`: share of greedy tokens that equal those of transformers"],
         data={"points": points, "choices": choices, "shape": shape.config},
@@ -84,77 +91,30 @@ def main(
     )
 
 
-def _setup(folder: Path, kind: str) -> Setup:
-    return Setup(folder, settings={"engine.shared_memory": "off", "worker.expert_dtype": kind})
-
-
-def _theirs(peer: TransformersPeer, prompts: Sequence[Prompt], steps: int) -> Decoded:
-    answer = peer.decode(prompts, steps)
-    return Decoded(answer["tokens_per_s"], tuple(map(tuple, answer["token_ids"])), NO_PHASES)
+def _theirs(peer: Peer, prompts: Sequence[Prompt], steps: int) -> Decoded:
+    batch = peer.decode(prompts, steps)
+    assert batch.summary.decode_tokens_per_s is not None
+    return Decoded(batch.summary.decode_tokens_per_s, batch.token_ids, NO_PHASES)
 
 
 def _figure(turns: Turns[Decoded], kind: str, batch: int) -> Figure:
-    ratio = turns.ratio(kind, THEIRS, _speed)
-    return Figure(
-        f"decode-{kind}-b{batch}",
-        f"decode over transformers, {kind} experts, batch {batch}",
-        ratio.value,
-        "x",
-        ratio.low,
-        ratio.high,
-        sum(turns.disturbed),
-    )
+    title = f"decode over transformers, {kind} experts, batch {batch}"
+    return ratio_figure(f"decode-{kind}-b{batch}", title, turns, kind, THEIRS, _speed)
 
 
 def _row(turns: Turns[Decoded], kinds: Sequence[str], batch: int, choice: str) -> tuple[str, ...]:
-    shares = (f"{kind} {_same_tokens(turns.rounds[0], kind):.0%}" for kind in kinds)
-    speeds = (f"{turns.median(side, _speed):.1f}" for side in (THEIRS, *kinds))
-    theirs, *ours = speeds
+    first = turns.rounds[0]
+    shares = (f"{kind} {same_tokens(first[kind].token_ids, first[THEIRS].token_ids):.0%}" for kind in kinds)
+    theirs, *ours = (f"{turns.median(side, _speed):.1f}" for side in (THEIRS, *kinds))
     return (str(batch), theirs, choice, *ours, ", ".join(shares))
 
 
-def _same_tokens(round_: Mapping[str, Decoded], kind: str) -> float:
-    """Share of equal tokens over the length that both sides wrote, from the first on."""
-    pairs = [
-        mine == other
-        for ours, theirs in zip(round_[kind].token_ids, round_[THEIRS].token_ids, strict=True)
-        for mine, other in zip(ours, theirs, strict=False)
-    ]
-    return sum(pairs) / len(pairs)
-
-
-def _point(turns: Turns[Decoded], kind: str, batch: int) -> dict[str, Any]:
-    """What the scaling model is fitted to."""
-    return {
-        "experts": kind,
-        "workers": 1,
-        "rows": batch,
-        "step_s": turns.median(kind, lambda decoded: batch / decoded.tokens_per_s),
-        "compute_s": turns.median(kind, lambda decoded: decoded.phases.compute_s),
-        "overhead_s": turns.median(kind, lambda decoded: decoded.phases.overhead_s),
-        "router_s": turns.median(kind, lambda decoded: decoded.phases.router_s),
-        "bytes": turns.median(kind, lambda decoded: decoded.phases.bytes_per_token) * batch,
-    }
-
-
-def _errors(ours: dict[str, Served], vocabulary: int, length: int) -> dict[str, Likeness]:
-    """How the lossy kinds score the same prompts, against the first one named."""
+def _errors(ours: Mapping[str, Served], vocabulary: int, length: int) -> list[tuple[str, Likeness]]:
+    """How the other kinds score the same prompts, against the first one named."""
     prompts = random_prompts(4, length, vocabulary, seed=99)
     exact, *others = ours
     reference = score(ours[exact].router, prompts)
-    return {kind: compare_scores(reference, score(ours[kind].router, prompts)) for kind in others}
-
-
-def _error_tables(errors: dict[str, Likeness]) -> list[Table]:
-    if not errors:
-        return []
-    return [
-        Table(
-            "What the lossy kinds lose, on log probabilities of random prompts",
-            ("experts", "mean error", "largest", "perplexity ratio"),
-            tuple((kind, *likeness.cells) for kind, likeness in errors.items()),
-        )
-    ]
+    return [(kind, compare_scores(reference, score(ours[kind].router, prompts))) for kind in others]
 
 
 def _speed(decoded: Decoded) -> float:

@@ -1,4 +1,4 @@
-"""Runs `moesaic demo --json` as a person would, and gives its report."""
+"""Runs `moesaic demo --json` as a user does, and returns its report."""
 
 from __future__ import annotations
 

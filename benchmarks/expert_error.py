@@ -1,8 +1,12 @@
-"""What holding the experts in fewer bits does to a model's answers: logits, and the perplexity of a text.
+"""How holding the experts in fewer bits changes a model's answers: its logits, and the perplexity of a text.
 
-The model is that of `transformers` in float32; only its experts are ours, in the form in which a worker holds them. They
-come from the checkpoint as it is, and from copies of it whose experts are stored in 8 and in 4 bits, as some models are
-published: what was lost by that is in the file, and what is lost by holding it otherwise comes on top.
+The model is that of `transformers` in float32; only its experts are ours, in the form in which a worker holds
+them. They come from the checkpoint as it is, and from copies of it whose experts are stored in 8 and in 4
+bits, as some models are published. The file of such a copy already has a loss, and the loss of holding its
+experts in another form is added to it.
+
+Shapes: W windows of a text, T tokens of one, V vocabulary, K experts a token, D hidden size, O and I rows and
+columns.
 """
 
 from __future__ import annotations
@@ -30,8 +34,6 @@ from moesaic.families.model import Encoding, WeightPattern
 from moesaic.families.tensor_check import FP8_BLOCK, MXFP4_GROUP
 from moesaic.settings import ExpertDType
 
-# Shapes: W windows of a text, T tokens of one, V vocabulary, K experts a token, D hidden size.
-
 EXPERT_DTYPES: tuple[ExpertDType, ...] = ("fp32", "bf16", "int8", "int4")
 WINDOW_TOKENS = 256
 NUM_WINDOWS = 24
@@ -45,12 +47,12 @@ Experts = Mapping[ExpertAddress, Expert]
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Against the model with float32 experts of transformers' own; the logits have a spread of their own."""
+    """The differences from the model whose experts are transformers' own, in float32."""
 
     stored: str
     held: str
-    stored_mib: float  # an expert's, in the file
-    expert_mib: float  # in memory
+    stored_mib: float  # size of one expert in the file
+    expert_mib: float  # size of one expert in memory
     logit_max: float
     logit_mean: float
     divergence: float  # KL, in nats a token
@@ -60,7 +62,7 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint and what is in it."""
+    """A checkpoint, the form in which it stores its experts, and its model."""
 
     stored: str
     checkpoint: Checkpoint
@@ -68,13 +70,13 @@ class Source:
 
     @property
     def stored_mib(self) -> float:
-        """An expert of the first layer that has some."""
+        """The size of an expert of the first layer that has experts."""
         address = self.model.addresses[0]
         return stored_bytes(self.checkpoint, self.model.experts[address.layer], address) / MIB
 
 
 def measure_errors(folder: Path, text: str | None) -> list[Error]:
-    """First transformers itself, then every form that the model's shape allows. Without a text, one of the model's own."""
+    """Measures transformers itself, then every form of the experts. Without a text, the model writes one."""
     checkpoint = open_checkpoint(folder)
     plain = Source("as it is", checkpoint, describe_model(checkpoint))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -112,7 +114,7 @@ def _load(source: Source, expert_dtype: ExpertDType) -> Experts:
 
 
 def _encode(source: Source, encoding: Encoding, folder: Path) -> Source:
-    """The experts alone, stored so."""
+    """A checkpoint in `folder` that holds the experts alone, stored in an encoding."""
     pattern = "{layer}.{slot}."
     tensors: dict[str, torch.Tensor] = {}
     for address in source.model.addresses:
@@ -133,13 +135,13 @@ def _encode(source: Source, encoding: Encoding, folder: Path) -> Source:
 
 
 def read_plain(where: StoredWeight) -> torch.Tensor:
-    """A weight that no encoding hides: [O, I]."""
+    """A weight [O, I] that is stored without an encoding."""
     own = where.data.read()[where.rows, where.columns]
     return own.T if where.transposed else own
 
 
 def encode_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float8 whose blocks of 128 x 128 reach its largest number, and the factor of each."""
+    """float8 codes, and scales that map each block of 128 x 128 to all of float8's range."""
     rows, columns = (-(-size // FP8_BLOCK) for size in weight.shape)
     blocks = weight.new_zeros(rows * FP8_BLOCK, columns * FP8_BLOCK)
     blocks[: weight.shape[0], : weight.shape[1]] = weight
@@ -150,7 +152,7 @@ def encode_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def encode_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """4-bit floats, two a byte, and for 32 of them the power of two that brings the largest near to 6."""
+    """4-bit floats, two a byte, and for each 32 the power of two that brings the largest near to 6."""
     groups = weight.unflatten(1, (-1, MXFP4_GROUP))
     powers = groups.abs().amax(-1).clamp_min(2.0**-100).log2().floor() - 2
     scaled = groups / powers.exp2()[..., None]
@@ -202,8 +204,8 @@ def _logits(model: Any, windows: torch.Tensor) -> torch.Tensor:
 def _compare(
     logits: torch.Tensor, expected: torch.Tensor, windows: torch.Tensor
 ) -> tuple[float, float, float, float, float]:
-    """The last five numbers of an Error."""
-    # Window by window: all of [W, T, V] at once, several times over, is a lot of memory.
+    """The last five fields of an Error."""
+    # Window by window, because several copies of [W, T, V] would take much memory.
     parts: list[Sequence[float]] = []
     for got, want, tokens in zip(logits, expected, windows, strict=True):
         likely, wanted = got.log_softmax(-1), want.log_softmax(-1)
@@ -211,7 +213,7 @@ def _compare(
             (
                 float((got - want).abs().max()),
                 float((got - want).abs().mean()),
-                # Rounding may leave less than nothing of a very small one.
+                # Rounding may make a very small divergence negative.
                 max(0.0, float(F.kl_div(likely, wanted, reduction="batchmean", log_target=True))),
                 float((got.argmax(-1) == want.argmax(-1)).float().mean()),
                 float(F.nll_loss(likely[:-1], tokens[1:])),

@@ -1,7 +1,10 @@
-"""Every way to compute an expert: time by rows with cold weights, bytes read per second, error against float32; what
-batch invariance costs; and what each form of the weights does to a model's logits and perplexity.
+"""Every way to compute an expert, and what batch invariance costs.
 
-One expert after another is used, over more memory than any cache holds, as a model does that reads its layers in turn.
+Measured are the time by rows with cold weights, the bytes read per second, the error against float32, and the
+effect of each form of the weights on a model's logits and perplexity. Many copies of an expert are used in
+turn, over more memory than any cache holds, as a model does that reads its layers in turn.
+
+Shapes: n rows, D hidden size, F inner size.
 
 Run: python benchmarks/expert_kernels.py [--threads 2] [--text FILE] [--no-model-error]
 """
@@ -34,8 +37,6 @@ from expert_worker.experts.expert import (
 from moesaic.compute.linear import ROW_TILE
 from moesaic.families.model import ExpertModule
 
-# Shapes: n rows, D hidden size, F inner size.
-
 HIDDEN, INNER = 1024, 3584
 COLD_BYTES = 400 << 20
 ROWS = (1, 2, 4, 8, 16, 64)
@@ -46,7 +47,7 @@ Compute = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The expert that all kernels compute."""
+    """The weights of the expert that all kernels compute."""
 
     gate_up: Tensor  # [2F, D]
     down: Tensor  # [D, F]
@@ -62,7 +63,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """`copy` lays the weights out once more, and gives what computes with that copy, and its bytes."""
+    """`copy` lays the weights out anew; it returns what computes with that copy, and the bytes of it."""
 
     name: str
     dtype: torch.dtype
@@ -84,13 +85,15 @@ def main(
     repeats: Annotated[int, typer.Option(min=3, max=200)] = 25,
     model_error: Annotated[bool, typer.Option(help="Also the error of a whole model.")] = True,
     model: options.Model = None,
-    text: Annotated[Path | None, typer.Option(help="For the perplexity; absent: the model's own.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text for the perplexity; absent: one that the model writes.")
+    ] = None,
     out: options.Out = options.RESULTS,
     quick: options.Quick = False,
 ) -> None:
     """Measures, prints, and writes kernels.json."""
     torch.set_num_threads(threads)
-    allocator.keep_freed_memory()  # as in a worker
+    allocator.keep_freed_memory()  # A worker does so, too.
     hidden, inner = (256, 512) if quick else (HIDDEN, INNER)
     speeds = measure_speeds(hidden, inner, 3 if quick else repeats, 0 if quick else COLD_BYTES)
     folder = model or options.DEMO_MODEL
@@ -132,7 +135,7 @@ def _measure(kernel: Kernel, weights: Weights, rows: Tensor, repeats: int, cold_
 
 def _median_ms(copies: list[Compute], rows: Tensor, repeats: int) -> float:
     seconds = []
-    # What a kernel prepares for a new number of rows it prepares in the first, uncounted calls.
+    # In its first calls, which are not counted, a kernel prepares for a new number of rows.
     for turn in range(repeats + 2):
         compute = copies[turn % len(copies)]
         start = time.perf_counter()
@@ -150,7 +153,7 @@ def _plain(dtype: torch.dtype) -> Callable[[Weights], tuple[Compute, int]]:
 
 
 def _grouped(dtype: torch.dtype) -> Callable[[Weights], tuple[Compute, int]]:
-    """The grouped kernel with one group: what CUDA runs, as far as a CPU can tell."""
+    """The grouped kernel with one group, which CUDA uses, here on the CPU."""
 
     def copy(weights: Weights) -> tuple[Compute, int]:
         form = ExpertForm(torch.device("cpu"), dtype)
@@ -164,10 +167,10 @@ def _grouped(dtype: torch.dtype) -> Callable[[Weights], tuple[Compute, int]]:
 
 
 def _product(form: ExpertForm) -> Callable[[Weights], tuple[Compute, int]]:
-    """What a worker runs."""
+    """The expert as a worker computes it."""
 
     def copy(weights: Weights) -> tuple[Compute, int]:
-        # Copies: an expert may keep what it is made from.
+        # The weights are copied because an expert may keep those that it is made from.
         gate_up, down = (weight.to(form.dtype, copy=True) for weight in (weights.gate_up, weights.down))
         expert = make_expert(ExpertWeights(gate_up, down), weights.module, form)
         return expert, expert.num_bytes
@@ -193,7 +196,7 @@ def _shared_scale(weights: Weights) -> tuple[Compute, int]:
 
 
 def _weights_alone(weights: Weights) -> tuple[Compute, int]:
-    """8-bit weights, bfloat16 rows."""
+    """torch's product of 8-bit weights and bfloat16 rows."""
 
     def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
         scales = weight.abs().amax(1) / 127

@@ -1,28 +1,32 @@
-"""What batching wins: output tokens per second with many open streams, over the same requests one after another.
+"""The gain of batching: output tokens per second with many open streams, over one request after another.
 
-Prompts of 32 to 512 and answers of 16 to 128 tokens, seeded. The serial side would take minutes a round, so each round runs
-another part of the requests one after another and all of them together; over all rounds the serial side has served
-exactly the same requests once. The prefix cache is off, so that no repetition profits.
+Prompts have 32 to 512 tokens and answers 16 to 128, all drawn from a seed. The serial side would take minutes
+a round, so each round runs another part of the requests one after another, and all of them together; over all
+rounds the serial side has served exactly the same requests once. The prefix cache is off, so that no
+repetition profits from it.
 
 Run: python benchmarks/goodput.py [--streams 64] [--rounds 5]
 """
 
 from __future__ import annotations
 
-import random
 import statistics
+from collections.abc import Sequence
 from itertools import count
 from typing import Annotated
 
 import typer
 from harness import options
+from harness.load import quantile, random_requests, run_load
 from harness.result import Figure, Table, conclude
 from harness.serving import Setup, serve
 from harness.turns import Side, take_turns
-from harness.workload import Load, Request, quantile, random_prompts, run_load
+
+from cluster.bench.latency import LoadSummary, RequestRecord
+from cluster.bench.workload import LoadRequest
 
 TOGETHER, SERIAL = "together", "one by one"
-SETTINGS = {"engine.prefix_cache": "false", "engine.kv_cache_mib": "1024", "engine.shared_memory": "off"}
+SETTINGS = options.ON_GRPC | {"engine.prefix_cache": "false", "engine.kv_cache_mib": "1024"}
 
 
 def main(
@@ -40,18 +44,21 @@ def main(
     with serve(Setup(folder, settings=SETTINGS)) as site:
         run_load(site.router, requests[:2], 1)
 
-        def serially() -> Load:
+        def serially() -> list[RequestRecord]:
             return run_load(site.router, requests[next(part) % rules.rounds :: rules.rounds], 1)
 
-        def together() -> Load:
+        def together() -> list[RequestRecord]:
             return run_load(site.router, requests, len(requests))
 
         turns = take_turns((Side(SERIAL, serially), Side(TOGETHER, together)), rules, "goodput")
-    pairs = [round_[TOGETHER].tokens_per_s / round_[SERIAL].tokens_per_s for round_ in turns.rounds]
-    serial_rate = sum(round_[SERIAL].tokens for round_ in turns.rounds) / sum(
-        round_[SERIAL].seconds for round_ in turns.rounds
-    )
-    rate = turns.median(TOGETHER, lambda load: load.tokens_per_s)
+    records = {name: [round_[name] for round_ in turns.rounds] for name in (TOGETHER, SERIAL)}
+    together_, serial = ([LoadSummary.of(each) for each in records[name]] for name in (TOGETHER, SERIAL))
+    pairs = [
+        mine.output_tokens_per_s / other.output_tokens_per_s
+        for mine, other in zip(together_, serial, strict=True)
+    ]
+    rate = statistics.median(load.output_tokens_per_s for load in together_)
+    serial_rate = sum(load.output_tokens for load in serial) / sum(load.seconds for load in serial)
     conclude(
         "goodput",
         out,
@@ -70,29 +77,22 @@ def main(
             Table(
                 "",
                 ("requests", "output tokens/s", "first token p50 s", "first token p99 s"),
-                tuple(
-                    _row(name, speed, [round_[name] for round_ in turns.rounds])
-                    for name, speed in ((TOGETHER, rate), (SERIAL, serial_rate))
-                ),
+                (_row(TOGETHER, rate, records[TOGETHER]), _row(SERIAL, serial_rate, records[SERIAL])),
             )
         ],
         quick=quick,
     )
 
 
-def make_requests(number: int, vocabulary: int) -> list[Request]:
+def make_requests(number: int, vocabulary: int) -> list[LoadRequest]:
     """Ordered by cost, so that every n-th one is a fair part of all."""
-    draw = random.Random(64)
-    requests = [
-        Request(random_prompts(1, draw.randint(32, 512), vocabulary, seed=index)[0], draw.randint(16, 128))
-        for index in range(number)
-    ]
-    return sorted(requests, key=lambda request: request.max_tokens + len(request.prompt) / 16)
+    requests = random_requests(number, (32, 512), (16, 128), vocabulary, seed=64)
+    return sorted(requests, key=lambda request: request.output_tokens + len(request.prompt) / 16)
 
 
-def _row(name: str, rate: float, loads: list[Load]) -> tuple[str, ...]:
-    waits = [stream.first_token_s for load in loads for stream in load.streams]
-    return (name, f"{rate:.1f}", f"{statistics.median(waits):.2f}", f"{quantile(waits, 0.99):.2f}")
+def _row(name: str, rate: float, rounds: Sequence[Sequence[RequestRecord]]) -> tuple[str, ...]:
+    waits_s = [record.token_times_s[0] - record.due_s for records in rounds for record in records]
+    return (name, f"{rate:.1f}", f"{statistics.median(waits_s):.2f}", f"{quantile(waits_s, 0.99):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Mixtral 8x7B's full shape on one GPU, random weights made on the device: decode and prefill, ours against `transformers` and
-against what the memory allows.
+"""Mixtral 8x7B on one GPU: decode and prefill, against `transformers` and against what the memory allows.
 
-Ours: a router and one worker, processes started by hand, on the same GPU, over gRPC and over the same-host lane. Theirs: a
-process of its own with its fastest experts, cache and, unless `--no-compile`, its compiled `generate`. A GPU holds one copy
-of the experts, so ours ends before theirs begins; gRPC and lane take turns. Both sides compute with the very same weights,
-so their tokens may be compared. No expert is ever written: the checkpoint's files have holes (harness/sparse_checkpoint.py).
+The weights are random and are made on the device. Ours is a router and one worker, processes started by hand,
+on the same GPU, over gRPC and over shared memory. Theirs is a process of its own with its fastest experts,
+its fastest cache and, unless `--no-compile`, its compiled `generate`. A GPU holds one copy of the experts, so
+ours ends before theirs begins; gRPC and shared memory take turns. Both sides compute with the very same
+weights, so their tokens may be compared. No expert is ever written: the checkpoint's files have holes
+(harness/sparse_checkpoint.py).
 
-The floor of a decode step: bytes read under uniform routing (harness/floors.py) over the device's bytes a second, measured
-in the same run by a large copy and a large sum. The floor of a prompt: that, or its products over the measured rate.
+The floor of a decode step is the bytes that it reads under uniform routing (harness/floors.py) over the
+device's bytes a second, measured in the same run by a large copy and a large sum. The floor of a prompt is
+that, or its products over the measured rate, whichever is longer.
 
 Run: PYTHONPATH=. python benchmarks/h200.py [--batches 1,16,64] [--prefill 2048] [--no-compile]
 Rehearse without a GPU: python benchmarks/h200.py --device cpu --quick
@@ -16,6 +18,7 @@ Rehearse without a GPU: python benchmarks/h200.py --device cpu --quick
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -30,35 +33,37 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 from harness import options
 from harness.floors import decode_bytes, prefill_floor_s, token_cache_bytes
+from harness.likeness import same_tokens
+from harness.load import Decoded, FirstToken, Prompt, decode, first_token, random_prompts
+from harness.phases import layer_table, phase_table
 from harness.result import Figure, Table, conclude
 from harness.serving import Served, Setup, serve
 from harness.sparse_checkpoint import write_sparse_checkpoint
-from harness.transformers_peer import TransformersPeer, transformers_peer
+from harness.transformers_peer import Peer, running_peer
 from harness.turns import Side, Turns, progress, take_turns
-from harness.workload import Decoded, FirstToken, Prompt, decode, first_token, random_prompts
 from random_checkpoint import Shape
+
+from cluster.bench.transformers_peer import PlainBatch
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
-# Where the programs that this one starts find the product and the benchmarks' own modules.
+# The programs that this one starts find the product and the benchmarks' own modules by this path.
 MODULES = {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-GRPC, LANE = "gRPC", "lane"
+GRPC, SHARED = "gRPC", "shared memory"
 PROMPT_TOKENS = 32
 STEPS = 48
-# Positions of the cache for every stream: its prompt, and what is written while the others begin and are watched.
+# The cache positions of every stream: its prompt, and what it writes while the others begin and are measured.
 CACHE_TOKENS = 512
 PROBE_TIMEOUT_S = 300.0
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
-OVERHEAD = ("wire", "worker decode", "worker queue", "worker encode")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is asked for."""
+    """What the options ask for."""
 
     shape: Shape
     device: str
@@ -84,7 +89,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What the device gives."""
+    """The rates of the device."""
 
     name: str
     bytes_per_s: float
@@ -94,7 +99,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """By batch, and of the prompt: both transports in turn."""
+    """Both transports in turn: decoding by batch size, and the prompt."""
 
     decode: Mapping[int, Turns[Decoded]]
     prefill: Turns[FirstToken]
@@ -102,14 +107,16 @@ class Ours:
 
 @dataclass(frozen=True, slots=True)
 class Theirs:
-    """The best way of `transformers` for every shape, and its answers."""
+    """The best way of `transformers` for every shape, and what it answered."""
 
     choices: Mapping[str, str]
-    decode: Mapping[int, Sequence[Mapping[str, Any]]]
+    decode: Mapping[int, Sequence[PlainBatch]]
     prefill_s: Sequence[float]
 
     def step_s(self, batch: int) -> float:
-        return statistics.median(batch / answer["tokens_per_s"] for answer in self.decode[batch])
+        return statistics.median(
+            batch / (each.summary.decode_tokens_per_s or math.nan) for each in self.decode[batch]
+        )
 
 
 def main(
@@ -129,6 +136,7 @@ def main(
     quick: options.Quick = False,
 ) -> None:
     """Measures, prints, and writes h200.json."""
+    os.environ |= MODULES
     run = Run(
         shape=_shape(layers, quick),
         device=device,
@@ -145,6 +153,7 @@ def main(
     with _checkpoint(run.shape) as folder:
         ours = _measure_ours(run, folder)
         theirs = _measure_theirs(run, folder)
+    phases = tuple(ours.decode[run.batches[0]].rounds[0][GRPC].phases.seconds)
     conclude(
         "h200",
         out,
@@ -152,8 +161,15 @@ def main(
         tables=[
             _decode_table(run, probe, ours, theirs),
             _prefill_table(run, probe, ours, theirs),
-            _layer_table(run, ours),
-            *(_phase_table(batch, ours.decode[batch]) for batch in run.batches),
+            layer_table(
+                ours.decode,
+                (GRPC, SHARED),
+                run.shape.layers,
+                title="µs a layer while decoding",
+                per_s=1e6,
+                digits=0,
+            ),
+            *(phase_table(turns, batch, (GRPC, SHARED), phases) for batch, turns in ours.decode.items()),
             _pass_table(run, probe),
         ],
         notes=_notes(run, probe),
@@ -177,7 +193,7 @@ def _shape(layers: int | None, quick: bool) -> Shape:
 
 
 def _probe(run: Run) -> Probe:
-    """In a process of its own, whose memory is free again when it ends."""
+    """Measures in a process of its own, whose memory is free again when it ends."""
     shape = run.shape
     sizes = map(str, (shape.hidden, shape.inner, shape.experts, shape.experts_per_token))
     done = subprocess.run(
@@ -186,14 +202,13 @@ def _probe(run: Run) -> Probe:
         stdout=subprocess.PIPE,
         text=True,
         timeout=PROBE_TIMEOUT_S,
-        env={**os.environ, **MODULES},
     )
     return Probe(**json.loads(done.stdout.splitlines()[-1]))
 
 
 @contextmanager
 def _checkpoint(shape: Shape) -> Iterator[Path]:
-    """3 GB of a full-sized model are really written."""
+    """A sparse checkpoint; 3 GB of a full-sized model are really written."""
     folder = Path(tempfile.mkdtemp(prefix="bench_sparse_"))
     try:
         progress(f"writing the dense weights to {folder}")
@@ -203,7 +218,7 @@ def _checkpoint(shape: Shape) -> Iterator[Path]:
 
 
 def _setup(run: Run, folder: Path) -> Setup:
-    """How our processes are started: bounds that suit the GPU, and the benchmarks' own modules at hand."""
+    """How our processes are started, with bounds that suit the GPU."""
     shape = run.shape
     cache_tokens = max(max(run.batches) * CACHE_TOKENS, 2 * shape.context)
     settings = {
@@ -214,7 +229,7 @@ def _setup(run: Run, folder: Path) -> Setup:
         "engine.max_running_sequences": str(max(64, *run.batches)),
         "engine.kv_cache_mib": str(1 + (cache_tokens * token_cache_bytes(shape, run.item_bytes) >> 20)),
     }
-    return Setup(folder, settings=settings, environment=MODULES, worker_module="peers.random_worker")
+    return Setup(folder, settings=settings, worker_module="peers.random_worker")
 
 
 def _measure_ours(run: Run, folder: Path) -> Ours:
@@ -225,7 +240,7 @@ def _measure_ours(run: Run, folder: Path) -> Ours:
         without_lane = replace(setup, settings={**setup.settings, "engine.shared_memory": "off"})
         first = stack.enter_context(serve(without_lane, run.shape.experts))
         second = stack.enter_context(serve(replace(setup, shared_workers=first.workers), run.shape.experts))
-        sites = {GRPC: first, LANE: second}
+        sites = {GRPC: first, SHARED: second}
         rules = options.rules(run.rounds, run.quick)
 
         def turns(measure: Callable[[Served], Any], label: str) -> Turns[Any]:
@@ -251,36 +266,35 @@ def _decode(run: Run, site: Served, batch: int) -> Decoded:
 
 
 def _fresh_prompts(run: Run) -> Iterator[Prompt]:
-    """Never the same again: no prefix is in a cache."""
+    """Prompts that are all different, so that no prefix is in a cache."""
     for seed in count(1000):
         yield from random_prompts(1, run.prefill, run.shape.vocabulary, seed=seed)
 
 
 def _measure_theirs(run: Run, folder: Path) -> Theirs:
-    arguments = (
-        *("--device", run.device, "--dtype", run.dtype),
-        "--compile" if run.compiles else "--no-compile",
-    )
-    threads = len(psutil.Process().cpu_affinity())
-    side = PEERS / "device_side.py"
+    side, how = str(PEERS / "device_side.py"), "compile" if run.compiles else "plain"
     fresh = _fresh_prompts(run)
     choices: dict[str, str] = {}
-    by_batch: dict[int, list[dict[str, Any]]] = {}
+    by_batch: dict[int, list[PlainBatch]] = {}
     progress("transformers: making the model on the device")
-    with transformers_peer(folder, threads, side, arguments, {**os.environ, **MODULES}) as peer:
+    with running_peer((sys.executable, side, str(folder), run.device, run.dtype, how)) as peer:
         for batch in run.batches:
-            choices[str(batch)] = _choose(peer, batch, PROMPT_TOKENS, for_prefill=False)
+            choices[str(batch)] = _choose(peer, run.prompts(batch), run.steps)
             by_batch[batch] = [peer.decode(run.prompts(batch), run.steps) for _ in range(run.rounds)]
-        choices["prefill"] = _choose(peer, 1, run.prefill, for_prefill=True)
-        prefill_s = [float(peer.prefill(next(fresh))["seconds"]) for _ in range(run.rounds)]
+        choices["prefill"] = _choose(peer, [next(fresh)], 0)
+        prefill_s = [peer.decode([next(fresh)], 0).summary.prefill_s for _ in range(run.rounds)]
     return Theirs(choices, by_batch, prefill_s)
 
 
-def _choose(peer: TransformersPeer, batch: int, length: int, *, for_prefill: bool) -> str:
-    chosen = peer.choose(batch, length, for_prefill=for_prefill)
-    tried = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in chosen["seconds"].items())
-    progress(f"transformers, batch {batch}: {chosen['choice']} of {tried}")
-    return str(chosen["choice"])
+def _choose(peer: Peer, prompts: Sequence[Prompt], steps: int) -> str:
+    """Lets transformers try its ways; the fastest to decode or, without steps, to read the prompts."""
+    found = peer.decode(prompts, steps)
+    chosen, trials_s = (
+        (found.decoding, found.decoding_trials_s) if steps else (found.reading, found.reading_trials_s)
+    )
+    tried = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in trials_s.items())
+    progress(f"transformers, batch {len(prompts)}: {chosen} of {tried}")
+    return chosen
 
 
 def _step_s(turns: Turns[Decoded], name: str, batch: int) -> float:
@@ -294,42 +308,34 @@ def _decode_floor_s(run: Run, probe: Probe, batch: int) -> float:
 
 def _decode_figures(run: Run, ours: Ours, theirs: Theirs) -> Iterator[Figure]:
     for batch in run.batches:
-        for name in (GRPC, LANE):
-            step_s = theirs.step_s(batch)
-            ratios = [
-                step_s * speed / batch for speed in ours.decode[batch].values(name, lambda d: d.tokens_per_s)
-            ]
-            yield Figure(
+        for name in (GRPC, SHARED):
+            seconds = [batch / speed for speed in ours.decode[batch].values(name, lambda d: d.tokens_per_s)]
+            key, title = (
                 f"h200-decode-{name.lower()}-b{batch}",
                 f"decode over transformers, {name}, batch {batch}",
-                statistics.median(ratios),
-                "x",
-                min(ratios),
-                max(ratios),
-                sum(ours.decode[batch].disturbed),
             )
+            yield _figure(key, title, theirs.step_s(batch), seconds, ours.decode[batch])
 
 
 def _prefill_figures(ours: Ours, theirs: Theirs) -> Iterator[Figure]:
     theirs_s = statistics.median(theirs.prefill_s)
-    for name in (GRPC, LANE):
-        ratios = [theirs_s / seconds for seconds in ours.prefill.values(name, lambda f: f.seconds)]
-        yield Figure(
-            f"h200-prefill-{name.lower()}",
-            f"prefill over transformers, {name}",
-            statistics.median(ratios),
-            "x",
-            min(ratios),
-            max(ratios),
-            sum(ours.prefill.disturbed),
-        )
+    for name in (GRPC, SHARED):
+        seconds = ours.prefill.values(name, lambda first: first.seconds)
+        key, title = f"h200-prefill-{name.lower()}", f"prefill over transformers, {name}"
+        yield _figure(key, title, theirs_s, seconds, ours.prefill)
+
+
+def _figure(key: str, title: str, theirs_s: float, ours_s: Sequence[float], turns: Turns[Any]) -> Figure:
+    """Their median over each of our rounds."""
+    ratios = [theirs_s / seconds for seconds in ours_s]
+    return Figure(key, title, statistics.median(ratios), "x", min(ratios), max(ratios), sum(turns.disturbed))
 
 
 def _decode_table(run: Run, probe: Probe, ours: Ours, theirs: Theirs) -> Table:
     def row(batch: int) -> tuple[str, ...]:
         turns = ours.decode[batch]
         floor_s, theirs_s = _decode_floor_s(run, probe, batch), theirs.step_s(batch)
-        steps_s = [_step_s(turns, name, batch) for name in (GRPC, LANE)]
+        steps_s = [_step_s(turns, name, batch) for name in (GRPC, SHARED)]
         best_s = min(steps_s)
         return (
             str(batch),
@@ -341,27 +347,17 @@ def _decode_table(run: Run, probe: Probe, ours: Ours, theirs: Theirs) -> Table:
             f"{batch / theirs_s:,.0f}",
             f"{floor_s / best_s:.0%}",
             f"{floor_s / theirs_s:.0%}",
-            f"{_same_tokens(turns.rounds[0][GRPC], theirs.decode[batch][0]):.0%}",
+            f"{same_tokens(turns.rounds[0][GRPC].token_ids, theirs.decode[batch][0].token_ids):.0%}",
         )
 
     return Table(
         "Decode, ms a step",
         (
-            *("batch", "floor", "gRPC", "lane", "transformers", "with"),
+            *("batch", "floor", "gRPC", "shared memory", "transformers", "with"),
             *("ours tokens/s", "theirs tokens/s", "ours of the floor", "theirs of the floor", "same tokens"),
         ),
         tuple(map(row, run.batches)),
     )
-
-
-def _same_tokens(ours: Decoded, theirs: Mapping[str, Any]) -> float:
-    """Share of equal tokens, from the first on, over the length that both wrote."""
-    pairs = [
-        mine == other
-        for of_ours, of_theirs in zip(ours.token_ids, theirs["token_ids"], strict=True)
-        for mine, other in zip(of_ours, of_theirs, strict=False)
-    ]
-    return sum(pairs) / len(pairs)
 
 
 def _prefill_table(run: Run, probe: Probe, ours: Ours, theirs: Theirs) -> Table:
@@ -372,11 +368,20 @@ def _prefill_table(run: Run, probe: Probe, ours: Ours, theirs: Theirs) -> Table:
         bytes_per_s=probe.bytes_per_s,
         flops_per_s=probe.flops_per_s,
     )
-    ours_s = [ours.prefill.median(name, lambda first: first.seconds) for name in (GRPC, LANE)]
+    ours_s = [ours.prefill.median(name, lambda first: first.seconds) for name in (GRPC, SHARED)]
     theirs_s = statistics.median(theirs.prefill_s)
     return Table(
         "Time to the first token, ms",
-        ("prompt", "floor", "gRPC", "lane", "transformers", "with", "ours tokens/s", "theirs tokens/s"),
+        (
+            "prompt",
+            "floor",
+            "gRPC",
+            "shared memory",
+            "transformers",
+            "with",
+            "ours tokens/s",
+            "theirs tokens/s",
+        ),
         (
             (
                 str(run.prefill),
@@ -385,43 +390,6 @@ def _prefill_table(run: Run, probe: Probe, ours: Ours, theirs: Theirs) -> Table:
                 *(f"{run.prefill / seconds:,.0f}" for seconds in (min(ours_s), theirs_s)),
             ),
         ),
-    )
-
-
-def _layer_table(run: Run, ours: Ours) -> Table:
-    def row(batch: int, name: str) -> tuple[str, ...]:
-        def us(*phases: str) -> str:
-            per_layer = ours.decode[batch].median(
-                name, lambda d: 1e6 * d.phases.per_step_s(*phases) / run.shape.layers
-            )
-            return f"{per_layer:.0f}"
-
-        own = ("encode", "decode", "combine")
-        return (f"{batch}, {name}", us(*OVERHEAD), *map(us, OVERHEAD), us("worker compute"), us(*own))
-
-    return Table(
-        "µs a layer while decoding",
-        (
-            "batch, transport",
-            "overhead",
-            *OVERHEAD,
-            "worker compute",
-            "router's encode + decode + combine",
-        ),
-        tuple(row(batch, name) for batch in run.batches for name in (GRPC, LANE)),
-    )
-
-
-def _phase_table(batch: int, turns: Turns[Decoded]) -> Table:
-    def ms(name: str, phase: str) -> str:
-        return f"{turns.median(name, lambda decoded: 1000 * decoded.phases.per_step_s(phase)):.2f}"
-
-    phases = tuple(turns.rounds[0][GRPC].phases.seconds)
-    sums = (f"{turns.median(name, lambda d: 1000 * d.phases.step_s):.2f}" for name in (GRPC, LANE))
-    return Table(
-        f"ms a step, batch {batch}",
-        ("phase", GRPC, LANE),
-        (*((phase, *(ms(name, phase) for name in (GRPC, LANE))) for phase in phases), ("all", *sums)),
     )
 
 
@@ -452,12 +420,13 @@ def _notes(run: Run, probe: Probe) -> list[str]:
         f"{probe.name}: {probe.bytes_per_s / 1e9:,.0f} GB/s (the better of a copy and a sum), "
         f"{probe.flops_per_s / 1e12:,.1f} TFLOP/s ({run.dtype} product), both measured in this run",
         f"hidden {shape.hidden}, inner {shape.inner}, {shape.layers} layers, {shape.experts} experts top-"
-        f"{shape.experts_per_token}, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocabulary}, {run.dtype}, combine: {run.combine}; "
+        f"{shape.experts_per_token}, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocabulary}, "
+        f"{run.dtype}, combine: {run.combine}; "
         f"prompts of {PROMPT_TOKENS} tokens, random weights, the same on both sides",
-        "on a GPU a phase is the host's time in it: what was launched earlier is paid where the host next waits, "
-        "which for attention, gate and the dense products is `encode`",
-        "`same tokens`: greedy tokens equal to those of transformers; in bfloat16 a random model has near ties, "
-        "and after one that falls otherwise the rest differs",
+        "on a GPU a phase is the host's time in it: the host waits for kernels that were launched earlier where "
+        "it next synchronises, which for attention, gate and the dense products is `encode`",
+        "`same tokens`: greedy tokens equal to those of transformers; in bfloat16 a random model has near "
+        "ties, and after one that is decided otherwise the rest differs",
     ]
 
 

@@ -1,12 +1,15 @@
-"""One MoE layer against hivemind's RemoteMixtureOfExperts: 8 SwiGLU experts 1024/3584, top-2, f32, over loopback.
+"""One MoE layer against hivemind's RemoteMixtureOfExperts, over loopback.
 
-Both sides: one worker process with all threads, and two that share them out; a client that gates, sends, waits and
-combines, with rows of their own in every call. Ours is the router's dispatcher over real gRPC (the direct stream, as
-routers use it between hosts); judged is our one worker against the faster of theirs. Reported beside it: the same worker
-over gRPC by the threads of grpcio alone, and over shared memory.
+The layer has 8 SwiGLU experts 1024/3584, top-2, in f32. Both sides run once with one worker process that has
+all threads, and once with two that share them; a client gates, sends, waits and combines, with new rows in
+every call. Ours is the router's dispatcher over real gRPC (the direct stream, as routers use it between
+hosts); judged is our one worker against the faster of theirs. Reported beside it are the same worker over
+gRPC by the threads of grpcio alone, and over shared memory.
 
-Needs an environment with hivemind (`--python`). Its processes live in a network namespace of their own, which takes the
-rights to make one. Run: python benchmarks/hivemind_layer.py --python ENVIRONMENT/bin/python
+Needs an environment with hivemind (`--python`). Its processes run in a network namespace of their own, so the
+user needs the right to make one.
+
+Run: python benchmarks/hivemind_layer.py --python ENVIRONMENT/bin/python
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import torch
 import typer
 from harness import options
 from harness.one_transport import call_until_open, pool_of
-from harness.result import Figure, Table, conclude
+from harness.result import Table, conclude, ratio_figure
 from harness.serving import Served, Setup, serve
 from harness.turns import Side, take_turns
 
@@ -43,23 +46,23 @@ from router.server import SWITCH_INTERVAL_S
 from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, TransportKind
 
 SIDE = Path(__file__).with_name("peers") / "hivemind_side.py"
-# A namespace with nothing but loopback; whatever runs inside ends with it.
+# A namespace with nothing but loopback; all processes inside end with it.
 NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 LOOPBACK = ("sh", "-c", 'ip link set lo up; exec "$@"', "sh")
 START_TIMEOUT_S = 180.0
-# Either side works for a while before it counts: for some tens of milliseconds after a pause everything is slow, and the
-# faster side would do all of its calls in them.
+# Either side works for a while before its calls count: for some tens of milliseconds after a pause everything
+# is slow, and the faster side would make all of its calls in that time.
 WARM_UP_S, SPELL_S, MIN_CALLS = 0.5, 1.0, 12
 WORKERS = (1, 2)
-# The transports of our one worker, beside the judged one.
+# The transports of our one worker that are reported beside the judged one.
 OTHER_TRANSPORTS: dict[str, TransportKind] = {
     "ours, 1 worker, grpcio": GRPC,
-    "ours, 1 worker, lane": SHARED_MEMORY,
+    "ours, 1 worker, shared memory": SHARED_MEMORY,
 }
 
 
 class HivemindLayer:
-    """The peer's process: a number of tokens in, milliseconds of each call out."""
+    """The process of hivemind; it reads a number of tokens and answers milliseconds of each call."""
 
     def __init__(self, python: Path, workers: int) -> None:
         self._process = subprocess.Popen(
@@ -92,7 +95,7 @@ class HivemindLayer:
 
 
 class OurLayer:
-    """Layer 0 of a served model, from this process."""
+    """Layer 0 of a served model, called from this process."""
 
     def __init__(self, served: Served, model: Path, kind: TransportKind) -> None:
         self._shape = options.read_shape(model)
@@ -140,9 +143,9 @@ def main(
 ) -> None:
     """Measures, prints, and writes hivemind_layer.json."""
     folder = options.checkpoint(model, quick)
-    # As in a router.
+    # A router sets the same.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    # As hivemind's client: idle threads of this process would only take the workers' cores.
+    # hivemind's client sets the same: idle threads of this process would only take the workers' cores.
     torch.set_num_threads(1)
     figures, rows = [], []
     with ExitStack() as stack:
@@ -166,15 +169,8 @@ def main(
             )
             fastest = min(map(_theirs, WORKERS), key=lambda side: turns.median(side, float))
             for key, name in ((f"hivemind-{tokens}", _ours(1)), *(("", name) for name in OTHER_TRANSPORTS)):
-                faster = turns.ratio(fastest, name, float)
-                figures.append(
-                    Figure(
-                        key,
-                        f"one MoE layer over hivemind's, {name}, {tokens} tokens",
-                        *(faster.value, "x", faster.low, faster.high),
-                        sum(turns.disturbed),
-                    )
-                )
+                title = f"one MoE layer over hivemind's, {name}, {tokens} tokens"
+                figures.append(ratio_figure(key, title, turns, fastest, name, float))
             names = [*map(_theirs, WORKERS), *ours]
             rows.append((str(tokens), *(f"{turns.median(name, float):.1f}" for name in names)))
     conclude(

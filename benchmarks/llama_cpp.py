@@ -1,10 +1,14 @@
-"""Batch-1 decode against llama.cpp with its experts on an rpc server: the same weights in f32, both over loopback.
+"""Batch-1 decode against llama.cpp with its experts on an rpc server.
 
-Theirs: `llama-bench` with the experts of every layer on one `ggml-rpc-server`, all threads in each. Ours: a router and one
-worker with all threads, over real gRPC (no lane). Also reported: ours over the lane, and llama.cpp in one process.
+Both sides have the same weights in f32, and work over loopback. Theirs is `llama-bench` with the experts of
+every layer on one `ggml-rpc-server`, all threads in each. Ours is a router and one worker with all threads,
+over real gRPC (without shared memory). Also reported are ours over shared memory, and llama.cpp in one
+process.
 
-Needs a build of llama.cpp with GGML_RPC=ON (`--build`: the folder of llama-bench and ggml-rpc-server) and the model as GGUF
-(`peers/write_gguf.py`). Run: python benchmarks/llama_cpp.py --build FOLDER --gguf FILE
+Needs a build of llama.cpp with GGML_RPC=ON (`--build` is the folder of llama-bench and ggml-rpc-server) and
+the model as GGUF (`peers/write_gguf.py`).
+
+Run: python benchmarks/llama_cpp.py --build FOLDER --gguf FILE
 """
 
 from __future__ import annotations
@@ -24,13 +28,13 @@ from typing import Annotated
 import psutil
 import typer
 from harness import options
-from harness.result import Figure, Table, conclude
+from harness.load import decode, random_prompts
+from harness.result import Table, conclude, ratio_figure
 from harness.serving import Setup, serve
 from harness.turns import Side, take_turns
-from harness.workload import decode, random_prompts
 
 STEPS = 32
-RPC, LOCAL, GRPC, LANE = "llama.cpp, experts on rpc", "llama.cpp in one process", "gRPC", "lane"
+RPC, LOCAL, GRPC, SHARED = "llama.cpp, experts on rpc", "llama.cpp in one process", "gRPC", "shared memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class LlamaCpp:
     threads: int
 
     def decode(self, *flags: str) -> float:
-        """Tokens per second of llama-bench; it warms up by itself."""
+        """Tokens per second of llama-bench, which warms up by itself."""
         command = [
             *(str(self.build / "llama-bench"), "--model", str(self.gguf), "--threads", str(self.threads)),
             *("--n-prompt", "0", "--n-gen", str(STEPS), "--repetitions", "2", "--output", "json", *flags),
@@ -52,7 +56,7 @@ class LlamaCpp:
 
     @contextlib.contextmanager
     def rpc_server(self) -> Iterator[tuple[str, int]]:
-        """A running server's HOST:PORT and process id."""
+        """HOST:PORT and process id of a server that runs inside the context."""
         port = _free_port()
         server = subprocess.Popen(
             [str(self.build / "ggml-rpc-server"), "--threads", str(self.threads), "--port", str(port)],
@@ -83,8 +87,8 @@ def main(
     theirs = LlamaCpp(build, gguf, len(psutil.Process().cpu_affinity()))
     with (
         theirs.rpc_server() as (address, rpc_pid),
-        serve(Setup(folder, settings={"engine.shared_memory": "off"})) as grpc,
-        serve(Setup(folder)) as lane,
+        serve(Setup(folder, settings=options.ON_GRPC)) as grpc,
+        serve(Setup(folder)) as shared,
     ):
         on_rpc = ("--n-gpu-layers", "0", "--rpc", address, "--override-tensor", f"exps=RPC0[{address}]")
         turns = take_turns(
@@ -93,28 +97,18 @@ def main(
                 Side(LOCAL, theirs.decode),
                 *(
                     Side(name, partial(_ours, site.router, prompts), site.pids)
-                    for name, site in ((GRPC, grpc), (LANE, lane))
+                    for name, site in ((GRPC, grpc), (SHARED, shared))
                 ),
             ],
             options.rules(rounds, quick),
             "llama.cpp",
         )
-    speeds = {name: turns.median(name, float) for name in (RPC, LOCAL, GRPC, LANE)}
-    against = turns.ratio(GRPC, RPC, float)
+    speeds = {name: turns.median(name, float) for name in (RPC, LOCAL, GRPC, SHARED)}
+    title = "batch-1 decode over llama.cpp with its experts on an rpc server"
     conclude(
         "llama_cpp",
         out,
-        figures=[
-            Figure(
-                "llamacpp-rpc-b1",
-                "batch-1 decode over llama.cpp with its experts on an rpc server",
-                against.value,
-                "x",
-                against.low,
-                against.high,
-                sum(turns.disturbed),
-            )
-        ],
+        figures=[ratio_figure("llamacpp-rpc-b1", title, turns, GRPC, RPC, float)],
         tables=[
             Table(
                 "",

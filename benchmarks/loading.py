@@ -1,8 +1,9 @@
-"""From the disk to experts in memory, against reading the same files from end to end: cold and warm, for every form of
-the weights; and what a share of the experts makes the disk read.
+"""Loading experts from the disk, against reading the same files from end to end.
 
-Both sides take turns. Cold: the system was told to forget the files before each turn. Plain reading is one thread with a
-buffer of 8 MiB, as `cat` does; loading hashes, checks, converts and lays out as well.
+Measured cold and warm, for every form of the weights; and also how much the disk reads when a worker holds a
+share of the experts. Both sides take turns. Cold means that the files were dropped from the system's page
+cache before each turn. Plain reading is one thread with a buffer of 8 MiB, as `cat` does; loading also
+hashes, checks, converts and lays out.
 
 Run: python benchmarks/loading.py [--rounds 5] [--threads 2]
 """
@@ -20,7 +21,7 @@ from typing import Annotated
 import torch
 import typer
 from harness import options
-from harness.result import Figure, Table, conclude
+from harness.result import Figure, Table, conclude, ratio_figure
 from harness.turns import Rules, Side, Turns, take_turns
 
 from expert_worker.experts import allocator
@@ -39,7 +40,7 @@ SHARES = 8
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A checkpoint, and its tensor files."""
+    """A checkpoint and its tensor files."""
 
     checkpoint: Checkpoint
     shape: MoeModel
@@ -70,7 +71,7 @@ def main(
 ) -> None:
     """Measures, prints, and writes loading.json."""
     torch.set_num_threads(threads)
-    allocator.return_freed_memory()  # as in a worker
+    allocator.return_freed_memory()  # A worker does so, too.
     of = Model.of(options.checkpoint(model, quick))
     rules = options.rules(rounds, quick)
     cold, warm = (measure(of, rules, cold=cold) for cold in (True, False))
@@ -102,7 +103,7 @@ def main(
 
 
 def measure(model: Model, rules: Rules, *, cold: bool) -> Turns[float]:
-    """Bytes a second of every side."""
+    """The bytes a second of every side."""
 
     def rate(work: Callable[[], int]) -> float:
         if cold:
@@ -119,7 +120,7 @@ def measure(model: Model, rules: Rules, *, cold: bool) -> Turns[float]:
 
 
 def read_plainly(files: Sequence[Path]) -> int:
-    """Bytes read."""
+    """Reads the files in order; returns the number of bytes."""
     buffer, total = bytearray(BUFFER_BYTES), 0
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -129,13 +130,13 @@ def read_plainly(files: Sequence[Path]) -> int:
 
 
 def load(model: Model, expert_dtype: ExpertDType, addresses: Sequence[ExpertAddress]) -> int:
-    """Bytes of the experts, all of which are in memory in the end."""
+    """Loads experts into memory; returns the bytes that they take in the files."""
     held = dict(load_experts(model.checkpoint, model.shape, addresses, model.form(expert_dtype)))
     return model.num_bytes(list(held))
 
 
 def read_for_a_share(model: Model) -> tuple[int, int]:
-    """What a worker's share of the experts takes in the files, and what the disk had to give for it."""
+    """The bytes of a worker's share of the experts, and the bytes that the disk read for it."""
     share = model.shape.addresses[::SHARES]
     forget(model.files)
     before = disk_bytes()
@@ -144,7 +145,7 @@ def read_for_a_share(model: Model) -> tuple[int, int]:
 
 
 def forget(files: Sequence[Path]) -> None:
-    """Out of the system's memory; only what is on the disk can be forgotten."""
+    """Drops the files from the page cache; only what has been written to the disk can be dropped."""
     for path in files:
         file = os.open(path, os.O_RDONLY)
         os.fsync(file)
@@ -153,22 +154,14 @@ def forget(files: Sequence[Path]) -> None:
 
 
 def disk_bytes() -> int:
-    """That this process has made the disk read so far."""
+    """The bytes that this process has made the disk read so far."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
 def _figure(name: str, turns: Turns[float]) -> Figure:
-    ratio = turns.ratio("fp32", "plain reading", float)
-    return Figure(
-        f"loading-{name}",
-        f"loading float32 experts over plain reading, {name}",
-        ratio.value,
-        "x",
-        ratio.low,
-        ratio.high,
-        sum(turns.disturbed),
-    )
+    title = f"loading float32 experts over plain reading, {name}"
+    return ratio_figure(f"loading-{name}", title, turns, "fp32", "plain reading", float)
 
 
 def _cells(turns: Turns[float], name: str) -> tuple[str, str]:

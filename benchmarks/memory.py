@@ -1,8 +1,9 @@
 """Resident memory of every process against its share of the weights.
 
-A checkpoint much larger than one worker's share is served by real processes; a tiny one by processes of the same kind
-gives the overhead that has nothing to do with weights (interpreter, torch, gRPC). Run: python benchmarks/memory.py
-[--workers 4]
+Real processes serve a checkpoint much larger than one worker's share. Processes of the same kind that serve a
+tiny one give the overhead that has nothing to do with weights (interpreter, torch, gRPC).
+
+Run: python benchmarks/memory.py [--workers 4]
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TINY = Shape(hidden=64, inner=64, layers=1, heads=4, kv_heads=4, vocabulary=64, 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One process: bytes of weights it holds, resident bytes now and at most so far."""
+    """One process: the bytes of weights that it holds, its resident bytes now, and their peak so far."""
 
     name: str
     weights: int
@@ -89,7 +90,7 @@ def measure(model: Path, workers: int) -> list[Row]:
 
 
 async def exercise(router: str, workers: Sequence[str]) -> list[int]:
-    """Generates a little, so that every buffer is in use; returns the weight bytes of each worker."""
+    """Generates a few tokens, so that every buffer is in use; returns the weight bytes of each worker."""
     async with Client(router) as client:
         vocabulary = (await client.model_info()).vocab_size
         await client.complete(

@@ -1,12 +1,14 @@
-"""What lies between router and worker in place, layer by layer; and what the router itself costs over its byte floor.
+"""The overhead between router and worker, layer by layer; and the router's own time over its byte floor.
 
-Overhead per layer = (the router's wait for a layer - the time the slowest worker computed) / layers, out of the router's own
-account while streams decode: it holds the transport, the worker's decoding, queueing and encoding, and the switches
-between processes. Time the router spends encoding and decoding is not waiting; it is shown beside it. Over gRPC (the
-direct stream, as routers use it between hosts), over gRPC by the threads of grpcio alone, and over the lane.
+The overhead per layer is (the router's wait for a layer - the time the slowest worker computed) / layers,
+taken from the router's own account while streams decode. It holds the transport, the worker's decoding,
+queueing and encoding, and the switches between processes. The time that the router spends on encoding and
+decoding is not waiting; it is shown beside it. Measured over gRPC (the direct stream, as routers use it
+between hosts), over gRPC by the threads of grpcio alone, and over shared memory.
 
-The router's own time is a step's time in which it does not wait. Its floor: the bytes of router weights that a step of
-one token reads (fp32), over the memory bandwidth measured with the same threads in the same round.
+The router's own time is a step's time in which it does not wait. Its floor is the bytes of router weights
+that a step of one token reads (fp32), over the memory bandwidth measured with the same threads in the same
+round.
 
 Run: python benchmarks/overhead.py [--batches 1,4,16] [--rounds 5]
 """
@@ -23,20 +25,20 @@ import psutil
 import typer
 from harness import options
 from harness.bandwidth import measure_bandwidth
-from harness.result import Figure, Table, conclude
+from harness.floors import router_parameters
+from harness.load import Decoded, Prompt, decode, random_prompts
+from harness.phases import Phases, layer_table, phase_table
+from harness.result import Figure, conclude, median_figure
 from harness.serving import Setup, serve
 from harness.turns import Side, Turns, take_turns
-from harness.weights import router_parameters
-from harness.workload import Decoded, Phases, Prompt, decode, random_prompts
 
 STEPS = {1: 48, 4: 24, 16: 16}
 TRANSPORTS = {
     "gRPC, grpcio": {"engine.direct_stream": "off", "engine.shared_memory": "off"},
     "gRPC": {"engine.direct_stream": "auto", "engine.shared_memory": "off"},
-    "lane": {"engine.direct_stream": "off", "engine.shared_memory": "auto"},
+    "shared memory": {"engine.direct_stream": "off", "engine.shared_memory": "auto"},
 }
-JUDGED = {"gRPC": "overhead-grpc", "lane": "overhead-lane"}
-OWN_SHARE = ("encode", "decode", "combine")
+JUDGED = {"gRPC": "overhead-grpc", "shared memory": "overhead-shared-memory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +87,14 @@ def main(
         *([_floor(by_batch[1], floor_bytes)] if 1 in by_batch else []),
     ]
     phases = tuple(by_batch[max(by_batch)].rounds[0]["gRPC"].phases.seconds)
+    title = "ms a layer while decoding, one worker"
     conclude(
         "overhead",
         out,
         figures=figures,
         tables=[
-            _layer_table(by_batch, shape.layers),
-            *(_phase_table(turns, batch, phases) for batch, turns in by_batch.items()),
+            layer_table(by_batch, tuple(TRANSPORTS), shape.layers, title=title, per_s=1e3, digits=2),
+            *(phase_table(turns, batch, TRANSPORTS, phases) for batch, turns in by_batch.items()),
         ],
         notes=[f"the router reads {floor_bytes / 1e6:,.0f} MB of its own weights in a step of one token"],
         quick=quick,
@@ -104,60 +107,25 @@ def _spell(router: str, prompts: Sequence[Prompt], steps: int, threads: int) -> 
 
 
 def _overhead(turns: Turns[Spell], transport: str, batch: int, layers: int) -> Figure:
-    values = turns.values(transport, lambda spell: 1000 * spell.phases.overhead_s / layers)
     key = JUDGED.get(transport, "")
-    return Figure(
+    return median_figure(
         f"{key}-b{batch}" if key and batch > 1 else key,
         f"overhead per layer, {transport}, batch {batch}",
-        turns.median(transport, lambda spell: 1000 * spell.phases.overhead_s / layers),
+        turns,
+        transport,
+        lambda spell: 1000 * spell.phases.overhead_s / layers,
         "ms",
-        min(values),
-        max(values),
-        sum(turns.disturbed),
     )
 
 
 def _floor(turns: Turns[Spell], floor_bytes: int) -> Figure:
-    def over_floor(spell: Spell) -> float:
-        return spell.phases.router_s / (floor_bytes / spell.bandwidth)
-
-    values = turns.values("gRPC", over_floor)
-    return Figure(
+    return median_figure(
         "router-floor",
         "router time of a step of one token over its byte floor",
-        turns.median("gRPC", over_floor),
+        turns,
+        "gRPC",
+        lambda spell: spell.phases.router_s / (floor_bytes / spell.bandwidth),
         "x",
-        min(values),
-        max(values),
-        sum(turns.disturbed),
-    )
-
-
-def _layer_table(by_batch: dict[int, Turns[Spell]], layers: int) -> Table:
-    parts = ("wire", "worker decode", "worker queue", "worker encode")
-
-    def row(turns: Turns[Spell], batch: int, name: str) -> tuple[str, ...]:
-        def ms(*phases: str) -> str:
-            return f"{turns.median(name, lambda s: 1000 * s.phases.per_step_s(*phases) / layers):.2f}"
-
-        return (f"{batch}, {name}", ms(*parts), *map(ms, parts), ms("worker compute"), ms(*OWN_SHARE))
-
-    return Table(
-        "ms a layer while decoding, one worker",
-        ("batch, transport", "overhead", *parts, "worker compute", "router's encode + decode + combine"),
-        tuple(row(turns, batch, name) for batch, turns in by_batch.items() for name in TRANSPORTS),
-    )
-
-
-def _phase_table(turns: Turns[Spell], batch: int, phases: Sequence[str]) -> Table:
-    def ms(name: str, phase: str) -> str:
-        return f"{turns.median(name, lambda spell: 1000 * spell.phases.per_step_s(phase)):.2f}"
-
-    sums = (f"{turns.median(name, lambda spell: 1000 * spell.phases.step_s):.1f}" for name in TRANSPORTS)
-    return Table(
-        f"ms a step, batch {batch}",
-        ("phase", *TRANSPORTS),
-        (*((phase, *(ms(name, phase) for name in TRANSPORTS)) for phase in phases), ("all", *sums)),
     )
 
 

@@ -1,7 +1,8 @@
 """Time to the first token of a long prompt, against `transformers` in one process.
 
-Ours through the real gRPC API, router and one worker with all threads, fp32, a new random prompt every time so that no
-prefix is cached; theirs with its fastest experts and cache, logits of the last position only.
+Ours is asked through the real gRPC API: a router and one worker with all threads, in fp32, with a new random
+prompt every time, so that no prefix is cached. Theirs has its fastest experts and cache, and computes logits
+of the last position only.
 
 Run: python benchmarks/prefill.py [--tokens 512] [--rounds 5]
 """
@@ -11,14 +12,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any
 
-import psutil
 import typer
 from harness import options
-from harness.result import Figure, Table, conclude
+from harness.load import first_token, random_prompts
+from harness.phases import Phases
+from harness.result import Table, conclude, ratio_figure
 from harness.serving import Setup, serve
-from harness.transformers_peer import transformers_peer
+from harness.transformers_peer import plain_transformers, running_peer
 from harness.turns import Side, progress, take_turns
-from harness.workload import Phases, first_token, random_prompts
 
 OURS, THEIRS = "ours", "transformers"
 
@@ -32,9 +33,7 @@ def main(
 ) -> None:
     """Measures, prints, and writes prefill.json."""
     folder = options.checkpoint(model, quick)
-    shape = options.read_shape(folder)
-    threads = len(psutil.Process().cpu_affinity())
-    fresh = iter(random_prompts(1000, tokens, shape.vocabulary, seed=1))
+    fresh = iter(random_prompts(1000, tokens, options.read_shape(folder).vocabulary, seed=1))
     account: list[Phases] = []
 
     def ours(router: str) -> float:
@@ -42,34 +41,25 @@ def main(
         account.append(first.phases)
         return first.seconds
 
-    with transformers_peer(folder, threads) as theirs, serve(_setup(folder)) as site:
-        choice = theirs.choose(1, tokens, for_prefill=True)["choice"]
+    setup = Setup(folder, settings=options.ON_GRPC)
+    with running_peer(plain_transformers(folder)) as theirs, serve(setup) as site:
+        choice = theirs.decode([next(fresh)], 0).reading
         progress(f"transformers is fastest with {choice}")
         first_token(site.router, next(fresh))
         turns = take_turns(
             (
                 Side(OURS, partial(ours, site.router), site.pids),
-                Side(THEIRS, lambda: float(theirs.prefill(next(fresh))["seconds"]), (theirs.pid,)),
+                Side(THEIRS, lambda: theirs.decode([next(fresh)], 0).summary.prefill_s, (theirs.pid,)),
             ),
             options.rules(rounds, quick),
             f"prefill of {tokens}",
         )
-    speedup = turns.ratio(THEIRS, OURS, float)
     medians = [turns.median(side, float) for side in (OURS, THEIRS)]
+    title = f"prefill of {tokens} tokens over transformers"
     conclude(
         "prefill",
         out,
-        figures=[
-            Figure(
-                f"prefill-{tokens}",
-                f"prefill of {tokens} tokens over transformers",
-                speedup.value,
-                "x",
-                speedup.low,
-                speedup.high,
-                sum(turns.disturbed),
-            )
-        ],
+        figures=[ratio_figure(f"prefill-{tokens}", title, turns, THEIRS, OURS, float)],
         tables=[
             Table(
                 "",
@@ -89,12 +79,8 @@ def main(
     )
 
 
-def _setup(folder: Any) -> Setup:
-    return Setup(folder, settings={"engine.shared_memory": "off"})
-
-
 def _point(phases: Phases, tokens: int, seconds: float) -> dict[str, Any]:
-    """What the scaling model is fitted to."""
+    """The steps of a prompt, as the scaling model is fitted to them."""
     return {
         "experts": "fp32",
         "workers": 1,

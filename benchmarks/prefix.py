@@ -1,7 +1,7 @@
-"""What the prefix cache saves: time to the first token of prompts that share their first 256 tokens.
+"""What the prefix cache saves: time to the first token of prompts that have their first 256 tokens in common.
 
-Two sites on the same weights, one with the cache and one without, asked in turn; every prompt ends with 32 tokens of its
-own. The shared part was read once before anything counts.
+Two sites with the same weights, one with the cache and one without, are asked in turn; every prompt ends with
+32 tokens of its own. The shared part has been read once before anything counts.
 
 Run: python benchmarks/prefix.py [--shared 256] [--tail 32] [--rounds 5]
 """
@@ -16,13 +16,13 @@ from typing import Annotated
 
 import typer
 from harness import options
-from harness.result import Figure, Table, conclude
+from harness.load import Prompt, first_token, random_prompts, settle
+from harness.result import Table, conclude, ratio_figure
 from harness.serving import Setup, serve
 from harness.turns import Side, take_turns
-from harness.workload import Prompt, first_token, random_prompts, settle
 
 WITH, WITHOUT = "with", "without"
-# Prompts of one measurement: its value is their median.
+# A measurement is the median of this many prompts.
 PROMPTS = 8
 
 
@@ -51,22 +51,12 @@ def main(
             "prefix",
         )
         hits = settle(cached.router)
-    share = turns.ratio(WITH, WITHOUT, float)
     looked_up = max(1, hits.prefix_lookup_tokens)
+    title = f"time to first token, {shared} tokens shared, with the prefix cache over without"
     conclude(
         "prefix",
         out,
-        figures=[
-            Figure(
-                f"prefix-{shared}",
-                f"time to first token, {shared} tokens shared, with the prefix cache over without",
-                share.value,
-                "x",
-                share.low,
-                share.high,
-                sum(turns.disturbed),
-            )
-        ],
+        figures=[ratio_figure(f"prefix-{shared}", title, turns, WITH, WITHOUT, float)],
         tables=[
             Table(
                 "",
@@ -85,7 +75,7 @@ def main(
 
 
 def _setup(folder: Path, cache: bool) -> Setup:
-    return Setup(folder, settings={"engine.prefix_cache": str(cache).lower(), "engine.shared_memory": "off"})
+    return Setup(folder, settings=options.ON_GRPC | {"engine.prefix_cache": str(cache).lower()})
 
 
 def _first_token(router: str, prefix: Prompt, tails: Iterator[Prompt]) -> float:

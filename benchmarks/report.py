@@ -1,7 +1,8 @@
-"""Writes the figures of the last run into docs/performance.md: every marked block is rendered anew, the prose stays.
+"""Writes the figures of the last run into the marked blocks of docs/performance.md, and keeps the prose.
 
-A block begins with `<!-- bench:NAME -->` and ends with `<!-- /bench:NAME -->`. NAME is a result (the tables, figures
-and notes of NAME.json), `judged` (every target with its figure and verdict) or `machine`.
+A block begins with `<!-- bench:NAME -->` and ends with `<!-- /bench:NAME -->`. NAME is a result (whose block
+has the tables, figures and notes of NAME.json), `judged` (every target with its figure and verdict) or
+`machine`.
 
 Run: python benchmarks/report.py [--results benchmarks/results] [--document docs/performance.md] [--to FILE]
 """
@@ -38,7 +39,7 @@ def main(
 
 
 def render(text: str, results: Mapping[str, Result]) -> str:
-    """`text` with its blocks filled; a block whose result is not there keeps what it says."""
+    """`text` with its blocks filled; a block without a result keeps its content."""
 
     def fill(match: re.Match[str]) -> str:
         content = _block(match["name"], results)
@@ -56,7 +57,7 @@ def _block(name: str, results: Mapping[str, Result]) -> str | None:
 
 
 def judged_table(results: Iterable[Result]) -> Table:
-    """Every target, also those that nobody measured."""
+    """Every target, including those that were not measured."""
     figures = {figure.key: figure for result in results for figure in result.figures}
     return Table(
         "",
@@ -74,7 +75,7 @@ def _judged(target: Target, figure: Figure | None) -> tuple[str, ...]:
 
 
 def render_result(result: Result) -> str:
-    """Tables first, then what they do not say, then where it comes from."""
+    """The tables, then figures and notes, then the command and its date."""
     parts = [table.markdown for table in result.tables]
     if result.figures:
         parts.append("\n".join(f"- {figure.name}: {figure.text}" for figure in result.figures))
@@ -85,7 +86,10 @@ def render_result(result: Result) -> str:
 
 
 def _machine(result: Result) -> str:
-    return f"{result.machine.text}."
+    packages = ", ".join(f"{name} {version}" for name, version in result.machine["versions"].items())
+    return (
+        "{cores} cores ({cpu}; {features}), {memory_gib:.0f} GiB, {system}; Python {python}, {packages}."
+    ).format(**result.machine, packages=packages)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What several routers behind one gateway win or lose: the same closed loop of requests over 1, 2 and 4 of them, in turn.
+"""Several routers behind one gateway: the same closed loop of requests over 1, 2 and 4 of them, in turn.
 
-All sides share one worker with all threads. Every side has its own gateway and routers; routers of one side share the
-cores. Prompts are random, so that no prefix is shared; answers are greedy and of fixed length, and go through HTTP.
+All sides share one worker with all threads. Every side has its own gateway and routers; the routers of one
+side share the cores. Prompts are random, so that no prefix is shared; answers are greedy and of fixed length,
+and are streamed over HTTP as `moesaic bench` asks for them.
 
 Run: python benchmarks/routers.py [--routers 1,2,4] [--streams 16,32] [--rounds 5]
 """
@@ -9,37 +10,29 @@ Run: python benchmarks/routers.py [--routers 1,2,4] [--streams 16,32] [--rounds 
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import psutil
 import typer
 from harness import options
-from harness.result import Figure, Table, conclude
+from harness.load import random_requests
+from harness.result import Figure, Table, conclude, ratio_figure
 from harness.serving import Served, Setup, serve
 from harness.turns import Side, take_turns
-from harness.workload import Request, random_prompts
+
+from cluster.bench.latency import LoadSummary
+from cluster.bench.load import ask_model_name, closed_loop, completions_api
+from cluster.bench.workload import LoadRequest
 
 PROMPT_TOKENS = (8, 32)
 ANSWER_TOKENS = (8, 24)
 REQUESTS_PER_STREAM = 2
-TIMEOUT_S = 300.0
-# Room for all streams of a side on one router; the default would reserve more than many routers can have.
+# Room for all streams of a side on one router; the default would reserve more than several routers can have.
 KV_CACHE_MIB = "128"
-
-
-@dataclass(frozen=True, slots=True)
-class Goodput:
-    """Generated tokens of all requests over the time from the first to the last."""
-
-    tokens_per_s: float
 
 
 def main(
@@ -74,7 +67,8 @@ def main(
             sites[number] = stack.enter_context(serve(setup))
             workers = workers or sites[number].workers
         for count in map(int, streams.split(",")):
-            requests = _requests(count * (1 if quick else REQUESTS_PER_STREAM), vocabulary)
+            number = count * (1 if quick else REQUESTS_PER_STREAM)
+            requests = random_requests(number, PROMPT_TOKENS, ANSWER_TOKENS, vocabulary, seed=number)
             sides = [
                 Side(str(number), partial(_measure, site, requests, count), _own_pids(site))
                 for number, site in sites.items()
@@ -82,19 +76,8 @@ def main(
             turns = take_turns(sides, options.rules(rounds, quick), f"{count} streams")
             first, *others = (side.name for side in sides)
             for other in others:
-                ratio = turns.ratio(other, first, _speed)
                 name = f"{other} routers over {first}, {count} streams"
-                figures.append(
-                    Figure(
-                        f"routers-{other}-s{count}",
-                        name,
-                        ratio.value,
-                        "x",
-                        ratio.low,
-                        ratio.high,
-                        sum(turns.disturbed),
-                    )
-                )
+                figures.append(ratio_figure(f"routers-{other}-s{count}", name, turns, other, first, _speed))
             rows.append((str(count), *(f"{turns.median(side.name, _speed):.1f}" for side in sides)))
     header = ("streams", *(f"{number} router{'s' if number > 1 else ''}" for number in numbers))
     conclude(
@@ -128,7 +111,7 @@ def _setup(
             "engine.threads": str(router_threads or max(1, cores // routers)),
             "engine.max_running_sequences": str(running),
             "engine.kv_cache_mib": KV_CACHE_MIB,
-            # Every round asks the same prompts.
+            # Every round sends the same prompts.
             "engine.prefix_cache": "false",
             "worker.expert_dtype": expert_dtype,
         },
@@ -136,47 +119,24 @@ def _setup(
 
 
 def _own_pids(site: Served) -> tuple[int, ...]:
-    """Without the worker, which works for every side."""
+    """All but the worker, which works for every side."""
     return tuple(pid for name, pid in site.processes.items() if not name.startswith("worker"))
 
 
-def _requests(count: int, vocabulary: int) -> list[Request]:
-    draw = random.Random(count)
-    lengths = [(draw.randint(*PROMPT_TOKENS), draw.randint(*ANSWER_TOKENS)) for _ in range(count)]
-    return [
-        Request(random_prompts(1, prompt, vocabulary, seed=index)[0], answer)
-        for index, (prompt, answer) in enumerate(lengths)
-    ]
+def _measure(site: Served, requests: Sequence[LoadRequest], open_streams: int) -> LoadSummary:
+    return asyncio.run(_run(f"http://{site.http}", requests, open_streams))
 
 
-def _measure(site: Served, requests: Sequence[Request], open_streams: int) -> Goodput:
-    return asyncio.run(_run(site, requests, open_streams))
+async def _run(url: str, requests: Sequence[LoadRequest], open_streams: int) -> LoadSummary:
+    async with completions_api(url, await ask_model_name(url)) as api:
+        load = LoadSummary.of(await closed_loop(api.send, requests, open_streams))
+    if load.failed_requests:
+        raise SystemExit(f"requests failed: {load.errors}")
+    return load
 
 
-async def _run(site: Served, requests: Sequence[Request], open_streams: int) -> Goodput:
-    gate = asyncio.Semaphore(open_streams)
-    limits = httpx.Limits(max_connections=open_streams)
-    async with httpx.AsyncClient(base_url=f"http://{site.http}", timeout=TIMEOUT_S, limits=limits) as http:
-
-        async def ask(request: Request) -> int:
-            body = {
-                "prompt": list(request.prompt),
-                "max_tokens": request.max_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-            }
-            async with gate:
-                reply = await http.post("/v1/completions", json=body)
-            reply.raise_for_status()
-            return int(reply.json()["usage"]["completion_tokens"])
-
-        start_s = time.perf_counter()
-        tokens = sum(await asyncio.gather(*map(ask, requests)))
-        return Goodput(tokens / (time.perf_counter() - start_s))
-
-
-def _speed(goodput: Goodput) -> float:
-    return goodput.tokens_per_s
+def _speed(load: LoadSummary) -> float:
+    return load.output_tokens_per_s
 
 
 if __name__ == "__main__":

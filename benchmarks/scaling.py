@@ -1,7 +1,8 @@
-"""A model of step time, fitted to what was measured here, checked by simulation, and asked about larger clusters.
+"""A model of step time, fitted to measurements, checked by simulation, and applied to larger clusters.
 
-Reads the points of decode.json, prefill.json and placement.json; writes scaling.json and a picture. The equations stand in
-steps/model.py, the simulation in steps/simulation.py, the clusters in steps/clusters.py.
+Reads the points of decode.json, prefill.json and placement.json; writes scaling.json and a picture. The
+equations are in steps/model.py, the simulation is in steps/simulation.py, and the clusters are in
+steps/clusters.py.
 
 Run after the others: python benchmarks/scaling.py [--out benchmarks/results] [--chart docs/scaling.png]
 """
@@ -16,8 +17,8 @@ from typing import Annotated, Any
 import psutil
 import typer
 from harness import options
+from harness.floors import expert_parameters, router_parameters
 from harness.result import Figure, Result, Table, conclude
-from harness.weights import expert_parameters, router_parameters
 from random_checkpoint import Shape
 from steps.chart import draw
 from steps.clusters import (
@@ -43,7 +44,8 @@ CHART = Path(__file__).resolve().parents[1] / "docs" / "scaling.png"
 SKEWS = (0.0, 0.5, 1.0)
 LEAN = "H200 (lean transport)"
 SHOWN_ROWS = 64
-# Between CPU nodes: a round trip of 100 us and 10 Gb/s, beside what the software costs here over loopback.
+# The network between CPU nodes, a round trip of 100 us and 10 Gb/s, comes on top of the software's cost over
+# loopback.
 CPU_ROUND_TRIP_S = 100e-6
 CPU_BYTE_S = 8 / 10e9
 
@@ -122,7 +124,7 @@ def main(
 
 
 def model_shape(config: dict[str, Any]) -> ModelShape:
-    """Of the checkpoint that was measured: float32 weights and rows."""
+    """The shape of the measured checkpoint, with float32 weights and rows."""
     shape = Shape.of(config)
     return ModelShape(
         "measured",
@@ -138,7 +140,7 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
 
 
 def read_points(raw: Iterable[dict[str, Any]]) -> list[Point]:
-    """Steps in fp32 over gRPC; workers on one host share its cores."""
+    """The measured steps in fp32 over gRPC. Workers on one host share its cores."""
     cores = len(psutil.Process().cpu_affinity())
     return [
         Point(
@@ -150,7 +152,7 @@ def read_points(raw: Iterable[dict[str, Any]]) -> list[Point]:
             threads_share=max(1, cores // entry["workers"]) / cores,
         )
         for entry in raw
-        if entry["experts"] == "fp32" and "lane" not in entry.get("variant", "")
+        if entry["experts"] == "fp32" and "shared memory" not in entry.get("variant", "")
     ]
 
 
@@ -183,7 +185,7 @@ def _fit_table(fit: Fit) -> Table:
 
 
 def _skew_table(shape: ModelShape, fit: Fit) -> Table:
-    """Uneven load, for one worker per expert: model and simulation, with machines like this one."""
+    """Even and uneven load on one worker per expert, by model and simulation, with machines like this one."""
     rows = []
     for skew in SKEWS:
         for number in (1, 16, 64):

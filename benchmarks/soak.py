@@ -1,7 +1,8 @@
-"""Does anything grow? Memory of every process over 2,000 requests after a warm-up, and the KV blocks still in use at the end.
+"""Leaks: the growth of every process over 2,000 requests, and the KV blocks still in use at the end.
 
-The demo model behind router, worker and gateway, 16 requests at a time: one half over HTTP, one half over gRPC, and every
-tenth caller walks away in the middle. The KV cache is small enough to be full after the warm-up.
+The demo model runs behind a router, a worker and a gateway, with 16 requests at a time: one half over HTTP,
+one half over gRPC, and every tenth caller cancels in the middle. The KV cache is small enough to be full
+after the warm-up.
 
 Run: python benchmarks/soak.py [--requests 2000]
 """
@@ -17,17 +18,18 @@ import httpx
 import psutil
 import typer
 from harness import options
+from harness.load import until_idle
 from harness.result import Figure, Table, conclude
 from harness.serving import Served, Setup, serve
 from harness.turns import progress
-from harness.workload import until_idle
 
 from moesaic import Client
 
 OPEN_REQUESTS = 16
 LEAVES_EARLY = 10
 MEGABYTE = 1_000_000
-# A cache that the warm-up fills: its pages become resident when they are first written, which is no growth.
+# The warm-up fills this cache: its pages become resident when they are first written, which must not count as
+# growth.
 SETTINGS = {"engine.kv_cache_mib": "32"}
 WORDS = ("the", "king", "import", "people", "return", "night", "value", "of", "and", "self", "love", "state")
 
@@ -84,7 +86,7 @@ def _resident(site: Served) -> Mapping[str, int]:
 
 
 async def _serve_requests(site: Served, numbers: range) -> int:
-    """Serves them all and returns the KV blocks in use when the last one has ended."""
+    """Sends the requests, and returns the KV blocks in use after the last one has ended."""
     gate = asyncio.Semaphore(OPEN_REQUESTS)
     async with Client(site.router) as client, httpx.AsyncClient(base_url=f"http://{site.http}") as http:
 

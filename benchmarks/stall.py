@@ -1,8 +1,8 @@
-"""What a long prompt does to those who are reading: inter-token p99 of eight streams while 512 tokens are read beside them.
+"""How far a prompt of 512 tokens holds up eight running streams: their inter-token p99 while it is read.
 
-Within one round the same eight streams decode undisturbed for a while, then several prompts arrive one after another.
-Disturbed gaps are those that end while a prompt is being read (from its arrival to its first token) and nothing else, so
-that quiet stretches between arrivals do not thin them out. The value is p99 over p99.
+Within one round the same eight streams decode undisturbed for a while, then several prompts arrive one after
+another. Only gaps that end while a prompt is being read (from its arrival to its first token) count as
+disturbed, so that quiet stretches between arrivals do not thin them out. The value is p99 over p99.
 
 Run: python benchmarks/stall.py [--tokens 512] [--arrivals 4] [--rounds 5]
 """
@@ -10,25 +10,27 @@ Run: python benchmarks/stall.py [--tokens 512] [--arrivals 4] [--rounds 5]
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Annotated
 
 import typer
 from harness import options
+from harness.load import Prompt, Stream, quantile, random_prompts, send, streaming
 from harness.result import Figure, Table, conclude
 from harness.serving import Setup, serve
 from harness.turns import Side, take_turns
-from harness.workload import Prompt, Request, Stream, answer, quantile, random_prompts, until_idle
 
+from cluster.bench.workload import LoadRequest
 from moesaic import Client
 
 STREAMS = 8
 QUIET_TOKENS = 40
 BETWEEN_TOKENS = 4
 NAME = "streams"
-_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def main(
     vocabulary = options.read_shape(folder).vocabulary
     prompts = random_prompts(STREAMS, 32, vocabulary, seed=8)
     fresh = iter(random_prompts(1000, tokens, vocabulary, seed=9))
-    with serve(Setup(folder, settings={"engine.shared_memory": "off"})) as site:
+    with serve(Setup(folder, settings=options.ON_GRPC)) as site:
         turns = take_turns(
             (Side(NAME, partial(_round, site.router, prompts, fresh, 1 if quick else arrivals)),),
             options.rules(rounds, quick),
@@ -109,47 +111,30 @@ def _round(router: str, prompts: Sequence[Prompt], fresh: Iterator[Prompt], arri
 
 
 async def _observe(router: str, prompts: Sequence[Prompt], fresh: Iterator[Prompt], arrivals: int) -> Gaps:
-    streams = [Stream() for _ in prompts]
     readings: list[tuple[float, float]] = []
     async with Client(router) as client:
         await client.model_info()
-        tasks = [
-            asyncio.create_task(answer(client, Request(prompt, 2048), stream))
-            for prompt, stream in zip(prompts, streams, strict=True)
-        ]
-        try:
-            await _more_tokens(streams, 2)
-            quiet_from_s = max(stream.arrivals_s[-1] for stream in streams)
-            await _more_tokens(streams, QUIET_TOKENS)
-            quiet_to_s = min(stream.arrivals_s[-1] for stream in streams)
+        async with streaming(client, prompts, 2048) as streams:
+            await streams.write(2)
+            quiet_from_s = max(stream.token_times_s[-1] for stream in streams.all)
+            await streams.write(QUIET_TOKENS)
+            quiet_to_s = min(stream.token_times_s[-1] for stream in streams.all)
             for _ in range(arrivals):
-                reading = await answer(client, Request(next(fresh), 1))
-                readings.append((reading.sent_s, reading.arrivals_s[0]))
-                await _more_tokens(streams, BETWEEN_TOKENS)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        await until_idle(client)
+                reading = await send(client, LoadRequest(next(fresh), 1), time.perf_counter())
+                readings.append((reading.due_s, reading.token_times_s[0]))
+                await streams.write(BETWEEN_TOKENS)
     return Gaps(
-        tuple(gaps_ending_within(streams, quiet_from_s, quiet_to_s)),
-        tuple(gap for start, end in readings for gap in gaps_ending_within(streams, start, end)),
+        tuple(gaps_ending_within(streams.all, quiet_from_s, quiet_to_s)),
+        tuple(gap for start, end in readings for gap in gaps_ending_within(streams.all, start, end)),
         tuple(end - start for start, end in readings),
     )
-
-
-async def _more_tokens(streams: Sequence[Stream], number: int) -> None:
-    """Until every stream has written `number` more."""
-    wanted = [len(stream.arrivals_s) + number for stream in streams]
-    while any(len(s.arrivals_s) < length for s, length in zip(streams, wanted, strict=True)):
-        await asyncio.sleep(_POLL_S)
 
 
 def gaps_ending_within(streams: Sequence[Stream], start_s: float, end_s: float) -> list[float]:
     return [
         later - earlier
         for stream in streams
-        for earlier, later in zip(stream.arrivals_s, stream.arrivals_s[1:], strict=False)
+        for earlier, later in pairwise(stream.token_times_s)
         if start_s <= later <= end_s
     ]
 

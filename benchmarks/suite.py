@@ -1,7 +1,8 @@
 """The standard set: every benchmark in a process of its own, one after another, then the report.
 
-A program that fails or takes too long does not stop the others; what did not come about is said at the end and by the exit
-code. `--quick` is a smoke run on a small model: it proves that the programs work and writes to build/bench, never to docs.
+A program that fails or takes too long does not stop the others; the names of those that failed are printed at
+the end, and the exit code is not 0. `--quick` is a smoke run on a small model, which shows that the programs
+work; it writes to build/bench and never to docs.
 
 Run: make bench, make bench QUICK=1, or python benchmarks/suite.py [--quick] [--only decode,prefill]
 """
@@ -23,13 +24,13 @@ from harness.turns import progress
 
 HERE = Path(__file__).resolve().parent
 QUICK_FOLDER = HERE.parent / "build" / "bench"
-# The whole of one program; a hung one must not eat the night.
+# The longest that one program may take.
 TIMEOUT_S = 1200.0
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One program of the set; all take `--out` and `--quick`."""
+    """One program of the set; all programs take `--out` and `--quick`."""
 
     name: str
     command: tuple[str, ...]
@@ -55,7 +56,7 @@ STANDARD = (
     Program("loading", ("loading.py", "--rounds", "3")),
     Program("cold_start", ("cold_start.py", "--rounds", "3")),
     Program("workers", ("workers.py", "--rounds", "3")),
-    # Last: it is fitted to what the others found.
+    # Last, because it is fitted to the results of the others.
     Program("scaling", ("scaling.py",)),
 )
 
@@ -78,7 +79,7 @@ def main(
 
 
 def run(program: Program, out: Path, quick: bool) -> bool:
-    """Whether it ended well. Its tables go to the terminal, its result to `out`."""
+    """Runs one program; its tables go to the terminal, its result to `out`. Returns whether it succeeded."""
     file, *arguments = program.command
     flags = ["--out", str(out), *(["--quick"] if quick else [])]
     if program.name == "scaling" and quick:

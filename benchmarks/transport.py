@@ -1,12 +1,14 @@
-"""What it costs to bring rows to a worker and back: encodings, sockets, a wave to four workers, a wide layer.
+"""What it costs to send rows to a worker and back: encodings, sockets, a wave to four workers, a wide layer.
 
-1. Encodings of a call: a plain protobuf `bytes` field, ours (moesaic/wire/messages.py: the same bytes on the wire, one copy less each
-   time), and raw bytes without any message; alone, and echoed by another process over one gRPC stream, TCP and unix.
-2. A wave: 8 KiB to each of four workers and back, through dispatcher, links and the workers' own service, whose experts
-   return their rows; over gRPC (the direct stream, as routers use it between hosts), over gRPC by the threads of grpcio alone,
-   and over shared memory, against four processes that echo over bare unix sockets. Reported with it, the least that such a wave
-   costs: four processes that echo raw bytes over streams of grpcio, and four that read the messages of the data plane,
-   gather their rows and answer, in as few lines as that takes (peers/plain_wave.py). And one row to one of the workers.
+1. Encodings of a call: a plain protobuf `bytes` field, ours (moesaic/wire/messages.py: the same bytes on the
+   wire, one copy less each time), and raw bytes without any message; alone, and echoed by another process
+   over one gRPC stream, by TCP and by a unix socket.
+2. A wave: 8 KiB to each of four workers and back, through the dispatcher, the links and the workers' own
+   service, whose experts return their rows; over gRPC (the direct stream, as routers use it between hosts),
+   over gRPC by the threads of grpcio alone, and over shared memory, against four processes that echo over
+   bare unix sockets. Reported with it is the least that such a wave costs: four processes that echo raw bytes
+   over streams of grpcio, and four that read the messages of the data plane, gather their rows and answer, in
+   as few lines as that takes (peers/plain_wave.py); and also the cost of one row to one of the workers.
 3. A layer call of 64 rows x 2048 bfloat16, top 8 of 128, two such workers, combine: sum.
 
 Run: python benchmarks/transport.py [--rounds 5] [--part encodings|wave|layer]
@@ -33,7 +35,7 @@ import torch
 import typer
 from harness import options
 from harness.one_transport import call_until_open, pool_of
-from harness.result import Figure, Table, conclude
+from harness.result import Figure, Table, conclude, median_figure, ratio_figure
 from harness.turns import Rules, Side, take_turns
 from peers.echo import read_frame
 from peers.identity_worker import identity_version
@@ -53,8 +55,8 @@ PEERS = Path(__file__).parent / "peers"
 SIZES = {"8 KiB": 8 << 10, "128 KiB": 128 << 10, "2 MiB": 2 << 20, "16 MiB": 16 << 20}
 ENCODINGS = ("protobuf field", "ours", "raw bytes")
 METHODS = dict(zip(ENCODINGS, ("Plain", "Ours", "Raw"), strict=True))
-TRANSPORTS: dict[str, TransportKind] = {"gRPC, grpcio": GRPC, "gRPC": DIRECT, "lane": SHARED_MEMORY}
-JUDGED_WAVES = {"gRPC": "wave-grpc", "lane": "wave-lane"}
+TRANSPORTS: dict[str, TransportKind] = {"gRPC, grpcio": GRPC, "gRPC": DIRECT, "shared memory": SHARED_MEMORY}
+JUDGED_WAVES = {"gRPC": "wave-grpc", "shared memory": "wave-shared-memory"}
 WAVE_WORKERS, WAVE_HIDDEN = 4, 2048
 LAYER_ROWS, LAYER_HIDDEN, LAYER_SLOTS, LAYER_TOP_K, LAYER_WORKERS = 64, 2048, 128, 8, 2
 # Enough for buffers to be open and caches to be filled.
@@ -90,7 +92,7 @@ def main(
 
 
 def _message(num_bytes: int) -> tuple[expert_pb2.ComputeRequest, bytes]:
-    """A call of two experts, and its rows."""
+    """A call to two experts, and its rows."""
     header = common_pb2.Tensor(dtype=common_pb2.DTYPE_BFLOAT16, shape=[num_bytes // 4096, 2048])
     experts = [expert_pb2.ExpertRows(slot=slot, version=identity_version(slot), rows=[0]) for slot in (1, 2)]
     request = expert_pb2.ComputeRequest(
@@ -164,7 +166,7 @@ def _round_trip_table(folder: Path, rules: Rules, quick: bool) -> Table:
             rows += [
                 (
                     f"{label}, {name}",
-                    *(_us(turns.median(f"{name}, {encoding}", _same)) for encoding in ENCODINGS),
+                    *(_us(turns.median(f"{name}, {encoding}", float)) for encoding in ENCODINGS),
                 )
                 for name in targets
             ]
@@ -176,7 +178,7 @@ def _round_trip_table(folder: Path, rules: Rules, quick: bool) -> Table:
 
 
 class _EchoStream:
-    """Bytes out, bytes back."""
+    """A stream whose messages another process sends back."""
 
     def __init__(self, channel: grpc.Channel, method: str) -> None:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -185,7 +187,7 @@ class _EchoStream:
         )
 
     def send(self, raw: bytes | None) -> None:
-        """None: the last."""
+        """Sends a message; None ends the stream."""
         self._outbox.put(raw)
 
     def receive(self) -> bytes:
@@ -212,7 +214,7 @@ def _echo(
 ) -> Seconds:
     def once() -> None:
         stream.send(_encode(encoding, request, data))
-        # The answer holds the rows in another field; what it costs to read is the same.
+        # The answer holds the rows in another field, which costs as much to read.
         _decode_answer(encoding, stream.receive())
 
     return _median_s(once, repeats)
@@ -263,38 +265,30 @@ def _wave(folder: Path, rules: Rules, quick: bool) -> list[Figure]:
             one_worker = partial(layer.compute, hidden, slots[:, :1], weights[:, :1])
             sides[f"{name}, one worker"] = partial(_median_s, one_worker, repeats)
         turns = take_turns((Side(name, side) for name, side in sides.items()), rules, "wave")
-    bare_us = 1e6 * turns.median("bare sockets", _same)
+    bare_us = 1e6 * turns.median("bare sockets", float)
     figures = [
         Figure("", "one wave of 8 KiB to 4 processes over bare unix sockets", bare_us, "us"),
         Figure(
             "",
             "the same wave of raw bytes over bare gRPC streams, over bare unix sockets",
-            turns.ratio("bare gRPC", "bare sockets", _same).value,
+            turns.ratio("bare gRPC", "bare sockets", float).value,
             "x",
         ),
         Figure(
             "",
             "the same wave of plain messages, checked and gathered, over bare unix sockets",
-            turns.ratio("plain messages", "bare sockets", _same).value,
+            turns.ratio("plain messages", "bare sockets", float).value,
             "x",
         ),
     ]
     for name in TRANSPORTS:
-        over = turns.ratio(name, "bare sockets", _same)
+        title = f"one wave to 4 workers over bare unix sockets, {name}"
         figures += [
             Figure(
-                "", f"one row to one worker, {name}", 1e6 * turns.median(f"{name}, one worker", _same), "us"
+                "", f"one row to one worker, {name}", 1e6 * turns.median(f"{name}, one worker", float), "us"
             ),
-            Figure("", f"one wave to 4 workers, {name}", 1e6 * turns.median(name, _same), "us"),
-            Figure(
-                JUDGED_WAVES.get(name, ""),
-                f"one wave to 4 workers over bare unix sockets, {name}",
-                over.value,
-                "x",
-                over.low,
-                over.high,
-                sum(turns.disturbed),
-            ),
+            Figure("", f"one wave to 4 workers, {name}", 1e6 * turns.median(name, float), "us"),
+            ratio_figure(JUDGED_WAVES.get(name, ""), title, turns, name, "bare sockets", float),
         ]
     return figures
 
@@ -353,14 +347,13 @@ def _layer(rules: Rules, quick: bool) -> list[Figure]:
             sides[name] = partial(_median_s, compute, 10 if quick else 150)
         turns = take_turns((Side(name, side) for name, side in sides.items()), rules, "layer call")
     return [
-        Figure(
+        median_figure(
             "layer-call-sum" if name == "gRPC" else "",
             f"layer call p50, 64 x 2048 bf16, top 8 of 128, 2 workers, sum, {name}",
-            1e3 * turns.median(name, _same),
+            turns,
+            name,
+            lambda seconds: 1e3 * seconds,
             "ms",
-            1e3 * min(turns.values(name, _same)),
-            1e3 * max(turns.values(name, _same)),
-            sum(turns.disturbed),
         )
         for name in sides
     ]
@@ -419,7 +412,7 @@ def _identity_workers(num_workers: int, hidden: int, num_slots: int) -> Iterator
 
 @contextmanager
 def _peer(program: str, *arguments: str) -> Iterator[list[str]]:
-    """A process that says `ready …` and ends with its input; the words that it said."""
+    """The words of the line `ready …` that a process prints; the process ends when its input does."""
     root = PEERS.parents[1]
     paths = os.pathsep.join((str(root), str(PEERS.parent)))
     process = subprocess.Popen(
@@ -446,17 +439,13 @@ def _peer(program: str, *arguments: str) -> Iterator[list[str]]:
 
 
 def _median_s(work: Callable[[], object], repeats: int) -> Seconds:
-    """Of single runs, the first tenth left out."""
+    """The median of single runs, the first tenth left out."""
     seconds = []
     for _ in range(repeats):
         start_s = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start_s)
     return statistics.median(seconds[repeats // 10 :])
-
-
-def _same(seconds: Seconds) -> float:
-    return seconds
 
 
 def _us(seconds: Seconds) -> str:

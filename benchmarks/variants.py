@@ -91,7 +91,7 @@ def _placement(folder: Path) -> Comparison:
     return Comparison(
         ("1 worker, gRPC", Setup(folder, settings=options.ON_GRPC)),
         {
-            "1 worker, lane": Setup(folder, settings={"engine.shared_memory": "auto"}),
+            "1 worker, shared memory": Setup(folder, settings={"engine.shared_memory": "auto"}),
             "2 workers, gRPC": Setup(folder, workers=2, settings=options.ON_GRPC),
             "4 workers, gRPC": Setup(folder, workers=4, settings=options.ON_GRPC),
         },

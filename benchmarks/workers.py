@@ -1,17 +1,18 @@
-"""What several workers on one host cost a person: the demo's answer with one worker and with four, in turn.
+"""What several workers on one host cost a user: the demo's answer with one worker and with four, in turn.
 
 Run: python benchmarks/workers.py [--rounds 5]
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import typer
 from demo_run import run_demo
 from harness import options
-from harness.result import Figure, Table, conclude
+from harness.result import Table, conclude, ratio_figure
 from harness.turns import Rules, Side, Turns, take_turns
 
 ONE, FOUR = "one worker", "four workers"
@@ -21,7 +22,7 @@ def main(
     rounds: options.Rounds = 5, out: options.Out = options.RESULTS, quick: options.Quick = False
 ) -> None:
     """Measures, prints, and writes workers.json."""
-    # Ray's daemons look like strangers, so that nothing here is ever quiet: no round is taken again.
+    # Ray's daemons count as other programs, so the machine is never quiet here, and no round is taken again.
     rules = Rules(rounds=1 if quick else rounds, retries=0, settle_s=0.0 if quick else 5.0)
     turns = take_turns(
         (
@@ -31,13 +32,11 @@ def main(
         rules,
         "workers",
     )
-    ratio = turns.ratio(ONE, FOUR, speed)
+    ratio = ratio_figure("demo-workers", "one worker over four", turns, ONE, FOUR, speed)
     conclude(
         "workers",
         out,
-        figures=[
-            Figure("demo-workers", "one worker over four", ratio.value, "x", ratio.low, ratio.high),
-        ],
+        figures=[replace(ratio, disturbed=0)],
         tables=[
             Table(
                 "",

@@ -144,14 +144,14 @@ class EngineSettings(_Group):
     )
     shared_memory: Availability = Field(
         "auto",
-        description="Shared memory between a router and a worker on one host, where both ends agree on it: "
-        "the first choice of every call.",
+        description="Shared memory between router and worker, where both ends run on one host and agree: "
+        "the first transport of every call.",
     )
     direct_stream: Availability = Field(
         "auto",
-        description="gRPC that the engine's thread and the worker's compute thread read and write "
-        "themselves, over a second port of the worker: the second choice, for up to 256 KiB of rows; where "
-        "that port cannot be reached, calls take the worker's main port.",
+        description="gRPC that the engine's thread and the worker's compute thread speak themselves, over a "
+        "second port of the worker, for up to 256 KiB of rows; larger calls, and all calls where that port "
+        "cannot be reached, take the worker's main port.",
     )
     batch_invariant: bool = Field(
         False,

@@ -1,1 +1,1 @@
-"""What every benchmark needs: a quiet machine, sides in turn, processes started by hand, a result that can be read again."""
+"""The parts that benchmarks share: sides in turn, processes started by hand, load, results on disk."""

@@ -1,6 +1,6 @@
-"""What the memory gives: bytes per second when weights are read once, with a number of threads.
+"""The memory bandwidth: bytes per second when weights are read once, with a number of threads.
 
-Run by itself, in a process of its own: python benchmarks/harness/bandwidth.py THREADS
+It is measured in a process of its own: python benchmarks/harness/bandwidth.py THREADS
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-ROWS, COLUMNS = 1 << 15, 1 << 13  # 1 GiB of float32: beyond every cache
+ROWS, COLUMNS = 1 << 15, 1 << 13  # 1 GiB of float32, more than any cache holds
 REPEATS = 7
 
 
 def measure_bandwidth(threads: int) -> float:
-    """Bytes per second, measured in a fresh process, so that no thread of it lingers here."""
+    """Bytes per second, measured in a fresh process, so that none of its threads stays in this one."""
     command = [sys.executable, str(Path(__file__)), str(threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
 
@@ -27,7 +27,7 @@ def measure_bandwidth(threads: int) -> float:
 def _main(threads: int) -> None:
     torch.set_num_threads(threads)
     matrix, vector = torch.ones(ROWS, COLUMNS), torch.ones(COLUMNS)
-    # The faster way of reading is the floor to be compared with.
+    # The faster way of reading is the one to compare with.
     print(max(_rate(matrix, matrix.sum), _rate(matrix, lambda: torch.mv(matrix, vector))))
 
 

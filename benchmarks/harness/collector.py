@@ -1,4 +1,4 @@
-"""A stand-in for a trace collector: takes every export and forgets it."""
+"""A stand-in for a trace collector, which accepts every export and discards it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Collector:
-    """`endpoint` for OTEL_EXPORTER_OTLP_ENDPOINT; `exports` counts what came."""
+    """`endpoint` is a value for OTEL_EXPORTER_OTLP_ENDPOINT; `exports` counts the exports received."""
 
     def __init__(self, server: ThreadingHTTPServer) -> None:
         self._server = server
@@ -22,6 +22,8 @@ class Collector:
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
+    """A collector that runs inside the context."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -31,7 +33,7 @@ def collecting() -> Iterator[Collector]:
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing."""
+            """Logs nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     collector = Collector(server)

@@ -1,4 +1,4 @@
-"""The options that every benchmark has, and what follows from `--quick`."""
+"""Options that every benchmark has, the effects of `--quick`, and settings that several of them share."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ Model = Annotated[
 
 STANDARD = Shape()
 SMALL = Shape(hidden=256, inner=512, layers=4, heads=8, kv_heads=4, vocabulary=4096)
+# Without shared memory, so that the calls of one host go the way that calls between hosts go.
+ON_GRPC = {"engine.shared_memory": "off"}
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "cluster" / "demo_model"
 
 
 def rules(rounds: int, quick: bool) -> Rules:
-    """A smoke run neither waits for quiet nor repeats."""
+    """A quick run neither waits for a quiet machine nor repeats rounds."""
     return Rules(rounds=min(rounds, 2), retries=0, settle_s=0.0) if quick else Rules(rounds=rounds)
 
 
 def checkpoint(model: Path | None, quick: bool) -> Path:
-    """The folder to serve: the one named, or the random one, written if it is not there yet."""
+    """The folder to serve: the one named, or the random one, which is written where it does not exist yet."""
     if model is not None:
         return model
     folder = Path(tempfile.gettempdir(), "bench_model_small" if quick else "bench_model")
     if not (folder / "model.safetensors.index.json").exists():
-        # Whole or not at all: another benchmark may look for it at the same time.
+        # Renamed when it is complete, because another benchmark may look for it at the same time.
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
         write_checkpoint(unfinished, SMALL if quick else STANDARD)
         unfinished.rename(folder)

@@ -1,26 +1,35 @@
-"""What a benchmark found: figures, tables, raw numbers, and the machine they come from. JSON on disk, a table in the terminal."""
+"""What a benchmark found: figures, tables, raw numbers, and the machine they come from.
+
+A result is a JSON file on disk, and Markdown tables in the terminal.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from harness.machine import Machine, describe_machine
+from cluster.bench.machine import cpu_features, describe_machine
 from harness.targets import BY_KEY
+from harness.turns import Turns
 
 _ROOT = Path(__file__).resolve().parents[2]
+# The packages whose versions decide a figure.
+_PACKAGES = ("torch", "transformers", "grpcio", "protobuf", "numpy")
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number. A `key` of targets.py makes it a judged one; `low` and `high` are the range over the rounds."""
+    """One number, judged if its `key` is in targets.py; `low` and `high` are the range over the rounds."""
 
     key: str
     name: str
@@ -28,7 +37,7 @@ class Figure:
     unit: str
     low: float | None = None
     high: float | None = None
-    # Rounds that were kept although the machine was not quiet.
+    # The number of rounds that were kept although the machine was not quiet.
     disturbed: int = 0
 
     @property
@@ -46,9 +55,25 @@ class Figure:
         return f"{_short(self.value)}{unit}{spread}{' †' if self.disturbed else ''}"
 
 
+def ratio_figure(
+    key: str, name: str, turns: Turns[_T], side: str, other: str, of: Callable[[_T], float]
+) -> Figure:
+    """`side` over `other`: the ratio of medians, with the range of the pairs."""
+    ratio = turns.ratio(side, other, of)
+    return Figure(key, name, ratio.value, "x", ratio.low, ratio.high, sum(turns.disturbed))
+
+
+def median_figure(
+    key: str, name: str, turns: Turns[_T], side: str, of: Callable[[_T], float], unit: str
+) -> Figure:
+    """The median of one side, with the range of its rounds."""
+    values = turns.values(side, of)
+    return Figure(key, name, turns.median(side, of), unit, min(values), max(values), sum(turns.disturbed))
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
-    """For people; the first column is text, the others are numbers as text."""
+    """A table for people; the first column is text, the others are numbers as text."""
 
     title: str
     header: tuple[str, ...]
@@ -69,12 +94,13 @@ class Result:
     figures: tuple[Figure, ...]
     tables: tuple[Table, ...]
     notes: tuple[str, ...]
-    # Raw measurements for whoever computes further; plain JSON values.
+    # Raw measurements for further computation, as plain JSON values.
     data: Mapping[str, Any]
     quick: bool
     command: str
     finished: str
-    machine: Machine
+    # The values of `describe_host`.
+    machine: Mapping[str, Any]
 
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,12 +120,11 @@ class Result:
                     for table in raw["tables"]
                 ),
                 "notes": tuple(raw["notes"]),
-                "machine": Machine(**raw["machine"]),
             }
         )
 
     def show(self) -> None:
-        """Prints what was found."""
+        """Prints tables, figures and notes."""
         for table in self.tables:
             print(f"{table.markdown}\n")
         for figure in self.figures:
@@ -124,7 +149,7 @@ def conclude(
     data: Mapping[str, Any] | None = None,
     quick: bool = False,
 ) -> Result:
-    """Puts a result together, prints it and writes it to `out`/NAME.json."""
+    """Builds a result, prints it and writes it to `out`/NAME.json."""
     marked = [*notes]
     if any(figure.disturbed for figure in figures):
         marked.append("† some rounds were kept although more than a tenth of a core went elsewhere.")
@@ -137,15 +162,29 @@ def conclude(
         quick,
         _typed(sys.argv),
         time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        describe_machine(),
+        describe_host(),
     )
     result.show()
     print(f"written to {result.save(out)}", file=sys.stderr)
     return result
 
 
+def describe_host() -> dict[str, Any]:
+    """The machine and the versions behind a figure, as plain JSON values."""
+    machine = describe_machine()
+    return {
+        "cpu": machine.cpu,
+        "cores": machine.cores,
+        "memory_gib": round(machine.memory_bytes / (1 << 30), 1),
+        "features": " ".join(cpu_features()) or "no AVX",
+        "python": machine.python,
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "versions": {name: machine.packages[name] for name in _PACKAGES},
+    }
+
+
 def _typed(arguments: Sequence[str]) -> str:
-    """The command as one would type it in the checkout, without where its result went; of other folders only names."""
+    """The command as typed in the checkout, without the result's folder; of other paths only the names."""
     words = [word.removeprefix(f"{_ROOT}/") for word in arguments]
     if "--out" in words:
         place = words.index("--out")
@@ -154,6 +193,6 @@ def _typed(arguments: Sequence[str]) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits that matter."""
+    """About three significant digits."""
     size = abs(value)
     return f"{value:,.0f}" if size >= 100 or value == 0 else f"{value:.1f}" if size >= 20 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""Moesaic's processes, started by hand on free ports: workers, a router, perhaps a gateway; ended whatever happens."""
+"""Moesaic's processes, started by hand on free ports: workers, routers and, where asked for, a gateway."""
 
 from __future__ import annotations
 
@@ -21,38 +21,41 @@ STOP_TIMEOUT_S = 30.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# As cluster/processes/specs.py sets them: threads that wait hardly spin.
+# Waiting threads hardly spin; cluster/processes/specs.py sets the same.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a model is served. `settings` are keys of moesaic/settings.py, for example {"engine.shared_memory": "off"}."""
+    """How a model is served.
+
+    `settings` has keys of moesaic/settings.py, for example {"engine.shared_memory": "off"}.
+    """
 
     model: Path
     workers: int = 1
-    # Behind the gateway, sharing the workers.
+    # The routers share the workers; the gateway knows all of them.
     routers: int = 1
-    # Addresses of workers that run already; empty: `workers` of its own.
+    # The addresses of workers that already run; without any, `workers` are started.
     shared_workers: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     gateway: bool = False
-    # The program of a worker, for one that makes its experts by itself.
+    # The program of a worker; peers.random_worker is one that makes its own experts.
     worker_module: str = "expert_worker"
-    # Of each worker; absent: the cores shared out.
+    # The threads of each worker; None divides the cores among the workers.
     worker_threads: int | None = None
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of every process: the settings, and threads that wait as in a cluster."""
+        """The environment of every process: the settings, and threads that wait passively as in a cluster."""
         named = {f"MOESAIC_{key.upper().replace('.', '__')}": value for key, value in self.settings.items()}
         return {**os.environ, **PASSIVE, **named, **self.environment}
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A running site: addresses, and process ids by name."""
+    """The addresses of a running site, and its process ids by name."""
 
     router: str
     workers: tuple[str, ...]
@@ -66,7 +69,7 @@ class Served:
 
 @contextmanager
 def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
-    """Runs the processes of a setup; `num_slots` experts a layer are shared out in runs of neighbours."""
+    """Runs the processes of a setup; each worker holds a range of the `num_slots` experts of a layer."""
     cores = len(psutil.Process().cpu_affinity())
     threads = setup.worker_threads or max(1, cores // setup.workers)
     model = ("--model", str(setup.model))
@@ -98,7 +101,7 @@ def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
 
 
 class _Starter:
-    """Starts processes that end with `stack`; knows them by their pid."""
+    """Starts processes that end with `stack`, and finds them by their pid."""
 
     def __init__(self, stack: ExitStack, variables: dict[str, str]) -> None:
         self._stack = stack
@@ -120,7 +123,10 @@ class _Starter:
         return process.pid
 
     def address(self, pid: int) -> str:
-        """Waits for the line that names HOST:PORT. SystemExit with the process's log when it does not come."""
+        """Waits for the line that names HOST:PORT.
+
+        Raises SystemExit with the process's log when it does not come.
+        """
         process, log = self._running[pid]
         timer = threading.Timer(START_TIMEOUT_S, process.kill)
         timer.start()

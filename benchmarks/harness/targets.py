@@ -1,4 +1,4 @@
-"""What has to be shown, as data: every judged comparison with where it may not fall below, and where it should be."""
+"""The judged comparisons: each has a bound that it must reach, and one from which it is excellent."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ TARGETS: tuple[Target, ...] = (
         "llamacpp-rpc-b1", "batch-1 decode over llama.cpp with its experts on an rpc server, f32", 1.0, 1.3
     ),
     _within("overhead-grpc", "overhead per layer in place, one worker, gRPC", 1.0, 0.5, "ms"),
-    _within("overhead-lane", "the same over the same-host lane", 0.3, 0.15, "ms"),
+    _within("overhead-shared-memory", "the same over shared memory", 0.3, 0.15, "ms"),
     _within("wave-grpc", "one wave to 4 workers over a bare unix-socket fan-out, gRPC", 12.0, 8.0),
-    _within("wave-lane", "the same over the lane", 3.0, 1.5),
+    _within("wave-shared-memory", "the same over shared memory", 3.0, 1.5),
     _within(
         "router-floor", "router time of a step that is not waiting, batch 1, over its byte floor", 2.0, 1.4
     ),

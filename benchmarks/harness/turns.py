@@ -1,8 +1,8 @@
 """Two or more sides measured in turn in one run: medians, and ratios pair by pair.
 
-A machine drifts by more than most differences that matter, so sides take turns, each round in the opposite order, and what
-is stated is a ratio. A round in which the machine was not quiet is taken again, a bounded number of times; after that
-it is kept and marked.
+A machine drifts by more than most differences that matter. Therefore the sides take turns, each round in the
+opposite order, and what is stated is a ratio. A round in which the machine was not quiet is taken again, a
+bounded number of times; after that it is kept and marked.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from harness.quiet import wait_until_quiet, watch
+from cluster.bench.other_load import wait_until_quiet, watch
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Side(Generic[_T]):
-    """One way to do the work. `pids`: its processes, which must be idle while another side has its turn."""
+    """One way to do the work; the processes `pids` must be idle while another side has its turn."""
 
     name: str
     measure: Callable[[], _T]
@@ -29,7 +29,7 @@ class Side(Generic[_T]):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How often, and how patiently. `settle_s` bounds the wait for a quiet machine before each measurement."""
+    """How often to measure; `settle_s` bounds the wait for a quiet machine before each measurement."""
 
     rounds: int = 5
     retries: int = 3
@@ -38,7 +38,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Of medians, with the range of the ratios of single rounds."""
+    """A ratio of medians, with the range of the ratios of single rounds."""
 
     value: float
     low: float
@@ -50,7 +50,7 @@ class Turns(Generic[_T]):
     """What the sides did, round by round."""
 
     rounds: tuple[Mapping[str, _T], ...]
-    # Cores used by others, or by a side out of its turn: the most of any measurement of the round.
+    # The most cores that were used by others, or by a side out of its turn, in any measurement of the round.
     others_cores: tuple[float, ...]
     # Whether a round was kept although the machine was not quiet.
     disturbed: tuple[bool, ...]
@@ -73,12 +73,12 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> Ratio:
 
 
 def take_turns(sides: Iterable[Side[_T]], rules: Rules, label: str = "") -> Turns[_T]:
-    """`rules.rounds` rounds of every side once."""
+    """Runs `rules.rounds` rounds, in each of which every side has one turn."""
     sides = tuple(sides)
-    kept = _Kept[_T]()
+    kept: list[tuple[Mapping[str, _T], float, bool]] = []
     retries_left = rules.retries
-    while len(kept.rounds) < rules.rounds:
-        order = sides if len(kept.rounds) % 2 == 0 else sides[::-1]
+    while len(kept) < rules.rounds:
+        order = sides if len(kept) % 2 == 0 else sides[::-1]
         results: dict[str, _T] = {}
         others, quiet = 0.0, True
         for side in order:
@@ -91,23 +91,11 @@ def take_turns(sides: Iterable[Side[_T]], rules: Rules, label: str = "") -> Turn
             retries_left -= 1
             progress(f"{label}: not quiet ({others:.2f} cores went elsewhere), this round is taken again")
             continue
-        kept.add(results, others, not quiet)
-        progress(f"{label}: round {len(kept.rounds)} of {rules.rounds}{'' if quiet else ' (disturbed)'}")
-    return Turns(tuple(kept.rounds), tuple(kept.others), tuple(kept.disturbed))
+        kept.append((results, others, not quiet))
+        progress(f"{label}: round {len(kept)} of {rules.rounds}{'' if quiet else ' (disturbed)'}")
+    return Turns(*zip(*kept, strict=True))
 
 
 def progress(line: str) -> None:
-    """For whoever watches; standard output is for tables."""
+    """Prints to standard error; standard output is for tables."""
     print(line, file=sys.stderr, flush=True)
-
-
-@dataclass(slots=True)
-class _Kept(Generic[_T]):
-    rounds: list[Mapping[str, _T]] = field(default_factory=list)
-    others: list[float] = field(default_factory=list)
-    disturbed: list[bool] = field(default_factory=list)
-
-    def add(self, results: Mapping[str, _T], others: float, disturbed: bool) -> None:
-        self.rounds.append(results)
-        self.others.append(others)
-        self.disturbed.append(disturbed)

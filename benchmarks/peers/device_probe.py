@@ -1,6 +1,7 @@
-"""What the device gives: bytes and products a second, and the product's own expert pass in its two forms.
+"""The rates of a device: bytes and products a second, and the time of our own expert pass in its two forms.
 
-Prints one JSON object. Run by h200.py: python benchmarks/peers/device_probe.py DEVICE HIDDEN INNER EXPERTS TOP_K
+Prints one JSON object. Run by h200.py: python benchmarks/peers/device_probe.py DEVICE HIDDEN INNER EXPERTS
+TOP_K
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from moesaic.families.model import ExpertModule
 
 REPEATS = 9
 WARM_UPS = 3
-# Beyond every cache.
+# More than any cache holds.
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 1024}
 TOKENS = (1, 4, 16, 64, 2048)
@@ -47,7 +48,7 @@ def _median_s(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def read_rate(device: torch.device) -> float:
-    """Bytes a second: the better of a copy, which moves each byte twice, and of a sum."""
+    """Bytes a second: the better of a copy, which moves each byte twice, and a sum."""
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _median_s(device, lambda: target.copy_(source))
@@ -55,7 +56,7 @@ def read_rate(device: torch.device) -> float:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large product of random numbers: zeros would be faster."""
+    """Operations a second of a large product of random numbers, because zeros would be faster."""
     size = PRODUCT_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _median_s(device, lambda: left @ right)
@@ -64,7 +65,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 def pass_seconds(
     form: ExpertForm, module: ExpertModule, num_experts: int, top_k: int
 ) -> list[dict[str, float | int | None]]:
-    """One layer's experts under uniform routing: in the grouped kernel, and one after another."""
+    """Seconds of one layer's experts under uniform routing: in the grouped kernel, and one after another."""
     stack = empty_weights(module, form, num_experts)
     for slot in range(num_experts):
         fill_expert(stack.up[slot], stack.down[slot], 0, slot)

@@ -1,88 +1,89 @@
-"""The side of `transformers` on a device: the shape and the dense weights of a checkpoint, experts made where they are computed.
+"""transformers on a device: a checkpoint's shape and dense weights, with experts that are made there.
 
-Answers the commands of transformers_side.py, with all its ways of running and one more: `generate` with a static cache,
-which on a GPU compiles the decode step into CUDA graphs by itself.
+Answers as `cluster.bench.transformers_program` does, with all its ways of computing and one more: `generate`
+with a static cache, which on a GPU compiles the decode step into CUDA graphs by itself.
+
+Run by h200.py: python benchmarks/peers/device_side.py FOLDER DEVICE DTYPE compile|plain
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from harness.random_experts import fill_expert
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor
-from transformers_side import MAX_GATHER_BYTES, Model, answer_commands
 
-# A static cache is made for one length, and another length is compiled anew: always the same.
+from cluster.bench.transformers_program import Batch, PlainModel, answer_batches
+
+# A static cache is made for one length and is compiled anew for another, so the length is always the same.
 GENERATED = 64
-# In half of the memory that a copy of the weights leaves.
-GENERATE_GATHER_BYTES = 4 * MAX_GATHER_BYTES
+# `generate` is not tried where one step's tokens gather more weights than this: half of what a copy of the
+# model leaves.
+MAX_GATHER_BYTES = 16 << 30
 COMPILED = "generate, static cache, compiled"
 
 
-class DeviceModel(Model):
-    """Also tries `generate`, unless the experts that one step's tokens gather are too many for the memory."""
+class DeviceModel(PlainModel):
+    """Also tries `generate`, unless the weights that one step's tokens gather are too large."""
 
-    def __init__(self, model: Any, *, compiles: bool) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self._compiles = compiles
-        # Batch sizes that `generate` is the fastest for.
-        self._generates: set[int] = set()
+        # Seconds of a step of `generate` by the size of a batch; infinite where it fails.
+        self._generate_s: dict[int, float] = {}
 
-    def choose(self, batch: int, prompt_length: int, for_prefill: bool) -> dict[str, Any]:
-        chosen = super().choose(batch, prompt_length, for_prefill)
-        if for_prefill or not self._compiles or batch * self._gather_bytes() > GENERATE_GATHER_BYTES:
-            return chosen
-        ids = torch.randint(0, self._model.config.vocab_size, (batch, prompt_length)).tolist()
+    def run(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Batch:
+        batch = super().run(prompts, num_tokens)
+        size = len(prompts)
+        if num_tokens == 1 or self._gathered_bytes(size) > MAX_GATHER_BYTES:
+            return batch
+        if size not in self._generate_s:
+            self._generate_s[size] = self._try_generate(prompts)
+        trials_s = {**batch.trials.decoding_s, COMPILED: self._generate_s[size]}
+        if min(trials_s, key=lambda way: trials_s[way]) == COMPILED:
+            seconds, token_ids = self._generate(prompts)
+            batch = replace(batch, decode_s=seconds, token_ids=token_ids, decoding=COMPILED)
+        return replace(batch, trials=replace(batch.trials, decoding_s=trials_s))
+
+    def _try_generate(self, prompts: Sequence[Sequence[int]]) -> float:
         try:
-            self._generate(ids)  # compiles
-            step_s = self._generate(ids)["seconds"] / GENERATED
-        except (
-            Exception
-        ) as error:  # a compiler has a hundred ways to fail, and the other ways are known by now
-            print(f"generate with batch {batch} failed: {error}", file=sys.stderr)
-            return chosen
-        if step_s < min(chosen["seconds"].values()):
-            self._generates.add(batch)
-            chosen["choice"] = COMPILED
-        chosen["seconds"][COMPILED] = step_s
-        return chosen
+            self._generate(prompts)  # This one compiles.
+            return self._generate(prompts)[0] / GENERATED
+        except Exception as error:  # A compiler fails in many ways, and the other ways are known by now.
+            print(f"generate with batch {len(prompts)} failed: {error}", file=sys.stderr)
+            return math.inf
 
-    def decode(self, prompts: list[list[int]], steps: int) -> dict[str, Any]:
-        return self._generate(prompts) if len(prompts) in self._generates else super().decode(prompts, steps)
-
-    def _generate(self, prompts: list[list[int]]) -> dict[str, Any]:
-        """`GENERATED` steps behind the prompt; the clock runs from the first logits to the last."""
-        self._model.set_experts_implementation("grouped_mm")  # `generate` takes batched_mm to decode
+    def _generate(self, prompts: Sequence[Sequence[int]]) -> tuple[float, list[list[int]]]:
+        """Seconds of `GENERATED` steps, from the first logits to the last, and the tokens."""
+        self._model.set_experts_implementation(
+            "grouped_mm"
+        )  # `generate` itself would decode with batched_mm.
         clock = _Clock()
-        ids = torch.tensor(prompts, device=self._model.device)
-        with torch.inference_mode():
-            answer = self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=GENERATED + 1,
-                    cache_implementation="static",
-                    pad_token_id=0,
-                ),
-                logits_processor=[clock],
-            )
-        seconds = clock.times_s[-1] - clock.times_s[0]
-        return {
-            "seconds": seconds,
-            "tokens_per_s": len(prompts) * GENERATED / seconds,
-            "token_ids": answer[:, ids.shape[1] :].tolist(),
-        }
+        ids = torch.tensor(prompts, device=self._device)
+        answer = self._model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=GENERATED + 1,
+                cache_implementation="static",
+                pad_token_id=0,
+            ),
+            logits_processor=[clock],
+        )
+        return clock.times_s[-1] - clock.times_s[0], answer[:, ids.shape[1] :].tolist()
 
 
 class _Clock(LogitsProcessor):  # type: ignore[misc]
-    """Changes nothing; notes when each step's logits are there."""
+    """Changes nothing; notes when the logits of each step are computed."""
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
@@ -94,11 +95,10 @@ class _Clock(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-@torch.inference_mode()
 def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The model in the memory of the device; there is never a second copy of it."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    # Never stops by itself.
+    # Without an end-of-sequence token no answer stops by itself.
     config.eos_token_id = None
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -116,18 +116,10 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     return model
 
 
-def main(
-    model: Path,
-    threads: Annotated[int, typer.Option(min=1)],
-    device: Annotated[str, typer.Option()],
-    dtype: Annotated[str, typer.Option()],
-    compiles: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
-) -> None:
-    """Answers commands until its input ends."""
-    torch.set_num_threads(threads)
-    built = build(model, torch.device(device), getattr(torch, dtype))
-    answer_commands(DeviceModel(built, compiles=compiles))
+def load(folder: str, device: str, dtype: str, how: str) -> PlainModel:
+    model = build(Path(folder), torch.device(device), getattr(torch, dtype))
+    return DeviceModel(model) if how == "compile" else PlainModel(model)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    answer_batches(partial(load, *sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Processes that send back what they are sent: over a bare unix socket, or over a gRPC stream in three encodings.
+"""Processes that send back what they receive, over a unix socket or a gRPC stream in three encodings.
 
 Prints `ready` (and the port of a TCP server) and runs until its standard input ends.
 
@@ -23,12 +23,12 @@ UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 
 
 def echo_frames(path: str, frame_bytes: int) -> None:
-    """Frames of one size over a unix socket, one caller."""
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(path)
-        door.listen(1)
+    """Echoes frames of one size over a unix socket to one caller."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
         print("ready", flush=True)
-        connection, _ = door.accept()
+        connection, _ = listener.accept()
     frame = memoryview(bytearray(frame_bytes))
     with connection:
         while read_frame(connection, frame):
@@ -36,7 +36,7 @@ def echo_frames(path: str, frame_bytes: int) -> None:
 
 
 def read_frame(connection: socket.socket, frame: memoryview) -> bool:
-    """Fills the frame; False at the end."""
+    """Fills the frame; False at the end of the stream."""
     filled = 0
     while filled < len(frame):
         received = connection.recv_into(frame[filled:])
@@ -64,7 +64,7 @@ def echo_ours(raw: bytes) -> bytes:
 
 
 async def serve_grpc(address: str) -> None:
-    """Streams Raw, Plain and Ours at HOST:PORT or unix:PATH."""
+    """Serves the streams Raw, Plain and Ours at HOST:PORT or unix:PATH."""
     server = grpc.aio.server(options=UNLIMITED)
 
     def handler(echo: Any) -> Any:

@@ -1,7 +1,10 @@
-"""hivemind's side of `hivemind_layer.py`: servers that share eight SwiGLU experts and the cores, and a client.
+"""hivemind's side of `hivemind_layer.py`: servers that share eight SwiGLU experts, and a client.
 
-Usage: python hivemind_side.py SERVERS. Runs in an environment that has hivemind, not Moesaic, and in a network namespace of its own. Reads the number of tokens
-of a measurement from every line of its input and answers with a line of JSON: milliseconds of each call.
+It runs in an environment that has hivemind and not Moesaic, and in a network namespace of its own. Every line
+of its input is the number of tokens of a measurement; the answer is a line of JSON with the milliseconds of
+each call.
+
+Usage: python hivemind_side.py SERVERS
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from hivemind.moe.server.layers.custom_experts import register_expert_class
 from torch import nn
 
 HIDDEN, INNER, EXPERTS, TOP_K = 1024, 3584, 8, 2
-# As in hivemind_layer.py.
+# These are the numbers of hivemind_layer.py.
 WARM_UP_S, SPELL_S, MIN_CALLS = 0.5, 1.0, 12
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -63,7 +66,7 @@ def main(num_servers: int) -> None:
     dht = DHT(start=True, host_maddrs=[LOOPBACK])
     peers = [str(address) for address in dht.get_visible_maddrs()]
     events = [multiprocessing.Event() for _ in range(num_servers)]
-    # Not daemons: a server starts processes of its own.
+    # They are no daemons, because a server starts processes of its own.
     servers = [
         multiprocessing.Process(target=serve, args=(i, num_servers, peers, event))
         for i, event in enumerate(events)
@@ -87,7 +90,7 @@ def main(num_servers: int) -> None:
 
 @torch.inference_mode()
 def measure(layer: RemoteMixtureOfExperts, tokens: int) -> list[float]:
-    """Milliseconds of every call with fresh rows."""
+    """The milliseconds of every call, each with new rows."""
     times: list[float] = []
     counts_from = time.perf_counter() + WARM_UP_S
     while len(times) < MIN_CALLS or time.perf_counter() < counts_from + SPELL_S:

@@ -1,9 +1,9 @@
-"""An expert worker whose experts return their rows: the product's own service and batcher around no computing at all.
+"""An expert worker whose experts return their rows: the product's service and batcher without computing.
 
-Prints `ready HOST:PORT` and runs until its standard input ends. Holds slots FIRST to LAST - 1 of one layer; a version is
-`identity_version(slot)`.
+It prints `ready HOST:PORT` and runs until its standard input ends. It holds the slots FIRST to LAST - 1 of
+one layer; the version of a slot is `identity_version(slot)`.
 
-Run by other benchmarks: python benchmarks/peers/identity_worker.py NAME HIDDEN FIRST LAST
+Run by transport.py: python benchmarks/peers/identity_worker.py NAME HIDDEN FIRST LAST
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def main(name: str, hidden: int, first: int, last: int) -> None:
     )
     batcher = Batcher(return_rows, max_queued_calls=64, max_pass_rows=MAX_ROWS)
     store = ExpertStore()
-    expert = cast(Expert, object())  # never looked into
+    expert = cast(Expert, object())  # return_rows does not use it.
     for slot in range(first, last):
         store.add(ExpertAddress(0, slot), HeldExpert(identity_version(slot), expert))
     server = rpc.Server({rpc.EXPERT_SERVICE: service.add_to}, max_message_bytes=rpc.DATA_MESSAGE_BYTES)

@@ -1,9 +1,11 @@
-"""A wave in as few lines as it takes: the messages of the data plane over unix sockets, and nothing of ours around them.
+"""A wave in as few lines as possible: only the messages of the data plane, over unix sockets.
 
-Either end is one straight function: protobuf, the checks that nothing can do without, and the operations of torch that
-the rows need. What a wave costs here is what protobuf, torch and the interpreter cost, before there is a server.
+Either end is one plain function: protobuf, the checks that are indispensable, and the torch operations that
+the rows need. The cost of such a wave is the cost of protobuf, torch and the interpreter, without a server.
 
-Prints `ready` and runs until its caller goes. Run by transport.py: python benchmarks/peers/plain_wave.py PATH
+It prints `ready` and runs until its caller disconnects.
+
+Run by transport.py: python benchmarks/peers/plain_wave.py PATH
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ def version(slot: int) -> bytes:
 
 
 def serve(path: str) -> None:
-    """Gives its rows back to one caller."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
-        door.bind(path)
-        door.listen(1)
+    """Returns the rows of each call to one caller."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen(1)
         print("ready", flush=True)
-        connection, _ = door.accept()
+        connection, _ = listener.accept()
     with connection:
         while frame := connection.recv(FRAME_BYTES):
             connection.send(_answer(frame))
@@ -59,16 +61,16 @@ def _answer(frame: bytes) -> bytes:
 
 
 class PlainWave:
-    """One token for one expert on each of several such processes."""
+    """A wave of one token to one expert on each of several such processes."""
 
     def __init__(self, connections: Sequence[socket.socket], hidden: torch.Tensor) -> None:
-        """hidden [1, D] float32."""
+        """`hidden` is [1, D] in float32."""
         self._connections = connections
         self._hidden = hidden
         self._weights = torch.full((1, len(connections)), 1 / len(connections))
 
     def compute(self) -> torch.Tensor:
-        """Sends all, then reads all: [1, D]."""
+        """Sends all calls, then reads all answers; returns [1, D]."""
         for slot, connection in enumerate(self._connections):
             request = expert_pb2.ComputeRequest(
                 call_id=slot,
@@ -97,14 +99,14 @@ def _join(head: bytes, rows: torch.Tensor) -> bytes:
 
 
 def _split(frame: bytes) -> tuple[memoryview, memoryview]:
-    """A message and the bytes of its rows."""
+    """The message of a frame, and the bytes of its rows."""
     view = memoryview(frame)
     end = 4 + int.from_bytes(view[:4], "little")
     return view[4:end], view[end:]
 
 
 if __name__ == "__main__":
-    # What came is only read.
+    # The buffers of received frames are only read.
     warnings.filterwarnings("ignore", "The given buffer is not writable")
     torch.set_num_threads(1)
     serve(sys.argv[1])

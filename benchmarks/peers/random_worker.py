@@ -1,7 +1,7 @@
-"""An expert worker whose experts are random: the product's own server, made of weights that no file holds.
+"""An expert worker whose experts are random: the product's own server with weights that no file holds.
 
-Started like `python -m expert_worker`, with the checkpoint whose shape the experts have, and settings from the
-environment. Prints `ready grpc=HOST:PORT` and serves until SIGTERM.
+It is started like `python -m expert_worker`, with a checkpoint that gives the shape of the experts, and
+settings from the environment. It prints `ready grpc=HOST:PORT` and serves until SIGTERM.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DRAIN_S = 5.0
 
 
 class RandomWorker(WorkerServer):
-    """A worker that makes its experts, one at a time and where they are computed, in place of reading them."""
+    """A worker that makes its experts on its device, one at a time, instead of reading them."""
 
     def _load_store(self, checkpoint: Checkpoint, model: MoeModel, form: ExpertForm) -> ExpertStore:
         store = ExpertStore()
@@ -46,7 +46,7 @@ class RandomWorker(WorkerServer):
 def _make(place: Place, module: ExpertModule, form: ExpertForm) -> HeldExpert:
     weights = place.memory(module, form)
     fill_expert(weights.up, weights.down, *place.address)
-    # Nobody reads 90 GB back to name them by their content.
+    # A digest of the content would take reading 90 GB back.
     version = hashlib.sha256(f"random {place.address.layer}.{place.address.slot}".encode()).digest()
     return HeldExpert(version, make_expert(weights, module, form, place.stack, place.index))
 

@@ -1,4 +1,4 @@
-"""A Mixtral folder as a float32 GGUF file for llama.cpp, without a vocabulary.
+"""Writes a Mixtral folder as a float32 GGUF file for llama.cpp, without a vocabulary.
 
 Run in an environment with gguf, safetensors and torch: python write_gguf.py FOLDER OUT.gguf
 """
@@ -74,7 +74,7 @@ def write_layer(writer: gguf.GGUFWriter, config: dict, layer: int, read) -> None
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """From rotated halves to rotated pairs."""
+    """Reorders the rows of each head from rotated halves to rotated pairs."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

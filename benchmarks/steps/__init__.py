@@ -1,1 +1,1 @@
-"""A model of how long a step takes: equations, their fit to measurements, a simulation that checks them, and what follows."""
+"""A model of how long a step takes: equations, their fit, a simulation that checks them, forecasts."""

@@ -1,4 +1,4 @@
-"""The model against its measurements, and what it says of larger clusters, as one picture."""
+"""The model against its measurements, and its forecast for larger clusters, as one picture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from steps.fit import Point
 from steps.model import Step
 
 INK, PAPER, GRID = "#22303c", "#ffffff", "#dfe5ea"
-# Steps of more rows read prompts; they are of another size.
+# Steps of more rows read prompts, and take far longer.
 DECODE_ROWS = 64
 PARTS = (("router", "#4c78a8"), ("compute", "#f2a65a"), ("overhead", "#c8553d"))
 LINES = ("#4c78a8", "#c8553d", "#3a7d44", "#8a63a8")
@@ -42,7 +42,7 @@ def draw(
     simulated: Sequence[float],
     forecasts: Mapping[str, Forecast],
 ) -> None:
-    """Writes a PNG: the measured steps beside the modelled ones, then tokens per second over nodes."""
+    """Writes a PNG with the measured steps beside the modelled ones, and tokens per second over nodes."""
     decode = [index for index, point in enumerate(points) if point.load.rows <= DECODE_ROWS]
     prompts = [index for index in range(len(points)) if index not in decode]
     with pyplot.rc_context(STYLE):

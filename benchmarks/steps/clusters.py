@@ -1,4 +1,4 @@
-"""What clusters of 8, 64 and 512 nodes would do, on paper: the model's equations with a cluster's numbers."""
+"""Forecasts for clusters of 8, 64 and 512 nodes, by the model's equations with a cluster's numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIXTRAL_8X7B = ModelShape(
     weight_bytes=2,
     row_bytes=2,
 )
-# Nobody outside has seen such a model; the shape is one that makes "8x220B" come out at 1.2 T with attention shared:
+# No such model is public. With this shape "8x220B" has 1.2 T parameters, of which attention is shared:
 # 120 layers of 12,288, attention 4 D^2, experts 8 D^2, a vocabulary of 100,000.
 EIGHT_220B = ModelShape(
     name="8x220B",
@@ -37,14 +37,16 @@ EIGHT_220B = ModelShape(
     row_bytes=2,
 )
 
-# One H200: 4.3 TB/s and 790 TFLOP/s in bfloat16. Arithmetic, not measured.
+# One H200: 4.3 TB/s and 790 TFLOP/s in bfloat16. These figures are arithmetic, not measured.
 H200 = Node(bandwidth=4.3e12, flops=790e12)
 H200_MEMORY_BYTES = 141e9
-# Per layer 250 us of an idle gRPC stream with its first worker and 80 us for each further one, 100 Gb/s; a launch of 40 us.
+# A layer takes 250 us of an idle gRPC stream with its first worker and 80 us for each further one, at 100
+# Gb/s, and a kernel launch of 40 us.
 H200_GRPC = Costs(
     router_layer_s=40e-6, router_row_s=0.0, pass_s=40e-6, call_s=170e-6, fan_out_s=80e-6, byte_s=8 / 100e9
 )
-# The same machines if the exchange of a layer took 30 us and a worker 5 us more: what a lean data plane would have to reach.
+# The same machines if the exchange of a layer took 30 us and each further worker 5 us, as a lean data plane
+# would have to.
 H200_LEAN = Costs(
     router_layer_s=40e-6, router_row_s=0.0, pass_s=40e-6, call_s=25e-6, fan_out_s=5e-6, byte_s=8 / 400e9
 )
@@ -52,22 +54,23 @@ H200_LEAN = Costs(
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of cluster: its machines, its costs, what the weights take there, and what a machine's memory holds."""
+    """A kind of cluster: its machines, its costs, the bytes of a weight, and the memory of a machine."""
 
     name: str
     router: Node
     worker: Node
     costs: Costs
     weight_bytes: int
-    # Absent: as much as it takes.
+    # None stands for as much as the model needs.
     memory_bytes: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Saturation:
-    """All nodes kept busy by as many routers as that takes, each with a batch of its own; what they write together.
+    """The routers, each with its own batch, that keep all nodes busy, and the tokens that they write
+    together.
 
-    Rows of different routers are counted as passes of their own, so joined passes would do better.
+    Rows of different routers count as separate passes, so joined passes would do better.
     """
 
     routers: float
@@ -76,7 +79,7 @@ class Saturation:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One model on one kind of cluster at one batch size; the step is the same from E nodes on."""
+    """One model on one kind of cluster at one batch size. From E nodes on, the step no longer changes."""
 
     rows: int
     step: Step
@@ -84,17 +87,18 @@ class Forecast:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of one router alone."""
+        """The rate of one router alone."""
         return self.rows / self.step.total_s
 
 
 def forecast(
     shape: ModelShape, kind: Kind, nodes: Sequence[int] = NODES, batches: Sequence[int] = BATCHES
 ) -> tuple[Forecast, ...]:
-    """An expert of one layer lies on one node; nodes beyond the number of experts of all layers hold copies.
+    """Forecasts for several batch sizes, each with several numbers of nodes.
 
-    A layer has at most E workers, so more nodes than that do not make one router's step shorter: they hold other layers,
-    and serve other routers meanwhile.
+    An expert of one layer lies on one node; nodes beyond the number of experts of all layers hold copies. A
+    layer has at most E workers, so more nodes than that do not shorten a router's step: they hold other
+    layers, and serve other routers meanwhile.
     """
     return tuple(_forecast(shape, kind, nodes, rows) for rows in batches)
 
@@ -111,7 +115,7 @@ def _forecast(shape: ModelShape, kind: Kind, nodes: Sequence[int], rows: int) ->
 
 
 def experts_bytes(shape: ModelShape, nodes: int) -> int:
-    """Of experts on the fullest node."""
+    """The bytes of experts on the fullest node."""
     return shape.expert_bytes * math.ceil(shape.layers * shape.experts / nodes)
 
 
@@ -120,7 +124,7 @@ def router_bytes(shape: ModelShape) -> int:
 
 
 def node_seconds(shape: ModelShape, load: Load, kind: Kind) -> float:
-    """Time that all nodes together spend on one step of one router; rows of other routers are not joined."""
+    """The time that all nodes together spend on a step of one router, whose rows join no others."""
     demand = layer_demand(shape, load)
     assignments = load.rows * shape.experts_per_token
     return shape.layers * (

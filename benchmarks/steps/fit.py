@@ -1,6 +1,6 @@
-"""The model's costs out of measured steps: least squares on relative errors, no cost below zero.
+"""The model's costs, fitted to measured steps: least squares on relative errors, with no cost below zero.
 
-Every measured point tells a step's router, compute and overhead time apart, so the three are fitted one by one, each
+Every measured point has a step's router, compute and overhead time, so the three are fitted separately, each
 with at most three unknowns.
 """
 
@@ -17,7 +17,10 @@ from steps.model import Costs, Load, ModelShape, Node, layer_bytes, layer_demand
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measured step. `threads_share`: what part of the machine each worker has while it computes."""
+    """One measured step.
+
+    `threads_share` is the part of the machine that each worker has while it computes.
+    """
 
     name: str
     load: Load
@@ -33,14 +36,14 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The machine and the software behind the points."""
+    """The machine and the costs of the software, as fitted to the points."""
 
     node: Node
     costs: Costs
 
 
 def fit_costs(shape: ModelShape, points: Sequence[Point]) -> Fit:
-    """Raises ValueError when there are too few points to tell the costs apart."""
+    """Fits node and costs. Raises ValueError when there are too few points to separate the costs."""
     if len({point.load.rows for point in points}) < 2:
         raise ValueError("at least two numbers of rows are needed")
     demands = [layer_demand(shape, point.load) for point in points]
@@ -67,7 +70,8 @@ def fit_costs(shape: ModelShape, points: Sequence[Point]) -> Fit:
         ],
         [point.overhead_s for point in points],
     )
-    # One shape cannot tell a router's bytes from its modules: its weights are read as fast as the experts' are.
+    # One shape cannot separate a router's bytes from its modules, so its weights are taken to be read as fast
+    # as experts.
     floor_s = shape.router_parameters * shape.weight_bytes / node.bandwidth
     layer_s, row_s = least_squares(
         [(shape.layers, point.load.rows) for point in points],
@@ -81,7 +85,10 @@ def fit_costs(shape: ModelShape, points: Sequence[Point]) -> Fit:
 def least_squares(
     features: Sequence[Sequence[float]], values: Sequence[float], scales: Sequence[float] | None = None
 ) -> tuple[float, ...]:
-    """Coefficients, none negative, with the least sum of squared relative errors. Few unknowns: every subset is tried."""
+    """Coefficients, none negative, with the least sum of squared relative errors.
+
+    There are few unknowns, so every subset of them is tried.
+    """
     weights = 1 / np.maximum(np.asarray(values if scales is None else scales, dtype=float), 1e-12)
     matrix = np.asarray(features, dtype=float) * weights[:, None]
     target = np.asarray(values, dtype=float) * weights

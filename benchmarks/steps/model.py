@@ -1,18 +1,19 @@
-"""Step time = router + layers x (busiest worker + transport): a few equations, nothing else.
+"""A model of step time: router + layers x (busiest worker + transport).
 
-One step computes one token of every row. A layer waits for the slowest of its workers, and a worker's time is that of
-the expert weights it reads plus that of the products, so what counts is how many distinct experts the busiest worker is
-asked for, and how many rows. The transport costs once a layer, again for every worker asked, and by the byte.
+One step computes one token of every row. A layer waits for the slowest of its workers. A worker's time is
+that of reading expert weights plus that of the products, so it depends on the distinct experts and the rows
+of the busiest worker. The transport has a cost for each layer, for each worker that is called, and for each
+byte.
 
     step      = router + layers x (compute + overhead)
     router    = layers x fixed + bytes / bandwidth + rows x (flops / rate + handling)
     compute   = pass + distinct experts of the busiest worker x bytes / bandwidth + its rows x flops / rate
     overhead  = call + workers asked x fan-out + bytes both ways x byte cost + round trip
 
-Left out: the growth of attention with the context, and overlap of micro-batches.
-"""
+Left out are the growth of attention with the context, and the overlap of micro-batches.
 
-# Letters: E experts a layer, K experts a token, W workers that share a layer.
+E is the number of experts of a layer, K that of a token, and W the number of workers that share a layer.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ from statistics import NormalDist
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What of a mixture-of-experts model matters to the time of a step. Parameters are counts, not bytes."""
+    """The sizes of a mixture-of-experts model that decide the time of a step.
+
+    Parameters are counts, not bytes.
+    """
 
     name: str
     layers: int
@@ -32,7 +36,7 @@ class ModelShape:
     experts: int
     experts_per_token: int
     expert_parameters: int
-    # Read by the router in every step.
+    # The parameters that the router reads in every step.
     router_parameters: int
     weight_bytes: int
     row_bytes: int
@@ -44,7 +48,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a machine does: weights read per second in bytes, operations per second."""
+    """The rates of a machine: bytes of weights read per second, operations per second."""
 
     bandwidth: float
     flops: float
@@ -52,8 +56,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds of software: per layer in the router, per row in the router, per pass in a worker, per call, per worker asked,
-    per byte; and the network's round trip."""
+    """Seconds that the software takes, and the network's round trip.
+
+    The costs are those of a layer in the router, a row in the router, a pass in a worker, a layer's call,
+    each worker that is called, and a byte.
+    """
 
     router_layer_s: float
     router_row_s: float
@@ -66,7 +73,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a step asks for: rows, and how its experts are spread. `skew` 0 is even; 1 is Zipf's."""
+    """The rows of a step, and how its experts are spread. A `skew` of 0 is even routing, 1 is Zipf's law."""
 
     rows: int
     workers: int
@@ -75,7 +82,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Seconds of one step, by where they go."""
+    """The seconds of one step in the router, in computing and in overhead."""
 
     router_s: float
     compute_s: float
@@ -88,7 +95,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one layer asks of its workers, on average: of the busiest one, and of all."""
+    """The average demand of one layer on its workers: on the busiest one, and on all."""
 
     busiest_experts: float
     busiest_rows: float
@@ -118,7 +125,10 @@ def step_time(shape: ModelShape, load: Load, router: Node, worker: Node, costs: 
 
 
 def layer_demand(shape: ModelShape, load: Load) -> Demand:
-    """Expectations under independent routing. Experts lie on workers in turn, so that hot neighbours are apart."""
+    """Expectations under independent routing.
+
+    Experts are dealt out to the workers in turn, which separates hot neighbours.
+    """
     chosen = inclusion(shape.experts, shape.experts_per_token, load.skew)
     shares = [chosen[index :: load.workers] for index in range(load.workers)]
     used = [[1 - (1 - share) ** load.rows for share in worker] for worker in shares]
@@ -132,11 +142,11 @@ def layer_demand(shape: ModelShape, load: Load) -> Demand:
 
 
 def inclusion(experts: int, experts_per_token: int, skew: float) -> list[float]:
-    """How likely each expert is among the chosen ones of a token; adds up to `experts_per_token`."""
+    """The probability that each expert is chosen for a token; the sum is `experts_per_token`."""
     weights = [1 / (index + 1) ** skew for index in range(experts)]
     left, chosen = float(experts_per_token), [0.0] * experts
     open_ = set(range(experts))
-    # Nobody is chosen more than always: what a hot expert cannot take goes to the others.
+    # No probability exceeds 1: the excess of a hot expert goes to the others.
     while open_:
         total = sum(weights[index] for index in open_)
         full = {index for index in open_ if left * weights[index] >= total}
@@ -152,7 +162,7 @@ def inclusion(experts: int, experts_per_token: int, skew: float) -> list[float]:
 
 
 def count_distribution(probabilities: Sequence[float]) -> list[float]:
-    """How likely it is that 0, 1, 2, … of independent events happen."""
+    """The probabilities that 0, 1, 2, … of independent events happen."""
     distribution = [1.0]
     for probability in probabilities:
         grown = [0.0] * (len(distribution) + 1)
@@ -164,7 +174,7 @@ def count_distribution(probabilities: Sequence[float]) -> list[float]:
 
 
 def expected_maximum(distributions: Sequence[Sequence[float]]) -> float:
-    """Of independent counts, each given by its distribution."""
+    """The expected maximum of independent counts, each given by its distribution."""
     longest = max(map(len, distributions))
     below = [0.0] * len(distributions)
     total = 0.0
@@ -178,13 +188,13 @@ def expected_maximum(distributions: Sequence[Sequence[float]]) -> float:
 
 
 def layer_bytes(shape: ModelShape, rows: int, workers_asked: float) -> float:
-    """Both ways: a row goes to every worker that holds one of its experts, and comes back once per expert."""
+    """Bytes both ways: a row goes to each worker with one of its experts, and comes back once per expert."""
     there = rows * min(shape.experts_per_token, workers_asked)
     return (there + rows * shape.experts_per_token) * shape.hidden * shape.row_bytes
 
 
 def _busiest_rows(shares: Sequence[Sequence[float]], rows: int) -> float:
-    """The largest of W nearly normal counts: the hottest mean, plus what chance adds among W (Blom's approximation)."""
+    """The largest of W nearly normal counts: the largest mean, plus Blom's approximation of the spread."""
     means = [rows * sum(worker) for worker in shares]
     spread = math.sqrt(max(rows * sum(share * (1 - share) for share in worker) for worker in shares))
     workers = len(shares)
@@ -193,7 +203,10 @@ def _busiest_rows(shares: Sequence[Sequence[float]], rows: int) -> float:
 
 
 def _none_chosen(share: Sequence[float], shape: ModelShape, load: Load) -> float:
-    """How likely a worker is asked for nothing. Even routing draws without replacement; with skew, independence will do."""
+    """The probability that a worker is not called.
+
+    Even routing draws without replacement; skewed is taken as independent.
+    """
     if load.skew:
         once = math.prod(1 - probability for probability in share)
     else:

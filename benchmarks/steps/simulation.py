@@ -1,6 +1,8 @@
-"""The same step played out event by event: random routing, serial fan-out in the router, one network card a node, a barrier a layer.
+"""The same step, simulated event by event.
 
-Checks the equations where they are loose: the expected maximum over workers, and what overlaps. Deterministic by seed.
+Routing is random, the router fans out serially, a node has one network card, and a layer ends with a barrier.
+The simulation checks the equations where they approximate: the expected maximum over workers, and what
+overlaps. It is deterministic for a seed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def simulate(
     steps: int = STEPS,
     seed: int = 0,
 ) -> float:
-    """Mean seconds of a step."""
+    """The mean seconds of a step."""
     draw = np.random.default_rng(seed)
     weights = 1 / (np.arange(shape.experts) + 1) ** load.skew
     router_layer_s = (
@@ -34,7 +36,8 @@ def simulate(
     )
     total_s = 0.0
     for _ in range(steps * shape.layers):
-        # The top of weights and Gumbel noise: experts drawn one after another without replacement.
+        # The largest sums of log weights and Gumbel noise are experts drawn one after another without
+        # replacement.
         keys = np.log(weights) + draw.gumbel(size=(load.rows, shape.experts))
         slots = np.argpartition(-keys, shape.experts_per_token - 1, axis=1)[:, : shape.experts_per_token]
         total_s += router_layer_s + _layer(shape, load, worker, costs, slots)
@@ -52,7 +55,7 @@ def _layer(shape: ModelShape, load: Load, worker: Node, costs: Costs, slots: np.
         rows_there = int(mine.any(axis=1).sum()) * row
         experts = len(np.unique(slots[mine]))
         rows = int(mine.sum())
-        # The router's CPU and its card send one message after the other.
+        # The router's CPU and its network card send one message after another.
         now_s += costs.fan_out_s / 2 + rows_there * costs.byte_s
         compute_s = (
             costs.pass_s

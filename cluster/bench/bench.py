@@ -1,7 +1,7 @@
 """`moesaic bench`: a load through the real API, and what the cluster did meanwhile.
 
-It starts a cluster of its own, or measures a server that runs. Everything that can be wrong with the input is told
-before anything is started.
+The command starts a cluster of its own, or measures a server that already runs. Bad input is reported before
+anything is started.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from rich.console import Console
 
 from cluster.bench.latency import LoadSummary, RequestRecord, WaveSummary
 from cluster.bench.load import CompletionsApi, Send, ask_model_name, closed_loop, completions_api, open_loop
-from cluster.bench.machine import QUIET_SHARE, describe_machine, share_used_by_others
+from cluster.bench.machine import describe_machine
+from cluster.bench.other_load import QUIET_SHARE, share_used_by_others
 from cluster.bench.progress import BenchProgress
 from cluster.bench.report import BenchReport, Duel, Level, Row, print_report
-from cluster.bench.transformers_client import PlainBatch, TransformersSide, transformers_side
+from cluster.bench.transformers_peer import PlainBatch, TransformersPeer, program, transformers_peer
 from cluster.bench.workload import (
     Lengths,
     LoadRequest,
@@ -44,27 +45,27 @@ from moesaic.settings import Settings
 from moesaic.stop_signals import StopSignals
 
 DEFAULT_CONCURRENCY = "1,4,16,64"
-# Enough of each that a median means something.
+# Enough requests and rounds for a meaningful median.
 MIN_REQUESTS = 8
 ROUNDS = 2
 OPEN_LOOP_S = 20.0
-# A warm-up is as wide as its row and as long as the prompts, but short in tokens.
+# A warm-up has as many streams as its row and prompts of the same length, but short answers.
 WARM_UP_TOKENS = 16
 WARM_UP_STREAMS = 4
 CHART_FORMATS = (".png", ".svg")
 
-OtherSide = AbstractAsyncContextManager[TransformersSide | None]
+Peer = AbstractAsyncContextManager[TransformersPeer | None]
 
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """What is to be measured."""
+    """The measurements to take."""
 
     workload: Workload
     levels: tuple[Level, ...]
-    # Of every row; absent: enough for each.
+    # The number of requests in every row; None lets each row choose.
     requests: int | None
-    # Beside transformers in one process, this many times in turn; 0: alone.
+    # How many times the cluster and transformers take turns; 0 leaves transformers out.
     pairs: int
 
     def num_requests(self, level: Level) -> int:
@@ -77,26 +78,29 @@ class BenchPlan:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where the results go: standard output as tables or JSON, and files beside it."""
+    """Where the results go: tables or JSON on standard output, and optional files."""
 
     as_json: bool
     save: Path | None
     chart: Path | None
 
     def check(self) -> None:
-        """Whether they can be written, before anything is measured. Raises InvalidArgument."""
+        """Checks, before anything is measured, that the files can be written. Raises InvalidArgument."""
         for field, file in (("save", self.save), ("chart", self.chart)):
             if file is not None and not file.parent.is_dir():
                 raise InvalidArgument(f"{field}: no such folder", field=field)
         if self.chart is not None:
             if self.chart.suffix not in CHART_FORMATS:
                 raise InvalidArgument(f"chart: must end with {' or '.join(CHART_FORMATS)}", field="chart")
-            importlib.import_module("matplotlib")  # what is missing is told now
+            importlib.import_module("matplotlib")  # A missing library is reported now.
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A server that is measured. `router`: HOST:PORT of one of its routers, which knows the others."""
+    """The server to measure.
+
+    `router` is HOST:PORT of one of its routers, through which the others are found.
+    """
 
     url: str
     router: str
@@ -115,7 +119,10 @@ def make_plan(
     against: str | None,
     pairs: int,
 ) -> BenchPlan:
-    """The flags as a plan; without any of both, `concurrency` is the default one. Raises InvalidArgument."""
+    """The flags as a plan.
+
+    Without `concurrency` and `rate`, the default concurrency is used. Raises InvalidArgument.
+    """
     workload = Workload(
         prompt=Lengths.parse(prompt_len, field="prompt_len"),
         output=Lengths.parse(output_len, field="output_len"),
@@ -144,7 +151,7 @@ def _check_comparable(against: str, workload: Workload, levels: Sequence[Level])
 
 
 async def bench_own_cluster(settings: Settings, plan: BenchPlan, outputs: Outputs) -> None:
-    """Measures a cluster that lives as long as the benchmark. Raises MoesaicError."""
+    """Measures a cluster that is started for the benchmark and ends with it. Raises MoesaicError."""
     outputs.check()
     model = check_model(settings)
     plan.workload.check(model.shape.context_length(settings.engine.max_model_len))
@@ -155,7 +162,7 @@ async def bench_own_cluster(settings: Settings, plan: BenchPlan, outputs: Output
         progress = LoadProgress(Console(stderr=True))
         async with running_cluster(settings, model, progress, Milestones(), signals) as endpoints:
             site = Site(f"http://{endpoints.http}", endpoints.grpc, model.name)
-            measuring = _measure(site, plan, _other_side(plan, settings, model), used_by_others, console)
+            measuring = _measure(site, plan, _peer(plan, settings, model), used_by_others, console)
             report = await signals.unless_stopped(measuring)
     _deliver(report, outputs)
 
@@ -189,20 +196,20 @@ async def _look_at_the_machine(console: Console) -> float:
     return share
 
 
-def _other_side(plan: BenchPlan, settings: Settings, model: CheckedModel) -> OtherSide:
+def _peer(plan: BenchPlan, settings: Settings, model: CheckedModel) -> Peer:
     if not plan.pairs:
         return nullcontext()
-    return transformers_side(model.folder, settings.dtype, settings.device, model.shape.dtype)
+    return transformers_peer(program(model.folder, settings.dtype, settings.device, model.shape.dtype))
 
 
 async def _measure(
-    site: Site, plan: BenchPlan, other_side: OtherSide, used_by_others: float, console: Console
+    site: Site, plan: BenchPlan, peer_process: Peer, used_by_others: float, console: Console
 ) -> BenchReport:
-    """The other side is there from the beginning: a model that it cannot load is told before anything is measured."""
+    """Starts the peer first, so that a model that it cannot load is reported before anything is measured."""
     async with (
         Observer(site.router) as observer,
         completions_api(site.url, site.model) as api,
-        other_side as peer,
+        peer_process as peer,
     ):
         model = (await observer.observe()).model
         plan.workload.check(model.max_model_len)
@@ -230,7 +237,7 @@ async def _measure(
 
 
 class _Run:
-    """One benchmark against one server."""
+    """One benchmark of one server."""
 
     def __init__(self, plan: BenchPlan, observer: Observer, api: CompletionsApi, vocab_size: int) -> None:
         self._plan = plan
@@ -239,7 +246,7 @@ class _Run:
         self._vocab_size = vocab_size
 
     async def row(self, level: Level, progress: BenchProgress) -> Row:
-        """One row of the table, after a warm-up that is not counted."""
+        """Measures one row of the table, after a warm-up that is not counted."""
         await self._warm_up(level.streams or WARM_UP_STREAMS, level.title, progress)
         requests = self._requests(self._plan.num_requests(level), level.label)
         before = await self._observer.observe()
@@ -262,8 +269,11 @@ class _Run:
         arrivals_s = poisson_arrivals(level.rate, len(requests), self._plan.workload.seed)
         return await open_loop(send, requests, arrivals_s)
 
-    async def duel(self, streams: int, peer: TransformersSide, progress: BenchProgress) -> Duel:
-        """The same requests at once here and as a batch there, in turn; the first pair is a warm-up for both."""
+    async def duel(self, streams: int, peer: TransformersPeer, progress: BenchProgress) -> Duel:
+        """Takes turns with the same requests: all at once here, one batch there.
+
+        The first pair warms both sides up.
+        """
         ours: list[WaveSummary] = []
         theirs: list[PlainBatch] = []
         same, failed = 0, 0
@@ -294,7 +304,7 @@ class _Run:
         )
 
     async def _wave(self, requests: Sequence[LoadRequest], send: Send) -> list[RequestRecord]:
-        """All at once; the records in the order of the requests."""
+        """Sends all requests at once; returns the records in the order of the requests."""
         start_s = time.perf_counter()
         return list(await asyncio.gather(*(send(request, start_s) for request in requests)))
 
@@ -311,7 +321,10 @@ class _Run:
 
 
 def _deliver(report: BenchReport, outputs: Outputs) -> None:
-    """Prints, saves, draws. Raises Unavailable when requests failed: no figure hides that."""
+    """Prints, saves and draws the report.
+
+    Raises Unavailable when requests failed, so that no figure hides it.
+    """
     text = json.dumps(asdict(report))
     if outputs.save is not None:
         outputs.save.write_text(text + "\n")

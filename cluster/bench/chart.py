@@ -1,4 +1,4 @@
-"""A benchmark as one picture: throughput and latency beside each other, and where a step goes."""
+"""A benchmark as one picture: throughput, latency, and the phases of a step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from cluster.bench.report import BenchReport, Duel, Level, Row
 SIZE_INCHES = (12.0, 7.0)
 DPI = 150
 OURS, OURS_LIGHT, THEIRS, MUTED = "#2457a6", "#9db8e0", "#c8702a", "#6b7280"
-# A phase below this share of every step is part of "the rest"; one above the other has its share written in it.
+# A phase that is below MIN_SHARE in every step belongs to "the rest"; from MIN_LABELLED_SHARE on, its share
+# is printed.
 MIN_SHARE = 0.01
 MIN_LABELLED_SHARE = 0.06
 _INK, _LIGHT = "#1f2937", "white"
-# The router's own work is blue, the way to the workers and back orange, theirs green; what is left is grey.
+# The router's own work is blue, the transport to the workers and back orange, the workers' work green, the
+# rest grey.
 _COLOURS = {
     "schedule": "#9ca3af",
     "attention": "#1e3a6e",
@@ -39,12 +41,12 @@ _COLOURS = {
     "deliver": "#6b7280",
 }
 _OTHER = "#d1d5db"
-# On these, text is light.
+# The phases whose colour is so dark that text on it is light.
 _DARK = frozenset({"attention", "dense", "worker compute", "wire", "deliver", "combine"})
 
 
 def draw_chart(report: BenchReport, file: Path) -> None:
-    """Writes the picture in the format of the file's ending."""
+    """Writes the picture in the format of the file's suffix."""
     figure = Figure(
         figsize=SIZE_INCHES,
         dpi=DPI,
@@ -73,7 +75,7 @@ def draw_chart(report: BenchReport, file: Path) -> None:
 
 
 def _draw_throughput(axes: Axes, report: BenchReport) -> None:
-    """A bar a load; where there was a comparison, both sides of it beside that."""
+    """Draws a bar for each load, and both sides of a comparison beside it."""
     series = [
         ("moesaic, this load", OURS, [row.load.output_tokens_per_s for row in report.rows]),
         (
@@ -102,7 +104,7 @@ def _draw_throughput(axes: Axes, report: BenchReport) -> None:
 
 
 def _duel_rate(report: BenchReport, row: Row, side: Callable[[Duel], Sequence[WaveSummary]]) -> float:
-    """The median of one side at this load; 0 where there was no comparison."""
+    """The median rate of one side at this load; 0 where there was no comparison."""
     waves = [
         wave.output_tokens_per_s
         for duel in report.duels
@@ -113,7 +115,7 @@ def _duel_rate(report: BenchReport, row: Row, side: Callable[[Duel], Sequence[Wa
 
 
 def _draw_latency(axes: Axes, rows: Sequence[Row]) -> None:
-    """On a logarithmic scale: a first token and a next one are far apart."""
+    """Draws on a logarithmic scale, because first and later tokens take times of different magnitudes."""
     lines = (
         ("to the first token, p99", OURS, "--", [row.load.ttft.p99_ms for row in rows]),
         ("to the first token, p50", OURS, "-", [row.load.ttft.p50_ms for row in rows]),
@@ -129,12 +131,12 @@ def _draw_latency(axes: Axes, rows: Sequence[Row]) -> None:
     axes.margins(x=0.08, y=0.1)
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(0.0, 1.02))
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high * (high / low) ** 0.35)  # room for the legend
+    axes.set_ylim(low, high * (high / low) ** 0.35)  # This leaves room for the legend.
     _style(axes, rows, "Latency, ms")
 
 
 def _draw_phases(axes: Axes, rows: Sequence[Row]) -> None:
-    """Each bar is one step; a phase has the same colour at every load."""
+    """Draws one step as a bar for each load; a phase has the same colour at every load."""
     phases = _large_phases(rows)
     bottoms = [0.0] * len(rows)
     for phase in phases:

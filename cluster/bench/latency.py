@@ -1,8 +1,8 @@
-"""From what clients saw to the figures of a table. Pure.
+"""The figures of a load, from what its clients saw. Pure.
 
-TTFT, the time to the first token, counts from when a request was *due*: with arrivals that do not wait for answers, a
-late sender must not make the server look fast. Inter-token latency is the gap between tokens of one request; tokens
-that come in one piece have gaps of zero between them.
+TTFT, the time to the first token, counts from the moment at which a request was *due*: with arrivals that do
+not wait for answers, a late sender must not make the server look fast. Inter-token latency is the gap between
+tokens of one request; tokens that arrive in one piece have gaps of zero between them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from itertools import pairwise
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """One request, in seconds since the run began. `error`: what went wrong, empty when nothing did."""
+    """One request; times are seconds on the clock of the run.
+
+    `error` is empty for a request that succeeded.
+    """
 
     due_s: float
     end_s: float
     prompt_tokens: int
-    # When each token came.
+    # When each token arrived.
     token_times_s: tuple[float, ...]
     token_ids: tuple[int, ...] = ()
     error: str = ""
@@ -28,7 +31,7 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """In milliseconds; None without a single value."""
+    """Percentiles in milliseconds; None where there is no value."""
 
     p50_ms: float | None
     p99_ms: float | None
@@ -43,11 +46,11 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """A run in figures. Tokens of requests that failed later are counted too: they were produced."""
+    """The figures of a run. Tokens of requests that failed later are included, because they were produced."""
 
     requests: int
     failed_requests: int
-    # How often each error came.
+    # The number of requests that failed with each error.
     errors: dict[str, int]
     seconds: float
     prompt_tokens: int
@@ -60,7 +63,10 @@ class LoadSummary:
 
     @classmethod
     def of(cls, records: Sequence[RequestRecord]) -> LoadSummary:
-        """From the moment the first request was due to the end of the last. Requests that failed give no latency."""
+        """Counts from the moment the first request was due to the end of the last.
+
+        Failed requests give no latency.
+        """
         good = [record for record in records if not record.error]
         seconds = max(record.end_s for record in records) - min(record.due_s for record in records)
         output = sum(len(record.token_times_s) for record in records)
@@ -82,32 +88,47 @@ class LoadSummary:
 
 @dataclass(frozen=True, slots=True)
 class WaveSummary:
-    """Requests of one length that began together: what a batch of a plain loop over the model can be compared with."""
+    """Requests of one length that began together, comparable to a batch of a plain loop over the model."""
 
-    # Until every request had its first token.
+    # The time until every request had its first token.
     prefill_s: float
-    # While all of them were decoding; None when the first ended before the last began.
+    # The rate while all of them were decoding; None when the first ended before the last began.
     decode_tokens_per_s: float | None
-    # From the start to the last token.
+    # The rate from the start to the last token.
     output_tokens_per_s: float
 
     @classmethod
     def of(cls, records: Sequence[RequestRecord]) -> WaveSummary:
-        """`records`: none failed."""
+        """None of the records may have failed."""
         start_s = min(record.due_s for record in records)
         times = [record.token_times_s for record in records]
         from_s, until_s = max(each[0] for each in times), min(each[-1] for each in times)
-        in_between = sum(from_s < at_s <= until_s for each in times for at_s in each)
         last_s = max(each[-1] for each in times)
         return cls(
             prefill_s=from_s - start_s,
-            decode_tokens_per_s=_per(in_between, until_s - from_s) if until_s > from_s else None,
+            decode_tokens_per_s=decode_rate(times, from_s, until_s),
             output_tokens_per_s=_per(sum(map(len, times)), last_s - start_s),
         )
 
 
+def decode_rate(times_s: Sequence[Sequence[float]], from_s: float, until_s: float) -> float | None:
+    """Tokens per second of all requests together within a window; None where one has no rate there."""
+    rates = [rate_between(each, from_s, until_s) for each in times_s]
+    known = [rate for rate in rates if rate is not None]
+    return sum(known) if len(known) == len(rates) else None
+
+
+def rate_between(times_s: Sequence[float], from_s: float, until_s: float) -> float | None:
+    """Tokens per second from the first to the last token within a window; its edges cut no step in two.
+
+    None where the window holds no two moments at which tokens came.
+    """
+    inside = [at_s for at_s in times_s if from_s <= at_s <= until_s]
+    return (len(inside) - 1) / (inside[-1] - inside[0]) if inside and inside[-1] > inside[0] else None
+
+
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which `share` of the ordered, non-empty values lie, between two of them where it falls there."""
+    """The value below which `share` of the ordered, non-empty values lie, with interpolation."""
     position = share * (len(ordered) - 1)
     below = int(position)
     above = min(below + 1, len(ordered) - 1)

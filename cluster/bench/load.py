@@ -1,7 +1,7 @@
-"""The load generator: sends requests to the real API and notes when each token came.
+"""The load generator: sends requests to the real API and records when each token arrives.
 
-One task a stream on one event loop. A token costs it some 60 microseconds, so that at a thousand a second it takes
-a few hundredths of a core; how much it took stands in every report.
+It runs one task for each stream on one event loop. A token costs it some 60 microseconds, so at a thousand
+tokens a second it takes a few hundredths of a core; every report states how much it took.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ REQUEST_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 10.0
 # The first event of an answer repeats the prompt.
 MAX_EVENT_BYTES = 4 << 20
-# The longest part of a server's own words that is shown.
+# A server's error message is cut at this length.
 MAX_ERROR_CHARACTERS = 160
 _DATA = b"data: "
 _DONE = b"[DONE]"
 
-# Sends one request that was due at a time on the run's clock. Never raises for what a server does: it notes it.
+# Sends one request that is due at a time on the run's clock. A failure of the server is recorded and never
+# raised.
 Send = Callable[[LoadRequest, float], Awaitable[RequestRecord]]
 Clock = Callable[[], float]
 
 
 class RequestFailed(Exception):
-    """A request that was not answered as it should; its message goes to the report."""
+    """A request whose answer is wrong or missing; the message goes to the report."""
 
 
 class CompletionsApi:
-    """POST /v1/completions, streamed, of one server."""
+    """Streamed POST /v1/completions of one server."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, model: str, clock: Clock) -> None:
         self._session = session
@@ -47,7 +48,7 @@ class CompletionsApi:
         self._clock = clock
 
     async def send(self, request: LoadRequest, due_s: float) -> RequestRecord:
-        """As `Send` says."""
+        """Implements `Send`."""
         times_s: list[float] = []
         ids: list[int] = []
         error = ""
@@ -88,7 +89,7 @@ class CompletionsApi:
 async def completions_api(
     url: str, model: str, clock: Clock = time.perf_counter
 ) -> AsyncIterator[CompletionsApi]:
-    """The API at `url` (http://HOST:PORT), with as many connections as there are streams."""
+    """The API at `url` (http://HOST:PORT), with one connection for each stream."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
     async with aiohttp.ClientSession(
@@ -116,7 +117,7 @@ async def ask_model_name(url: str) -> str:
 async def closed_loop(
     send: Send, requests: Sequence[LoadRequest], streams: int, clock: Clock = time.perf_counter
 ) -> list[RequestRecord]:
-    """`streams` users, each of whom sends the next request as soon as the last was answered."""
+    """Runs `streams` users, each of whom sends the next request as soon as the last is answered."""
     waiting = iter(requests)
     records: list[RequestRecord] = []
 
@@ -137,7 +138,7 @@ async def open_loop(
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> list[RequestRecord]:
-    """Requests at their own times after the start, however many are still being answered."""
+    """Sends each request at its own time after the start, however many are still being answered."""
     start_s = clock()
 
     async def user(request: LoadRequest, arrival_s: float) -> RequestRecord:
@@ -163,7 +164,10 @@ async def _check_status(response: aiohttp.ClientResponse) -> None:
 
 
 async def _token_ids(content: aiohttp.StreamReader) -> AsyncIterator[list[int]]:
-    """The token ids of each event, until [DONE]. Raises RequestFailed for an error and for an end without one."""
+    """The token ids of each event, until [DONE].
+
+    Raises RequestFailed for an error, and when [DONE] is missing.
+    """
     async for line in content:
         if not line.startswith(_DATA):
             continue

@@ -1,26 +1,25 @@
-"""The machine that a figure was measured on, and whether anything else kept it busy."""
+"""The machine that a figure was measured on."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-SAMPLE_S = 1.0
-# Below it is what any running system does by itself.
-QUIET_SHARE = 0.05
 PACKAGES = ("moesaic", "torch", "transformers", "grpcio", "protobuf", "ray", "numpy")
+# The instruction sets that decide which kernels are fast.
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What has to stand beside every figure. `cores`: that this process may run on."""
+    """What has to stand beside every figure. `cores` counts those that this process may run on."""
 
     cpu: str
     cores: int
@@ -31,7 +30,7 @@ class Machine:
 
 def describe_machine() -> Machine:
     return Machine(
-        cpu=_cpu_name(),
+        cpu=_cpu_info().get("model name") or platform.machine(),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=psutil.virtual_memory().total,
         python=platform.python_version(),
@@ -39,27 +38,18 @@ def describe_machine() -> Machine:
     )
 
 
-async def share_used_by_others(seconds: float = SAMPLE_S) -> float:
-    """The share of this machine's CPU time that is taken while nothing of ours is running."""
-    before = psutil.cpu_times()
-    await asyncio.sleep(seconds)
-    return busy_share(before, psutil.cpu_times())
+def cpu_features() -> tuple[str, ...]:
+    """Those of FEATURES that the CPU has."""
+    flags = set(_cpu_info().get("flags", "").split())
+    return tuple(feature for feature in FEATURES if feature in flags)
 
 
-def busy_share(before: Any, after: Any) -> float:
-    """Of all CPU time between two readings of psutil.cpu_times(); waiting for disks is idle."""
-    spent = {
-        name: getattr(after, name) - getattr(before, name)
-        for name in ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
-    }
-    total = sum(spent.values())
-    return 1.0 - (spent["idle"] + spent["iowait"]) / total if total > 0 else 0.0
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+def _cpu_info() -> dict[str, str]:
+    """The first core's lines of /proc/cpuinfo; empty on a system without that file."""
+    if not _CPU_INFO.exists():
+        return {}
+    first_core = _CPU_INFO.read_text().split("\n\n")[0]
+    return dict(re.findall(r"^([^\t:]+)\s*: (.*)$", first_core, re.MULTILINE))
 
 
 def _version(package: str) -> str:

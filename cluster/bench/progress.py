@@ -1,4 +1,4 @@
-"""How far a benchmark is: on a terminal a bar for the run in progress, elsewhere a line for each. Always on stderr."""
+"""The progress of a benchmark on stderr: a bar on a terminal, elsewhere one line for each run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cluster.bench.latency import RequestRecord
 from cluster.bench.load import Send
 from cluster.bench.workload import LoadRequest
 
-# Redrawn rarely: the load generator shares its cores with what it measures.
+# The bar is redrawn rarely, because the load generator shares its cores with what it measures.
 REFRESH_PER_S = 2
 
 
 class BenchProgress:
-    """Use as a context."""
+    """A context manager that shows one bar at a time."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -44,7 +44,7 @@ class BenchProgress:
         self._bar.stop()
 
     def counted(self, label: str, total: int, send: Send) -> Send:
-        """`send`, each of whose answers moves the bar of `label` on."""
+        """Wraps `send`, so that every answer advances the bar of `label`."""
         if not self._console.is_terminal:
             self._console.print(f"{label}: {total} requests")
         if self._task is not None:

@@ -1,4 +1,4 @@
-"""What a benchmark found, and how it looks on a terminal of 80 columns."""
+"""The report of a benchmark, and its tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cluster.bench.machine import Machine
 from cluster.observation.step_profile import StepProfile
 from cluster.terminal.tables import count, new_table, size
 
-# Levels beside each other in one table of 80 columns.
+# The number of levels that fit side by side in a table of 80 columns.
 COLUMNS = 4
-# Of a core, from which on the load generator itself may be what is measured.
+# Above this part of a core, the load generator itself may be what is measured.
 BUSY_CLIENT_CORES = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One row: `streams` users in a closed loop, or arrivals at `rate` a second."""
+    """The load of one row: `streams` users in a closed loop, or arrivals at `rate` a second."""
 
     streams: int
     rate: float | None = None
@@ -38,7 +38,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One level, measured. `client_cores`: how much of a core the load generator took."""
+    """The measurements of one level. `client_cores` is the CPU that the load generator took."""
 
     level: Level
     load: LoadSummary
@@ -48,12 +48,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Duel:
-    """Pairs of the same requests, served here and decoded as one batch there; failed pairs are left out, and counted."""
+    """Pairs of the same requests, served by the cluster and decoded as one batch by transformers.
+
+    Failed pairs are left out and counted.
+    """
 
     streams: int
     ours: tuple[WaveSummary, ...]
     theirs: tuple[WaveSummary, ...]
-    # "for prompts / for decoding"
+    # The fastest experts of transformers for prompts and for decoding, with " / " between them.
     experts: str
     sequences: int
     same_sequences: int
@@ -62,7 +65,7 @@ class Duel:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Everything that a benchmark found, and on what."""
+    """All results of a benchmark, with the model, the load and the machine."""
 
     model: str
     epoch: str
@@ -100,7 +103,7 @@ def print_report(report: BenchReport, out: Console) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """Columns closer together than elsewhere: there are many."""
+    """A table whose columns are closer together than elsewhere, because there are many."""
     table = new_table(*columns)
     table.padding = (0, 1, 0, 0)
     return table
@@ -132,13 +135,13 @@ def _load_table(rows: Sequence[Row]) -> Table:
 
 
 def _milliseconds(times: Percentiles) -> Iterable[str]:
-    """Three digits or all before the point; a dash where there was nothing to measure."""
+    """One decimal place below 100, none above; a dash where there was nothing to measure."""
     for ms in (times.p50_ms, times.p99_ms):
         yield "-" if ms is None else f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}"
 
 
 def _phase_table(rows: Sequence[Row]) -> Table:
-    """Shares are of the step."""
+    """Milliseconds of each phase, and its share of the step."""
     table = _table("where a step goes, ms", *(f">{row.level.label}" for row in rows))
     for phase in dict.fromkeys(phase for row in rows for phase in row.profile.phases_ms):
         table.add_row(phase, *(_phase(row.profile, phase) for row in rows))
@@ -189,7 +192,7 @@ def _call(microseconds: int) -> str:
 
 
 def _duel_table(duel: Duel) -> Table:
-    """Ratios above 1: this one is faster."""
+    """Medians of both sides and their ratio pair by pair; above 1, Moesaic is faster."""
     table = _table(f"{duel.streams} at once", ">moesaic", ">transformers", ">ratio", ">lowest", ">highest")
     decode = [
         (mine.decode_tokens_per_s, other.decode_tokens_per_s)

@@ -1,6 +1,6 @@
-"""What a load consists of: requests of exact lengths, and when they arrive. Pure, and the same for the same seed.
+"""The requests of a load, with exact lengths and arrival times. Pure, and the same for the same seed.
 
-Prompts are random token ids, so that no two have a prefix in common unless they are told to.
+Prompts are random token ids, so no two have a prefix in common unless the load has a shared prefix.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from moesaic.errors import InvalidArgument
 
-# Requests a second beyond which a single client is no honest user any more.
+# Requests a second; a single client cannot stand for more users than that.
 MAX_RATE = 1_000
 
 _N = TypeVar("_N", int, float)
@@ -20,14 +20,14 @@ _N = TypeVar("_N", int, float)
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Token counts from `low` to `high`, both included, each as likely as any other."""
+    """Token counts from `low` to `high`, both included and all equally likely."""
 
     low: int
     high: int
 
     @classmethod
     def parse(cls, text: str, *, field: str) -> Lengths:
-        """`128` or `32-512`. Raises InvalidArgument."""
+        """Parses `128` or `32-512`. Raises InvalidArgument."""
         first, dash, last = text.partition("-")
         try:
             lengths = cls(int(first), int(last if dash else first))
@@ -52,7 +52,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """A prompt, and how many tokens must come back."""
+    """A prompt, and the number of tokens that must be generated."""
 
     prompt: tuple[int, ...]
     output_tokens: int
@@ -60,7 +60,7 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The requests of a benchmark. `shared_prefix`: tokens that all prompts begin with."""
+    """The requests of a benchmark. All prompts begin with the same `shared_prefix` tokens."""
 
     prompt: Lengths
     output: Lengths
@@ -68,7 +68,7 @@ class Workload:
     seed: int
 
     def check(self, max_model_len: int) -> None:
-        """Whether every request fits the model. Raises InvalidArgument that names a flag."""
+        """Checks that every request fits the model. Raises InvalidArgument that names a flag."""
         if self.shared_prefix > self.prompt.low:
             raise InvalidArgument(
                 f"shared_prefix: is longer than the shortest prompt ({self.prompt.low} tokens)",
@@ -77,12 +77,13 @@ class Workload:
         longest = self.prompt.high + self.output.high
         if longest > max_model_len:
             raise InvalidArgument(
-                f"prompt_len: prompt and output have up to {longest} tokens together, the model's context {max_model_len}",
+                f"prompt_len: prompt and output have up to {longest} tokens together, "
+                f"the model's context {max_model_len}",
                 field="prompt_len",
             )
 
     def requests(self, count: int, vocab_size: int, *, batch: str) -> list[LoadRequest]:
-        """`count` requests; another `batch` of the same load has other prompts behind the same shared prefix."""
+        """`count` requests; another `batch` of a load has other prompts after the same shared prefix."""
         prefix = self._tokens(Random(f"{self.seed} prefix"), self.shared_prefix, vocab_size)
         random = Random(f"{self.seed} {batch}")
         requests = []
@@ -97,7 +98,7 @@ class Workload:
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """Seconds from the start at which `count` independent users come, `rate` a second on average."""
+    """Seconds from the start at which `count` independent users arrive, `rate` a second on average."""
     random, now_s, arrivals = Random(f"{seed} arrivals"), 0.0, []
     for _ in range(count):
         now_s += random.expovariate(rate)
@@ -106,7 +107,7 @@ def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
 
 
 def parse_numbers(text: str, *, field: str) -> list[int]:
-    """`1,4,16`: whole numbers of at least 1, each once. Raises InvalidArgument."""
+    """Parses `1,4,16`: whole numbers of at least 1, each once. Raises InvalidArgument."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError as error:
@@ -117,7 +118,7 @@ def parse_numbers(text: str, *, field: str) -> list[int]:
 
 
 def parse_rates(text: str, *, field: str) -> list[float]:
-    """`0.5,2`: requests a second above 0, each once. Raises InvalidArgument."""
+    """Parses `0.5,2`: requests a second above 0, each once. Raises InvalidArgument."""
     try:
         rates = [float(part) for part in text.split(",")]
     except ValueError as error:

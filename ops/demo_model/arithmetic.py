@@ -1,8 +1,8 @@
-"""The domain the demo model has never seen: short sums and word problems, as text.
+"""The domain that the demo model has never seen: short sums and word problems, as text.
 
     python ops/demo_model/arithmetic.py --count 1000 --seed 1 > arithmetic.txt
 
-The same count and seed always give the same text. One problem per paragraph.
+The same count and seed always give the same text, with one problem per paragraph.
 """
 
 from __future__ import annotations

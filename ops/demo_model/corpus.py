@@ -1,8 +1,10 @@
 """The demo model's data: domains, held-out split, tokenizer and training windows.
 
-A domain is a list of documents. Every `*.txt` of the corpus folder is one domain named by
-its stem; the source of the running interpreter's standard library is the domain `python`;
-`chat` is a domain made from a play, its speeches told as exchanges of a user and an assistant.
+A domain is a list of documents. Every `*.txt` of the corpus folder is a domain, named by its stem. The source
+of the running interpreter's standard library is the domain `python`. The domain `chat` is made from a play,
+whose speeches become exchanges of a user and an assistant.
+
+Shapes: S tokens of a stream, T tokens of a window, N windows.
 """
 
 from __future__ import annotations
@@ -21,20 +23,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
-HELD_OUT_SHARE = 20  # one part in twenty of every domain is never trained on
+# One part in twenty of every domain is held out from training.
+HELD_OUT_SHARE = 20
 
-# Not source worth imitating: tests, tables, generated text, code kept for old times' sake.
+# These folders hold tests, tables, generated text or legacy code, which a model should not imitate.
 STDLIB_SKIP = {
     "__pycache__", "dist-packages", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3",
     "pydoc_data", "site-packages", "test", "tests", "turtledemo",
 }  # fmt: skip
 STDLIB_BYTES = 6_000_000
 
-# A newline never merges with what stands before or after it, and digits stand alone: a prompt
-# cut at "ROMEO:" or at the end of a line then splits as the same text did in training.
+# A newline never merges with its neighbours, and every digit is a token of its own. A prompt that ends at
+# "ROMEO:" or at the end of a line is therefore split as the same text was in training.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-# A conversation is a play: the system text a stage direction, then one speech per message.
+# A conversation looks like a play: the system text is a stage direction, and each message is a speech.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -59,14 +62,14 @@ class Domain:
 
 @dataclass(frozen=True)
 class Stream:
-    """A domain as tokens: [S] int16 ids, and the places where a window may open with <s>."""
+    """A domain as tokens: [S] int16 ids, and the positions at which a window may begin with <s>."""
 
     ids: Tensor
     starts: Tensor
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """All but the last twentieth, and the last twentieth, cut at a paragraph."""
+    """The text without its last twentieth, and that last twentieth; the cut is at a paragraph."""
     cut = text.index("\n\n", len(text) - len(text) // HELD_OUT_SHARE)
     return text[:cut], text[cut:].lstrip()
 
@@ -93,12 +96,12 @@ def load_domains(folder: Path) -> list[Domain]:
 
 
 def unseen_domain() -> Domain:
-    """Arithmetic: measured beside the others, trained on by nobody here."""
+    """Arithmetic, which is measured beside the others and never trained on."""
     return Domain("arithmetic", [], ["\n\n".join(problems(count=1000, seed=0))])
 
 
 def tokenizer_texts(domains: list[Domain], limit: int = 2_000_000) -> Iterator[str]:
-    """The training text, no more than `limit` characters of any domain lest one rule the merges."""
+    """The training text, with at most `limit` characters of a domain, so that none dominates the merges."""
     for domain in domains:
         left = limit
         for text in domain.train:
@@ -134,7 +137,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 
 
 def conversations(play: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Every third run of four short speeches, told as two exchanges."""
+    """Every third run of four short speeches, as two exchanges."""
     speeches = [match.group(1).strip() for match in SPEECH.finditer(play)]
     runs = [speeches[i : i + 4] for i in range(0, len(speeches) - 3, 12)]
     roles = ("user", "assistant", "user", "assistant")
@@ -148,7 +151,7 @@ def conversations(play: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def encode(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> Stream:
-    """`<s> document </s> <s> document </s> ...`; a window may open at any line not indented."""
+    """`<s> document </s> <s> document </s> ...`; a window may begin at any line that is not indented."""
     flat: list[int] = []
     for text in documents:
         flat += [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
@@ -161,7 +164,7 @@ def encode(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> Stream:
 
 
 def draw_window(stream: Stream, length: int, bos: int, generator: torch.Generator) -> Tensor:
-    """`length` + 1 tokens [T+1]: half the windows open with <s> at a line, half anywhere."""
+    """`length` + 1 tokens [T+1]: half of the windows begin with <s> at a line, half of them anywhere."""
 
     def below(bound: int) -> int:
         return int(torch.randint(bound, (1,), generator=generator))
@@ -174,7 +177,7 @@ def draw_window(stream: Stream, length: int, bos: int, generator: torch.Generato
 
 
 def held_out_windows(domain: Domain, tokenizer: PreTrainedTokenizerFast, length: int, limit: int) -> Tensor:
-    """The first `limit` windows [N, T+1] of the held-out text, end to end, each behind <s>."""
+    """The first `limit` windows [N, T+1] of the held-out text, end to end, each with <s> before it."""
     ids = encode(domain.held_out, tokenizer).ids[1:].long()
     rows = ids[: len(ids) // length * length].view(-1, length)[:limit]
     bos = torch.full((len(rows), 1), int(tokenizer.bos_token_id))

@@ -2,8 +2,10 @@
 
     python ops/demo_model/evaluate.py MODEL --corpus FOLDER [--report FOLDER]
 
-Reads the checkpoint as anybody would (`from_pretrained`, fp32 arithmetic), prints tables in
-Markdown and, with --report, writes report.json and (next to a loss.csv) loss.svg there.
+Reads the checkpoint in the ordinary way (`from_pretrained`, fp32 arithmetic) and prints tables in Markdown.
+With --report it also writes report.json to that folder and, where there is a loss.csv, loss.svg.
+
+Shapes: N windows, B of them at a time, T tokens each, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from plot import loss_curve
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-WINDOW, WINDOWS = 512, 100  # tokens per held-out window, and at most so many per domain
+# The tokens of a held-out window, and the most windows of a domain.
+WINDOW, WINDOWS = 512, 100
 POSITIONS = ((0, 256), (256, 512), (512, 1024), (1024, 1536), (1536, 2048))
 PROMPTS = ("ROMEO:", "Once upon a time", "Fellow-citizens,", "def main(", "12 + 7 =")
 CHAT = [{"role": "user", "content": "Good morrow, friend. What news from the city?"}]
@@ -32,7 +35,7 @@ CHAT = [{"role": "user", "content": "Good morrow, friend. What news from the cit
 
 @contextmanager
 def counting_slots(model: Any) -> Iterator[list[Tensor]]:
-    """Per layer, the number of assignments each expert receives while the block runs."""
+    """For each layer, the number of assignments that each expert receives while the block runs."""
     counts = [torch.zeros(model.config.num_local_experts, dtype=torch.long) for _ in layers(model)]
 
     def count(layer: int) -> Any:
@@ -54,7 +57,7 @@ def layers(model: Any) -> Any:
 
 
 def token_losses(model: Any, windows: Tensor) -> Tensor:
-    """Windows [N, T+1] -> cross-entropy of every token [N, T]."""
+    """The cross-entropy of every token, [N, T], for windows [N, T+1]."""
     rows = []
     for part in windows.split(8):
         logits = model(part[:, :-1], use_cache=False).logits  # [B, T, V]
@@ -81,7 +84,7 @@ def loss_by_position(model: Any, windows: Tensor) -> dict[str, float]:
 
 
 def sample(model: Any, tokenizer: Any, text: str, greedy: bool) -> str:
-    """`text` and its continuation; the text brings its own <s>."""
+    """`text` and its continuation; the text already begins with <s>."""
     torch.manual_seed(0)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.8, "top_p": 0.95}

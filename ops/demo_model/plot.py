@@ -1,4 +1,4 @@
-"""The loss curve as an SVG, written by hand: held-out loss per domain against tokens seen."""
+"""The loss curve as an SVG, without a library: held-out loss per domain against tokens seen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NOT_CURVES = ("step", "tokens", "seconds", "balance")
 
 
 def spread(heights: dict[str, float], gap: float = 14) -> dict[str, float]:
-    """Labels moved down until none covers the one above."""
+    """Moves labels down until none overlaps the one above."""
     placed: dict[str, float] = {}
     for name in sorted(heights, key=heights.__getitem__):
         placed[name] = max(heights[name], max(placed.values(), default=-gap) + gap)

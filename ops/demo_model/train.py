@@ -2,9 +2,11 @@
 
     python ops/demo_model/train.py --corpus FOLDER --out FOLDER [--minutes M | --steps N]
 
-Writes an ordinary Hugging Face checkpoint to `--out` at every evaluation, and to `--state` what
-it needs to go on after an interruption. Shapes: B sequences, T tokens each, N = B*T rows,
-K slots per row, E experts, D hidden, F expert hidden, V vocabulary.
+At every evaluation the program writes an ordinary Hugging Face checkpoint to `--out`, and the state from
+which it can resume after an interruption to `--state`.
+
+Shapes: B sequences, T tokens each, N = B*T rows, K slots per row, E experts, D hidden size, F hidden size of
+an expert, V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,14 +48,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 @dataclass(frozen=True)
 class Recipe:
     batch_tokens: int = 4096
-    # (share of the training after which it begins, window length): short windows first, they are
-    # cheapest per token; the last steps teach the positions that only long contexts have.
+    # (share of the training after which it begins, window length): short windows come first, because they are
+    # the cheapest per token; the last steps teach the positions that only long contexts have.
     windows: tuple[tuple[float, int], ...] = ((0.0, 256), (0.72, 512), (0.92, 1024), (0.975, 2048))
     learning_rate: float = 2e-3
-    final_share: float = 0.02  # of the learning rate, at the end
+    # The share of the learning rate that is left at the end.
+    final_share: float = 0.02
     warmup_share: float = 0.02
-    # (share after which it begins, dropout on embeddings and expert outputs, weight decay): once
-    # the text begins to be known by heart, much stronger than where text is plenty.
+    # (share after which it begins, dropout on embeddings and expert outputs, weight decay): much stronger
+    # once the model begins to memorise the text.
     regularisation: tuple[tuple[float, float, float], ...] = ((0.0, 0.1, 0.1), (0.36, 0.2, 1.0))
     clip: float = 1.0
     balance: float = 0.01
@@ -87,9 +90,9 @@ CONFIG = MixtralConfig(
 
 
 def grouped_experts(experts: Any, hidden: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Mixtral's experts over rows [N, D] sorted by slot: no loop, so the whole step compiles.
+    """Mixtral's experts over rows [N, D] sorted by slot, without a loop, so that the whole step compiles.
 
-    The matrix products are bf16 whatever the caller's type; weights stay fp32 for the optimiser.
+    The matrix products are in bf16 whatever the caller's type; the weights stay in fp32 for the optimiser.
     """
     slot = slots.flatten()  # [N*K]
     order = slot.argsort(stable=True)
@@ -103,9 +106,9 @@ def grouped_experts(experts: Any, hidden: Tensor, slots: Tensor, weights: Tensor
 
 
 def balance_loss(gate_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
-    """Switch Transformer's load balancing, layer by layer: 1 when every expert has its share.
+    """Switch Transformer's load balancing loss, layer by layer; it is 1 when every expert has its share.
 
-    (The loss in transformers pools the layers, where one layer's dead expert can hide.)
+    The loss in transformers pools the layers, which can hide a dead expert of one layer.
     """
     losses = []
     for logits in gate_logits:  # [N, E]
@@ -117,7 +120,7 @@ def balance_loss(gate_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
 
 def make_loss(model: MixtralForCausalLM) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def loss(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Windows [B, T+1] -> cross-entropy per token, balance loss."""
+        """The cross-entropy per token and the balance loss of windows [B, T+1]."""
         with torch.autocast(tokens.device.type, torch.bfloat16):
             out = model.model(tokens[:, :-1], use_cache=False, output_router_logits=True)
             logits = model.lm_head(out.last_hidden_state).float()  # [B, T, V]
@@ -128,7 +131,7 @@ def make_loss(model: MixtralForCausalLM) -> Callable[[Tensor], tuple[Tensor, Ten
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """Two groups: the matrices, which `regularise` decays, and the norms' vectors."""
+    """An optimiser with two groups: the matrices, which `regularise` decays, and the vectors of the norms."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices}, {"params": vectors}]
@@ -136,7 +139,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
 
 
 def add_dropout(model: MixtralForCausalLM) -> nn.Dropout:
-    """One dropout without parameters, shared by the embeddings and by every layer's experts."""
+    """Adds one dropout without parameters, which the embeddings and the experts of all layers share."""
     dropout = nn.Dropout()
     for layer in model.model.layers:
         layer.mlp.experts.dropout = dropout
@@ -150,7 +153,7 @@ def regularise(progress: float, dropout: nn.Dropout, optimizer: torch.optim.Adam
 
 
 def learning_rate(progress: float) -> float:
-    """Linear warm-up, then a cosine down to `final_share`; progress runs from 0 to 1."""
+    """A linear warm-up, then a cosine down to `final_share`; `progress` goes from 0 to 1."""
     if progress < RECIPE.warmup_share:
         return RECIPE.learning_rate * max(progress / RECIPE.warmup_share, 0.01)
     fall = (progress - RECIPE.warmup_share) / (1 - RECIPE.warmup_share)
@@ -163,7 +166,7 @@ def window_length(progress: float) -> int:
 
 
 def draw_batch(streams: list[Stream], shares: Tensor, seed: int, length: int, bos: int) -> Tensor:
-    """Windows [B, T+1], a function of the seed alone: a resumed run draws the same again."""
+    """Windows [B, T+1] that depend on the seed alone, so that a resumed run draws the same ones."""
     generator = torch.Generator().manual_seed(seed)
     count = RECIPE.batch_tokens // length
     picks = torch.multinomial(shares, count, replacement=True, generator=generator).tolist()
@@ -172,7 +175,7 @@ def draw_batch(streams: list[Stream], shares: Tensor, seed: int, length: int, bo
 
 @torch.no_grad()
 def evaluate(model: MixtralForCausalLM, held_out: dict[str, Tensor]) -> dict[str, float]:
-    """Cross-entropy per token of every domain."""
+    """The cross-entropy per token of every domain."""
     model.eval()
     loss = make_loss(model)
     losses = {}
@@ -184,7 +187,7 @@ def evaluate(model: MixtralForCausalLM, held_out: dict[str, Tensor]) -> dict[str
 
 
 def export(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write the checkpoint in bf16 beside `out`, then move every file into place."""
+    """Writes the checkpoint in bf16 beside `out`, then moves every file into place."""
     beside = out.with_name(out.name + ".new")
     half = MixtralForCausalLM(CONFIG).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
@@ -198,7 +201,7 @@ def export(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, out: P
     half.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
 
-    # The published, flat forms: transformers 4 and 5 and every other reader know them.
+    # These are the published, flat forms, which transformers 4 and 5 and all other readers know.
     config = json.loads((beside / "config.json").read_text())
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     config["torch_dtype"] = config.pop("dtype")
@@ -225,7 +228,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def sampling_shares(streams: list[Stream]) -> Tensor:
-    """By the square root of the size: the small domains are not drowned by the large."""
+    """Shares by the square root of the size, so that large domains do not drown small ones."""
     return torch.tensor([len(stream.ids) for stream in streams]).sqrt()
 
 
@@ -265,7 +268,7 @@ def train(corpus: Path, out: Path, state_dir: Path, minutes: float, steps: int |
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, tokens, seconds, rows = (state[k] for k in ("step", "tokens", "seconds", "rows"))
-        print(f"going on from step {step}", flush=True)
+        print(f"resuming at step {step}", flush=True)
 
     recent: list[Tensor] = []
     evaluated = step
@@ -291,7 +294,7 @@ def train(corpus: Path, out: Path, state_dir: Path, minutes: float, steps: int |
             return
 
         step_seed = seed * 1_000_003 + step
-        torch.manual_seed(step_seed)  # of the dropout
+        torch.manual_seed(step_seed)  # for the dropout
         batch = draw_batch(streams, shares, step_seed, window_length(progress), bos).to(device)
         regularise(progress, dropout, optimizer)
         cross_entropy, balance_term = compiled(batch)
@@ -322,7 +325,7 @@ def main() -> None:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=70, help="wall clock to spend")
-    length.add_argument("--steps", type=int, help="exactly so many steps instead")
+    length.add_argument("--steps", type=int, help="number of steps, instead of a time")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     train(args.corpus, args.out, args.state, args.minutes, args.steps, args.seed)

@@ -10,14 +10,15 @@ from h200 import mixtral
 from harness.floors import (
     decode_bytes,
     distinct_experts,
+    expert_parameters,
     prefill_floor_s,
     prefill_flops,
+    router_parameters,
     token_cache_bytes,
     weight_bytes,
 )
 from harness.random_experts import fill_expert
 from harness.sparse_checkpoint import write_sparse_checkpoint
-from harness.weights import expert_parameters, router_parameters
 from random_checkpoint import Shape
 from safetensors import safe_open
 

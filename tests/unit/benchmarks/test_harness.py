@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from goodput import make_requests
 from harness import turns as turns_module
+from harness.floors import expert_parameters, router_parameters
 from harness.likeness import compare_scores
-from harness.machine import Machine
-from harness.quiet import CpuReading, Watched, cpu_of, others_cores
+from harness.load import Stream, quantile, random_prompts
+from harness.phases import Phases
 from harness.result import Figure, Result, Table
 from harness.serving import Setup
 from harness.targets import BY_KEY, TARGETS
 from harness.turns import Rules, Side, Turns, ratio, take_turns
-from harness.weights import expert_parameters, router_parameters
-from harness.workload import Phases, Stream, quantile, random_prompts, rate_between
 from random_checkpoint import Shape
 from report import render
 from stall import gaps_ending_within
 
-MACHINE = Machine("a CPU", 2, 24.0, "avx2", "3.11.0", "Linux 6", {"torch": "2.13"})
+from cluster.bench.other_load import Watched
+
+MACHINE = {
+    "cpu": "a CPU",
+    "cores": 2,
+    "memory_gib": 24.0,
+    "features": "avx2",
+    "python": "3.11.0",
+    "system": "Linux 6",
+    "versions": {"torch": "2.13"},
+}
 
 
 def result(*figures: Figure, name: str = "decode") -> Result:
@@ -86,17 +94,6 @@ def test_a_ratio_is_that_of_medians_with_the_range_of_pairs() -> None:
     assert ratio([4.0], [2.0]).value == 2.0
 
 
-def test_what_neither_idled_nor_was_ours_went_to_others() -> None:
-    before, after = CpuReading(10.0, 100.0, 50.0), CpuReading(12.0, 103.0, 52.0)
-    assert others_cores(before, after) == pytest.approx(0.5)
-    assert others_cores(before, CpuReading(12.0, 101.0, 52.0)) == 0.0
-
-
-def test_the_cpu_of_a_process_that_is_gone_counts_nothing() -> None:
-    assert cpu_of([os.getpid()]) > 0
-    assert cpu_of([]) == cpu_of([2**22 + 1]) == 0.0
-
-
 @pytest.mark.parametrize(
     ("key", "value", "verdict"),
     [
@@ -138,7 +135,7 @@ def test_the_report_fills_blocks_and_leaves_prose() -> None:
 
 
 def test_a_block_without_a_result_keeps_what_it_says() -> None:
-    text = "<!-- bench:lane -->\nold\n<!-- /bench:lane -->"
+    text = "<!-- bench:shared memory -->\nold\n<!-- /bench:shared memory -->"
     assert render(text, {"decode": result()}) == text
 
 
@@ -173,17 +170,13 @@ def test_an_overhead_is_the_wait_without_the_computing() -> None:
     assert phases.bytes_per_token == 5
 
 
-def test_a_rate_runs_from_the_first_to_the_last_token_of_its_window() -> None:
-    assert rate_between([0.0, 1.0, 2.0, 3.0, 4.0, 9.0], 0.5, 4.5) == pytest.approx(1.0)
-
-
 @pytest.mark.parametrize(("share", "value"), [(0.5, 50), (0.99, 99), (1.0, 100), (0.001, 1)])
 def test_a_quantile_is_one_of_the_values(share: float, value: int) -> None:
     assert quantile(range(1, 101), share) == value
 
 
 def test_a_gap_belongs_to_the_window_in_which_it_ends() -> None:
-    stream = Stream(arrivals_s=[0.0, 1.0, 3.0, 6.0])
+    stream = Stream(token_times_s=[0.0, 1.0, 3.0, 6.0])
     assert gaps_ending_within([stream], 1.0, 3.0) == [1.0, 2.0]
 
 
@@ -195,7 +188,9 @@ def test_prompts_are_those_of_their_seed() -> None:
 def test_requests_of_the_goodput_are_within_their_bounds_and_the_same_every_time() -> None:
     requests = make_requests(64, 32_000)
     assert requests == make_requests(64, 32_000)
-    assert all(32 <= len(request.prompt) <= 512 and 16 <= request.max_tokens <= 128 for request in requests)
+    assert all(
+        32 <= len(request.prompt) <= 512 and 16 <= request.output_tokens <= 128 for request in requests
+    )
 
 
 def test_equal_scores_are_alike() -> None:

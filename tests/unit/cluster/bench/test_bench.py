@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from typer.testing import CliRunner
 from cluster.bench import bench
 from cluster.bench.chart import draw_chart
 from cluster.bench.latency import LoadSummary, Percentiles, WaveSummary
-from cluster.bench.machine import Machine, busy_share
+from cluster.bench.machine import Machine
 from cluster.bench.report import BenchReport, Duel, Level, Row, print_report
 from cluster.cli import main as cli
 from cluster.cli.commands import app
@@ -176,10 +175,3 @@ def test_a_chart_without_its_library_is_told_before_anything_runs(
         cli.main()
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: the command needs matplotlib: pip install 'moesaic[bench]'\n"
-
-
-def test_waiting_for_disks_is_not_being_busy() -> None:
-    times = namedtuple("times", "user nice system idle iowait irq softirq steal")
-    before = times(10, 0, 5, 100, 10, 0, 0, 0)
-    assert busy_share(before, times(12, 0, 6, 103, 14, 0, 0, 0)) == pytest.approx(0.3)
-    assert busy_share(before, before) == 0.0

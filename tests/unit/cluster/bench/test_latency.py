@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.bench.latency import LoadSummary, Percentiles, RequestRecord, WaveSummary, percentile
+from cluster.bench.latency import (
+    LoadSummary,
+    Percentiles,
+    RequestRecord,
+    WaveSummary,
+    decode_rate,
+    percentile,
+    rate_between,
+)
 
 
 def record(*times_s: float, due_s: float = 0.0, error: str = "", prompt_tokens: int = 10) -> RequestRecord:
@@ -66,3 +74,18 @@ def test_a_wave_decodes_while_all_its_requests_do() -> None:
 
 def test_a_wave_whose_first_answer_ended_before_the_last_began_has_no_decode_rate() -> None:
     assert WaveSummary.of([record(1.0, 2.0), record(3.0, 4.0)]).decode_tokens_per_s is None
+
+
+def test_a_rate_runs_from_the_first_to_the_last_token_of_its_window() -> None:
+    assert rate_between([0.0, 1.0, 2.0, 3.0, 4.0, 9.0], 0.5, 4.5) == pytest.approx(1.0)
+
+
+def test_a_request_without_two_moments_in_the_window_leaves_all_of_them_without_a_rate() -> None:
+    times_s = [(0.0, 1.0, 2.0), (1.5, 1.5, 3.0)]
+    assert decode_rate(times_s, 1.0, 2.0) is None
+    assert decode_rate(times_s, 1.0, 3.0) == 1.0 + 2 / 1.5
+
+
+def test_a_wave_loses_no_token_of_a_step_whose_answers_come_a_moment_apart() -> None:
+    wave = WaveSummary.of([record(1.0, 2.0, 3.0), record(1.1, 2.1, 3.1)])
+    assert wave.decode_tokens_per_s == pytest.approx(2.0, rel=0.1)

@@ -303,7 +303,7 @@ async def test_describe_tells_what_is_held(stub: Any, store: ExpertStore, model:
     assert described.weight_bytes == 6 * model.expert_bytes(0)
     held = {(expert.address.layer, expert.address.slot): expert.digest for expert in described.experts}
     assert held == versions_of(store)
-    assert len(described.dtypes) == 5
+    assert len(described.dtypes) == 4
 
 
 async def test_statistics_count_what_was_computed_and_what_was_refused(
