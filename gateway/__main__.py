@@ -1,4 +1,4 @@
-"""`python -m gateway --router HOST:PORT`: the OpenAI API in front of one or several routers, started by hand."""
+"""`python -m gateway --router HOST:PORT`: the OpenAI API in front of one or several routers, by hand."""
 
 from __future__ import annotations
 

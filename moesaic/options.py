@@ -46,10 +46,11 @@ class SettingFlags:
 def with_settings(
     *keys: str, defaults: Mapping[str, object] | None = None, **renamed: str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each key and `--config`, in place of its parameter `flags: SettingFlags`.
+    """Gives a command an option for each key, and `--config`, in place of its parameter `flags`.
 
-    An option is called by the last part of its key, or as `renamed` says; keys of one name share an option. An
-    option that is not given leaves the setting to the other sources, unless `defaults` has a value for its name.
+    An option is called by the last part of its key, or as `renamed` says; keys of one name share an option.
+    An option that is not given leaves the setting to the other sources, unless `defaults` has a value for its
+    name.
     """
     sharing: dict[str, list[str]] = {}
     for name, key in (*((key.rpartition(".")[2], key) for key in keys), *renamed.items()):

@@ -1,9 +1,9 @@
-"""The settings of every process: flags win over the environment, the environment over YAML, YAML over the defaults.
+"""The settings of every process. Flags win over the environment, that over YAML, and YAML over defaults.
 
-A setting is declared here and nowhere else: its type, bounds and default, and the description that `--help` and
-docs/settings.md show. An unknown key is an error. The environment is read in this module alone:
-`MOESAIC_ENGINE__MAX_BATCH_TOKENS=1024` sets `engine.max_batch_tokens`; the standard OTEL_* variables are read by the
-exporter itself. Needs the `serve` extra.
+A setting is declared here and nowhere else: its type, bounds and default, and the description that `--help`
+and docs/settings.md show. An unknown key is an error. The environment is read in this module alone:
+`MOESAIC_ENGINE__MAX_BATCH_TOKENS=1024` sets `engine.max_batch_tokens`; the standard OTEL_* variables are read
+by the exporter itself. Needs the `serve` extra.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from moesaic.families.model import DenseLayers
 
 @dataclass(frozen=True, slots=True)
 class Synonyms:
-    """Other names for the values of a Literal. Validation accepts them and returns the Literal's own value."""
+    """Other names for the values of a Literal, which validation replaces with the Literal's own."""
 
     values: Mapping[str, str]
 
@@ -84,7 +84,8 @@ class EngineSettings(_Group):
     max_batch_tokens: int = Field(
         512,
         ge=1,
-        description="Tokens of one step: the next token of every running sequence first, then chunks of prompts.",
+        description="Tokens of one step: the next token of every running sequence first, then chunks of "
+        "prompts.",
     )
     max_running_sequences: int = Field(64, ge=1, description="Sequences that are computed at the same time.")
     max_waiting_sequences: int = Field(
@@ -114,8 +115,8 @@ class EngineSettings(_Group):
     )
     decoder: Decoder = Field(
         "auto",
-        description="lean is Moesaic's own decoder, refused by name for a model that it does not know; hf runs the "
-        "modules of transformers; auto is lean where it knows the model, else hf.",
+        description="lean is Moesaic's own decoder, refused by name for a model that it does not support; hf "
+        "runs the modules of transformers; auto is lean where it supports the model, else hf.",
     )
     prefix_cache: bool = Field(
         True, description="Keys and values of finished blocks are reused, within one epoch and one tenant."
@@ -123,43 +124,45 @@ class EngineSettings(_Group):
     max_stall: float = Field(
         1.8,
         gt=1.0,
-        description="How many times as long as an undisturbed one a decode step may take because prompts are read "
-        "in the same step.",
+        description="How many times as long as an undisturbed one a decode step may take because prompts are "
+        "read in the same step.",
     )
     overlap: Switch = Field(
-        "off", description="Two micro-batches: the attention of one runs while workers compute the other."
+        "off",
+        description="Two micro-batches in flight, so that the router computes one while the workers compute "
+        "the other; meant for routers and workers on different machines.",
     )
     wire_dtype: WireDType = Field(
         "auto",
-        description="Number type of rows on the wire; auto is the compute type, so nothing is lost; int8 carries a "
-        "scale a row and loses some precision.",
+        description="Number type of rows on the wire; auto is the compute type, so nothing is lost; int8 "
+        "carries a scale a row and loses some precision.",
     )
     combine: Literal["rows", "sum"] = Field(
         "rows",
-        description="rows is bit-exact under any placement; with sum workers add up: fewer bytes, and the last bits "
-        "depend on the placement.",
+        description="rows is bit-exact under any placement; with sum workers add up: fewer bytes, and the "
+        "last bits depend on the placement.",
     )
     shared_memory: Availability = Field(
         "auto",
-        description="Shared memory between router and worker, where both ends run on one host and agree: the "
-        "first transport of every call.",
+        description="Shared memory between router and worker, where both ends run on one host and agree: "
+        "the first transport of every call.",
     )
     direct_stream: Availability = Field(
         "auto",
-        description="gRPC that the engine's thread and the worker's compute thread speak themselves, over a second "
-        "port of the worker, for up to 256 KiB of rows; larger calls, and all calls where that port cannot be reached, "
-        "take the worker's main port.",
+        description="gRPC that the engine's thread and the worker's compute thread speak themselves, over a "
+        "second port of the worker, for up to 256 KiB of rows; larger calls, and all calls where that port "
+        "cannot be reached, take the worker's main port.",
     )
     batch_invariant: bool = Field(
         False,
-        description="The tokens of a sequence do not depend on what else is in the batch. Slower; routers and "
-        "workers must agree.",
+        description="The tokens of a sequence do not depend on what else is in the batch. Slower; routers "
+        "and workers must agree.",
     )
     capacity: CapacityLimit = Field(
         "off",
         description="With off every token gets its experts. With model the families that were trained with a "
-        "capacity (Switch, ST-MoE, NLLB-MoE) drop what full slots cannot take; which tokens those are depends on "
-        "the other requests.",
+        "capacity (Switch, ST-MoE, NLLB-MoE) drop what full slots cannot take; which tokens those are "
+        "depends on the other requests.",
     )
 
 
@@ -177,8 +180,8 @@ class WorkerSettings(_Group):
     )
     expert_dtype: ExpertDType = Field(
         "auto",
-        description="Number type of the experts' weights; auto is the compute type, into which float8 and MXFP4 are "
-        "decoded exactly; int8 and int4 lose some precision.",
+        description="Number type of the experts' weights; auto is the compute type, into which float8 and "
+        "MXFP4 are decoded exactly; int8 and int4 lose some precision.",
     )
     shared_memory: Availability = Field(
         "auto", description="Whether the worker offers shared memory to routers on its host."
@@ -201,9 +204,9 @@ class GatewaySettings(_Group):
     )
     allowed_hosts: tuple[str, ...] = Field(
         (),
-        description="Names by which clients may call the server, beside the local ones. On loopback no other name "
-        "is answered, so that a page of another site cannot reach the server; elsewhere every name is, unless some "
-        "are listed.",
+        description="Names by which clients may call the server, beside the local ones. On loopback no other "
+        "name is answered, so that a page of another site cannot reach the server; elsewhere every name is, "
+        "unless some are listed.",
     )
 
 
@@ -245,13 +248,13 @@ class Settings(_Group):
     device: Device = Field("auto", description="The device that computes.")
     dtype: DType = Field(
         "auto",
-        description="The number type that the model computes in; auto is bfloat16 on CUDA when the checkpoint is "
-        "bfloat16, else float32.",
+        description="The number type that the model computes in; auto is bfloat16 on CUDA when the "
+        "checkpoint is bfloat16, else float32.",
     )
     dense_layers: DenseLayers = Field(
         "auto",
-        description="Where layers without a gate are computed; auto is experts where the model has no others, "
-        "else router.",
+        description="Where layers without a gate are computed; auto is experts where the model has no "
+        "others, else router.",
     )
     host: str = Field("127.0.0.1", description="The address that the servers listen on.")
     http_port: int = Field(
@@ -267,8 +270,8 @@ class Settings(_Group):
     otlp_endpoint: Annotated[str | None, Unset("no traces")] = Field(
         None,
         validation_alias=AliasChoices("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"),
-        description="Traces are sent when this is set. OTEL_EXPORTER_OTLP_ENDPOINT sets it, and the exporter reads "
-        "its address there.",
+        description="Traces are sent when this is set. OTEL_EXPORTER_OTLP_ENDPOINT sets it, and the exporter "
+        "reads its address there.",
     )
     engine: EngineSettings = EngineSettings()
     worker: WorkerSettings = WorkerSettings()

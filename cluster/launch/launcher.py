@@ -74,7 +74,7 @@ class Launcher:
         self._ready = False
 
     def submit(self) -> None:
-        """Starts all processes without waiting. Raises FailedPrecondition when this Ray already serves a model."""
+        """Starts all processes without waiting. Raises FailedPrecondition when this Ray serves a model."""
         if self._starter.names():
             raise FailedPrecondition(
                 "address: Moesaic serves on this Ray already; `moesaic stop` ends that", field="address"
@@ -84,7 +84,7 @@ class Launcher:
             self._names.append(process.spec.name)
 
     async def wait_ready(self, show: Callable[[Topology], None]) -> Endpoints:
-        """Returns when a real token has passed every layer and the gateway listens; shows every state until then.
+        """Returns when a real token has passed every layer and the gateway listens; shows states until then.
 
         Raises Unavailable as soon as a process has failed, or after `cluster.start_timeout_s`.
         """
@@ -132,7 +132,7 @@ class Launcher:
             log.warning("%s could not drain: %s", name, error.message)
 
     async def _look(self) -> Topology | None:
-        """The controller's view; None while it does not answer."""
+        """The topology as the controller sees it; None while it does not answer."""
         with contextlib.suppress(MoesaicError):
             address = await self._starter.peers.address(CONTROLLER)
             async with rpc.aio_channel(address) as channel:

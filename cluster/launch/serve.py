@@ -1,7 +1,7 @@
 """`moesaic serve`: checks the input, starts a cluster, serves, and ends cleanly.
 
-Settings, model folder, placement and ports are checked before any process is started. Standard output carries the
-ready line and nothing else; everything that Ray prints goes to stderr.
+Settings, model folder, placement and ports are checked before any process is started. Standard output carries
+the ready line and nothing else; everything that Ray prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 # The controller and the gateway.
 NUM_OTHER_PROCESSES = 2
-# Ports above those that Ray gives its workers and below those that Linux assigns by itself, so that neither takes one
-# while the processes start.
+# Ports above those that Ray gives its workers and below those that Linux assigns by itself, so that neither
+# takes one while the processes start.
 QUIET_PORTS = range(20_000, 32_768)
 NUM_CANDIDATES = 64
 
@@ -99,7 +99,7 @@ async def running_cluster(
 
 @contextlib.asynccontextmanager
 async def _connected(settings: Settings, signals: StopSignals) -> AsyncIterator[RayCluster]:
-    """A Ray cluster to start processes on. When it dies, everything stops and the context raises Unavailable."""
+    """A Ray cluster to start processes on. When it dies, everything stops and Unavailable is raised."""
     from cluster.processes.ray_cluster import RayCluster  # takes seconds: a wrong flag is reported before
 
     num_processes = NUM_OTHER_PROCESSES + settings.cluster.routers + (settings.cluster.workers or 1)
@@ -142,7 +142,7 @@ def _ready_line(endpoints: Endpoints, *, as_json: bool) -> str:
 
 
 def with_ports(settings: Settings) -> Settings:
-    """The settings with a free port in place of 0, so that a restarted server has the address of the ready line.
+    """The settings with a free port in place of 0: a restarted server has the address of the ready line.
 
     Raises InvalidArgument for a port that is taken, before anything runs.
     """

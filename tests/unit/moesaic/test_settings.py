@@ -81,3 +81,22 @@ def test_flags_win_over_the_environment_over_yaml_over_the_defaults(
     settings = load_settings(config, http_port=3, device=None)
     assert (settings.http_port, settings.grpc_port, settings.host) == (3, 2, "from-yaml")
     assert settings.device == Settings().device
+
+
+@pytest.mark.parametrize("written, read", [("on", "on"), ("off", "off"), ('"on"', "on"), ('"off"', "off")])
+def test_on_and_off_may_stand_in_yaml_with_and_without_quotes(
+    tmp_path: Path, written: str, read: str
+) -> None:
+    config = tmp_path / "moesaic.yml"
+    config.write_text(f"engine: {{overlap: {written}}}")
+    assert load_settings(config).engine.overlap == read
+
+
+def test_overlap_is_off_unless_it_is_asked_for() -> None:
+    assert load_settings().engine.overlap == "off"
+    assert load_settings(engine={"overlap": "on"}).engine.overlap == "on"
+
+
+def test_overlap_is_never_found_out() -> None:
+    with pytest.raises(InvalidArgument, match=r"engine\.overlap"):
+        load_settings(engine={"overlap": "auto"})
