@@ -100,8 +100,8 @@ class DispatchStep:
         self._epoch = epoch
         self._deadline_s = deadline_s
         self._context = context
-        # The workers that failed a call in this step, other than by being overloaded. They are not asked
-        # again in it: waiting for them in every layer would add up.
+        # The incarnations of the workers that failed a call in this step, other than by being overloaded. They
+        # are not asked again in it: waiting for them in every layer would add up.
         self._silent: set[str] = set()
         self._in_flight: list[LayerCall] = []
         self.failed: dict[int, MoesaicError] = {}
@@ -277,7 +277,7 @@ class DispatchStep:
     def _fail(self, layer_call: LayerCall, call: WorkerCall, error: MoesaicError | TimeoutError) -> None:
         self._pool.back_off(call.link)
         if not isinstance(error, Overloaded):
-            self._silent.add(call.link.replica.worker)
+            self._silent.add(call.link.replica.incarnation)
         layer_call.fail(call, _failure(layer_call.request.layer, error))
 
     def _note_times(self, slowest: expert_pb2.ComputeTiming, slowest_us: int, waited_s: float) -> None:

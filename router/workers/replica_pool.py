@@ -66,10 +66,10 @@ class ReplicaPool:
     def pick(
         self, address: ExpertAddress, digest: bytes, *, exclude: Collection[str] = ()
     ) -> WorkerLink | None:
-        """The link to call for an expert version; None if no worker but those in `exclude` holds it."""
+        """The link to call for an expert version; None if no incarnation but those in `exclude` holds it."""
         holders = self._holders.get((address, digest), ())
         if exclude:
-            holders = tuple(link for link in holders if link.replica.worker not in exclude)
+            holders = tuple(link for link in holders if link.replica.incarnation not in exclude)
         if len(holders) <= 1:
             return holders[0] if holders else None
         now = self._clock()

@@ -118,6 +118,22 @@ def test_a_replica_answers_in_place_of_one_that_fails(broken: Answerer) -> None:
     assert len(links["b"].requests) == len(links["b2"].requests) == 1
 
 
+@pytest.mark.parametrize(
+    "broken", [failing(TimeoutError()), failing(Overloaded("full"))], ids=["late", "full"]
+)
+def test_a_replica_of_the_same_name_answers_in_place_of_one_that_fails(broken: Answerer) -> None:
+    epoch = make_epoch(2, NUM_SLOTS)
+    workers = {"first": range(4), "second": range(4)}
+    pool, links = make_pool(epoch, workers, {"first": broken}, name="worker-0")
+    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
+        epoch, deadline_s=time.monotonic() + 5.0
+    )
+    for layer in range(2):
+        torch.testing.assert_close(step.compute(layer, HIDDEN, SLOTS, WEIGHTS), EXPECTED)
+    assert not step.failed
+    assert links["first"].requests and len(links["second"].requests) == 2
+
+
 def test_without_a_replica_only_the_tokens_of_the_failed_worker_fail() -> None:
     output, step, links = dispatch({"a": range(3), "b": range(3, 4)}, {"b": failing(Unavailable("gone"))})
     assert set(step.failed) == {1, 2}  # the tokens that slot 3 should compute

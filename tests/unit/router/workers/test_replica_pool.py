@@ -86,8 +86,14 @@ def test_a_replica_that_failed_is_asked_when_there_is_no_other(rig: Rig) -> None
 
 def test_an_excluded_worker_is_never_picked(rig: Rig) -> None:
     rig.publish(1, "a1", "b1")
-    assert rig.pick("a") == "b1"
-    assert rig.pick("a", "b") is None
+    assert rig.pick("a1") == "b1"
+    assert rig.pick("a1", "b1") is None
+
+
+def test_two_workers_of_one_name_do_not_exclude_each_other(rig: Rig) -> None:
+    rig.publish(1, "a1", "a2")
+    assert rig.pick("a1") == "a2"
+    assert rig.pick("a2") == "a1"
 
 
 def test_another_version_of_an_expert_is_not_a_replica_of_it(rig: Rig) -> None:
