@@ -53,7 +53,12 @@ class FakeLink(WorkerLink):
         self.answer = answer
         self.requests: list[expert_pb2.ComputeRequest] = []
         self.received: list[int] = []
-        self.closed = False
+        self.closed = self.is_lost = False
+        self.in_flight = 0
+
+    @property
+    def lost(self) -> bool:
+        return self.is_lost
 
     @property
     def connected(self) -> bool:
@@ -61,7 +66,7 @@ class FakeLink(WorkerLink):
 
     @property
     def num_in_flight(self) -> int:
-        return 0
+        return self.in_flight
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> PendingCall:
         request.call_id = len(self.requests) + 1
