@@ -235,10 +235,7 @@ class RayCluster:
             answers = list(pool.map(_answers, entries))
         for entry, answers_now in zip(entries, answers, strict=True):
             if not answers_now:
-                log.warning(
-                    "node left out: its Ray does not answer",
-                    extra={"fields": {"node": entry["NodeManagerAddress"]}},
-                )
+                log.warning("node %s is left out: its Ray does not answer", entry["NodeManagerAddress"])
         nodes = [_node(entry, available, local=self._local) for entry in compress(entries, answers)]
         return tuple(sorted(nodes, key=lambda node: (node.id != self.home, node.address, node.id)))
 
