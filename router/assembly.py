@@ -95,6 +95,10 @@ def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> L
         torch.set_num_threads(config.engine.threads)
     checkpoint = open_checkpoint(config.model)
     shape = describe_model(checkpoint, config.dense_layers)
+    for name in shape.untied:
+        log.warning(
+            "a tensor in the files counts, although the config ties it", extra={"fields": {"tensor": name}}
+        )
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, shape.dtype)
     dispatcher = Dispatcher(pool, clock, _dispatch_rules(config.engine))

@@ -29,6 +29,7 @@ from moesaic.families.config import Config
 from moesaic.families.model import DenseLayers, MoeModel
 from moesaic.families.quantisation import in_float8, read_encoding
 from moesaic.families.tensor_check import check_tensors
+from moesaic.families.ties import resolve_ties
 
 __all__ = ["DenseLayers", "MoeModel", "describe_model"]
 
@@ -73,7 +74,7 @@ def describe_model(checkpoint: Checkpoint, dense_layers: DenseLayers = "auto") -
         supported = ", ".join(sorted(_FAMILIES))
         config.fail("model_type", f"{str(family)[:64]!r} is not served; supported: {supported}")
     encoding = read_encoding(config)
-    model = describe(checkpoint, config)
+    model = resolve_ties(checkpoint, describe(checkpoint, config))
     if encoding == "fp8_block":
         model = in_float8(checkpoint, model)
     check_tensors(checkpoint, model)

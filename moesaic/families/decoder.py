@@ -165,10 +165,9 @@ def assemble(
     num_predictors: int = 0,
 ) -> MoeModel:
     """Builds the model of these parts, after a check of the sizes that its config states."""
-    embedding = "model.embed_tokens.weight"
     sizes: tuple[SizeCheck, ...] = (
-        ("vocab_size", decoder.vocab_size, embedding, 0),
-        ("hidden_size", decoder.hidden_size, embedding, 1),
+        ("vocab_size", decoder.vocab_size, blocks.EMBEDDING, 0),
+        ("hidden_size", decoder.hidden_size, blocks.EMBEDDING, 1),
     )
     check_sizes(checkpoint, config, (*sizes, *size_checks))
     end = decoder.num_layers + num_predictors
@@ -184,6 +183,6 @@ def assemble(
         mixers=mixers,
         experts=experts,
         dense=blocks.mapping(*dense),
-        tied=decoder.tied,
+        ties=(blocks.EMBEDDING, blocks.HEAD) if decoder.tied else (),
         ignored=frozenset(name for name in checkpoint.tensors if name.startswith(beyond)),
     )

@@ -109,7 +109,7 @@ def _describe(
     shared_size = config.size("n_shared_experts") * channels.module.inner_size
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             prefix = blocks.LAYER.format(layer=layer)
             yield blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")

@@ -227,8 +227,6 @@ def _size_checks(mixer: Mixer) -> Iterator[SizeCheck]:
 def _with_dense(checkpoint: Checkpoint, family: _Family, model: MoeModel) -> MoeModel:
     """The model with all tensors of the decoder that do not belong to experts, still without the scales of float8."""
     left = checkpoint.tensors.keys() - model.expert_tensors - model.ignored
-    if model.tied:
-        left -= {"lm_head.weight"}
     dense = {
         _module_name(name, family): DenseTensor(checkpoint.tensors[name].shape, name)
         for name in sorted(left)

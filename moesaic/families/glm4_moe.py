@@ -32,7 +32,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     shared_size = config.size("n_shared_experts") * channels.module.inner_size
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             prefix = blocks.LAYER.format(layer=layer)
             yield blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias)

@@ -76,7 +76,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     bias = config.flag("attention_bias", default=True)
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(decoder.hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             yield _layer(layer, decoder, attention, slots.count, bias)
 

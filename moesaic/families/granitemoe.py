@@ -52,7 +52,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         yield _GATE.format(layer=layer), DenseTensor((slots.count, hidden_size), source)
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(hidden_size, decoder.vocab_size)
         yield from (layer_tensors(layer) for layer in range(decoder.num_layers))
 
     return assemble(

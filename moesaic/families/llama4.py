@@ -64,7 +64,7 @@ def describe_text(checkpoint: Checkpoint, config: Config) -> MoeModel:
     bias = config.flag("attention_bias", default=False)
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             yield blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias, output_bias=bias)
             if layer in sparse:

@@ -81,7 +81,7 @@ def _describe(
         mixers=tuple(_with_window(attention, window) for window in windows),
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=(
-            blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied),
+            blocks.ends(hidden_size, decoder.vocab_size),
             *(
                 blocks.pre_norm_layer(
                     index, attention, hidden_size, bias=attention_bias, output_bias=attention_bias

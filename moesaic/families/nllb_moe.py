@@ -46,6 +46,7 @@ NAMES = Names(
     ),
     shared="model.shared.weight",
     head="lm_head.weight",
+    tied=("lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
     projections=("q_proj", "k_proj", "v_proj", "out_proj"),
     up="fc1",
     down="fc2",

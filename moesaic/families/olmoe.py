@@ -47,7 +47,7 @@ def _describe(checkpoint: Checkpoint, config: Config, family: str, norms: tuple[
     bias = config.flag("attention_bias", default=False)
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(decoder.hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             prefix = blocks.LAYER.format(layer=layer)
             yield blocks.norms(prefix, decoder.hidden_size, *norms)

@@ -81,7 +81,7 @@ def _context(config: Config, max_model_len: int) -> int:
 
 
 def _ends(decoder: DecoderSizes, *, head_bias: bool) -> blocks.Named:
-    yield from blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+    yield from blocks.ends(decoder.hidden_size, decoder.vocab_size)
     yield blocks.tensor("model.norm.bias", decoder.hidden_size)
     if head_bias:
         yield blocks.tensor("lm_head.bias", decoder.vocab_size)

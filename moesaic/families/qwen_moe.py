@@ -36,7 +36,7 @@ def describe_qwen2(checkpoint: Checkpoint, config: Config) -> MoeModel:
     shared_size = config.size("shared_expert_intermediate_size")
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(decoder.hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             yield _layer(layer, decoder, attention, channels, bias=bias)
             if layer in channels.sparse:
@@ -62,7 +62,7 @@ def describe_qwen3(checkpoint: Checkpoint, config: Config) -> MoeModel:
     bias = config.flag("attention_bias", default=False)
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(decoder.hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             yield _layer(layer, decoder, attention, channels, bias=bias, output_bias=bias)
             prefix = blocks.LAYER.format(layer=layer) + "self_attn."

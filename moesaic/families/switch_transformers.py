@@ -49,6 +49,7 @@ NAMES = Names(
     ),
     shared="shared.weight",
     head="lm_head.weight",
+    tied=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
     projections=("q", "k", "v", "o"),
     up="wi",
     down="wo",
