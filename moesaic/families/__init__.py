@@ -26,6 +26,7 @@ from moesaic.families import (
     switch_transformers,
 )
 from moesaic.families.config import Config
+from moesaic.families.defaults import DEFAULTS
 from moesaic.families.model import DenseLayers, MoeModel
 from moesaic.families.quantisation import in_float8, read_encoding
 from moesaic.families.tensor_check import check_tensors
@@ -66,9 +67,15 @@ def describe_model(checkpoint: Checkpoint, dense_layers: DenseLayers = "auto") -
 
     Raises CheckpointError, which names the config key or the tensor at fault.
     """
-    config = Config(checkpoint.config, file=checkpoint.config_file, spelling=checkpoint.spelling)
     family = checkpoint.config.get("model_type")
     describe = _FAMILIES.get(family) if isinstance(family, str) else None
+    config = Config(
+        checkpoint.config,
+        file=checkpoint.config_file,
+        spelling=checkpoint.spelling,
+        # A config in Mistral's format is complete, and its defaults are others.
+        defaults=None if checkpoint.in_mistral_format else DEFAULTS.get(str(family)),
+    )
     if describe is None:
         generic.refuse_unserved(config)
         supported = ", ".join(sorted(_FAMILIES))

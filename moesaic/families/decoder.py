@@ -59,14 +59,13 @@ class Channels:
     size_checks: tuple[SizeCheck, ...]
 
 
-def read_decoder(config: Config, *, tied: bool = False) -> DecoderSizes:
-    """`tied`: whether the family's head is tied if the config does not say."""
+def read_decoder(config: Config) -> DecoderSizes:
     return DecoderSizes(
         num_layers=config.size("num_hidden_layers", most=MAX_LAYERS),
         hidden_size=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
         max_model_len=config.size("max_position_embeddings"),
-        tied=config.flag("tie_word_embeddings", default=tied),
+        tied=config.flag("tie_word_embeddings", default=False),
     )
 
 
@@ -93,12 +92,12 @@ def read_layer_types(config: Config, num_layers: int, *served: str) -> tuple[str
 
 def read_num_predictors(config: Config) -> int:
     """The number of layers after the last one that predict further tokens. Serving does not use them."""
-    return config.count("num_nextn_predict_layers", "num_mtp_layers", most=MAX_LAYERS)
+    return config.count("num_nextn_predict_layers", "num_mtp_layers", default=0, most=MAX_LAYERS)
 
 
-def layers_behind_dense(config: Config, num_layers: int, default: int) -> frozenset[int]:
+def layers_behind_dense(config: Config, num_layers: int) -> frozenset[int]:
     """The layers that have experts, in a model whose first few layers are dense."""
-    first = config.count("first_k_dense_replace", default=default)
+    first = config.count("first_k_dense_replace")
     if first >= num_layers:
         config.fail("first_k_dense_replace", f"leaves none of {num_layers} layers with experts")
     return frozenset(range(first, num_layers))

@@ -44,7 +44,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     )
     rule = GateRule(slots.top_k, score="logit", weight="softmax")
     experts = ExpertLayer(slots.count, module, layout, dtype, rule)
-    bias = config.flag("attention_bias", default=False)
+    bias = config.flag("attention_bias")
 
     def layer_tensors(layer: int) -> blocks.Named:
         yield from blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias, output_bias=bias)

@@ -42,9 +42,9 @@ def _describe(checkpoint: Checkpoint, config: Config, family: str, norms: tuple[
     module = ExpertModule(
         decoder.hidden_size, config.size("intermediate_size"), config.choice("hidden_act", ("silu",))
     )
-    rule = GateRule(slots.top_k, renormalise=config.flag("norm_topk_prob", default=False))
+    rule = GateRule(slots.top_k, renormalise=config.flag("norm_topk_prob"))
     experts = ExpertLayer(slots.count, module, layout, dtype, rule)
-    bias = config.flag("attention_bias", default=False)
+    bias = config.flag("attention_bias")
 
     def dense() -> Iterator[blocks.Named]:
         yield blocks.ends(decoder.hidden_size, decoder.vocab_size)
