@@ -97,6 +97,10 @@ def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> L
     checkpoint = open_checkpoint(config.model)
     check_identity(checkpoint, config.identity, text=True)
     shape = describe_model(checkpoint, config.dense_layers)
+    for name in shape.untied:
+        log.warning(
+            "a tensor in the files counts, although the config ties it", extra={"fields": {"tensor": name}}
+        )
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, shape.dtype)
     dispatcher = Dispatcher(pool, clock, _dispatch_rules(config.engine))
