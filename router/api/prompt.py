@@ -133,15 +133,17 @@ def _default_true(request: inference_pb2.GenerateRequest | inference_pb2.Tokeniz
     return request.add_special_tokens if request.HasField("add_special_tokens") else True
 
 
-def _message(message: inference_pb2.ChatMessage) -> dict[str, str]:
+def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     if not message.role:
         raise InvalidArgument("messages: every message must have a role", field="messages")
-    fields = {"role": message.role, "content": message.content}
-    if message.name:
-        fields["name"] = message.name
-    for value in fields.values():
+    if message.content and message.parts:
+        raise InvalidArgument("messages: content and parts exclude each other", field="messages")
+    parts = [part.text for part in message.parts]
+    for value in (message.role, message.content, message.name, *parts):
         _check_text("messages", value)
-    return fields
+    content = [{"type": "text", "text": part} for part in parts] if parts else message.content
+    name = {"name": message.name} if message.name else {}
+    return {"role": message.role, "content": content, **name}
 
 
 def _check_text(field: str, content: str) -> None:

@@ -115,7 +115,7 @@ class Text:
 
     def render_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
         continue_final_message: bool,
@@ -125,8 +125,8 @@ class Text:
 
         Raises Unsupported without a chat format, InvalidArgument if it refuses the messages.
         """
-        tokenizer, control = self._tokenizer, self._control_tokens
-        if tokenizer is None or control is None or self._chat is None:
+        control = self._control_tokens
+        if control is None or self._chat is None:
             raise Unsupported(f"messages: {self._no_chat}", field="messages")
         _check_variables(variables)
         if isinstance(self._chat, MistralChat):
@@ -139,7 +139,7 @@ class Text:
             control.mark(messages),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            variables={**tokenizer.special_names, **control.mark(variables)},
+            variables=control.mark(variables),
         )
         return Conversation(control.unmarked(rendered), lambda: control.encode(rendered))
 
@@ -162,7 +162,7 @@ def load_text(folder: str | Path) -> Text:
         eos_token_ids |= {tokenizer.eos_token_id}
     template = find_template(folder, config)
     if template is not None:
-        return Text(tokenizer, eos_token_ids, ChatTemplate(template))
+        return Text(tokenizer, eos_token_ids, ChatTemplate(template, tokenizer.special_names))
     if mistral_file is None:
         return Text(tokenizer, eos_token_ids)
     found = find_mistral_chat(mistral_file, tokenizer)
