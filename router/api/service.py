@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc
@@ -23,6 +23,7 @@ from router.api.continuation import Continuation, prompt_message
 from router.api.event_bridge import EventBridge
 from router.api.generate_call import GenerateCall, SequenceEngine
 from router.api.prompt import read_prompt, tokenize
+from router.api.sampling_defaults import neutral_sampling
 from router.api.sampling_request import (
     ModelLimits,
     check_token_ids,
@@ -60,6 +61,7 @@ class ModelFacts:
     top_k: int
     created: int
     encodes_prompts: bool = False
+    sampling_defaults: inference_pb2.SamplingParams = field(default_factory=neutral_sampling)
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -81,7 +83,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._text = text
         self._facts = facts
         self._limits = ModelLimits(
-            facts.max_model_len, facts.vocab_size, text.eos_token_ids, facts.encodes_prompts
+            facts.max_model_len,
+            facts.vocab_size,
+            text.eos_token_ids,
+            facts.encodes_prompts,
+            facts.sampling_defaults,
         )
         self._stats = stats
         self._epoch = epoch
@@ -155,6 +161,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             created=facts.created,
             control_address=self._control_address(),
             encodes_prompts=facts.encodes_prompts,
+            sampling_defaults=facts.sampling_defaults,
         )
 
     async def GetRouterStats(
