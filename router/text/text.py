@@ -21,6 +21,7 @@ from moesaic.errors import CheckpointError, InvalidArgument, Unsupported
 from router.text.chat_template import TOKENIZER_CONFIG_FILE, ChatTemplate, find_template
 from router.text.control_tokens import ControlTokens
 from router.text.detokenizer import Detokenizer
+from router.text.length_bound import bytes_per_token
 from router.text.mistral_chat import MistralChat, find_mistral_chat
 from router.text.mistral_tokenizer import find_mistral_file, read_mistral_tokenizer
 from router.text.tokenizer import TextTokenizer
@@ -65,6 +66,7 @@ class Text:
         self._chat = chat
         self._no_chat = no_chat
         self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer.backend)
+        self._bytes_per_token = None if tokenizer is None else bytes_per_token(tokenizer.backend)
         self._control_tokens = None if tokenizer is None else ControlTokens(tokenizer)
 
     @property
@@ -83,10 +85,13 @@ class Text:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def least_tokens(self, text: str) -> int:
-        """A lower bound of the number of tokens of `text`, without tokenizing it. Raises Unsupported."""
-        if self._vocabulary is None:
+        """A lower bound of the number of tokens of `text`, without tokenizing it; 0 where only tokenizing tells.
+
+        Raises Unsupported.
+        """
+        if self._tokenizer is None:
             raise _no_tokenizer()
-        return -(-len(text.encode()) // self._vocabulary.longest_token_bytes)
+        return 0 if self._bytes_per_token is None else -(-len(text.encode()) // self._bytes_per_token)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of all tokens, equal to the joined pieces of a detokenizer."""

@@ -22,6 +22,7 @@ from moesaic.errors import DataLoss, Overloaded, Unavailable, from_rpc_error
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1 import inference_pb2_grpc
 from router.api import service as service_module
+from router.api import tokens
 from router.api.sampling_defaults import neutral_sampling
 from router.api.service import InferenceService, ModelFacts
 from router.engine.request import Failed, PromptScored, Started
@@ -525,6 +526,11 @@ async def test_a_draining_service_finishes_what_runs_and_refuses_the_rest(rig: R
     assert (await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)).model == "tiny"
 
 
+async def test_an_empty_prompt_is_what_the_tokenizer_begins_a_text_with(rig: Rig) -> None:
+    first, *_ = await rig.generate(ask("", max_tokens=1))
+    assert list(first.prompt.token_ids) == [1]
+
+
 async def test_the_engines_refusal_reaches_the_client(rig: Rig) -> None:
     rig.engine.refusal = Unavailable("stopping", reason="STOPPING", retry_after_s=1.0)
     assert (await rig.error(ask())).reason == "STOPPING"
@@ -553,7 +559,12 @@ CODE = grpc.StatusCode
     ("request_", "code", "field", "reason"),
     [
         (pb.GenerateRequest(), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
-        (ask(""), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
+        (
+            pb.GenerateRequest(text="", add_special_tokens=False),
+            CODE.INVALID_ARGUMENT,
+            "prompt",
+            "INVALID_ARGUMENT",
+        ),
         (ask("a\0b"), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
         (pb.GenerateRequest(token_ids=pb.TokenIds()), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
         (
@@ -733,16 +744,45 @@ async def test_without_an_encoder_there_is_nothing_for_a_decoder_to_begin_with(r
 
 
 async def test_a_text_or_a_conversation_is_tokenized_as_its_prompt_would_be(rig: Rig) -> None:
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon"), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon", return_tokens=True), timeout=5)
     assert tuple(reply.token_ids) == (1, *rig.ids("Once upon"))
     assert list(reply.tokens) == [rig.text.token(token_id) for token_id in reply.token_ids]
     assert reply.max_model_len == MAX_MODEL_LEN
     reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="", add_special_tokens=False), timeout=5)
     assert list(reply.token_ids) == []
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(chat=chat("Hi").chat), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon"), timeout=5)
+    assert list(reply.tokens) == [], "nobody asked for them"
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(chat=chat("Hi").chat, return_tokens=True), timeout=5)
     assert list(reply.tokens)[:2] == ["<s>", "["]
     long = await rig.stub.Tokenize(pb.TokenizeRequest(text="hen " * 20_000), timeout=20)
     assert len(long.token_ids) > MAX_MODEL_LEN
+
+
+async def test_a_large_text_is_tokenized_while_others_are_answered(rig: Rig) -> None:
+    """The tokenizer lets go of the interpreter: calls that come meanwhile are answered before it is done."""
+    large = rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon a time. " * 100_000), timeout=120)
+    done = asyncio.ensure_future(large.code())
+    num_answered = 0
+    while not done.done():
+        await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=120)
+        num_answered += 1
+    assert await done is CODE.OK
+    assert num_answered > 3
+
+
+async def test_an_answer_that_no_message_can_hold_is_refused_for_good(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "PUBLIC_MESSAGE_BYTES", 100)
+    for request in (
+        pb.TokenizeRequest(text="hen " * 200),
+        pb.TokenizeRequest(text="hen " * 20, return_tokens=True),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.Tokenize(request, timeout=20)
+        error = from_rpc_error(caught.value)
+        assert (error.code, error.field, error.reason) == (CODE.INVALID_ARGUMENT, "prompt", "TOO_LARGE")
+        assert error.retry_after_s is None
 
 
 async def test_token_ids_are_detokenized_with_their_special_tokens(rig: Rig) -> None:
