@@ -123,7 +123,7 @@ class Client:
         timeout_s: float = UNARY_TIMEOUT_S,
     ) -> pb.TokenizeResponse:
         """The token ids of a text or conversation, with the vocabulary's spelling of each."""
-        request = pb.TokenizeRequest(add_special_tokens=add_special_tokens)
+        request = pb.TokenizeRequest(add_special_tokens=add_special_tokens, return_tokens=True)
         if isinstance(prompt, str):
             request.text = prompt
         else:

@@ -20,11 +20,12 @@ FINISH_REASONS: dict[int, FinishReason] = {pb.FINISH_REASON_STOP: "stop", pb.FIN
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A token that the model could have chosen, and its log probability."""
+    """A token that the model could have chosen, and its log probability. `text` and `token_bytes`: see TokenLogprob."""
 
     token_id: int
     logprob: float
     text: str
+    token_bytes: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class TokenLogprob:
             logprob=entry.logprob if entry.HasField("logprob") else None,
             text=entry.text,
             token_bytes=entry.token_bytes,
-            top=tuple(Alternative(top.token_id, top.logprob, top.text) for top in entry.top),
+            top=tuple(Alternative(top.token_id, top.logprob, top.text, top.token_bytes) for top in entry.top),
         )
 
 

@@ -14,8 +14,9 @@ from google.protobuf.struct_pb2 import Struct
 from moesaic.errors import InvalidArgument
 from moesaic.v1 import inference_pb2 as pb
 
-ChatMessage = Mapping[str, str]
-# Text, token ids, or a conversation: messages with `role`, `content` and optionally `name`.
+ChatMessage = Mapping[str, Any]
+# Text, token ids, or a conversation: messages with `role`, `content` and optionally `name`. Content is text, or a list
+# of parts of the form {"type": "text", "text": ...}.
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
 
 
@@ -110,10 +111,10 @@ def chat_from(messages: Sequence[Any], options: Mapping[str, Any] | None = None)
     options = options or {}
     chat = pb.Chat()
     try:
-        chat.messages.extend(pb.ChatMessage(**message) for message in messages)
+        chat.messages.extend(pb.ChatMessage(**_with_parts(message)) for message in messages)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(
-            "messages must have a role and a content, both strings, and at most a name beside them",
+            "messages must have a role, a content (a string or a list of text parts), and at most a name",
             field="prompt",
         ) from error
     _set(
@@ -124,6 +125,18 @@ def chat_from(messages: Sequence[Any], options: Mapping[str, Any] | None = None)
     if "template_kwargs" in options:
         chat.template_kwargs.CopyFrom(_struct(options["template_kwargs"]))
     return chat
+
+
+def _with_parts(message: ChatMessage) -> dict[str, Any]:
+    """The fields of a message. Raises TypeError or ValueError for a part that is not text."""
+    fields = dict(message)
+    content = fields.get("content")
+    if content is None or isinstance(content, str):
+        return fields
+    del fields["content"]
+    if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        raise ValueError("only parts of text are served")
+    return {**fields, "parts": [pb.ContentPart(text=part["text"]) for part in content]}
 
 
 def _struct(values: Mapping[str, Any]) -> Struct:

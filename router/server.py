@@ -19,6 +19,7 @@ from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.loading_service import LoadingService
+from router.api.sampling_defaults import neutral_sampling, read_sampling_defaults
 from router.api.service import InferenceService, ModelFacts
 from router.api.stats import router_stats
 from router.assembly import LoadedRouter, load_router
@@ -60,6 +61,7 @@ class RouterServer:
         self._pool = ReplicaPool(connect=self._connect)
         self._epoch: asyncio.Future[Epoch] | None = None
         self._loaded: LoadedRouter | None = None
+        self._sampling_defaults = neutral_sampling()
         self._engine: Engine | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -78,6 +80,8 @@ class RouterServer:
 
     async def load(self) -> None:
         """Reads everything but the experts. Raises CheckpointError, InvalidArgument."""
+        if self._config.engine.generation_config == "auto":
+            self._sampling_defaults = read_sampling_defaults(self._config.model)
         self._loaded = await asyncio.to_thread(load_router, self._config, self._pool, self._clock)
 
     async def wait_ready(self, timeout_s: float) -> None:
@@ -167,6 +171,7 @@ class RouterServer:
                 top_k=max((layer.top_k for layer in loaded.shape.experts.values()), default=0),
                 created=int(time.time()),
                 encodes_prompts=loaded.encodes_prompts,
+                sampling_defaults=self._sampling_defaults,
             ),
             stats=lambda: self._stats(loaded, engine),
             epoch=lambda: epoch.id,

@@ -70,6 +70,16 @@ async def test_a_prompt_may_be_text_token_ids_or_messages(client: Client, router
     assert MessageToDict(chat.chat.template_kwargs) == {"deep": [1.0, {"x": None}]}
 
 
+async def test_a_message_may_have_its_content_in_parts(client: Client, router: RunningRouter) -> None:
+    part = {"type": "text", "text": "ab"}
+    await client.complete([{"role": "user", "content": [part, part]}], max_tokens=1)
+    (request,) = router.router.requests
+    assert [part.text for part in request.chat.messages[0].parts] == ["ab", "ab"]
+    for wrong in ([{"type": "image_url"}], ["ab"], 5, [{"type": "text", "text": 5}]):
+        with pytest.raises(errors.InvalidArgument, match="text parts"):
+            await client.complete([{"role": "user", "content": wrong}], max_tokens=1)
+
+
 async def test_options_arrive_and_absent_ones_stay_absent(client: Client, router: RunningRouter) -> None:
     await client.complete(
         "ab",
