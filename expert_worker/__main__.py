@@ -47,7 +47,7 @@ def main(
     flags: SettingFlags,
 ) -> None:
     """Serve some experts of a model until a signal. Prints `ready grpc=HOST:PORT` when they are loaded."""
-    with exit_with_code():
+    with exit_with_code(spell=flags.spell):
         try:
             settings = flags.load(model=model)
             telemetry.configure(

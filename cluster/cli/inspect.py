@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from cluster.checkpoints.inspection import Inspection, StoredTensors, inspect_folder
 from cluster.checkpoints.model_facts import HELD, LayerKind, ModelFacts
-from cluster.checkpoints.model_source import DEMO_MODEL
+from cluster.checkpoints.model_source import DEMO_MODEL, find_model
 from cluster.terminal.tables import amount, count, files, new_table, size
 from moesaic.families import DenseLayers
 
@@ -31,7 +30,7 @@ _DTYPE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3
 
 def run_inspect(model: str | None, dense_layers: DenseLayers, *, as_json: bool) -> None:
     """Prints a folder's facts. Raises CheckpointError without one, typer.Exit if it cannot be served."""
-    inspection = inspect_folder(DEMO_MODEL if model is None else Path(model), dense_layers)
+    inspection = inspect_folder(find_model(model or str(DEMO_MODEL)), dense_layers)
     if as_json:
         print(json.dumps({"serves": inspection.serves, **asdict(inspection)}))
     else:

@@ -193,7 +193,7 @@ def test_the_newest_tokenizer_file_is_named_and_its_chat_format(tmp_path: Path) 
 def test_no_folder_is_an_error_like_that_of_other_verbs() -> None:
     result = CliRunner().invoke(app, ["inspect", "/no/such/folder"])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error: model: no such folder\n"
+    assert result.stderr == "error: model '/no/such/folder': no such folder\n"
 
 
 @pytest.mark.parametrize("golden", GOLDENS)
