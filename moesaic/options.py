@@ -17,7 +17,9 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from moesaic.exit_codes import Spell
 from moesaic.settings import Settings, Synonyms, Unset, load_settings
+from moesaic.spelling import Spelling
 
 _Marker = TypeVar("_Marker")
 _CONFIG = Annotated[Path | None, typer.Option(help="A YAML file of settings.")]
@@ -29,6 +31,8 @@ class SettingFlags:
 
     config: Path | None
     values: Mapping[str, object]
+    # Tells errors how the value of a setting was written.
+    spell: Spell | None = None
 
     @property
     def any_given(self) -> bool:
@@ -56,14 +60,16 @@ def with_settings(
     for name, key in (*((key.rpartition(".")[2], key) for key in keys), *renamed.items()):
         sharing.setdefault(name, []).append(key)
     options = [_option(name, FIELDS[keys[0]], (defaults or {}).get(name)) for name, keys in sharing.items()]
-    options.append(_parameter("config", _CONFIG))
+    options += [_parameter("config", _CONFIG), _parameter("context", typer.Context)]
+    parameter_of = {key: name for name, keys in sharing.items() for key in keys}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def run(config: Path | None, **arguments: Any) -> None:
+        def run(context: typer.Context, config: Path | None, **arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in sharing}
-            values = {key: given[name] for name, keys in sharing.items() for key in keys}
-            command(flags=SettingFlags(config, values), **arguments)
+            values = {key: given[name] for key, name in parameter_of.items()}
+            spell = Spelling(context, config, parameter_of)
+            command(flags=SettingFlags(config, values, spell), **arguments)
 
         parameters = list(inspect.signature(command, eval_str=True).parameters.values())
         index = next(index for index, parameter in enumerate(parameters) if parameter.name == "flags")

@@ -8,11 +8,14 @@ by the exporter itself. Needs the `serve` extra.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -22,11 +25,12 @@ from pydantic import (
     GetCoreSchemaHandler,
     ValidationError,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 
@@ -71,6 +75,7 @@ WireDType = Annotated[Literal["auto", "float32", "bfloat16", "int8"], _SHORT_NAM
 Decoder = Literal["auto", "lean", "hf"]
 Availability = Annotated[Literal["auto", "off"], _YamlWord]
 Switch = Annotated[Literal["on", "off"], _YamlWord]
+GenerationConfig = Literal["auto", "none"]
 CapacityLimit = Annotated[Literal["off", "model"], _YamlWord]
 
 
@@ -152,6 +157,12 @@ class EngineSettings(_Group):
         description="gRPC that the engine's thread and the worker's compute thread speak themselves, over a "
         "second port of the worker, for up to 256 KiB of rows; larger calls, and all calls where that port "
         "cannot be reached, take the worker's main port.",
+    )
+    generation_config: GenerationConfig = Field(
+        "auto",
+        description="Where a request is silent: with auto the sampling of the model's generation_config.json "
+        "(temperature, top_p, top_k, min_p, repetition_penalty, do_sample) is its default; with none the whole "
+        "distribution is sampled at temperature 1.",
     )
     batch_invariant: bool = Field(
         False,
@@ -279,9 +290,12 @@ class Settings(_Group):
     cluster: ClusterSettings = ClusterSettings()
 
 
+_PREFIX, _DELIMITER = "MOESAIC_", "__"
+
+
 class _Sources(Settings, BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix="MOESAIC_", env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix=_PREFIX, env_nested_delimiter=_DELIMITER, extra="forbid", frozen=True
     )
 
     @classmethod
@@ -301,8 +315,8 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
 
     Raises InvalidArgument that names the key.
     """
-    if config is not None and not config.is_file():
-        raise InvalidArgument("config: no such file", field="config")
+    if config is not None:
+        _read_file(config)
 
     class FromFile(_Sources):
         model_config = SettingsConfigDict(yaml_file=config)
@@ -312,8 +326,83 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         return Settings.model_validate(FromFile(**_given(flags)).model_dump())
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise InvalidArgument(f"{key}: {first['msg']}", field=key) from error
+        path = [part for part in first["loc"] if isinstance(part, str)]
+        key = ".".join(path)
+        raise InvalidArgument(f"{key}: {_problem(first, path)}", field=key) from error
+    except SettingsError as error:
+        raise InvalidArgument(
+            f"environment: must hold JSON for a group: {error}", field="environment"
+        ) from error
+
+
+def find_written(key: str, config: Path | None) -> str | None:
+    """Where the environment or the file sets a key, or the group that it is in, and to what; None if neither."""
+    variables = {name.upper(): name for name in os.environ}
+    for part in (key, key.rpartition(".")[0]):
+        wanted = f"{_PREFIX}{part.replace('.', _DELIMITER)}".upper()
+        if part and wanted in variables:
+            return f"{variables[wanted]}={os.environ[variables[wanted]]}"
+    value = {} if config is None or not config.is_file() else _read_file(config)
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    assert config is not None
+    return f"{config.name}: {key}" if isinstance(value, (Mapping, list)) else f"{config.name}: {key} {value}"
+
+
+def _read_file(config: Path) -> Any:
+    """The content of a file of settings. Raises InvalidArgument unless it maps keys to values."""
+    try:
+        with config.open(encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except FileNotFoundError as error:
+        raise InvalidArgument("config: no such file", field="config") from error
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidArgument(f"config: cannot be read: {why}", field="config") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise InvalidArgument(f"config: is not YAML{where}: {problem}", field="config") from error
+    if content is not None and not isinstance(content, Mapping):
+        raise InvalidArgument("config: must hold keys and values", field="config")
+    return content or {}
+
+
+def _problem(error: ErrorDetails, path: Sequence[str]) -> str:
+    """What is wrong with a value, and what it may be."""
+    bounds = error.get("ctx", {})
+    match error["type"]:
+        case "greater_than_equal":
+            return f"must be at least {bounds['ge']:g}"
+        case "greater_than":
+            return f"must be above {bounds['gt']:g}"
+        case "less_than_equal":
+            return f"must be at most {bounds['le']:g}"
+        case "literal_error":
+            return f"must be one of {bounds['expected'].replace(' or ', ', ')}".replace("'", "")
+        case "int_type" | "int_parsing" | "int_from_float":
+            return "must be a whole number"
+        case "float_type" | "float_parsing":
+            return "must be a number"
+        case "bool_type" | "bool_parsing":
+            return "must be true or false"
+        case "extra_forbidden":
+            return f"there is no such setting{_suggestion(path)}"
+        case _:
+            return error["msg"]
+
+
+def _suggestion(path: Sequence[str]) -> str:
+    group: type[BaseModel] = Settings
+    for part in path[:-1]:
+        annotation = group.model_fields[part].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        group = annotation
+    similar = difflib.get_close_matches(path[-1], group.model_fields, n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
