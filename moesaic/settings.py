@@ -281,8 +281,7 @@ class Settings(_Group):
     otlp_endpoint: Annotated[str | None, Unset("no traces")] = Field(
         None,
         validation_alias=AliasChoices("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"),
-        description="Traces are sent when this is set. OTEL_EXPORTER_OTLP_ENDPOINT sets it, and the exporter "
-        "reads its address there.",
+        description="Where traces are sent, as OTLP over HTTP. OTEL_EXPORTER_OTLP_ENDPOINT sets it, too.",
     )
     engine: EngineSettings = EngineSettings()
     worker: WorkerSettings = WorkerSettings()
