@@ -13,6 +13,7 @@ import uvicorn
 
 from gateway.app import build_app
 from gateway.config import GatewayConfig
+from gateway.cors import Cors
 from gateway.edge import Edge
 from gateway.upstream.router_link import ResolveRouter
 from gateway.upstream.routers import Routers
@@ -93,7 +94,12 @@ def _uvicorn_config(config: GatewayConfig, routers: Routers) -> uvicorn.Config:
     max_body_bytes = config.settings.max_body_mib << 20
     app = build_app(routers, max_body_bytes=max_body_bytes, timeout_s=config.settings.request_timeout_s)
     return uvicorn.Config(
-        Edge(app, max_body_bytes=max_body_bytes, allowed_hosts=_allowed_hosts(config)),
+        Edge(
+            app,
+            max_body_bytes=max_body_bytes,
+            allowed_hosts=_allowed_hosts(config),
+            cors=Cors(frozenset(config.settings.allowed_origins)),
+        ),
         http="h11",
         ws="none",
         lifespan="off",
