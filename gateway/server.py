@@ -15,6 +15,7 @@ from gateway.app import build_app
 from gateway.config import GatewayConfig
 from gateway.cors import Cors
 from gateway.edge import Edge
+from gateway.http_protocol import StrictProtocol
 from gateway.upstream.router_link import ResolveRouter
 from gateway.upstream.routers import Routers
 from moesaic.errors import InvalidArgument, Unavailable
@@ -100,7 +101,7 @@ def _uvicorn_config(config: GatewayConfig, routers: Routers) -> uvicorn.Config:
             allowed_hosts=_allowed_hosts(config),
             cors=Cors(frozenset(config.settings.allowed_origins)),
         ),
-        http="h11",
+        http=StrictProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
