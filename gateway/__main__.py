@@ -1,4 +1,4 @@
-"""`python -m gateway --router HOST:PORT`: the OpenAI API in front of one or several routers, started by hand."""
+"""`python -m gateway --router HOST:PORT`: the OpenAI API in front of one or several routers, by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(
     flags: SettingFlags,
 ) -> None:
     """Serve HTTP until a signal, then let running requests end. Prints `listening http=HOST:PORT`."""
-    with exit_with_code():
+    with exit_with_code(spell=flags.spell):
         try:
             settings = flags.load()
             telemetry.configure("gateway", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)

@@ -17,7 +17,9 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from moesaic.exit_codes import Spell
 from moesaic.settings import Settings, Synonyms, Unset, load_settings
+from moesaic.spelling import Spelling
 
 _Marker = TypeVar("_Marker")
 _CONFIG = Annotated[Path | None, typer.Option(help="A YAML file of settings.")]
@@ -29,6 +31,8 @@ class SettingFlags:
 
     config: Path | None
     values: Mapping[str, object]
+    # Tells errors how the value of a setting was written.
+    spell: Spell | None = None
 
     @property
     def any_given(self) -> bool:
@@ -46,23 +50,26 @@ class SettingFlags:
 def with_settings(
     *keys: str, defaults: Mapping[str, object] | None = None, **renamed: str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each key and `--config`, in place of its parameter `flags: SettingFlags`.
+    """Gives a command an option for each key, and `--config`, in place of its parameter `flags`.
 
-    An option is called by the last part of its key, or as `renamed` says; keys of one name share an option. An
-    option that is not given leaves the setting to the other sources, unless `defaults` has a value for its name.
+    An option is called by the last part of its key, or as `renamed` says; keys of one name share an option.
+    An option that is not given leaves the setting to the other sources, unless `defaults` has a value for its
+    name.
     """
     sharing: dict[str, list[str]] = {}
     for name, key in (*((key.rpartition(".")[2], key) for key in keys), *renamed.items()):
         sharing.setdefault(name, []).append(key)
     options = [_option(name, FIELDS[keys[0]], (defaults or {}).get(name)) for name, keys in sharing.items()]
-    options.append(_parameter("config", _CONFIG))
+    options += [_parameter("config", _CONFIG), _parameter("context", typer.Context)]
+    parameter_of = {key: name for name, keys in sharing.items() for key in keys}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def run(config: Path | None, **arguments: Any) -> None:
+        def run(context: typer.Context, config: Path | None, **arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in sharing}
-            values = {key: given[name] for name, keys in sharing.items() for key in keys}
-            command(flags=SettingFlags(config, values), **arguments)
+            values = {key: given[name] for key, name in parameter_of.items()}
+            spell = Spelling(context, config, parameter_of)
+            command(flags=SettingFlags(config, values, spell), **arguments)
 
         parameters = list(inspect.signature(command, eval_str=True).parameters.values())
         index = next(index for index, parameter in enumerate(parameters) if parameter.name == "flags")

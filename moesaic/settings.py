@@ -1,19 +1,22 @@
-"""The settings of every process: flags win over the environment, the environment over YAML, YAML over the defaults.
+"""The settings of every process. Flags win over the environment, that over YAML, and YAML over defaults.
 
-A setting is declared here and nowhere else: its type, bounds and default, and the description that `--help` and
-docs/settings.md show. An unknown key is an error. The environment is read in this module alone:
-`MOESAIC_ENGINE__MAX_BATCH_TOKENS=1024` sets `engine.max_batch_tokens`; the standard OTEL_* variables are read by the
-exporter itself. Needs the `serve` extra.
+A setting is declared here and nowhere else: its type, bounds and default, and the description that `--help`
+and docs/settings.md show. An unknown key is an error. The environment is read in this module alone:
+`MOESAIC_ENGINE__MAX_BATCH_TOKENS=1024` sets `engine.max_batch_tokens`; the standard OTEL_* variables are read
+by the exporter itself. Needs the `serve` extra.
 """
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -24,11 +27,12 @@ from pydantic import (
     GetCoreSchemaHandler,
     ValidationError,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 
@@ -38,7 +42,7 @@ from moesaic.families.model import DenseLayers
 
 @dataclass(frozen=True, slots=True)
 class Synonyms:
-    """Other names for the values of a Literal. Validation accepts them and returns the Literal's own value."""
+    """Other names for the values of a Literal, which validation replaces with the Literal's own."""
 
     values: Mapping[str, str]
 
@@ -100,7 +104,8 @@ class EngineSettings(_Group):
     max_batch_tokens: int = Field(
         512,
         ge=1,
-        description="Tokens of one step: the next token of every running sequence first, then chunks of prompts.",
+        description="Tokens of one step: the next token of every running sequence first, then chunks of "
+        "prompts.",
     )
     max_running_sequences: int = Field(64, ge=1, description="Sequences that are computed at the same time.")
     max_waiting_sequences: int = Field(
@@ -130,8 +135,8 @@ class EngineSettings(_Group):
     )
     decoder: Decoder = Field(
         "auto",
-        description="lean is Moesaic's own decoder, refused by name for a model that it does not know; hf runs the "
-        "modules of transformers; auto is lean where it knows the model, else hf.",
+        description="lean is Moesaic's own decoder, refused by name for a model that it does not support; hf "
+        "runs the modules of transformers; auto is lean where it supports the model, else hf.",
     )
     prefix_cache: bool = Field(
         True, description="Keys and values of finished blocks are reused, within one epoch and one tenant."
@@ -139,32 +144,34 @@ class EngineSettings(_Group):
     max_stall: float = Field(
         1.8,
         gt=1.0,
-        description="How many times as long as an undisturbed one a decode step may take because prompts are read "
-        "in the same step.",
+        description="How many times as long as an undisturbed one a decode step may take because prompts are "
+        "read in the same step.",
     )
     overlap: Switch = Field(
-        "off", description="Two micro-batches: the attention of one runs while workers compute the other."
+        "off",
+        description="Two micro-batches in flight, so that the router computes one while the workers compute "
+        "the other; meant for routers and workers on different machines.",
     )
     wire_dtype: WireDType = Field(
         "auto",
-        description="Number type of rows on the wire; auto is the compute type, so nothing is lost; int8 carries a "
-        "scale a row and loses some precision.",
+        description="Number type of rows on the wire; auto is the compute type, so nothing is lost; int8 "
+        "carries a scale a row and loses some precision.",
     )
     combine: Literal["rows", "sum"] = Field(
         "rows",
-        description="rows is bit-exact under any placement; with sum workers add up: fewer bytes, and the last bits "
-        "depend on the placement.",
+        description="rows is bit-exact under any placement; with sum workers add up: fewer bytes, and the "
+        "last bits depend on the placement.",
     )
     shared_memory: Availability = Field(
         "auto",
-        description="Shared memory between router and worker, where both ends run on one host and agree: the "
-        "first transport of every call.",
+        description="Shared memory between router and worker, where both ends run on one host and agree: "
+        "the first transport of every call.",
     )
     direct_stream: Availability = Field(
         "auto",
-        description="gRPC that the engine's thread and the worker's compute thread speak themselves, over a second "
-        "port of the worker, for up to 256 KiB of rows; larger calls, and all calls where that port cannot be reached, "
-        "take the worker's main port.",
+        description="gRPC that the engine's thread and the worker's compute thread speak themselves, over a "
+        "second port of the worker, for up to 256 KiB of rows; larger calls, and all calls where that port "
+        "cannot be reached, take the worker's main port.",
     )
     generation_config: GenerationConfig = Field(
         "auto",
@@ -174,14 +181,14 @@ class EngineSettings(_Group):
     )
     batch_invariant: bool = Field(
         False,
-        description="The tokens of a sequence do not depend on what else is in the batch. Slower; routers and "
-        "workers must agree.",
+        description="The tokens of a sequence do not depend on what else is in the batch. Slower; routers "
+        "and workers must agree.",
     )
     capacity: CapacityLimit = Field(
         "off",
         description="With off every token gets its experts. With model the families that were trained with a "
-        "capacity (Switch, ST-MoE, NLLB-MoE) drop what full slots cannot take; which tokens those are depends on "
-        "the other requests.",
+        "capacity (Switch, ST-MoE, NLLB-MoE) drop what full slots cannot take; which tokens those are "
+        "depends on the other requests.",
     )
 
 
@@ -199,8 +206,8 @@ class WorkerSettings(_Group):
     )
     expert_dtype: ExpertDType = Field(
         "auto",
-        description="Number type of the experts' weights; auto is the compute type, into which float8 and MXFP4 are "
-        "decoded exactly; int8 and int4 lose some precision.",
+        description="Number type of the experts' weights; auto is the compute type, into which float8 and "
+        "MXFP4 are decoded exactly; int8 and int4 lose some precision.",
     )
     shared_memory: Availability = Field(
         "auto", description="Whether the worker offers shared memory to routers on its host."
@@ -223,9 +230,9 @@ class GatewaySettings(_Group):
     )
     allowed_hosts: tuple[str, ...] = Field(
         (),
-        description="Names by which clients may call the server, beside the local ones. On loopback no other name "
-        "is answered, so that a page of another site cannot reach the server; elsewhere every name is, unless some "
-        "are listed.",
+        description="Names by which clients may call the server, beside the local ones. On loopback no other "
+        "name is answered, so that a page of another site cannot reach the server; elsewhere every name is, "
+        "unless some are listed.",
     )
     allowed_origins: tuple[Origin, ...] = Field(
         (),
@@ -272,13 +279,13 @@ class Settings(_Group):
     device: Device = Field("auto", description="The device that computes.")
     dtype: DType = Field(
         "auto",
-        description="The number type that the model computes in; auto is bfloat16 on CUDA when the checkpoint is "
-        "bfloat16, else float32.",
+        description="The number type that the model computes in; auto is bfloat16 on CUDA when the "
+        "checkpoint is bfloat16, else float32.",
     )
     dense_layers: DenseLayers = Field(
         "auto",
-        description="Where layers without a gate are computed; auto is experts where the model has no others, "
-        "else router.",
+        description="Where layers without a gate are computed; auto is experts where the model has no "
+        "others, else router.",
     )
     host: str = Field("127.0.0.1", description="The address that the servers listen on.")
     http_port: int = Field(
@@ -294,8 +301,8 @@ class Settings(_Group):
     otlp_endpoint: Annotated[str | None, Unset("no traces")] = Field(
         None,
         validation_alias=AliasChoices("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"),
-        description="Traces are sent when this is set. OTEL_EXPORTER_OTLP_ENDPOINT sets it, and the exporter reads "
-        "its address there.",
+        description="Traces are sent when this is set. OTEL_EXPORTER_OTLP_ENDPOINT sets it, and the exporter "
+        "reads its address there.",
     )
     engine: EngineSettings = EngineSettings()
     worker: WorkerSettings = WorkerSettings()
@@ -303,9 +310,12 @@ class Settings(_Group):
     cluster: ClusterSettings = ClusterSettings()
 
 
+_PREFIX, _DELIMITER = "MOESAIC_", "__"
+
+
 class _Sources(Settings, BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix="MOESAIC_", env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix=_PREFIX, env_nested_delimiter=_DELIMITER, extra="forbid", frozen=True
     )
 
     @classmethod
@@ -325,8 +335,8 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
 
     Raises InvalidArgument that names the key.
     """
-    if config is not None and not config.is_file():
-        raise InvalidArgument("config: no such file", field="config")
+    if config is not None:
+        _read_file(config)
 
     class FromFile(_Sources):
         model_config = SettingsConfigDict(yaml_file=config)
@@ -336,8 +346,83 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         return Settings.model_validate(FromFile(**_given(flags)).model_dump())
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise InvalidArgument(f"{key}: {first['msg']}", field=key) from error
+        path = [part for part in first["loc"] if isinstance(part, str)]
+        key = ".".join(path)
+        raise InvalidArgument(f"{key}: {_problem(first, path)}", field=key) from error
+    except SettingsError as error:
+        raise InvalidArgument(
+            f"environment: must hold JSON for a group: {error}", field="environment"
+        ) from error
+
+
+def find_written(key: str, config: Path | None) -> str | None:
+    """Where the environment or the file sets a key, or the group that it is in, and to what; None if neither."""
+    variables = {name.upper(): name for name in os.environ}
+    for part in (key, key.rpartition(".")[0]):
+        wanted = f"{_PREFIX}{part.replace('.', _DELIMITER)}".upper()
+        if part and wanted in variables:
+            return f"{variables[wanted]}={os.environ[variables[wanted]]}"
+    value = {} if config is None or not config.is_file() else _read_file(config)
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    assert config is not None
+    return f"{config.name}: {key}" if isinstance(value, (Mapping, list)) else f"{config.name}: {key} {value}"
+
+
+def _read_file(config: Path) -> Any:
+    """The content of a file of settings. Raises InvalidArgument unless it maps keys to values."""
+    try:
+        with config.open(encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except FileNotFoundError as error:
+        raise InvalidArgument("config: no such file", field="config") from error
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidArgument(f"config: cannot be read: {why}", field="config") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise InvalidArgument(f"config: is not YAML{where}: {problem}", field="config") from error
+    if content is not None and not isinstance(content, Mapping):
+        raise InvalidArgument("config: must hold keys and values", field="config")
+    return content or {}
+
+
+def _problem(error: ErrorDetails, path: Sequence[str]) -> str:
+    """What is wrong with a value, and what it may be."""
+    bounds = error.get("ctx", {})
+    match error["type"]:
+        case "greater_than_equal":
+            return f"must be at least {bounds['ge']:g}"
+        case "greater_than":
+            return f"must be above {bounds['gt']:g}"
+        case "less_than_equal":
+            return f"must be at most {bounds['le']:g}"
+        case "literal_error":
+            return f"must be one of {bounds['expected'].replace(' or ', ', ')}".replace("'", "")
+        case "int_type" | "int_parsing" | "int_from_float":
+            return "must be a whole number"
+        case "float_type" | "float_parsing":
+            return "must be a number"
+        case "bool_type" | "bool_parsing":
+            return "must be true or false"
+        case "extra_forbidden":
+            return f"there is no such setting{_suggestion(path)}"
+        case _:
+            return error["msg"]
+
+
+def _suggestion(path: Sequence[str]) -> str:
+    group: type[BaseModel] = Settings
+    for part in path[:-1]:
+        annotation = group.model_fields[part].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        group = annotation
+    similar = difflib.get_close_matches(path[-1], group.model_fields, n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def _given(flags: Mapping[str, Any]) -> dict[str, Any]:

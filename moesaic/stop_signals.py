@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: the first requests a stop, the second an immediate one, the third ends the command.
+"""SIGINT, SIGTERM, SIGHUP: the first requests a stop, the second an immediate one, the third ends all.
 
 The handlers are plain ones rather than the event loop's, because the loop stands still while Ray starts.
 """

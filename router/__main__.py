@@ -51,7 +51,7 @@ def main(
 
     Prints `ready grpc=HOST:PORT` when it answers.
     """
-    with exit_with_code():
+    with exit_with_code(spell=flags.spell):
         settings = flags.load(model=str(model))
         served_name = settings.served_model_name or model.resolve().name
         view = _view(model, settings.dense_layers, worker or [], control)

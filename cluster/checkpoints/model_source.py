@@ -6,15 +6,19 @@ HF_HOME, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning.
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
-from moesaic.checkpoints.checkpoint import CONFIG_FILE
+from moesaic.checkpoints.checkpoint import CONFIG_FILE, GGUF_SUFFIX, NO_GGUF, PICKLE_SUFFIXES
+from moesaic.checkpoints.safetensors_file import refuse
 from moesaic.errors import CheckpointError
 
 # The model that is served by default.
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
 HUB_PREFIX = "hf://"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 # The patterns for config, tokenizer and chat template. They match neither code nor pickles.
 HUB_DESCRIPTION = ["*.json", "*.jinja", "tokenizer.model*"]
 # Some repositories hold the same weights twice: in the form of transformers and in Mistral's.
@@ -24,19 +28,19 @@ HUB_WEIGHTS, HUB_MISTRAL_WEIGHTS = "model*.safetensors", "consolidated*.safetens
 def find_model(source: str) -> Path:
     """The folder of a model, downloaded where necessary. Raises CheckpointError."""
     if not source.startswith(HUB_PREFIX):
-        return Path(source)
+        return _check_path(Path(source), source)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
+    from cluster.checkpoints.hub_errors import explain_absence
+
+    name = source.removeprefix(HUB_PREFIX)
     try:
-        name = source.removeprefix(HUB_PREFIX)
         folder = Path(snapshot_download(name, allow_patterns=HUB_DESCRIPTION))
         weights = HUB_WEIGHTS if (folder / CONFIG_FILE).is_file() else HUB_MISTRAL_WEIGHTS
         return Path(snapshot_download(name, allow_patterns=weights))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"model: {source} is neither in the local cache nor to be had from the hub", field="model"
-        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError, HTTPError) as error:
+        raise CheckpointError(f"model: {explain_absence(name, error)}", field="model") from error
 
 
 def name_model(source: str) -> str:
@@ -44,3 +48,28 @@ def name_model(source: str) -> str:
     if source.startswith(HUB_PREFIX):
         return source.removeprefix(HUB_PREFIX)
     return Path(source).resolve().name
+
+
+def _check_path(path: Path, source: str) -> Path:
+    """The path, if it is a folder."""
+    if not path.is_dir():
+        refuse("model", _explain_file(path) if path.exists() else _explain_nothing(path, source))
+    return path
+
+
+def _explain_file(path: Path) -> str:
+    if path.suffix == GGUF_SUFFIX:
+        return NO_GGUF
+    if path.suffix in (".safetensors", ".json", *PICKLE_SUFFIXES):
+        return f"is a file: name the folder that it is in, {shlex.quote(str(path.parent))}"
+    return "is a file: name the folder of a model"
+
+
+def _explain_nothing(path: Path, source: str) -> str:
+    if path.suffix == GGUF_SUFFIX:
+        return f"no such file, and {NO_GGUF}"
+    if _HUB_NAME.fullmatch(source):
+        return f"no such folder here; from the hub: {HUB_PREFIX}{source}"
+    if "/" not in source:
+        return f"no such folder here; a model of the hub is {HUB_PREFIX}ORG/NAME"
+    return "no such folder"

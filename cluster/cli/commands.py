@@ -13,6 +13,7 @@ import typer
 
 from moesaic.exit_codes import exit_with_code
 from moesaic.options import FIELDS, SettingFlags, default_words, with_settings
+from moesaic.spelling import Spelling
 
 DEFAULT_ROUTER = "127.0.0.1:50051"
 # The settings that every verb with a cluster of its own takes.
@@ -61,7 +62,7 @@ def version(
 @with_settings(*OF_A_CLUSTER, "http_port", "grpc_port", "host", "served_model_name")
 def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) -> None:
     """Serve a model until Ctrl-C; prints `ready http=HOST:PORT grpc=HOST:PORT` when it answers."""
-    with exit_with_code(as_json=as_json):
+    with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.launch import serve as serving
 
         settings = flags.load(model=model)
@@ -71,16 +72,9 @@ def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) ->
 
 @app.command()
 @with_settings("dense_layers")
-def inspect(
-    model: Annotated[
-        str | None, typer.Argument(help="A local folder of a model.", show_default="the demo model")
-    ] = None,
-    *,
-    flags: SettingFlags,
-    as_json: Json = False,
-) -> None:
+def inspect(model: Model = None, *, flags: SettingFlags, as_json: Json = False) -> None:
     """Show what a model's folder holds, how much memory it takes, and whether it can be served."""
-    with exit_with_code(as_json=as_json):
+    with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.cli.inspect import run_inspect
 
         settings = flags.load(model=model)
@@ -97,7 +91,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Start a cluster on the built-in model, stream an answer, show which worker computed what, and end."""
-    with exit_with_code(as_json=as_json):
+    with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.cli.demo import run_demo
 
         settings = flags.load(http_port=0, grpc_port=0, log_level="ERROR")
@@ -150,7 +144,7 @@ def status(grpc: Router = DEFAULT_ROUTER, as_json: Json = False) -> None:
 @with_settings("cluster.address")
 def stop(*, flags: SettingFlags, as_json: Json = False) -> None:
     """End the processes that a killed `moesaic serve` left behind on a Ray cluster that it had joined."""
-    with exit_with_code(as_json=as_json):
+    with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.cli.stop import run_stop
 
         asyncio.run(run_stop(flags.load(), as_json=as_json))
@@ -158,7 +152,10 @@ def stop(*, flags: SettingFlags, as_json: Json = False) -> None:
 
 @app.command()
 def convert(
-    folder: Annotated[Path, typer.Argument(help="A model whose weights are pickles: .pth, .pt or .bin.")],
+    context: typer.Context,
+    model: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A model whose weights are pickles: .pth, .pt or .bin.")
+    ],
     out: Annotated[
         Path, typer.Argument(help="The Hugging Face folder to write; a folder that was begun is completed.")
     ],
@@ -166,10 +163,10 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a model of pickles as an ordinary Hugging Face folder, in safetensors."""
-    with exit_with_code(as_json=as_json):
+    with exit_with_code(as_json=as_json, spell=Spelling(context)):
         from cluster.cli.convert import run_convert
 
-        run_convert(folder, out, shard_mib=shard_mib, as_json=as_json)
+        run_convert(model, out, shard_mib=shard_mib, as_json=as_json)
 
 
 @app.command()
@@ -211,7 +208,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure throughput and latency through the API, and where the time goes."""
-    with exit_with_code(as_json=as_json):
+    with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.bench.bench import Outputs, bench_own_cluster, bench_server, make_plan
         from moesaic.errors import InvalidArgument
 

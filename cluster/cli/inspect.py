@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from cluster.checkpoints.inspection import Inspection, StoredTensors, inspect_folder
 from cluster.checkpoints.model_facts import HELD, LayerKind, ModelFacts
-from cluster.checkpoints.model_source import DEMO_MODEL
+from cluster.checkpoints.model_source import DEMO_MODEL, find_model
 from cluster.terminal.tables import amount, count, files, new_table, size
 from moesaic.families import DenseLayers
 
@@ -31,7 +30,7 @@ _DTYPE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3
 
 def run_inspect(model: str | None, dense_layers: DenseLayers, *, as_json: bool) -> None:
     """Prints a folder's facts. Raises CheckpointError without one, typer.Exit if it cannot be served."""
-    inspection = inspect_folder(DEMO_MODEL if model is None else Path(model), dense_layers)
+    inspection = inspect_folder(find_model(model or str(DEMO_MODEL)), dense_layers)
     if as_json:
         print(json.dumps({"serves": inspection.serves, **asdict(inspection)}))
     else:
@@ -88,6 +87,12 @@ def _model_lines(model: ModelFacts) -> Iterator[tuple[str, Text]]:
     all_active = model.active_parameters == model.parameters
     met = "all" if all_active else amount(model.active_parameters)
     yield "parameters", Text(f"{amount(model.parameters)}, of which a token meets {met}")
+    if model.untied:
+        names = ", ".join(model.untied)
+        yield (
+            "not tied",
+            Text(f"{names}: differs from what the config ties it to; the tensor in the files counts"),
+        )
     yield "context", Text(f"{count(model.context_length)} tokens, vocabulary of {count(model.vocab_size)}")
 
 

@@ -1,4 +1,4 @@
-"""The entry point of the `moesaic` command. Where a package is missing, it names the extra that installs it."""
+"""The entry point of the `moesaic` command. It names the extra that installs a missing package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The milestones of a start, in seconds since the process began, so that the interpreter's own start counts."""
+"""The milestones of a start, in seconds since the process began: the interpreter's own start counts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`moesaic serve`: checks the input, starts a cluster, serves, and ends cleanly.
 
-Settings, model folder, placement and ports are checked before any process is started. Standard output carries the
-ready line and nothing else; everything that Ray prints goes to stderr.
+Settings, model folder, placement and ports are checked before any process is started. Standard output carries
+the ready line and nothing else; everything that Ray prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cluster.launch.milestones import Milestones
 from cluster.processes.process_plan import check_counts, plan_processes
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 # The controller and the gateway.
 NUM_OTHER_PROCESSES = 2
-# Ports above those that Ray gives its workers and below those that Linux assigns by itself, so that neither takes one
-# while the processes start.
+# Ports above those that Ray gives its workers and below those that Linux assigns by itself, so that neither
+# takes one while the processes start.
 QUIET_PORTS = range(20_000, 32_768)
 NUM_CANDIDATES = 64
 
@@ -50,6 +51,7 @@ class CheckedModel:
     folder: Path
     name: str
     shape: MoeModel
+    identity: FolderIdentity
 
 
 def check_model(settings: Settings) -> CheckedModel:
@@ -59,9 +61,11 @@ def check_model(settings: Settings) -> CheckedModel:
     """
     source = settings.model or str(DEMO_MODEL)
     folder = find_model(source).resolve()
-    shape = describe_model(open_checkpoint(folder), settings.dense_layers)
+    checkpoint = open_checkpoint(folder)
+    shape = describe_model(checkpoint, settings.dense_layers)
     check_counts(settings, shape)
-    return CheckedModel(folder, settings.served_model_name or name_model(source), shape)
+    name = settings.served_model_name or name_model(source)
+    return CheckedModel(folder, name, shape, FolderIdentity.of(checkpoint))
 
 
 @contextlib.asynccontextmanager
@@ -85,7 +89,9 @@ async def running_cluster(
     with contextlib.redirect_stdout(sys.stderr):
         async with _connected(settings, signals) as ray:
             milestones.reach("Ray runs")
-            processes = plan_processes(settings, model.folder, model.name, model.shape, ray.nodes(), ray.home)
+            processes = plan_processes(
+                settings, model.folder, model.name, model.shape, ray.nodes(), ray.home, model.identity
+            )
             launcher = Launcher(ray, processes, settings)
             try:
                 launcher.submit()
@@ -99,7 +105,7 @@ async def running_cluster(
 
 @contextlib.asynccontextmanager
 async def _connected(settings: Settings, signals: StopSignals) -> AsyncIterator[RayCluster]:
-    """A Ray cluster to start processes on. When it dies, everything stops and the context raises Unavailable."""
+    """A Ray cluster to start processes on. When it dies, everything stops and Unavailable is raised."""
     from cluster.processes.ray_cluster import RayCluster  # takes seconds: a wrong flag is reported before
 
     num_processes = NUM_OTHER_PROCESSES + settings.cluster.routers + (settings.cluster.workers or 1)
@@ -142,7 +148,7 @@ def _ready_line(endpoints: Endpoints, *, as_json: bool) -> str:
 
 
 def with_ports(settings: Settings) -> Settings:
-    """The settings with a free port in place of 0, so that a restarted server has the address of the ready line.
+    """The settings with a free port in place of 0: a restarted server has the address of the ready line.
 
     Raises InvalidArgument for a port that is taken, before anything runs.
     """

@@ -32,6 +32,8 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MISTRAL_INDEX_FILE = "consolidated.safetensors.index.json"
 MISTRAL_SINGLE_FILE = "consolidated.safetensors"
+GGUF_SUFFIX = ".gguf"
+NO_GGUF = "GGUF is not read: a model is a folder of safetensors files with its config.json"
 CONVERT_COMMAND = "moesaic convert FOLDER OUT"
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
@@ -117,7 +119,11 @@ def _refuse_without_safetensors(names: set[str]) -> NoReturn:
         refuse(
             "model", f"weights are in {pickles[0]}, only safetensors is served: run `{CONVERT_COMMAND}` first"
         )
-    refuse("model", "the folder has no safetensors file")
+    if any(name.endswith(GGUF_SUFFIX) for name in names):
+        refuse("model", NO_GGUF)
+    if CONFIG_FILE in names or PARAMS_FILE in names:
+        refuse("model", "the folder has no safetensors file: the weights are missing")
+    refuse("model", f"the folder has neither {CONFIG_FILE} nor a safetensors file: it is no model's")
 
 
 def _pickles(names: set[str]) -> list[str]:

@@ -183,11 +183,11 @@ def test_a_process_holds_its_share_and_little_more(tmp_path: Path, layout: Layou
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "{tmp}/nowhere"], "model: no such folder"),
-        (["--model", "{tmp}/tiny", "--experts", "0-9"], "experts: the model has 4 slots"),
-        (["--model", "{tmp}/tiny", "--device", "tpu"], "device"),
-        (["--model", "{tmp}/tiny", "--expert-dtype", "int4"], "expert_dtype: int4 needs"),
-        (["--model", "{tmp}/tiny", "--expert-dtype", "int3"], "worker.expert_dtype"),
+        (["--model", "{tmp}/nowhere"], "--model {tmp}/nowhere: no such folder"),
+        (["--model", "{tmp}/tiny", "--experts", "0-9"], "--experts 0-9: the model has 4 slots"),
+        (["--model", "{tmp}/tiny", "--device", "tpu"], "--device tpu: must be one of auto, cpu, cuda"),
+        (["--model", "{tmp}/tiny", "--expert-dtype", "int4"], "--expert-dtype int4: int4 needs"),
+        (["--model", "{tmp}/tiny", "--expert-dtype", "int3"], "--expert-dtype int3: must be one of"),
     ],
 )
 def test_a_worker_that_cannot_serve_says_why_in_one_line(
@@ -204,7 +204,7 @@ def test_a_worker_that_cannot_serve_says_why_in_one_line(
     assert run.returncode == 2
     assert not run.stdout
     (line,) = run.stderr.splitlines()
-    assert line.startswith(f"error: {message}")
+    assert line.startswith(f"error: {message.format(tmp=tmp_path)}")
 
 
 def test_a_worker_imports_neither_ray_nor_transformers() -> None:

@@ -18,7 +18,7 @@ from moesaic.errors import InvalidArgument
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "{tmp}/nowhere", "--worker", "127.0.0.1:1"], "model: no such folder"),
+        (["--model", "{tmp}/nowhere", "--worker", "127.0.0.1:1"], "--model {tmp}/nowhere: no such folder"),
         (["--model", "{tmp}/tiny"], "name either workers (--worker) or a controller (--control)"),
         (
             ["--model", "{tmp}/tiny", "--worker", "127.0.0.1:1", "--control", "127.0.0.1:1"],
@@ -26,7 +26,7 @@ from moesaic.errors import InvalidArgument
         ),
         (
             ["--model", "{tmp}/tiny", "--worker", "127.0.0.1:1", "--max-model-len", "99999"],
-            "max_model_len: the model's context has 256 tokens",
+            "--max-model-len 99999: the model's context has 256 tokens",
         ),
     ],
 )
@@ -35,7 +35,7 @@ def test_a_wrong_start_says_why_in_one_line(tmp_path: Path, flags: list[str], me
     command = [sys.executable, "-m", "router", "--port", "0", *(flag.format(tmp=tmp_path) for flag in flags)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     errors = [line for line in run.stderr.splitlines() if not line.startswith("{")]
-    assert (run.returncode, run.stdout, errors) == (2, "", [f"error: {message}"])
+    assert (run.returncode, run.stdout, errors) == (2, "", [f"error: {message.format(tmp=tmp_path)}"])
 
 
 def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_worker_without_anything_to_hold_says_so(tmp_path: Path) -> None:
     folder = write_mistral(tmp_path / "dense")
     command = [sys.executable, "-m", "expert_worker", "--model", str(folder), "--dense-layers", "router"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (run.returncode, run.stderr) == (2, "error: experts: the model has none for a worker to hold\n")
+    assert (run.returncode, run.stderr) == (2, "error: --experts: the model has none for a worker to hold\n")
 
 
 def test_a_dense_model_answers_alike_with_and_without_workers(tmp_path: Path) -> None:

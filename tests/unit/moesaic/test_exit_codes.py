@@ -31,6 +31,14 @@ def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "error: first line second line\n")
 
 
+def test_an_error_names_what_was_typed_where_that_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), exit_with_code(spell={"device": "--device tpu"}.get):
+        raise InvalidArgument("device: is wrong", field="device")
+    with pytest.raises(SystemExit), exit_with_code(spell={"device": "--device tpu"}.get):
+        raise InvalidArgument("rows: are wrong", field="rows")
+    assert capsys.readouterr().err == "error: --device tpu: is wrong\nerror: rows: are wrong\n"
+
+
 def test_with_json_an_error_is_an_object(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), exit_with_code(as_json=True):
         raise InvalidArgument("device: is wrong", field="device")

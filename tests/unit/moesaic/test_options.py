@@ -101,6 +101,29 @@ def test_whether_anything_was_given_is_known() -> None:
     assert SettingFlags(Path("moesaic.yaml"), {"device": None}).any_given
 
 
+def test_an_error_can_name_a_flag_as_it_was_typed_by_the_setting_that_it_sets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MOESAIC_CLUSTER__WORKERS", "5")
+    program = Program()
+    program.run("--port", "7", "--batch-invariant", "--allowed-host", "a", "--allowed-host", "b c")
+    spell = program.flags.spell
+    assert spell is not None
+    fields = ("grpc_port", "worker.batch_invariant", "gateway.allowed_hosts", "first", "cluster.workers")
+    assert [spell(field) for field in fields] == [
+        "--port 7",
+        "--batch-invariant",
+        "--allowed-host 'a b c'",
+        "first 'argument'",
+        "MOESAIC_CLUSTER__WORKERS=5",
+    ]
+    assert [spell(field) for field in ("workers", "device", "unheard_of")] == [
+        "MOESAIC_CLUSTER__WORKERS=5",
+        "--device",
+        None,
+    ]
+
+
 def test_the_help_shows_meanings_values_and_defaults() -> None:
     text = Program().help()
     assert "The device that computes. One of auto, cpu, cuda. [default: (auto)]" in text

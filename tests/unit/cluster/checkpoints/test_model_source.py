@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import filter_repo_objects, hf_raise_for_status
+from huggingface_hub.utils._http import httpx2 as httpx
 
 from cluster.checkpoints.model_source import find_model, name_model
 from moesaic.errors import CheckpointError
@@ -23,7 +26,11 @@ def offline_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_path_is_taken_as_it_is_even_if_it_looks_like_a_hub_name() -> None:
+def test_a_path_is_taken_as_it_is_even_if_it_looks_like_a_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mistralai" / "Mixtral-8x7B-v0.1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     assert find_model("mistralai/Mixtral-8x7B-v0.1") == Path("mistralai/Mixtral-8x7B-v0.1")
 
 
@@ -64,6 +71,49 @@ def test_what_cannot_be_had_is_an_error_of_the_model(source: str) -> None:
     with pytest.raises(CheckpointError) as refused:
         find_model(source)
     assert refused.value.field == "model"
+
+
+def answer(status: int, **headers: str) -> Exception:
+    """The error that the hub's library makes of an answer."""
+    url = "https://huggingface.co/api/models/tiny/absent/revision/main"
+    response = httpx.Response(status, headers=headers, request=httpx.Request("GET", url))
+    with pytest.raises(HfHubHTTPError) as raised:
+        hf_raise_for_status(response)
+    return raised.value
+
+
+def uncached(cause: Exception | None) -> Exception:
+    error = LocalEntryNotFoundError("nothing is here")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (answer(403, **{"X-Error-Code": "GatedRepo"}), "the model is gated: accept its terms at https://"),
+        (answer(404, **{"X-Error-Code": "RepoNotFound"}), "the hub has no such model, or it is private"),
+        (
+            answer(401, **{"X-Error-Message": "Invalid credentials in Authorization header"}),
+            "the hub does not accept the token in HF_TOKEN",
+        ),
+        (uncached(answer(503)), "it is not whole in the local cache, and the hub answered 503"),
+        (uncached(OfflineModeIsEnabled("offline")), "it is not whole in the local cache, and HF_HUB_OFFLINE"),
+        (uncached(httpx.ConnectError("no route")), "it is not whole in the local cache, and https://"),
+        (httpx.ProxyError("no proxy"), "it is not whole in the local cache, and https://"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be downloaded: No space left on device"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_says_why(
+    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hub(name: str, *, allow_patterns: str | list[str]) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    with pytest.raises(CheckpointError) as refused:
+        find_model("hf://tiny/absent")
+    assert refused.value.message.startswith(f"model: {says}")
 
 
 @pytest.mark.parametrize(

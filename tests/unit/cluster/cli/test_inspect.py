@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.checkpoints import write_mixtral
 from support.sparse_checkpoints import MIXTRAL_8X7B, TINY_MISTRAL, write_sparse_decoder
 from typer.testing import CliRunner
@@ -120,6 +121,20 @@ def test_dense_layers_are_an_expert_each_or_none(tmp_path: Path) -> None:
     assert (report["model"]["experts"], report["model"]["worker_memory"]) == (0, [])
 
 
+def test_a_head_of_its_own_is_told_where_the_config_ties_it(tmp_path: Path) -> None:
+    folder = write_mixtral(tmp_path / "tiny", tie_word_embeddings=True)
+    assert "not tied" not in inspect(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding + 1}, folder / "model.safetensors")
+    assert line(inspect(str(folder)), "not tied")[0] == "lm_head.weight:"
+    tied = report_of(str(write_mixtral(tmp_path / "tied", tie_word_embeddings=True)))["model"]
+    own = report_of(str(folder))["model"]
+    assert own["untied"] == ["lm_head.weight"]
+    assert own["parameters"] == tied["parameters"] + embedding.numel()
+    assert own["router_file_bytes"] == tied["router_file_bytes"] + embedding.nbytes
+
+
 def test_the_json_has_all_values_as_they_are(tmp_path: Path) -> None:
     report = report_of(str(write_mixtral(tmp_path / "tiny")))
     assert (report["serves"], report["problem"], report["family"]) == (True, None, "mixtral")
@@ -178,7 +193,7 @@ def test_the_newest_tokenizer_file_is_named_and_its_chat_format(tmp_path: Path) 
 def test_no_folder_is_an_error_like_that_of_other_verbs() -> None:
     result = CliRunner().invoke(app, ["inspect", "/no/such/folder"])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error: model: no such folder\n"
+    assert result.stderr == "error: model '/no/such/folder': no such folder\n"
 
 
 @pytest.mark.parametrize("golden", GOLDENS)

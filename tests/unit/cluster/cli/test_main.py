@@ -58,13 +58,13 @@ def broken(tiny: Path, tmp_path: Path) -> Path:
 
 
 def test_an_unknown_folder_is_told() -> None:
-    assert refused("serve", "/no/such/folder") == "error: model: no such folder"
+    assert refused("serve", "/no/such/folder") == "error: model '/no/such/folder': no such folder"
 
 
 def test_a_missing_file_of_weights_is_told(tiny: Path, tmp_path: Path) -> None:
     folder = broken(tiny, tmp_path)
     (folder / "model.safetensors").unlink()
-    assert refused("serve", str(folder)).startswith("error: model: ")
+    assert refused("serve", str(folder)).startswith(f"error: model '{folder}': ")
 
 
 def test_a_truncated_file_of_weights_is_told(tiny: Path, tmp_path: Path) -> None:
@@ -84,65 +84,155 @@ def test_a_config_that_does_not_fit_the_tensors_is_told(tiny: Path, tmp_path: Pa
 def test_a_folder_of_pickles_is_told_what_converts_it(tmp_path: Path) -> None:
     (tmp_path / "consolidated.00.pth").write_bytes(b"never read")
     line = refused("serve", str(tmp_path))
-    assert line.startswith("error: model: weights are in consolidated.00.pth")
+    assert line.startswith(f"error: model '{tmp_path}': weights are in consolidated.00.pth")
     assert "moesaic convert FOLDER OUT" in line
 
 
 def test_workers_for_a_model_that_the_router_computes_alone_are_told(tmp_path: Path) -> None:
     folder = write_sparse_decoder(tmp_path / "dense", TINY_MISTRAL)
     line = refused("serve", str(folder), "--dense-layers", "router", "--workers", "1")
-    assert line == "error: workers: the model has no experts for one to hold"
+    assert line == "error: --workers 1: the model has no experts for one to hold"
 
 
 def test_more_workers_than_experts_are_told(tiny: Path) -> None:
     assert refused("serve", str(tiny), "--workers", "9") == (
-        "error: workers: 9 workers for 8 experts: at most 8"
+        "error: --workers 9: 9 workers for 8 experts: at most 8"
     )
 
 
 def test_more_copies_than_workers_are_told(tiny: Path) -> None:
-    assert "replicas: 3 copies" in refused("serve", str(tiny), "--workers", "2", "--replicas", "3")
+    assert "--replicas 3: 3 copies" in refused("serve", str(tiny), "--workers", "2", "--replicas", "3")
 
 
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])
 def test_a_port_in_use_is_told_with_its_flag(tiny: Path, taken_port: int, flag: str) -> None:
     other = "--grpc-port" if flag == "--http-port" else "--http-port"
     line = refused("serve", str(tiny), flag, str(taken_port), other, "0")
-    field = flag.removeprefix("--").replace("-", "_")
-    assert line == f"error: {field}: 127.0.0.1:{taken_port} is in use"
+    assert line == f"error: {flag} {taken_port}: 127.0.0.1:{taken_port} is in use"
 
 
 def test_one_port_for_both_is_told(tiny: Path) -> None:
     line = refused("serve", str(tiny), "--http-port", "7777", "--grpc-port", "7777")
-    assert line == "error: grpc_port: must differ from http_port"
+    assert line == "error: --grpc-port 7777: must differ from http_port"
 
 
 def test_an_unknown_key_in_the_config_file_is_told(tiny: Path, tmp_path: Path) -> None:
     config = tmp_path / "moesaic.yaml"
     config.write_text("engine:\n  max_bach_tokens: 1\n")
-    assert refused("serve", str(tiny), "--config", str(config)).startswith("error: engine.max_bach_tokens: ")
+    assert refused("serve", str(tiny), "--config", str(config)) == (
+        "error: moesaic.yaml: engine.max_bach_tokens 1: there is no such setting; did you mean max_batch_tokens?"
+    )
 
 
 def test_a_missing_config_file_is_told(tiny: Path) -> None:
-    assert refused("serve", str(tiny), "--config", "/no/such.yaml") == "error: config: no such file"
+    assert (
+        refused("serve", str(tiny), "--config", "/no/such.yaml")
+        == "error: --config /no/such.yaml: no such file"
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--device", "tpu"), "device"),
-        (("--dtype", "int3"), "dtype"),
-        (("--dense-layers", "gateway"), "dense_layers"),
-        (("--workers", "0"), "cluster.workers"),
-        (("--routers", "65"), "cluster.routers"),
-        (("--expert-dtype", "int3"), "worker.expert_dtype"),
-        (("--http-port", "70000"), "http_port"),
+        (("--device", "tpu"), "--device tpu: must be one of auto, cpu, cuda"),
+        (("--dtype", "int3"), "--dtype int3: must be one of auto, float32, bfloat16, fp32, bf16"),
+        (("--dense-layers", "gateway"), "--dense-layers gateway: must be one of "),
+        (("--workers", "0"), "--workers 0: must be at least 1"),
+        (("--routers", "65"), "--routers 65: must be at most 64"),
+        (("--expert-dtype", "int3"), "--expert-dtype int3: must be one of auto, fp32, bf16, int8, int4, "),
+        (("--http-port", "70000"), "--http-port 70000: must be at most 65535"),
+        (("--max-model-len", "1000000"), "--max-model-len 1000000: "),
     ],
 )
-def test_a_value_out_of_bounds_is_told_with_its_setting(
+def test_a_value_out_of_bounds_is_told_with_the_flag_as_it_was_typed(
     tiny: Path, arguments: tuple[str, ...], says: str
 ) -> None:
-    assert refused("serve", str(tiny), *arguments).startswith(f"error: {says}: ")
+    assert refused("serve", str(tiny), *arguments).startswith(f"error: {says}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--prompt-len", "x"), "--prompt-len x: must be a number of tokens"),
+        (("--concurrency", "0"), "--concurrency 0: "),
+        (("--against", "vllm"), "--against vllm: must be transformers"),
+        (("--save", "/no/such/file"), "--save /no/such/file: no such folder"),
+        (("--url", "127.0.0.1:80"), "--url 127.0.0.1:80: must begin with http://"),
+    ],
+)
+def test_a_wrong_option_that_is_no_setting_is_told_with_its_flag(
+    arguments: tuple[str, ...], says: str
+) -> None:
+    assert refused("bench", *arguments).startswith(f"error: {says}")
+
+
+def test_a_setting_of_the_environment_or_a_file_is_told_as_such(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "moesaic.yaml"
+    config.write_text("cluster:\n  workers: 9\n")
+    from_file = "error: moesaic.yaml: cluster.workers 9: 9 workers for 8 experts"
+    assert refused("serve", str(tiny), "--config", str(config)).startswith(from_file)
+    monkeypatch.setenv("MOESAIC_CLUSTER__WORKERS", "0")
+    assert refused("serve", str(tiny)) == "error: MOESAIC_CLUSTER__WORKERS=0: must be at least 1"
+    assert refused("serve", str(tiny), "--workers", "9").startswith("error: --workers 9: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("cluster: {workers: 1", ": is not YAML, line 1: "),
+        ("- 1\n", ": must hold keys and values"),
+        ("log_level: 3\n", "log_level 3: must be one of DEBUG, INFO, WARNING, ERROR"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_told(tiny: Path, tmp_path: Path, content: str, says: str) -> None:
+    config = tmp_path / "moesaic.yaml"
+    config.write_text(content)
+    assert says in refused("serve", str(tiny), "--config", str(config))
+
+
+@pytest.mark.parametrize("verb", ["serve", "inspect"])
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (
+            "mistralai/Mixtral-8x7B-v0.1",
+            "no such folder here; from the hub: hf://mistralai/Mixtral-8x7B-v0.1",
+        ),
+        ("mixtral", "no such folder here; a model of the hub is hf://ORG/NAME"),
+        ("absent.gguf", "no such file, and GGUF is not read"),
+        ("model.gguf", "GGUF is not read: a model is a folder of safetensors files"),
+        ("config.json", "is a file: name the folder that it is in, ."),
+    ],
+)
+def test_what_is_no_folder_of_a_model_gets_the_sentence_that_helps(
+    verb: str, model: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "config.json").touch()
+    assert refused(verb, model).startswith(f"error: model '{model}': {says}")
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["model.gguf"], "GGUF is not read"),
+        (["config.json"], "the folder has no safetensors file: the weights are missing"),
+        (["notes.txt"], "the folder has neither config.json nor a safetensors file"),
+    ],
+)
+def test_a_folder_without_a_model_is_told_what_it_lacks(files: list[str], says: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    assert refused("serve", str(tmp_path)).startswith(f"error: model '{tmp_path}': {says}")
+
+
+def test_a_model_of_the_hub_is_inspected_as_it_is_served(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, *, allow_patterns: str(tiny))
+    result = CliRunner().invoke(app, ["inspect", "hf://tiny/mixtral", "--json"])
+    assert json.loads(result.stdout)["family"] == "mixtral"
 
 
 def test_what_flags_say_reaches_routers_and_workers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +258,7 @@ def test_with_json_an_error_is_json_too(tiny: Path) -> None:
 
 
 def test_stopping_needs_the_address_of_a_ray() -> None:
-    assert refused("stop").startswith("error: address: ")
+    assert refused("stop").startswith("error: --address: ")
 
 
 @pytest.mark.parametrize("verb", [("generate", "Hello"), ("status",)])
