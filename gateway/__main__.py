@@ -17,7 +17,9 @@ from moesaic.settings import Settings
 from moesaic.stop_signals import serve_until_signal
 
 
-@with_settings("host", port="http_port", allowed_host="gateway.allowed_hosts")
+@with_settings(
+    "host", port="http_port", allowed_host="gateway.allowed_hosts", allowed_origin="gateway.allowed_origins"
+)
 def main(
     router: Annotated[list[str], typer.Option(help="HOST:PORT of a router; repeat it.")],
     *,
