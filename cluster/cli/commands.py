@@ -107,7 +107,7 @@ def inspect(model: Model = None, *, flags: SettingFlags, as_json: Json = False) 
 
 
 @app.command(epilog=_examples("moesaic demo", 'moesaic demo --prompt "JULIET:" --workers 8'))
-@with_settings(*OF_A_CLUSTER, defaults={"workers": 4, "routers": 1, "replicas": 1})
+@with_settings(*OF_A_CLUSTER, defaults={"workers": 4, "routers": 1, "replicas": 2})
 def demo(
     prompt: Annotated[
         str | None, typer.Option(help="The text that the model continues.", show_default="ROMEO:")
@@ -117,7 +117,9 @@ def demo(
     flags: SettingFlags,
     as_json: Json = False,
 ) -> None:
-    """Start a cluster on the built-in model, stream an answer, show which worker computed what, and end."""
+    """Start a cluster on the built-in model, stream an answer, show which worker computed what, then stream it
+    again while a worker is killed, and end. Exits with 1 if the text differs.
+    """
     with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.cli.demo import run_demo
 

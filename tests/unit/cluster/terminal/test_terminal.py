@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cluster.cli.demo import DemoReport, StreamedAnswer, WorkerShare, _print_closing, _WordFlow
+from cluster.cli.demo import DemoReport, StreamedAnswer, WorkerShare, _print_closing
 from cluster.cli.status import _print
 from cluster.launch.milestones import Milestones, seconds_since_start
 from cluster.observation.observer import Observation
 from cluster.terminal.json_output import plain
 from cluster.terminal.load_progress import LoadProgress
 from cluster.terminal.tables import bar, count, size
+from cluster.terminal.word_flow import WordFlow
 from moesaic.v1 import control_pb2 as pb
 from moesaic.v1 import inference_pb2
 
@@ -126,7 +127,7 @@ def test_the_demo_fits_eighty_columns() -> None:
 
 def test_streamed_text_breaks_between_words() -> None:
     console = Console(file=io.StringIO(), width=10)
-    flow = _WordFlow(console)
+    flow = WordFlow(console)
     for piece in ("one tw", "o three", " ", "a-word-longer-than-a-line", "\nend"):
         flow.write(piece)
     flow.end()
