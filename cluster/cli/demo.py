@@ -240,7 +240,10 @@ def _print_drill(out: Console, drill: Drill) -> None:
 
 
 def _worker_table(workers: Sequence[WorkerShare]) -> Table:
-    table = new_table("who computed what", ">experts", ">calls", ">rows", "share of rows", ">busy", ">memory")
+    table = new_table(
+        *("who computed what", ">experts", ">calls", ">rows", "share of rows", ">busy", ">memory"),
+        drop=("calls", "memory", "experts", "share of rows"),
+    )
     all_rows = sum(worker.rows for worker in workers)
     for worker in workers:
         table.add_row(
@@ -256,7 +259,7 @@ def _worker_table(workers: Sequence[WorkerShare]) -> Table:
 
 
 def _phase_table(phases_s: Mapping[str, float]) -> Table:
-    table = new_table("where the time went", ">seconds", ">share", "")
+    table = new_table("where the time went", ">seconds", ">share", "", drop=("",))
     total_s = sum(phases_s.values())
     for phase, seconds in sorted(phases_s.items(), key=lambda item: -item[1]):
         share = seconds / total_s if total_s else 0.0

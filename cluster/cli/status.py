@@ -87,12 +87,16 @@ def _processes(
     rows = Counter[str]()
     for stats in routers.values():
         rows.update({traffic.worker: traffic.rows for traffic in stats.workers})
-    table = new_table("process", "state", "address", ">experts", ">rows", ">restarts")
+    table = new_table(
+        *("process", "state", "address", ">pid", ">experts", ">rows", ">restarts"),
+        drop=("pid", "experts", "rows", "restarts"),
+    )
     for process in topology.processes:
         table.add_row(
             process.name,
             state_text(process.state),
             process.address,
+            str(process.pid or ""),
             str(len(process.experts) or ""),
             count(rows[process.name]) if process.name in rows else "",
             str(process.restarts),
@@ -101,7 +105,10 @@ def _processes(
 
 
 def _routers(routers: Mapping[str, inference_pb2.GetRouterStatsResponse]) -> Table:
-    table = new_table("router", ">running", ">waiting", ">KV blocks", ">tokens generated")
+    table = new_table(
+        *("router", ">running", ">waiting", ">KV blocks", ">tokens generated"),
+        drop=("tokens generated", "KV blocks"),
+    )
     for name, stats in routers.items():
         table.add_row(
             name,
@@ -125,7 +132,9 @@ def _problem(seen: Observation) -> str:
 
 
 def _traffic(stats: inference_pb2.GetRouterStatsResponse) -> Table:
-    table = new_table("worker", "connected", "address", ">calls", ">rows", ">failed")
+    table = new_table(
+        *("worker", "connected", "address", ">calls", ">rows", ">failed"), drop=("calls", "rows", "failed")
+    )
     for traffic in stats.workers:
         connected = "yes" if traffic.connected else "[red]no[/]"
         table.add_row(

@@ -304,8 +304,8 @@ def _log_what_ray_reports() -> None:
     """Takes Ray's messages about its processes off the terminal: what they mean is said by Moesaic itself."""
     from ray._private import worker
 
-    def report(message: Any, ignore_prefix: bool = False) -> None:
-        log.info("Ray reports", extra={"fields": {"lines": message["lines"]}})
+    def report(data: Any, ignore_prefix: bool = True) -> None:
+        log.info("Ray reports", extra={"fields": {"lines": data["lines"]}})
 
     worker.print_to_stdstream = report
 
