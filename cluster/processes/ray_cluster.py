@@ -318,6 +318,7 @@ class RayCluster:
 
         # Ray would install a handler of its own for SIGTERM, which aborts in the middle of Ray's start.
         utils.set_sigterm_handler = lambda handler: None
+        _log_what_ray_reports()
         ray.init(namespace=NAMESPACE, log_to_driver=True, logging_level=logging.ERROR, **options)
 
     async def _kill(self, name: str) -> None:
@@ -329,6 +330,16 @@ class RayCluster:
                 await self.peers.report(name, seen=0, hold_s=0.0)
                 await asyncio.sleep(KILL_PERIOD_S)
             log.error("%s is still alive after it was killed", name)
+
+
+def _log_what_ray_reports() -> None:
+    """Takes Ray's messages about its processes off the terminal: what they mean is said by Moesaic itself."""
+    from ray._private import worker
+
+    def report(data: Any, ignore_prefix: bool = True) -> None:
+        log.info("Ray reports", extra={"fields": {"lines": data["lines"]}})
+
+    worker.print_to_stdstream = report
 
 
 def _own_address() -> str:
