@@ -16,7 +16,7 @@ from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
 from moesaic.families import describe_model
-from moesaic.options import SettingFlags, with_settings
+from moesaic.options import SettingFlags, run_program, with_settings
 from moesaic.settings import Settings
 from moesaic.stop_signals import serve_until_signal
 
@@ -88,4 +88,4 @@ async def _serve(config: WorkerConfig, drain_s: float) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

@@ -12,12 +12,14 @@ from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
 from moesaic import telemetry
 from moesaic.exit_codes import exit_with_code
-from moesaic.options import SettingFlags, with_settings
+from moesaic.options import SettingFlags, run_program, with_settings
 from moesaic.settings import Settings
 from moesaic.stop_signals import serve_until_signal
 
 
-@with_settings("host", port="http_port", allowed_host="gateway.allowed_hosts")
+@with_settings(
+    "host", port="http_port", allowed_host="gateway.allowed_hosts", allowed_origin="gateway.allowed_origins"
+)
 def main(
     router: Annotated[list[str], typer.Option(help="HOST:PORT of a router; repeat it.")],
     *,
@@ -49,4 +51,4 @@ async def _itself(address: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

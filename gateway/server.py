@@ -13,7 +13,9 @@ import uvicorn
 
 from gateway.app import build_app
 from gateway.config import GatewayConfig
+from gateway.cors import Cors
 from gateway.edge import Edge
+from gateway.http_protocol import StrictProtocol
 from gateway.upstream.router_link import ResolveRouter
 from gateway.upstream.routers import Routers
 from moesaic.errors import InvalidArgument, Unavailable
@@ -93,8 +95,13 @@ def _uvicorn_config(config: GatewayConfig, routers: Routers) -> uvicorn.Config:
     max_body_bytes = config.settings.max_body_mib << 20
     app = build_app(routers, max_body_bytes=max_body_bytes, timeout_s=config.settings.request_timeout_s)
     return uvicorn.Config(
-        Edge(app, max_body_bytes=max_body_bytes, allowed_hosts=_allowed_hosts(config)),
-        http="h11",
+        Edge(
+            app,
+            max_body_bytes=max_body_bytes,
+            allowed_hosts=_allowed_hosts(config),
+            cors=Cors(frozenset(config.settings.allowed_origins)),
+        ),
+        http=StrictProtocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -22,7 +22,8 @@ from moesaic.settings import Settings, Synonyms, Unset, load_settings
 from moesaic.spelling import Spelling
 
 _Marker = TypeVar("_Marker")
-_CONFIG = Annotated[Path | None, typer.Option(help="A YAML file of settings.")]
+_CONFIG = Annotated[Path | None, typer.Option(help="A YAML file of settings.", show_default="none")]
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class SettingFlags:
 
     @property
     def any_given(self) -> bool:
-        return any(value is not None for value in (self.config, *self.values.values()))
+        """Whether a setting was given by a flag."""
+        return any(value is not None for value in self.values.values())
 
     def load(self, **fixed: object) -> Settings:
         """Settings from all sources; `fixed` ones that are not None win over all. Raises InvalidArgument."""
@@ -48,18 +50,24 @@ class SettingFlags:
 
 
 def with_settings(
-    *keys: str, defaults: Mapping[str, object] | None = None, **renamed: str
+    *keys: str,
+    defaults: Mapping[str, object] | None = None,
+    words: Mapping[str, str] | None = None,
+    **renamed: str,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command an option for each key, and `--config`, in place of its parameter `flags`.
 
     An option is called by the last part of its key, or as `renamed` says; keys of one name share an option.
     An option that is not given leaves the setting to the other sources, unless `defaults` has a value for its
-    name.
+    name. `words`: by name, what the help says of an option that is not given.
     """
     sharing: dict[str, list[str]] = {}
     for name, key in (*((key.rpartition(".")[2], key) for key in keys), *renamed.items()):
         sharing.setdefault(name, []).append(key)
-    options = [_option(name, FIELDS[keys[0]], (defaults or {}).get(name)) for name, keys in sharing.items()]
+    options = [
+        _option(name, FIELDS[keys[0]], (defaults or {}).get(name), (words or {}).get(name))
+        for name, keys in sharing.items()
+    ]
     options += [_parameter("config", _CONFIG), _parameter("context", typer.Context)]
     parameter_of = {key: name for name, keys in sharing.items() for key in keys}
 
@@ -80,6 +88,13 @@ def with_settings(
         return run
 
     return decorate
+
+
+def run_program(command: Callable[..., None]) -> None:
+    """Runs a program of one command, such as `python -m router`."""
+    program = typer.Typer(add_completion=False, context_settings=HELP_OPTIONS, pretty_exceptions_enable=False)
+    program.command()(command)
+    program()
 
 
 def meaning(field: FieldInfo) -> str:
@@ -109,7 +124,7 @@ def default_words(field: FieldInfo) -> str:
             return str(value)
 
 
-def _option(name: str, field: FieldInfo, default: object) -> inspect.Parameter:
+def _option(name: str, field: FieldInfo, default: object, words: str | None) -> inspect.Parameter:
     value_type = _value_type(field)
     if get_origin(value_type) is Literal:
         value_type = str  # the settings refuse a wrong value, whichever source it comes from
@@ -118,7 +133,7 @@ def _option(name: str, field: FieldInfo, default: object) -> inspect.Parameter:
     option = typer.Option(
         f"--{name.replace('_', '-')}",
         help=meaning(field),
-        show_default=default_words(field) if default is None else True,
+        show_default=words or default_words(field) if default is None else True,
     )
     return _parameter(name, Annotated[value_type | None, option], default)
 

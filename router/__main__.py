@@ -13,7 +13,7 @@ from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
 from moesaic.families import DenseLayers, describe_model
-from moesaic.options import SettingFlags, with_settings
+from moesaic.options import SettingFlags, run_program, with_settings
 from moesaic.settings import Settings
 from moesaic.stop_signals import serve_until_signal
 from router.config import RouterConfig
@@ -108,4 +108,4 @@ async def _serve(settings: Settings, model: Path, served_name: str, view: Cluste
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

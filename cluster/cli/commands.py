@@ -6,16 +6,19 @@ Exit codes: 0 done, 1 failed, 2 bad input. A client verb imports neither ray nor
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from cluster.cli.router_address import router_address
+from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
-from moesaic.options import FIELDS, SettingFlags, default_words, with_settings
+from moesaic.options import FIELDS, HELP_OPTIONS, SettingFlags, default_words, with_settings
 from moesaic.spelling import Spelling
 
-DEFAULT_ROUTER = "127.0.0.1:50051"
 # The settings that every verb with a cluster of its own takes.
 OF_A_CLUSTER = (
     "cluster.workers",
@@ -34,7 +37,7 @@ OF_A_CLUSTER = (
 
 app = typer.Typer(
     help="Serve mixture-of-experts models with every expert as a service.",
-    add_completion=False,
+    context_settings=HELP_OPTIONS,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -44,7 +47,24 @@ Model = Annotated[
     str | None,
     typer.Argument(help=FIELDS["model"].description, show_default=default_words(FIELDS["model"])),
 ]
-Router = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="The router to ask.")]
+Router = Annotated[
+    str | None,
+    typer.Option(
+        "--grpc",
+        metavar="HOST:PORT",
+        help="The router to ask; by default the one that `moesaic serve` starts with the same settings.",
+        show_default="host and grpc_port of the settings, 127.0.0.1:50051",
+    ),
+]
+_NO_SUCH_VERB = {
+    "run": "`moesaic serve MODEL` starts a server, `moesaic generate PROMPT` asks it",
+    "chat": "a chat goes over HTTP, to /v1/chat/completions; `moesaic generate PROMPT` continues a text",
+}
+
+
+def _examples(*lines: str) -> str:
+    """The end of a verb's help. A line of its own needs an empty one before it."""
+    return "\n\n".join(("Examples:", *(f"$ {line}" for line in lines)))
 
 
 @app.callback(invoke_without_command=True)
@@ -58,7 +78,13 @@ def version(
         raise typer.Exit
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "moesaic serve",
+        "moesaic serve hf://mistralai/Mixtral-8x7B-v0.1 --expert-dtype int8",
+        "moesaic serve ./model --workers 4 --replicas 2 --http-port 8080",
+    )
+)
 @with_settings(*OF_A_CLUSTER, "http_port", "grpc_port", "host", "served_model_name")
 def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) -> None:
     """Serve a model until Ctrl-C; prints `ready http=HOST:PORT grpc=HOST:PORT` when it answers."""
@@ -70,7 +96,7 @@ def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) ->
         asyncio.run(serving.serve(serving.with_ports(settings), checked, as_json=as_json))
 
 
-@app.command()
+@app.command(epilog=_examples("moesaic inspect ./model", "moesaic inspect hf://ORG/NAME --json"))
 @with_settings("dense_layers")
 def inspect(model: Model = None, *, flags: SettingFlags, as_json: Json = False) -> None:
     """Show what a model's folder holds, how much memory it takes, and whether it can be served."""
@@ -81,16 +107,20 @@ def inspect(model: Model = None, *, flags: SettingFlags, as_json: Json = False) 
         run_inspect(settings.model, settings.dense_layers, as_json=as_json)
 
 
-@app.command()
-@with_settings(*OF_A_CLUSTER, defaults={"workers": 4, "routers": 1, "replicas": 1})
+@app.command(epilog=_examples("moesaic demo", 'moesaic demo --prompt "JULIET:" --workers 8'))
+@with_settings(*OF_A_CLUSTER, defaults={"workers": 4, "routers": 1, "replicas": 2})
 def demo(
-    prompt: Annotated[str | None, typer.Option(help="The text that the model continues.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The text that the model continues.", show_default="ROMEO:")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="The length of the answer, in tokens.", min=1)] = 110,
     *,
     flags: SettingFlags,
     as_json: Json = False,
 ) -> None:
-    """Start a cluster on the built-in model, stream an answer, show which worker computed what, and end."""
+    """Start a cluster on the built-in model, stream an answer, show which worker computed what, then stream it
+    again while a worker is killed, and end. Exits with 1 if the text differs.
+    """
     with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.cli.demo import run_demo
 
@@ -98,29 +128,54 @@ def demo(
         asyncio.run(run_demo(prompt, settings, max_tokens=max_tokens, as_json=as_json))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        'moesaic generate "Once upon a time" --temperature 0',
+        "moesaic generate - --max-tokens 500 < story.txt",
+        'echo "To be or" | moesaic generate --json',
+    )
+)
+@with_settings()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text that the model continues.")],
-    grpc: Router = DEFAULT_ROUTER,
-    max_tokens: Annotated[int | None, typer.Option(help="The length of the answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="The sampling temperature; 0 is greedy.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="The text that the model continues; - reads it from standard input.",
+            show_default="standard input, where something is piped into it",
+        ),
+    ] = None,
+    *,
+    grpc: Router = None,
+    max_tokens: Annotated[int, typer.Option(help="The length of the answer, in tokens.")] = 128,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="The sampling temperature; 0 is greedy.", show_default="the server's"),
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Nucleus sampling: the share of probability that is kept, in (0, 1].")
+        float | None,
+        typer.Option(
+            help="Nucleus sampling: the share of probability that is kept, in (0, 1].",
+            show_default="the server's",
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the answer repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes the answer repeatable.", show_default="another one every time")
+    ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="A string before which the answer ends; repeat it.")
+        list[str] | None,
+        typer.Option(help="A string before which the answer ends; repeat it.", show_default="none"),
     ] = None,
+    flags: SettingFlags,
     as_json: Json = False,
 ) -> None:
     """Stream a continuation of a prompt."""
-    with exit_with_code(as_json=as_json):
-        from cluster.cli.generate import run_generate
+    with exit_with_code(as_json=as_json, spell=flags.spell):
+        from cluster.cli.generate import read_prompt, run_generate
 
         asyncio.run(
             run_generate(
-                grpc,
-                prompt,
+                router_address(grpc, flags.load()),
+                read_prompt(prompt, sys.stdin),
                 as_json=as_json,
                 max_tokens=max_tokens,
                 temperature=temperature,
@@ -131,17 +186,18 @@ def generate(
         )
 
 
-@app.command()
-def status(grpc: Router = DEFAULT_ROUTER, as_json: Json = False) -> None:
+@app.command(epilog=_examples("moesaic status", "moesaic status --grpc 10.0.0.7:50051 --json"))
+@with_settings()
+def status(*, grpc: Router = None, flags: SettingFlags, as_json: Json = False) -> None:
     """Show the processes of a cluster, their states, and what they have done."""
-    with exit_with_code(as_json=as_json):
+    with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.cli.status import run_status
 
-        asyncio.run(run_status(grpc, as_json=as_json))
+        asyncio.run(run_status(router_address(grpc, flags.load()), as_json=as_json))
 
 
-@app.command()
-@with_settings("cluster.address")
+@app.command(epilog=_examples("moesaic stop --address 10.0.0.7:6379"))
+@with_settings("cluster.address", words={"address": "none: it must be given"})
 def stop(*, flags: SettingFlags, as_json: Json = False) -> None:
     """End the processes that a killed `moesaic serve` left behind on a Ray cluster that it had joined."""
     with exit_with_code(as_json=as_json, spell=flags.spell):
@@ -150,7 +206,7 @@ def stop(*, flags: SettingFlags, as_json: Json = False) -> None:
         asyncio.run(run_stop(flags.load(), as_json=as_json))
 
 
-@app.command()
+@app.command(epilog=_examples("moesaic convert ./Mixtral-8x7B-v0.1 ./mixtral"))
 def convert(
     context: typer.Context,
     model: Annotated[
@@ -169,19 +225,31 @@ def convert(
         run_convert(model, out, shard_mib=shard_mib, as_json=as_json)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "moesaic bench",
+        "moesaic bench ./model --concurrency 1,8 --chart bench.png",
+        "moesaic bench --url http://127.0.0.1:8000 --rate 2",
+    )
+)
 @with_settings(*OF_A_CLUSTER)
 def bench(
     model: Model = None,
     *,
     url: Annotated[
         str | None,
-        typer.Option(metavar="http://HOST:PORT", help="A running server, instead of a new cluster."),
+        typer.Option(
+            metavar="http://HOST:PORT",
+            help="A running server, instead of a new cluster.",
+            show_default="a new cluster",
+        ),
     ] = None,
     grpc: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", help="With --url: one of its routers.", show_default=DEFAULT_ROUTER
+            metavar="HOST:PORT",
+            help="With --url: one of its routers.",
+            show_default="host and grpc_port of the settings, 127.0.0.1:50051",
         ),
     ] = None,
     concurrency: Annotated[
@@ -190,27 +258,40 @@ def bench(
     ] = None,
     rate: Annotated[
         str | None,
-        typer.Option(metavar="R,R", help="Requests a second, arriving at random, a row for each."),
+        typer.Option(
+            metavar="R,R",
+            help="Requests a second, arriving at random, a row for each.",
+            show_default="none",
+        ),
     ] = None,
     prompt_len: Annotated[str, typer.Option(metavar="N|N-M", help="Tokens of a prompt.")] = "128",
     output_len: Annotated[str, typer.Option(metavar="N|N-M", help="Tokens of an answer.")] = "64",
     shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.", min=0)] = 0,
-    requests: Annotated[int | None, typer.Option(help="Requests of each row.", min=1)] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="Requests of each row.", min=1, show_default="by the row")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The seed of prompts, lengths and arrivals.")] = 0,
     against: Annotated[
         str | None,
-        typer.Option(metavar="transformers", help="Compare with transformers in one process, in turn."),
+        typer.Option(
+            metavar="transformers",
+            help="Compare with transformers in one process, in turn.",
+            show_default="nothing",
+        ),
     ] = None,
     pairs: Annotated[int, typer.Option(help="How often each side takes its turn.", min=1)] = 5,
     flags: SettingFlags,
-    chart: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the results.")] = None,
-    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to a file.")] = None,
+    chart: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the results.", show_default="none")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the JSON to a file.", show_default="none")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure throughput and latency through the API, and where the time goes."""
     with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.bench.bench import Outputs, bench_own_cluster, bench_server, make_plan
-        from moesaic.errors import InvalidArgument
 
         plan = make_plan(
             concurrency=concurrency,
@@ -227,7 +308,7 @@ def bench(
         if url is not None:
             if model is not None or flags.any_given:
                 raise InvalidArgument("url: names a running server, which no flag can change", field="url")
-            asyncio.run(bench_server(url, grpc or DEFAULT_ROUTER, plan, outputs))
+            asyncio.run(bench_server(url, router_address(grpc, flags.load()), plan, outputs))
             return
         if grpc is not None:
             raise InvalidArgument(
@@ -237,15 +318,35 @@ def bench(
         asyncio.run(bench_own_cluster(settings, plan, outputs))
 
 
-@app.command()
+@app.command(epilog=_examples("moesaic top", "moesaic top --once --json"))
+@with_settings()
 def top(
-    grpc: Router = DEFAULT_ROUTER,
+    *,
+    grpc: Router = None,
     interval: Annotated[float, typer.Option(help="Seconds between two updates.", min=0.1, max=3600.0)] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
+    flags: SettingFlags,
     as_json: Json = False,
 ) -> None:
     """Watch a cluster work: tokens a second, queues, and what every worker does."""
-    with exit_with_code(as_json=as_json):
+    with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.cli.top import run_top
 
-        asyncio.run(run_top(grpc, interval_s=interval, once=once, as_json=as_json))
+        asyncio.run(
+            run_top(router_address(grpc, flags.load()), interval_s=interval, once=once, as_json=as_json)
+        )
+
+
+def _hint(verb: str, instead: str) -> Callable[[], NoReturn]:
+    def refuse() -> NoReturn:
+        with exit_with_code():
+            raise InvalidArgument(f"there is no verb `{verb}`: {instead}", field="verb")
+        raise AssertionError  # the context does not return after an error
+
+    return refuse
+
+
+for _verb, _instead in _NO_SUCH_VERB.items():
+    app.command(
+        _verb, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+    )(_hint(_verb, _instead))

@@ -1,7 +1,7 @@
 """`moesaic demo`: starts a cluster on the built-in model, streams one answer and shows what it took.
 
-The tables cover only the answer: counters are read before and after it, which leaves out the test token of
-the start.
+Then the same answer again, while one of the workers that compute it is killed. The tables cover only the first
+answer: counters are read before and after it, which leaves out the test token of the start.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 
+from cluster.cli.drill import MIN_TOKENS, RETURN_TIMEOUT_S, Drill, run_drill
 from cluster.cli.router_client import router_client
 from cluster.launch.milestones import Milestones
 from cluster.launch.serve import CheckedModel, check_model, running_cluster, with_ports
@@ -22,7 +23,9 @@ from cluster.observation.activity import Activity, activity_between
 from cluster.observation.observer import Observation, Observer
 from cluster.terminal.load_progress import LoadProgress
 from cluster.terminal.tables import bar, count, new_table, size
-from moesaic.errors import Unavailable
+from cluster.terminal.word_flow import WordFlow
+from moesaic import Client
+from moesaic.errors import DataLoss, Unavailable
 from moesaic.generate_request import GenerateOptions
 from moesaic.settings import ClusterSettings, Settings
 from moesaic.stop_signals import StopSignals
@@ -63,10 +66,14 @@ class DemoReport:
     phases_s: dict[str, float]
     # Seconds since the command began.
     milestones_s: dict[str, float]
+    # The second act; None where there is only one copy of an expert.
+    drill: Drill | None = None
 
 
 async def run_demo(prompt: str | None, settings: Settings, *, max_tokens: int, as_json: bool) -> None:
-    """Raises InvalidArgument for more workers than experts, Unavailable when the cluster cannot start."""
+    """Raises InvalidArgument for more workers than experts, Unavailable when the cluster cannot start, and
+    DataLoss when the text differs after a worker was killed.
+    """
     model, settings = check_model(settings), with_ports(settings)
     out = Console(file=sys.stdout, highlight=False)
     if not as_json:
@@ -75,87 +82,106 @@ async def run_demo(prompt: str | None, settings: Settings, *, max_tokens: int, a
     with StopSignals() as signals:
         progress = LoadProgress(Console(stderr=True, quiet=as_json))
         async with running_cluster(settings, model, progress, milestones, signals) as endpoints:
-            flow = None if as_json else _WordFlow(out)
-            answering = _answer(endpoints.grpc, prompt or DEFAULT_PROMPT, max_tokens, milestones, flow)
-            report = await signals.unless_stopped(answering)
+            play = _Play(endpoints.grpc, prompt or DEFAULT_PROMPT, max_tokens, None if as_json else out)
+            report = await signals.unless_stopped(play.run(settings.cluster, milestones))
     if as_json:
         print(json.dumps(asdict(report)))
-    else:
-        _print_closing(out, report)
+    _refuse_other_text(report.drill)
 
 
-async def _answer(
-    target: str, prompt: str, max_tokens: int, milestones: Milestones, flow: _WordFlow | None
-) -> DemoReport:
-    async with Observer(target, timeout_s=ASK_TIMEOUT_S) as observer:
+def _refuse_other_text(drill: Drill | None) -> None:
+    if drill is not None and not drill.same_text:
+        raise DataLoss(f"the text differs since {drill.worker} was killed", reason="TEXT_DIFFERS")
+
+
+class _Play:
+    """The two acts of a demo on a running cluster; without `out` nothing is printed."""
+
+    def __init__(self, target: str, prompt: str, max_tokens: int, out: Console | None) -> None:
+        self._target = target
+        self._prompt = prompt
+        self._options: GenerateOptions = {**SAMPLING, "max_tokens": max_tokens}
+        self._out = out
+
+    async def run(self, cluster: ClusterSettings, milestones: Milestones) -> DemoReport:
+        async with (
+            Observer(self._target, timeout_s=ASK_TIMEOUT_S) as observer,
+            router_client(self._target) as client,
+        ):
+            report, after = await self._first_act(client, observer, milestones)
+            if self._out is not None:
+                _print_closing(self._out, report)
+            if not _can_survive_a_kill(cluster, report.answer):
+                return report
+            return replace(report, drill=await self._second_act(client, observer, report, after))
+
+    async def _first_act(
+        self, client: Client, observer: Observer, milestones: Milestones
+    ) -> tuple[DemoReport, Observation]:
         before = await observer.observe()
-        answer = await _stream(target, prompt, max_tokens, milestones, flow)
+        flow = None if self._out is None else WordFlow(self._out)
+        answer = await _stream(client, self._prompt, self._options, milestones, flow)
         after = await observer.observe()
-    activity = activity_between(before, after)
-    return DemoReport(
-        prompt=prompt,
-        answer=answer,
-        workers=tuple(_shares(after, activity)),
-        phases_s=activity.phases_s,
-        milestones_s=milestones.reached_s,
-    )
+        activity = activity_between(before, after)
+        report = DemoReport(
+            prompt=self._prompt,
+            answer=answer,
+            workers=tuple(_shares(after, activity)),
+            phases_s=activity.phases_s,
+            milestones_s=milestones.reached_s,
+        )
+        return report, after
+
+    async def _second_act(
+        self, client: Client, observer: Observer, report: DemoReport, seen: Observation
+    ) -> Drill:
+        busiest = max(report.workers, key=lambda worker: worker.rows)
+        assert seen.topology is not None
+        victim = next(process for process in seen.topology.processes if process.name == busiest.name)
+        if self._out is not None:
+            self._out.print(
+                f"\nThe same request again. In the middle of it, {victim.name} is killed: every expert has "
+                "another copy elsewhere."
+            )
+        drill = await run_drill(
+            client,
+            observer,
+            victim,
+            self._prompt,
+            self._options,
+            expected=report.answer.text,
+            kill_after=report.answer.num_tokens // 3,
+            flow=None if self._out is None else WordFlow(self._out),
+        )
+        if self._out is not None:
+            _print_drill(self._out, drill)
+        return drill
+
+
+def _can_survive_a_kill(cluster: ClusterSettings, answer: StreamedAnswer) -> bool:
+    """Whether every expert has a second copy, in a process of this machine, and the answer has a middle."""
+    return cluster.replicas > 1 and cluster.address is None and answer.num_tokens >= MIN_TOKENS
 
 
 async def _stream(
-    target: str, prompt: str, max_tokens: int, milestones: Milestones, flow: _WordFlow | None
+    client: Client, prompt: str, options: GenerateOptions, milestones: Milestones, flow: WordFlow | None
 ) -> StreamedAnswer:
     """Streams the answer; prompt and answer are written to `flow` as they arrive."""
     text, num_tokens, first_s = "", 0, time.monotonic()
     if flow is not None:
         flow.write(f"\n{prompt}")
-    options: GenerateOptions = {**SAMPLING, "max_tokens": max_tokens}
-    async with router_client(target) as client:
-        async for token in client.generate(prompt, **options):
-            if not num_tokens and token.token_ids:
-                milestones.reach("first token")
-                first_s = time.monotonic()
-            num_tokens += len(token.token_ids)
-            text += token.text
-            if flow is not None:
-                flow.write(token.text)
+    async for token in client.generate(prompt, **options):
+        if not num_tokens and token.token_ids:
+            milestones.reach("first token")
+            first_s = time.monotonic()
+        num_tokens += len(token.token_ids)
+        text += token.text
+        if flow is not None:
+            flow.write(token.text)
     if flow is not None:
         flow.end()
     elapsed_s = time.monotonic() - first_s
     return StreamedAnswer(text, num_tokens, (num_tokens - 1) / elapsed_s if elapsed_s > 0 else 0.0)
-
-
-class _WordFlow:
-    """Prints text that arrives in pieces, and breaks lines between words at the terminal's width."""
-
-    def __init__(self, out: Console) -> None:
-        self._file = out.file
-        self._width = out.width
-        self._column = 0
-        self._word = ""
-
-    def write(self, piece: str) -> None:
-        for character in piece:
-            if not character.isspace():
-                self._word += character
-                continue
-            self._end_word()
-            self._put(character)
-        self._file.flush()
-
-    def end(self) -> None:
-        self._end_word()
-        self._file.write("\n")
-        self._file.flush()
-
-    def _end_word(self) -> None:
-        if self._column + len(self._word) > self._width and self._column:
-            self._put("\n")
-        self._put(self._word)
-        self._word = ""
-
-    def _put(self, text: str) -> None:
-        self._file.write(text)
-        self._column = 0 if text == "\n" else self._column + len(text)
 
 
 def _shares(after: Observation, activity: Activity) -> Iterator[WorkerShare]:
@@ -202,8 +228,22 @@ def _print_closing(out: Console, report: DemoReport) -> None:
     )
 
 
+def _print_drill(out: Console, drill: Drill) -> None:
+    same = "[bold green]yes[/]" if drill.same_text else "[bold red]no[/]"
+    out.print(
+        f"\nsame text as without the kill: {same}; longest pause [bold]{1000 * drill.longest_pause_s:.0f} ms[/]"
+    )
+    if drill.back_after_s is None:
+        out.print(f"[red]{drill.worker} is not back after {RETURN_TIMEOUT_S:.0f} s[/]")
+    else:
+        out.print(f"[green]{drill.worker} is back[/] {drill.back_after_s:.1f} s after it was killed")
+
+
 def _worker_table(workers: Sequence[WorkerShare]) -> Table:
-    table = new_table("who computed what", ">experts", ">calls", ">rows", "share of rows", ">busy", ">memory")
+    table = new_table(
+        *("who computed what", ">experts", ">calls", ">rows", "share of rows", ">busy", ">memory"),
+        drop=("calls", "memory", "experts", "share of rows"),
+    )
     all_rows = sum(worker.rows for worker in workers)
     for worker in workers:
         table.add_row(
@@ -219,7 +259,7 @@ def _worker_table(workers: Sequence[WorkerShare]) -> Table:
 
 
 def _phase_table(phases_s: Mapping[str, float]) -> Table:
-    table = new_table("where the time went", ">seconds", ">share", "")
+    table = new_table("where the time went", ">seconds", ">share", "", drop=("",))
     total_s = sum(phases_s.values())
     for phase, seconds in sorted(phases_s.items(), key=lambda item: -item[1]):
         share = seconds / total_s if total_s else 0.0

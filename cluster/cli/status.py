@@ -88,12 +88,16 @@ def _processes(
     for stats in routers.values():
         for traffic in stats.workers:
             rows[traffic.address] += traffic.rows
-    table = new_table("process", "state", "address", ">experts", ">rows", ">restarts")
+    table = new_table(
+        *("process", "state", "address", ">pid", ">experts", ">rows", ">restarts"),
+        drop=("pid", "experts", "rows", "restarts"),
+    )
     for process in topology.processes:
         table.add_row(
             process.name,
             state_text(process.state),
             process.address,
+            str(process.pid or ""),
             str(len(process.experts) or ""),
             count(rows[process.address]) if process.address in rows else "",
             str(process.restarts),
@@ -102,7 +106,10 @@ def _processes(
 
 
 def _routers(routers: Mapping[str, inference_pb2.GetRouterStatsResponse]) -> Table:
-    table = new_table("router", ">running", ">waiting", ">KV blocks", ">tokens generated")
+    table = new_table(
+        *("router", ">running", ">waiting", ">KV blocks", ">tokens generated"),
+        drop=("tokens generated", "KV blocks"),
+    )
     for name, stats in routers.items():
         table.add_row(
             name,
@@ -126,7 +133,9 @@ def _problem(seen: Observation) -> str:
 
 
 def _traffic(stats: inference_pb2.GetRouterStatsResponse) -> Table:
-    table = new_table("worker", "connected", "address", ">calls", ">rows", ">failed")
+    table = new_table(
+        *("worker", "connected", "address", ">calls", ">rows", ">failed"), drop=("calls", "rows", "failed")
+    )
     for traffic in stats.workers:
         connected = "yes" if traffic.connected else "[red]no[/]"
         table.add_row(

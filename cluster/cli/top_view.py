@@ -17,9 +17,6 @@ from cluster.observation.observer import Observation
 from cluster.terminal.tables import new_table, state_text
 from moesaic.v1 import control_pb2
 
-# The padding of a cell. With the box's own space, columns are two characters apart.
-_NARROW = (0, 1, 0, 0)
-
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -87,7 +84,7 @@ def draw_look(look: Look) -> RenderableType:
     """The look as text and tables."""
     activity, model = look.activity, look.observation.model
     heading = Text.assemble(
-        (model.model, "bold"), f"  epoch {model.epoch}  router {look.target}", overflow="ellipsis"
+        (model.model, "bold"), f"  epoch {model.epoch}  router {look.target}", overflow="fold"
     )
     gates = summarise_gates(look.observation.routers.values())
     parts: list[RenderableType] = [heading, _totals(activity)]
@@ -118,9 +115,9 @@ def _totals(activity: Activity) -> Text:
 
 def _router_table(activity: Activity) -> Table:
     table = new_table(
-        "router", "state", ">out/s", ">in/s", ">steps/s", ">running", ">waiting", ">KV", ">prefix hits"
+        *("router", "state", ">out/s", ">in/s", ">steps/s", ">running", ">waiting", ">KV", ">prefix hits"),
+        drop=("prefix hits", "steps/s", "in/s", "waiting", "KV", "running"),
     )
-    table.padding = _NARROW
     for router in activity.routers:
         used = router.kv_blocks_used / router.kv_blocks_total if router.kv_blocks_total else 0.0
         hits = router.prefix_hit_share
@@ -140,9 +137,9 @@ def _router_table(activity: Activity) -> Table:
 
 def _worker_table(activity: Activity) -> Table:
     table = new_table(
-        "worker", "state", "via", ">rows/s", ">calls/s", ">busy", ">p50 ms", ">p99 ms", ">failed"
+        *("worker", "state", "via", ">rows/s", ">calls/s", ">busy", ">p50 ms", ">p99 ms", ">failed"),
+        drop=("calls/s", "p50 ms", "via", "failed", "rows/s", "p99 ms"),
     )
-    table.padding = _NARROW
     for worker in activity.workers:
         busy = min(1.0, activity.busy_share(worker))
         failed = str(worker.all_failed_calls)

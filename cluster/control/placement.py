@@ -124,15 +124,13 @@ def seat_workers(
     routers = _router_nodes(nodes, num_routers, device, home)
     room = _Room(nodes, reserved=routers)
     if num_workers is None:
-        seated = [node for node in places if room.take(node)][:at_most]
-        missing = at_most > 0 and not seated
+        seated, wanted = [node for node in places if room.take(node)][:at_most], min(1, at_most)
     else:
-        seated = room.go_around(places, num_workers)
-        missing = len(seated) < num_workers
-    if missing:
-        wanted = f"{num_workers} workers" if num_workers else "a worker"
+        seated, wanted = room.go_around(places, num_workers), num_workers
+    if len(seated) < wanted:
         raise InvalidArgument(
-            f"workers: {wanted} beside {num_routers} routers need one free CPU each; free are {_free(nodes)}",
+            f"workers: there is room for {len(seated)} of {wanted}: each reserves one CPU of Ray, beside the "
+            f"routers; free are {_free(nodes)}",
             field="workers",
         )
     return tuple(
@@ -328,7 +326,9 @@ def _router_nodes(nodes: Sequence[Node], num_routers: int, device: Device, home:
     seated = [first, *room.go_around([*others, first], num_routers - 1)]
     if len(seated) < num_routers:
         raise InvalidArgument(
-            f"routers: {num_routers} routers need one free CPU each; free are {_free(nodes)}", field="routers"
+            f"routers: there is room for {len(seated)} of {num_routers}: each reserves one CPU of Ray; "
+            f"free are {_free(nodes)}",
+            field="routers",
         )
     return seated
 

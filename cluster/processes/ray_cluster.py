@@ -16,6 +16,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take beyond the time for which the process may hold the question.
 ANSWER_TIMEOUT_S = 5.0
 EXPLAIN_TIMEOUT_S = 2.0
+# How old Ray's account of what is free may be.
+SETTLE_S = 1.0
 END_TIMEOUT_S = 10.0
 KILL_PERIOD_S = 0.05
 LOSS_PERIOD_S = 1.0
@@ -230,7 +233,10 @@ class RayCluster:
 
     def nodes(self) -> tuple[Node, ...]:
         """All nodes that are alive and answer, this process's own first."""
-        entries, available = [entry for entry in _entries() if entry["Alive"]], _available()
+        entries = [entry for entry in _entries() if entry["Alive"]]
+        if not self._local and any(_is_in_use(entry, _available()) for entry in entries):
+            time.sleep(SETTLE_S)  # what was stopped a moment ago may still seem to be there
+        available = _available()
         with ThreadPoolExecutor(max_workers=len(entries)) as pool:
             answers = list(pool.map(_answers, entries))
         for entry, answers_now in zip(entries, answers, strict=True):
@@ -312,6 +318,7 @@ class RayCluster:
 
         # Ray would install a handler of its own for SIGTERM, which aborts in the middle of Ray's start.
         utils.set_sigterm_handler = lambda handler: None
+        _log_what_ray_reports()
         ray.init(namespace=NAMESPACE, log_to_driver=True, logging_level=logging.ERROR, **options)
 
     async def _kill(self, name: str) -> None:
@@ -323,6 +330,16 @@ class RayCluster:
                 await self.peers.report(name, seen=0, hold_s=0.0)
                 await asyncio.sleep(KILL_PERIOD_S)
             log.error("%s is still alive after it was killed", name)
+
+
+def _log_what_ray_reports() -> None:
+    """Takes Ray's messages about its processes off the terminal: what they mean is said by Moesaic itself."""
+    from ray._private import worker
+
+    def report(data: Any, ignore_prefix: bool = True) -> None:
+        log.info("Ray reports", extra={"fields": {"lines": data["lines"]}})
+
+    worker.print_to_stdstream = report
 
 
 def _own_address() -> str:
@@ -414,6 +431,11 @@ def _node(entry: Mapping[str, Any], available: Mapping[str, Mapping[str, float]]
         num_gpus=int(resources.get("GPU", 0)),
         free_cpus=None if local else int(free.get("CPU", 0)),
     )
+
+
+def _is_in_use(entry: Mapping[str, Any], available: Mapping[str, Mapping[str, float]]) -> bool:
+    node = _node(entry, available, local=False)
+    return node.free_cpus is not None and node.free_cpus < node.num_cpus
 
 
 def _answers(entry: Mapping[str, Any]) -> bool:

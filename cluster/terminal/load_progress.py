@@ -55,7 +55,7 @@ class LoadProgress:
         if self._shown.get(process.name) != line:
             self._shown[process.name] = line
             if process.detail or not self._console.is_terminal:
-                self._console.print(line, highlight=False, markup=False)
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _draw(self, process: control_pb2.Process, state: str) -> None:
         if process.name not in self._tasks:

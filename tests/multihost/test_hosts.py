@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -115,19 +114,16 @@ def test_a_host_that_died_a_moment_ago_is_left_out_and_named(hosts: Hosts) -> No
 
 
 def test_a_host_without_moesaic_is_named_within_the_start(hosts: Hosts) -> None:
-    without = ROOT / ".pytest_without_moesaic"
-    if "c" not in hosts.lab.hosts():
-        hosts.lab.boot("c")
-    without.mkdir(exist_ok=True)
-    try:
-        (without / "sitecustomize.py").write_text(WITHOUT_MOESAIC)
-        hosts.start_ray("c", PYTHONPATH=str(without))
-        with serving_on(hosts, "a", "/tmp/model") as serve:
-            assert serve.end() != 0
-            assert hosts.address("c") in serve.stderr[-1]
-            assert "is Moesaic installed there" in serve.stderr[-1]
-    finally:
-        shutil.rmtree(without)
+    if "c" in hosts.lab.hosts():
+        hosts.lab.off("c")
+    hosts.lab.boot("c")
+    hosts.run("c", "mkdir", "/tmp/without")
+    hosts.run("c", "sh", "-c", 'printf %s "$0" > /tmp/without/sitecustomize.py', WITHOUT_MOESAIC)
+    hosts.start_ray("c", PYTHONPATH="/tmp/without")
+    with serving_on(hosts, "a", "/tmp/model") as serve:
+        assert serve.end() != 0
+        assert hosts.address("c") in serve.stderr[-1]
+        assert "is Moesaic installed there" in serve.stderr[-1]
 
 
 _NEGATE_EXPERTS = """

@@ -23,7 +23,7 @@ from moesaic.transports.grpc_connection import ConnectionBroken, GrpcConnection,
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import COMPUTE_METHOD, Framed, decode_response, encode_request
 from moesaic.wire.tensors import data_of
-from router.workers.transports.base import WorkerAnswer, read_answer
+from router.workers.transports.base import WorkerAnswer, check_call_id, read_answer
 
 # Calls in flight, including those whose caller no longer waits.
 MAX_CALLS = 16
@@ -87,6 +87,7 @@ class DirectStream:
         self._calls: dict[int, _Arrived | MoesaicError | None] = {}
         # The ids of calls that were sent and that no caller waits for any more.
         self._abandoned: set[int] = set()
+        self._newest_call = 0
         self._broken: MoesaicError | None = None
 
     @property
@@ -113,6 +114,7 @@ class DirectStream:
             try:
                 self._send(message)
                 self._calls[request.call_id] = None
+                self._newest_call = request.call_id
             except MoesaicError as error:
                 self._calls[request.call_id] = error
 
@@ -213,6 +215,7 @@ class DirectStream:
         """Stores an answer for its call, or drops it if no caller waits. Raises DataLoss for anything else."""
         try:
             framed = decode_response(message)
+            check_call_id(framed.message.call_id, self._newest_call)
         except DataLoss as error:
             # Its call is unknown, and nothing after it on this stream can be trusted.
             self._break(error)

@@ -98,7 +98,7 @@ def test_what_the_command_fixes_wins_unless_it_is_none() -> None:
 def test_whether_anything_was_given_is_known() -> None:
     assert not SettingFlags(None, {"device": None}).any_given
     assert SettingFlags(None, {"device": "cpu"}).any_given
-    assert SettingFlags(Path("moesaic.yaml"), {"device": None}).any_given
+    assert not SettingFlags(Path("moesaic.yaml"), {"device": None}).any_given
 
 
 def test_an_error_can_name_a_flag_as_it_was_typed_by_the_setting_that_it_sets(

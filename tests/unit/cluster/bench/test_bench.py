@@ -177,7 +177,8 @@ def test_the_chart_is_drawn_for_any_load(tmp_path: Path, ending: str) -> None:
 def test_bad_input_is_one_line_that_names_its_flag(arguments: tuple[str, ...], field: str) -> None:
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2, result.output
-    assert result.stderr.startswith(f"error: {field}: ")
+    name = "model" if field == "model" else f"--{field.replace('_', '-')}"
+    assert result.stderr.startswith((f"error: {name} ", f"error: {name}: "))
     assert (result.stderr.count("\n"), result.stdout) == (1, "")
 
 

@@ -486,7 +486,7 @@ def test_the_verb_says_it_in_json(torrent: Path, out: Path) -> None:
 def test_the_verb_tells_a_refusal_in_one_line(tmp_path: Path, out: Path) -> None:
     result = CliRunner().invoke(app, ["convert", str(tmp_path), str(out)])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: model: ")
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: model '")
 
 
 def test_serving_pickles_names_the_verb_and_starts_nothing(torrent: Path) -> None:

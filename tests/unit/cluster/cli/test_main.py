@@ -351,4 +351,4 @@ def test_a_demo_has_four_workers_whatever_the_environment_says(monkeypatch: pyte
     monkeypatch.setenv("MOESAIC_CLUSTER__WORKERS", "7")
     assert CliRunner().invoke(app, ["demo"]).exit_code == 0
     (settings,) = ran
-    assert (settings.cluster.workers, settings.cluster.routers, settings.cluster.replicas) == (4, 1, 1)
+    assert (settings.cluster.workers, settings.cluster.routers, settings.cluster.replicas) == (4, 1, 2)

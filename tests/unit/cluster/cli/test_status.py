@@ -27,9 +27,9 @@ async def test_a_router_without_a_controller_shows_its_own_view(capsys: pytest.C
         "2 layers; context 0; up 12 s",
         "0 running, 0 waiting; KV 1 of 4 blocks; 1,234 tokens generated",
         "",
-        "worker            connected   address       calls    rows   failed",
-        "──────────────────────────────────────────────────────────────────",
-        "expert-worker-0   yes         127.0.0.1:9       5   6,789        0",
+        "worker           connected  address      calls   rows  failed",
+        "─────────────────────────────────────────────────────────────",
+        "expert-worker-0  yes        127.0.0.1:9      5  6,789       0",
     ]
 
 

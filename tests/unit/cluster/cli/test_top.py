@@ -19,8 +19,8 @@ from moesaic.v1 import control_pb2, expert_pb2, inference_pb2
 TARGET = "127.0.0.1:50051"
 
 
-def drawn(view: RenderableType) -> str:
-    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+def drawn(view: RenderableType, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     console.print(view)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -104,6 +104,14 @@ def test_the_view_fits_eighty_columns_and_says_what_everybody_does() -> None:
     assert line(text, "expert-worker-0") == (
         ["expert-worker-0", "ready", "grpc", "123,456", "1,000", "50%", "12.35", "123.46", "2"]
     )
+
+
+def test_a_narrow_terminal_shows_fewer_columns_and_whole_names() -> None:
+    text = drawn(draw_look(look()), 60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert "…" not in text
+    assert line(text, "expert-worker-0") == ["expert-worker-0", "ready", "123,456", "50%", "123.46", "2"]
+    assert line(text, "router-0") == ["router-0", "ready", "1,234", "12,345", "64", "256", "25%"]
 
 
 def test_the_longest_name_of_a_transport_fits_eighty_columns_as_well() -> None:

@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cluster.cli.demo import DemoReport, StreamedAnswer, WorkerShare, _print_closing, _WordFlow
+from cluster.cli.demo import DemoReport, StreamedAnswer, WorkerShare, _print_closing
 from cluster.cli.status import _print
 from cluster.launch.milestones import Milestones, seconds_since_start
 from cluster.observation.observer import Observation
 from cluster.terminal.json_output import plain
 from cluster.terminal.load_progress import LoadProgress
-from cluster.terminal.tables import bar, count, size
+from cluster.terminal.tables import bar, count, new_table, size
+from cluster.terminal.word_flow import WordFlow
 from moesaic.v1 import control_pb2 as pb
 from moesaic.v1 import inference_pb2
 
@@ -43,8 +44,8 @@ TOPOLOGY = pb.GetTopologyResponse(
 )
 
 
-def terminal() -> Console:
-    return Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+def terminal(width: int = 80) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
 
 
 def written(console: Console) -> str:
@@ -126,7 +127,7 @@ def test_the_demo_fits_eighty_columns() -> None:
 
 def test_streamed_text_breaks_between_words() -> None:
     console = Console(file=io.StringIO(), width=10)
-    flow = _WordFlow(console)
+    flow = WordFlow(console)
     for piece in ("one tw", "o three", " ", "a-word-longer-than-a-line", "\nend"):
         flow.write(piece)
     flow.end()
@@ -139,6 +140,19 @@ def test_without_a_terminal_each_change_of_state_is_one_plain_line() -> None:
         progress.show(TOPOLOGY)
         progress.show(TOPOLOGY)
     assert written(console) == "controller: ready\nexpert-worker-63: pending its connection broke\n"
+
+
+def test_what_a_process_waits_for_is_said_as_soon_as_it_is_known_on_a_terminal_as_well() -> None:
+    waiting = pb.Process(name="expert-worker-0", state=pb.PROCESS_STATE_PENDING)
+    console = terminal()
+    with LoadProgress(console) as progress:
+        progress.show(pb.GetTopologyResponse(processes=[waiting]))
+        waiting.detail = (
+            "it waits for a place: CPUs free: 0 of 4 on 10.0.0.1, 0 of 4 on 10.0.0.2, 0 of 4 on 10.0.0.3"
+        )
+        for _ in range(2):
+            progress.show(pb.GetTopologyResponse(processes=[waiting]))
+    assert written(console).count(f"expert-worker-0: pending {waiting.detail}\n") == 1
 
 
 def test_milestones_count_the_first_time_only() -> None:
@@ -179,3 +193,38 @@ def test_a_message_is_plain_json_with_its_numbers_and_without_prefixes() -> None
     assert topology["revision"] == 1 << 32
     worker = topology["processes"][1]
     assert (worker["state"], worker["role"], worker["experts"]) == ("pending", "expert_worker", [])
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 120])
+def test_a_narrow_terminal_shows_fewer_columns_and_cuts_none(width: int) -> None:
+    console = terminal(width)
+    _print(TARGET, status(num_routers=3), console)
+    worker = WorkerShare("expert-worker-63", 8, 123456, 12345, 12.345, 1 << 30)
+    _print_closing(
+        console, DemoReport("", StreamedAnswer("", 120, 78.0), (worker,), {"wire": 1.5}, {"first token": 9.9})
+    )
+    text = written(console)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert text.count("expert-worker-63 ") == 2
+    assert "192.168.100.100:65535" in text
+
+
+def test_columns_are_left_out_in_the_order_of_their_importance() -> None:
+    def headers(width: int) -> list[str]:
+        console = terminal(width)
+        table = new_table("name", "address", ">calls", ">rows", drop=("calls", "rows"))
+        table.add_row("worker-0", "127.0.0.1:50051", "1", "2")
+        console.print(table)
+        return written(console).splitlines()[0].split()
+
+    assert headers(80) == ["name", "address", "calls", "rows"]
+    assert headers(38) == ["name", "address", "calls", "rows"]
+    assert headers(37) == ["name", "address", "rows"]
+    assert headers(30) == ["name", "address"]
+
+
+def test_the_status_tells_the_id_of_every_process_that_runs() -> None:
+    console = terminal(120)
+    _print(TARGET, status(), console)
+    assert "4194304" in written(console)
