@@ -91,7 +91,7 @@ def measure(model: Path, workers: int) -> list[Row]:
 
 async def exercise(router: str, workers: Sequence[str]) -> list[int]:
     """Generates a few tokens, so that every buffer is in use; returns the weight bytes of each worker."""
-    async with Client(router) as client:
+    async with Client(router, retries=False) as client:
         vocabulary = (await client.model_info()).vocab_size
         await client.complete(
             [index % vocabulary for index in range(32 if vocabulary < 256 else 256)], max_tokens=32

@@ -88,7 +88,10 @@ def _resident(site: Served) -> Mapping[str, int]:
 async def _serve_requests(site: Served, numbers: range) -> int:
     """Sends the requests, and returns the KV blocks in use after the last one has ended."""
     gate = asyncio.Semaphore(OPEN_REQUESTS)
-    async with Client(site.router) as client, httpx.AsyncClient(base_url=f"http://{site.http}") as http:
+    async with (
+        Client(site.router, retries=False) as client,
+        httpx.AsyncClient(base_url=f"http://{site.http}") as http,
+    ):
 
         async def one(number: int) -> None:
             async with gate:

@@ -112,7 +112,7 @@ def _round(router: str, prompts: Sequence[Prompt], fresh: Iterator[Prompt], arri
 
 async def _observe(router: str, prompts: Sequence[Prompt], fresh: Iterator[Prompt], arrivals: int) -> Gaps:
     readings: list[tuple[float, float]] = []
-    async with Client(router) as client:
+    async with Client(router, retries=False) as client:
         await client.model_info()
         async with streaming(client, prompts, 2048) as streams:
             await streams.write(2)

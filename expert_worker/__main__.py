@@ -41,14 +41,18 @@ def main(
     port: Annotated[
         int, typer.Option(help="The port to listen on; 0 takes a free one.", min=0, max=65535)
     ] = 0,
-    name: Annotated[str, typer.Option(help="The name of this worker in the cluster.")] = "worker-0",
+    name: Annotated[
+        str, typer.Option(help="The name of this worker in the cluster.", show_default="HOSTNAME:PORT")
+    ] = "",
     flags: SettingFlags,
 ) -> None:
     """Serve some experts of a model until a signal. Prints `ready grpc=HOST:PORT` when they are loaded."""
     with exit_with_code(spell=flags.spell):
         try:
             settings = flags.load(model=model)
-            telemetry.configure(name, otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
+            telemetry.configure(
+                name or "expert-worker", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level
+            )
             config = _worker_config(settings, name, experts, port)
             asyncio.run(_serve(config, settings.cluster.drain_timeout_s))
         finally:

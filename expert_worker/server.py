@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import threading
 import time
 import uuid
@@ -28,6 +29,7 @@ from expert_worker.experts.stored_weight import stored_bytes
 from expert_worker.serving.service import ExpertService, LoadedModel
 from moesaic import rpc
 from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from moesaic.checkpoints.identity import check_identity
 from moesaic.compute.device import choose_device, choose_dtype
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
@@ -88,6 +90,8 @@ class WorkerServer:
     async def start(self) -> str:
         """Binds; returns HOST:PORT. Health is NOT_SERVING until `load` has returned."""
         port = await self._server.start(self._config.host, self._config.port)
+        if not self._config.name:
+            self._service.rename(f"{socket.gethostname()}:{port}")
         self._batcher.start()
         return f"{self._config.host}:{port}"
 
@@ -130,6 +134,7 @@ class WorkerServer:
             torch.set_num_threads(config.settings.threads)
         device = choose_device(config.device)
         checkpoint = open_checkpoint(config.model)
+        check_identity(checkpoint, config.identity)
         model = describe_model(checkpoint, config.dense_layers)
         _check_experts(config.experts, model)
         form = self._choose_form(device, model)

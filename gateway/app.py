@@ -171,13 +171,28 @@ async def _model(routers: Routers, request: Request) -> replies.Model:
     """The served model, listed only while it can be used: clients take the list for a health check."""
     _check_serving(routers)
     info = await routers.model_info(record_of(request).request_id)
+    defaults = info.sampling_defaults
     return replies.Model(
         id=info.model,
         object="model",
         created=info.created,
         owned_by="moesaic",
+        root=info.model,
+        parent=None,
         max_model_len=info.max_model_len,
+        sampling_defaults=replies.SamplingDefaults(
+            temperature=_shortest(defaults.temperature),
+            top_p=_shortest(defaults.top_p),
+            top_k=defaults.top_k,
+            min_p=_shortest(defaults.min_p),
+            repetition_penalty=_shortest(defaults.repetition_penalty),
+        ),
     )
+
+
+def _shortest(value: float) -> float:
+    """A float32 by the fewest digits that name it, as it was written."""
+    return float(f"{value:.7g}")
 
 
 def _identity(request: Request) -> Identity:

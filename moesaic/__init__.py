@@ -7,12 +7,31 @@ share: contracts, errors, channels, telemetry.
 from importlib.metadata import PackageNotFoundError, version
 
 from moesaic import errors
-from moesaic.client import Client, SyncClient
+from moesaic.client import Client
 from moesaic.completion import Completion, Token
+from moesaic.model_info import ModelInfo
+from moesaic.router_stats import RouterStats
+from moesaic.sync_client import SyncClient
+from moesaic.tokenization import Tokenization
 
 try:
     __version__ = version("moesaic")
 except PackageNotFoundError:  # running from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["Client", "Completion", "SyncClient", "Token", "__version__", "errors"]
+__all__ = [
+    "Client",
+    "Completion",
+    "ModelInfo",
+    "RouterStats",
+    "SyncClient",
+    "Token",
+    "Tokenization",
+    "__version__",
+    "errors",
+]
+
+
+def __dir__() -> list[str]:
+    """Only what is public: the imports above would otherwise be offered for completion too."""
+    return __all__

@@ -1,41 +1,46 @@
-"""The client library: text or token ids in, a stream of tokens out, over gRPC.
+"""The client library for asyncio: text or token ids in, a stream of tokens out, over gRPC.
 
-`Client` is for asyncio; `SyncClient` runs the same client on an event loop of its own. Every call has a
-deadline, carries the current trace, and fails with a class of moesaic.errors. Neither torch nor ray nor
-pydantic is imported.
+Every call has a deadline, carries the current trace, is tried again where the router says that waiting helps,
+and fails with a class of moesaic.errors. Neither torch nor ray nor pydantic is imported.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator, Sequence
-from typing import Any, Self, TypeVar, Unpack
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Self, Unpack
 
 import grpc
 
 from moesaic import rpc, telemetry
-from moesaic.completion import Completion, Token
-from moesaic.errors import Cancelled, FailedPrecondition, from_rpc_error
+from moesaic.attempts import Attempts
+from moesaic.call_failure import explain
+from moesaic.completion import Completion, Token, TokenReader
+from moesaic.errors import Cancelled, FailedPrecondition
 from moesaic.generate_request import (
     ChatMessage,
     GenerateOptions,
     Prompt,
-    assign_ids,
-    chat_from,
+    TokenIds,
+    detokenize_request,
     generate_request,
+    refuse_n,
+    shows_options,
+    tokenize_request,
 )
+from moesaic.model_info import ModelInfo
+from moesaic.router_stats import RouterStats
+from moesaic.target import check_target
+from moesaic.tokenization import Tokenization
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
 
 GENERATE_TIMEOUT_S = 600.0
 UNARY_TIMEOUT_S = 30.0
 
-_R = TypeVar("_R")
-
 
 class Client:
-    """A client of one router.
+    """A client of one router, for asyncio.
 
     ```
     async with Client("127.0.0.1:50051") as client:
@@ -47,10 +52,17 @@ class Client:
     the router.
     """
 
-    def __init__(self, target: str, *, timeout_s: float = GENERATE_TIMEOUT_S) -> None:
-        """`target`: HOST:PORT of a router. `timeout_s`: the default deadline of a generation."""
+    def __init__(self, target: str, *, timeout_s: float = GENERATE_TIMEOUT_S, retries: bool = True) -> None:
+        """A client of the router at `target`, which is HOST:PORT. Raises InvalidArgument for anything else.
+
+        `timeout_s` is the default deadline of a generation. With `retries`, a call that the router refuses
+        for the moment (it is starting, full, or has lost an expert worker) is repeated within its deadline
+        after the time that the router asks for, but never once a token has arrived.
+        """
+        check_target(target)
         self._target = target
         self._timeout_s = timeout_s
+        self._retries = retries
         self._channel: grpc.aio.Channel | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -73,6 +85,7 @@ class Client:
             channel, self._channel = self._channel, None
             await channel.close()
 
+    @shows_options
     async def generate(
         self,
         prompt: Prompt,
@@ -84,25 +97,35 @@ class Client:
     ) -> AsyncGenerator[Token, None]:
         """Streams `n` continuations of `prompt`, interleaved; `Token.index` numbers them.
 
+        `prompt` is text, a sequence or array of token ids, or a list of messages with `role` and `content`.
         `request_id` ([A-Za-z0-9._-], at most 128) is drawn by the router when absent. Raises MoesaicError.
         """
         request = generate_request(prompt, n, request_id, options)
-        call = self._stub().Generate(
-            request,
-            timeout=self._timeout_s if timeout_s is None else timeout_s,
-            metadata=_metadata(request.request_id),
-        )
-        try:
-            async for response in call:
-                yield Token.from_pb(response)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        except asyncio.CancelledError:
-            _raise_if_only_the_call_was_cancelled()
-            raise
-        finally:
-            call.cancel()
+        attempts = Attempts(self._timeout_s if timeout_s is None else timeout_s, retries=self._retries)
+        while True:
+            call = self._stub().Generate(
+                request, timeout=attempts.time_left_s, metadata=call_metadata(request.request_id)
+            )
+            tokens = TokenReader()
+            try:
+                async for response in call:
+                    token = tokens.read(response)
+                    if token is not None:
+                        yield token
+                return
+            except grpc.RpcError as error:
+                failure = explain(error, self._target, timeout_s=attempts.timeout_s, begun=tokens.begun)
+                delay_s = None if tokens.begun else attempts.delay_after(failure)
+                if delay_s is None:
+                    raise failure from error
+            except asyncio.CancelledError:
+                _raise_if_only_the_call_was_cancelled()
+                raise
+            finally:
+                call.cancel()
+            await asyncio.sleep(delay_s)
 
+    @shows_options
     async def complete(
         self,
         prompt: Prompt,
@@ -111,7 +134,11 @@ class Client:
         request_id: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
-        """One continuation of `prompt` as a whole. Raises MoesaicError."""
+        """One continuation of `prompt` as a whole. Raises MoesaicError.
+
+        Several continuations of one prompt come from `generate(prompt, n=…)`.
+        """
+        refuse_n(options)
         tokens = self.generate(prompt, timeout_s=timeout_s, request_id=request_id, **options)
         return Completion.of([token async for token in tokens])
 
@@ -121,35 +148,26 @@ class Client:
         *,
         add_special_tokens: bool | None = None,
         timeout_s: float = UNARY_TIMEOUT_S,
-    ) -> pb.TokenizeResponse:
+    ) -> Tokenization:
         """The token ids of a text or conversation, with the vocabulary's spelling of each."""
-        request = pb.TokenizeRequest(add_special_tokens=add_special_tokens)
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.chat.CopyFrom(chat_from(prompt))
-        return await self._unary(self._stub().Tokenize(request, timeout=timeout_s, metadata=_metadata()))
+        request = tokenize_request(prompt, add_special_tokens)
+        return Tokenization.from_pb(await self._unary(lambda stub: stub.Tokenize, request, timeout_s))
 
-    async def detokenize(self, token_ids: Sequence[int], *, timeout_s: float = UNARY_TIMEOUT_S) -> str:
+    async def detokenize(self, token_ids: TokenIds, *, timeout_s: float = UNARY_TIMEOUT_S) -> str:
         """The text of token ids."""
-        request = pb.DetokenizeRequest()
-        assign_ids(request.token_ids, token_ids, field="token_ids")
-        response: pb.DetokenizeResponse = await self._unary(
-            self._stub().Detokenize(request, timeout=timeout_s, metadata=_metadata())
-        )
+        request = detokenize_request(token_ids)
+        response: pb.DetokenizeResponse = await self._unary(lambda stub: stub.Detokenize, request, timeout_s)
         return response.text
 
-    async def model_info(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> pb.GetModelInfoResponse:
+    async def model_info(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> ModelInfo:
         """The model that the router serves."""
-        call = self._stub().GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout_s, metadata=_metadata())
-        return await self._unary(call)
+        request = pb.GetModelInfoRequest()
+        return ModelInfo.from_pb(await self._unary(lambda stub: stub.GetModelInfo, request, timeout_s))
 
-    async def router_stats(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> pb.GetRouterStatsResponse:
+    async def router_stats(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> RouterStats:
         """The router's counters since its start, and the time that its steps spent in each phase."""
-        call = self._stub().GetRouterStats(
-            pb.GetRouterStatsRequest(), timeout=timeout_s, metadata=_metadata()
-        )
-        return await self._unary(call)
+        request = pb.GetRouterStatsRequest()
+        return RouterStats.from_pb(await self._unary(lambda stub: stub.GetRouterStats, request, timeout_s))
 
     def _stub(self) -> InferenceServiceStub:
         """A stub on a channel of this event loop.
@@ -157,102 +175,41 @@ class Client:
         A client that is used in another loop gets a new channel.
         """
         if self._closed:
-            raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
+            raise client_closed()
         loop = asyncio.get_running_loop()
         if self._channel is None or self._loop is not loop:
             self._channel, self._loop = rpc.aio_channel(self._target), loop
         return InferenceServiceStub(self._channel)
 
-    async def _unary(self, call: Awaitable[_R]) -> _R:
-        try:
-            return await call
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        except asyncio.CancelledError:
-            _raise_if_only_the_call_was_cancelled()
-            raise
+    async def _unary(
+        self, method: Callable[[InferenceServiceStub], Any], request: object, timeout_s: float
+    ) -> Any:
+        attempts = Attempts(timeout_s, retries=self._retries)
+        while True:
+            try:
+                call = method(self._stub())
+                return await call(request, timeout=attempts.time_left_s, metadata=call_metadata())
+            except grpc.RpcError as error:
+                failure = explain(error, self._target, timeout_s=timeout_s)
+                delay_s = attempts.delay_after(failure)
+                if delay_s is None:
+                    raise failure from error
+            except asyncio.CancelledError:
+                _raise_if_only_the_call_was_cancelled()
+                raise
+            await asyncio.sleep(delay_s)
 
 
-class SyncClient:
-    """`Client` for code without asyncio: blocking, on an event loop in a thread of its own."""
-
-    def __init__(self, target: str, *, timeout_s: float = GENERATE_TIMEOUT_S) -> None:
-        self._client = Client(target, timeout_s=timeout_s)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="moesaic-client", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the connection and ends the thread. May be called twice."""
-        if self._loop.is_closed():
-            return
-        self._run(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=5.0)
-        self._loop.close()
-
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        n: int = 1,
-        timeout_s: float | None = None,
-        request_id: str | None = None,
-        **options: Unpack[GenerateOptions],
-    ) -> Generator[Token, None, None]:
-        tokens = self._client.generate(prompt, n=n, timeout_s=timeout_s, request_id=request_id, **options)
-        try:
-            while (token := self._run(_next(tokens))) is not None:
-                yield token
-        finally:
-            self._run(tokens.aclose())
-
-    def complete(
-        self,
-        prompt: Prompt,
-        *,
-        timeout_s: float | None = None,
-        request_id: str | None = None,
-        **options: Unpack[GenerateOptions],
-    ) -> Completion:
-        return self._run(self._client.complete(prompt, timeout_s=timeout_s, request_id=request_id, **options))
-
-    def tokenize(
-        self,
-        prompt: str | Sequence[ChatMessage],
-        *,
-        add_special_tokens: bool | None = None,
-        timeout_s: float = UNARY_TIMEOUT_S,
-    ) -> pb.TokenizeResponse:
-        return self._run(
-            self._client.tokenize(prompt, add_special_tokens=add_special_tokens, timeout_s=timeout_s)
-        )
-
-    def detokenize(self, token_ids: Sequence[int], *, timeout_s: float = UNARY_TIMEOUT_S) -> str:
-        return self._run(self._client.detokenize(token_ids, timeout_s=timeout_s))
-
-    def model_info(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> pb.GetModelInfoResponse:
-        return self._run(self._client.model_info(timeout_s=timeout_s))
-
-    def router_stats(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> pb.GetRouterStatsResponse:
-        return self._run(self._client.router_stats(timeout_s=timeout_s))
-
-    def _run(self, coroutine: Coroutine[Any, Any, _R]) -> _R:
-        """Blocks until the coroutine is done. The call's own deadline bounds the wait."""
-        if self._loop.is_closed():
-            coroutine.close()
-            raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+def client_closed() -> FailedPrecondition:
+    return FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
 
 
-async def _next(tokens: AsyncGenerator[Token, None]) -> Token | None:
-    return await anext(tokens, None)
+def call_metadata(request_id: str = "") -> list[tuple[str, str]]:
+    """The trace of the caller, and the id of its request where it has one."""
+    metadata = telemetry.inject()
+    if request_id:
+        metadata.append((telemetry.REQUEST_ID_METADATA, request_id))
+    return metadata
 
 
 def _raise_if_only_the_call_was_cancelled() -> None:
@@ -263,10 +220,3 @@ def _raise_if_only_the_call_was_cancelled() -> None:
     task = asyncio.current_task()
     if task is None or not task.cancelling():
         raise Cancelled("the client was closed during the call")
-
-
-def _metadata(request_id: str = "") -> list[tuple[str, str]]:
-    metadata = telemetry.inject()
-    if request_id:
-        metadata.append((telemetry.REQUEST_ID_METADATA, request_id))
-    return metadata

@@ -17,14 +17,18 @@ FinishReason = Literal["stop", "length"]
 # The names that the OpenAI API uses, too.
 FINISH_REASONS: dict[int, FinishReason] = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
+# The `repr` of a completion shows the beginning of its text.
+_REPR_CHARS = 50
+
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A token that the model could have chosen, and its log probability."""
+    """A token that the model could have chosen, and its log probability. `text` and `token_bytes`: see TokenLogprob."""
 
     token_id: int
     logprob: float
     text: str
+    token_bytes: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class TokenLogprob:
             logprob=entry.logprob if entry.HasField("logprob") else None,
             text=entry.text,
             token_bytes=entry.token_bytes,
-            top=tuple(Alternative(top.token_id, top.logprob, top.text) for top in entry.top),
+            top=tuple(Alternative(top.token_id, top.logprob, top.text, top.token_bytes) for top in entry.top),
         )
 
 
@@ -84,13 +88,14 @@ class Timing:
     total_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Token:
-    """An addition to continuation `index`, from one message of the stream: usually one token.
+    """An addition to continuation `index`: one token, or the end of the continuation.
 
     `str(token)` is its text. It is empty while a character is incomplete, or while text is held back because
-    it may begin a stop string. The last token of a continuation has `finish_reason`, `usage` and `timing`;
-    the first token of the stream has `prompt`.
+    it may begin a stop string. The last item of a continuation has `finish_reason`, `usage` and `timing`; it
+    may come by itself, after the last token, and then `token_ids` is empty. `len(token.token_ids)` therefore
+    counts tokens, and so does `usage.completion_tokens`. The first item of the stream has `prompt`.
     """
 
     text: str
@@ -110,6 +115,10 @@ class Token:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        end = f", finish_reason={self.finish_reason!r}" if self.finish_reason else ""
+        return f"<Token {self.text!r}, token_ids={self.token_ids}, index={self.index}{end}>"
 
     @classmethod
     def from_pb(cls, response: pb.GenerateResponse) -> Self:
@@ -134,7 +143,7 @@ class Token:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Completion:
     """One whole continuation of one prompt. `str(completion)` is its text."""
 
@@ -152,6 +161,10 @@ class Completion:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= _REPR_CHARS else self.text[: _REPR_CHARS - 1] + "…"
+        return f"<Completion {text!r}, completion_tokens={len(self.token_ids)}, finish_reason={self.finish_reason!r}>"
 
     @classmethod
     def of(cls, tokens: Sequence[Token]) -> Self:
@@ -176,6 +189,30 @@ class Completion:
             model=last.model,
             epoch=last.epoch,
         )
+
+
+class TokenReader:
+    """Makes tokens of the messages of one stream.
+
+    The router sends the prompt ahead, in a message of its own; here it goes along with the first token, so
+    that the first item of a stream is a token.
+    """
+
+    def __init__(self) -> None:
+        # Whether a token has been returned.
+        self.begun = False
+        self._prompt: pb.PromptInfo | None = None
+
+    def read(self, response: pb.GenerateResponse) -> Token | None:
+        """The token of a message; None for the prompt, which is kept for the next message."""
+        if response.HasField("prompt") and not response.token_ids and not response.finish_reason:
+            self._prompt = response.prompt
+            return None
+        if self._prompt is not None:
+            response.prompt.CopyFrom(self._prompt)
+            self._prompt = None
+        self.begun = True
+        return Token.from_pb(response)
 
 
 def _first(prompts: Iterable[PromptInfo | None]) -> PromptInfo | None:

@@ -30,6 +30,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "moesaic"
+# The reason of an InvalidArgument whose request or answer no message can hold, so that a retry cannot help.
+TOO_LARGE = "TOO_LARGE"
 
 
 class MoesaicError(Exception):

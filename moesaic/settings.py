@@ -75,6 +75,7 @@ WireDType = Annotated[Literal["auto", "float32", "bfloat16", "int8"], _SHORT_NAM
 Decoder = Literal["auto", "lean", "hf"]
 Availability = Annotated[Literal["auto", "off"], _YamlWord]
 Switch = Annotated[Literal["on", "off"], _YamlWord]
+GenerationConfig = Literal["auto", "none"]
 CapacityLimit = Annotated[Literal["off", "model"], _YamlWord]
 
 
@@ -156,6 +157,12 @@ class EngineSettings(_Group):
         description="gRPC that the engine's thread and the worker's compute thread speak themselves, over a "
         "second port of the worker, for up to 256 KiB of rows; larger calls, and all calls where that port "
         "cannot be reached, take the worker's main port.",
+    )
+    generation_config: GenerationConfig = Field(
+        "auto",
+        description="Where a request is silent: with auto the sampling of the model's generation_config.json "
+        "(temperature, top_p, top_k, min_p, repetition_penalty, do_sample) is its default; with none the whole "
+        "distribution is sampled at temperature 1.",
     )
     batch_invariant: bool = Field(
         False,

@@ -27,6 +27,7 @@ from router.control.cluster_watch import ClusterView, ControlWatch, NamedWorkers
     "dtype",
     "dense_layers",
     "engine.max_model_len",
+    "engine.generation_config",
     "engine.threads",
     "engine.decoder",
     "engine.wire_dtype",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.checkpoints.identity import check_identity
 from moesaic.compute.device import choose_device, choose_dtype
 from moesaic.epoch import Epoch
 from moesaic.families import MoeModel, describe_model
@@ -94,7 +95,12 @@ def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> L
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     checkpoint = open_checkpoint(config.model)
+    check_identity(checkpoint, config.identity, text=True)
     shape = describe_model(checkpoint, config.dense_layers)
+    for name in shape.untied:
+        log.warning(
+            "a tensor in the files counts, although the config ties it", extra={"fields": {"tensor": name}}
+        )
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, shape.dtype)
     dispatcher = Dispatcher(pool, clock, _dispatch_rules(config.engine))

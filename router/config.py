@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.families.model import DenseLayers
 from moesaic.settings import Device, DType, EngineSettings
 
@@ -21,3 +22,5 @@ class RouterConfig:
     dtype: DType
     engine: EngineSettings
     dense_layers: DenseLayers = "auto"
+    # What the model's folder must be on the router's host; None where nobody has checked it elsewhere.
+    identity: FolderIdentity | None = None

@@ -19,6 +19,7 @@ from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.loading_service import LoadingService
+from router.api.sampling_defaults import neutral_sampling, read_sampling_defaults
 from router.api.service import InferenceService, ModelFacts
 from router.api.stats import router_stats
 from router.assembly import LoadedRouter, load_router
@@ -59,9 +60,8 @@ class RouterServer:
         self._clock = PhaseClock()
         self._pool = ReplicaPool(connect=self._connect)
         self._epoch: asyncio.Future[Epoch] | None = None
-        # Whether the newest routing table holds every expert of the epoch.
-        self._covered = False
         self._loaded: LoadedRouter | None = None
+        self._sampling_defaults = neutral_sampling()
         self._engine: Engine | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -80,6 +80,8 @@ class RouterServer:
 
     async def load(self) -> None:
         """Reads everything but the experts. Raises CheckpointError, InvalidArgument."""
+        if self._config.engine.generation_config == "auto":
+            self._sampling_defaults = read_sampling_defaults(self._config.model)
         self._loaded = await asyncio.to_thread(load_router, self._config, self._pool, self._clock)
 
     async def wait_ready(self, timeout_s: float) -> None:
@@ -98,7 +100,7 @@ class RouterServer:
             ) from error
         self._servicer.service = self._make_service(self._loaded, engine, epoch)
         await self._server.set_serving(True)
-        self._tasks.append(asyncio.create_task(self._keep_health_true(engine)))
+        self._tasks.append(asyncio.create_task(self._keep_health_true(engine, epoch)))
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new requests, gives running ones `drain_s` seconds to end, then stops everything."""
@@ -123,20 +125,24 @@ class RouterServer:
     async def _follow(self, first_epoch: asyncio.Future[Epoch]) -> None:
         async for snapshot in self._view.watch():
             self._pool.update(snapshot.table)
-            if snapshot.epoch is not None and not first_epoch.done():
-                first_epoch.set_result(snapshot.epoch)
-            if not first_epoch.done():
+            if snapshot.epoch is None:
                 continue
-            self._covered = not self._pool.missing(first_epoch.result())
-            if snapshot.epoch is not None and snapshot.epoch.id != first_epoch.result().id:
+            if not first_epoch.done():
+                first_epoch.set_result(snapshot.epoch)
+            elif snapshot.epoch.id != first_epoch.result().id:
                 log.error("the cluster serves another epoch than this router: restart it")
 
-    async def _keep_health_true(self, engine: Engine) -> None:
+    async def _keep_health_true(self, engine: Engine, epoch: Epoch) -> None:
         """Keeps health NOT_SERVING while the engine is dead or an expert has no replica, else SERVING."""
         serving = True
+        links: tuple[WorkerLink, ...] | None = None
+        covered = False
         while True:
             await asyncio.sleep(HEALTH_PERIOD_S)
-            healthy = engine.alive and self._covered
+            self._pool.prune()
+            if links is not self._pool.links:
+                links, covered = self._pool.links, not self._pool.missing(epoch)
+            healthy = engine.alive and covered
             if healthy != serving:
                 serving = healthy
                 log.warning("health changed", extra={"fields": {"serving": serving}})
@@ -165,6 +171,7 @@ class RouterServer:
                 top_k=max((layer.top_k for layer in loaded.shape.experts.values()), default=0),
                 created=int(time.time()),
                 encodes_prompts=loaded.encodes_prompts,
+                sampling_defaults=self._sampling_defaults,
             ),
             stats=lambda: self._stats(loaded, engine),
             epoch=lambda: epoch.id,

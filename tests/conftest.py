@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -14,6 +15,10 @@ from moesaic import telemetry
 
 # Before torch is imported anywhere: test processes share few cores, and spinning threads would fight for them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A machine that is busy with something else is slow, not wrong.
+hypothesis.settings.register_profile("moesaic", deadline=None)
+hypothesis.settings.load_profile("moesaic")
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,7 +19,7 @@ from cluster.bench.load import closed_loop
 from cluster.bench.workload import Lengths, LoadRequest, Workload
 from harness.phases import Phases, phases_between
 from moesaic import Client
-from moesaic.v1 import inference_pb2
+from moesaic.router_stats import RouterStats
 
 Prompt = tuple[int, ...]
 IDLE_TIMEOUT_S = 60.0
@@ -73,7 +73,7 @@ def first_token(router: str, prompt: Prompt) -> FirstToken:
     """Reads one prompt and writes one token."""
 
     async def ask() -> FirstToken:
-        async with Client(router) as client:
+        async with Client(router, retries=False) as client:
             before = await client.router_stats()  # This call also opens the connection.
             record = await send(client, LoadRequest(prompt, 1), time.perf_counter())
             phases = phases_between(before, await client.router_stats())
@@ -86,7 +86,7 @@ def run_load(router: str, requests: Sequence[LoadRequest], open_streams: int) ->
     """Serves all requests with at most `open_streams` at a time."""
 
     async def serve_all() -> list[RequestRecord]:
-        async with Client(router) as client:
+        async with Client(router, retries=False) as client:
             await client.model_info()
             return await closed_loop(partial(send, client), requests, open_streams)
 
@@ -97,7 +97,7 @@ def score(router: str, prompts: Sequence[Prompt]) -> list[float]:
     """The log probability of every prompt token but the first, prompt after prompt."""
 
     async def ask() -> list[float]:
-        async with Client(router) as client:
+        async with Client(router, retries=False) as client:
             values: list[float] = []
             for prompt in prompts:
                 completion = await client.complete(prompt, max_tokens=1, temperature=0.0, prompt_logprobs=0)
@@ -107,11 +107,11 @@ def score(router: str, prompts: Sequence[Prompt]) -> list[float]:
     return asyncio.run(ask())
 
 
-def settle(router: str) -> inference_pb2.GetRouterStatsResponse:
+def settle(router: str) -> RouterStats:
     """Waits until no sequence is left on the router, and returns its counters."""
 
-    async def wait() -> inference_pb2.GetRouterStatsResponse:
-        async with Client(router) as client:
+    async def wait() -> RouterStats:
+        async with Client(router, retries=False) as client:
             return await until_idle(client)
 
     return asyncio.run(wait())
@@ -142,7 +142,7 @@ async def send(
     )
 
 
-async def until_idle(client: Client) -> inference_pb2.GetRouterStatsResponse:
+async def until_idle(client: Client) -> RouterStats:
     """Waits, because a cancelled stream takes a step to leave the engine."""
     deadline_s = time.monotonic() + IDLE_TIMEOUT_S
     while True:
@@ -198,7 +198,7 @@ async def streaming(client: Client, prompts: Sequence[Prompt], max_tokens: int) 
 
 
 async def _decode(router: str, prompts: Sequence[Prompt], steps: int) -> Decoded:
-    async with Client(router) as client:
+    async with Client(router, retries=False) as client:
         # The answers are longer than needed, and are cancelled once enough of them was seen.
         longest = (await client.model_info()).max_model_len - len(prompts[0])
         async with streaming(client, prompts, min(longest, 1024)) as streams:

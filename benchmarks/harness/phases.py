@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from harness.result import Table
 from harness.turns import Turns
-from moesaic.v1 import inference_pb2
+from moesaic.router_stats import RouterStats
 
 # The parts of the router's wait for a layer in which its worker does not compute.
 OVERHEAD = ("wire", "worker decode", "worker queue", "worker encode")
@@ -53,9 +53,7 @@ class Phases:
         return (self.sent_bytes + self.received_bytes) / max(1, self.tokens)
 
 
-def phases_between(
-    before: inference_pb2.GetRouterStatsResponse, after: inference_pb2.GetRouterStatsResponse
-) -> Phases:
+def phases_between(before: RouterStats, after: RouterStats) -> Phases:
     earlier = {phase.phase: phase.seconds for phase in before.phases}
     traffic = [
         (new.sent_bytes - old.sent_bytes, new.received_bytes - old.received_bytes, new.calls - old.calls)

@@ -69,7 +69,8 @@ class WorkerMemory:
 class ModelFacts:
     """`*_file_bytes`: bytes of tensors in the files.
 
-    `router_bytes`: bytes of the router's weights, by compute dtype.
+    `router_bytes`: bytes of the router's weights, by compute dtype. `untied`: the parameters that the config ties to others
+    and that the files have with values of their own, which count.
     """
 
     parameters: int
@@ -83,6 +84,7 @@ class ModelFacts:
     layers: tuple[LayerKind, ...]
     router_bytes: dict[str, int]
     worker_memory: tuple[WorkerMemory, ...]
+    untied: tuple[str, ...]
 
 
 def gather_facts(checkpoint: Checkpoint, model: MoeModel) -> ModelFacts:
@@ -102,6 +104,7 @@ def gather_facts(checkpoint: Checkpoint, model: MoeModel) -> ModelFacts:
         layers=_layer_kinds(model),
         router_bytes={held: model.num_dense_parameters * _ITEM_BYTES[held] for held in ("fp32", "bf16")},
         worker_memory=tuple(_worker_memory(model)),
+        untied=model.untied,
     )
 
 

@@ -31,6 +31,7 @@ OF_A_CLUSTER = (
     "engine.batch_invariant",
     "worker.batch_invariant",
     "engine.max_model_len",
+    "engine.generation_config",
     "cluster.address",
 )
 

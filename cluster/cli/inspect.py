@@ -87,6 +87,12 @@ def _model_lines(model: ModelFacts) -> Iterator[tuple[str, Text]]:
     all_active = model.active_parameters == model.parameters
     met = "all" if all_active else amount(model.active_parameters)
     yield "parameters", Text(f"{amount(model.parameters)}, of which a token meets {met}")
+    if model.untied:
+        names = ", ".join(model.untied)
+        yield (
+            "not tied",
+            Text(f"{names}: differs from what the config ties it to; the tensor in the files counts"),
+        )
     yield "context", Text(f"{count(model.context_length)} tokens, vocabulary of {count(model.vocab_size)}")
 
 

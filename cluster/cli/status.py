@@ -84,9 +84,10 @@ def _processes(
     topology: control_pb2.GetTopologyResponse,
     routers: Mapping[str, inference_pb2.GetRouterStatsResponse],
 ) -> Table:
-    rows = Counter[str]()
+    rows = Counter[str]()  # by address: a name may be that of an earlier start as well
     for stats in routers.values():
-        rows.update({traffic.worker: traffic.rows for traffic in stats.workers})
+        for traffic in stats.workers:
+            rows[traffic.address] += traffic.rows
     table = new_table(
         *("process", "state", "address", ">pid", ">experts", ">rows", ">restarts"),
         drop=("pid", "experts", "rows", "restarts"),
@@ -98,7 +99,7 @@ def _processes(
             process.address,
             str(process.pid or ""),
             str(len(process.experts) or ""),
-            count(rows[process.name]) if process.name in rows else "",
+            count(rows[process.address]) if process.address in rows else "",
             str(process.restarts),
         )
     return table

@@ -2,18 +2,19 @@
 
 In each layer every worker gets a quota: the even share, or its share by weight. The quotas are laid end to
 end around the circle of the layer's slots, which gives every slot its copies and no worker the same expert
-twice, so that losing one worker never loses two copies of an expert. What cannot be split evenly in one layer
-is balanced in the next, so that bytes stay even as well: the layers of a dense model, which have one expert
-each, go around the workers.
+twice, so that losing one worker never loses two copies of an expert. The workers of one host lie side by side
+on the circle, and together hold no more than once around it: so losing a host never loses two copies either,
+wherever there are enough hosts. What cannot be split evenly in one layer is balanced in the next, so that bytes
+stay even as well: the layers of a dense model, which have one expert each, go around the workers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import cycle, islice
 from typing import NamedTuple
 
 from moesaic.epoch import ExpertAddress
@@ -28,12 +29,16 @@ _GPU_SHARES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One machine of the Ray cluster and its resources."""
+    """One machine of the Ray cluster and its resources.
+
+    `free_cpus` are those that nobody has reserved yet; None on a local Ray, where nothing is reserved.
+    """
 
     id: str
     address: str
     num_cpus: int
     num_gpus: int
+    free_cpus: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +70,29 @@ def place_experts(
     num_workers: int,
     replicas: int = 1,
     weights: Sequence[float] | None = None,
+    hosts: Sequence[str] | None = None,
 ) -> tuple[frozenset[ExpertAddress], ...]:
-    """The experts of each worker.
+    """The experts of each worker. `hosts` names the host of each worker; without it each has one of its own.
 
-    Every expert is on exactly `replicas` different workers. Without `weights` the numbers of experts differ
-    by at most one between workers in every layer, and the bytes by at most one expert overall; with `weights`
-    both follow these as far as whole experts allow. No worker is left empty. Raises InvalidArgument with
-    field `workers`, `replicas` or `weights`.
+    Every expert is on exactly `replicas` different workers, and on as many different hosts where there are so
+    many; with fewer hosts, on each as few times as their workers allow. Without `weights` the numbers of
+    experts differ by at most one between workers in every layer, unless a host with fewer workers has to take
+    more for that, and with workers on hosts of their own the bytes by at most one expert overall; with
+    `weights` both follow these as far as whole experts allow. No worker is left empty. Raises InvalidArgument
+    with field `workers`, `replicas` or `weights`.
     """
     _check_counts(sum(load.num_slots for load in layers.values()), num_workers, replicas)
     wanted = [Fraction(1)] * num_workers if weights is None else _checked(weights, num_workers)
+    teams = _teams(range(num_workers) if hosts is None else hosts)
+    turns = [min(_copies_on_one_host(teams, replicas), len(team)) for team in teams]
     held: list[set[ExpertAddress]] = [set() for _ in range(num_workers)]
     # By how many bytes each worker is below its share of the layers so far.
     behind = [Fraction(0)] * num_workers
     # Layers of large experts come first, so that layers of small ones can balance them.
     for layer, load in sorted(layers.items(), key=lambda item: -item[1].num_bytes):
-        shares = _shares(load.num_slots, replicas, wanted)
-        behind = [bytes_ + share * load.num_bytes for bytes_, share in zip(behind, shares, strict=True)]
-        quotas = _quotas(shares, behind, load.num_bytes)
-        behind = [bytes_ - quota * load.num_bytes for bytes_, quota in zip(behind, quotas, strict=True)]
         position = 0
-        for experts, quota in zip(held, quotas, strict=True):
-            experts.update(
+        for worker, quota in _spread(load, replicas, wanted, teams, turns, behind):
+            held[worker].update(
                 ExpertAddress(layer, index % load.num_slots) for index in range(position, position + quota)
             )
             position += quota
@@ -106,17 +112,27 @@ def seat_workers(
 ) -> tuple[Seat, ...]:
     """The node, GPU share and threads of each worker.
 
-    A node has one place per GPU, or one place if it has no GPU or `device` is cpu. If `num_workers` is None,
-    each place gets one worker, up to `at_most`; otherwise the workers go around the places. Routers get a
-    share of the GPUs of their nodes, but none of the workers' cores: a router is idle while workers compute
-    for it.
+    A node has one place per GPU, or one place if it has no GPU or `device` is cpu; a node that reserves no
+    CPUs for Ray has none. If `num_workers` is None, each place gets one worker, up to `at_most`; otherwise the
+    workers go around the places. Each reserves one CPU, and a node takes no more than it has free. Routers get
+    a share of the GPUs of their nodes, but none of the workers' cores: a router is idle while workers compute
+    for it. Raises InvalidArgument with field `device` or `workers`.
     """
     places = _places(nodes, device)
-    if not places:
+    if not places and device == "cuda":
         raise InvalidArgument("device: no node of the cluster has a GPU", field="device")
-    count = min(len(places), at_most) if num_workers is None else num_workers
-    seated = [places[index % len(places)] for index in range(count)]
     routers = _router_nodes(nodes, num_routers, device, home)
+    room = _Room(nodes, reserved=routers)
+    if num_workers is None:
+        seated, wanted = [node for node in places if room.take(node)][:at_most], min(1, at_most)
+    else:
+        seated, wanted = room.go_around(places, num_workers), num_workers
+    if len(seated) < wanted:
+        raise InvalidArgument(
+            f"workers: there is room for {len(seated)} of {wanted}: each reserves one CPU of Ray, beside the "
+            f"routers; free are {_free(nodes)}",
+            field="workers",
+        )
     return tuple(
         Seat(
             node,
@@ -130,7 +146,8 @@ def seat_workers(
 def seat_routers(
     nodes: Sequence[Node], workers: Sequence[Seat], num_routers: int, device: Device, *, home: str
 ) -> tuple[Seat, ...]:
-    """The node, GPU share and threads of each router. The first is on `home`, the others on nodes like it.
+    """The node, GPU share and threads of each router. The first is on `home`, the others on nodes like it that
+    have a CPU free for them.
 
     Routers of one node share its cores with each other, not with the workers there.
     """
@@ -173,17 +190,69 @@ def _checked(weights: Sequence[float], num_workers: int) -> list[Fraction]:
     return [Fraction(weight) for weight in weights]
 
 
-def _shares(num_slots: int, replicas: int, wanted: Sequence[Fraction]) -> list[Fraction]:
-    """The exact share of every worker in the experts of a layer, capped at one copy of every expert."""
+def _teams(hosts: Sequence[object]) -> list[list[int]]:
+    """The workers of each host, hosts in the order of their first worker."""
+    teams: dict[object, list[int]] = {}
+    for worker, host in enumerate(hosts):
+        teams.setdefault(host, []).append(worker)
+    return list(teams.values())
+
+
+def _copies_on_one_host(teams: Sequence[Sequence[int]], replicas: int) -> int:
+    """The least number of copies of an expert that one host must be able to hold."""
+    return next(
+        copies
+        for copies in range(1, replicas + 1)
+        if sum(min(copies, len(team)) for team in teams) >= replicas
+    )
+
+
+def _spread(
+    load: LayerLoad,
+    replicas: int,
+    wanted: Sequence[Fraction],
+    teams: Sequence[Sequence[int]],
+    turns: Sequence[int],
+    behind: list[Fraction],
+) -> Iterator[tuple[int, int]]:
+    """Each worker and its number of experts in a layer, in the order of the circle. Updates `behind`.
+
+    The layer is split between the hosts first, each of which holds an expert at most as often as `turns` says,
+    then between the workers of each host.
+    """
+    weights = [sum((wanted[worker] for worker in team), Fraction(0)) for team in teams]
+    most = [load.num_slots * turn for turn in turns]
+    host_shares = _shares(Fraction(load.num_slots * replicas), weights, most)
+    for team, share in zip(teams, host_shares, strict=True):
+        for worker, due in zip(team, _team_shares(share, team, wanted, load.num_slots), strict=True):
+            behind[worker] += due * load.num_bytes
+    hosts_behind = [sum((behind[worker] for worker in team), Fraction(0)) for team in teams]
+    for team, quota in zip(teams, _quotas(host_shares, hosts_behind, load.num_bytes), strict=True):
+        shares = _team_shares(Fraction(quota), team, wanted, load.num_slots)
+        quotas = _quotas(shares, [behind[worker] for worker in team], load.num_bytes)
+        for worker, taken in zip(team, quotas, strict=True):
+            behind[worker] -= taken * load.num_bytes
+            yield worker, taken
+
+
+def _team_shares(
+    total: Fraction, team: Sequence[int], wanted: Sequence[Fraction], num_slots: int
+) -> list[Fraction]:
+    """The exact share of each worker of a host in what the host holds of a layer."""
+    return _shares(total, [wanted[worker] for worker in team], [num_slots] * len(team))
+
+
+def _shares(total: Fraction, wanted: Sequence[Fraction], most: Sequence[int]) -> list[Fraction]:
+    """The exact share of every part in `total`, by weight, where no part takes more than its `most`."""
     shares = [Fraction(0)] * len(wanted)
-    open_workers, left = set(range(len(wanted))), Fraction(num_slots * replicas)
-    while open_workers:
-        total = sum(wanted[worker] for worker in open_workers)
-        full = {worker for worker in open_workers if left * wanted[worker] > num_slots * total}
-        for worker in full or open_workers:
-            shares[worker] = Fraction(num_slots) if full else left * wanted[worker] / total
-        open_workers -= full or open_workers
-        left -= num_slots * len(full)
+    open_parts, left = set(range(len(wanted))), total
+    while open_parts:
+        weight = sum(wanted[part] for part in open_parts)
+        full = {part for part in open_parts if left * wanted[part] > most[part] * weight}
+        for part in full or open_parts:
+            shares[part] = Fraction(most[part]) if full else left * wanted[part] / weight
+        open_parts -= full or open_parts
+        left -= sum(most[part] for part in full)
     return shares
 
 
@@ -199,10 +268,46 @@ def _quotas(shares: Sequence[Fraction], behind: Sequence[Fraction], expert_bytes
     return quotas
 
 
+class _Room:
+    """The CPUs that are left on each node while processes are seated, one for each."""
+
+    def __init__(self, nodes: Sequence[Node], reserved: Sequence[Node] = ()) -> None:
+        self._left = {node.id: node.free_cpus for node in nodes}
+        for node in reserved:
+            self.take(node)
+
+    def take(self, node: Node) -> bool:
+        """Takes a CPU of the node, if one is left."""
+        left = self._left[node.id]
+        if left is None:
+            return True
+        self._left[node.id] = max(0, left - 1)
+        return left > 0
+
+    def go_around(self, places: Sequence[Node], count: int) -> list[Node]:
+        """`count` places in turn, over and over, or as many as have room."""
+        taken: list[Node] = []
+        for node in cycle(places):
+            if len(taken) == count or not any(map(self._has_room, places)):
+                break
+            if self.take(node):
+                taken.append(node)
+        return taken
+
+    def _has_room(self, node: Node) -> bool:
+        return self._left[node.id] != 0
+
+
+def _free(nodes: Sequence[Node]) -> str:
+    return ", ".join(f"{node.free_cpus} of {node.num_cpus} on {node.address}" for node in nodes)
+
+
 def _places(nodes: Sequence[Node], device: Device) -> list[Node]:
     """One entry per place; the first place of every node comes before the second place of any."""
     places: list[tuple[int, Node]] = []
     for node in nodes:
+        if not node.num_cpus:
+            continue
         if _uses_gpu(node, device):
             places += [(gpu, node) for gpu in range(node.num_gpus)]
         elif device != "cuda":
@@ -211,11 +316,21 @@ def _places(nodes: Sequence[Node], device: Device) -> list[Node]:
 
 
 def _router_nodes(nodes: Sequence[Node], num_routers: int, device: Device, home: str) -> list[Node]:
-    """The routers' nodes, with GPUs only if `home` has one: otherwise routers would give different tokens."""
+    """The routers' nodes, with GPUs only if `home` has one: otherwise routers would give different tokens.
+
+    The first one runs at `home` whatever is free there, because it has the public address.
+    """
     first = next(node for node in nodes if node.id == home)
     others = [node for node in nodes if node != first and _uses_gpu(node, device) == _uses_gpu(first, device)]
-    alike = [first, *others]
-    return [alike[index % len(alike)] for index in range(num_routers)]
+    room = _Room(nodes, reserved=[first])
+    seated = [first, *room.go_around([*others, first], num_routers - 1)]
+    if len(seated) < num_routers:
+        raise InvalidArgument(
+            f"routers: there is room for {len(seated)} of {num_routers}: each reserves one CPU of Ray; "
+            f"free are {_free(nodes)}",
+            field="routers",
+        )
+    return seated
 
 
 def _uses_gpu(node: Node, device: Device) -> bool:

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 from moesaic.v1 import control_pb2
 
+# Reasons of an Unavailable that are evidence: the process is gone, it says itself that it does not serve, or it
+# cannot be started where it was placed. Any other Unavailable is mere silence.
+PROCESS_DIED = "PROCESS_DIED"
+NOT_SERVING = "NOT_SERVING"
+CANNOT_START = "CANNOT_START"
+EVIDENCE = frozenset({PROCESS_DIED, NOT_SERVING, CANNOT_START})
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessReport:

@@ -2,7 +2,8 @@
 
 A process is asked for its report, and answers when something changes. By this alone a death is noticed after
 a second or two; the health stream of a worker's gRPC server breaks within milliseconds. Whichever comes first
-counts.
+counts. A stream may also break because the controller was cut off or asleep, so that it is evidence of a death
+only where nothing listens at the worker's address any more.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.control.process_report import ProcessReport
+from cluster.control.process_report import EVIDENCE, NOT_SERVING, PROCESS_DIED, ProcessReport
 from moesaic import rpc
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.routing_table import Replica
@@ -26,8 +27,12 @@ if TYPE_CHECKING:
 # How long a process may hold a question. It is short while the process loads, because reports then show
 # progress.
 LOADING_HOLD_S = 0.25
-READY_HOLD_S = 5.0
+READY_HOLD_S = 2.0
 DESCRIBE_TIMEOUT_S = 5.0
+# A process that ends may close its connections a moment before its port.
+PROBES = 3
+PROBE_PERIOD_S = 0.05
+PROBE_TIMEOUT_S = 1.0
 
 
 class ProcessWatch:
@@ -36,7 +41,8 @@ class ProcessWatch:
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
         self._last: dict[str, ProcessReport] = {}
-        self._losses: dict[str, asyncio.Task[str]] = {}
+        self._losses: dict[str, asyncio.Task[Unavailable]] = {}
+        self._addresses: dict[str, str] = {}
 
     async def report(self, name: str, seen: int) -> ProcessReport:
         """See ProcessObserver."""
@@ -45,13 +51,17 @@ class ProcessWatch:
         question = self._peers.report(name, seen, hold_s)
         try:
             report = await _unless_lost(question, self._losses.get(last.address) if last else None)
-        except MoesaicError:
+        except MoesaicError as error:
             if last is not None:
                 self._drop(last.address)
+            address = self._addresses.get(name)
+            if address and error.reason not in EVIDENCE and await _refuses(address):
+                raise Unavailable("nothing listens at its address any more", reason=PROCESS_DIED) from error
             raise
         if last is not None and last.address != report.address:
             self._drop(last.address)
         self._last[name] = report
+        self._addresses[name] = report.address
         return report
 
     async def describe(self, address: str) -> Replica:
@@ -76,14 +86,14 @@ class ProcessWatch:
 
 
 async def _unless_lost(
-    question: Coroutine[Any, Any, ProcessReport], loss: asyncio.Task[str] | None
+    question: Coroutine[Any, Any, ProcessReport], loss: asyncio.Task[Unavailable] | None
 ) -> ProcessReport:
     """The answer to the question. Raises Unavailable as soon as the process is known to be lost."""
     ask = asyncio.create_task(question)
     try:
         await asyncio.wait({ask, loss} if loss else {ask}, return_when=asyncio.FIRST_COMPLETED)
         if loss is not None and loss.done():
-            raise Unavailable(loss.result())
+            raise loss.result()
         return await ask
     finally:
         ask.cancel()
@@ -94,21 +104,38 @@ async def _ask(channel: grpc.aio.Channel) -> tuple[AsyncIterator[Any], expert_pb
     question = health_pb2.HealthCheckRequest(service=rpc.EXPERT_SERVICE)
     health: AsyncIterator[Any] = aiter(health_pb2_grpc.HealthStub(channel).Watch(question))
     if not _serving(await anext(health, None)):
-        raise Unavailable("it does not serve")
+        raise Unavailable("it does not serve", reason=NOT_SERVING)
     stub = expert_pb2_grpc.ExpertServiceStub(channel)
     return health, await stub.Describe(expert_pb2.DescribeRequest())
 
 
-async def _until_lost(channel: grpc.aio.Channel, health: AsyncIterator[Any]) -> str:
-    """Waits until the worker cannot be used any more; returns the reason."""
+async def _until_lost(channel: grpc.aio.Channel, health: AsyncIterator[Any]) -> Unavailable:
+    """Waits until the worker's health stream says that it does not serve, or ends; returns which."""
     async with channel:
         try:
             async for status in health:
                 if not _serving(status):
-                    return "it does not serve"
+                    return Unavailable("it does not serve", reason=NOT_SERVING)
         except grpc.aio.AioRpcError:
-            return "its connection broke"
-    return "it closed its connection"
+            return Unavailable("its connection broke")
+    return Unavailable("it closed its connection")
+
+
+async def _refuses(address: str) -> bool:
+    """Whether the host at HOST:PORT answers that nothing listens there. A host that is silent refuses nothing."""
+    host, _, port = address.rpartition(":")
+    for probe in range(PROBES):
+        if probe:
+            await asyncio.sleep(PROBE_PERIOD_S)
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            writer.close()
+        except ConnectionRefusedError:
+            return True
+        except (OSError, TimeoutError):
+            return False
+    return False
 
 
 def _serving(status: Any) -> bool:

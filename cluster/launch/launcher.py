@@ -1,6 +1,7 @@
 """Starts the planned processes, waits until the cluster answers, and ends them again.
 
 All processes are started at the same time and then observed through the controller, as `moesaic status` does.
+Until a process runs it is asked for itself as well: the controller cannot say why it does not run itself.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.control.peers import Peers
+from cluster.control.process_report import CANNOT_START
 from cluster.observation.observer import ask_topology
 from cluster.processes.process_plan import PlannedProcess
 from cluster.processes.specs import CONTROLLER, GATEWAY, router_names
@@ -27,6 +29,14 @@ POLL_S = 0.15
 ASK_TIMEOUT_S = 5.0
 # A process that has died this often before the cluster is ready is not expected to start at all.
 MAX_START_RESTARTS = 3
+
+# Which roles are waited for first: a router serves once all experts have a worker, a gateway once a router does.
+_WAITED_FOR = {
+    control_pb2.PROCESS_ROLE_EXPERT_WORKER: 1,
+    control_pb2.PROCESS_ROLE_CONTROLLER: 2,
+    control_pb2.PROCESS_ROLE_ROUTER: 3,
+    control_pb2.PROCESS_ROLE_GATEWAY: 4,
+}
 
 Topology = control_pb2.GetTopologyResponse
 
@@ -71,6 +81,8 @@ class Launcher:
         self._settings = settings
         self._routers = router_names(settings.cluster.routers)
         self._names: list[str] = []
+        # Why processes of which nothing was heard yet do not answer.
+        self._silent: dict[str, str] = {}
         self._ready = False
 
     def submit(self) -> None:
@@ -90,6 +102,7 @@ class Launcher:
         """
         timeout_s = self._settings.cluster.start_timeout_s
         topology = Topology()
+        starts = [asyncio.create_task(self._watch_start(name)) for name in self._names]
         try:
             async with asyncio.timeout(timeout_s):
                 while not (topology.processes and all(map(_ready, topology.processes))):
@@ -97,12 +110,21 @@ class Launcher:
                     topology = await self._look() or topology
                     show(topology)
                     _refuse_failed(topology)
+                    for start in starts:
+                        if start.done():
+                            start.result()
                 peers = self._starter.peers
                 endpoints = Endpoints(
                     http=await peers.address(GATEWAY), grpc=await peers.address(self._routers[0])
                 )
         except TimeoutError as error:
-            raise Unavailable(f"not ready after {timeout_s:.0f} s: {_waiting_for(topology)}") from error
+            raise Unavailable(
+                f"not ready after {timeout_s:.0f} s: {_waiting_for(topology, self._silent)}"
+            ) from error
+        finally:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
         self._ready = True
         return endpoints
 
@@ -115,6 +137,20 @@ class Launcher:
             drain.cancel()
             forced.cancel()
         await self._starter.kill(self._names)
+
+    async def _watch_start(self, name: str) -> None:
+        """Returns when the process answers. Raises Unavailable once it is known that it cannot be started."""
+        while True:
+            try:
+                await self._starter.peers.report(name, seen=0, hold_s=0.0)
+            except MoesaicError as error:
+                if error.reason == CANNOT_START:
+                    raise Unavailable(f"{name}: {error.message}") from error
+                self._silent[name] = error.message
+            else:
+                self._silent.pop(name, None)
+                return
+            await asyncio.sleep(POLL_S)
 
     async def _drain(self, drain_s: float) -> None:
         """From the outside in, so that no process loses another that it still calls."""
@@ -147,15 +183,26 @@ def _ready(process: control_pb2.Process) -> bool:
 def _refuse_failed(topology: Topology) -> None:
     for process in topology.processes:
         if process.state == control_pb2.PROCESS_STATE_FAILED:
-            raise Unavailable(f"{process.name}: {process.detail}")
+            raise Unavailable(f"{_named(process, topology)}: {process.detail}")
         if process.restarts >= MAX_START_RESTARTS:
-            raise Unavailable(f"{process.name}: its process died {process.restarts} times while it started")
+            raise Unavailable(
+                f"{_named(process, topology)}: its process died {process.restarts} times while it started"
+            )
 
 
-def _waiting_for(topology: Topology) -> str:
+def _waiting_for(topology: Topology, silent: Mapping[str, str]) -> str:
+    """The process that holds the others up: routers wait for workers, the gateway waits for routers."""
     waiting = [process for process in topology.processes if not _ready(process)]
     if not waiting:
-        return "the controller does not answer"
-    first = waiting[0]
+        reason = silent.get(CONTROLLER)
+        return "the controller does not answer" + (f" ({reason})" if reason else "")
+    first = min(waiting, key=lambda process: (_WAITED_FOR.get(process.role, 0), process.state))
     state = control_pb2.ProcessState.Name(first.state).removeprefix("PROCESS_STATE_")
-    return f"{first.name} is {state}" + (f" ({first.detail})" if first.detail else "")
+    detail = first.detail or silent.get(first.name)
+    return f"{_named(first, topology)} is {state}" + (f" ({detail})" if detail else "")
+
+
+def _named(process: control_pb2.Process, topology: Topology) -> str:
+    """The name of a process, with its node where there are several."""
+    several = len({other.node for other in topology.processes if other.node}) > 1
+    return f"{process.name} on node {process.node}" if several and process.node else process.name

@@ -26,6 +26,7 @@ from cluster.launch.milestones import Milestones
 from cluster.processes.process_plan import check_counts, plan_processes
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings
@@ -50,6 +51,7 @@ class CheckedModel:
     folder: Path
     name: str
     shape: MoeModel
+    identity: FolderIdentity
 
 
 def check_model(settings: Settings) -> CheckedModel:
@@ -59,9 +61,11 @@ def check_model(settings: Settings) -> CheckedModel:
     """
     source = settings.model or str(DEMO_MODEL)
     folder = find_model(source).resolve()
-    shape = describe_model(open_checkpoint(folder), settings.dense_layers)
+    checkpoint = open_checkpoint(folder)
+    shape = describe_model(checkpoint, settings.dense_layers)
     check_counts(settings, shape)
-    return CheckedModel(folder, settings.served_model_name or name_model(source), shape)
+    name = settings.served_model_name or name_model(source)
+    return CheckedModel(folder, name, shape, FolderIdentity.of(checkpoint))
 
 
 @contextlib.asynccontextmanager
@@ -85,7 +89,9 @@ async def running_cluster(
     with contextlib.redirect_stdout(sys.stderr):
         async with _connected(settings, signals) as ray:
             milestones.reach("Ray runs")
-            processes = plan_processes(settings, model.folder, model.name, model.shape, ray.nodes(), ray.home)
+            processes = plan_processes(
+                settings, model.folder, model.name, model.shape, ray.nodes(), ray.home, model.identity
+            )
             launcher = Launcher(ray, processes, settings)
             try:
                 launcher.submit()

@@ -162,7 +162,7 @@ def _router(process: ObservedProcess, before: Observation, after: Observation) -
 
 def _worker(process: ObservedProcess, before: Observation, after: Observation) -> WorkerActivity:
     old, new = _pair(before.workers, after.workers, process.name, _WorkerStats(), after.at_s - before.at_s)
-    links = [_link(name, process.name, before, after) for name in after.routers]
+    links = [_link(name, process.address, before, after) for name in after.routers]
     return WorkerActivity(
         name=process.name,
         address=process.address,
@@ -183,13 +183,16 @@ def _worker(process: ObservedProcess, before: Observation, after: Observation) -
 
 
 def _link(router: str, worker: str, before: Observation, after: Observation) -> tuple[_Traffic, _Traffic]:
-    """The traffic between one router and one worker, at both observations."""
+    """The traffic between one router and the worker at an address, at both observations.
+
+    Two starts of a worker, and two workers of one name, have different addresses.
+    """
     old, new = _pair(before.routers, after.routers, router, _RouterStats(), after.at_s - before.at_s)
     return _traffic(old, worker), _traffic(new, worker)
 
 
 def _traffic(stats: _RouterStats, worker: str) -> _Traffic:
-    return next((traffic for traffic in stats.workers if traffic.worker == worker), _Traffic())
+    return next((traffic for traffic in stats.workers if traffic.address == worker), _Traffic())
 
 
 class _Counters(Protocol):

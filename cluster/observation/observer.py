@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -195,16 +196,23 @@ def _observed(topology: _Topology) -> tuple[ObservedProcess, ...]:
 
 
 def _known(addresses: Mapping[str, str], routers: Mapping[str, _RouterStats]) -> tuple[ObservedProcess, ...]:
-    """Without a controller: the known routers, and the workers that they talk to."""
+    """Without a controller: the known routers, and the workers that they talk to.
+
+    People may give two workers one name; such names are completed by the address.
+    """
     workers = {
-        traffic.worker: traffic.address
+        traffic.address: traffic.worker
         for router in routers.values()
         for traffic in router.workers
         if traffic.worker and traffic.address
     }
+    times = Counter(workers.values())
     return (
         *(ObservedProcess(name, address, is_router=True) for name, address in addresses.items()),
-        *(ObservedProcess(name, address, is_router=False) for name, address in workers.items()),
+        *(
+            ObservedProcess(name if times[name] == 1 else f"{name} {address}", address, is_router=False)
+            for address, name in workers.items()
+        ),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cluster.control.controller import Cluster, Member
@@ -31,6 +32,9 @@ from cluster.processes.specs import (
 )
 from expert_worker.config import WorkerConfig
 from gateway.config import GatewayConfig
+from moesaic.checkpoints.identity import FolderIdentity
+from moesaic.epoch import ExpertAddress
+from moesaic.errors import InvalidArgument
 from moesaic.families import MoeModel
 from moesaic.settings import Device, Settings
 from moesaic.v1 import control_pb2
@@ -59,11 +63,18 @@ def check_counts(settings: Settings, model: MoeModel) -> None:
 
 
 def plan_processes(
-    settings: Settings, folder: Path, name: str, model: MoeModel, nodes: Sequence[Node], home: str
+    settings: Settings,
+    folder: Path,
+    name: str,
+    model: MoeModel,
+    nodes: Sequence[Node],
+    home: str,
+    identity: FolderIdentity | None = None,
 ) -> tuple[PlannedProcess, ...]:
     """All processes that serve the model in `folder` as `name`. The command runs on the node with id `home`.
 
-    Raises InvalidArgument with field `workers`, `replicas` or `device`.
+    Every process that reads the folder on its own node is told the `identity` that it must have there.
+    Raises InvalidArgument with field `workers`, `routers`, `replicas` or `device`.
     """
     replicas = settings.cluster.replicas
     at_most = min(MAX_WORKERS, len(model.addresses) * replicas)
@@ -76,9 +87,9 @@ def plan_processes(
         num_routers=num_routers,
         at_most=at_most,
     )
-    workers = _workers(settings, folder, model, seats)
+    workers = _workers(settings, folder, model, seats, identity)
     router_seats = seat_routers(nodes, seats, num_routers, settings.device, home=home)
-    routers = _routers(settings, folder, name, router_seats)
+    routers = _routers(settings, folder, name, router_seats, identity)
     quiet_seat = Seat(router_seats[0].node, num_gpus=0.0, threads=1)
     cluster = Cluster(
         model=folder.name,
@@ -98,12 +109,12 @@ def plan_processes(
 
 
 def _workers(
-    settings: Settings, folder: Path, model: MoeModel, seats: Sequence[Seat]
+    settings: Settings, folder: Path, model: MoeModel, seats: Sequence[Seat], identity: FolderIdentity | None
 ) -> tuple[PlannedProcess, ...]:
     """The expert workers. There are none if the routers hold the whole model."""
     if not seats:
         return ()
-    placement = place_experts(layer_loads(model), len(seats), settings.cluster.replicas)
+    placement = _place(model, seats, settings.cluster.replicas)
     return tuple(
         PlannedProcess(
             ExpertWorkerSpec(
@@ -119,6 +130,7 @@ def _workers(
                         update={"threads": settings.worker.threads or seat.threads}
                     ),
                     dense_layers=settings.dense_layers,
+                    identity=identity,
                 )
             ),
             seat,
@@ -129,18 +141,47 @@ def _workers(
     )
 
 
+def _place(model: MoeModel, seats: Sequence[Seat], replicas: int) -> tuple[frozenset[ExpertAddress], ...]:
+    """The experts of each worker, copies on different hosts. Workers on CPUs hold more where they have more cores.
+
+    Where that would leave a worker without any expert, and where GPUs compute, all hold the same.
+    """
+    place = partial(
+        place_experts, layer_loads(model), len(seats), replicas, hosts=[seat.node.id for seat in seats]
+    )
+    if any(seat.num_gpus for seat in seats):
+        return place()
+    try:
+        return place(weights=[seat.threads for seat in seats])
+    except InvalidArgument as error:
+        if error.field != "weights":
+            raise
+        return place()
+
+
 def _routers(
-    settings: Settings, folder: Path, served_name: str, seats: Sequence[Seat]
+    settings: Settings,
+    folder: Path,
+    served_name: str,
+    seats: Sequence[Seat],
+    identity: FolderIdentity | None,
 ) -> tuple[PlannedProcess, ...]:
     """The routers. Only the first one is pinned, to the public address; the gateway finds the others."""
     return tuple(
-        _router(settings, folder, served_name, name, seat, is_public=index == 0)
+        _router(settings, folder, served_name, name, seat, identity, is_public=index == 0)
         for index, (name, seat) in enumerate(zip(router_names(len(seats)), seats, strict=True))
     )
 
 
 def _router(
-    settings: Settings, folder: Path, served_name: str, name: str, seat: Seat, *, is_public: bool
+    settings: Settings,
+    folder: Path,
+    served_name: str,
+    name: str,
+    seat: Seat,
+    identity: FolderIdentity | None,
+    *,
+    is_public: bool,
 ) -> PlannedProcess:
     config = RouterConfig(
         model=folder,
@@ -151,9 +192,12 @@ def _router(
         dtype=settings.dtype,
         engine=settings.engine.model_copy(update={"threads": settings.engine.threads or seat.threads}),
         dense_layers=settings.dense_layers,
+        identity=identity,
     )
     spec = RouterSpec(name, config, is_public, settings.cluster.start_timeout_s)
-    return PlannedProcess(spec, seat, num_cpus=1, pinned=is_public)
+    # The public address leaves the first router no choice, also where Ray has no CPU to reserve.
+    reserved = 0 if is_public and seat.node.free_cpus == 0 else 1
+    return PlannedProcess(spec, seat, num_cpus=reserved, pinned=is_public)
 
 
 def _gateway(settings: Settings) -> GatewaySpec:

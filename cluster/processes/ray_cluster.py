@@ -16,16 +16,19 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
 
 from cluster.control.placement import Node
-from cluster.control.process_report import ProcessReport
+from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
 from cluster.processes.host import ProcessHost
 from cluster.processes.process_plan import PlannedProcess
 from cluster.processes.servers import ProcessContext, make_server
@@ -39,9 +42,14 @@ log = logging.getLogger(__name__)
 NAMESPACE = "moesaic"
 # The object store is not used; this is the smallest one that Ray accepts.
 OBJECT_STORE_BYTES = 75 << 20
+# What the controller reserves of its node's memory, so that Ray heeds where it shall be.
+QUIET_PROCESS_BYTES = 64 << 20
 CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take beyond the time for which the process may hold the question.
 ANSWER_TIMEOUT_S = 5.0
+EXPLAIN_TIMEOUT_S = 2.0
+# How old Ray's account of what is free may be.
+SETTLE_S = 1.0
 END_TIMEOUT_S = 10.0
 KILL_PERIOD_S = 0.05
 LOSS_PERIOD_S = 1.0
@@ -96,6 +104,8 @@ class RayPeers:
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
+        # Why Ray gave up the processes that failed before their server was made. It knows them by name no more.
+        self._given_up: dict[str, str] = {}
 
     async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
         handle = await self.handle(name)
@@ -123,13 +133,18 @@ class RayPeers:
             try:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     self._handles[name] = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
-            except (ValueError, TimeoutError) as error:
-                raise Unavailable(f"{name} is not there") from error
+            except ValueError as error:
+                if name in self._given_up:
+                    raise Unavailable(self._given_up[name], reason=CANNOT_START) from error
+                raise Unavailable(f"{name} is not there", reason=PROCESS_DIED) from error
+            except TimeoutError as error:
+                raise Unavailable(f"Ray does not say where {name} is") from error
         return self._handles[name]
 
     def remember(self, name: str, handle: Any) -> None:
         """Keeps a handle, so that `handle` need not look it up."""
         self._handles[name] = handle
+        self._given_up.pop(name, None)
 
     async def _call(self, name: str, reference: Any, timeout_s: float) -> Any:
         from ray.exceptions import ActorDiedError, RayError
@@ -138,12 +153,15 @@ class RayPeers:
             async with asyncio.timeout(timeout_s):
                 return await reference
         except ActorDiedError as error:
-            self._handles.pop(name, None)
-            raise Unavailable(f"its process died: {_last_line(error)}", reason="PROCESS_DIED") from error
+            handle = self._handles.pop(name, None)
+            if error.actor_init_failed:
+                self._given_up[name] = await _in_time(_why_given_up, handle, error)
+                raise Unavailable(self._given_up[name], reason=CANNOT_START) from error
+            raise Unavailable(f"its process died: {_last_line(error)}", reason=PROCESS_DIED) from error
         except RayError as error:
             raise Unavailable("its process is being restarted") from error
         except TimeoutError as error:
-            raise Unavailable("its process does not answer, or waits for a place on a node") from error
+            raise Unavailable(await _in_time(_why_silent, self._handles.get(name))) from error
 
 
 class RayCluster:
@@ -214,8 +232,17 @@ class RayCluster:
         return node_id
 
     def nodes(self) -> tuple[Node, ...]:
-        """All nodes that are alive, this process's own first."""
-        nodes = [_node(entry, local=self._local) for entry in _entries() if entry["Alive"]]
+        """All nodes that are alive and answer, this process's own first."""
+        entries = [entry for entry in _entries() if entry["Alive"]]
+        if not self._local and any(_is_in_use(entry, _available()) for entry in entries):
+            time.sleep(SETTLE_S)  # what was stopped a moment ago may still seem to be there
+        available = _available()
+        with ThreadPoolExecutor(max_workers=len(entries)) as pool:
+            answers = list(pool.map(_answers, entries))
+        for entry, answers_now in zip(entries, answers, strict=True):
+            if not answers_now:
+                log.warning("node %s is left out: its Ray does not answer", entry["NodeManagerAddress"])
+        nodes = [_node(entry, available, local=self._local) for entry in compress(entries, answers)]
         return tuple(sorted(nodes, key=lambda node: (node.id != self.home, node.address, node.id)))
 
     def names(self) -> tuple[str, ...]:
@@ -232,6 +259,8 @@ class RayCluster:
 
         node_id = process.seat.node.id
         name = process.spec.name
+        # A process that reserves nothing at all would be put on any node, whatever it prefers.
+        memory = None if process.num_cpus or process.pinned else QUIET_PROCESS_BYTES
         handle = (
             ray.remote(HostActor)
             .options(
@@ -243,7 +272,10 @@ class RayCluster:
                 # Nothing else runs on a local Ray, so its cores need not be reserved.
                 num_cpus=0 if self._local else process.num_cpus,
                 num_gpus=process.seat.num_gpus,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=not process.pinned),
+                memory=memory,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(
+                    node_id, soft=not process.pinned, _spill_on_unavailable=not process.pinned
+                ),
             )
             .remote(process.spec, self._logs)
         )
@@ -324,6 +356,59 @@ def _entries() -> list[dict[str, Any]]:
     return entries
 
 
+async def _in_time(explain: Callable[..., str], *arguments: Any) -> str:
+    """What `explain` finds out from Ray, which itself may be what does not answer."""
+    try:
+        async with asyncio.timeout(EXPLAIN_TIMEOUT_S):
+            return await asyncio.to_thread(explain, *arguments)
+    except TimeoutError:
+        return "its process does not answer, and neither does Ray"
+
+
+def _why_given_up(handle: Any, error: Exception) -> str:
+    """Why Ray could not even make the actor, and on which node. The usual reason is a node without Moesaic."""
+    address = _placed(handle)[1]
+    where = f"cannot start on node {address}" if address else "cannot start"
+    cause = next((line for line in reversed(str(error).splitlines()) if "Error: " in line), _last_line(error))
+    missing = "ModuleNotFoundError" in cause
+    hint = "; is Moesaic installed there, in the Python that runs Ray, as it is here?" if missing else ""
+    return f"{where}: {cause.strip()}{hint}"
+
+
+def _why_silent(handle: Any) -> str:
+    """Whether a process that does not answer runs at all, as Ray knows it."""
+    state, address = _placed(handle)
+    if state in ("DEPENDENCIES_UNREADY", "PENDING_CREATION"):
+        return f"it waits for a place: Ray has not started it, {_room()}"
+    if state == "RESTARTING":
+        return f"it died and waits for a place: Ray has not restarted it, {_room()}"
+    return f"its process on node {address} does not answer" if address else "its process does not answer"
+
+
+def _placed(handle: Any) -> tuple[str, str]:
+    """The state of an actor in Ray's words, and the address of its node; both empty where Ray does not know."""
+    from ray._private import state  # no public function gives this without the dashboard
+
+    entry = {} if handle is None else state.actors(handle._actor_id.hex())
+    return entry.get("State", ""), entry.get("Address", {}).get("IPAddress", "")
+
+
+def _room() -> str:
+    """The CPUs that are free on each node, for a person."""
+    nodes = [_node(entry, _available(), local=False) for entry in _entries() if entry["Alive"]]
+    return "CPUs free: " + ", ".join(
+        f"{node.free_cpus} of {node.num_cpus} on {node.address}" for node in nodes
+    )
+
+
+def _available() -> Mapping[str, Mapping[str, float]]:
+    """What no actor has reserved of the resources of each node, by its id."""
+    from ray._private import state  # no public function gives this without the dashboard
+
+    free: Mapping[str, Mapping[str, float]] = state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return free
+
+
 def _own_restarts() -> int:
     """How often Ray has restarted this actor."""
     import ray
@@ -333,17 +418,34 @@ def _own_restarts() -> int:
     return int(entry.get("NumRestarts", 0))
 
 
-def _node(entry: Mapping[str, Any], *, local: bool) -> Node:
-    resources = entry["Resources"]
+def _node(entry: Mapping[str, Any], available: Mapping[str, Mapping[str, float]], *, local: bool) -> Node:
+    # Ray leaves out a resource of which a node has none, or none that is free.
+    resources, free = entry["Resources"], available.get(entry["NodeID"], entry["Resources"])
     # The "CPUs" of a local Ray are its number of processes, so that each of them fits; the cores are this
     # machine's.
-    num_cpus = len(os.sched_getaffinity(0)) if local else int(resources.get("CPU", 1))
+    num_cpus = len(os.sched_getaffinity(0)) if local else int(resources.get("CPU", 0))
     return Node(
         id=entry["NodeID"],
         address=entry["NodeManagerAddress"],
         num_cpus=num_cpus,
         num_gpus=int(resources.get("GPU", 0)),
+        free_cpus=None if local else int(free.get("CPU", 0)),
     )
+
+
+def _is_in_use(entry: Mapping[str, Any], available: Mapping[str, Mapping[str, float]]) -> bool:
+    node = _node(entry, available, local=False)
+    return node.free_cpus is not None and node.free_cpus < node.num_cpus
+
+
+def _answers(entry: Mapping[str, Any]) -> bool:
+    """Whether a node's Ray accepts connections. For a minute Ray itself counts a dead node as alive."""
+    try:
+        address = (entry["NodeManagerAddress"], entry["NodeManagerPort"])
+        socket.create_connection(address, CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _probe(address: str) -> str:

@@ -47,9 +47,15 @@ class LoadProgress:
         for process in topology.processes:
             state = control_pb2.ProcessState.Name(process.state).removeprefix("PROCESS_STATE_").lower()
             self._draw(process, state)
-            if not self._console.is_terminal and self._shown.get(process.name) != state:
-                self._shown[process.name] = state
-                self._console.print(f"{process.name}: {state} {process.detail}".rstrip(), highlight=False)
+            self._say(process, state)
+
+    def _say(self, process: control_pb2.Process, state: str) -> None:
+        """A line for every state where there are no bars, and everywhere for what a process waits for."""
+        line = f"{process.name}: {state} {process.detail}".rstrip()
+        if self._shown.get(process.name) != line:
+            self._shown[process.name] = line
+            if process.detail or not self._console.is_terminal:
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _draw(self, process: control_pb2.Process, state: str) -> None:
         if process.name not in self._tasks:

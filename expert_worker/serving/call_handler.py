@@ -46,7 +46,7 @@ class CallHandler:
     """Refuses all calls as Unavailable before `open` and after `close`."""
 
     def __init__(self, *, worker: str, max_call_rows: int) -> None:
-        self._worker = worker
+        self.worker = worker
         self._max_call_rows = max_call_rows
         self._model: MoeModel | None = None
         self._store: ExpertStore | None = None
@@ -127,7 +127,7 @@ class CallHandler:
             attributes={
                 telemetry.LAYER: request.layer,
                 telemetry.ROWS: sum(len(group.rows) for group in request.experts),
-                telemetry.WORKER: self._worker,
+                telemetry.WORKER: self.worker,
                 telemetry.EPOCH: request.epoch,
             },
         )

@@ -83,6 +83,12 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         self._draining = False
         self._start_s = time.monotonic()
 
+    def rename(self, worker: str) -> None:
+        """Gives the worker a name that follows from its port. To be called before `serve`."""
+        self._worker = worker
+        for handler in self._handlers:
+            handler.worker = worker
+
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the methods. Compute has its own serialisers, which pass tensors as views."""
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self, server)

@@ -1,7 +1,7 @@
 """Log probabilities in the two shapes of OpenAI's API.
 
-Completions have four lists, chat completions one list of tokens. A router without a tokenizer sends token ids
-only; such a token is spelled `token_id:N`.
+Completions have four lists, chat completions one list of tokens. A token of a router without a tokenizer is spelled
+`token_id:N`. Completions have no field for bytes and spell part of a character `bytes:\\xf0`, as OpenAI does.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from collections.abc import Iterable, Sequence
 from gateway.openai.replies import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
 from moesaic.v1 import inference_pb2 as pb
 
+_Token = pb.TokenLogprob | pb.Alternative
+
 # Stands for minus infinity, which JSON does not have. vLLM sends the same number.
 _LOWEST = -9999.0
 
 
 def for_completion(entries: Sequence[pb.TokenLogprob], offset: int) -> CompletionLogprobs:
     """`offset`: the position of the first token's text in the text of its choice."""
-    tokens = [_spell(entry) for entry in entries]
     offsets = []
-    for token in tokens:
+    for entry in entries:
         offsets.append(offset)
-        offset += len(token)
+        offset += _length(entry)
     return CompletionLogprobs(
-        tokens=tokens,
+        tokens=[_key(entry) for entry in entries],
         token_logprobs=[_value(entry.logprob) if entry.HasField("logprob") else None for entry in entries],
         top_logprobs=[_top(entry) if entry.HasField("logprob") else None for entry in entries],
         text_offset=offsets,
@@ -37,13 +38,9 @@ def for_chat(entries: Iterable[pb.TokenLogprob], num_top: int) -> ChatLogprobs:
             ChatTokenLogprob(
                 token=_spell(entry),
                 logprob=_value(entry.logprob),
-                bytes=list(entry.token_bytes) if entry.token_bytes else None,
+                bytes=_bytes(entry),
                 top_logprobs=[
-                    TopLogprob(
-                        token=_spell_alternative(top),
-                        logprob=_value(top.logprob),
-                        bytes=list(top.text.encode()) if top.text else None,
-                    )
+                    TopLogprob(token=_spell(top), logprob=_value(top.logprob), bytes=_bytes(top))
                     for top in entry.top[:num_top]
                 ],
             )
@@ -53,27 +50,49 @@ def for_chat(entries: Iterable[pb.TokenLogprob], num_top: int) -> ChatLogprobs:
 
 
 def num_chars(entries: Iterable[pb.TokenLogprob]) -> int:
-    """The total length of the tokens' spellings, in which `text_offset` counts."""
-    return sum(len(_spell(entry)) for entry in entries)
+    """The total length of the tokens' texts, in which `text_offset` counts."""
+    return sum(map(_length, entries))
 
 
 def _top(entry: pb.TokenLogprob) -> dict[str, float]:
-    """The alternatives and the token itself. Of two with the same text, the more probable one is kept."""
+    """The alternatives and the token itself, one entry for each token.
+
+    Of tokens with the same spelling all but the most probable are named by their ids.
+    """
     top: dict[str, float] = {}
-    for alternative in entry.top:
-        top.setdefault(_spell_alternative(alternative), _value(alternative.logprob))
-    top.setdefault(_spell(entry), _value(entry.logprob))
+    token_ids = set()
+    tokens: list[_Token] = [*entry.top, entry]
+    for token in tokens:
+        if token.token_id not in token_ids:
+            token_ids.add(token.token_id)
+            key = _key(token)
+            top[_token_id(token) if key in top else key] = _value(token.logprob)
     return top
 
 
-def _spell(entry: pb.TokenLogprob) -> str:
-    if entry.text or entry.token_bytes:
-        return entry.text
-    return f"token_id:{entry.token_id}"
+def _key(token: _Token) -> str:
+    """A token's name in completions, in which parts of characters differ."""
+    try:
+        token.token_bytes.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.token_bytes)
+    return _spell(token)
 
 
-def _spell_alternative(alternative: pb.Alternative) -> str:
-    return alternative.text or f"token_id:{alternative.token_id}"
+def _spell(token: _Token) -> str:
+    return token.text if token.text or token.token_bytes else _token_id(token)
+
+
+def _token_id(token: _Token) -> str:
+    return f"token_id:{token.token_id}"
+
+
+def _bytes(token: _Token) -> list[int] | None:
+    return list(token.token_bytes) or None
+
+
+def _length(entry: pb.TokenLogprob) -> int:
+    return len(_spell(entry))
 
 
 def _value(logprob: float) -> float:

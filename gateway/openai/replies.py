@@ -121,12 +121,25 @@ class ChatChunk(BaseModel):
     prompt_token_ids: list[int] | None = None
 
 
+class SamplingDefaults(BaseModel):
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    # The model that this one was made from, and its parent. vLLM has them for adapters.
+    root: str
+    parent: str | None
     max_model_len: int
+    # What a request that sets none of them is sampled with.
+    sampling_defaults: SamplingDefaults
 
 
 class ModelList(BaseModel):

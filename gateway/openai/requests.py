@@ -252,7 +252,12 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[
 
 
 class TextPart(Body):
-    """A part of a message's content. Images and sound are not supported, and no URL is ever fetched."""
+    """A part of a message's content. Images and sound are not supported, and no URL is ever fetched.
+
+    Other keys, such as marks for another server's cache, are ignored.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
     type: Literal["text"]
     text: str
@@ -269,10 +274,16 @@ Content = Annotated[
 
 
 class Message(Body):
-    """A turn of a conversation. The messages of this API's replies are valid, too."""
+    """A turn of a conversation. The messages of this API's replies are valid, too.
+
+    An assistant's turn may lack content. Keys that are not listed here have no effect on what a template shows, and
+    are ignored.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Content
+    content: Content | None = None
     name: str | None = None
     refusal: NotServed = None
     annotations: NotServed = None
@@ -280,12 +291,22 @@ class Message(Body):
     function_call: NotServed = None
     tool_calls: NotServed = None
     tool_call_id: NotServed = None
+    reasoning: NotServed = None
+    reasoning_content: NotServed = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("content", "every message but an assistant's must have content")
+        return self
 
     def to_pb(self) -> pb.ChatMessage:
-        text = self.content
-        if not isinstance(text, str):
-            text = "\n".join(part.text for part in text)
-        return pb.ChatMessage(role=self.role, content=text, name=self.name)
+        message = pb.ChatMessage(role=self.role, name=self.name)
+        if isinstance(self.content, str):
+            message.content = self.content
+        else:
+            message.parts.extend(pb.ContentPart(text=part.text) for part in self.content or ())
+        return message
 
 
 class ChatFields(Body):

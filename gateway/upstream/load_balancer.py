@@ -98,11 +98,15 @@ def _opening(chat: pb.Chat) -> str:
     """The part that stays the same as the conversation grows: everything up to the first user message."""
     opening = ""
     for message in chat.messages:
-        opening += f"{message.role}\0{message.content}\0"
+        opening += f"{message.role}\0{_content(message)}\0"
         if message.role == "user" or len(opening) >= HEAD_LENGTH:
             break
     return opening[:HEAD_LENGTH]
 
 
 def _length(chat: pb.Chat) -> int:
-    return sum(len(message.content) for message in chat.messages)
+    return sum(len(_content(message)) for message in chat.messages)
+
+
+def _content(message: pb.ChatMessage) -> str:
+    return message.content or "".join(part.text for part in message.parts)

@@ -26,9 +26,11 @@ from moesaic.families import (
     switch_transformers,
 )
 from moesaic.families.config import Config
+from moesaic.families.defaults import DEFAULTS
 from moesaic.families.model import DenseLayers, MoeModel
 from moesaic.families.quantisation import in_float8, read_encoding
 from moesaic.families.tensor_check import check_tensors
+from moesaic.families.ties import resolve_ties
 
 __all__ = ["DenseLayers", "MoeModel", "describe_model"]
 
@@ -65,15 +67,21 @@ def describe_model(checkpoint: Checkpoint, dense_layers: DenseLayers = "auto") -
 
     Raises CheckpointError, which names the config key or the tensor at fault.
     """
-    config = Config(checkpoint.config, file=checkpoint.config_file, spelling=checkpoint.spelling)
     family = checkpoint.config.get("model_type")
     describe = _FAMILIES.get(family) if isinstance(family, str) else None
+    config = Config(
+        checkpoint.config,
+        file=checkpoint.config_file,
+        spelling=checkpoint.spelling,
+        # A config in Mistral's format is complete, and its defaults are others.
+        defaults=None if checkpoint.in_mistral_format else DEFAULTS.get(str(family)),
+    )
     if describe is None:
         generic.refuse_unserved(config)
         supported = ", ".join(sorted(_FAMILIES))
         config.fail("model_type", f"{str(family)[:64]!r} is not served; supported: {supported}")
     encoding = read_encoding(config)
-    model = describe(checkpoint, config)
+    model = resolve_ties(checkpoint, describe(checkpoint, config))
     if encoding == "fp8_block":
         model = in_float8(checkpoint, model)
     check_tensors(checkpoint, model)

@@ -14,6 +14,8 @@ from moesaic.families.model import Attention, DenseTensor, Layout, WeightPattern
 Named = Iterable[tuple[str, DenseTensor]]
 
 LAYER = "model.layers.{layer}."
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def tensor(name: str, *shape: int) -> tuple[str, DenseTensor]:
@@ -31,12 +33,11 @@ def read_attention(config: Config, hidden_size: int, *, window: int | None = Non
     return Attention(num_heads, num_kv_heads, head_dim, window)
 
 
-def ends(hidden_size: int, vocab_size: int, *, tied: bool) -> Named:
-    """The embedding, the last norm, and the head unless it is tied to the embedding."""
-    yield tensor("model.embed_tokens.weight", vocab_size, hidden_size)
+def ends(hidden_size: int, vocab_size: int) -> Named:
+    """The embedding, the last norm and the head."""
+    yield tensor(EMBEDDING, vocab_size, hidden_size)
     yield tensor("model.norm.weight", hidden_size)
-    if not tied:
-        yield tensor("lm_head.weight", vocab_size, hidden_size)
+    yield tensor(HEAD, vocab_size, hidden_size)
 
 
 def attention_tensors(

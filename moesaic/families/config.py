@@ -17,17 +17,31 @@ _MAX_SIZE = (1 << 31) - 1
 
 
 class Config:
-    """The values of a config.json, or of a part of it. `spelling` maps keys to the names that the file has for them."""
+    """The values of a config.json, or of a part of it, and the family's defaults for the keys that it leaves out. `spelling`
+    maps keys to the names that the file has for them.
+
+    The argument `default` of a reader stands for a null, and for a missing key without a default of the family. Without it, a
+    null means the same as a missing key to all readers but those of sizes, which refuse it.
+    """
 
     def __init__(
-        self, values: Mapping[str, Any], *, file: str = CONFIG_FILE, spelling: Mapping[str, str] | None = None
+        self,
+        values: Mapping[str, Any],
+        *,
+        file: str = CONFIG_FILE,
+        spelling: Mapping[str, str] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self.values = values
+        self._given = values
+        self._defaults = defaults or {}
+        self.values = {**self._defaults, **values}
         self._file = file
         self._spellings = spelling or {}
 
     def fail(self, key: str, problem: str) -> NoReturn:
         field = f"{self._file}: {self._spellings.get(key, key)}"
+        if key not in self._given and key in self._defaults:
+            problem = f"is missing, and the default of the family, {self._defaults[key]}, {problem}"
         raise CheckpointError(f"{field}: {problem}", field=field)
 
     def has(self, key: str) -> bool:
@@ -37,11 +51,10 @@ class Config:
     def size(self, *keys: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
         """A whole number above zero. Without a default, the key is required."""
         key = self.first_present(keys)
-        if self.values.get(key) is None and default is not None:
-            return default
-        if key not in self.values:
+        if key not in self.values and default is None:
             self.fail(key, "is missing")
-        value = self.values[key]
+        value = self.values.get(key)
+        value = default if value is None else value
         if type(value) is not int or value < 1:
             self.fail(key, "must be a whole number above zero")
         if value > most:
@@ -53,33 +66,24 @@ class Config:
         key = self.first_present(keys)
         return None if self.values.get(key) is None else self.size(key)
 
-    def count(self, *keys: str, default: int = 0, most: int = _MAX_SIZE) -> int:
+    def count(self, *keys: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
         """A whole number that may be zero."""
-        key = self.first_present(keys)
-        value = self.values.get(key)
-        if value is None:
-            return default
+        key, value = self._read(keys, default)
         if type(value) is not int or value < 0:
             self.fail(key, "must be a whole number")
         if value > most:
             self.fail(key, f"must be at most {most}")
         return value
 
-    def number(self, *keys: str, default: float) -> float:
+    def number(self, *keys: str, default: float | None = None) -> float:
         """A finite number above zero."""
-        key = self.first_present(keys)
-        value = self.values.get(key)
-        if value is None:
-            return default
+        key, value = self._read(keys, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_FLOAT:
             self.fail(key, "must be a number above zero")
         return float(value)
 
-    def flag(self, *keys: str, default: bool) -> bool:
-        key = self.first_present(keys)
-        value = self.values.get(key)
-        if value is None:
-            return default
+    def flag(self, *keys: str, default: bool | None = None) -> bool:
+        key, value = self._read(keys, default)
         if not isinstance(value, bool):
             self.fail(key, "must be true or false")
         return value
@@ -101,5 +105,14 @@ class Config:
         return tuple(value)
 
     def first_present(self, keys: tuple[str, ...]) -> str:
-        """The first of the keys that is present, or the first one if none is."""
-        return next((key for key in keys if key in self.values), keys[0])
+        """The first of the keys that the file has; if it has none, the one that has a default, or else the first."""
+        found = (key for present in (self._given, self._defaults) for key in keys if key in present)
+        return next(found, keys[0])
+
+    def _read(self, keys: tuple[str, ...], default: Any) -> tuple[str, Any]:
+        """The key that is present, and its value."""
+        key = self.first_present(keys)
+        value = self.values.get(key)
+        if value is None:
+            value = self._defaults.get(key) if default is None else default
+        return key, value

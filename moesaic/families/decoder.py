@@ -59,14 +59,13 @@ class Channels:
     size_checks: tuple[SizeCheck, ...]
 
 
-def read_decoder(config: Config, *, tied: bool = False) -> DecoderSizes:
-    """`tied`: whether the family's head is tied if the config does not say."""
+def read_decoder(config: Config) -> DecoderSizes:
     return DecoderSizes(
         num_layers=config.size("num_hidden_layers", most=MAX_LAYERS),
         hidden_size=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
         max_model_len=config.size("max_position_embeddings"),
-        tied=config.flag("tie_word_embeddings", default=tied),
+        tied=config.flag("tie_word_embeddings", default=False),
     )
 
 
@@ -93,12 +92,12 @@ def read_layer_types(config: Config, num_layers: int, *served: str) -> tuple[str
 
 def read_num_predictors(config: Config) -> int:
     """The number of layers after the last one that predict further tokens. Serving does not use them."""
-    return config.count("num_nextn_predict_layers", "num_mtp_layers", most=MAX_LAYERS)
+    return config.count("num_nextn_predict_layers", "num_mtp_layers", default=0, most=MAX_LAYERS)
 
 
-def layers_behind_dense(config: Config, num_layers: int, default: int) -> frozenset[int]:
+def layers_behind_dense(config: Config, num_layers: int) -> frozenset[int]:
     """The layers that have experts, in a model whose first few layers are dense."""
-    first = config.count("first_k_dense_replace", default=default)
+    first = config.count("first_k_dense_replace")
     if first >= num_layers:
         config.fail("first_k_dense_replace", f"leaves none of {num_layers} layers with experts")
     return frozenset(range(first, num_layers))
@@ -165,10 +164,9 @@ def assemble(
     num_predictors: int = 0,
 ) -> MoeModel:
     """Builds the model of these parts, after a check of the sizes that its config states."""
-    embedding = "model.embed_tokens.weight"
     sizes: tuple[SizeCheck, ...] = (
-        ("vocab_size", decoder.vocab_size, embedding, 0),
-        ("hidden_size", decoder.hidden_size, embedding, 1),
+        ("vocab_size", decoder.vocab_size, blocks.EMBEDDING, 0),
+        ("hidden_size", decoder.hidden_size, blocks.EMBEDDING, 1),
     )
     check_sizes(checkpoint, config, (*sizes, *size_checks))
     end = decoder.num_layers + num_predictors
@@ -184,6 +182,6 @@ def assemble(
         mixers=mixers,
         experts=experts,
         dense=blocks.mapping(*dense),
-        tied=decoder.tied,
+        ties=(blocks.EMBEDDING, blocks.HEAD) if decoder.tied else (),
         ignored=frozenset(name for name in checkpoint.tensors if name.startswith(beyond)),
     )

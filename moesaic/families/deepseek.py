@@ -31,48 +31,43 @@ _EPSILON = 1e-20
 def describe_v2(checkpoint: Checkpoint, config: Config) -> MoeModel:
     slots = _read_slots(config)
     config.choice("scoring_func", ("softmax",))
-    if config.flag("norm_topk_prob", default=False):
+    if config.flag("norm_topk_prob"):
         config.fail("norm_topk_prob", "true is not served: implementations of this family disagree about it")
-    if config.flag("mlp_bias", default=False):
+    if config.flag("mlp_bias"):
         config.fail("mlp_bias", "true is not served: experts of this family have no biases")
     limited = config.choice("topk_method", ("greedy", "group_limited_greedy")) == "group_limited_greedy"
     rule = GateRule(
         slots.top_k,
         groups=_read_groups(config, slots, best=1) if limited else None,
-        scale=config.number("routed_scaling_factor", default=1.0),
+        scale=config.number("routed_scaling_factor"),
     )
-    return _describe(checkpoint, config, "deepseek_v2", slots, rule, first_dense_default=0)
+    return _describe(checkpoint, config, "deepseek_v2", slots, rule)
 
 
 def describe_v3(checkpoint: Checkpoint, config: Config) -> MoeModel:
     slots = _read_slots(config)
     config.choice("scoring_func", ("sigmoid",))
     config.choice("topk_method", ("noaux_tc",))
-    rule = sigmoid_rule(config, slots, num_groups=8, num_kept=4, scale=2.5)
-    return _describe(checkpoint, config, "deepseek_v3", slots, rule, first_dense_default=3)
+    rule = sigmoid_rule(config, slots)
+    return _describe(checkpoint, config, "deepseek_v3", slots, rule)
 
 
-def sigmoid_rule(
-    config: Config, slots: Slots, *, num_groups: int = 1, num_kept: int = 1, scale: float = 1.0
-) -> GateRule:
-    """The gate rule of DeepSeek-V3, which other families have adopted. The arguments are a family's defaults."""
+def sigmoid_rule(config: Config, slots: Slots) -> GateRule:
+    """The gate rule of DeepSeek-V3, which other families have adopted."""
     return GateRule(
         slots.top_k,
         score="sigmoid",
         selection_bias=True,
-        groups=_read_groups(config, slots, best=2, num_groups=num_groups, num_kept=num_kept),
-        renormalise=config.flag("norm_topk_prob", default=True),
+        groups=_read_groups(config, slots, best=2),
+        renormalise=config.flag("norm_topk_prob"),
         epsilon=_EPSILON,
-        scale=config.number("routed_scaling_factor", default=scale),
+        scale=config.number("routed_scaling_factor"),
     )
 
 
-def _read_groups(
-    config: Config, slots: Slots, *, best: int, num_groups: int = 1, num_kept: int = 1
-) -> Groups | None:
+def _read_groups(config: Config, slots: Slots, *, best: int) -> Groups | None:
     """The groups of slots, or None if there is only one."""
-    count = config.size("n_group", default=num_groups)
-    keep = config.size("topk_group", default=num_kept)
+    count, keep = config.size("n_group"), config.size("topk_group")
     if slots.count % count or slots.count // count < best:
         config.fail("n_group", f"must divide {slots.key}, {slots.count}, into groups of at least {best}")
     if keep > count:
@@ -98,18 +93,16 @@ def _describe(
     family: str,
     slots: Slots,
     rule: GateRule,
-    *,
-    first_dense_default: int,
 ) -> MoeModel:
     decoder = read_decoder(config)
     hidden_size = decoder.hidden_size
-    sparse = layers_behind_dense(config, decoder.num_layers, first_dense_default)
+    sparse = layers_behind_dense(config, decoder.num_layers)
     channels = read_channels(checkpoint, config, decoder, slots, rule, sparse)
     attention = read_latent_attention(config)
     shared_size = config.size("n_shared_experts") * channels.module.inner_size
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             prefix = blocks.LAYER.format(layer=layer)
             yield blocks.norms(prefix, hidden_size, "input_layernorm", "post_attention_layernorm")
@@ -152,7 +145,7 @@ def _attention(prefix: str, config: Config, attention: LatentAttention, hidden_s
     """Queries are computed from the hidden state directly, or through a compressed vector of their own."""
     heads, latent = attention.num_heads, attention.latent_dim
     queries = heads * (attention.key_dim + attention.rotary_dim)
-    bias = config.flag("attention_bias", default=False)
+    bias = config.flag("attention_bias")
     query_rank = config.optional_size("q_lora_rank")
     if query_rank is None:
         yield blocks.tensor(prefix + "q_proj.weight", queries, hidden_size)

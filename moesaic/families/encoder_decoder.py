@@ -54,6 +54,8 @@ class Names:
     decoder: StackNames
     shared: str
     head: str
+    # The parameters that a config ties to `shared`, in the order in which transformers does.
+    tied: tuple[str, str, str]
     projections: tuple[str, str, str, str]
     up: str
     down: str
@@ -171,7 +173,7 @@ def assemble(
             _ends(checkpoint, sizes, names),
             *(_side_tensors(side, sizes, names, arithmetic, gate) for side in sides),
         ),
-        tied=sizes.tied,
+        ties=(names.shared, *names.tied) if sizes.tied else (),
         num_encoder_layers=encoder.num_layers,
         ignored=_copies(checkpoint, sizes, names) | frozenset(names.computed),
     )
@@ -262,18 +264,17 @@ def read_start_token(config: Config, vocab_size: int, default: int) -> int:
 
 
 def _ends(checkpoint: Checkpoint, sizes: Sizes, names: Names) -> Named:
-    """The embeddings and the head. Both sides share one embedding, unless the model is untied and two are stored."""
+    """The embeddings and the head. Untied sides share one embedding, unless two are stored."""
     shape = (sizes.vocab_size, sizes.hidden_size)
     separate = [
         name for name in (names.encoder.embedding, names.decoder.embedding) if name in checkpoint.tensors
     ]
-    if sizes.tied or len(separate) < 2:
-        yield tensor(names.shared, *shape)
+    if sizes.tied:
+        embeddings = [names.shared, names.encoder.embedding, names.decoder.embedding]
     else:
-        for name in separate:
-            yield tensor(name, *shape)
-    if not sizes.tied:
-        yield tensor(names.head, *shape)
+        embeddings = [names.shared] if len(separate) < 2 else separate
+    for name in (*embeddings, names.head):
+        yield tensor(name, *shape)
 
 
 def _copies(checkpoint: Checkpoint, sizes: Sizes, names: Names) -> frozenset[str]:

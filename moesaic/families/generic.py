@@ -8,7 +8,7 @@ config key that is the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from moesaic.checkpoints.checkpoint import Checkpoint
@@ -57,28 +57,70 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k")
 _SINKS = "self_attn.sinks"
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
+NarrowLayers = Callable[[Config, int], Iterable[int]]
+
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """`windowed`: some layers may have a window. `latent`: attention is that of DeepSeek. `tied`: the head is tied if the
-    config does not say. `renamed`: parts of names in the files, and the names that transformers has for them."""
+    """`narrow`: which layers have the window if the config does not list the layers' types. `latent`: attention is that of
+    DeepSeek. `renamed`: parts of names in the files, and the names that transformers has for them."""
 
-    windowed: bool = False
+    narrow: NarrowLayers | None = None
     latent: bool = False
-    tied: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
+
+
+def _afmoe_narrow(config: Config, num_layers: int) -> Iterable[int]:
+    return _but_every(config.size("global_attn_every_n_layers"), num_layers)
+
+
+def _cohere2_narrow(config: Config, num_layers: int) -> Iterator[int]:
+    """The first dense layers have a pattern of their own, behind which that of the others begins anew."""
+    num_dense = config.count("first_k_dense_replace", default=0)
+    yield from _but_every(config.size("prefix_dense_sliding_window_pattern"), min(num_dense, num_layers))
+    for layer in _but_every(config.size("sliding_window_pattern"), num_layers - num_dense):
+        yield num_dense + layer
+
+
+def _dots1_narrow(config: Config, num_layers: int) -> Iterable[int]:
+    return range(config.count("max_window_layers"), num_layers) if config.has("sliding_window") else ()
+
+
+def _exaone_narrow(config: Config, num_layers: int) -> Iterable[int]:
+    return _but_every(config.size("sliding_window_pattern"), num_layers)
+
+
+def _flint_narrow(config: Config, num_layers: int) -> Iterable[int]:
+    return (layer for layer in range(2, num_layers - 1) if layer % 4 != 1)
+
+
+def _granite_narrow(config: Config, num_layers: int) -> Iterable[int]:
+    return (layer for layer in range(num_layers) if layer % 4)
+
+
+def _kolibri_narrow(config: Config, num_layers: int) -> Iterable[int]:
+    return _but_every(5, num_layers)
+
+
+def _mellum_narrow(config: Config, num_layers: int) -> Iterable[int]:
+    return ()
+
+
+def _but_every(step: int, num_layers: int) -> Iterable[int]:
+    """All layers but every `step`-th one."""
+    return (layer for layer in range(num_layers) if (layer + 1) % step)
 
 
 _SHARED_GRANITE = (("block_sparse_moe.router.layer.", "block_sparse_moe.router."),)
 _FAMILIES = {
-    "afmoe": _Family(windowed=True),
-    "cohere2_moe": _Family(windowed=True, tied=True),
-    "dots1": _Family(windowed=True),
-    "ernie4_5_moe": _Family(tied=True, renamed=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),)),
-    "exaone_moe": _Family(windowed=True, renamed=((".mlp.e_score_", ".mlp.gate.e_score_"),)),
-    "flint": _Family(windowed=True, renamed=((".self_attn.softmax_offset", ".self_attn.sinks"),)),
+    "afmoe": _Family(_afmoe_narrow),
+    "cohere2_moe": _Family(_cohere2_narrow),
+    "dots1": _Family(_dots1_narrow),
+    "ernie4_5_moe": _Family(renamed=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),)),
+    "exaone_moe": _Family(_exaone_narrow, renamed=((".mlp.e_score_", ".mlp.gate.e_score_"),)),
+    "flint": _Family(_flint_narrow, renamed=((".self_attn.softmax_offset", ".self_attn.sinks"),)),
     "glm4_moe_lite": _Family(latent=True),
-    "granitemoe_swa": _Family(windowed=True, renamed=_SHARED_GRANITE),
+    "granitemoe_swa": _Family(_granite_narrow, renamed=_SHARED_GRANITE),
     "granitemoeshared": _Family(renamed=_SHARED_GRANITE),
     "hunyuan_v1_moe": _Family(),
     "hy_v3": _Family(
@@ -89,14 +131,14 @@ _FAMILIES = {
         )
     ),
     "kolibri1": _Family(
-        windowed=True,
+        _kolibri_narrow,
         renamed=(
             (".moe.router.expert_bias", ".mlp.gate.e_score_correction_bias"),
             (".post_attn_norm.", ".post_self_attn_layernorm."),
             (".post_ffn_norm.", ".post_mlp_layernorm."),
         ),
     ),
-    "mellum": _Family(windowed=True),
+    "mellum": _Family(_mellum_narrow),
     "minimax_m2": _Family(renamed=((".block_sparse_moe.", ".mlp."),)),
     "solar_open": _Family(),
 }
@@ -130,7 +172,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     refuse_unserved(config)
     name = str(config.values["model_type"])
     family = _FAMILIES[name]
-    decoder = read_decoder(config, tied=family.tied)
+    decoder = read_decoder(config)
     mixers = tuple(_mixers(checkpoint, config, decoder, family))
     model = assemble(
         checkpoint,
@@ -195,16 +237,17 @@ def _mixers(
         return
     attention = blocks.read_attention(config, decoder.hidden_size)
     kinds = read_layer_types(config, decoder.num_layers, _FULL, _WINDOW)
-    if kinds is None and family.windowed:
-        config.fail("layer_types", "is missing: it must say which layers have the window")
+    if kinds is not None:
+        narrow = {layer for layer, kind in enumerate(kinds) if kind == _WINDOW}
+    else:
+        narrow = set(family.narrow(config, decoder.num_layers)) if family.narrow else set()
     with_sinks = {
         name for name in (_module_name(name, family) for name in checkpoint.tensors) if name.endswith(_SINKS)
     }
     for layer in range(decoder.num_layers):
-        narrow = kinds is not None and kinds[layer] == _WINDOW
         yield replace(
             attention,
-            window=config.size("sliding_window") if narrow else None,
+            window=config.size("sliding_window") if layer in narrow else None,
             sinks=blocks.LAYER.format(layer=layer) + _SINKS in with_sinks,
         )
 
@@ -227,8 +270,6 @@ def _size_checks(mixer: Mixer) -> Iterator[SizeCheck]:
 def _with_dense(checkpoint: Checkpoint, family: _Family, model: MoeModel) -> MoeModel:
     """The model with all tensors of the decoder that do not belong to experts, still without the scales of float8."""
     left = checkpoint.tensors.keys() - model.expert_tensors - model.ignored
-    if model.tied:
-        left -= {"lm_head.weight"}
     dense = {
         _module_name(name, family): DenseTensor(checkpoint.tensors[name].shape, name)
         for name in sorted(left)

@@ -24,15 +24,15 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     hidden_size = decoder.hidden_size
     slots = read_slots(config, "n_routed_experts", "num_local_experts")
     rule = sigmoid_rule(config, slots)
-    sparse = layers_behind_dense(config, decoder.num_layers, default=1)
+    sparse = layers_behind_dense(config, decoder.num_layers)
     channels = read_channels(checkpoint, config, decoder, slots, rule, sparse)
     attention = blocks.read_attention(config, hidden_size)
-    bias = config.flag("attention_bias", default=False)
-    normed = config.flag("use_qk_norm", default=False)
+    bias = config.flag("attention_bias")
+    normed = config.flag("use_qk_norm")
     shared_size = config.size("n_shared_experts") * channels.module.inner_size
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             prefix = blocks.LAYER.format(layer=layer)
             yield blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias)

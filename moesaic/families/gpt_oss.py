@@ -60,7 +60,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     decoder = read_decoder(config)
     slots = read_slots(config, "num_local_experts", "num_experts")
     attention = replace(blocks.read_attention(config, decoder.hidden_size), sinks=True)
-    if config.number("swiglu_alpha", default=_ALPHA) != _ALPHA:
+    if config.number("swiglu_alpha") != _ALPHA:
         config.fail("swiglu_alpha", f"must be {_ALPHA}")
     config.choice("hidden_act", ("silu",))
     module = ExpertModule(
@@ -68,15 +68,15 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         config.size("intermediate_size"),
         "clamped_swiglu",
         biased=True,
-        limit=config.number("swiglu_limit", default=7.0),
+        limit=config.number("swiglu_limit"),
     )
     layout, dtype = expert_layout(checkpoint, _LAYOUTS, 0)
     rule = GateRule(slots.top_k, score="logit", weight="softmax", biased=True)
     experts = ExpertLayer(slots.count, module, layout, dtype, rule)
-    bias = config.flag("attention_bias", default=True)
+    bias = config.flag("attention_bias")
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(decoder.hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             yield _layer(layer, decoder, attention, slots.count, bias)
 
@@ -96,7 +96,7 @@ def _mixers(config: Config, decoder: DecoderSizes, attention: Attention) -> tupl
     kinds = read_layer_types(config, decoder.num_layers, "full_attention", _WINDOW) or tuple(
         "full_attention" if layer % 2 else _WINDOW for layer in range(decoder.num_layers)
     )
-    window = config.size("sliding_window", default=128) if _WINDOW in kinds else None
+    window = config.size("sliding_window") if _WINDOW in kinds else None
     return tuple(replace(attention, window=window if kind == _WINDOW else None) for kind in kinds)
 
 

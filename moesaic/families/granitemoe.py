@@ -44,7 +44,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     )
     rule = GateRule(slots.top_k, score="logit", weight="softmax")
     experts = ExpertLayer(slots.count, module, layout, dtype, rule)
-    bias = config.flag("attention_bias", default=False)
+    bias = config.flag("attention_bias")
 
     def layer_tensors(layer: int) -> blocks.Named:
         yield from blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias, output_bias=bias)
@@ -52,7 +52,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         yield _GATE.format(layer=layer), DenseTensor((slots.count, hidden_size), source)
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(hidden_size, decoder.vocab_size)
         yield from (layer_tensors(layer) for layer in range(decoder.num_layers))
 
     return assemble(

@@ -22,6 +22,7 @@ from moesaic.families.decoder import (
     read_layer_types,
     read_slots,
 )
+from moesaic.families.defaults import DEFAULTS
 from moesaic.families.model import (
     Attention,
     ExpertLayer,
@@ -61,10 +62,10 @@ def describe_text(checkpoint: Checkpoint, config: Config) -> MoeModel:
     experts = ExpertLayer(slots.count, module, layout, dtype, rule)
     plain = ExpertModule(hidden_size, config.size("intermediate_size_mlp"), activation)
     dense_mlp = dense_layer(_BLOCK, plain, dtype)
-    bias = config.flag("attention_bias", default=False)
+    bias = config.flag("attention_bias")
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             yield blocks.pre_norm_layer(layer, attention, hidden_size, bias=bias, output_bias=bias)
             if layer in sparse:
@@ -94,7 +95,7 @@ def describe_folder(checkpoint: Checkpoint, config: Config) -> MoeModel:
         for name, entry in checkpoint.tensors.items()
         if name.startswith(_TEXT)
     }
-    part = Config(values, file=f"{checkpoint.config_file}: text_config")
+    part = Config(values, file=f"{checkpoint.config_file}: text_config", defaults=DEFAULTS["llama4_text"])
     model = describe_text(replace(checkpoint, tensors=text), part)
     vision = frozenset(name for name in checkpoint.tensors if name.startswith(_VISION))
     return _inside(replace(model, ignored=vision))
@@ -118,7 +119,7 @@ def _inside(model: MoeModel) -> MoeModel:
 
 
 def _sparse_layers(config: Config, num_layers: int) -> frozenset[int]:
-    step = config.size("interleave_moe_layer_step", default=1)
+    step = config.size("interleave_moe_layer_step")
     listed = config.sizes("moe_layers") if config.has("moe_layers") else range(step - 1, num_layers, step)
     sparse = frozenset(listed) & frozenset(range(num_layers))
     if not sparse:
@@ -130,7 +131,7 @@ def _mixers(config: Config, decoder: DecoderSizes, attention: Attention) -> tupl
     kinds = read_layer_types(config, decoder.num_layers, _FULL, _CHUNKED) or tuple(
         _CHUNKED if rotary else _FULL for rotary in _rotary_layers(config, decoder.num_layers)
     )
-    chunk = config.size("attention_chunk_size", default=8192) if _CHUNKED in kinds else None
+    chunk = config.size("attention_chunk_size") if _CHUNKED in kinds else None
     return tuple(replace(attention, chunk=chunk if kind == _CHUNKED else None) for kind in kinds)
 
 

@@ -10,22 +10,19 @@ from moesaic.families.config import Config
 from moesaic.families.decoder import DecoderSizes, assemble, expert_layout, read_decoder, read_layer_types
 from moesaic.families.model import Attention, ExpertLayer, ExpertModule, Layout, MoeModel
 
-# The window that transformers assumes if `sliding_window` is missing; only an explicit null means no window.
-DEFAULT_WINDOW = 4096
-
 _MLP = blocks.dense_layout(blocks.LAYER + "mlp.")
 
 
 def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     """Mistral: all layers have the same window, or none."""
     decoder = read_decoder(config)
-    window = read_window(config)
+    window = config.optional_size("sliding_window")
     return _describe(checkpoint, config, decoder, "mistral", (window,) * decoder.num_layers)
 
 
 def describe_ministral(checkpoint: Checkpoint, config: Config) -> MoeModel:
     """Ministral: each layer has the window or none."""
-    decoder, window = read_decoder(config), read_window(config)
+    decoder, window = read_decoder(config), config.optional_size("sliding_window")
     kinds = read_layer_types(config, decoder.num_layers, "full_attention", "sliding_attention")
     if kinds is None:
         kinds = ("sliding_attention",) * decoder.num_layers
@@ -42,15 +39,9 @@ def describe_llama(checkpoint: Checkpoint, config: Config) -> MoeModel:
         decoder,
         "llama",
         (None,) * decoder.num_layers,
-        attention_bias=config.flag("attention_bias", default=False),
-        mlp_bias=config.flag("mlp_bias", default=False),
+        attention_bias=config.flag("attention_bias"),
+        mlp_bias=config.flag("mlp_bias"),
     )
-
-
-def read_window(config: Config) -> int | None:
-    if "sliding_window" not in config.values:
-        return DEFAULT_WINDOW
-    return config.optional_size("sliding_window")
 
 
 def _describe(
@@ -81,7 +72,7 @@ def _describe(
         mixers=tuple(_with_window(attention, window) for window in windows),
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=(
-            blocks.ends(hidden_size, decoder.vocab_size, tied=decoder.tied),
+            blocks.ends(hidden_size, decoder.vocab_size),
             *(
                 blocks.pre_norm_layer(
                     index, attention, hidden_size, bias=attention_bias, output_bias=attention_bias

@@ -48,7 +48,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=(attention,) * decoder.num_layers,
         experts=dict.fromkeys(range(decoder.num_layers), experts),
         dense=(
-            blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied),
+            blocks.ends(decoder.hidden_size, decoder.vocab_size),
             *(layer(index) for index in range(decoder.num_layers)),
         ),
         size_checks=(

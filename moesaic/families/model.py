@@ -297,7 +297,10 @@ class MoeModel:
     mixers: tuple[Mixer, ...]
     experts: Mapping[int, ExpertLayer]
     dense: Mapping[str, DenseTensor]
-    tied: bool = False
+    # The parameters that are one tensor, which `dense` holds under the first of the names, and those that the config takes
+    # for copies of that tensor but that the files have with values of their own (see ties.py).
+    ties: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
     num_encoder_layers: int = 0
     # Tensors that the checkpoint may contain and that serving does not need.
     ignored: frozenset[str] = field(default_factory=frozenset)
@@ -320,6 +323,11 @@ class MoeModel:
             for weight in held.module.weights
         }
         return replace(self, experts=kept, dense={**self.dense, **moved})
+
+    @property
+    def tied(self) -> bool:
+        """Whether parameters share a tensor."""
+        return len(self.ties) > 1
 
     @property
     def addresses(self) -> tuple[ExpertAddress, ...]:

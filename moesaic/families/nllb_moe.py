@@ -46,6 +46,7 @@ NAMES = Names(
     ),
     shared="model.shared.weight",
     head="lm_head.weight",
+    tied=("lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
     projections=("q_proj", "k_proj", "v_proj", "out_proj"),
     up="fc1",
     down="fc2",
@@ -64,10 +65,10 @@ def read_arithmetic(config: Config) -> Arithmetic:
         norm_eps=_NORM_EPS,
         centred=True,
         start_token=read_start_token(config, vocab_size, 2),
-        embedding_scale=math.sqrt(hidden_size) if config.flag("scale_embedding", default=True) else 1.0,
+        embedding_scale=math.sqrt(hidden_size) if config.flag("scale_embedding") else 1.0,
         logits_scale=1.0,
         relative=None,
-        padding_token=config.count("pad_token_id", default=1),
+        padding_token=config.count("pad_token_id"),
         activation=config.choice("activation_function", ACTIVATIONS),
     )
 
@@ -81,11 +82,11 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         hidden_size=hidden_size,
         vocab_size=config.size("vocab_size"),
         # Source and target together; each may have this number of positions.
-        max_model_len=2 * config.size("max_position_embeddings", default=1024),
+        max_model_len=2 * config.size("max_position_embeddings"),
         num_slots=num_slots,
         encoder=_stack(config, "encoder", hidden_size),
         decoder=_stack(config, "decoder", hidden_size),
-        tied=config.flag("tie_word_embeddings", default=True),
+        tied=config.flag("tie_word_embeddings"),
         encoder_key="encoder_layers",
         decoder_key="decoder_layers",
     )
@@ -105,7 +106,7 @@ def _stack(config: Config, side: str, hidden_size: int) -> Stack:
     num_layers, heads = config.size(f"{side}_layers", most=MAX_LAYERS), config.size(f"{side}_attention_heads")
     if hidden_size % heads:
         config.fail(f"{side}_attention_heads", f"must divide d_model, {hidden_size}")
-    step = config.count(f"{side}_sparse_step", default=4)
+    step = config.count(f"{side}_sparse_step")
     sparse = tuple(step > 0 and (layer + 1) % step == 0 for layer in range(num_layers))
     return Stack(heads, hidden_size // heads, config.size(f"{side}_ffn_dim"), sparse)
 
@@ -118,7 +119,7 @@ def _gate(config: Config) -> GateRule:
     dropout = config.values.get("moe_token_dropout", 0.2)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         config.fail("moe_token_dropout", "must be a number from 0 to below 1")
-    return GateRule(2, renormalise=True, scale=1 - dropout, biased=config.flag("router_bias", default=False))
+    return GateRule(2, renormalise=True, scale=1 - dropout, biased=config.flag("router_bias"))
 
 
 def _capacity(config: Config) -> Capacity:
@@ -127,11 +128,11 @@ def _capacity(config: Config) -> Capacity:
         config.fail("moe_eval_capacity_token_fraction", "must be a number up to 1")
     capacity = partial(
         Capacity,
-        batch_prioritised=config.flag("batch_prioritized_routing", default=False),
-        renormalise_first=config.flag("normalize_router_prob_before_dropping", default=False),
+        batch_prioritised=config.flag("batch_prioritized_routing"),
+        renormalise_first=config.flag("normalize_router_prob_before_dropping"),
     )
     if fraction > 0:
         return capacity("fraction", float(fraction))
-    if "expert_capacity" in config.values and not config.has("expert_capacity"):
+    if not config.has("expert_capacity"):
         return capacity("even")
-    return capacity("fixed", config.size("expert_capacity", default=64))
+    return capacity("fixed", config.size("expert_capacity"))

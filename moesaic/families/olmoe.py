@@ -42,12 +42,12 @@ def _describe(checkpoint: Checkpoint, config: Config, family: str, norms: tuple[
     module = ExpertModule(
         decoder.hidden_size, config.size("intermediate_size"), config.choice("hidden_act", ("silu",))
     )
-    rule = GateRule(slots.top_k, renormalise=config.flag("norm_topk_prob", default=False))
+    rule = GateRule(slots.top_k, renormalise=config.flag("norm_topk_prob"))
     experts = ExpertLayer(slots.count, module, layout, dtype, rule)
-    bias = config.flag("attention_bias", default=False)
+    bias = config.flag("attention_bias")
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(decoder.hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             prefix = blocks.LAYER.format(layer=layer)
             yield blocks.norms(prefix, decoder.hidden_size, *norms)

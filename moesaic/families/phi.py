@@ -175,7 +175,7 @@ def _describe(checkpoint: Checkpoint, config: Config, names: _Names, layouts: tu
     ]
     if slots is not None:
         size_checks.append((slots.key, slots.count, _PHIXTRAL_GATE.format(layer=0), 0))
-    model = assemble(
+    return assemble(
         checkpoint,
         config,
         decoder,
@@ -185,8 +185,6 @@ def _describe(checkpoint: Checkpoint, config: Config, names: _Names, layouts: tu
         dense=dense,
         size_checks=size_checks,
     )
-    # A tied checkpoint may contain the head's copy of the embedding.
-    return replace(model, ignored=frozenset({f"{names.head}.weight"})) if decoder.tied else model
 
 
 def _read_slots(config: Config, layout: Layout) -> Slots | None:
@@ -203,10 +201,7 @@ def _ends(decoder: DecoderSizes, names: _Names) -> blocks.Named:
     size, vocab_size = decoder.hidden_size, decoder.vocab_size
     yield "model.embed_tokens.weight", DenseTensor((vocab_size, size), f"{names.embedding}.weight")
     yield from _both("model.final_layernorm", names.final_norm, size)
-    head = dict(_both("lm_head", names.head, vocab_size, size))
-    if decoder.tied:
-        del head["lm_head.weight"]
-    yield from head.items()
+    yield from _both("lm_head", names.head, vocab_size, size)
 
 
 def _block(

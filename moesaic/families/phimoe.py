@@ -41,13 +41,13 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     module = ExpertModule(
         decoder.hidden_size, config.size("intermediate_size"), config.choice("hidden_act", ("silu",))
     )
-    jitter = config.number("router_jitter_noise", default=0.01)
+    jitter = config.number("router_jitter_noise")
     rule = GateRule(slots.top_k, score="logit", weight="sparse_mixer", jitter=jitter)
     experts = ExpertLayer(slots.count, module, layout, dtype, rule)
-    bias = config.flag("attention_bias", default=False)
+    bias = config.flag("attention_bias")
 
     def dense() -> Iterator[blocks.Named]:
-        yield _ends(decoder, head_bias=config.flag("lm_head_bias", default=False))
+        yield _ends(decoder, head_bias=config.flag("lm_head_bias"))
         for layer in range(decoder.num_layers):
             yield _layer(layer, decoder, attention, bias)
             source = gate.format(layer=layer)
@@ -81,7 +81,7 @@ def _context(config: Config, max_model_len: int) -> int:
 
 
 def _ends(decoder: DecoderSizes, *, head_bias: bool) -> blocks.Named:
-    yield from blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+    yield from blocks.ends(decoder.hidden_size, decoder.vocab_size)
     yield blocks.tensor("model.norm.bias", decoder.hidden_size)
     if head_bias:
         yield blocks.tensor("lm_head.bias", decoder.vocab_size)

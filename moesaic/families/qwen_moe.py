@@ -22,7 +22,6 @@ from moesaic.families.decoder import (
     read_layer_types,
     read_slots,
 )
-from moesaic.families.mistral import DEFAULT_WINDOW, read_window
 from moesaic.families.model import Attention, GateRule, MoeModel
 
 _GATE = MLP + "gate.weight"
@@ -32,11 +31,11 @@ def describe_qwen2(checkpoint: Checkpoint, config: Config) -> MoeModel:
     decoder = read_decoder(config)
     attention = blocks.read_attention(config, decoder.hidden_size)
     channels = _read_channels(checkpoint, config, decoder)
-    bias = config.flag("qkv_bias", default=True)
+    bias = config.flag("qkv_bias")
     shared_size = config.size("shared_expert_intermediate_size")
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(decoder.hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             yield _layer(layer, decoder, attention, channels, bias=bias)
             if layer in channels.sparse:
@@ -56,13 +55,13 @@ def describe_qwen2(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 def describe_qwen3(checkpoint: Checkpoint, config: Config) -> MoeModel:
     decoder = read_decoder(config)
-    window = read_window(config) if _has_window(config) else None
+    window = config.optional_size("sliding_window") if _has_window(config) else None
     attention = blocks.read_attention(config, decoder.hidden_size, window=window)
     channels = _read_channels(checkpoint, config, decoder)
-    bias = config.flag("attention_bias", default=False)
+    bias = config.flag("attention_bias")
 
     def dense() -> Iterator[blocks.Named]:
-        yield blocks.ends(decoder.hidden_size, decoder.vocab_size, tied=decoder.tied)
+        yield blocks.ends(decoder.hidden_size, decoder.vocab_size)
         for layer in range(decoder.num_layers):
             yield _layer(layer, decoder, attention, channels, bias=bias, output_bias=bias)
             prefix = blocks.LAYER.format(layer=layer) + "self_attn."
@@ -82,12 +81,12 @@ def describe_qwen3(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 def _read_channels(checkpoint: Checkpoint, config: Config, decoder: DecoderSizes) -> Channels:
     slots = read_slots(config, "num_experts", "num_local_experts")
-    rule = GateRule(slots.top_k, renormalise=config.flag("norm_topk_prob", default=False))
+    rule = GateRule(slots.top_k, renormalise=config.flag("norm_topk_prob"))
     return read_channels(checkpoint, config, decoder, slots, rule, _sparse_layers(config, decoder.num_layers))
 
 
 def _sparse_layers(config: Config, num_layers: int) -> frozenset[int]:
-    step = config.size("decoder_sparse_step", default=1)
+    step = config.size("decoder_sparse_step")
     dense = config.sizes("mlp_only_layers")
     sparse = frozenset(layer for layer in range(step - 1, num_layers, step) if layer not in dense)
     if not sparse:
@@ -96,17 +95,19 @@ def _sparse_layers(config: Config, num_layers: int) -> frozenset[int]:
 
 
 def _has_window(config: Config) -> bool:
-    return config.flag("use_sliding_window", default=False)
+    return config.flag("use_sliding_window")
 
 
 def _qwen2_windows(config: Config, decoder: DecoderSizes) -> Iterator[int | None]:
     """The window of each layer. If the config does not list the layers' types, every second layer below
     `max_window_layers` has the window."""
     kinds = read_layer_types(config, decoder.num_layers, "full_attention", "sliding_attention")
-    below = config.count("max_window_layers", default=28) if _has_window(config) else 0
+    below = config.count("max_window_layers") if _has_window(config) else 0
     for layer in range(decoder.num_layers):
         narrow = kinds[layer] == "sliding_attention" if kinds else layer % 2 == 0 and layer < below
-        yield config.size("sliding_window", default=DEFAULT_WINDOW) if narrow else None
+        if narrow and not _has_window(config):
+            config.fail("use_sliding_window", "must be true where layer_types has layers with a window")
+        yield config.size("sliding_window") if narrow else None
 
 
 def _layer(

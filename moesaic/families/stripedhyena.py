@@ -23,6 +23,7 @@ from moesaic.families.model import (
     WeightPattern,
 )
 from moesaic.families.tensor_check import check_num_layers, check_sizes, stored_dtype
+from moesaic.families.ties import resolve_ties
 
 FAMILY = "stripedhyena"
 
@@ -118,10 +119,10 @@ def describe(checkpoint: Checkpoint, config: Config) -> StripedHyenaModel:
         ),
     )
     check_num_layers(checkpoint, config, "num_layers", num_layers, prefix + BLOCK)
-    dense = dict(_ends(hidden_size, vocab_size, tied=tied))
+    dense = dict(_ends(hidden_size, vocab_size))
     for layer, mixer in enumerate(mixers):
         dense |= _block(config, BLOCK.format(layer=layer), mixer, hidden_size)
-    return StripedHyenaModel(
+    model = StripedHyenaModel(
         arithmetic=arithmetic,
         family=FAMILY,
         num_layers=num_layers,
@@ -132,11 +133,16 @@ def describe(checkpoint: Checkpoint, config: Config) -> StripedHyenaModel:
         mixers=mixers,
         experts=dict.fromkeys(range(num_layers), experts),
         dense={name: DenseTensor(tensor.shape, prefix + name) for name, tensor in dense.items()},
-        tied=tied,
-        ignored=frozenset(
-            name for name in checkpoint.tensors if _is_computed(name) or (tied and name == prefix + HEAD)
-        ),
+        ties=(EMBEDDING, HEAD) if tied else (),
+        ignored=frozenset(name for name in checkpoint.tensors if _is_computed(name)),
     )
+    model = resolve_ties(checkpoint, model)
+    if model.untied:
+        # Where both are stored, the authors' class keeps whichever it reads last.
+        config.fail(
+            "tie_embeddings", f"is true, but tensor {prefix + HEAD} differs from {prefix + EMBEDDING}"
+        )
+    return model
 
 
 def _refuse_unknown(config: Config) -> None:
@@ -201,11 +207,10 @@ def _experts(
     )
 
 
-def _ends(hidden_size: int, vocab_size: int, *, tied: bool) -> Named:
+def _ends(hidden_size: int, vocab_size: int) -> Named:
     yield EMBEDDING, DenseTensor((vocab_size, hidden_size), EMBEDDING)
     yield NORM, DenseTensor((hidden_size,), NORM)
-    if not tied:
-        yield HEAD, DenseTensor((vocab_size, hidden_size), HEAD)
+    yield HEAD, DenseTensor((vocab_size, hidden_size), HEAD)
 
 
 def _block(config: Config, block: str, mixer: Mixer, hidden_size: int) -> Named:

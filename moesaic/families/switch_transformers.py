@@ -49,6 +49,7 @@ NAMES = Names(
     ),
     shared="shared.weight",
     head="lm_head.weight",
+    tied=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
     projections=("q", "k", "v", "o"),
     up="wi",
     down="wo",
@@ -63,17 +64,17 @@ _NEVER = 1.0
 
 def read_arithmetic(config: Config) -> Arithmetic:
     relative = RelativePositions(
-        config.size("relative_attention_num_buckets", default=32),
-        config.size("relative_attention_max_distance", default=128),
+        config.size("relative_attention_num_buckets"),
+        config.size("relative_attention_max_distance"),
     )
     # An encoder divides its buckets by four: before and after the query, near and far.
     if relative.num_buckets % 4:
         config.fail("relative_attention_num_buckets", "must be a multiple of four")
     if relative.max_distance <= relative.num_buckets // 2:
         config.fail("relative_attention_max_distance", "must be above half of relative_attention_num_buckets")
-    vocab_size, padding_token = config.size("vocab_size"), config.count("pad_token_id", default=0)
+    vocab_size, padding_token = config.size("vocab_size"), config.count("pad_token_id")
     return Arithmetic(
-        norm_eps=config.number("layer_norm_epsilon", default=1e-6),
+        norm_eps=config.number("layer_norm_epsilon"),
         centred=False,
         start_token=read_start_token(config, vocab_size, padding_token),
         embedding_scale=1.0,
@@ -122,8 +123,8 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
 
 def _switch(config: Config) -> tuple[GateRule, Capacity]:
     """Switch: the best slot, weighted by its score. Tokens are counted over each sequence."""
-    size = config.size("expert_capacity", default=64)
-    gate = GateRule(1, biased=config.flag("router_bias", default=False))
+    size = config.size("expert_capacity")
+    gate = GateRule(1, biased=config.flag("router_bias"))
     return gate, Capacity("fixed", size, counted="sequence")
 
 
@@ -137,7 +138,7 @@ def _st_moe(config: Config) -> tuple[GateRule, Capacity]:
         renormalise=True,
         epsilon=_SECOND_EPSILON,
         second_threshold={"all": None, "none": _NEVER}.get(policy, threshold),
-        biased=config.flag("router_bias", default=False),
+        biased=config.flag("router_bias"),
     )
     capacity = Capacity(
         "factor",
@@ -150,11 +151,11 @@ def _st_moe(config: Config) -> tuple[GateRule, Capacity]:
 
 
 def _is_tied(config: Config) -> bool:
-    return config.flag("tie_word_embeddings", default=True)
+    return config.flag("tie_word_embeddings")
 
 
 def _sparse(config: Config, side: str, num_layers: int) -> tuple[bool, ...]:
     """Which layers have several experts: every `step`-th one from the second on, or all of them if `step` is one."""
-    num_sparse = config.count(f"num_sparse_{side}_layers", default=3)
+    num_sparse = config.count(f"num_sparse_{side}_layers")
     step = config.count(f"{side}_sparse_step", default=num_layers // num_sparse if num_sparse else num_layers)
     return tuple(step == 1 or (step > 0 and layer % step == 1) for layer in range(num_layers))

@@ -51,9 +51,6 @@ def check_tensors(checkpoint: Checkpoint, model: MoeModel) -> None:
     for name in sorted(checkpoint.tensors):
         if name in expected or name in model.ignored or name.endswith(_IGNORED_ENDINGS):
             continue
-        if model.tied and name == "lm_head.weight":
-            # Some checkpoints contain the head's copy of the embedding nevertheless.
-            continue
         raise CheckpointError(f"tensor {name} is not part of the model", field=name)
 
 

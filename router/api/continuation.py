@@ -150,8 +150,12 @@ def logprob_message(text: Text, logprobs: TokenLogprobs) -> inference_pb2.TokenL
         logprob=logprobs.logprob,
         text=spelled,
         token_bytes=spelled_bytes,
-        top=[
-            inference_pb2.Alternative(token_id=token_id, logprob=logprob, text=text.spell(token_id)[0])
-            for token_id, logprob in logprobs.top
-        ],
+        top=[_alternative(text, token_id, logprob) for token_id, logprob in logprobs.top],
+    )
+
+
+def _alternative(text: Text, token_id: int, logprob: float) -> inference_pb2.Alternative:
+    spelled, spelled_bytes = text.spell(token_id)
+    return inference_pb2.Alternative(
+        token_id=token_id, logprob=logprob, text=spelled, token_bytes=spelled_bytes
     )

@@ -52,14 +52,6 @@ def read_prompt(request: inference_pb2.GenerateRequest, text: Text, limits: Mode
     return replace(prompt, decoder_token_ids=_decoder_prompt(request, limits))
 
 
-def tokenize(request: inference_pb2.TokenizeRequest, text: Text) -> tuple[int, ...]:
-    """The tokens of a text or conversation of any length. An empty text has those that are always added."""
-    if request.WhichOneof("prompt") == "chat":
-        return render(request.chat, text).encode()
-    _check_text("prompt", request.text)
-    return text.encode(request.text, add_special_tokens=_default_true(request))
-
-
 def render(chat: inference_pb2.Chat, text: Text) -> Conversation:
     """A conversation in the model's format. By default it has a generation prompt unless it is continued."""
     if not chat.messages:
@@ -98,10 +90,8 @@ def _decoder_prompt(request: inference_pb2.GenerateRequest, limits: ModelLimits)
 
 
 def _from_text(request: inference_pb2.GenerateRequest, text: Text, limits: ModelLimits) -> Prompt:
-    if not request.text:
-        raise _empty()
-    _check_text("prompt", request.text)
-    added = _default_true(request)
+    check_text("prompt", request.text)
+    added = adds_special_tokens(request)
     return _encoded(request.text, lambda: text.encode(request.text, add_special_tokens=added), text, limits)
 
 
@@ -129,22 +119,24 @@ def _encoded(content: str, encode: Callable[[], tuple[int, ...]], text: Text, li
     return Prompt(token_ids, content)
 
 
-def _default_true(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> bool:
+def adds_special_tokens(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> bool:
     return request.add_special_tokens if request.HasField("add_special_tokens") else True
 
 
-def _message(message: inference_pb2.ChatMessage) -> dict[str, str]:
+def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     if not message.role:
         raise InvalidArgument("messages: every message must have a role", field="messages")
-    fields = {"role": message.role, "content": message.content}
-    if message.name:
-        fields["name"] = message.name
-    for value in fields.values():
-        _check_text("messages", value)
-    return fields
+    if message.content and message.parts:
+        raise InvalidArgument("messages: content and parts exclude each other", field="messages")
+    parts = [part.text for part in message.parts]
+    for value in (message.role, message.content, message.name, *parts):
+        check_text("messages", value)
+    content = [{"type": "text", "text": part} for part in parts] if parts else message.content
+    name = {"name": message.name} if message.name else {}
+    return {"role": message.role, "content": content, **name}
 
 
-def _check_text(field: str, content: str) -> None:
+def check_text(field: str, content: str) -> None:
     if "\0" in content:
         raise InvalidArgument(f"{field}: must not contain NUL", field=field)
 

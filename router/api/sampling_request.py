@@ -1,27 +1,27 @@
 """The sampling part of a request, with every bound checked and every default filled in.
 
 What concerns tokens goes to the engine, what concerns text stays with the service. Errors name fields as the
-HTTP API does. Their messages name the field and its bounds, never the value.
+HTTP API does. Their messages name the field (of a bias also the token) and its bounds, never the value.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moesaic.errors import InvalidArgument, Unsupported
 from moesaic.v1 import inference_pb2
+from router.api.sampling_defaults import MAX_REPETITION_PENALTY, completed, neutral_sampling
 from router.engine.sampling_params import SamplingParams
 
 MAX_CONTINUATIONS = 64
 MAX_LOGPROBS = 20
-MAX_STOPS = 16
+MAX_STOPS = 128
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0
-MAX_REPETITION_PENALTY = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class ModelLimits:
     eos_token_ids: frozenset[int]
     # Whether prompts are read by an encoder, which predicts none of their tokens.
     encodes_prompts: bool = False
+    # What a request that sets no sampling parameters is sampled with.
+    sampling_defaults: inference_pb2.SamplingParams = field(default_factory=neutral_sampling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +56,22 @@ def parse_sampling(
     """
     if limits.encodes_prompts and message.HasField("prompt_logprobs"):
         raise encoded("prompt_logprobs")
+    message = completed(message, limits.sampling_defaults)
     text = _text_options(message, limits)
     max_tokens = _max_tokens(message, num_prompt_tokens, limits)
     _require(message.min_tokens <= max_tokens, "min_tokens", f"must be in [0, max_tokens = {max_tokens}]")
-    _require(message.top_k <= limits.vocab_size, "top_k", f"must be in [0, {limits.vocab_size}]")
     params = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=message.min_tokens,
         temperature=_temperature(message),
-        top_p=_within("top_p", message.top_p if message.HasField("top_p") else 1.0, 0, 1, above=True),
-        top_k=message.top_k,
+        top_p=_within("top_p", message.top_p, 0, 1),
+        top_k=min(message.top_k, limits.vocab_size),
         min_p=_within("min_p", message.min_p, 0, 1),
         presence_penalty=_penalty("presence_penalty", message.presence_penalty),
         frequency_penalty=_penalty("frequency_penalty", message.frequency_penalty),
-        repetition_penalty=_repetition_penalty(message),
+        repetition_penalty=_within(
+            "repetition_penalty", message.repetition_penalty, 0, MAX_REPETITION_PENALTY, above=True
+        ),
         seed=message.seed if message.HasField("seed") else secrets.randbits(63),
         stop_token_ids=text.stop_token_ids | (frozenset() if message.ignore_eos else limits.eos_token_ids),
         logit_bias=_logit_bias(message, limits),
@@ -140,7 +144,7 @@ def _text_options(message: inference_pb2.SamplingParams, limits: ModelLimits) ->
 
 
 def _temperature(message: inference_pb2.SamplingParams) -> float:
-    temperature = message.temperature if message.HasField("temperature") else 1.0
+    temperature = message.temperature
     _require(math.isfinite(temperature) and temperature >= 0, "temperature", "must be a finite number from 0")
     return temperature
 
@@ -149,17 +153,22 @@ def _penalty(field: str, value: float) -> float:
     return _within(field, value, -MAX_PENALTY, MAX_PENALTY)
 
 
-def _repetition_penalty(message: inference_pb2.SamplingParams) -> float:
-    value = message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
-    return _within("repetition_penalty", value, 0, MAX_REPETITION_PENALTY, above=True)
-
-
 def _logit_bias(message: inference_pb2.SamplingParams, limits: ModelLimits) -> dict[int, float]:
     bias = dict(message.logit_bias)
     _require(len(bias) <= MAX_LOGIT_BIASES, "logit_bias", f"must have at most {MAX_LOGIT_BIASES} entries")
-    check_token_ids("logit_bias", tuple(bias), limits.vocab_size)
-    for value in bias.values():
-        _within("logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+    for token_id, value in bias.items():
+        in_range = token_id < limits.vocab_size
+        _require(
+            in_range,
+            "logit_bias",
+            f"token id {token_id} is out of range, must be in [0, {limits.vocab_size - 1}]",
+        )
+        is_bounded = -MAX_LOGIT_BIAS <= value <= MAX_LOGIT_BIAS
+        _require(
+            is_bounded,
+            "logit_bias",
+            f"the bias of token {token_id} must be in [{-MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]",
+        )
     return bias
 
 

@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc
@@ -22,14 +22,15 @@ from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.continuation import Continuation, prompt_message
 from router.api.event_bridge import EventBridge
 from router.api.generate_call import GenerateCall, SequenceEngine
-from router.api.prompt import read_prompt, tokenize
+from router.api.prompt import read_prompt
+from router.api.sampling_defaults import neutral_sampling
 from router.api.sampling_request import (
     ModelLimits,
-    check_token_ids,
     continuation_params,
     num_continuations,
     parse_sampling,
 )
+from router.api.tokens import detokenize, tokenize
 from router.engine.request import Failed, Finished, PromptScored, Started, TokenGenerated
 from router.engine.sampling_params import TokenLogprobs
 from router.text.text import Text
@@ -39,6 +40,8 @@ REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Larger messages are worked on in another thread, so that they do not delay other streams.
 _LARGE_BYTES = 16 << 10
 _LARGE_NUM_LOGPROBS = 256
+# The most of them at once, so that they leave the engine its cores.
+_LARGE_AT_ONCE = 2
 # How long a call may wait after its deadline for a client that does not read.
 _UNREAD_GRACE_S = 1.0
 
@@ -60,6 +63,7 @@ class ModelFacts:
     top_k: int
     created: int
     encodes_prompts: bool = False
+    sampling_defaults: inference_pb2.SamplingParams = field(default_factory=neutral_sampling)
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -81,7 +85,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._text = text
         self._facts = facts
         self._limits = ModelLimits(
-            facts.max_model_len, facts.vocab_size, text.eos_token_ids, facts.encodes_prompts
+            facts.max_model_len,
+            facts.vocab_size,
+            text.eos_token_ids,
+            facts.encodes_prompts,
+            facts.sampling_defaults,
         )
         self._stats = stats
         self._epoch = epoch
@@ -89,6 +97,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._request_timeout_s = request_timeout_s
         self._bridge = EventBridge()
         self._draining = False
+        self._large_texts = asyncio.Semaphore(_LARGE_AT_ONCE)
 
     def drain(self) -> None:
         """Refuses new requests from now on. Running ones continue."""
@@ -114,11 +123,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.TokenizeRequest, context: _Context
     ) -> inference_pb2.TokenizeResponse:
         self._check_open(request.model)
-        token_ids = await _off_loop(request.ByteSize() > _LARGE_BYTES, lambda: tokenize(request, self._text))
-        return inference_pb2.TokenizeResponse(
-            token_ids=token_ids,
-            tokens=map(self._text.token, token_ids),
-            max_model_len=self._facts.max_model_len,
+        return await self._worked(
+            request.ByteSize(), lambda: tokenize(request, self._text, self._facts.max_model_len)
         )
 
     async def Detokenize(
@@ -127,13 +133,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._check_open(request.model)
         if not self._text.has_tokenizer:
             raise Unsupported("tokens: this model has no tokenizer", field="tokens")
-        token_ids = tuple(request.token_ids)
-        check_token_ids("tokens", token_ids, self._limits.vocab_size)
-        text = await _off_loop(
-            request.ByteSize() > _LARGE_BYTES,
-            lambda: self._text.decode(token_ids, skip_special_tokens=False),
+        return await self._worked(
+            request.ByteSize(), lambda: detokenize(request, self._text, self._limits.vocab_size)
         )
-        return inference_pb2.DetokenizeResponse(text=text)
 
     async def GetModelInfo(
         self, request: inference_pb2.GetModelInfoRequest, context: _Context
@@ -155,12 +157,20 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             created=facts.created,
             control_address=self._control_address(),
             encodes_prompts=facts.encodes_prompts,
+            sampling_defaults=facts.sampling_defaults,
         )
 
     async def GetRouterStats(
         self, request: inference_pb2.GetRouterStatsRequest, context: _Context
     ) -> inference_pb2.GetRouterStatsResponse:
         return self._stats()
+
+    async def _worked(self, num_bytes: int, work: Callable[[], _Result]) -> _Result:
+        """The result of work on text, done beside the event loop where there is much of it."""
+        if num_bytes <= _LARGE_BYTES:
+            return work()
+        async with self._large_texts:
+            return await asyncio.to_thread(work)
 
     def _check_open(self, model: str) -> None:
         if self._draining:
@@ -175,8 +185,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         n = num_continuations(request.n)
         if len(request.tenant) > MAX_TENANT_CHARS:
             raise InvalidArgument(f"tenant: must be at most {MAX_TENANT_CHARS} characters", field="tenant")
-        prompt = await _off_loop(
-            request.ByteSize() > _LARGE_BYTES, lambda: read_prompt(request, self._text, self._limits)
+        prompt = await self._worked(
+            request.ByteSize(), lambda: read_prompt(request, self._text, self._limits)
         )
         params, options = parse_sampling(
             request.sampling, num_prompt_tokens=prompt.num_tokens, limits=self._limits

@@ -100,8 +100,8 @@ class DispatchStep:
         self._epoch = epoch
         self._deadline_s = deadline_s
         self._context = context
-        # The workers that failed a call in this step, other than by being overloaded. They are not asked
-        # again in it: waiting for them in every layer would add up.
+        # The incarnations of the workers that failed a call in this step, other than by being overloaded. They
+        # are not asked again in it: waiting for them in every layer would add up.
         self._silent: set[str] = set()
         self._in_flight: list[LayerCall] = []
         self.failed: dict[int, MoesaicError] = {}
@@ -179,13 +179,16 @@ class DispatchStep:
     def _choose(self, layer_call: LayerCall, wave: Wave) -> dict[WorkerLink, tuple[list[int], list[bytes]]]:
         """By link: the groups that its worker is asked for, and their versions."""
         chosen: dict[WorkerLink, tuple[list[int], list[bytes]]] = {}
+        num_rows: dict[WorkerLink, int] = {}
+        edges = layer_call.groups.edges
         for group, excluded in wave.excluded.items():
             address = ExpertAddress(layer_call.request.layer, layer_call.groups.slots[group])
             version = self._epoch.versions[address]
-            link = self._pool.pick(address, version, exclude=excluded)
+            link = self._pool.pick(address, version, exclude=excluded, planned=num_rows)
             if link is None:
                 layer_call.fail_unheld(group, _no_replica(address))
                 continue
+            num_rows[link] = num_rows.get(link, 0) + edges[group + 1] - edges[group]
             groups, versions = chosen.setdefault(link, ([], []))
             groups.append(group)
             versions.append(version)
@@ -275,9 +278,9 @@ class DispatchStep:
         return bool(calls)
 
     def _fail(self, layer_call: LayerCall, call: WorkerCall, error: MoesaicError | TimeoutError) -> None:
-        self._pool.back_off(call.link)
+        self._pool.note_failure(call.link, error)
         if not isinstance(error, Overloaded):
-            self._silent.add(call.link.replica.worker)
+            self._silent.add(call.link.replica.incarnation)
         layer_call.fail(call, _failure(layer_call.request.layer, error))
 
     def _note_times(self, slowest: expert_pb2.ComputeTiming, slowest_us: int, waited_s: float) -> None:

@@ -29,7 +29,8 @@ class LayerCall:
     waves: list[Wave] = field(default_factory=list)
     # The calls whose answers are in the combiner.
     answered: list[WorkerCall] = field(default_factory=list)
-    # The groups without an answer, and for each of them the workers that failed to compute it.
+    # The groups without an answer, and for each of them the incarnations of the workers that failed to
+    # compute it.
     missing: dict[int, frozenset[str]] = field(init=False)
     # Why the last attempt at each of these groups failed.
     errors: dict[int, MoesaicError] = field(default_factory=dict)
@@ -61,9 +62,9 @@ class LayerCall:
 
     def fail(self, call: WorkerCall, error: MoesaicError) -> None:
         """Leaves the rows of a call out of the result, unless another replica computes them."""
-        worker = call.link.replica.worker
+        incarnation = call.link.replica.incarnation
         for group in call.rows.groups:
-            self.missing[group] = self.missing.get(group, frozenset()) | {worker}
+            self.missing[group] = self.missing.get(group, frozenset()) | {incarnation}
         self._leave_out(call.rows, error)
 
     def fail_unheld(self, group: int, error: MoesaicError) -> None:

@@ -29,7 +29,7 @@ class WorkerCall:
 class Wave(NamedTuple):
     """The calls for some groups of a layer, each group asked of one replica."""
 
-    # The groups, and for each of them the workers that are left out.
+    # The groups, and for each of them the incarnations of the workers that are left out.
     excluded: Mapping[int, Collection[str]]
     # When waiting for the answers ends, on the monotonic clock.
     deadline_s: float

@@ -266,7 +266,7 @@ def _filtered(weights: Tensor, states: Sequence[SamplingState], total: Tensor | 
     mass = kept.cumsum(dim=-1)
     mass_before = torch.nn.functional.pad(mass[:, :-1], (1, 0))
     total = mass[:, -1:] if total is None else total
-    return kept * ((mass_before < top_p * total) | (top_p == 1))
+    return kept * ((mass_before < top_p * total) | (top_p == 1) | (rank == 0))
 
 
 def _left_by_min_p(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:

@@ -22,6 +22,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moesaic.errors import CheckpointError, InvalidArgument
+from router.text.content_form import Content, ContentForm, content_form
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_JSON_FILE = "chat_template.json"
@@ -35,6 +36,8 @@ _MAX_MESSAGE_CHARS = 200
 # Marks the end of the final message while the template runs, so that it can be found in the output. The space
 # shows whether the template strips messages.
 _END = "\U0001fffe "
+# The roles whose content a template may read in a form of its own. A client may invent others.
+_KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
 def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
@@ -61,10 +64,13 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
 
 
 class ChatTemplate:
-    """One template, compiled at its first use. Thread-safe."""
+    """One template, compiled at its first use. `special_names`: tokens by role, which it may write. Thread-safe."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, special_names: Mapping[str, Any] | None = None) -> None:
         self._source = source
+        self._special_names = dict(special_names or {})
+        # By role, for the roles that templates know; never more.
+        self._forms: dict[str, ContentForm] = {}
 
     def render(
         self,
@@ -75,23 +81,42 @@ class ChatTemplate:
         variables: Mapping[str, Any],
     ) -> str:
         """Raises CheckpointError for an invalid template, InvalidArgument for messages it cannot render."""
-        template = self._template
-        talk = [dict(message) for message in messages]
+        talk = [self._readable(message) for message in messages]
         if continue_final_message:
-            talk[-1]["content"] += _END
+            talk[-1]["content"] = _marked_end(talk[-1]["content"])
+        rendered = self._render(talk, variables, add_generation_prompt=add_generation_prompt)
+        return _left_open(rendered) if continue_final_message else rendered
+
+    def _readable(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message with its content in a form that the template reads."""
+        return {**message, "content": self._form(message["role"]).of(message["content"])}
+
+    def _form(self, role: str) -> ContentForm:
+        role = role if role in _KNOWN_ROLES else "user"
+        form = self._forms.get(role)
+        if form is None:
+            form = self._forms[role] = content_form(
+                lambda talk: self._render(talk, {}, add_generation_prompt=False), role
+            )
+        return form
+
+    def _render(
+        self, talk: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, add_generation_prompt: bool
+    ) -> str:
+        template = self._template
         variables = {
             "tools": None,
             "documents": None,
+            **self._special_names,
             **variables,
             "messages": talk,
             "add_generation_prompt": add_generation_prompt,
             _Deadline.KEY: _Deadline(),
         }
         try:
-            rendered = _bounded(template.generate(variables), variables[_Deadline.KEY])
+            return _bounded(template.generate(variables), variables[_Deadline.KEY])
         except Exception as error:  # a template is a program: any failure of it is an error of this request
             raise InvalidArgument(f"messages: {_template_message(error)}", field="messages") from error
-        return _left_open(rendered) if continue_final_message else rendered
 
     @cached_property
     def _template(self) -> Template:
@@ -99,6 +124,18 @@ class ChatTemplate:
             return _ENVIRONMENT.from_string(self._source)
         except TemplateSyntaxError as error:
             raise CheckpointError("the model's chat template is not valid", field="chat_template") from error
+
+
+def _marked_end(content: Content) -> Content:
+    """Content with the mark behind its last text."""
+    if isinstance(content, str):
+        return content + _END
+    if not content:
+        raise InvalidArgument(
+            "continue_final_message: the final message has no text", field="continue_final_message"
+        )
+    *parts, last = content
+    return [*parts, {**last, "text": last["text"] + _END}]
 
 
 def _left_open(rendered: str) -> str:

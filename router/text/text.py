@@ -21,6 +21,7 @@ from moesaic.errors import CheckpointError, InvalidArgument, Unsupported
 from router.text.chat_template import TOKENIZER_CONFIG_FILE, ChatTemplate, find_template
 from router.text.control_tokens import ControlTokens
 from router.text.detokenizer import Detokenizer
+from router.text.length_bound import bytes_per_token
 from router.text.mistral_chat import MistralChat, find_mistral_chat
 from router.text.mistral_tokenizer import find_mistral_file, read_mistral_tokenizer
 from router.text.tokenizer import TextTokenizer
@@ -65,6 +66,7 @@ class Text:
         self._chat = chat
         self._no_chat = no_chat
         self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer.backend)
+        self._bytes_per_token = None if tokenizer is None else bytes_per_token(tokenizer.backend)
         self._control_tokens = None if tokenizer is None else ControlTokens(tokenizer)
 
     @property
@@ -83,10 +85,13 @@ class Text:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def least_tokens(self, text: str) -> int:
-        """A lower bound of the number of tokens of `text`, without tokenizing it. Raises Unsupported."""
-        if self._vocabulary is None:
+        """A lower bound of the number of tokens of `text`, without tokenizing it; 0 where only tokenizing tells.
+
+        Raises Unsupported.
+        """
+        if self._tokenizer is None:
             raise _no_tokenizer()
-        return -(-len(text.encode()) // self._vocabulary.longest_token_bytes)
+        return 0 if self._bytes_per_token is None else -(-len(text.encode()) // self._bytes_per_token)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of all tokens, equal to the joined pieces of a detokenizer."""
@@ -115,7 +120,7 @@ class Text:
 
     def render_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
         continue_final_message: bool,
@@ -125,8 +130,8 @@ class Text:
 
         Raises Unsupported without a chat format, InvalidArgument if it refuses the messages.
         """
-        tokenizer, control = self._tokenizer, self._control_tokens
-        if tokenizer is None or control is None or self._chat is None:
+        control = self._control_tokens
+        if control is None or self._chat is None:
             raise Unsupported(f"messages: {self._no_chat}", field="messages")
         _check_variables(variables)
         if isinstance(self._chat, MistralChat):
@@ -139,7 +144,7 @@ class Text:
             control.mark(messages),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            variables={**tokenizer.special_names, **control.mark(variables)},
+            variables=control.mark(variables),
         )
         return Conversation(control.unmarked(rendered), lambda: control.encode(rendered))
 
@@ -162,7 +167,7 @@ def load_text(folder: str | Path) -> Text:
         eos_token_ids |= {tokenizer.eos_token_id}
     template = find_template(folder, config)
     if template is not None:
-        return Text(tokenizer, eos_token_ids, ChatTemplate(template))
+        return Text(tokenizer, eos_token_ids, ChatTemplate(template, tokenizer.special_names))
     if mistral_file is None:
         return Text(tokenizer, eos_token_ids)
     found = find_mistral_chat(mistral_file, tokenizer)

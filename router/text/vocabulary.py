@@ -67,7 +67,6 @@ class Vocabulary:
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
-        self.longest_token_bytes = max(len(token.encode()) for token in backend.get_vocab())
 
     @property
     def adds_leading_space(self) -> bool:

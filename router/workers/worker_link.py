@@ -1,7 +1,7 @@
 """The link to one worker: sends each call over the first transport that is open and can carry it.
 
-The grpcio stream is always available: when it breaks, its calls in flight fail at once and the next call
-opens a new one. The other transports are opened once; one that breaks is given up, and its calls are sent
+The grpcio stream is open from the start, which also shows whether the worker is there. When it breaks, its calls
+in flight fail at once and the next call opens a new one. The other transports are opened once; one that breaks is given up, and its calls are sent
 again over the next one that can carry them. An expert call is pure, so it may be sent twice.
 """
 
@@ -78,6 +78,13 @@ class WorkerLink:
         # The open transports other than the grpcio stream. The mapping is replaced as a whole, for readers in
         # other threads: once by the thread that opens them, from then on by the thread that sends.
         self._others: Mapping[TransportKind, Transport] = {}
+        self._open_stream()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the grpcio stream broke and no call has opened a new one: most likely the worker has ended."""
+        stream = self._stream
+        return stream is not None and stream.broken
 
     @property
     def connected(self) -> bool:

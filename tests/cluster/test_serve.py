@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -164,6 +166,33 @@ def test_without_the_controller_serving_goes_on_and_it_finds_its_way_back(served
     assert after["revision"] > before["revision"]
     assert after["epoch"] == before["epoch"]
     assert generate(served) == expected
+
+
+def test_a_controller_that_sleeps_takes_no_replica_away_when_it_wakes(served: Serve) -> None:
+    expected = generate(served)
+    before = served.status()["topology"]
+    controller = served.process("controller")["pid"]
+    with ThreadPoolExecutor() as pool:
+        ended = threading.Event()
+
+        def stream() -> list[tuple[int, ...]]:
+            answers = []
+            while not ended.is_set():
+                answers.append(generate(served))
+            return answers
+
+        streams = [pool.submit(stream) for _ in range(4)]
+        try:
+            os.kill(controller, signal.SIGSTOP)
+            time.sleep(12.0)
+            os.kill(controller, signal.SIGCONT)
+            until(lambda: served.status()["topology"] is not None, RECOVERY_S, "the controller sleeps on")
+            time.sleep(2.0)
+        finally:
+            os.kill(controller, signal.SIGCONT)
+            ended.set()
+    assert {answer for answers in streams for answer in answers.result()} == {expected}
+    assert served.status()["topology"]["revision"] == before["revision"]
 
 
 def test_a_killed_router_comes_back_at_the_address_of_the_ready_line(served: Serve) -> None:

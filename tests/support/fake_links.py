@@ -53,7 +53,12 @@ class FakeLink(WorkerLink):
         self.answer = answer
         self.requests: list[expert_pb2.ComputeRequest] = []
         self.received: list[int] = []
-        self.closed = False
+        self.closed = self.is_lost = False
+        self.in_flight = 0
+
+    @property
+    def lost(self) -> bool:
+        return self.is_lost
 
     @property
     def connected(self) -> bool:
@@ -61,7 +66,7 @@ class FakeLink(WorkerLink):
 
     @property
     def num_in_flight(self) -> int:
-        return 0
+        return self.in_flight
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> PendingCall:
         request.call_id = len(self.requests) + 1
@@ -120,23 +125,29 @@ def make_epoch(num_layers: int, num_slots: int) -> Epoch:
 
 
 def make_pool(
-    epoch: Epoch, workers: Mapping[str, range], answers: Mapping[str, Answerer] | None = None
+    epoch: Epoch,
+    workers: Mapping[str, range],
+    answers: Mapping[str, Answerer] | None = None,
+    *,
+    name: str | None = None,
 ) -> tuple[ReplicaPool, dict[str, FakeLink]]:
-    """A pool over fake workers; `workers` says which slots (of every layer) each one holds."""
+    """A pool over fake workers; `workers` says which slots (of every layer) each one holds. With `name` all of
+    them have that name."""
     links: dict[str, FakeLink] = {}
 
     def connect(replica: Replica) -> WorkerLink:
-        links[replica.worker] = FakeLink(replica, (answers or {}).get(replica.worker, scaled_rows))
-        return links[replica.worker]
+        worker = replica.incarnation.removesuffix("-1")
+        links[worker] = FakeLink(replica, (answers or {}).get(worker, scaled_rows))
+        return links[worker]
 
     replicas = tuple(
         Replica(
-            name,
-            f"{name}:1",
-            f"{name}-1",
+            worker if name is None else name,
+            f"{worker}:1",
+            f"{worker}-1",
             frozenset(version for version in epoch.expert_versions if version.address.slot in slots),
         )
-        for name, slots in workers.items()
+        for worker, slots in workers.items()
     )
     pool = ReplicaPool(connect=connect)
     pool.update(RoutingTable(1, replicas))

@@ -96,6 +96,7 @@ class FakeRouter(InferenceServiceServicer):
             epoch=self.epoch,
             has_tokenizer=self.has_tokenizer,
             created=1_790_000_000,
+            sampling_defaults=pb.SamplingParams(temperature=0.7, top_p=1, repetition_penalty=1),
         )
 
     async def GetRouterStats(self, request: object, context: object) -> pb.GetRouterStatsResponse:
@@ -207,6 +208,9 @@ class FakeRouter(InferenceServiceServicer):
     def _text(self, ids: Iterable[int]) -> str:
         return decode(ids) if self.has_tokenizer else ""
 
+    def _token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if self.has_tokenizer and token_id < EOS else b""
+
     def _pieces(self, ids: list[int]) -> list[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         if not self.has_tokenizer:
@@ -214,9 +218,9 @@ class FakeRouter(InferenceServiceServicer):
         return [decoder.decode(bytes([i]) if i < EOS else b"") for i in ids]
 
     def _logprob(self, token_id: int, position: int, num_top: int) -> pb.TokenLogprob:
-        entry = pb.TokenLogprob(token_id=token_id, text=self._text([token_id]))
-        if self.has_tokenizer and token_id < EOS:
-            entry.token_bytes = bytes([token_id])
+        entry = pb.TokenLogprob(
+            token_id=token_id, text=self._text([token_id]), token_bytes=self._token_bytes(token_id)
+        )
         if position == 0:
             return entry
         entry.logprob = logprob_at(position)
@@ -225,7 +229,8 @@ class FakeRouter(InferenceServiceServicer):
         if position % 2:
             ranked = [(other, logprob_at(position) / 2), ranked[0]]
         entry.top.extend(
-            pb.Alternative(token_id=i, logprob=value, text=self._text([i])) for i, value in ranked[:num_top]
+            pb.Alternative(token_id=i, logprob=value, text=self._text([i]), token_bytes=self._token_bytes(i))
+            for i, value in ranked[:num_top]
         )
         return entry
 
@@ -245,7 +250,10 @@ def decode(ids: Iterable[int]) -> str:
 
 def render(chat: pb.Chat) -> str:
     """The fake's chat template: every message in angle brackets."""
-    return "".join(f"<{message.role}:{message.content}>" for message in chat.messages)
+    return "".join(
+        f"<{message.role}:{message.content or '+'.join(part.text for part in message.parts)}>"
+        for message in chat.messages
+    )
 
 
 def _cut(pieces: list[str], num_chars: int) -> list[str]:

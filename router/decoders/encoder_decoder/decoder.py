@@ -79,7 +79,7 @@ class EncoderDecoder:
         self._first_cross = model.num_layers
         reader = SideReader(checkpoint, model, layout)
         self._encoder, self._decoder = reader.sides()
-        self._head = reader.head(self._decoder)
+        self._head = reader.head()
         self.weight_bytes = reader.num_bytes
         self._set_positions(num_positions, model.hidden_size)
 

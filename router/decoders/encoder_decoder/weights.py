@@ -100,20 +100,20 @@ class SideReader:
         self._names = model.names
         self._arithmetic = model.arithmetic
         self._layout = layout
+        self._embeddings = self._read_embeddings()
 
     def sides(self) -> tuple[Side, Side]:
-        shared = self._read_embeddings()
         first = self._model.num_encoder_layers
         return (
-            self._side(self._names.encoder, shared, range(first)),
-            self._side(self._names.decoder, shared, range(first, self._model.num_layers)),
+            self._side(self._names.encoder, range(first)),
+            self._side(self._names.decoder, range(first, self._model.num_layers)),
         )
 
-    def head(self, decoder: Side) -> Linear:
+    def head(self) -> Linear:
         """The head. A tied one is held in both forms where the product needs a layout of its own."""
         if self._names.head in self._model.dense:
             return Linear(self._read({self._names.head})[self._names.head])
-        head = Linear(decoder.embedding)
+        head = Linear(self._embeddings[self._names.shared])
         if self._layout.device.type == "cpu":
             self.num_bytes += head.num_bytes
         return head
@@ -123,15 +123,15 @@ class SideReader:
         wanted = {names.shared, names.encoder.embedding, names.decoder.embedding}
         return self._read(wanted & self._model.dense.keys())
 
-    def _side(self, names: StackNames, embeddings: Mapping[str, torch.Tensor], layers: range) -> Side:
+    def _side(self, names: StackNames, layers: range) -> Side:
         bias = None
         if self._arithmetic.relative is not None:
             name = names.block.format(block=0) + names.attention + self._names.relative_bias
             bias = self._read({name})[name]
-        embedding = names.embedding if names.embedding in embeddings else self._names.shared
+        embedding = names.embedding if names.embedding in self._embeddings else self._names.shared
         ends = self._read(name for name in self._model.dense if name.startswith(f"{names.norm}."))
         return Side(
-            embeddings[embedding],
+            self._embeddings[embedding],
             tuple(self._layer(names, layers.start, layer) for layer in layers),
             self._norm(ends, names.norm),
             bias,

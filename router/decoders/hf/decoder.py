@@ -182,11 +182,12 @@ def _load(
 ) -> None:
     """Reads every parameter. Raises CheckpointError for one that is missing or that no module has."""
     tensors = read_dense(checkpoint, model.dense, dtype=layout.dtype, device=layout.device, exact=exact)
-    unexpected = modules.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys
-    if unexpected:
-        source = model.dense[unexpected[0]].source
+    loaded = modules.load_state_dict(dict(tensors), strict=False, assign=True)
+    if loaded.unexpected_keys:
+        source = model.dense[loaded.unexpected_keys[0]].source
         raise CheckpointError(f"tensor {source} is not part of the model", field=source)
-    modules.tie_weights()
+    # What was loaded stays as it is: a head of its own is not tied, whatever the config says.
+    modules.tie_weights(missing_keys=set(loaded.missing_keys), recompute_mapping=False)
     _rebuild_buffers(modules, layout.device)
     for name, tensor in _tensors(modules):
         tensor.requires_grad_(False)

@@ -203,7 +203,19 @@ async def test_models_tokens_version_and_state(
     site: Site, http: httpx.AsyncClient, client: openai.AsyncOpenAI
 ) -> None:
     (model,) = (await client.models.list()).data
-    assert (model.id, model.model_extra) == ("fake", {"max_model_len": 128})
+    assert model.id == "fake"
+    assert model.model_extra == {
+        "root": "fake",
+        "parent": None,
+        "max_model_len": 128,
+        "sampling_defaults": {
+            "temperature": 0.7,
+            "top_p": 1,
+            "top_k": 0,
+            "min_p": 0,
+            "repetition_penalty": 1,
+        },
+    }
     assert (await client.models.retrieve("fake")).id == "fake"
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("org/other")

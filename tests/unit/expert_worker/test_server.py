@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.checkpoints import write_mixtral
 
 from expert_worker import server as server_module
 from expert_worker.compute.batcher import Batcher
 from expert_worker.config import WorkerConfig
 from expert_worker.server import WorkerServer
 from moesaic import rpc
+from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import CheckpointError, InvalidArgument, Unavailable
 from moesaic.families import MoeModel
@@ -98,6 +102,29 @@ async def test_the_contents_have_a_revision_that_is_described(folder: Path) -> N
 
 async def test_every_start_has_an_incarnation_of_its_own(folder: Path) -> None:
     assert WorkerServer(config(folder, SHARE)).incarnation != WorkerServer(config(folder, SHARE)).incarnation
+
+
+async def test_a_worker_without_a_name_is_called_after_its_host_and_port(folder: Path) -> None:
+    server = WorkerServer(config(folder, SHARE, name=""))
+    address = await server.start()
+    await server.load()
+    async with rpc.aio_channel(address) as channel:
+        described = await expert_pb2_grpc.ExpertServiceStub(channel).Describe(expert_pb2.DescribeRequest())
+    await server.stop(0)
+    assert described.worker == f"{socket.gethostname()}:{address.rpartition(':')[2]}"
+
+
+async def test_a_folder_that_is_not_the_one_that_was_checked_elsewhere_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    elsewhere = FolderIdentity.of(open_checkpoint(write_mixtral(tmp_path / "other", seed=1)))
+    server = WorkerServer(config(folder, SHARE, identity=elsewhere))
+    await server.start()
+    with pytest.raises(CheckpointError) as refused:
+        await server.load()
+    assert refused.value.reason == "OTHER_MODEL"
+    assert server.loaded_bytes == 0
+    await server.stop(0)
 
 
 async def test_a_port_in_use_is_refused_by_name(server: WorkerServer, folder: Path) -> None:

@@ -8,14 +8,19 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
 
+import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
 from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from support.fake_router import EOS, FakeRouter, RunningRouter, encode, logprob_at, running
 
-from moesaic import Client, SyncClient, Token, errors
+from moesaic import Client, SyncClient, Token, errors, rpc
+from moesaic.call_failure import explain
+from moesaic.v1 import inference_pb2 as pb
 
 
 @pytest.fixture
@@ -68,6 +73,16 @@ async def test_a_prompt_may_be_text_token_ids_or_messages(client: Client, router
     assert (text.text, list(ids.token_ids.ids)) == ("ab", [97, 98])
     assert (chat.chat.messages[0].role, chat.chat.messages[0].content) == ("user", "ab")
     assert MessageToDict(chat.chat.template_kwargs) == {"deep": [1.0, {"x": None}]}
+
+
+async def test_a_message_may_have_its_content_in_parts(client: Client, router: RunningRouter) -> None:
+    part = {"type": "text", "text": "ab"}
+    await client.complete([{"role": "user", "content": [part, part]}], max_tokens=1)
+    (request,) = router.router.requests
+    assert [part.text for part in request.chat.messages[0].parts] == ["ab", "ab"]
+    for wrong in ([{"type": "image_url"}], ["ab"], 5, [{"type": "text", "text": 5}]):
+        with pytest.raises(errors.InvalidArgument, match="text parts"):
+            await client.complete([{"role": "user", "content": wrong}], max_tokens=1)
 
 
 async def test_options_arrive_and_absent_ones_stay_absent(client: Client, router: RunningRouter) -> None:
@@ -139,6 +154,13 @@ async def test_an_unknown_option_is_a_type_error_as_in_any_function(client: Clie
         await client.complete("abc", topk=3)  # type: ignore[call-arg]
 
 
+async def test_one_continuation_is_not_asked_for_several(client: Client, router: RunningRouter) -> None:
+    with pytest.raises(errors.InvalidArgument, match="use generate") as caught:
+        await client.complete("abc", n=2)  # type: ignore[call-arg]
+    assert caught.value.field == "n"
+    assert not router.router.requests
+
+
 @pytest.mark.parametrize("prompt", ["", [], [300], [-1], [{"role": "user", "colour": "red"}], [1.5]])
 async def test_a_bad_prompt_is_invalid_and_names_the_prompt(client: Client, prompt: object) -> None:
     with pytest.raises(errors.InvalidArgument) as caught:
@@ -165,10 +187,142 @@ async def test_a_deadline_ends_a_silent_stream(client: Client, router: RunningRo
         await client.complete("abc", max_tokens=5, timeout_s=0.2)
 
 
+@pytest.mark.parametrize(
+    ("error", "begun", "failure", "message"),
+    [
+        (grpc.StatusCode.DEADLINE_EXCEEDED, False, errors.DeadlineExceeded, "no answer within 0.3 s"),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, True, errors.DeadlineExceeded, "no complete answer within 0.3 s"),
+        (grpc.StatusCode.UNAVAILABLE, False, errors.Unavailable, "no router answers at somewhere:50051"),
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            True,
+            errors.Unavailable,
+            "the connection to the router at somewhere:50051 broke in mid-answer",
+        ),
+        (grpc.StatusCode.CANCELLED, True, errors.Cancelled, "the client was closed during the call"),
+    ],
+)
+def test_a_failure_without_a_word_of_the_router_is_a_sentence(
+    error: grpc.StatusCode, begun: bool, failure: type[errors.MoesaicError], message: str
+) -> None:
+    rpc_error = grpc.aio.AioRpcError(
+        error, grpc.aio.Metadata(), grpc.aio.Metadata(), "Stream removed (IOCP/Socket)"
+    )
+
+    explained = explain(rpc_error, "somewhere:50051", timeout_s=0.3, begun=begun)
+
+    assert (type(explained), explained.message) == (failure, message)
+
+
 async def test_nobody_at_the_address_is_unavailable() -> None:
-    async with Client("127.0.0.1:1") as client:
-        with pytest.raises(errors.Unavailable):
+    async with running(FakeRouter()) as gone:
+        address = gone.address
+    async with Client(address) as client:
+        with pytest.raises(errors.Unavailable, match=f"^no router answers at {address}$"):
             await client.complete("abc", timeout_s=5)
+        with pytest.raises(errors.Unavailable, match=f"^no router answers at {address}$"):
+            await client.model_info()
+
+
+async def test_an_http_port_is_recognised() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    async with server, Client(f"{host}:{port}") as client:
+        with pytest.raises(errors.FailedPrecondition, match=f"^{host}:{port} is an HTTP port: ") as caught:
+            await client.complete("abc", timeout_s=60)
+    assert caught.value.reason == "NOT_A_ROUTER"
+
+
+async def test_a_grpc_service_that_is_no_router_is_recognised() -> None:
+    server = rpc.Server({})
+    port = await server.start("127.0.0.1", 0)
+    try:
+        async with Client(f"127.0.0.1:{port}") as client:
+            with pytest.raises(errors.FailedPrecondition, match="another gRPC service, not a router"):
+                await client.complete("abc", timeout_s=60)
+    finally:
+        await server.stop(0)
+
+
+@pytest.mark.parametrize("make", [Client, SyncClient])
+def test_an_address_that_is_none_is_refused_at_once(make: type[Client | SyncClient]) -> None:
+    with pytest.raises(errors.InvalidArgument, match=r"^127\.0\.0\.1 has no port"):
+        make("127.0.0.1")
+
+
+@dataclass
+class BusyAtFirst(FakeRouter):
+    """Refuses its first calls, as a router does that is full or still loading."""
+
+    refusals: int = 2
+    retry_after_s: float = 0.01
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        if len(self.requests) < self.refusals:
+            self.requests.append(request)
+            # The prompt is sent ahead, and an expert worker is missing for the first token.
+            yield pb.GenerateResponse(prompt=pb.PromptInfo(token_ids=[97]))
+            raise errors.Overloaded("the queue is full", retry_after_s=self.retry_after_s)
+        async for response in super().Generate(request, context):
+            yield response
+
+    async def GetModelInfo(self, request: object, context: object) -> pb.GetModelInfoResponse:
+        if self.refusals:
+            self.refusals -= 1
+            raise errors.Unavailable("the router is loading", retry_after_s=self.retry_after_s)
+        return await super().GetModelInfo(request, context)
+
+
+async def test_a_call_that_is_refused_for_the_moment_is_repeated() -> None:
+    async with running(BusyAtFirst()) as router, Client(router.address) as client:
+        tokens = [token async for token in client.generate("ab", max_tokens=3)]
+        info = await client.model_info()
+
+    assert ["".join(map(str, tokens)), len(tokens), info.model] == ["aba", 3, "fake"]
+    assert len(router.router.requests) == 3
+
+
+async def test_the_sync_client_repeats_such_a_call_too() -> None:
+    def work(address: str) -> list[str]:
+        with SyncClient(address) as client:
+            return [client.complete("ab", max_tokens=3).text, client.model_info().model]
+
+    async with running(BusyAtFirst()) as router:
+        assert await asyncio.to_thread(work, router.address) == ["aba", "fake"]
+
+
+async def test_retries_can_be_switched_off() -> None:
+    async with running(BusyAtFirst()) as router, Client(router.address, retries=False) as client:
+        with pytest.raises(errors.Overloaded, match="the queue is full"):
+            await client.complete("ab")
+        with pytest.raises(errors.Unavailable, match="the router is loading"):
+            await client.model_info()
+
+    assert len(router.router.requests) == 1
+
+
+async def test_a_retry_that_the_deadline_forbids_is_not_awaited() -> None:
+    router = BusyAtFirst(retry_after_s=3600.0)
+    async with running(router) as link, Client(link.address) as client:
+        with pytest.raises(errors.Overloaded, match="the queue is full"):
+            await client.complete("ab", timeout_s=60)
+
+    assert len(router.requests) == 1
+
+
+async def test_no_call_is_repeated_once_a_token_has_come(client: Client, router: RunningRouter) -> None:
+    router.router.error = errors.Unavailable("no replica left", retry_after_s=0.01)
+    router.router.error_after = 1
+    with pytest.raises(errors.Unavailable):
+        await client.complete("ab", max_tokens=3)
+
+    assert len(router.router.requests) == 1
 
 
 async def test_leaving_the_loop_cancels_the_call(client: Client, router: RunningRouter) -> None:
@@ -212,6 +366,7 @@ async def test_the_current_trace_goes_along(client: Client, router: RunningRoute
 
 async def test_tokenize_detokenize_and_the_state_of_the_router(client: Client) -> None:
     assert list((await client.tokenize("ab")).token_ids) == [97, 98]
+    assert (await client.tokenize("ab")).tokens == ("<97>", "<98>")
     assert list((await client.tokenize([{"role": "u", "content": "x"}])).token_ids) == encode("<u:x>")
     assert await client.detokenize([97, 98]) == "ab"
     assert (await client.model_info()).max_model_len == 128
@@ -256,16 +411,89 @@ async def test_the_sync_client_cancels_a_stream_that_is_left(router: RunningRout
     await asyncio.wait_for(router.router.cancelled.wait(), 5)
 
 
-async def test_a_program_that_never_closes_its_sync_client_still_ends(router: RunningRouter) -> None:
-    script = (
-        f"from moesaic import SyncClient; print(SyncClient({router.address!r}).complete('ab', max_tokens=2))"
-    )
+async def test_closing_the_sync_client_ends_its_calls_with_an_error_of_ours(router: RunningRouter) -> None:
+    router.router.silent_after = 0
+    client = SyncClient(router.address)
+    call = asyncio.create_task(asyncio.to_thread(client.complete, "abc"))
+    while not router.router.num_running:
+        await asyncio.sleep(0.01)
+    client.close()
+    client.close()
+    with pytest.raises(errors.Cancelled):
+        await call
+    with pytest.raises(errors.FailedPrecondition):
+        client.complete("abc")
+
+
+async def run_program(program: str, address: str) -> tuple[str, str, int]:
+    """Runs a program whose only argument is the address of a router; returns its output, errors and status."""
     result = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", program, address],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
-    assert (result.stdout, result.stderr, result.returncode) == ("ab\n", "", 0)
+    return result.stdout, result.stderr, result.returncode
+
+
+async def test_a_program_that_never_closes_its_sync_client_still_ends(router: RunningRouter) -> None:
+    program = """
+import sys
+from moesaic import SyncClient
+print(SyncClient(sys.argv[1]).complete("ab", max_tokens=2))
+"""
+    assert await run_program(program, router.address) == ("ab\n", "", 0)
+
+
+async def test_a_program_may_use_asyncio_after_it_has_closed_a_sync_client(router: RunningRouter) -> None:
+    program = """
+import asyncio, sys
+from moesaic import Client, SyncClient
+
+async def ask():
+    async with Client(sys.argv[1]) as client:
+        print(await client.complete("ab", max_tokens=2))
+
+for _ in range(5):
+    with SyncClient(sys.argv[1]) as client:
+        print(client.complete("ab", max_tokens=2))
+    asyncio.run(ask())
+"""
+    assert await run_program(program, router.address) == ("ab\n" * 10, "", 0)
+
+
+async def test_a_forked_process_may_use_a_sync_client_as_its_parent_did(router: RunningRouter) -> None:
+    program = """
+import os, sys
+from moesaic import SyncClient
+
+def ask():
+    with SyncClient(sys.argv[1]) as client:
+        print(client.complete("ab", max_tokens=2, timeout_s=60), flush=True)
+
+ask()
+if os.fork() == 0:
+    ask()
+    os._exit(0)
+os.wait()
+ask()
+"""
+    assert await run_program(program, router.address) == ("ab\n" * 3, "", 0)
+
+
+async def test_a_sync_client_works_inside_a_running_event_loop_as_in_a_notebook(
+    router: RunningRouter,
+) -> None:
+    program = """
+import asyncio, sys
+from moesaic import SyncClient
+
+async def cell():
+    with SyncClient(sys.argv[1]) as client:
+        print("".join(str(token) for token in client.generate("ab", max_tokens=2)))
+
+asyncio.run(cell())
+"""
+    assert await run_program(program, router.address) == ("ab\n", "", 0)

@@ -205,12 +205,19 @@ def test_a_quantisation_that_is_not_understood_is_refused_by_its_key(
     assert refusal(folder).field == f"config.json: quantization_config.{key}"
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_local_experts", "num_experts_per_tok", "vocab_size"])
+@pytest.mark.parametrize("key", ["hidden_size", "num_local_experts", "vocab_size"])
 def test_a_missing_config_key_is_named(folder: Path, key: str) -> None:
     edit_config(folder, key)
     error = refusal(folder)
     assert error.field == f"config.json: {key}"
     assert "missing" in error.message
+
+
+def test_a_default_that_does_not_fit_the_files_is_named_with_its_key(folder: Path) -> None:
+    edit_config(folder, "num_local_experts")
+    assert "num_local_experts: is missing, and the default of the family, 8, does not match tensor" in (
+        refusal(folder).message
+    )
 
 
 def test_a_layer_more_in_the_config_than_on_disk_names_its_first_tensor(folder: Path) -> None:

@@ -46,5 +46,21 @@ def test_all_names_what_the_package_offers_and_is_sorted() -> None:
     import moesaic
 
     assert moesaic.__all__ == sorted(moesaic.__all__)
-    assert set(moesaic.__all__) == {"Client", "Completion", "SyncClient", "Token", "__version__", "errors"}
+    assert set(moesaic.__all__) == {
+        "Client",
+        "Completion",
+        "ModelInfo",
+        "RouterStats",
+        "SyncClient",
+        "Token",
+        "Tokenization",
+        "__version__",
+        "errors",
+    }
     assert all(hasattr(moesaic, name) for name in moesaic.__all__)
+
+
+def test_dir_shows_only_what_is_public() -> None:
+    import moesaic
+
+    assert dir(moesaic) == moesaic.__all__

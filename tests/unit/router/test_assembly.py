@@ -8,11 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+from support.checkpoints import write_mixtral
 from support.encoder_decoders import write_switch
 from support.expert_calls import ReferenceExperts
 from support.local_router import ReferenceStep, router_config
 
+from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.epoch import Epoch
+from moesaic.errors import CheckpointError
 from router.assembly import load_router
 from router.dispatch.dispatcher import Dispatcher
 from router.engine.request import Failed, Finished, SequenceEvent, SequenceRequest
@@ -47,3 +52,12 @@ def test_overlap_never_cuts_what_an_encoder_has_to_read_as_a_whole(tmp_path: Pat
         assert not isinstance(event, Failed), event.error
     engine.stop(WAIT_S)
     assert engine.stats().steps > 0 and engine.stats().overlapped_steps == 0
+
+
+def test_a_router_reads_no_folder_but_the_one_that_was_checked_elsewhere(tmp_path: Path) -> None:
+    here, elsewhere = write_mixtral(tmp_path / "here"), write_mixtral(tmp_path / "elsewhere")
+    (elsewhere / "chat_template.jinja").write_text("{{ messages }}")
+    identity = FolderIdentity.of(open_checkpoint(elsewhere))
+    with pytest.raises(CheckpointError) as refused:
+        load_router(replace(router_config(here, "auto"), identity=identity), ReplicaPool(), PhaseClock())
+    assert refused.value.reason == "OTHER_MODEL"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.checkpoints import write_mixtral
 from support.sparse_checkpoints import MIXTRAL_8X7B, TINY_MISTRAL, write_sparse_decoder
 from typer.testing import CliRunner
@@ -118,6 +119,20 @@ def test_dense_layers_are_an_expert_each_or_none(tmp_path: Path) -> None:
     assert "worker" not in in_router
     report = report_of(str(folder), "--dense-layers", "router")
     assert (report["model"]["experts"], report["model"]["worker_memory"]) == (0, [])
+
+
+def test_a_head_of_its_own_is_told_where_the_config_ties_it(tmp_path: Path) -> None:
+    folder = write_mixtral(tmp_path / "tiny", tie_word_embeddings=True)
+    assert "not tied" not in inspect(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding + 1}, folder / "model.safetensors")
+    assert line(inspect(str(folder)), "not tied")[0] == "lm_head.weight:"
+    tied = report_of(str(write_mixtral(tmp_path / "tied", tie_word_embeddings=True)))["model"]
+    own = report_of(str(folder))["model"]
+    assert own["untied"] == ["lm_head.weight"]
+    assert own["parameters"] == tied["parameters"] + embedding.numel()
+    assert own["router_file_bytes"] == tied["router_file_bytes"] + embedding.nbytes
 
 
 def test_the_json_has_all_values_as_they_are(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def observation(second: int) -> Observation:
     """A router with a busy worker, one that loads and one that does not answer."""
     traffic = inference_pb2.WorkerTraffic(
         worker="expert-worker-0",
+        address="127.0.0.1:1",
         failed_calls=second,
         transport="grpc",
         call_p50_us=12_345,

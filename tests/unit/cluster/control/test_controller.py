@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import pytest
 
 from cluster.control.controller import Cluster, Controller, Member
-from cluster.control.process_report import ProcessReport
+from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion
 from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica, Snapshot
 from moesaic.v1 import control_pb2 as pb
 
 pytestmark = pytest.mark.timeout(20)
+
+# A played process holds a question for less long than the controller pauses after one that was not answered.
+HOLD_S = 0.005
 
 EXPERTS = {
     "w0": frozenset({ExpertAddress(0, 0), ExpertAddress(1, 0)}),
@@ -53,6 +57,11 @@ class PlayedCluster:
     replicas: dict[str, Replica] = field(default_factory=dict)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     described: list[str] = field(default_factory=list)
+    # Processes that do not answer, how often each was asked in vain, and the reason in what is raised.
+    silent: set[str] = field(default_factory=set)
+    asked_in_vain: Counter[str] = field(default_factory=Counter)
+    undescribed: set[str] = field(default_factory=set)
+    reason_of_death: str = PROCESS_DIED
 
     async def tell(
         self, name: str, state: pb.ProcessState, revision: int, start: int = 1, detail: str = ""
@@ -83,16 +92,29 @@ class PlayedCluster:
             self.reports[name] = None
             self.changed.notify_all()
 
+    async def fall_silent(self, *names: str) -> None:
+        async with self.changed:
+            self.silent |= set(names)
+            self.changed.notify_all()
+
     async def report(self, name: str, seen: int) -> ProcessReport:
         async with self.changed:
-            await self.changed.wait_for(lambda: name in self.reports and self._news(name, seen))
+            await self.changed.wait_for(lambda: name in self.reports)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HOLD_S):
+                    await self.changed.wait_for(lambda: self._news(name, seen) or name in self.silent)
             report = self.reports[name]
+            if name in self.silent:
+                self.asked_in_vain[name] += 1
+                raise Unavailable("it does not answer")
         if report is None:
-            raise Unavailable("it died")
+            raise Unavailable("it died", reason=self.reason_of_death)
         return report
 
     async def describe(self, address: str) -> Replica:
         self.described.append(address)
+        if address in self.undescribed:
+            raise Unavailable("it does not answer")
         return self.replicas[address]
 
     def _news(self, name: str, seen: int) -> bool:
@@ -100,15 +122,15 @@ class PlayedCluster:
         return report is None or report.revision != seen
 
 
-async def yield_to_others(seconds: float) -> None:
-    await asyncio.sleep(0)
+async def sleep_briefly(seconds: float) -> None:
+    await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
 async def following(
     played: PlayedCluster, cluster: Cluster = CLUSTER, first_revision: int = 0
 ) -> AsyncIterator[Controller]:
-    controller = Controller(cluster, played, first_revision=first_revision, sleep=yield_to_others)
+    controller = Controller(cluster, played, first_revision=first_revision, sleep=sleep_briefly)
     running = asyncio.create_task(controller.run())
     try:
         yield controller
@@ -180,6 +202,90 @@ async def test_a_worker_that_dies_leaves_the_table_and_comes_back_as_another_rep
         assert (process(controller, "w1").restarts, process(controller, "w1").detail) == (2, "")
 
 
+async def asked_in_vain(played: PlayedCluster, times: int, *names: str) -> None:
+    async with asyncio.timeout(5):
+        while any(played.asked_in_vain[name] < times for name in names):
+            await asyncio.sleep(0.002)
+
+
+async def test_a_worker_that_misses_one_question_stays_in_the_table() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        before = await until(controller.watch(), "w0", "w1")
+        await played.fall_silent("w1")
+        await asked_in_vain(played, 1, "w1")
+        played.silent.clear()
+        while process(controller, "w1").detail:
+            await asyncio.sleep(0.002)
+        assert (await anext(controller.watch())) is before
+        assert played.described.count("127.0.0.1:2") == 2  # its health stream is opened anew
+
+
+async def test_a_worker_that_stays_silent_while_the_others_are_heard_leaves_the_table() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        snapshots = controller.watch()
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(snapshots, "w0", "w1")
+        await played.fall_silent("w1")
+        await until(snapshots, "w0")
+        lost = process(controller, "w1")
+        assert (lost.state, lost.detail) == (pb.PROCESS_STATE_PENDING, "it does not answer")
+
+
+async def test_a_controller_that_hears_nobody_takes_no_replica_away() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        before = await until(controller.watch(), "w0", "w1")
+        await played.fall_silent("w0", "w1")
+        await asked_in_vain(played, 5, "w0", "w1")
+        assert (await anext(controller.watch())) is before
+        silent = process(controller, "w1")
+        assert (silent.state, silent.detail) == (pb.PROCESS_STATE_READY, "it does not answer")
+
+
+async def test_a_restarted_controller_that_hears_nobody_publishes_nothing() -> None:
+    played = PlayedCluster()
+    await played.ready("w0", 1)
+    await played.ready("w1", 2)
+    await played.fall_silent("w0", "w1")
+    async with following(played) as controller:
+        first = asyncio.ensure_future(anext(controller.watch()))
+        await asked_in_vain(played, 5, "w0", "w1")
+        assert not first.done()
+        played.silent.clear()
+        assert len((await asyncio.wait_for(first, 5)).table.replicas) >= 1
+
+
+async def test_another_process_in_the_place_of_a_worker_ends_the_old_replica_before_it_is_described() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        snapshots = controller.watch()
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(snapshots, "w0", "w1")
+        played.undescribed.add("127.0.0.1:3")
+        await played.ready("w1", 3)
+        await until(snapshots, "w0")
+        played.undescribed.clear()
+        assert (await until(snapshots, "w0", "w1")).table.replicas[1].incarnation == "w1-3"
+
+
+async def test_a_process_that_cannot_be_started_where_it_was_placed_has_failed() -> None:
+    played = PlayedCluster(reason_of_death=CANNOT_START)
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.kill("w1")
+        await until(controller.watch(), "w0")
+        failed = process(controller, "w1")
+        assert (failed.state, failed.detail) == (pb.PROCESS_STATE_FAILED, "it died")
+
+
 async def test_a_restart_between_two_looks_is_seen_by_the_report() -> None:
     played = PlayedCluster()
     async with following(played) as controller:
@@ -225,8 +331,30 @@ async def test_a_replica_serves_only_the_versions_that_the_epoch_names() -> None
         await played.kill("w1")
         await until(snapshots, "w0")
         await played.ready("w1", 3, salt=9)
+        while process(controller, "w1").state != pb.PROCESS_STATE_FAILED:
+            await asyncio.sleep(0.002)
+        assert process(controller, "w1").detail.startswith(
+            "it holds other weights than the epoch in 2 of its experts, first layer 0 slot 1"
+        )
         await played.kill("w0")
         assert (await until(snapshots)).table.replicas == ()
+
+
+async def test_a_replica_with_other_weights_is_named_beside_the_one_whose_weights_are_used() -> None:
+    played = PlayedCluster()
+    more = Member("w2", pb.PROCESS_ROLE_EXPERT_WORKER, EXPERTS["w0"])
+    twice = replace(CLUSTER, members=(*CLUSTER.members, more))
+    async with following(played, twice) as controller:
+        await played.tell("w2", pb.PROCESS_STATE_LOADING, 2, 3)
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        before = await until(controller.watch(), "w0", "w1")
+        played.replicas["127.0.0.1:3"] = Replica("w2", "127.0.0.1:3", "w2-3", holdings("w0", 7))
+        await played.tell("w2", pb.PROCESS_STATE_READY, 3, 3)
+        while process(controller, "w2").state != pb.PROCESS_STATE_FAILED:
+            await asyncio.sleep(0.002)
+        assert "other weights than w0 on node n in 2 of its experts" in process(controller, "w2").detail
+        assert (await anext(controller.watch())) is before
 
 
 async def test_new_contents_of_the_same_incarnation_are_described_again() -> None:
@@ -275,7 +403,10 @@ async def test_workers_that_disagree_are_a_problem_of_the_controller() -> None:
         assert snapshot.epoch is None
         own = process(controller, "controller")
         assert own.state == pb.PROCESS_STATE_FAILED
-        assert own.detail == "workers hold different versions of layer 0 slot 0"
+        assert own.detail == (
+            "workers hold different versions of layer 0 slot 0: "
+            "w0 on node n and w2 on node n read different model folders"
+        )
 
 
 async def test_a_model_without_experts_has_an_epoch_as_soon_as_anybody_is_heard_of() -> None:

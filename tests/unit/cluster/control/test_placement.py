@@ -161,6 +161,60 @@ def test_small_layers_make_up_for_what_a_large_one_could_not_split() -> None:
     assert [sorted(expert.layer for expert in worker) for worker in placement] == [[2], [0, 1, 3]]
 
 
+def same_host(placement: tuple[frozenset[ExpertAddress], ...], hosts: list[str]) -> int:
+    """How many experts have more than one copy on some host."""
+    copies = Counter(
+        (expert, host) for host, worker in zip(hosts, placement, strict=True) for expert in worker
+    )
+    return len({expert for (expert, _), number in copies.items() if number > 1})
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "num_workers"),
+    [(2, 4), (2, 8), (2, 16), (3, 6), (4, 8), (4, 32), (2, 2), (3, 3), (3, 4), (4, 9)],
+)
+def test_two_copies_of_an_expert_are_on_two_hosts_wherever_there_are_two(
+    num_nodes: int, num_workers: int
+) -> None:
+    hosts = [f"host-{index % num_nodes}" for index in range(num_workers)]
+    placement = place_experts(even(4, 8), num_workers, replicas=2, hosts=hosts)
+    assert same_host(placement, hosts) == 0
+    assert set(Counter(expert for worker in placement for expert in worker).values()) == {2}
+
+
+@st.composite
+def seated(draw: st.DrawFn) -> tuple[dict[int, LayerLoad], int, list[str], list[float] | None]:
+    """Layers, replicas, the host of each worker, and weights or none."""
+    layers, num_workers, replicas = draw(mixed_models())
+    hosts = draw(st.lists(st.sampled_from("abcdef"), min_size=num_workers, max_size=num_workers))
+    weights = st.lists(st.integers(1, 64), min_size=num_workers, max_size=num_workers)
+    return layers, replicas, hosts, draw(st.none() | weights)
+
+
+@given(seated())
+def test_copies_are_on_as_many_hosts_as_there_are_whatever_the_hosts_and_weights(
+    case: tuple[dict[int, LayerLoad], int, list[str], list[float] | None],
+) -> None:
+    layers, replicas, hosts, weights = case
+    try:
+        placement = place_experts(layers, len(hosts), replicas, weights, hosts)
+    except InvalidArgument as error:
+        assert error.field == "weights"
+        return
+    held_on: dict[ExpertAddress, list[str]] = {}
+    for host, worker in zip(hosts, placement, strict=True):
+        for expert in worker:
+            held_on.setdefault(expert, []).append(host)
+    assert {len(held) for held in held_on.values()} == {replicas}
+    assert {len(set(held)) for held in held_on.values()} == {min(replicas, len(set(hosts)))}
+    assert len(held_on) == sum(load.num_slots for load in layers.values())
+
+
+def test_a_host_with_fewer_workers_holds_a_copy_of_everything_where_that_keeps_copies_apart() -> None:
+    placement = place_experts(even(4, 8), 3, replicas=2, hosts=["a", "a", "b"])
+    assert [len(worker) for worker in placement] == [16, 16, 32]
+
+
 CPU_NODE = Node("a", "10.0.0.1", num_cpus=8, num_gpus=0)
 GPU_NODE = Node("b", "10.0.0.2", num_cpus=16, num_gpus=2)
 
@@ -232,3 +286,52 @@ def test_asking_for_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(InvalidArgument) as refused:
         seat_workers([CPU_NODE], None, "cuda", home="a")
     assert refused.value.field == "device"
+
+
+def test_a_node_without_cpus_for_ray_is_no_place_for_a_worker() -> None:
+    head = Node("h", "10.0.0.9", num_cpus=0, num_gpus=0, free_cpus=0)
+    seats = seat_workers([CPU_NODE, head, GPU_NODE], 4, "cpu", home="a")
+    assert [seat.node.id for seat in seats] == ["a", "b", "a", "b"]
+
+
+def test_workers_take_no_more_than_the_cpus_that_are_free() -> None:
+    nodes = [
+        Node("a", "10.0.0.1", num_cpus=4, num_gpus=0, free_cpus=4),
+        Node("b", "10.0.0.2", num_cpus=2, num_gpus=0, free_cpus=2),
+        Node("c", "10.0.0.3", num_cpus=1, num_gpus=0, free_cpus=1),
+        Node("d", "10.0.0.4", num_cpus=2, num_gpus=0, free_cpus=2),
+    ]
+    seats = seat_workers(nodes, 8, "cpu", home="a")
+    assert Counter(seat.node.id for seat in seats) == {"a": 3, "b": 2, "c": 1, "d": 2}
+
+
+def test_more_workers_than_free_cpus_are_refused_with_what_each_node_has() -> None:
+    nodes = [
+        Node("a", "10.0.0.1", num_cpus=4, num_gpus=0, free_cpus=2),
+        Node("b", "10.0.0.2", num_cpus=2, num_gpus=0, free_cpus=0),
+    ]
+    with pytest.raises(InvalidArgument) as refused:
+        seat_workers(nodes, 2, "cpu", home="a")
+    assert refused.value.field == "workers"
+    assert "2 of 4 on 10.0.0.1, 0 of 2 on 10.0.0.2" in refused.value.message
+
+
+def test_by_default_a_busy_node_gets_no_worker() -> None:
+    nodes = [
+        Node("a", "10.0.0.1", num_cpus=4, num_gpus=0, free_cpus=4),
+        Node("b", "10.0.0.2", num_cpus=2, num_gpus=0, free_cpus=0),
+    ]
+    assert [seat.node.id for seat in seat_workers(nodes, None, "cpu", home="a")] == ["a"]
+
+
+def test_the_first_router_stays_at_home_also_where_no_cpu_is_free() -> None:
+    head = Node("h", "10.0.0.9", num_cpus=0, num_gpus=0, free_cpus=0)
+    other = Node("b", "10.0.0.2", num_cpus=4, num_gpus=0, free_cpus=4)
+    routers = seat_routers([head, other], [], 3, "cpu", home="h")
+    assert [seat.node.id for seat in routers] == ["h", "b", "b"]
+
+
+def test_more_routers_than_free_cpus_are_refused() -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        seat_routers([Node("a", "10.0.0.1", 1, 0, free_cpus=1)], [], 2, "cpu", home="a")
+    assert refused.value.field == "routers"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cluster.control.process_report import ProcessReport
+from cluster.control.process_report import EVIDENCE, PROCESS_DIED, ProcessReport
 from cluster.control.process_watch import ProcessWatch
 from moesaic import rpc
 from moesaic.epoch import ExpertAddress
@@ -34,9 +34,12 @@ class PlayedPeers:
     current: ProcessReport
     holds_s: list[float] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    silent: bool = False
 
     async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
         self.holds_s.append(hold_s)
+        if self.silent:
+            raise Unavailable("it does not answer")
         if seen == self.current.revision:
             await self.changed.wait()
         return self.current
@@ -80,8 +83,28 @@ async def test_a_worker_whose_server_goes_away_is_lost_at_once(server: tuple[rpc
     await asyncio.sleep(0.05)
     assert not asking.done()
     await running.stop(0)
-    with pytest.raises(Unavailable):
-        await asyncio.wait_for(asking, 1)
+    with pytest.raises(Unavailable) as lost:
+        await asyncio.wait_for(asking, 5)
+    assert lost.value.reason in EVIDENCE
+
+
+async def test_a_broken_health_stream_of_a_worker_whose_port_still_listens_is_no_evidence() -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    listening = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    address = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    peers = PlayedPeers(ready(address))
+    watch = ProcessWatch(peers)
+    await watch.report("w0", 0)
+    peers.silent = True
+    with pytest.raises(Unavailable) as missed:
+        await watch.report("w0", 0)
+    listening.close()
+    assert missed.value.reason not in EVIDENCE
+    with pytest.raises(Unavailable) as lost:
+        await watch.report("w0", 0)
+    assert lost.value.reason == PROCESS_DIED
 
 
 async def test_a_worker_that_stops_to_serve_is_lost_and_not_described(server: tuple[rpc.Server, str]) -> None:
@@ -91,8 +114,9 @@ async def test_a_worker_that_stops_to_serve_is_lost_and_not_described(server: tu
     await watch.describe(address)
     asking = asyncio.create_task(watch.report("w0", 3))
     await running.set_serving(False)
-    with pytest.raises(Unavailable, match="it does not serve"):
-        await asyncio.wait_for(asking, 1)
+    with pytest.raises(Unavailable, match="it does not serve") as lost:
+        await asyncio.wait_for(asking, 5)
+    assert lost.value.reason in EVIDENCE
     with pytest.raises(Unavailable, match="it does not serve"):
         await watch.describe(address)
 

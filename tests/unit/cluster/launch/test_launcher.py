@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from cluster.control.process_report import ProcessReport
+from cluster.control.process_report import CANNOT_START, ProcessReport
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.processes.process_plan import PlannedProcess
 from moesaic import rpc
@@ -41,6 +41,7 @@ class PlayedStarter:
     stopped: list[tuple[str, float]] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)
     slow_to_stop: asyncio.Event | None = None
+    silent: dict[str, Unavailable] = field(default_factory=dict)
 
     @property
     def peers(self) -> PlayedStarter:
@@ -56,7 +57,9 @@ class PlayedStarter:
         self.killed += names
 
     async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
-        raise AssertionError("the launcher asks the controller")
+        if name in self.silent:
+            raise self.silent[name]
+        return ProcessReport(name, 1, pb.PROCESS_STATE_LOADING, "", "n", 1, 0)
 
     async def address(self, name: str) -> str:
         if not self.address_:
@@ -155,6 +158,48 @@ async def test_too_long_a_start_says_who_is_missing() -> None:
     waiting = topology(expert_worker_0={"state": pb.PROCESS_STATE_PENDING, "detail": "no GPU is free"})
     async with launched(waiting, timeout_s=1.5) as (launcher, _):
         with pytest.raises(Unavailable, match=r"expert-worker-0 is PENDING \(no GPU is free\)"):
+            await launcher.wait_ready(show)
+
+
+async def test_a_process_that_failed_is_named_with_its_node_where_there_are_several() -> None:
+    failed = topology(
+        router_0={"node": "10.0.0.1"},
+        expert_worker_0={"state": pb.PROCESS_STATE_FAILED, "detail": "no memory", "node": "10.0.0.2"},
+    )
+    async with launched(failed) as (launcher, _):
+        with pytest.raises(Unavailable, match=r"^expert-worker-0 on node 10\.0\.0\.2: no memory$"):
+            await launcher.wait_ready(show)
+
+
+async def test_too_long_a_start_names_the_process_that_the_others_wait_for() -> None:
+    waiting = topology(
+        gateway={"state": pb.PROCESS_STATE_LOADING, "role": pb.PROCESS_ROLE_GATEWAY},
+        router_0={"state": pb.PROCESS_STATE_LOADING, "role": pb.PROCESS_ROLE_ROUTER},
+        expert_worker_0={"state": pb.PROCESS_STATE_PENDING, "role": pb.PROCESS_ROLE_EXPERT_WORKER},
+    )
+    async with launched(waiting, timeout_s=1.5) as (launcher, _):
+        with pytest.raises(Unavailable, match="expert-worker-0 is PENDING"):
+            await launcher.wait_ready(show)
+
+
+@pytest.mark.parametrize("name", ["controller", "expert-worker-0"])
+async def test_a_process_that_cannot_be_started_ends_the_wait_although_the_controller_says_nothing(
+    name: str,
+) -> None:
+    pending = topology(expert_worker_0={"state": pb.PROCESS_STATE_PENDING})
+    async with launched(pending, timeout_s=60.0) as (launcher, starter):
+        if name == "controller":
+            starter.address_ = ""
+        starter.silent[name] = Unavailable("cannot start on node n: no Moesaic", reason=CANNOT_START)
+        with pytest.raises(Unavailable, match=f"^{name}: cannot start on node n: no Moesaic$"):
+            await launcher.wait_ready(show)
+
+
+async def test_a_controller_without_a_place_says_what_it_waits_for() -> None:
+    async with launched(topology(), timeout_s=1.0) as (launcher, starter):
+        starter.address_ = ""
+        starter.silent["controller"] = Unavailable("it waits for a place")
+        with pytest.raises(Unavailable, match=r"the controller does not answer \(it waits for a place\)"):
             await launcher.wait_ready(show)
 
 

@@ -35,6 +35,7 @@ def router(factor: int, *, uptime_s: float = 0.0, p99_us: int = 900) -> inferenc
         workers=[
             inference_pb2.WorkerTraffic(
                 worker="expert-worker-0",
+                address="127.0.0.1:3",
                 calls=20 * factor,
                 failed_calls=factor,
                 sent_bytes=1000 * factor,
@@ -93,6 +94,15 @@ def test_a_worker_has_its_own_counters_and_its_traffic_with_every_router() -> No
     assert (it.failed_calls, it.all_failed_calls) == (4, 12)
     assert it.transports == ("shared_memory",)
     assert (it.call_p50_us, it.call_p99_us) == (300, 1700)
+
+
+def test_what_a_router_counted_for_an_earlier_start_of_a_worker_is_not_that_of_the_present_one() -> None:
+    earlier = router(5)
+    earlier.workers[0].address = "127.0.0.1:33"
+    activity = activity_between(
+        observation(50.0, earlier, worker=worker(1)), observation(52.0, router(1), worker=worker(1))
+    )
+    assert activity.workers[0].all_failed_calls == 1
 
 
 def test_what_a_restarted_process_has_counted_is_all_new() -> None:

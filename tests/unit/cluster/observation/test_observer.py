@@ -102,6 +102,18 @@ async def test_without_its_controller_a_router_and_the_workers_that_it_names_are
     assert seen.problem == f"the controller at {rig.addresses['controller']} does not answer"
 
 
+async def test_workers_that_were_given_one_name_are_told_apart_by_their_addresses(rig: Rig) -> None:
+    others = [rig.addresses["expert-worker-0"], "127.0.0.1:1"]
+    for address in others:
+        rig.routers[0].stats.workers.add(worker="w", address=address)
+    rig.routers[0].control_address = ""
+    async with Observer(rig.addresses["router-0"]) as observer:
+        seen = await observer.observe()
+    workers = [(process.name, process.address) for process in seen.processes if not process.is_router]
+    assert workers == [(f"w {address}", address) for address in others]
+    assert seen.workers[f"w {others[0]}"].rows == 3
+
+
 async def test_another_router_answers_for_the_target_once_it_is_known(rig: Rig) -> None:
     async with Observer(rig.addresses["router-0"]) as observer:
         await observer.observe()

@@ -13,6 +13,7 @@ from cluster.control.placement import Node
 from cluster.processes.process_plan import PlannedProcess, check_counts, plan_processes
 from cluster.processes.specs import ControllerSpec, ExpertWorkerSpec, GatewaySpec, RouterSpec
 from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.errors import InvalidArgument
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings, load_settings
@@ -170,3 +171,48 @@ def test_a_number_of_workers_that_cannot_be_is_refused_before_anything_runs(mode
         check_counts(settings(cluster={"workers": 9}), model)
     assert refused.value.field == "workers"
     check_counts(settings(), model)
+
+
+def test_a_worker_with_more_cores_holds_more_experts(model: MoeModel) -> None:
+    nodes = [Node("home", "10.0.0.1", 2, 0), Node("b", "10.0.0.2", 6, 0)]
+    workers = configs(planned(model, settings(cluster={"workers": 2}), *nodes), ExpertWorkerSpec)
+    assert [len(worker.experts) for worker in workers] == [2, 6]
+
+
+def test_a_node_too_small_for_a_single_expert_takes_its_even_share_all_the_same(model: MoeModel) -> None:
+    nodes = [Node("home", "10.0.0.1", 1, 0), Node("b", "10.0.0.2", 1000, 0)]
+    workers = configs(planned(model, settings(cluster={"workers": 2}), *nodes), ExpertWorkerSpec)
+    assert [len(worker.experts) for worker in workers] == [4, 4]
+
+
+def test_copies_of_an_expert_are_on_different_nodes(model: MoeModel) -> None:
+    processes = planned(model, settings(device="cpu", cluster={"workers": 4, "replicas": 2}), HOME, OTHER)
+    nodes: dict[object, set[str]] = {}
+    for process in processes:
+        if isinstance(process.spec, ExpertWorkerSpec):
+            for expert in process.spec.config.experts:
+                nodes.setdefault(expert, set()).add(process.seat.node.id)
+    assert all(len(held_on) == 2 for held_on in nodes.values())
+
+
+def test_the_first_router_reserves_no_cpu_where_its_node_has_none_for_ray(model: MoeModel) -> None:
+    head, other = Node("home", "10.0.0.1", 0, 0, free_cpus=0), Node("b", "10.0.0.2", 4, 0, free_cpus=4)
+    processes = {process.spec.name: process for process in planned(model, settings(), head, other)}
+    assert (processes["router-0"].num_cpus, processes["router-0"].pinned) == (0, True)
+    assert processes["expert-worker-0"].seat.node.id == "b"
+
+
+def test_every_process_that_reads_the_folder_is_told_what_it_must_be(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_mixtral(tmp_path / "tiny"))
+    identity = FolderIdentity.of(checkpoint)
+    processes = plan_processes(
+        settings(device="cpu", cluster={"routers": 2}),
+        checkpoint.folder,
+        "mine",
+        describe_model(checkpoint),
+        [HOME, OTHER],
+        "home",
+        identity,
+    )
+    readers = [*configs(processes, RouterSpec), *configs(processes, ExpertWorkerSpec)]
+    assert [reader.identity for reader in readers] == [identity] * 4

@@ -142,6 +142,19 @@ def test_without_a_terminal_each_change_of_state_is_one_plain_line() -> None:
     assert written(console) == "controller: ready\nexpert-worker-63: pending its connection broke\n"
 
 
+def test_what_a_process_waits_for_is_said_as_soon_as_it_is_known_on_a_terminal_as_well() -> None:
+    waiting = pb.Process(name="expert-worker-0", state=pb.PROCESS_STATE_PENDING)
+    console = terminal()
+    with LoadProgress(console) as progress:
+        progress.show(pb.GetTopologyResponse(processes=[waiting]))
+        waiting.detail = (
+            "it waits for a place: CPUs free: 0 of 4 on 10.0.0.1, 0 of 4 on 10.0.0.2, 0 of 4 on 10.0.0.3"
+        )
+        for _ in range(2):
+            progress.show(pb.GetTopologyResponse(processes=[waiting]))
+    assert written(console).count(f"expert-worker-0: pending {waiting.detail}\n") == 1
+
+
 def test_milestones_count_the_first_time_only() -> None:
     times = iter([1.0, 2.0, 3.0, 4.0, 5.0])
     milestones = Milestones(lambda: next(times))

@@ -158,9 +158,24 @@ def test_completion_logprobs_hold_the_best_token_and_the_token_itself() -> None:
     assert rendered.text_offset == [10, 12, 13]
 
 
-def test_two_tokens_with_one_spelling_keep_the_more_probable() -> None:
-    rendered = logprobs.for_completion([entry(1, -3.0, "�", (2, -0.5, "�"))], 0)
-    assert rendered.top_logprobs == [{"�": -0.5}]
+def test_no_two_tokens_share_an_entry() -> None:
+    rendered = logprobs.for_completion([entry(1, -3.0, "�", (2, -0.5, "�"), (3, -1.0, "x"))], 0)
+    assert rendered.top_logprobs == [{"�": -0.5, "x": -1.0, "token_id:1": -3.0}]
+
+
+def test_parts_of_characters_are_told_apart_by_their_bytes() -> None:
+    """As OpenAI's completions spell them; in chats `bytes` tells."""
+    emoji = "😀".encode()
+    parts = [
+        pb.Alternative(token_id=n, logprob=-float(n), text="�", token_bytes=emoji[n - 1 : n]) for n in (1, 2)
+    ]
+    whole = pb.TokenLogprob(token_id=1, logprob=-1, text="�", token_bytes=emoji[:1], top=parts)
+    rendered = logprobs.for_completion([whole, entry(9, -1, "a")], 0)
+    assert rendered.tokens == [r"bytes:\xf0", "a"]
+    assert rendered.top_logprobs[0] == {r"bytes:\xf0": -1.0, r"bytes:\x9f": -2.0}
+    assert rendered.text_offset == [0, 1]
+    chat = logprobs.for_chat([whole], 2).content[0]
+    assert (chat.bytes, [top.bytes for top in chat.top_logprobs]) == ([0xF0], [[0xF0], [0x9F]])
 
 
 def test_never_is_a_number_that_json_has() -> None:

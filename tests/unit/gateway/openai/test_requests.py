@@ -123,7 +123,7 @@ def test_a_chat_takes_either_name_of_the_limit() -> None:
     assert chat(max_tokens=4, max_completion_tokens=4).calls()[0].sampling.max_tokens == 4
 
 
-def test_text_parts_are_joined_and_replies_can_be_sent_back() -> None:
+def test_text_parts_stay_parts_and_replies_can_be_sent_back() -> None:
     (call,) = chat(
         messages=[
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
@@ -133,13 +133,26 @@ def test_text_parts_are_joined_and_replies_can_be_sent_back() -> None:
         chat_template_kwargs={"think": False, "n": 2},
         add_generation_prompt=False,
     ).calls()
-    assert [(m.role, m.content, m.name) for m in call.chat.messages] == [
-        ("user", "a\nb", ""),
-        ("assistant", "c", ""),
-        ("user", "d", "ann"),
+    assert [(m.role, m.content, [p.text for p in m.parts], m.name) for m in call.chat.messages] == [
+        ("user", "", ["a", "b"], ""),
+        ("assistant", "c", [], ""),
+        ("user", "d", [], "ann"),
     ]
     assert dict(call.chat.template_kwargs) == {"think": False, "n": 2}
     assert call.chat.HasField("add_generation_prompt") and not call.chat.add_generation_prompt
+
+
+@pytest.mark.parametrize("turn", [{"content": None}, {}, {"content": ""}])
+def test_an_assistants_turn_may_lack_content(turn: dict[str, Any]) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", **turn}, {"role": "user", "content": "b"}]
+    (call,) = chat(messages=talk).calls()
+    assert [m.content for m in call.chat.messages] == ["a", "", "b"]
+
+
+def test_keys_of_a_message_that_no_template_shows_are_ignored() -> None:
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    (call,) = chat(messages=[{"role": "user", "content": [part], "id": "1", "timestamp": 5}]).calls()
+    assert [part.text for part in call.chat.messages[0].parts] == ["a"]
 
 
 def test_options_that_say_nothing_new_are_accepted() -> None:
@@ -203,6 +216,8 @@ def test_a_completion_that_cannot_be_meant_is_refused(fields: dict[str, Any]) ->
         {"messages": "hi"},
         {"messages": [{"role": "user"}]},
         {"messages": [{"role": "user", "content": None}]},
+        {"messages": [{"role": "system"}]},
+        {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "hm"}]},
         {
             "messages": [
                 {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}

@@ -75,8 +75,12 @@ def test_latent_attention_is_that_of_deepseek() -> None:
     assert describe_model(tiny_index("glm4_moe_lite")).mixers == (latent,) * 3
 
 
-def test_a_family_with_windows_must_say_where_they_are() -> None:
-    assert refusal(with_config(tiny_index("exaone_moe"), "layer_types")).field == "config.json: layer_types"
+def test_the_windows_of_a_family_are_where_its_rule_has_them() -> None:
+    model = describe_model(with_config(tiny_index("exaone_moe", num_hidden_layers=6), "layer_types"))
+    full = [
+        layer for layer, mixer in enumerate(model.mixers) if isinstance(mixer, Attention) and not mixer.window
+    ]
+    assert full == [3]
 
 
 @pytest.mark.parametrize(

@@ -141,3 +141,13 @@ def test_where_tensors_are_not_what_the_config_says_the_tensor_is_named(
     with pytest.raises(CheckpointError) as refused:
         describe_model(open_checkpoint(folder))
     assert refused.value.field == tensor
+
+
+def test_a_head_that_differs_from_a_tied_embedding_is_refused(tmp_path: Path) -> None:
+    folder = write_striped_hyena(tmp_path, **EVO)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["backbone.unembed.weight"] = tensors["backbone.embedding_layer.weight"] + 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor backbone\.unembed\.weight differs from") as error:
+        describe_model(open_checkpoint(folder))
+    assert error.value.field == "config.json: tie_embeddings"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +79,38 @@ def test_zero_is_a_value_where_the_field_is_optional() -> None:
     assert (params.max_tokens, params.seed, params.logprobs) == (0, 0, 0)
 
 
+def test_a_top_k_beyond_the_vocabulary_is_all_of_it() -> None:
+    """As in transformers and vLLM: a client cannot know the size."""
+    assert [parse(top_k=k)[0].top_k for k in (0, 49, 50, 51, 2**32 - 1)] == [0, 49, 50, 50, 50]
+
+
+def test_defaults_hold_where_a_request_is_silent_and_its_own_values_win() -> None:
+    defaults = inference_pb2.SamplingParams(
+        temperature=0.25, top_p=0.5, top_k=7, min_p=0.125, repetition_penalty=1.5
+    )
+    limits = replace(LIMITS, sampling_defaults=defaults)
+
+    def sampled(**fields: Any) -> tuple[float, ...]:
+        message = inference_pb2.SamplingParams(**fields)
+        params, _ = parse_sampling(message, num_prompt_tokens=1, limits=limits)
+        return params.temperature, params.top_p, params.top_k, params.min_p, params.repetition_penalty
+
+    assert sampled() == sampled(seed=3, stop=["x"]) == (0.25, 0.5, 7, 0.125, 1.5)
+    neutral = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+    assert sampled(**neutral) == (1, 1, 0, 0, 1)
+    for place, (name, value) in enumerate(neutral.items()):
+        expected = [0.25, 0.5, 7, 0.125, 1.5]
+        expected[place] = value
+        assert sampled(**{name: value}) == tuple(expected)
+    assert defaults.top_k == 7, "the defaults themselves never change"
+
+
+def test_a_bias_out_of_bounds_names_its_token() -> None:
+    for bias in ({50: 0.0}, {7: 101.0}):
+        with pytest.raises(InvalidArgument, match=rf"^logit_bias: .*token (id )?{min(bias)} "):
+            parse(logit_bias={3: 1.0, **bias})
+
+
 def test_end_of_sequence_is_ignored_on_request_but_not_stop_tokens() -> None:
     assert parse(ignore_eos=True, stop_token_ids=[3])[0].stop_token_ids == {3}
 
@@ -89,15 +122,14 @@ NAN, INF = math.nan, math.inf
     ("field", "values"),
     [
         ("temperature", [-0.001, NAN, INF, -INF]),
-        ("top_p", [0.0, -0.1, 1.001, NAN]),
-        ("top_k", [51]),
+        ("top_p", [-0.1, 1.001, NAN]),
         ("min_p", [-0.1, 1.001, NAN]),
         ("presence_penalty", [-2.001, 2.001, NAN]),
         ("frequency_penalty", [-2.001, 2.001, INF]),
         ("repetition_penalty", [0.0, -1.0, 10.001, NAN]),
         ("logprobs", [21]),
         ("prompt_logprobs", [21, 2**32 - 1]),
-        ("stop", [["a"] * 17, [""], ["x" * 257], ["a\0b"]]),
+        ("stop", [["a"] * 129, [""], ["x" * 257], ["a\0b"]]),
         ("stop_token_ids", [[50], [0, 2**32 - 1]]),
         ("logit_bias", [{50: 0.0}, {1: 100.5}, {1: -100.5}, {1: NAN}]),
         ("min_tokens", [91, 2**32 - 1]),

@@ -22,6 +22,8 @@ from moesaic.errors import DataLoss, Overloaded, Unavailable, from_rpc_error
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1 import inference_pb2_grpc
 from router.api import service as service_module
+from router.api import tokens
+from router.api.sampling_defaults import neutral_sampling
 from router.api.service import InferenceService, ModelFacts
 from router.engine.request import Failed, PromptScored, Started
 from router.text.text import Text, load_text
@@ -56,7 +58,12 @@ class Rig:
 
 @asynccontextmanager
 async def serving(
-    engine: FakeEngine, text: Text, *, request_timeout_s: float = 20.0, encodes_prompts: bool = False
+    engine: FakeEngine,
+    text: Text,
+    *,
+    request_timeout_s: float = 20.0,
+    encodes_prompts: bool = False,
+    sampling_defaults: pb.SamplingParams | None = None,
 ) -> AsyncIterator[Rig]:
     service = InferenceService(
         engine,
@@ -65,6 +72,7 @@ async def serving(
             *("tiny", "mixtral", MAX_MODEL_LEN, VOCAB_SIZE, 2, 8, 2),
             created=1_700_000_000,
             encodes_prompts=encodes_prompts,
+            sampling_defaults=sampling_defaults or neutral_sampling(),
         ),
         stats=lambda: pb.GetRouterStatsResponse(steps=7),
         epoch=lambda: EPOCH,
@@ -369,6 +377,19 @@ async def test_without_max_tokens_the_rest_of_the_context_is_used(rig: Rig) -> N
     assert usage.prompt_tokens + usage.completion_tokens == MAX_MODEL_LEN
 
 
+async def test_a_silent_request_is_sampled_as_the_models_makers_say(text: Text) -> None:
+    defaults = pb.SamplingParams(temperature=0.5, top_p=0.75, top_k=7, min_p=0.125, repetition_penalty=1.5)
+    async with serving(FakeEngine(generates([5])), text, sampling_defaults=defaults) as rig:
+        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
+        assert info.sampling_defaults == defaults
+        await rig.generate(ask(max_tokens=1))
+        await rig.generate(ask(max_tokens=1, temperature=0, top_k=0, top_p=1))
+    silent, own = (request.sampling for request in rig.engine.requests)
+    assert (silent.temperature, silent.top_p, silent.top_k, silent.min_p) == (0.5, 0.75, 7, 0.125)
+    assert (own.temperature, own.top_p, own.top_k, own.min_p) == (0, 1, 0, 0.125)
+    assert silent.repetition_penalty == own.repetition_penalty == 1.5
+
+
 # Log probabilities.
 
 
@@ -378,9 +399,9 @@ async def test_tokens_come_with_their_log_probabilities_and_bytes(text: Text) ->
         _, generated, _ = await rig.generate(ask(max_tokens=1, logprobs=2))
         (entry,) = generated.logprobs
         assert (entry.token_id, entry.logprob, entry.text, entry.token_bytes) == (half, -0.25, "�", b"\xf0")
-        assert [(top.token_id, top.logprob, top.text) for top in entry.top] == [
-            (0, 0, "<unk>"),
-            (1, -0.25, "<s>"),
+        assert [(top.token_id, top.logprob, top.text, top.token_bytes) for top in entry.top] == [
+            (0, 0, "<unk>", b"<unk>"),
+            (1, -0.25, "<s>", b"<s>"),
         ]
 
 
@@ -505,6 +526,11 @@ async def test_a_draining_service_finishes_what_runs_and_refuses_the_rest(rig: R
     assert (await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)).model == "tiny"
 
 
+async def test_an_empty_prompt_is_what_the_tokenizer_begins_a_text_with(rig: Rig) -> None:
+    first, *_ = await rig.generate(ask("", max_tokens=1))
+    assert list(first.prompt.token_ids) == [1]
+
+
 async def test_the_engines_refusal_reaches_the_client(rig: Rig) -> None:
     rig.engine.refusal = Unavailable("stopping", reason="STOPPING", retry_after_s=1.0)
     assert (await rig.error(ask())).reason == "STOPPING"
@@ -533,7 +559,12 @@ CODE = grpc.StatusCode
     ("request_", "code", "field", "reason"),
     [
         (pb.GenerateRequest(), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
-        (ask(""), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
+        (
+            pb.GenerateRequest(text="", add_special_tokens=False),
+            CODE.INVALID_ARGUMENT,
+            "prompt",
+            "INVALID_ARGUMENT",
+        ),
         (ask("a\0b"), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
         (pb.GenerateRequest(token_ids=pb.TokenIds()), CODE.INVALID_ARGUMENT, "prompt", "INVALID_ARGUMENT"),
         (
@@ -632,6 +663,22 @@ async def test_a_model_without_a_template_refuses_conversations(tmp_path: Path) 
         assert (error.code, error.field) == (CODE.UNIMPLEMENTED, "messages")
 
 
+async def test_a_template_gets_the_parts_of_a_message_where_it_reads_parts(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% for part in m.content %}({{ part.text }}){% endfor %}{% endfor %}"
+    text = load_text(write_folder(tmp_path, byte_level(), chat_template=template))
+    parts = [pb.ContentPart(text="Hi"), pb.ContentPart(text="hen")]
+    messages = [pb.ChatMessage(role="user", parts=parts), pb.ChatMessage(role="user", content="ho")]
+    async with serving(FakeEngine(generates([5])), text) as rig:
+        request = pb.GenerateRequest(
+            chat=pb.Chat(messages=messages), sampling=pb.SamplingParams(max_tokens=1)
+        )
+        first, *_ = await rig.generate(request)
+        assert first.prompt.text == "(Hi)(hen)(ho)"
+        messages[0].content = "both"
+        request.chat.CopyFrom(pb.Chat(messages=messages))
+        assert (await rig.error(request)).message == "messages: content and parts exclude each other"
+
+
 # Models whose prompts an encoder reads.
 
 
@@ -697,16 +744,45 @@ async def test_without_an_encoder_there_is_nothing_for_a_decoder_to_begin_with(r
 
 
 async def test_a_text_or_a_conversation_is_tokenized_as_its_prompt_would_be(rig: Rig) -> None:
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon"), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon", return_tokens=True), timeout=5)
     assert tuple(reply.token_ids) == (1, *rig.ids("Once upon"))
     assert list(reply.tokens) == [rig.text.token(token_id) for token_id in reply.token_ids]
     assert reply.max_model_len == MAX_MODEL_LEN
     reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="", add_special_tokens=False), timeout=5)
     assert list(reply.token_ids) == []
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(chat=chat("Hi").chat), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon"), timeout=5)
+    assert list(reply.tokens) == [], "nobody asked for them"
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(chat=chat("Hi").chat, return_tokens=True), timeout=5)
     assert list(reply.tokens)[:2] == ["<s>", "["]
     long = await rig.stub.Tokenize(pb.TokenizeRequest(text="hen " * 20_000), timeout=20)
     assert len(long.token_ids) > MAX_MODEL_LEN
+
+
+async def test_a_large_text_is_tokenized_while_others_are_answered(rig: Rig) -> None:
+    """The tokenizer lets go of the interpreter: calls that come meanwhile are answered before it is done."""
+    large = rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon a time. " * 100_000), timeout=120)
+    done = asyncio.ensure_future(large.code())
+    num_answered = 0
+    while not done.done():
+        await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=120)
+        num_answered += 1
+    assert await done is CODE.OK
+    assert num_answered > 3
+
+
+async def test_an_answer_that_no_message_can_hold_is_refused_for_good(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "PUBLIC_MESSAGE_BYTES", 100)
+    for request in (
+        pb.TokenizeRequest(text="hen " * 200),
+        pb.TokenizeRequest(text="hen " * 20, return_tokens=True),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.Tokenize(request, timeout=20)
+        error = from_rpc_error(caught.value)
+        assert (error.code, error.field, error.reason) == (CODE.INVALID_ARGUMENT, "prompt", "TOO_LARGE")
+        assert error.retry_after_s is None
 
 
 async def test_token_ids_are_detokenized_with_their_special_tokens(rig: Rig) -> None:
@@ -749,6 +825,7 @@ async def test_the_model_describes_itself(rig: Rig) -> None:
         eos_token_ids=[2],
         created=1_700_000_000,
         control_address="control:1",
+        sampling_defaults=neutral_sampling(),
     )
     assert (await rig.stub.GetRouterStats(pb.GetRouterStatsRequest(), timeout=5)).steps == 7
 

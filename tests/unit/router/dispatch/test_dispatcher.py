@@ -21,6 +21,7 @@ from router.dispatch.dispatcher import Dispatcher, DispatchRules, DispatchStep
 from router.dispatch.host_staging import HostStaging
 from router.gating.gate import NO_SLOT
 from router.phase_clock import PhaseClock
+from router.workers.replica_pool import SHARE_ROWS
 from router.workers.transports.base import WorkerAnswer
 
 NUM_SLOTS = 4
@@ -118,6 +119,42 @@ def test_a_replica_answers_in_place_of_one_that_fails(broken: Answerer) -> None:
     assert len(links["b"].requests) == len(links["b2"].requests) == 1
 
 
+@pytest.mark.parametrize(
+    "broken", [failing(TimeoutError()), failing(Overloaded("full"))], ids=["late", "full"]
+)
+def test_a_replica_of_the_same_name_answers_in_place_of_one_that_fails(broken: Answerer) -> None:
+    epoch = make_epoch(2, NUM_SLOTS)
+    workers = {"first": range(4), "second": range(4)}
+    pool, links = make_pool(epoch, workers, {"first": broken}, name="worker-0")
+    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
+        epoch, deadline_s=time.monotonic() + 5.0
+    )
+    for layer in range(2):
+        torch.testing.assert_close(step.compute(layer, HIDDEN, SLOTS, WEIGHTS), EXPECTED)
+    assert not step.failed
+    assert links["first"].requests and len(links["second"].requests) == 2
+
+
+@pytest.mark.parametrize("num_tokens", [1, SHARE_ROWS * NUM_SLOTS])
+def test_replicas_share_the_rows_and_the_bits_are_those_of_one(num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(num_tokens, 5, generator=generator)
+    ranked = torch.rand(num_tokens, NUM_SLOTS, generator=generator).softmax(-1).sort(descending=True)
+    weights, slots = ranked.values[:, :2], ranked.indices[:, :2]
+    epoch = make_epoch(2, NUM_SLOTS)
+    outputs = []
+    for workers in ({"all": range(NUM_SLOTS)}, dict.fromkeys(("a", "b"), range(NUM_SLOTS))):
+        pool, links = make_pool(epoch, workers)
+        step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
+            epoch, deadline_s=time.monotonic() + 5.0
+        )
+        outputs.append([step.compute(layer, hidden, slots, weights) for layer in range(2)])
+        asked = [len(link.requests) for link in links.values()]
+    assert all(torch.equal(one, shared) for one, shared in zip(*outputs, strict=True))
+    # One row goes to either in turn; what is worth two messages goes to both at once.
+    assert asked == ([1, 1] if num_tokens == 1 else [2, 2])
+
+
 def test_without_a_replica_only_the_tokens_of_the_failed_worker_fail() -> None:
     output, step, links = dispatch({"a": range(3), "b": range(3, 4)}, {"b": failing(Unavailable("gone"))})
     assert set(step.failed) == {1, 2}  # the tokens that slot 3 should compute
@@ -175,7 +212,7 @@ def test_a_second_wave_leaves_out_an_overloaded_worker_for_its_own_rows_alone() 
             raise errors.pop()
         return scaled_rows(request, hidden)
 
-    workers = {"a-gone": range(2, 4), "b-full": range(4), "c-spare": range(2)}
+    workers = {"a-gone": range(2), "b-full": range(4), "c-spare": range(2, 4)}
     answers = {"a-gone": failing(Unavailable("gone")), "b-full": full_at_first}
     output, step, links = dispatch(workers, answers)
     torch.testing.assert_close(output, EXPECTED)
@@ -184,7 +221,7 @@ def test_a_second_wave_leaves_out_an_overloaded_worker_for_its_own_rows_alone() 
         worker: [[rows.slot for rows in request.experts] for request in link.requests]
         for worker, link in links.items()
     }
-    assert asked == {"a-gone": [[2, 3]], "b-full": [[0, 1], [2, 3]], "c-spare": [[0, 1]]}
+    assert asked == {"a-gone": [[0, 1]], "b-full": [[2, 3], [0, 1]], "c-spare": [[2, 3]]}
 
 
 def test_a_second_wave_leaves_out_a_worker_that_was_silent_about_other_rows() -> None:

@@ -53,9 +53,9 @@ def test_the_next_wave_is_for_what_is_missing_and_leaves_out_who_failed_it() -> 
     layer.accept(good, good.link.receive(good.pending, 0.0))
     layer.fail(bad, GONE)
     layer.fail_unheld(2, UNHELD)
-    assert layer.begin_wave(silent={"mute"}, deadline_s=2.0).excluded == {1: {"bad", "mute"}, 2: {"mute"}}
+    assert layer.begin_wave(silent={"mute"}, deadline_s=2.0).excluded == {1: {"bad-1", "mute"}, 2: {"mute"}}
     layer.fail(ask(layer, "worse", [1]), GONE)
-    assert layer.begin_wave(silent=set(), deadline_s=3.0).excluded == {1: {"bad", "worse"}, 2: set()}
+    assert layer.begin_wave(silent=set(), deadline_s=3.0).excluded == {1: {"bad-1", "worse-1"}, 2: set()}
 
 
 def test_what_a_later_wave_answers_is_missing_no_more() -> None:
@@ -65,7 +65,7 @@ def test_what_a_later_wave_answers_is_missing_no_more() -> None:
     good = ask(layer, "good", [0, 1])
     layer.accept(good, good.link.receive(good.pending, 0.0))
     assert layer.failed_tokens() == {1: GONE}
-    assert layer.begin_wave(silent=set(), deadline_s=1.0).excluded == {2: {"bad"}}
+    assert layer.begin_wave(silent=set(), deadline_s=1.0).excluded == {2: {"bad-1"}}
 
 
 def test_the_error_of_a_replica_that_failed_outlives_that_no_other_is_left() -> None:

@@ -130,6 +130,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_the_mass() -> None:
     assert set(drawn_ids(logits, top_p=0.55)) == {1, 2}
     assert set(drawn_ids(logits, top_p=0.85)) == {1, 2, 0}
     assert set(drawn_ids(logits, top_p=1e-6)) == {1}
+    assert set(drawn_ids(logits, top_p=0.0)) == set(drawn_ids(logits, top_p=0.0, top_k=3)) == {1}
 
 
 def test_min_p_is_relative_to_the_most_probable_token() -> None:

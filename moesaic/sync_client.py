@@ -1,0 +1,175 @@
+"""The client library for code without asyncio: the calls of `Client`, each of which blocks.
+
+It stands on gRPC's blocking interface. An event loop in a thread would leave gRPC's asyncio machinery, which
+is one per process, with a loop that ends before the program does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Self, Unpack
+
+import grpc
+
+from moesaic import rpc
+from moesaic.attempts import Attempts
+from moesaic.call_failure import explain
+from moesaic.client import GENERATE_TIMEOUT_S, UNARY_TIMEOUT_S, call_metadata, client_closed
+from moesaic.completion import Completion, Token, TokenReader
+from moesaic.generate_request import (
+    ChatMessage,
+    GenerateOptions,
+    Prompt,
+    TokenIds,
+    detokenize_request,
+    generate_request,
+    refuse_n,
+    shows_options,
+    tokenize_request,
+)
+from moesaic.model_info import ModelInfo
+from moesaic.router_stats import RouterStats
+from moesaic.target import check_target
+from moesaic.tokenization import Tokenization
+from moesaic.v1 import inference_pb2 as pb
+from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
+
+
+class SyncClient:
+    """A client of one router, for code without asyncio.
+
+    ```
+    with SyncClient("127.0.0.1:50051") as client:
+        for token in client.generate("Once upon a time", max_tokens=64, temperature=0.8):
+            print(token, end="", flush=True)
+    ```
+
+    The client connects at the first call. Leaving the loop early cancels the call on the router. Several
+    threads may use one client. It also works inside a running event loop, as in a notebook, which it blocks.
+    """
+
+    def __init__(self, target: str, *, timeout_s: float = GENERATE_TIMEOUT_S, retries: bool = True) -> None:
+        """A client of the router at `target`, which is HOST:PORT. Raises InvalidArgument for anything else.
+
+        `timeout_s` is the default deadline of a generation. With `retries`, a call that the router refuses
+        for the moment (it is starting, full, or has lost an expert worker) is repeated within its deadline
+        after the time that the router asks for, but never once a token has arrived.
+        """
+        check_target(target)
+        self._target = target
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._channel = rpc.channel(target, max_message_bytes=rpc.PUBLIC_MESSAGE_BYTES)
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection. Calls that still run fail with Cancelled. May be called twice."""
+        self._closed = True
+        self._channel.close()
+
+    @shows_options
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        n: int = 1,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generator[Token, None, None]:
+        """Streams `n` continuations of `prompt`, interleaved; `Token.index` numbers them.
+
+        `prompt` is text, a sequence or array of token ids, or a list of messages with `role` and `content`.
+        `request_id` ([A-Za-z0-9._-], at most 128) is drawn by the router when absent. Raises MoesaicError.
+        """
+        request = generate_request(prompt, n, request_id, options)
+        attempts = Attempts(self._timeout_s if timeout_s is None else timeout_s, retries=self._retries)
+        while True:
+            call = self._stub().Generate(
+                request, timeout=attempts.time_left_s, metadata=call_metadata(request.request_id)
+            )
+            tokens = TokenReader()
+            try:
+                for response in call:
+                    token = tokens.read(response)
+                    if token is not None:
+                        yield token
+                return
+            except grpc.RpcError as error:
+                failure = explain(error, self._target, timeout_s=attempts.timeout_s, begun=tokens.begun)
+                delay_s = None if tokens.begun else attempts.delay_after(failure)
+                if delay_s is None:
+                    raise failure from error
+            finally:
+                call.cancel()
+            time.sleep(delay_s)
+
+    @shows_options
+    def complete(
+        self,
+        prompt: Prompt,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion:
+        """One continuation of `prompt` as a whole. Raises MoesaicError.
+
+        Several continuations of one prompt come from `generate(prompt, n=…)`.
+        """
+        refuse_n(options)
+        return Completion.of(
+            list(self.generate(prompt, timeout_s=timeout_s, request_id=request_id, **options))
+        )
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[ChatMessage],
+        *,
+        add_special_tokens: bool | None = None,
+        timeout_s: float = UNARY_TIMEOUT_S,
+    ) -> Tokenization:
+        """The token ids of a text or conversation, with the vocabulary's spelling of each."""
+        request = tokenize_request(prompt, add_special_tokens)
+        return Tokenization.from_pb(self._unary(lambda stub: stub.Tokenize, request, timeout_s))
+
+    def detokenize(self, token_ids: TokenIds, *, timeout_s: float = UNARY_TIMEOUT_S) -> str:
+        """The text of token ids."""
+        request = detokenize_request(token_ids)
+        response: pb.DetokenizeResponse = self._unary(lambda stub: stub.Detokenize, request, timeout_s)
+        return response.text
+
+    def model_info(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> ModelInfo:
+        """The model that the router serves."""
+        request = pb.GetModelInfoRequest()
+        return ModelInfo.from_pb(self._unary(lambda stub: stub.GetModelInfo, request, timeout_s))
+
+    def router_stats(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> RouterStats:
+        """The router's counters since its start, and the time that its steps spent in each phase."""
+        request = pb.GetRouterStatsRequest()
+        return RouterStats.from_pb(self._unary(lambda stub: stub.GetRouterStats, request, timeout_s))
+
+    def _stub(self) -> InferenceServiceStub:
+        if self._closed:
+            raise client_closed()
+        return InferenceServiceStub(self._channel)
+
+    def _unary(self, method: Callable[[InferenceServiceStub], Any], request: object, timeout_s: float) -> Any:
+        attempts = Attempts(timeout_s, retries=self._retries)
+        while True:
+            try:
+                call = method(self._stub())
+                return call(request, timeout=attempts.time_left_s, metadata=call_metadata())
+            except grpc.RpcError as error:
+                failure = explain(error, self._target, timeout_s=timeout_s)
+                delay_s = attempts.delay_after(failure)
+                if delay_s is None:
+                    raise failure from error
+            time.sleep(delay_s)
