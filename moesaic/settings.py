@@ -297,7 +297,10 @@ class Settings(_Group):
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None,
         Unset("WARNING where stderr is a terminal, else INFO"),
-    ] = Field(None, description="The least severe level of the JSON lines on stderr.")
+    ] = Field(
+        None,
+        description="The least severe level of the lines on stderr, which are JSON unless stderr is a terminal.",
+    )
     otlp_endpoint: Annotated[str | None, Unset("no traces")] = Field(
         None,
         validation_alias=AliasChoices("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"),

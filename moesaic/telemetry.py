@@ -1,4 +1,4 @@
-"""Traces and logs: the names of spans and attributes, W3C context in gRPC metadata, JSON lines on stderr.
+"""Traces and logs: the names of spans and attributes, W3C context in gRPC metadata, lines on stderr.
 
 Without `configure`, or without an OTLP endpoint, spans are no-ops. Neither a span nor a log line ever holds a
 prompt, a token id, or the expert that computed a token, which would reveal the prompt.
@@ -60,13 +60,21 @@ def choose_log_level(wanted: str | None) -> str:
     return wanted or ("WARNING" if sys.stderr.isatty() else "INFO")
 
 
-def configure(service: str, *, otlp_endpoint: str | None, log_level: str | None = None) -> None:
-    """Sets up JSON logs, and an OTLP exporter where there is an endpoint.
+def configure(
+    service: str,
+    *,
+    otlp_endpoint: str | None,
+    log_level: str | None = None,
+    for_people: bool | None = None,
+) -> None:
+    """Sets up logs, and an OTLP exporter where there is an endpoint.
 
-    Called once, at the start of a process.
+    Called once, at the start of a process. The lines are for people or in JSON; None: for people where stderr
+    is a terminal.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(service))
+    plain = sys.stderr.isatty() if for_people is None else for_people
+    handler.setFormatter(PlainFormatter(service) if plain else JsonFormatter(service))
     logging.basicConfig(level=choose_log_level(log_level), handlers=[handler], force=True)
     if otlp_endpoint:
         _configure_tracing(service, otlp_endpoint)
@@ -101,6 +109,24 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+class PlainFormatter(logging.Formatter):
+    """One line for a person: service, message, the fields in brackets, and the last line of an exception."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{self._service}: {record.getMessage()}"
+        fields = getattr(record, "fields", None)
+        if isinstance(fields, Mapping) and fields:
+            line += f" ({', '.join(f'{name} {value}' for name, value in fields.items())})"
+        if record.exc_info and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            line += f": {type(error).__name__}: {error}"
+        return " ".join(line.split())
 
 
 def _configure_tracing(service: str, endpoint: str) -> None:

@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -74,6 +75,8 @@ class Logging:
 
     level: str
     otlp_endpoint: str | None
+    # Whether the lines end up on a terminal, rather than in a file as JSON.
+    for_people: bool
 
 
 class HostActor:
@@ -82,7 +85,9 @@ class HostActor:
     def __init__(self, spec: ProcessSpec, logs: Logging) -> None:
         os.dup2(2, 1)  # nothing is printed to stdout on purpose: what a library prints goes to the log
         set_threads(spec, os.environ)
-        telemetry.configure(spec.name, otlp_endpoint=logs.otlp_endpoint, log_level=logs.level)
+        telemetry.configure(
+            spec.name, otlp_endpoint=logs.otlp_endpoint, log_level=logs.level, for_people=logs.for_people
+        )
         context = ProcessContext(node=_own_address(), restarts=_own_restarts(), peers=RayPeers())
         self._host = ProcessHost(
             spec.name, partial(make_server, spec, context), node=context.node, restarts=context.restarts
@@ -97,6 +102,11 @@ class HostActor:
         await asyncio.gather(self._running, return_exceptions=True)
         await self._host.stop(drain_s)
         telemetry.flush()
+
+
+def _titled(name: str) -> type[HostActor]:
+    """The actor's class under the name by which Ray shows the process in `ps`."""
+    return type(f"moesaic-{name}", (HostActor,), {})
 
 
 class RayPeers:
@@ -176,7 +186,9 @@ class RayCluster:
     def connect(cls, settings: Settings, *, num_processes: int) -> Self:
         """Joins the Ray cluster at `cluster.address`, or starts a local one if there is no address."""
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's core would log every connection that ends
-        logs = Logging(telemetry.choose_log_level(settings.log_level), settings.otlp_endpoint)
+        logs = Logging(
+            telemetry.choose_log_level(settings.log_level), settings.otlp_endpoint, sys.stderr.isatty()
+        )
         if settings.cluster.address is not None:
             return cls.join(settings.cluster.address, logs)
         return cls.local(logs, num_processes=num_processes)
@@ -262,7 +274,7 @@ class RayCluster:
         # A process that reserves nothing at all would be put on any node, whatever it prefers.
         memory = None if process.num_cpus or process.pinned else QUIET_PROCESS_BYTES
         handle = (
-            ray.remote(HostActor)
+            ray.remote(_titled(name))
             .options(
                 name=name,
                 namespace=NAMESPACE,

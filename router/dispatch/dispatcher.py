@@ -51,6 +51,8 @@ from router.workers.transports.base import WorkerAnswer
 from router.workers.worker_link import WorkerLink
 
 MAX_ATTEMPTS = 2
+# For the last sentence of an error that another replica would have prevented.
+_CURE = "--replicas 2 keeps requests alive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ class DispatchStep:
             version = self._epoch.versions[address]
             link = self._pool.pick(address, version, exclude=excluded, planned=num_rows)
             if link is None:
-                layer_call.fail_unheld(group, _no_replica(address))
+                layer_call.fail_unheld(group, _no_replica(address, self._pool.last_worker(address)))
                 continue
             num_rows[link] = num_rows.get(link, 0) + edges[group + 1] - edges[group]
             groups, versions = chosen.setdefault(link, ([], []))
@@ -285,7 +287,7 @@ class DispatchStep:
         self._pool.note_failure(call.link, error)
         if not isinstance(error, Overloaded):
             self._silent.add(call.link.replica.incarnation)
-        layer_call.fail(call, _failure(layer_call.request.layer, error))
+        layer_call.fail(call, _failure(layer_call.request.layer, error, call.link.replica.worker))
 
     def _note_times(self, slowest: expert_pb2.ComputeTiming, slowest_us: int, waited_s: float) -> None:
         self._clock.add(Phase.WORKER_DECODE, slowest.decode_us / 1e6)
@@ -301,16 +303,22 @@ def _end_span(span: trace.Span, error: Exception | None = None) -> None:
     span.end()
 
 
-def _no_replica(address: ExpertAddress) -> MoesaicError:
+def _no_replica(address: ExpertAddress, worker: str | None) -> MoesaicError:
+    cause = f": {_public(worker)} that held it is gone and not back yet; {_CURE}" if worker else ""
     return Unavailable(
-        f"layer {address.layer} slot {address.slot} has no replica left",
+        f"layer {address.layer} slot {address.slot} has no replica left{cause}",
         reason="NO_REPLICA",
         retry_after_s=1.0,
     )
 
 
-def _failure(layer: int, error: MoesaicError | TimeoutError) -> MoesaicError:
-    """The error that a client sees: the kind of the failure and the layer, never an address."""
+def _public(worker: str) -> str:
+    """A worker as clients may know it. The name of one that was started by hand may be its address."""
+    return "the expert worker" if ":" in worker else worker
+
+
+def _failure(layer: int, error: MoesaicError | TimeoutError, worker: str) -> MoesaicError:
+    """The error that a client sees: the kind of the failure, layer and worker, never an address."""
     if isinstance(error, TimeoutError):
         return DeadlineExceeded(f"layer {layer}: an expert worker did not answer in time")
     if isinstance(error, Overloaded):
@@ -320,4 +328,8 @@ def _failure(layer: int, error: MoesaicError | TimeoutError) -> MoesaicError:
             f"layer {layer}: an expert worker does not take rows in this engine.wire_dtype",
             reason="WIRE_DTYPE",
         )
-    return Unavailable(f"layer {layer}: an expert worker failed", reason="EXPERT_FAILED", retry_after_s=1.0)
+    return Unavailable(
+        f"layer {layer}: {_public(worker)} died or failed, and no other worker stood in; {_CURE}",
+        reason="EXPERT_FAILED",
+        retry_after_s=1.0,
+    )

@@ -77,6 +77,8 @@ class ReplicaPool:
         # replaced as a whole, so that readers need no lock.
         self._ordered: tuple[WorkerLink, ...] = ()
         self._holders: _Holders = {}
+        # By expert: the name of a worker that held it last, for the message when none does any more.
+        self._last_workers: dict[ExpertAddress, str] = {}
 
     @property
     def links(self) -> tuple[WorkerLink, ...]:
@@ -162,6 +164,10 @@ class ReplicaPool:
         """The expert versions of the epoch that no replica holds."""
         return sorted(epoch.expert_versions - self._holders.keys())
 
+    def last_worker(self, address: ExpertAddress) -> str | None:
+        """The name of a worker that holds the expert, or was the last to do so; None if none ever did."""
+        return self._last_workers.get(address)
+
     def close(self) -> None:
         _close(self.links)
 
@@ -198,6 +204,7 @@ class ReplicaPool:
         for member in members:
             for version in member.holdings:
                 holders[version].append(member)
+                self._last_workers[version.address] = member.link.replica.worker
         self._holders = {version: tuple(who) for version, who in holders.items()}
         self._ordered = tuple(member.link for member in members)
 

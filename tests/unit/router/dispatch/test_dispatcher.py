@@ -14,6 +14,7 @@ from hypothesis import given
 from support.fake_links import Answerer, FakeLink, failing, make_epoch, make_pool, scaled_rows, spoiled
 
 from moesaic.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Overloaded, Unavailable
+from moesaic.routing_table import RoutingTable
 from moesaic.v1 import common_pb2, expert_pb2
 from moesaic.wire.tensors import encode_rows
 from router.dispatch.combine import combine
@@ -174,6 +175,34 @@ def test_the_error_says_what_happened_and_not_where() -> None:
     _, step, _ = dispatch({"a": range(4)}, {"a": failing(TimeoutError())})
     assert {type(error) for error in step.failed.values()} == {DeadlineExceeded}
     assert step.failed[0].message == "layer 0: an expert worker did not answer in time"
+
+
+@pytest.mark.parametrize(
+    ("worker", "told"), [("expert-worker-1", "expert-worker-1"), ("10.0.0.7:5001", "the expert worker")]
+)
+def test_a_worker_that_dies_with_the_only_copy_is_named_with_the_cure_and_without_an_address(
+    worker: str, told: str
+) -> None:
+    _, step, _ = dispatch({worker: range(4)}, {worker: failing(Unavailable("gone"))})
+    assert {error.message for error in step.failed.values()} == {
+        f"layer 0: {told} died or failed, and no other worker stood in; --replicas 2 keeps requests alive"
+    }
+
+
+def test_an_expert_whose_worker_is_gone_is_told_with_that_worker() -> None:
+    epoch = make_epoch(1, NUM_SLOTS)
+    pool, links = make_pool(epoch, {"expert-worker-1": range(4)}, {})
+    links["expert-worker-1"].is_lost = True
+    pool.update(RoutingTable(1 << 40, ()))
+    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
+        epoch, deadline_s=time.monotonic() + 5.0
+    )
+    step.compute(0, HIDDEN, SLOTS, WEIGHTS)
+    assert step.failed[0].reason == "NO_REPLICA"
+    assert step.failed[0].message.endswith(
+        "has no replica left: expert-worker-1 that held it is gone and not back yet; "
+        "--replicas 2 keeps requests alive"
+    )
 
 
 def test_an_expert_that_nobody_holds_is_an_error_for_its_tokens() -> None:
