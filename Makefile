@@ -3,6 +3,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTHON ?= python3.11
+# Without the mode, a program beside a clone that is called moesaic would take its folder for the package.
+EDITABLE := --config-settings editable_mode=compat --editable
 
 .PHONY: install lint check test bench protos demo serve demo-model clean
 
@@ -11,7 +13,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a minute or two"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $(EDITABLE) '.[dev]'
 	@touch $(STAMP)
 
 lint: $(STAMP)  ## format and mend what can be mended
