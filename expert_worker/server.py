@@ -27,6 +27,7 @@ from expert_worker.experts.store import ExpertStore
 from expert_worker.experts.stored_weight import stored_bytes
 from expert_worker.serving.service import ExpertService, LoadedModel
 from moesaic import rpc
+from moesaic.addresses import join_address
 from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from moesaic.compute.device import choose_device, choose_dtype
 from moesaic.epoch import ExpertAddress
@@ -89,7 +90,7 @@ class WorkerServer:
         """Binds; returns HOST:PORT. Health is NOT_SERVING until `load` has returned."""
         port = await self._server.start(self._config.host, self._config.port)
         self._batcher.start()
-        return f"{self._config.host}:{port}"
+        return join_address(self._config.host, port)
 
     async def load(self) -> None:
         """Reads the weights in a thread, computes a first pass of every layer, and starts to serve.

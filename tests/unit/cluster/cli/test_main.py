@@ -109,7 +109,7 @@ def test_a_port_in_use_is_told_with_its_flag(tiny: Path, taken_port: int, flag: 
     other = "--grpc-port" if flag == "--http-port" else "--http-port"
     line = refused("serve", str(tiny), flag, str(taken_port), other, "0")
     field = flag.removeprefix("--").replace("-", "_")
-    assert line == f"error: {field}: 127.0.0.1:{taken_port} is in use"
+    assert line == f"error: {field}: 127.0.0.1:{taken_port} is in use; 0 takes a free port"
 
 
 def test_one_port_for_both_is_told(tiny: Path) -> None:
