@@ -11,6 +11,7 @@ import typer
 from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
 from moesaic import telemetry
+from moesaic.addresses import split_address
 from moesaic.exit_codes import exit_with_code
 from moesaic.options import SettingFlags, run_program, with_settings
 from moesaic.settings import Settings
@@ -29,6 +30,8 @@ def main(
     with exit_with_code(spell=flags.spell):
         try:
             settings = flags.load()
+            for address in router:
+                split_address(address, "router")
             telemetry.configure("gateway", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
             asyncio.run(_serve(router, settings))
         finally:

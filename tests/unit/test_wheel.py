@@ -36,6 +36,16 @@ class Wheel:
         return frozenset(path for path in self.files if path.suffix == ".py")
 
 
+BUILD_EDITABLE = (
+    "import sys; from setuptools import build_meta; "
+    "print(build_meta.build_editable(sys.argv[1], {'editable_mode': sys.argv[2]}))"
+)
+FIND_CLIENT = (
+    "import site, sys; sys.path.insert(0, ''); site.addsitedir(sys.argv[1]); "
+    "import importlib.util; print(importlib.util.find_spec('moesaic').origin)"
+)
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")

@@ -17,6 +17,7 @@ from contextlib import suppress
 from google.rpc import status_pb2
 from torch import Tensor
 
+from moesaic.addresses import join_address, split_address
 from moesaic.errors import Cancelled, DataLoss, MoesaicError, Overloaded, Unavailable, from_status
 from moesaic.transports import tcp_socket
 from moesaic.transports.grpc_connection import ConnectionBroken, GrpcConnection, MessageReceived, StreamEnded
@@ -56,11 +57,11 @@ def carries(request: expert_pb2.ComputeRequest, hidden: Tensor, num_rows: int) -
 def connect(address: str, port: int) -> DirectStream:
     """The direct stream to `port` of the host in `address`, HOST:PORT. Raises OSError (including
     TimeoutError) where nothing answers, Unavailable where the other end does not speak HTTP/2."""
-    host, _, _ = address.rpartition(":")
-    connection = socket.create_connection((host.strip("[]"), port), CONNECT_TIMEOUT_S)
+    host, _ = split_address(address)
+    connection = socket.create_connection((host, port), CONNECT_TIMEOUT_S)
     try:
         tcp_socket.prepare_socket(connection)
-        stream = DirectStream(connection, f"{host}:{port}")
+        stream = DirectStream(connection, join_address(host, port))
         # A port that accepts connections and never answers would cost a call its whole timeout.
         stream.handshake(CONNECT_TIMEOUT_S)
     except BaseException:
