@@ -388,11 +388,17 @@ class RayCluster:
 
 
 def _log_what_ray_reports() -> None:
-    """Takes Ray's messages about its processes off the terminal: what they mean is said by Moesaic itself."""
+    """Takes Ray's messages about its processes off the terminal: what they mean is said by Moesaic itself. The log
+    lines of the processes go on as they come."""
     from ray._private import worker
 
+    print_lines = worker.print_to_stdstream
+
     def report(data: Any, ignore_prefix: bool = True) -> None:
-        log.info("Ray reports", extra={"fields": {"lines": data["lines"]}})
+        if data.get("pid") == "raylet":
+            log.info("Ray reports", extra={"fields": {"lines": data["lines"]}})
+        else:
+            print_lines(data, ignore_prefix)
 
     worker.print_to_stdstream = report
 
