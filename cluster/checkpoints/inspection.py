@@ -16,7 +16,13 @@ from moesaic.checkpoints.mistral_params import PARAMS_FILE
 from moesaic.checkpoints.safetensors_file import read_json
 from moesaic.errors import CheckpointError
 from moesaic.families import DenseLayers, MoeModel, describe_model
-from router.text.chat_template import TEMPLATE_FILE, TEMPLATE_JSON_FILE, TOKENIZER_CONFIG_FILE, find_template
+from router.text.chat_template import (
+    TEMPLATE_FILE,
+    TEMPLATE_JSON_FILE,
+    TOKENIZER_CONFIG_FILE,
+    find_template,
+)
+from router.text.eos_tokens import read_eos_token_ids
 
 # The file names of tokenizers, in the order in which a router looks for them.
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*.model.v*", "tokenizer.model")
@@ -76,6 +82,7 @@ def inspect_folder(folder: Path, dense_layers: DenseLayers = "auto") -> Inspecti
         checkpoint = open_checkpoint(folder)
         model = describe_model(checkpoint, dense_layers)
         chat = _find_chat(folder, tokenizer)
+        read_eos_token_ids(folder)
     except CheckpointError as error:
         problem = Problem(error.message, error.field)
     return Inspection(
