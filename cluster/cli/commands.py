@@ -69,7 +69,7 @@ def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) ->
 
 
 @app.command()
-@with_settings("dense_layers")
+@with_settings("dense_layers", "dtype", "worker.expert_dtype", "cluster.routers", "cluster.replicas")
 def inspect(
     model: Annotated[
         str | None, typer.Argument(help="A local folder of a model.", show_default="the demo model")
@@ -83,7 +83,7 @@ def inspect(
         from cluster.cli.inspect import run_inspect
 
         settings = flags.load(model=model)
-        run_inspect(settings.model, settings.dense_layers, as_json=as_json)
+        run_inspect(settings.model, settings, as_json=as_json)
 
 
 @app.command()

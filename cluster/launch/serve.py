@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from cluster.checkpoints.memory_fit import Memory, chosen_form, fit_model
 from cluster.checkpoints.model_source import DEMO_MODEL, find_model, name_model
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.launch.milestones import Milestones
+from cluster.observation.machine_memory import read_memory
 from cluster.processes.process_plan import check_counts, plan_processes
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.checkpoints.checkpoint import open_checkpoint
@@ -41,6 +43,8 @@ NUM_OTHER_PROCESSES = 2
 # while the processes start.
 QUIET_PORTS = range(20_000, 32_768)
 NUM_CANDIDATES = 64
+# Present where the driver of a GPU is loaded.
+_NVIDIA_DEVICE = "/dev/nvidiactl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class CheckedModel:
     folder: Path
     name: str
     shape: MoeModel
+    # That memory may be short.
+    warning: str | None = None
 
 
 def check_model(settings: Settings) -> CheckedModel:
@@ -61,7 +67,21 @@ def check_model(settings: Settings) -> CheckedModel:
     folder = find_model(source).resolve()
     shape = describe_model(open_checkpoint(folder), settings.dense_layers)
     check_counts(settings, shape)
-    return CheckedModel(folder, settings.served_model_name or name_model(source), shape)
+    warning = check_memory(settings, shape, Memory(*read_memory()), has_gpu=Path(_NVIDIA_DEVICE).exists())
+    return CheckedModel(folder, settings.served_model_name or name_model(source), shape, warning)
+
+
+def check_memory(settings: Settings, shape: MoeModel, memory: Memory, *, has_gpu: bool) -> str | None:
+    """A warning if the weights fit on this machine only when other programs give memory back. Says nothing where other
+    machines or a GPU may hold them. Raises InvalidArgument for weights that can never fit."""
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not has_gpu)
+    fit = fit_model(shape, settings, memory)
+    verdict = fit.fits.get(chosen_form(settings))
+    if settings.cluster.address is not None or not on_cpu or verdict in (None, "fits"):
+        return None
+    if verdict == "no":
+        raise InvalidArgument(f"model: {fit.sentence}", field="model")
+    return fit.sentence
 
 
 @contextlib.asynccontextmanager
@@ -124,6 +144,8 @@ async def _stop_when_lost(ray: RayCluster, signals: StopSignals) -> None:
 async def serve(settings: Settings, model: CheckedModel, *, as_json: bool) -> None:
     """Serves until a signal; then running requests may end within `cluster.drain_timeout_s`."""
     out, console = sys.stdout, Console(stderr=True)
+    if model.warning is not None:
+        console.print(f"warning: {model.warning}", highlight=False, markup=False)
     with StopSignals() as signals:
         async with running_cluster(
             settings, model, LoadProgress(console), Milestones(), signals

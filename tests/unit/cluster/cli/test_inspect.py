@@ -32,6 +32,7 @@ FORMS: dict[Held, tuple[torch.dtype, str]] = {
     "fp32": (torch.float32, "float"),
     "bf16": (torch.bfloat16, "float"),
     "int8": (torch.float32, "int8"),
+    "int4": (torch.float32, "int4"),
 }
 # From the goldens' README: the layout, and a word on the layers.
 GOLDENS = {
@@ -74,7 +75,7 @@ def test_the_demo_model_is_what_is_inspected_by_default() -> None:
     assert line(text, "will serve") == ["yes"]
     assert line(text, "parameters") == ["11.5", "M,", "of", "which", "a", "token", "meets", "5.06", "M"]
     assert line(text, "chat template") == ["chat_template.jinja"]
-    assert line(text, "each of 2 workers") == ["16", "16.5", "MiB", "8.2", "MiB", "4.2", "MiB"]
+    assert line(text, "each of 2 workers") == ["16", "16.5", "MiB", "8.2", "MiB", "4.2", "MiB", "2.6", "MiB"]
 
 
 @pytest.mark.timeout(20)
