@@ -10,13 +10,21 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from cluster.checkpoints.memory_fit import Memory, MemoryFit, fit_model
 from cluster.checkpoints.model_facts import ModelFacts, gather_facts
 from moesaic.checkpoints.checkpoint import CONFIG_FILE, PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 from moesaic.checkpoints.mistral_params import PARAMS_FILE
 from moesaic.checkpoints.safetensors_file import read_json
 from moesaic.errors import CheckpointError
-from moesaic.families import DenseLayers, MoeModel, describe_model
-from router.text.chat_template import TEMPLATE_FILE, TEMPLATE_JSON_FILE, TOKENIZER_CONFIG_FILE, find_template
+from moesaic.families import MoeModel, describe_model
+from moesaic.settings import Settings
+from router.text.chat_template import (
+    TEMPLATE_FILE,
+    TEMPLATE_JSON_FILE,
+    TOKENIZER_CONFIG_FILE,
+    find_template,
+)
+from router.text.eos_tokens import read_eos_token_ids
 
 # The file names of tokenizers, in the order in which a router looks for them.
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*.model.v*", "tokenizer.model")
@@ -58,6 +66,7 @@ class Inspection:
     layout: str | None
     stored: StoredTensors | None
     model: ModelFacts | None
+    memory: MemoryFit | None
     tokenizer: str | None
     # The file that holds the chat template, or MISTRAL_CHAT.
     chat_template: str | None
@@ -67,15 +76,20 @@ class Inspection:
         return self.problem is None
 
 
-def inspect_folder(folder: Path, dense_layers: DenseLayers = "auto") -> Inspection:
-    """Reads headers and small files. Raises CheckpointError for a folder that cannot be read."""
+def inspect_folder(
+    folder: Path, settings: Settings | None = None, memory: Memory | None = None
+) -> Inspection:
+    """Reads headers and small files; `memory` is that of the machine that would serve. Raises CheckpointError for a folder
+    that cannot be read."""
+    settings = settings or Settings()
     names = _file_names(folder)
     tokenizer = _find_tokenizer(names)
     checkpoint, model, problem, chat = None, None, None, None
     try:
         checkpoint = open_checkpoint(folder)
-        model = describe_model(checkpoint, dense_layers)
+        model = describe_model(checkpoint, settings.dense_layers)
         chat = _find_chat(folder, tokenizer)
+        read_eos_token_ids(folder)
     except CheckpointError as error:
         problem = Problem(error.message, error.field)
     return Inspection(
@@ -85,6 +99,7 @@ def inspect_folder(folder: Path, dense_layers: DenseLayers = "auto") -> Inspecti
         layout=_guess_layout(names) if checkpoint is None else _layout(checkpoint, model),
         stored=None if checkpoint is None else _stored(checkpoint),
         model=None if checkpoint is None or model is None else gather_facts(checkpoint, model),
+        memory=None if model is None or memory is None else fit_model(model, settings, memory),
         tokenizer=tokenizer,
         chat_template=chat,
     )

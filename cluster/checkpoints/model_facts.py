@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,14 +23,18 @@ from moesaic.families.model import (
     Mixer,
 )
 
-# The formats in which experts can be held. The size of int4 depends on the machine and is not listed.
-Held = Literal["fp32", "bf16", "int8"]
-HELD: tuple[Held, ...] = ("fp32", "bf16", "int8")
+# The formats in which experts can be held.
+Held = Literal["fp32", "bf16", "int8", "int4"]
+HELD: tuple[Held, ...] = ("fp32", "bf16", "int8", "int4")
 WORKER_COUNTS = (1, 2, 4, 8)
 
-_ITEM_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+_ITEM_BYTES = {"fp32": 4, "bf16": 2}
 # An int8 weight has one scale per output. Biases are not quantised.
 _SCALE_BYTES = 4
+# An int4 weight has a scale and a zero, in bf16, for every group of inputs. Its kernel takes outputs in tiles.
+_INT4_GROUP, _INT4_TILE = 32, 16
+_INT4_GROUP_BYTES = _INT4_GROUP // 2 + 4
+_INT4_BIAS_BYTES = 2
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 _SHARED = re.compile(r"\.shared_(expert|experts|mlp)\.")
 
@@ -58,7 +62,7 @@ class LayerKind:
 
 @dataclass(frozen=True, slots=True)
 class WorkerMemory:
-    """The fullest of `workers` workers: its experts, and their bytes by format."""
+    """The fullest of `workers` workers: its experts, and their bytes by format, without one that they cannot have."""
 
     workers: int
     experts: int
@@ -108,16 +112,34 @@ def gather_facts(checkpoint: Checkpoint, model: MoeModel) -> ModelFacts:
     )
 
 
-def expert_bytes(module: ExpertModule, held: Held) -> int:
-    """The bytes of one expert's weights in a worker's memory."""
+def expert_bytes(module: ExpertModule, held: Held) -> int | None:
+    """The bytes of one expert's weights in a worker's memory; None where their sizes are none that int4 can have."""
     total = 0
     for weight in module.weights:
-        shape = module.shape(weight)
-        if held != "int8":
-            total += math.prod(shape) * _ITEM_BYTES[held]
-        else:
-            total += shape[0] * _SCALE_BYTES + (math.prod(shape) if len(shape) > 1 else 0)
+        num_bytes = _weight_bytes(module.shape(weight), held)
+        if num_bytes is None:
+            return None
+        total += num_bytes
     return total
+
+
+def _weight_bytes(shape: tuple[int, ...], held: Held) -> int | None:
+    is_bias = len(shape) == 1
+    match held:
+        case "int8":
+            return shape[0] * _SCALE_BYTES + (0 if is_bias else math.prod(shape))
+        case "int4" if is_bias:
+            return shape[0] * _INT4_BIAS_BYTES
+        case "int4":
+            fits = shape[0] % _INT4_TILE == 0 and shape[1] % _INT4_GROUP == 0
+            return math.prod(shape) // _INT4_GROUP * _INT4_GROUP_BYTES if fits else None
+        case _:
+            return math.prod(shape) * _ITEM_BYTES[held]
+
+
+def held_bytes(model: MoeModel, held: Held) -> int | None:
+    """The bytes of all experts in this form, or None where they cannot have it."""
+    return _held_bytes(model, {layer: experts.num_slots for layer, experts in model.experts.items()}, held)
 
 
 def _file_bytes(checkpoint: Checkpoint, names: set[str] | frozenset[str]) -> int:
@@ -133,12 +155,26 @@ def _worker_memory(model: MoeModel) -> Iterator[WorkerMemory]:
         yield WorkerMemory(
             workers,
             experts=max(count.total() for count in counts),
-            bytes={held: max(_held_bytes(model, count, held) for count in counts) for held in HELD},
+            bytes={
+                held: num_bytes for held in HELD if (num_bytes := _fullest(model, counts, held)) is not None
+            },
         )
 
 
-def _held_bytes(model: MoeModel, counts: Mapping[int, int], held: Held) -> int:
-    return sum(count * expert_bytes(model.experts[layer].module, held) for layer, count in counts.items())
+def _fullest(model: MoeModel, counts: Sequence[Mapping[int, int]], held: Held) -> int | None:
+    """The bytes of the worker that holds the most."""
+    found = [num_bytes for count in counts if (num_bytes := _held_bytes(model, count, held)) is not None]
+    return max(found) if len(found) == len(counts) else None
+
+
+def _held_bytes(model: MoeModel, counts: Mapping[int, int], held: Held) -> int | None:
+    total = 0
+    for layer, count in counts.items():
+        num_bytes = expert_bytes(model.experts[layer].module, held)
+        if num_bytes is None:
+            return None
+        total += count * num_bytes
+    return total
 
 
 def _layer_kinds(model: MoeModel) -> tuple[LayerKind, ...]:

@@ -98,14 +98,14 @@ def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) ->
 
 
 @app.command(epilog=_examples("moesaic inspect ./model", "moesaic inspect hf://ORG/NAME --json"))
-@with_settings("dense_layers")
+@with_settings("dense_layers", "dtype", "worker.expert_dtype", "cluster.routers", "cluster.replicas")
 def inspect(model: Model = None, *, flags: SettingFlags, as_json: Json = False) -> None:
     """Show what a model's folder holds, how much memory it takes, and whether it can be served."""
     with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.cli.inspect import run_inspect
 
         settings = flags.load(model=model)
-        run_inspect(settings.model, settings.dense_layers, as_json=as_json)
+        run_inspect(settings.model, settings, as_json=as_json)
 
 
 @app.command(epilog=_examples("moesaic demo", 'moesaic demo --prompt "JULIET:" --workers 8'))

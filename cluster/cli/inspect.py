@@ -17,20 +17,24 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.checkpoints.inspection import Inspection, StoredTensors, inspect_folder
+from cluster.checkpoints.memory_fit import Memory, MemoryFit
 from cluster.checkpoints.model_facts import HELD, LayerKind, ModelFacts
 from cluster.checkpoints.model_source import DEMO_MODEL, find_model
+from cluster.observation.machine_memory import read_memory
 from cluster.terminal.tables import amount, count, files, new_table, size
-from moesaic.families import DenseLayers
+from moesaic.settings import Settings
 
 # The exit code for a folder that cannot be served, the same as that of `moesaic serve`.
 WILL_NOT_SERVE = 2
 
+_FIT_WORDS = {"fits": "fits", "tight": "tight", "no": "does not fit"}
 _DTYPE_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8"}
 
 
-def run_inspect(model: str | None, dense_layers: DenseLayers, *, as_json: bool) -> None:
+def run_inspect(model: str | None, settings: Settings, *, as_json: bool) -> None:
     """Prints a folder's facts. Raises CheckpointError without one, typer.Exit if it cannot be served."""
-    inspection = inspect_folder(find_model(model or str(DEMO_MODEL)), dense_layers)
+    memory = Memory(*read_memory())
+    inspection = inspect_folder(find_model(model or str(DEMO_MODEL)), settings, memory)
     if as_json:
         print(json.dumps({"serves": inspection.serves, **asdict(inspection)}))
     else:
@@ -44,7 +48,8 @@ def print_inspection(inspection: Inspection, out: Console) -> None:
     out.print(_outline(inspection))
     if inspection.model is None:
         return
-    for table in (_layer_table(inspection.model.layers), _memory_table(inspection.model)):
+    tables = [_layer_table(inspection.model.layers), _memory_table(inspection.model, inspection.memory)]
+    for table in tables:
         out.print()
         out.print(table)
 
@@ -71,6 +76,8 @@ def _lines(inspection: Inspection) -> Iterator[tuple[str, Text]]:
         yield "files", Text(_files(inspection.stored, inspection.model))
     if inspection.model is not None:
         yield from _model_lines(inspection.model)
+    if inspection.memory is not None:
+        yield "memory", Text(inspection.memory.sentence)
     yield "tokenizer", Text(inspection.tokenizer or "none: prompts are token ids")
     yield "chat template", Text(inspection.chat_template or "none")
 
@@ -124,10 +131,19 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-def _memory_table(model: ModelFacts) -> Table:
+def _memory_table(model: ModelFacts, memory: MemoryFit | None) -> Table:
     table = new_table("weights in memory", ">experts", *(f">{held}" for held in HELD))
-    table.add_row("router", "", *(size(model.router_bytes[held]) for held in model.router_bytes))
-    for memory in model.worker_memory:
-        name = "a single worker" if memory.workers == 1 else f"each of {memory.workers} workers"
-        table.add_row(name, count(memory.experts), *(size(memory.bytes[held]) for held in HELD))
+    table.add_row("router", "", *(_size(model.router_bytes.get(held)) for held in HELD))
+    for held_by in model.worker_memory:
+        name = "a single worker" if held_by.workers == 1 else f"each of {held_by.workers} workers"
+        table.add_row(name, count(held_by.experts), *(_size(held_by.bytes.get(held)) for held in HELD))
+    if memory is not None:
+        table.add_row("router and experts", "", *(_size(memory.bytes.get(held)) for held in HELD))
+        table.add_row(
+            "on this machine", "", *(_FIT_WORDS.get(memory.fits.get(held, ""), "") for held in HELD)
+        )
     return table
+
+
+def _size(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else size(num_bytes)

@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from cluster.checkpoints.memory_fit import Memory, chosen_form, fit_model
 from cluster.checkpoints.model_source import DEMO_MODEL, find_model, name_model
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.launch.milestones import Milestones
+from cluster.observation.machine_memory import read_memory
 from cluster.processes.process_plan import check_counts, plan_processes
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.addresses import is_loopback, join_address
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
-from moesaic.errors import Unavailable
+from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings
 from moesaic.stop_signals import StopSignals
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 # The controller and the gateway.
 NUM_OTHER_PROCESSES = 2
+# Present where the driver of a GPU is loaded.
+_NVIDIA_DEVICE = "/dev/nvidiactl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class CheckedModel:
     name: str
     shape: MoeModel
     identity: FolderIdentity
+    # Says that memory may be short.
+    warning: str | None = None
 
 
 def check_model(settings: Settings) -> CheckedModel:
@@ -58,8 +64,22 @@ def check_model(settings: Settings) -> CheckedModel:
     checkpoint = open_checkpoint(folder)
     shape = describe_model(checkpoint, settings.dense_layers)
     check_counts(settings, shape)
+    warning = check_memory(settings, shape, Memory(*read_memory()), has_gpu=Path(_NVIDIA_DEVICE).exists())
     name = settings.served_model_name or name_model(source)
-    return CheckedModel(folder, name, shape, FolderIdentity.of(checkpoint))
+    return CheckedModel(folder, name, shape, FolderIdentity.of(checkpoint), warning)
+
+
+def check_memory(settings: Settings, shape: MoeModel, memory: Memory, *, has_gpu: bool) -> str | None:
+    """A warning if the weights fit on this machine only when other programs give memory back. Says nothing where other
+    machines or a GPU may hold them. Raises InvalidArgument for weights that can never fit."""
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not has_gpu)
+    fit = fit_model(shape, settings, memory)
+    verdict = fit.fits.get(chosen_form(settings))
+    if settings.cluster.address is not None or not on_cpu or verdict in (None, "fits"):
+        return None
+    if verdict == "no":
+        raise InvalidArgument(f"model: {fit.sentence}", field="model")
+    return fit.sentence
 
 
 @contextlib.asynccontextmanager
@@ -145,6 +165,8 @@ async def _stop_when_lost(ray: RayCluster, signals: StopSignals) -> None:
 async def serve(settings: Settings, model: CheckedModel, *, as_json: bool) -> None:
     """Serves until a signal; then running requests may end within `cluster.drain_timeout_s`."""
     out, progress = sys.stdout, LoadProgress(Console(stderr=True))
+    if model.warning is not None:
+        progress.announce(f"warning: {model.warning}")
     with StopSignals() as signals:
         async with running_cluster(settings, model, progress, Milestones(), signals):
             print(_ready_line(settings, as_json=as_json), file=out, flush=True)

@@ -64,9 +64,23 @@ def read_decoder(config: Config) -> DecoderSizes:
         num_layers=config.size("num_hidden_layers", most=MAX_LAYERS),
         hidden_size=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
-        max_model_len=config.size("max_position_embeddings"),
+        max_model_len=_context(config, config.size("max_position_embeddings")),
         tied=config.flag("tie_word_embeddings", default=False),
     )
+
+
+def _context(config: Config, max_model_len: int) -> int:
+    """Limits the context to the length of the original training. Beyond it, the positions of all tokens of a batch would
+    change as soon as one sequence exceeds that length."""
+    values = config.values.get("rope_parameters") or config.values.get("rope_scaling")
+    if not isinstance(values, Mapping) or "longrope" not in (values.get("rope_type"), values.get("type")):
+        return max_model_len
+    original = values.get("original_max_position_embeddings")
+    if original is None:
+        original = config.values.get("original_max_position_embeddings")
+    if type(original) is not int or original < 1:
+        config.fail("original_max_position_embeddings", "must be a whole number above zero")
+    return min(original, max_model_len)
 
 
 def read_slots(config: Config, *keys: str) -> Slots:

@@ -182,7 +182,7 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         mixers=mixers,
         experts=_read_experts(checkpoint, config, decoder),
         dense=(),
-        size_checks=_size_checks(mixers[0]),
+        size_checks=(("vocab_size", decoder.vocab_size, blocks.HEAD, 0), *_size_checks(mixers[0])),
         num_predictors=read_num_predictors(config),
     )
     return _with_dense(checkpoint, family, model)

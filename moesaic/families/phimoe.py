@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 
 from moesaic.checkpoints.checkpoint import Checkpoint
 from moesaic.families import blocks
@@ -29,7 +28,6 @@ _NUM_CHOSEN = 2
 
 def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
     decoder = read_decoder(config)
-    decoder = replace(decoder, max_model_len=_context(config, decoder.max_model_len))
     attention = blocks.read_attention(
         config, decoder.hidden_size, window=config.optional_size("sliding_window")
     )
@@ -64,20 +62,6 @@ def describe(checkpoint: Checkpoint, config: Config) -> MoeModel:
         dense=dense(),
         size_checks=expert_size_checks(0, experts, slots, gate, "intermediate_size"),
     )
-
-
-def _context(config: Config, max_model_len: int) -> int:
-    """Limits the context to the length of the original training. Beyond it, the positions of all tokens of a batch would
-    change as soon as one sequence exceeds that length."""
-    values = config.values.get("rope_parameters") or config.values.get("rope_scaling")
-    if not isinstance(values, Mapping) or "longrope" not in (values.get("rope_type"), values.get("type")):
-        return max_model_len
-    original = values.get("original_max_position_embeddings")
-    if original is None:
-        original = config.values.get("original_max_position_embeddings")
-    if type(original) is not int or original < 1:
-        config.fail("original_max_position_embeddings", "must be a whole number above zero")
-    return min(original, max_model_len)
 
 
 def _ends(decoder: DecoderSizes, *, head_bias: bool) -> blocks.Named:

@@ -8,7 +8,6 @@ without a tokenizer can be served with token ids.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from moesaic.errors import CheckpointError, InvalidArgument, Unsupported
+from moesaic.errors import InvalidArgument, Unsupported
 from router.text.chat_template import TOKENIZER_CONFIG_FILE, ChatTemplate, find_template
 from router.text.control_tokens import ControlTokens
 from router.text.detokenizer import Detokenizer
+from router.text.eos_tokens import read_eos_token_ids, read_object
 from router.text.hf_tokenizer import TOKENIZER_FILE, read_hf_tokenizer
 from router.text.length_bound import bytes_per_token
 from router.text.mistral_chat import MistralChat, find_mistral_chat
@@ -155,12 +155,12 @@ def load_text(folder: str | Path) -> Text:
     Raises CheckpointError if a tokenizer, a template or an end-of-sequence id exists and cannot be used.
     """
     folder = Path(folder)
-    config = _read_object(folder / TOKENIZER_CONFIG_FILE)
+    config = read_object(folder / TOKENIZER_CONFIG_FILE)
     mistral_file = None if (folder / TOKENIZER_FILE).is_file() else find_mistral_file(folder)
     tokenizer = (
         _load_tokenizer(folder) if mistral_file is None else read_mistral_tokenizer(mistral_file, config)
     )
-    eos_token_ids = _eos_token_ids(folder)
+    eos_token_ids = read_eos_token_ids(folder)
     if tokenizer is None:
         return Text(None, eos_token_ids)
     if tokenizer.eos_token_id is not None:
@@ -183,34 +183,6 @@ def _load_tokenizer(folder: Path) -> TextTokenizer | None:
         log.warning("the model folder has no tokenizer: prompts are token ids only")
         return None
     return read_hf_tokenizer(folder)
-
-
-def _eos_token_ids(folder: Path) -> frozenset[int]:
-    """The end-of-sequence ids in generation_config.json, or without an entry there, in config.json."""
-    for name in ("generation_config.json", "config.json"):
-        found = _read_object(folder / name).get("eos_token_id")
-        if found is not None:
-            return _checked_ids(found, name)
-    return frozenset()
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty if there is no file."""
-    try:
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not a JSON object", field=path.name) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object", field=path.name)
-    return found
-
-
-def _checked_ids(found: object, name: str) -> frozenset[int]:
-    token_ids = found if isinstance(found, list) else [found]
-    if not all(type(token_id) is int and token_id >= 0 for token_id in token_ids):
-        message = f"{name}: eos_token_id must be a token id or a list of token ids"
-        raise CheckpointError(message, field="eos_token_id")
-    return frozenset(token_ids)
 
 
 def _check_variables(variables: Mapping[str, Any]) -> None:

@@ -181,11 +181,9 @@ def _load(
     exact: frozenset[str],
 ) -> None:
     """Reads every parameter. Raises CheckpointError for one that is missing or that no module has."""
+    _check_shapes(modules, model)
     tensors = read_dense(checkpoint, model.dense, dtype=layout.dtype, device=layout.device, exact=exact)
     loaded = modules.load_state_dict(dict(tensors), strict=False, assign=True)
-    if loaded.unexpected_keys:
-        source = model.dense[loaded.unexpected_keys[0]].source
-        raise CheckpointError(f"tensor {source} is not part of the model", field=source)
     # What was loaded stays as it is: a head of its own is not tied, whatever the config says.
     modules.tie_weights(missing_keys=set(loaded.missing_keys), recompute_mapping=False)
     _rebuild_buffers(modules, layout.device)
@@ -193,6 +191,19 @@ def _load(
         tensor.requires_grad_(False)
         if tensor.device.type == "meta":
             raise CheckpointError(f"tensor {name} is missing", field=name)
+
+
+def _check_shapes(modules: PreTrainedModel, model: MoeModel) -> None:
+    """Refuses a tensor that no module has, or has in another shape, before any is read."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in modules.state_dict().items()}
+    for name, tensor in model.dense.items():
+        if name not in shapes:
+            raise CheckpointError(f"tensor {tensor.source} is not part of the model", field=tensor.source)
+        if shapes[name] != tensor.shape:
+            raise CheckpointError(
+                f"tensor {tensor.source} has shape {list(tensor.shape)}, its module has {list(shapes[name])}",
+                field=tensor.source,
+            )
 
 
 def _rebuild_buffers(modules: PreTrainedModel, device: torch.device) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import write_mixtral
 from support.sparse_checkpoints import MIXTRAL_8X7B, TINY_MISTRAL, write_sparse_decoder
+from support.tiny_families import random_model, write_family
 from typer.testing import CliRunner
 
 from cluster.checkpoints.inspection import inspect_folder
@@ -31,6 +32,7 @@ FORMS: dict[Held, tuple[torch.dtype, str]] = {
     "fp32": (torch.float32, "float"),
     "bf16": (torch.bfloat16, "float"),
     "int8": (torch.float32, "int8"),
+    "int4": (torch.float32, "int4"),
 }
 # From the goldens' README: the layout, and a word on the layers.
 GOLDENS = {
@@ -73,7 +75,7 @@ def test_the_demo_model_is_what_is_inspected_by_default() -> None:
     assert line(text, "will serve") == ["yes"]
     assert line(text, "parameters") == ["11.5", "M,", "of", "which", "a", "token", "meets", "5.06", "M"]
     assert line(text, "chat template") == ["chat_template.jinja"]
-    assert line(text, "each of 2 workers") == ["16", "16.5", "MiB", "8.2", "MiB", "4.2", "MiB"]
+    assert line(text, "each of 2 workers") == ["16", "16.5", "MiB", "8.2", "MiB", "4.2", "MiB", "2.6", "MiB"]
 
 
 @pytest.mark.timeout(20)
@@ -239,3 +241,16 @@ def test_large_numbers_have_three_digits() -> None:
         "1.00 M",
         "12.3 K",
     ]
+
+
+def test_end_tokens_that_a_router_would_refuse_are_a_reason(tmp_path: Path) -> None:
+    folder = write_mixtral(tmp_path / "tiny")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    assert report_of(str(folder), exit_code=2)["problem"]["field"] == "eos_token_id"
+
+
+def test_a_head_of_another_size_is_a_reason_in_every_family(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, random_model("minimax_m2"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.zeros(95, 32)}, folder / "model.safetensors")
+    assert report_of(str(folder), exit_code=2)["problem"]["field"] == "config.json: vocab_size"

@@ -145,3 +145,8 @@ def test_an_expert_without_rows_is_refused_by_name() -> None:
 
 def test_the_families_are_those_that_were_compared() -> None:
     assert TINY.keys() > generic.NAMES
+
+
+def test_the_context_ends_where_longrope_would_change_the_positions_of_a_batch() -> None:
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    assert describe_model(with_config(tiny_index("minimax_m2"), rope_parameters=longrope)).max_model_len == 64

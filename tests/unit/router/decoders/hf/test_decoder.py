@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.checkpoints import write_mixtral
 from support.random_models import random_model, write_model
 from support.tiny_families import SIZES, TINY
@@ -138,3 +139,12 @@ def test_queries_grow_with_the_position_of_their_token_not_with_its_place_in_the
     growth = Temperature(scale=0.5, floor=4.0).of(positions)
     expected = [1.0, 1 + 0.5 * torch.log(torch.tensor(2.0)), 1 + 0.5 * torch.log(torch.tensor(4.0)), 1.0]
     torch.testing.assert_close(growth, torch.tensor(expected))
+
+
+def test_a_tensor_whose_module_has_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_model(random_model("minimax_m2", 0, **SIZES | TINY["minimax_m2"]), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.ones(8)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"shape \[8\], its module has \[32\]") as refused:
+        load(folder)
+    assert refused.value.field == "model.norm.weight"
