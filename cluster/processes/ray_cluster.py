@@ -205,8 +205,8 @@ class RayCluster:
         start = partial(cls._start_local, logs, force, places(os.environ), num_processes)
         try:
             return await start()
-        except RayTimeoutError as error:
-            log.warning("%s; it is tried once more", error.message)
+        except RayTimeoutError:
+            log.warning("Ray did not start within 30 s: starting it once more")
             return await start()
 
     @classmethod
