@@ -7,12 +7,12 @@ share: contracts, errors, channels, telemetry.
 from importlib.metadata import PackageNotFoundError, version
 
 from moesaic import errors
-from moesaic.client import Client
-from moesaic.completion import Completion, Token
-from moesaic.model_info import ModelInfo
-from moesaic.router_stats import RouterStats
-from moesaic.sync_client import SyncClient
-from moesaic.tokenization import Tokenization
+from moesaic.client.client import Client
+from moesaic.client.completion import Completion, Token
+from moesaic.client.model_info import ModelInfo
+from moesaic.client.router_stats import RouterStats
+from moesaic.client.sync_client import SyncClient
+from moesaic.client.tokenization import Tokenization
 
 try:
     __version__ = version("moesaic")

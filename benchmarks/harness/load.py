@@ -19,7 +19,7 @@ from cluster.bench.load import closed_loop
 from cluster.bench.workload import Lengths, LoadRequest, Workload
 from harness.phases import Phases, phases_between
 from moesaic import Client
-from moesaic.router_stats import RouterStats
+from moesaic.client.router_stats import RouterStats
 
 Prompt = tuple[int, ...]
 IDLE_TIMEOUT_S = 60.0

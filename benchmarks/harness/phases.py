@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from harness.result import Table
 from harness.turns import Turns
-from moesaic.router_stats import RouterStats
+from moesaic.client.router_stats import RouterStats
 
 # The parts of the router's wait for a layer in which its worker does not compute.
 OVERHEAD = ("wire", "worker decode", "worker queue", "worker encode")

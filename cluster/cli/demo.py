@@ -26,8 +26,8 @@ from cluster.terminal.load_progress import LoadProgress
 from cluster.terminal.tables import bar, count, new_table, size
 from cluster.terminal.word_flow import WordFlow
 from moesaic import Client
+from moesaic.client.generate_request import GenerateOptions
 from moesaic.errors import DataLoss, Unavailable
-from moesaic.generate_request import GenerateOptions
 from moesaic.settings import ClusterSettings, Settings
 from moesaic.stop_signals import StopSignals
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cluster.observation.observer import Observer
 from cluster.terminal.word_flow import WordFlow
 from moesaic import Client
-from moesaic.generate_request import GenerateOptions
+from moesaic.client.generate_request import GenerateOptions
 from moesaic.v1 import control_pb2
 
 # Fewer tokens have no middle in which to kill anybody.

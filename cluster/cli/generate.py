@@ -11,8 +11,8 @@ from rich.console import Console
 
 from cluster.cli.router_client import router_client
 from moesaic import Client, Completion, Token
+from moesaic.client.generate_request import GenerateOptions
 from moesaic.errors import InvalidArgument
-from moesaic.generate_request import GenerateOptions
 
 
 def read_prompt(prompt: str | None, stdin: TextIO) -> str:

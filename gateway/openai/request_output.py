@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moesaic.completion import FINISH_REASONS
+from moesaic.client.completion import FINISH_REASONS
 from moesaic.errors import DataLoss
 from moesaic.v1 import inference_pb2 as pb
 

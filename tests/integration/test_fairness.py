@@ -11,7 +11,7 @@ from support.checkpoints import write_mixtral
 from support.processes import running_router, running_workers
 
 from moesaic import rpc
-from moesaic.client import Client
+from moesaic.client.client import Client
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 
 WAIT_S = 60.0

@@ -8,7 +8,7 @@ import torch
 from support.checkpoints import random_mixtral, write_mixtral
 from support.processes import running_router, running_workers
 
-from moesaic.sync_client import SyncClient
+from moesaic.client.sync_client import SyncClient
 
 CONTEXT = 32768
 NUM_NEW = 4

@@ -17,7 +17,7 @@ from support.local_router import router_config
 from support.processes import Process, running_workers
 
 from moesaic import rpc
-from moesaic.client import Client
+from moesaic.client.client import Client
 from moesaic.errors import MoesaicError
 from moesaic.routing_table import Replica, RoutingTable, Snapshot
 from moesaic.v1 import expert_pb2, expert_pb2_grpc

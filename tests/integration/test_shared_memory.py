@@ -19,10 +19,10 @@ from support.processes import Process, running_router, running_workers
 from support.wire_tensors import from_wire
 
 from moesaic import rpc
+from moesaic.client.sync_client import SyncClient
 from moesaic.epoch import ExpertAddress, versions_from_proto
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.routing_table import Replica
-from moesaic.sync_client import SyncClient
 from moesaic.transports import shared_memory
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from router.workers.transports.base import SHARED_MEMORY

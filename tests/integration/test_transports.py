@@ -17,9 +17,9 @@ from support.expert_calls import compute_request
 from support.processes import Process, running_router, running_workers
 
 from moesaic import rpc
+from moesaic.client.sync_client import SyncClient
 from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica
-from moesaic.sync_client import SyncClient
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, Transport, TransportKind
 from router.workers.transports.direct_stream import MAX_ROWS_BYTES

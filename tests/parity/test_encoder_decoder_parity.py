@@ -25,9 +25,9 @@ from support.local_router import LocalRouter, local_router, lonely_router
 from support.processes import running_router, running_workers
 from torch import Tensor
 
+from moesaic.client.sync_client import SyncClient
 from moesaic.errors import Unsupported
 from moesaic.families import DenseLayers
-from moesaic.sync_client import SyncClient
 from router.attention.packed_batch import pack
 from router.decoders.decoder import MicroBatch
 from router.decoders.encoder_decoder.batch import PromptRows

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from support.processes import running_router, running_workers
 
 from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.client.sync_client import SyncClient
 from moesaic.families import describe_model
-from moesaic.sync_client import SyncClient
 
 pytestmark = pytest.mark.shared
 

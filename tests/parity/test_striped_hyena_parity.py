@@ -17,8 +17,8 @@ from support.local_router import local_router, lonely_router, router_config
 from support.processes import running_router, running_workers
 from support.striped_hyena import EVO, Reference, write_striped_hyena
 
+from moesaic.client.sync_client import SyncClient
 from moesaic.epoch import Epoch
-from moesaic.sync_client import SyncClient
 from router.assembly import load_router
 from router.attention.packed_batch import pack
 from router.attention.rotary import pairs_side_by_side

@@ -82,7 +82,11 @@ def folders(paths: Iterable[Path]) -> set[str]:
 
 def test_the_clients_wheel_holds_the_client_alone(client: Wheel) -> None:
     assert folders(client.files) == {"moesaic"}
-    assert {path.parent for path in client.modules} == {Path("moesaic"), Path("moesaic/v1")}
+    assert {path.parent for path in client.modules} == {
+        Path("moesaic"),
+        Path("moesaic/client"),
+        Path("moesaic/v1"),
+    }
     assert client.path.stat().st_size < CLIENT_BYTES
 
 
@@ -197,7 +201,7 @@ def test_every_module_of_the_client_needs_no_more_than_the_client_installs(clien
 async def test_the_command_works_from_the_clients_wheel(
     client: Wheel, arguments: tuple[str, ...], output: str
 ) -> None:
-    program = "from moesaic.command import client_command; client_command()"
+    program = "from moesaic.client.command import client_command; client_command()"
 
     async with running(FakeRouter()) as router:
         result = await asyncio.to_thread(run_client, client, program, *arguments, "--grpc", router.address)

@@ -32,7 +32,7 @@ import {module}
 
 @pytest.mark.parametrize(
     ("module", "blocked"),
-    [("moesaic", CLIENT_LACKS), ("moesaic.client", CLIENT_LACKS), ("gateway.server", GATEWAY_LACKS)],
+    [("moesaic", CLIENT_LACKS), ("moesaic.client.client", CLIENT_LACKS), ("gateway.server", GATEWAY_LACKS)],
 )
 def test_a_module_imports_without_what_its_install_lacks(module: str, blocked: tuple[str, ...]) -> None:
     script = SCRIPT.format(blocked=blocked, module=module)

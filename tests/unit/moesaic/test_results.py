@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from moesaic.model_info import ModelInfo
-from moesaic.router_stats import GateStats, PhaseTime, RouterStats, WorkerTraffic
-from moesaic.tokenization import Tokenization
+from moesaic.client.model_info import ModelInfo
+from moesaic.client.router_stats import GateStats, PhaseTime, RouterStats, WorkerTraffic
+from moesaic.client.tokenization import Tokenization
 from moesaic.v1 import inference_pb2 as pb
 
 PAIRS: list[tuple[Any, Any]] = [

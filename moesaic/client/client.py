@@ -13,11 +13,10 @@ from typing import Any, Self, Unpack
 import grpc
 
 from moesaic import rpc, telemetry
-from moesaic.attempts import Attempts
-from moesaic.call_failure import explain
-from moesaic.completion import Completion, Token, TokenReader
-from moesaic.errors import Cancelled, FailedPrecondition
-from moesaic.generate_request import (
+from moesaic.client.attempts import Attempts
+from moesaic.client.call_failure import explain
+from moesaic.client.completion import Completion, Token, TokenReader
+from moesaic.client.generate_request import (
     ChatMessage,
     GenerateOptions,
     Prompt,
@@ -28,10 +27,11 @@ from moesaic.generate_request import (
     shows_options,
     tokenize_request,
 )
-from moesaic.model_info import ModelInfo
-from moesaic.router_stats import RouterStats
-from moesaic.target import check_target
-from moesaic.tokenization import Tokenization
+from moesaic.client.model_info import ModelInfo
+from moesaic.client.router_stats import RouterStats
+from moesaic.client.target import check_target
+from moesaic.client.tokenization import Tokenization
+from moesaic.errors import Cancelled, FailedPrecondition
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
 

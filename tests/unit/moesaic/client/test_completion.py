@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moesaic.completion import Completion, Token, TokenReader
+from moesaic.client.completion import Completion, Token, TokenReader
 from moesaic.v1 import inference_pb2 as pb
 
 PROMPT = pb.PromptInfo(token_ids=[1, 2], text="ab")

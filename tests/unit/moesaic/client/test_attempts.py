@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.attempts import MAX_RETRIES, Attempts
+from moesaic.client.attempts import MAX_RETRIES, Attempts
 from moesaic.errors import InternalError, MoesaicError, Overloaded, Unavailable
 
 

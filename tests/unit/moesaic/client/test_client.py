@@ -19,7 +19,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from support.fake_router import EOS, FakeRouter, RunningRouter, encode, logprob_at, running
 
 from moesaic import Client, SyncClient, Token, errors, rpc
-from moesaic.call_failure import explain
+from moesaic.client.call_failure import explain
 from moesaic.v1 import inference_pb2 as pb
 
 

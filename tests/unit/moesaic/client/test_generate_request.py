@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from moesaic import Client, SyncClient
-from moesaic.errors import InvalidArgument
-from moesaic.generate_request import (
+from moesaic.client.generate_request import (
     GenerateOptions,
     detokenize_request,
     generate_request,
     tokenize_request,
 )
+from moesaic.errors import InvalidArgument
 from moesaic.v1 import inference_pb2 as pb
 
 

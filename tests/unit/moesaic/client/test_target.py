@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from moesaic.client.target import check_target
 from moesaic.errors import InvalidArgument
-from moesaic.target import check_target
 
 
 @pytest.mark.parametrize(

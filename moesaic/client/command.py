@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 
+from moesaic.client.sync_client import SyncClient
 from moesaic.exit_codes import exit_with_code
-from moesaic.sync_client import SyncClient
 
 DEFAULT_ROUTER = "127.0.0.1:50051"
 DEFAULT_MAX_TOKENS = 128

@@ -15,9 +15,9 @@ import pytest
 from support.fake_router import FakeRouter, RunningRouter, running
 
 from cluster.cli.main import main
-from moesaic import command
+from moesaic.client import command
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture
