@@ -9,6 +9,27 @@ from moesaic.v1 import inference_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a request that sets none of them is sampled with."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+
+    @classmethod
+    def from_pb(cls, sampling: pb.SamplingParams) -> Self:
+        return cls(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The model that a router serves."""
 
@@ -30,6 +51,7 @@ class ModelInfo:
     control_address: str
     # Whether an encoder reads the prompt. Such a model supports neither chat nor echo nor prompt_logprobs.
     encodes_prompts: bool
+    sampling_defaults: SamplingDefaults
 
     @classmethod
     def from_pb(cls, info: pb.GetModelInfoResponse) -> Self:
@@ -49,4 +71,5 @@ class ModelInfo:
             created=info.created,
             control_address=info.control_address,
             encodes_prompts=info.encodes_prompts,
+            sampling_defaults=SamplingDefaults.from_pb(info.sampling_defaults),
         )
