@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -87,9 +87,9 @@ def build_app(routers: Routers, *, max_body_bytes: int, timeout_s: float) -> Fas
         # `Edge` makes the spans. The framework's own would record bodies that fail validation.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    for routes in (_generation(routers, timeout_s), _tokens(routers), _models(routers), _state(routers)):
+    groups = [_generation(routers, timeout_s), _tokens(routers), _models(routers), _state(routers)]
+    for routes in (*groups, _index(app, groups)):
         app.include_router(routes)
-    _add_index(app)
     _handle_errors(app, max_body_bytes)
     return app
 
@@ -159,15 +159,20 @@ def _state(routers: Routers) -> APIRouter:
     return routes
 
 
-def _add_index(app: FastAPI) -> None:
-    @app.get("/")
-    async def index() -> replies.Index:
-        return replies.Index(
-            name=app.title,
-            version=app.version,
-            routes=[path for path in app.openapi()["paths"] if path != "/"],
-            openapi=str(app.openapi_url),
-        )
+def _index(app: FastAPI, groups: Sequence[APIRouter]) -> APIRouter:
+    index = replies.Index(
+        name=app.title,
+        version=app.version,
+        routes=[route.path for routes in groups for route in routes.routes if isinstance(route, APIRoute)],
+        openapi=str(app.openapi_url),
+    )
+    routes = APIRouter()
+
+    @routes.get("/")
+    async def show() -> replies.Index:
+        return index
+
+    return routes
 
 
 def _check_serving(routers: Routers) -> None:

@@ -25,17 +25,16 @@ def tokenize(
     """
     token_ids = _token_ids(request, text)
     response = inference_pb2.TokenizeResponse(max_model_len=max_model_len)
+    num_chars = 0
     for start in range(0, len(token_ids), _PIECE):
         piece = token_ids[start : start + _PIECE]
         response.token_ids.extend(piece)
         if request.return_tokens:
-            response.tokens.extend(map(text.token, piece))
-    if response.ByteSize() > PUBLIC_MESSAGE_BYTES:
-        raise InvalidArgument(
-            f"prompt: an answer with its {len(token_ids)} tokens exceeds {PUBLIC_MESSAGE_BYTES} bytes",
-            field="prompt",
-            reason=TOO_LARGE,
-        )
+            spelled = list(map(text.token, piece))
+            num_chars += sum(map(len, spelled))
+            _check_size(num_chars, len(token_ids))
+            response.tokens.extend(spelled)
+    _check_size(response.ByteSize(), len(token_ids))
     return response
 
 
@@ -45,6 +44,15 @@ def detokenize(
     token_ids = tuple(request.token_ids)
     check_token_ids("tokens", token_ids, vocab_size)
     return inference_pb2.DetokenizeResponse(text=text.decode(token_ids, skip_special_tokens=False))
+
+
+def _check_size(num_bytes: int, num_tokens: int) -> None:
+    if num_bytes > PUBLIC_MESSAGE_BYTES:
+        raise InvalidArgument(
+            f"prompt: an answer with its {num_tokens} tokens exceeds {PUBLIC_MESSAGE_BYTES} bytes",
+            field="prompt",
+            reason=TOO_LARGE,
+        )
 
 
 def _token_ids(request: inference_pb2.TokenizeRequest, text: Text) -> tuple[int, ...]:

@@ -163,7 +163,7 @@ async def test_a_deadline_ends_a_request_and_nothing_else(client: Client) -> Non
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"prompt": ""}, "prompt"),
+        ({"prompt": "", "add_special_tokens": False}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [4096]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
@@ -171,7 +171,7 @@ async def test_a_deadline_ends_a_request_and_nothing_else(client: Client) -> Non
         ({"prompt": "a", "max_tokens": 5000}, None),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "temperature": "warm"}, "temperature"),
-        ({"prompt": "a", "top_p": 0}, "top_p"),
+        ({"prompt": "a", "top_p": -0.1}, "top_p"),
         ({"prompt": "a", "logprobs": 1000}, "logprobs"),
         ({"prompt": "a", "logit_bias": {"99999": 1}}, "logit_bias"),
         ({"prompt": "a", "n": 0}, "n"),
