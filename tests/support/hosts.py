@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from support.serve_command import END_TIMEOUT_S, MOESAIC, START_TIMEOUT_S, until
 
@@ -123,9 +125,11 @@ class HostServe:
         return code
 
     def stop(self) -> None:
-        """Ends it, and with it all that it has started."""
+        """Ends it as Ctrl-C does, and with it all that it has started."""
         if self.popen.poll() is None:
-            self.popen.terminate()
+            # What was started is the way into the host, which passes no signals on.
+            for process in psutil.Process(self.popen.pid).children():
+                process.send_signal(signal.SIGINT)
         self.end()
         for pipe in (self.popen.stdout, self.popen.stderr):
             assert pipe is not None
