@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,4 +74,18 @@ def test_a_dense_model_answers_alike_with_and_without_workers(tmp_path: Path) ->
             assert [(info.num_experts, info.num_experts_per_token) for info in infos] == [(0, 0), (1, 1)]
             stats = client.router_stats()
             assert not stats.workers and stats.generated_tokens >= 12
+        assert router.stop() == 0
+
+
+def test_a_router_says_how_many_experts_lost_their_worker(tmp_path: Path) -> None:
+    folder = write_mixtral(tmp_path / "tiny")
+    with running_workers(folder, ["0-1", "2-3"]) as workers, running_router(folder, workers) as router:
+        with SyncClient(router.address) as client:
+            before = client.router_stats()
+            assert (before.experts, before.experts_without_worker) == (8, 0)
+            workers[1].kill()
+            deadline_s = time.monotonic() + 60.0
+            while client.router_stats().experts_without_worker != 4:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.1)
         assert router.stop() == 0
