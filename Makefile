@@ -8,10 +8,10 @@ PYTHON ?= python3.11
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml moesaic/pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a minute or two"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ./moesaic --editable '.[dev]'
 	@touch $(STAMP)
 
 lint: $(STAMP)  ## format and mend what can be mended

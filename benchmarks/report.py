@@ -1,8 +1,9 @@
 """Writes the figures of the last run into the marked blocks of docs/performance.md, and keeps the prose.
 
 A block begins with `<!-- bench:NAME -->` and ends with `<!-- /bench:NAME -->`. NAME is a result (whose block
-has the tables, figures and notes of NAME.json), `judged` (every target with its figure and verdict) or
-`machine`.
+has the tables, figures and notes of NAME.json), `speed` (the rates of decode.json and what follows from them),
+`judged` (every target with its figure and verdict) or `machine`. A figure stands in one place: in the judged
+table, in a table of its result, or in the list below those.
 
 Run: python benchmarks/report.py [--results benchmarks/results] [--document docs/performance.md] [--to FILE]
 """
@@ -17,7 +18,8 @@ from typing import Annotated
 import typer
 from harness import options
 from harness.result import Figure, Result, Table
-from harness.targets import TARGETS, Target
+from harness.speed_summary import summarise
+from harness.targets import BY_KEY, TARGETS, Target
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench:(?P=name) -->)", re.DOTALL)
@@ -53,6 +55,8 @@ def _block(name: str, results: Mapping[str, Result]) -> str | None:
         return judged_table(results.values()).markdown
     if name == "machine":
         return "\n".join(dict.fromkeys(_machine(result) for result in results.values()))
+    if name == "speed":
+        return summarise(results["decode"]) if "decode" in results else None
     return render_result(results[name]) if name in results else None
 
 
@@ -77,12 +81,23 @@ def _judged(target: Target, figure: Figure | None) -> tuple[str, ...]:
 def render_result(result: Result) -> str:
     """The tables, then figures and notes, then the command and its date."""
     parts = [table.markdown for table in result.tables]
-    if result.figures:
-        parts.append("\n".join(f"- {figure.name}: {figure.text}" for figure in result.figures))
+    if listed := [
+        f"- {figure.name}: {figure.text}" for figure in result.figures if _is_listed(figure, result)
+    ]:
+        parts.append("\n".join(listed))
     if result.notes:
         parts.append("\n".join(f"- {note}" for note in result.notes))
     parts.append(f"`{result.command}`, {result.finished}")
     return "\n\n".join(parts)
+
+
+def _is_listed(figure: Figure, result: Result) -> bool:
+    """Whether neither the judged table nor a table of the result has this figure.
+
+    A text without a range is no proof that the cell means the figure.
+    """
+    cells = {cell for table in result.tables for row in table.rows for cell in row}
+    return figure.key not in BY_KEY and not (figure.low is not None and figure.text in cells)
 
 
 def _machine(result: Result) -> str:

@@ -1,10 +1,10 @@
 """A model of step time, fitted to measurements, checked by simulation, and applied to larger clusters.
 
-Reads the points of decode.json, prefill.json and placement.json; writes scaling.json and a picture. The
+Reads the points of decode.json, prefill.json and placement.json; writes scaling.json and two pictures. The
 equations are in steps/model.py, the simulation is in steps/simulation.py, and the clusters are in
 steps/clusters.py.
 
-Run after the others: python benchmarks/scaling.py [--out benchmarks/results] [--chart docs/scaling.png]
+Run after the others: python benchmarks/scaling.py [--out benchmarks/results] [--pictures docs]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harness import options
 from harness.floors import expert_parameters, router_parameters
 from harness.result import Figure, Result, Table, conclude
 from random_checkpoint import Shape
-from steps.chart import draw
+from steps.chart import draw_clusters, draw_steps
 from steps.clusters import (
     EIGHT_220B,
     H200,
@@ -40,7 +40,7 @@ from steps.model import Load, ModelShape, Node, step_time
 from steps.simulation import simulate
 
 SOURCES = ("decode", "prefill", "placement")
-CHART = Path(__file__).resolve().parents[1] / "docs" / "scaling.png"
+PICTURES = Path(__file__).resolve().parents[1] / "docs"
 SKEWS = (0.0, 0.5, 1.0)
 LEAN = "H200 (lean transport)"
 SHOWN_ROWS = 64
@@ -52,7 +52,7 @@ CPU_BYTE_S = 8 / 10e9
 
 def main(
     out: options.Out = options.RESULTS,
-    chart: Annotated[Path, typer.Option(help="The picture to write.")] = CHART,
+    pictures: Annotated[Path, typer.Option(help="The folder for the two pictures.")] = PICTURES,
     quick: options.Quick = False,
 ) -> None:
     """Fits, checks, forecasts; prints and writes scaling.json."""
@@ -82,7 +82,8 @@ def main(
         for entry in series
         if entry.rows == SHOWN_ROWS and kind.name != LEAN
     }
-    draw(chart, points, modelled, simulated, shown)
+    draw_steps(pictures / "steps.png", points, modelled, simulated)
+    draw_clusters(pictures / "clusters.png", shown)
     errors = [abs(step.total_s / point.total_s - 1) for step, point in zip(modelled, points, strict=True)]
     gaps = [abs(step.total_s / seconds - 1) for step, seconds in zip(modelled, simulated, strict=True)]
     conclude(

@@ -83,7 +83,7 @@ def run(program: Program, out: Path, quick: bool) -> bool:
     file, *arguments = program.command
     flags = ["--out", str(out), *(["--quick"] if quick else [])]
     if program.name == "scaling" and quick:
-        flags += ["--chart", str(out / "scaling.png")]
+        flags += ["--pictures", str(out)]
     progress(f"== {program.name}")
     started_s = time.monotonic()
     process = subprocess.Popen([sys.executable, str(HERE / file), *arguments, *flags], start_new_session=True)

@@ -28,6 +28,7 @@ from expert_worker.experts.store import ExpertStore
 from expert_worker.experts.stored_weight import stored_bytes
 from expert_worker.serving.service import ExpertService, LoadedModel
 from moesaic import rpc
+from moesaic.addresses import join_address
 from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from moesaic.checkpoints.identity import check_identity
 from moesaic.compute.device import choose_device, choose_dtype
@@ -93,7 +94,7 @@ class WorkerServer:
         if not self._config.name:
             self._service.rename(f"{socket.gethostname()}:{port}")
         self._batcher.start()
-        return f"{self._config.host}:{port}"
+        return join_address(self._config.host, port)
 
     async def load(self) -> None:
         """Reads the weights in a thread, computes a first pass of every layer, and starts to serve.

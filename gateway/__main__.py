@@ -11,13 +11,16 @@ import typer
 from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
 from moesaic import telemetry
+from moesaic.addresses import split_address
 from moesaic.exit_codes import exit_with_code
 from moesaic.options import SettingFlags, run_program, with_settings
 from moesaic.settings import Settings
 from moesaic.stop_signals import serve_until_signal
 
 
-@with_settings("host", port="http_port", allowed_host="gateway.allowed_hosts")
+@with_settings(
+    "host", port="http_port", allowed_host="gateway.allowed_hosts", allowed_origin="gateway.allowed_origins"
+)
 def main(
     router: Annotated[list[str], typer.Option(help="HOST:PORT of a router; repeat it.")],
     *,
@@ -27,6 +30,8 @@ def main(
     with exit_with_code(spell=flags.spell):
         try:
             settings = flags.load()
+            for address in router:
+                split_address(address, "router")
             telemetry.configure("gateway", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
             asyncio.run(_serve(router, settings))
         finally:

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 import moesaic
 from gateway.edge import Record, record_of
-from gateway.openai import errors, replies, strict_json
+from gateway.openai import errors, replies, strict_json, token_lists
 from gateway.openai.errors import HttpError
 from gateway.openai.renderers import ChatRenderer, CompletionRenderer, Identity, Renderer
 from gateway.openai.request_output import Piece, RequestOutput
@@ -89,6 +89,7 @@ def build_app(routers: Routers, *, max_body_bytes: int, timeout_s: float) -> Fas
     )
     for routes in (_generation(routers, timeout_s), _tokens(routers), _models(routers), _state(routers)):
         app.include_router(routes)
+    _add_index(app)
     _handle_errors(app, max_body_bytes)
     return app
 
@@ -110,16 +111,12 @@ def _generation(routers: Routers, timeout_s: float) -> APIRouter:
 def _tokens(routers: Routers) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute)
 
-    @routes.post("/tokenize", response_model_exclude_unset=True)
-    async def tokenize(request: Request, body: TokenizeRequest) -> replies.TokenizeReply:
-        tokens = await routers.tokenize(body.call(), record_of(request).request_id)
-        strings = {"token_strs": list(tokens.tokens)} if body.return_token_strs else {}
-        return replies.TokenizeReply(
-            count=len(tokens.token_ids),
-            max_model_len=tokens.max_model_len,
-            tokens=list(tokens.token_ids),
-            **strings,
-        )
+    @routes.post("/tokenize", response_model=replies.TokenizeReply)
+    async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+        call = body.call()
+        tokens = await routers.tokenize(call, record_of(request).request_id)
+        content = await token_lists.tokenize_reply(tokens, with_strings=call.return_tokens)
+        return Response(content, media_type="application/json")
 
     @routes.post("/detokenize")
     async def detokenize(request: Request, body: DetokenizeRequest) -> replies.DetokenizeReply:
@@ -160,6 +157,17 @@ def _state(routers: Routers) -> APIRouter:
         return replies.Version(version=moesaic.__version__)
 
     return routes
+
+
+def _add_index(app: FastAPI) -> None:
+    @app.get("/")
+    async def index() -> replies.Index:
+        return replies.Index(
+            name=app.title,
+            version=app.version,
+            routes=[path for path in app.openapi()["paths"] if path != "/"],
+            openapi=str(app.openapi_url),
+        )
 
 
 def _check_serving(routers: Routers) -> None:

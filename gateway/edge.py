@@ -2,7 +2,8 @@
 
 Each request gets a request id, a span that continues the caller's trace, and one log line. Requests with a
 foreign Host (DNS rebinding), headers or a declared body over the limit, or beyond the number of active
-requests are refused here, in OpenAI's envelope, before the framework handles them.
+requests are refused here, in OpenAI's envelope, before the framework handles them. Browsers that ask for another
+site's page (CORS) are answered here, too.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from urllib.parse import urlsplit
 from opentelemetry import trace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.cors import Cors
 from gateway.openai import errors
 from gateway.openai.errors import CLIENT_GONE, HttpError
 from moesaic import telemetry
@@ -62,22 +65,28 @@ def record_of(request: Request) -> Record:
 class Edge:
     """An ASGI application around the application. `allowed_hosts`: None accepts any Host header."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, allowed_hosts: frozenset[str] | None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, max_body_bytes: int, allowed_hosts: frozenset[str] | None, cors: Cors
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._allowed_hosts = allowed_hosts
+        self._cors = cors
         self._num_active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            # A GET whose body the HTTP server leaves out. It looks at its own scope, which stays as it is.
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         record = scope[_RECORD] = Record(_request_id(headers))
         self._num_active += 1
         try:
             with _span(scope, headers) as span:
-                await self._serve(scope, _watched(receive, record), _labelled(send, record))
+                await self._serve(scope, _watched(receive, record), self._labelled(send, record, headers))
                 _describe(span, scope, record)
         finally:
             self._num_active -= 1
@@ -89,6 +98,12 @@ class Edge:
         if refusal is not None:
             record.error = refusal.code
             await errors.response(refusal)(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if self._cors.is_preflight(scope["method"], headers):
+            await Response(status_code=204, headers=self._cors.preflight_headers(headers))(
+                scope, receive, send
+            )
             return
         try:
             await self._app(scope, receive, send)
@@ -107,12 +122,28 @@ class Edge:
             return errors.from_moesaic(
                 InvalidArgument("this server does not answer to that name", field="Host", reason="BAD_HOST")
             )
+        if self._cors.is_preflight(scope["method"], headers):
+            refusal = self._cors.refusal(headers)
+            if refusal is not None:
+                return refusal
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
             return HttpError(413, f"the body exceeds {self._max_body_bytes} bytes", None, "body_too_large")
         if self._num_active > MAX_ACTIVE and scope["path"] not in _PROBES:
             return errors.from_moesaic(Overloaded(f"more than {MAX_ACTIVE} requests are being served"))
         return None
+
+    def _labelled(self, send: Send, record: Record, headers: Headers) -> Send:
+        async def labelled(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                labels = {"x-request-id": record.request_id, **self._cors.headers_for(headers)}
+                MutableHeaders(scope=message).update(labels)
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                record.complete = True
+            await send(message)
+
+        return labelled
 
 
 def _request_id(headers: Headers) -> str:
@@ -135,18 +166,6 @@ def _watched(receive: Receive, record: Record) -> Receive:
         return message
 
     return watched
-
-
-def _labelled(send: Send, record: Record) -> Send:
-    async def labelled(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            record.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = record.request_id
-        elif message["type"] == "http.response.body" and not message.get("more_body", False):
-            record.complete = True
-        await send(message)
-
-    return labelled
 
 
 def _span(scope: Scope, headers: Headers) -> AbstractContextManager[trace.Span]:

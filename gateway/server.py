@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import math
 import socket
 from collections.abc import Generator, Mapping
@@ -13,9 +12,12 @@ import uvicorn
 
 from gateway.app import build_app
 from gateway.config import GatewayConfig
+from gateway.cors import Cors
 from gateway.edge import Edge
+from gateway.http_protocol import StrictProtocol
 from gateway.upstream.router_link import ResolveRouter
 from gateway.upstream.routers import Routers
+from moesaic.addresses import is_loopback, join_address
 from moesaic.errors import InvalidArgument, Unavailable
 
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -55,8 +57,7 @@ class GatewayServer:
         except BaseException:
             await self.stop(0)
             raise
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        return f"{host}:{listener.getsockname()[1]}"
+        return join_address(self._config.host, listener.getsockname()[1])
 
     async def _started(self, serving: asyncio.Task[None]) -> None:
         async with asyncio.timeout(_START_TIMEOUT_S):
@@ -93,8 +94,13 @@ def _uvicorn_config(config: GatewayConfig, routers: Routers) -> uvicorn.Config:
     max_body_bytes = config.settings.max_body_mib << 20
     app = build_app(routers, max_body_bytes=max_body_bytes, timeout_s=config.settings.request_timeout_s)
     return uvicorn.Config(
-        Edge(app, max_body_bytes=max_body_bytes, allowed_hosts=_allowed_hosts(config)),
-        http="h11",
+        Edge(
+            app,
+            max_body_bytes=max_body_bytes,
+            allowed_hosts=_allowed_hosts(config),
+            cors=Cors(frozenset(config.settings.allowed_origins)),
+        ),
+        http=StrictProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -111,18 +117,9 @@ def _uvicorn_config(config: GatewayConfig, routers: Routers) -> uvicorn.Config:
 def _allowed_hosts(config: GatewayConfig) -> frozenset[str] | None:
     """The accepted values of the Host header; None accepts any."""
     named = frozenset(name.lower() for name in config.settings.allowed_hosts)
-    if _is_loopback(config.host):
+    if is_loopback(config.host):
         return _LOCAL_NAMES | {config.host.lower()} | named
     return named | _LOCAL_NAMES if named else None
-
-
-def _is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -144,7 +141,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _cannot_listen(host: str, port: int) -> InvalidArgument:
     return InvalidArgument(
-        f"cannot listen on {host}:{port}: the port is in use or the host is not this machine's",
+        f"cannot listen on {join_address(host, port)}: the port is in use or the host is not this machine's",
         field="port",
         reason="PORT_IN_USE",
     )

@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 from opentelemetry import trace
 
 from moesaic import telemetry
+from moesaic.addresses import join_address
 from moesaic.errors import InternalError, InvalidArgument, MoesaicError, to_status
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ PUBLIC_MESSAGE_BYTES = 16 << 20
 DATA_MESSAGE_BYTES = 256 << 20
 
 _CHANNEL_OPTIONS = (
+    # A proxy of the environment is for the world outside: it cannot reach a cluster's own addresses.
+    ("grpc.enable_http_proxy", 0),
     # A restarted peer is reached again within half a second; the defaults wait for up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     # This is also the time that one attempt may take: a peer that stalls for a moment must not be given up.
@@ -113,11 +116,12 @@ class Server:
 
     async def start(self, host: str, port: int) -> int:
         """Binds and serves; returns the port (a free one for 0). Raises InvalidArgument when it is taken."""
+        address = join_address(host, port)
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise InvalidArgument(
-                f"cannot listen on {host}:{port}: the port is in use or the host is not this machine's",
+                f"cannot listen on {address}: the port is in use or the host is not this machine's",
                 field="port",
                 reason="PORT_IN_USE",
             ) from error

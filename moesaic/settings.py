@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -77,6 +79,19 @@ Availability = Annotated[Literal["auto", "off"], _YamlWord]
 Switch = Annotated[Literal["on", "off"], _YamlWord]
 GenerationConfig = Literal["auto", "none"]
 CapacityLimit = Annotated[Literal["off", "model"], _YamlWord]
+
+
+def _origin(value: str) -> str:
+    """An origin as browsers send it, which is compared letter by letter."""
+    if not _ORIGIN.fullmatch(value):
+        raise ValueError(
+            "must be an origin such as http://localhost:3000: no path, no wildcard, small letters"
+        )
+    return value
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+", re.ASCII)
+Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class _Group(BaseModel):
@@ -219,6 +234,11 @@ class GatewaySettings(_Group):
         "name is answered, so that a page of another site cannot reach the server; elsewhere every name is, "
         "unless some are listed.",
     )
+    allowed_origins: tuple[Origin, ...] = Field(
+        (),
+        description="Origins, such as http://localhost:3000, whose pages may use the server from a browser (CORS); "
+        "without any, only the pages of the server itself may.",
+    )
 
 
 class ClusterSettings(_Group):
@@ -284,8 +304,7 @@ class Settings(_Group):
     otlp_endpoint: Annotated[str | None, Unset("no traces")] = Field(
         None,
         validation_alias=AliasChoices("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"),
-        description="Traces are sent when this is set. OTEL_EXPORTER_OTLP_ENDPOINT sets it, and the exporter "
-        "reads its address there.",
+        description="Where traces are sent, as OTLP over HTTP. OTEL_EXPORTER_OTLP_ENDPOINT sets it, too.",
     )
     engine: EngineSettings = EngineSettings()
     worker: WorkerSettings = WorkerSettings()

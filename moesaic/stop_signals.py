@@ -56,6 +56,7 @@ class StopSignals:
             await asyncio.gather(task, stopped, return_exceptions=True)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        signal.alarm(0)  # see `take_signals_back`
         self._count += 1
         if self._count == 1:
             self._loop.call_soon_threadsafe(self.stop.set)
@@ -63,6 +64,15 @@ class StopSignals:
             self._loop.call_soon_threadsafe(self.force.set)
         else:
             raise KeyboardInterrupt
+
+
+def take_signals_back() -> None:
+    """Puts Python's handler of SIGTERM back in the place of one that a library has installed in C.
+
+    Ray's handler calls the former one, but first sets an alarm that aborts the process three seconds later.
+    """
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    signal.alarm(0)
 
 
 async def serve_until_signal(start: Coroutine[Any, Any, None], stop: Callable[[], Awaitable[None]]) -> None:

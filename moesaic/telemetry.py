@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,8 @@ ROWS = "moe.rows"
 WORKER = "moe.worker"
 
 REQUEST_ID_METADATA = "x-request-id"
+# The standard variable with the address of a collector.
+ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
 def inject() -> list[tuple[str, str]]:
@@ -74,7 +77,7 @@ def configure(
     handler.setFormatter(PlainFormatter(service) if plain else JsonFormatter(service))
     logging.basicConfig(level=choose_log_level(log_level), handlers=[handler], force=True)
     if otlp_endpoint:
-        _configure_tracing(service)
+        _configure_tracing(service, otlp_endpoint)
 
 
 def flush() -> None:
@@ -126,7 +129,7 @@ class PlainFormatter(logging.Formatter):
         return " ".join(line.split())
 
 
-def _configure_tracing(service: str) -> None:
+def _configure_tracing(service: str, endpoint: str) -> None:
     # The SDK is part of the `serve` extra. A client process never reaches this.
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
@@ -134,5 +137,8 @@ def _configure_tracing(service: str) -> None:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     provider = TracerProvider(resource=Resource.create({"service.name": service}))
+    # The exporter finds the address in the environment, which lacks one that comes from a settings file, and
+    # on another node any.
+    os.environ[ENDPOINT] = endpoint
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moesaic import telemetry
+from moesaic.addresses import split_address
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
@@ -64,7 +65,10 @@ def main(
 def _view(model: Path, dense_layers: DenseLayers, workers: list[str], control: str | None) -> ClusterView:
     """Where the experts are. A model without experts needs neither workers nor a controller."""
     either = "name either workers (--worker) or a controller (--control)"
+    for worker in workers:
+        split_address(worker, "worker")
     if control is not None:
+        split_address(control, "control")
         if workers:
             raise InvalidArgument(either, field="worker")
         address = control

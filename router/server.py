@@ -14,6 +14,7 @@ import time
 from functools import partial
 
 from moesaic import rpc
+from moesaic.addresses import join_address
 from moesaic.epoch import Epoch
 from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica
@@ -76,7 +77,7 @@ class RouterServer:
         port = await self._server.start(self._config.host, self._config.port)
         self._epoch = asyncio.get_running_loop().create_future()
         self._tasks.append(asyncio.create_task(self._follow(self._epoch)))
-        return f"{self._config.host}:{port}"
+        return join_address(self._config.host, port)
 
     async def load(self) -> None:
         """Reads everything but the experts. Raises CheckpointError, InvalidArgument."""

@@ -35,7 +35,8 @@ from cluster.bench.workload import (
     poisson_arrivals,
 )
 from cluster.launch.milestones import Milestones
-from cluster.launch.serve import CheckedModel, check_model, running_cluster, with_ports
+from cluster.launch.ports import with_ports
+from cluster.launch.serve import CheckedModel, check_model, running_cluster
 from cluster.observation.activity import activity_between
 from cluster.observation.observer import Observer
 from cluster.observation.step_profile import profile_steps

@@ -4,45 +4,58 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from cluster.bench.latency import WaveSummary
 from cluster.bench.report import BenchReport, Duel, Level, Row
+from router.phase_clock import Phase
 
 SIZE_INCHES = (12.0, 7.0)
 DPI = 150
 OURS, OURS_LIGHT, THEIRS, MUTED = "#2457a6", "#9db8e0", "#c8702a", "#6b7280"
-# A phase that is below MIN_SHARE in every step belongs to "the rest"; from MIN_LABELLED_SHARE on, its share
-# is printed.
-MIN_SHARE = 0.01
-MIN_LABELLED_SHARE = 0.06
+# From this share of a step on, a group's share is printed.
+MIN_LABELLED_SHARE = 0.04
 _INK, _LIGHT = "#1f2937", "white"
-# The router's own work is blue, the transport to the workers and back orange, the workers' work green, the
-# rest grey.
-_COLOURS = {
-    "schedule": "#9ca3af",
-    "attention": "#1e3a6e",
-    "gate": "#9db8e0",
-    "encode": "#f3c48b",
-    "wire": "#dd7a2b",
-    "worker decode": "#f7d9b3",
-    "worker queue": "#b9d8bd",
-    "worker compute": "#3c8a57",
-    "worker encode": "#f7d9b3",
-    "decode": "#eeb06a",
-    "combine": "#5b86c9",
-    "dense": "#2f5ea8",
-    "sample": "#7fa3d8",
-    "deliver": "#6b7280",
-}
-_OTHER = "#d1d5db"
-# The phases whose colour is so dark that text on it is light.
-_DARK = frozenset({"attention", "dense", "worker compute", "wire", "deliver", "combine"})
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseGroup:
+    """Phases that are drawn as one part of a step."""
+
+    name: str
+    meaning: str
+    phases: frozenset[Phase]
+    colour: str
+    ink: str
+
+
+# From the bottom to the top of a bar. Every phase belongs to one group.
+GROUPS = (
+    PhaseGroup(
+        "router",
+        "attention, gate, dense",
+        frozenset({Phase.SCHEDULE, Phase.ATTENTION, Phase.GATE, Phase.COMBINE, Phase.DENSE}),
+        "#2f5ea8",
+        _LIGHT,
+    ),
+    PhaseGroup(
+        "wire",
+        "rows there and back",
+        frozenset({Phase.ENCODE, Phase.WIRE, Phase.WORKER_DECODE, Phase.WORKER_ENCODE, Phase.DECODE}),
+        "#dd7a2b",
+        _LIGHT,
+    ),
+    PhaseGroup("queue", "waiting in a worker", frozenset({Phase.WORKER_QUEUE}), "#c9a227", _INK),
+    PhaseGroup("compute", "the experts", frozenset({Phase.WORKER_COMPUTE}), "#3c8a57", _LIGHT),
+    PhaseGroup("text", "sampling, delivery", frozenset({Phase.SAMPLE, Phase.DELIVER}), "#9ca3af", _INK),
+)
 
 
 def draw_chart(report: BenchReport, file: Path) -> None:
@@ -126,8 +139,7 @@ def _draw_latency(axes: Axes, rows: Sequence[Row]) -> None:
         points = [(place, value) for place, value in enumerate(values) if value]
         if points:
             axes.plot(*zip(*points, strict=True), dash, color=colour, marker="o", markersize=4, label=name)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _plain_log_scale(axes)
     axes.margins(x=0.08, y=0.1)
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(0.0, 1.02))
     low, high = axes.get_ylim()
@@ -135,33 +147,36 @@ def _draw_latency(axes: Axes, rows: Sequence[Row]) -> None:
     _style(axes, rows, "Latency, ms")
 
 
+def _plain_log_scale(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def _draw_phases(axes: Axes, rows: Sequence[Row]) -> None:
-    """Draws one step as a bar for each load; a phase has the same colour at every load."""
-    phases = _large_phases(rows)
+    """Draws one step as a bar for each load; a group of phases has the same colour at every load."""
     bottoms = [0.0] * len(rows)
-    for phase in phases:
-        shares = [_share(row, phase) for row in rows]
+    for group in GROUPS:
+        shares = [group_share(row, group) for row in rows]
         bars = axes.bar(
             range(len(rows)),
             shares,
             0.7,
             bottom=bottoms,
-            color=_COLOURS.get(phase, _OTHER),
+            color=group.colour,
             edgecolor="white",
             linewidth=0.5,
-            label=phase,
+            label=f"{group.name}\n({group.meaning})",
         )
         labels = [f"{share:.0%}" if share >= MIN_LABELLED_SHARE else "" for share in shares]
-        ink = _LIGHT if phase in _DARK else _INK
-        axes.bar_label(bars, labels, label_type="center", fontsize=8, color=ink)
+        axes.bar_label(bars, labels, label_type="center", fontsize=9, color=group.ink)
         bottoms = [bottom + share for bottom, share in zip(bottoms, shares, strict=True)]
-    rest = [max(0.0, 1.0 - bottom) for bottom in bottoms]
-    if max(rest, default=0.0) > MIN_SHARE:
-        axes.bar(range(len(rows)), rest, 0.7, bottom=bottoms, color=_OTHER, label="the rest")
     for place, row in enumerate(rows):
         axes.annotate(
             f"{row.profile.step_ms:.1f} ms",
-            (place, 1.0),
+            (place, bottoms[place]),
             (0, 3),
             textcoords="offset points",
             ha="center",
@@ -170,21 +185,24 @@ def _draw_phases(axes: Axes, rows: Sequence[Row]) -> None:
         )
     handles, names = axes.get_legend_handles_labels()
     axes.legend(
-        handles[::-1], names[::-1], frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5)
+        handles[::-1],
+        names[::-1],
+        frameon=False,
+        fontsize=9,
+        labelspacing=1.2,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
     )
     axes.set_ylim(0.0, 1.06)
     axes.set_yticks([])
     _style(axes, rows, "Where a step goes")
 
 
-def _share(row: Row, phase: str) -> float:
+def group_share(row: Row, group: PhaseGroup) -> float:
+    """The group's part of an average step."""
     profile = row.profile
-    return profile.phases_ms.get(phase, 0.0) / profile.step_ms if profile.step_ms else 0.0
-
-
-def _large_phases(rows: Sequence[Row]) -> list[str]:
-    names = dict.fromkeys(phase for row in rows for phase in row.profile.phases_ms)
-    return [phase for phase in names if any(_share(row, phase) > MIN_SHARE for row in rows)]
+    spent_ms = sum(profile.phases_ms.get(phase, 0.0) for phase in group.phases)
+    return spent_ms / profile.step_ms if profile.step_ms else 0.0
 
 
 def _style(axes: Axes, rows: Sequence[Row], title: str) -> None:

@@ -90,10 +90,11 @@ def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) ->
     """Serve a model until Ctrl-C; prints `ready http=HOST:PORT grpc=HOST:PORT` when it answers."""
     with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.launch import serve as serving
+        from cluster.launch.ports import with_ports
 
         settings = flags.load(model=model)
         checked = serving.check_model(settings)
-        asyncio.run(serving.serve(serving.with_ports(settings), checked, as_json=as_json))
+        asyncio.run(serving.serve(with_ports(settings), checked, as_json=as_json))
 
 
 @app.command(epilog=_examples("moesaic inspect ./model", "moesaic inspect hf://ORG/NAME --json"))

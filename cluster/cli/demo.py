@@ -18,7 +18,8 @@ from rich.table import Table
 from cluster.cli.drill import MIN_TOKENS, RETURN_TIMEOUT_S, Drill, run_drill
 from cluster.cli.router_client import router_client
 from cluster.launch.milestones import Milestones
-from cluster.launch.serve import CheckedModel, check_model, running_cluster, with_ports
+from cluster.launch.ports import with_ports
+from cluster.launch.serve import CheckedModel, check_model, running_cluster
 from cluster.observation.activity import Activity, activity_between
 from cluster.observation.observer import Observation, Observer
 from cluster.terminal.load_progress import LoadProgress

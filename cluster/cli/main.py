@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from cluster.processes.search_path import leave_out_working_directory
+
 OWN_PACKAGES = frozenset({"cluster", "expert_worker", "gateway", "moesaic", "router"})
 # Packages that only `moesaic bench` needs.
 BENCH_PACKAGES = frozenset({"aiohttp", "matplotlib"})
@@ -11,6 +13,7 @@ BENCH_PACKAGES = frozenset({"aiohttp", "matplotlib"})
 
 def main() -> None:
     """Runs one verb and exits with 0 (done), 1 (failed) or 2 (bad input)."""
+    leave_out_working_directory()
     try:
         from cluster.cli.commands import app
 

@@ -11,6 +11,7 @@ import sys
 
 from moesaic.errors import InvalidArgument
 from moesaic.settings import Settings
+from moesaic.stop_signals import StopSignals
 
 
 async def run_stop(settings: Settings, *, as_json: bool) -> None:
@@ -27,10 +28,11 @@ async def run_stop(settings: Settings, *, as_json: bool) -> None:
 async def _kill_all(settings: Settings) -> list[str]:
     from cluster.processes.ray_cluster import RayCluster
 
-    ray = RayCluster.connect(settings, num_processes=0)
-    try:
-        names = list(ray.names())
-        await ray.kill(names)
-    finally:
-        ray.close()
+    with StopSignals() as signals:
+        ray = await signals.unless_stopped(RayCluster.connect(settings, num_processes=0, force=signals.force))
+        try:
+            names = list(ray.names())
+            await ray.kill(names)
+        finally:
+            await ray.close()
     return names

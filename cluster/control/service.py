@@ -15,6 +15,7 @@ import grpc
 
 from cluster.control.controller import Controller
 from moesaic import rpc
+from moesaic.addresses import join_address
 from moesaic.v1 import control_pb2, control_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class ControlServer:
     async def start(self) -> str:
         port = await self._server.start(self._host, 0)
         self._loop = asyncio.create_task(self._keep_running())
-        return f"{self._host}:{port}"
+        return join_address(self._host, port)
 
     async def load(self) -> None:
         await self._server.set_serving(True)

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
-import random
-import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -25,9 +22,10 @@ from cluster.launch.launcher import Endpoints, Launcher
 from cluster.launch.milestones import Milestones
 from cluster.processes.process_plan import check_counts, plan_processes
 from cluster.terminal.load_progress import LoadProgress
+from moesaic.addresses import is_loopback, join_address
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
-from moesaic.errors import InvalidArgument, Unavailable
+from moesaic.errors import Unavailable
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings
 from moesaic.stop_signals import StopSignals
@@ -38,10 +36,6 @@ if TYPE_CHECKING:
 
 # The controller and the gateway.
 NUM_OTHER_PROCESSES = 2
-# Ports above those that Ray gives its workers and below those that Linux assigns by itself, so that neither
-# takes one while the processes start.
-QUIET_PORTS = range(20_000, 32_768)
-NUM_CANDIDATES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +80,40 @@ async def running_cluster(
         progress.show(topology)
 
     milestones.reach("input checked")
-    with contextlib.redirect_stdout(sys.stderr):
-        async with _connected(settings, signals) as ray:
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as shown:
+        shown.enter_context(progress)
+        progress.start_ray()
+        async with _announced_stop(signals, progress), _connected(settings, signals) as ray:
             milestones.reach("Ray runs")
+            progress.end_ray()
             processes = plan_processes(
                 settings, model.folder, model.name, model.shape, ray.nodes(), ray.home, model.identity
             )
             launcher = Launcher(ray, processes, settings)
             try:
                 launcher.submit()
-                with progress:
-                    endpoints = await signals.unless_stopped(launcher.wait_ready(show))
+                endpoints = await signals.unless_stopped(launcher.wait_ready(show))
+                shown.close()
                 milestones.reach("ready")
                 yield endpoints
             finally:
                 await launcher.stop(signals.force)
+
+
+@contextlib.asynccontextmanager
+async def _announced_stop(signals: StopSignals, progress: LoadProgress) -> AsyncIterator[None]:
+    """Answers the first signal at once, whatever has to end before."""
+
+    async def announce() -> None:
+        await signals.stop.wait()
+        if not signals.force.is_set():
+            progress.announce("stopping: a second signal stops at once")
+
+    announcing = asyncio.create_task(announce())
+    try:
+        yield
+    finally:
+        announcing.cancel()
 
 
 @contextlib.asynccontextmanager
@@ -109,14 +122,16 @@ async def _connected(settings: Settings, signals: StopSignals) -> AsyncIterator[
     from cluster.processes.ray_cluster import RayCluster  # takes seconds: a wrong flag is reported before
 
     num_processes = NUM_OTHER_PROCESSES + settings.cluster.routers + (settings.cluster.workers or 1)
-    ray = RayCluster.connect(settings, num_processes=num_processes)
+    ray = await signals.unless_stopped(
+        RayCluster.connect(settings, num_processes=num_processes, force=signals.force)
+    )
     watch = asyncio.create_task(_stop_when_lost(ray, signals))
     try:
         yield ray
     finally:
         lost = watch.done()
         watch.cancel()
-        ray.close()
+        await ray.close()
         if lost:
             raise Unavailable("Ray has died, and every process of the cluster with it")
 
@@ -129,54 +144,20 @@ async def _stop_when_lost(ray: RayCluster, signals: StopSignals) -> None:
 
 async def serve(settings: Settings, model: CheckedModel, *, as_json: bool) -> None:
     """Serves until a signal; then running requests may end within `cluster.drain_timeout_s`."""
-    out, console = sys.stdout, Console(stderr=True)
+    out, progress = sys.stdout, LoadProgress(Console(stderr=True))
     with StopSignals() as signals:
-        async with running_cluster(
-            settings, model, LoadProgress(console), Milestones(), signals
-        ) as endpoints:
-            print(_ready_line(endpoints, as_json=as_json), file=out, flush=True)
+        async with running_cluster(settings, model, progress, Milestones(), signals):
+            print(_ready_line(settings, as_json=as_json), file=out, flush=True)
+            if not is_loopback(settings.host):
+                progress.announce(
+                    f"whoever can reach {settings.host} can use the model: there is neither TLS nor a password"
+                )
             await signals.stop.wait()
-            console.print(
-                "stopping: running requests may end; a second signal stops at once", highlight=False
-            )
 
 
-def _ready_line(endpoints: Endpoints, *, as_json: bool) -> str:
+def _ready_line(settings: Settings, *, as_json: bool) -> str:
+    """Where the servers listen. Nobody can call 0.0.0.0, but it says who can call."""
+    http, grpc = (join_address(settings.host, port) for port in (settings.http_port, settings.grpc_port))
     if as_json:
-        return json.dumps({"ready": {"http": endpoints.http, "grpc": endpoints.grpc}})
-    return f"ready http={endpoints.http} grpc={endpoints.grpc}"
-
-
-def with_ports(settings: Settings) -> Settings:
-    """The settings with a free port in place of 0: a restarted server has the address of the ready line.
-
-    Raises InvalidArgument for a port that is taken, before anything runs.
-    """
-    if settings.http_port and settings.http_port == settings.grpc_port:
-        raise InvalidArgument("grpc_port: must differ from http_port", field="grpc_port")
-    with contextlib.ExitStack() as probes:  # both are held, so that two free ports differ
-        ports = {
-            field: _bind(field, settings.host, port, probes)
-            for field, port in (("http_port", settings.http_port), ("grpc_port", settings.grpc_port))
-        }
-    return settings.model_copy(update=ports)
-
-
-def _bind(field: str, host: str, port: int, probes: contextlib.ExitStack) -> int:
-    """Binds the port, or for 0 a free one of QUIET_PORTS, and returns it."""
-    refusal: OSError | None = None
-    for candidate in [port] if port else random.sample(QUIET_PORTS, NUM_CANDIDATES):
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[
-                0
-            ]
-            probe = probes.enter_context(socket.socket(family, kind, protocol))
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return candidate
-        except OSError as error:
-            refusal = error
-    assert refusal is not None
-    in_use = refusal.errno == errno.EADDRINUSE
-    problem = "is in use" if in_use else f"cannot be used: {refusal.strerror}"
-    raise InvalidArgument(f"{field}: {host}:{port} {problem}", field=field) from refusal
+        return json.dumps({"ready": {"http": http, "grpc": grpc}})
+    return f"ready http={http} grpc={grpc}"

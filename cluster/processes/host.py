@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from cluster.control.process_report import ProcessReport
+from moesaic.addresses import address_for_callers
 from moesaic.errors import MoesaicError
 from moesaic.v1 import control_pb2
 
@@ -115,7 +116,7 @@ class ProcessHost:
             self._server = await self._make_server(
                 lambda: asyncio.run_coroutine_threadsafe(self._note_contents(), loop)
             )
-            address = await self._server.start()
+            address = address_for_callers(await self._server.start(), self._report.node)
             await self._set_state(control_pb2.PROCESS_STATE_LOADING, address)
             await self._server.load()
         except Exception as error:  # the loop of this process: whatever went wrong is reported to the cluster

@@ -13,10 +13,8 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import psutil
 
@@ -32,11 +30,16 @@ from cluster.control.placement import Node
 from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
 from cluster.processes.host import ProcessHost
 from cluster.processes.process_plan import PlannedProcess
+from cluster.processes.ray_errors import RayTimeoutError, join_error, last_line, start_error
+from cluster.processes.search_path import own_search_path
+from cluster.processes.server_folder import ServerFolder, places
 from cluster.processes.servers import ProcessContext, make_server
 from cluster.processes.specs import ProcessSpec, set_threads
 from moesaic import telemetry
+from moesaic.addresses import split_address
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
 from moesaic.settings import Settings
+from moesaic.stop_signals import take_signals_back
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +170,7 @@ class RayPeers:
             if error.actor_init_failed:
                 self._given_up[name] = await _in_time(_why_given_up, handle, error)
                 raise Unavailable(self._given_up[name], reason=CANNOT_START) from error
-            raise Unavailable(f"its process died: {_last_line(error)}", reason=PROCESS_DIED) from error
+            raise Unavailable(f"its process died: {last_line(error)}", reason=PROCESS_DIED) from error
         except RayError as error:
             raise Unavailable("its process is being restarted") from error
         except TimeoutError as error:
@@ -177,62 +180,81 @@ class RayPeers:
 class RayCluster:
     """The connection of this process to Ray, and the processes that it starts there."""
 
-    def __init__(self, logs: Logging, *, temp_folder: Path | None) -> None:
+    def __init__(self, logs: Logging, force: asyncio.Event, *, folder: ServerFolder | None) -> None:
         self._logs = logs
-        self._temp_folder = temp_folder
+        self._force = force
+        self._folder = folder
+        # Ray's start and end block for seconds, in which the main thread answers signals. The thread lives
+        # as long as the connection, because what Ray starts dies with the thread that started it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self.peers = RayPeers()
 
     @classmethod
-    def connect(cls, settings: Settings, *, num_processes: int) -> Self:
-        """Joins the Ray cluster at `cluster.address`, or starts a local one if there is no address."""
+    async def connect(cls, settings: Settings, *, num_processes: int, force: asyncio.Event) -> Self:
+        """Joins the Ray cluster at `cluster.address`, or starts a local one if there is no address.
+
+        Where it is cancelled it first waits for Ray, which cannot be interrupted. `force` ends the whole
+        process while Ray keeps it waiting.
+        """
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's core would log every connection that ends
         logs = Logging(
             telemetry.choose_log_level(settings.log_level), settings.otlp_endpoint, sys.stderr.isatty()
         )
         if settings.cluster.address is not None:
-            return cls.join(settings.cluster.address, logs)
-        return cls.local(logs, num_processes=num_processes)
+            return await cls._join(settings.cluster.address, logs, force)
+        start = partial(cls._start_local, logs, force, places(os.environ), num_processes)
+        try:
+            return await start()
+        except RayTimeoutError as error:
+            log.warning("%s; it is tried once more", error.message)
+            return await start()
 
     @classmethod
-    def local(cls, logs: Logging, *, num_processes: int) -> Self:
+    async def _start_local(
+        cls, logs: Logging, force: asyncio.Event, places: Iterable[Path], num_processes: int
+    ) -> Self:
         """Starts a local Ray, on loopback and with a token, for about `num_processes` processes."""
+        folder = ServerFolder.create(places)
+        os.environ["TMPDIR"] = str(folder.path)  # temporary files of libraries are removed with the folder
         os.environ.update({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT, **_LOCAL_ENVIRONMENT})
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.pop("RAY_AUTH_MODE", None)  # without it, Ray requires the token
-        folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
-        os.environ["TMPDIR"] = str(folder)  # temporary files of libraries are removed with the folder
-        cluster = cls(logs, temp_folder=folder)
+        if os.environ.get("PYTHONOPTIMIZE"):
+            os.environ["PYTHONOPTIMIZE"] = "1"  # Ray cannot do without its docstrings
+        cluster = cls(logs, force, folder=folder)
         try:
-            cluster._connect(
+            await cluster._connect(
                 address="local",
                 num_cpus=num_processes,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
+                _temp_dir=str(folder.ray),
             )
             if any(node.address != "127.0.0.1" for node in cluster.nodes()):
                 raise FailedPrecondition("Ray did not stay on loopback")
         except BaseException as error:
-            cluster.close()
-            if isinstance(error, (ConnectionError, RuntimeError, OSError)):
-                raise Unavailable(f"Ray cannot start: {_first_line(error)}") from error
+            await cluster.close()
+            if isinstance(error, Exception):
+                raise start_error(error, os.getloadavg()[0]) from error
             raise
         return cluster
 
     @classmethod
-    def join(cls, address: str, logs: Logging) -> Self:
+    async def _join(cls, address: str, logs: Logging, force: asyncio.Event) -> Self:
         """Connects to a Ray that runs already. Raises Unavailable with field `address` when there is none."""
-        host = _probe(address)
+        host = await asyncio.to_thread(_probe, address)
         os.environ.update({**_LOG_ENVIRONMENT, **_JOIN_ENVIRONMENT})
         if host in ("localhost", "127.0.0.1"):
             os.environ.update(_LOOPBACK_ENVIRONMENT)
-        cluster = cls(logs, temp_folder=None)
+        cluster = cls(logs, force, folder=None)
         try:
-            cluster._connect(address=address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            cluster.close()
-            raise Unavailable(f"address: cannot join Ray: {_first_line(error)}", field="address") from error
+            await cluster._connect(address=address)
+        except BaseException as error:
+            await cluster.close()
+            if isinstance(error, Exception):
+                raise join_error(error, address) from error
+            raise
         return cluster
 
     @property
@@ -305,33 +327,54 @@ class RayCluster:
         while all(map(_is_alive, raylets)):
             await asyncio.sleep(LOSS_PERIOD_S)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Disconnects from Ray. A local Ray ends, with everything that it started."""
         import ray
 
-        if self._temp_folder is None:
-            ray.shutdown()
-            return
-        own = psutil.Process().children(recursive=True)
-        if _has_head(own):
-            ray.shutdown()
+        run = asyncio.get_running_loop().run_in_executor
+        if self._folder is None:
+            await run(self._thread, ray.shutdown)
         else:
-            atexit.unregister(ray.shutdown)
-        _end(own)
-        shutil.rmtree(self._temp_folder, ignore_errors=True)
+            own = psutil.Process().children(recursive=True)
+            if _has_head(own):
+                await run(self._thread, ray.shutdown)
+            else:
+                atexit.unregister(ray.shutdown)
+            await run(self._thread, _end, own)
+            self._folder.remove()
+        self._thread.shutdown()
 
     @property
     def _local(self) -> bool:
-        return self._temp_folder is not None
+        return self._folder is not None
 
-    def _connect(self, **options: Any) -> None:
-        import ray
-        from ray._private import utils
+    async def _connect(self, **options: Any) -> None:
+        starting = asyncio.get_running_loop().run_in_executor(self._thread, partial(_init, **options))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await self._await_start(starting)
+            raise
+        finally:
+            take_signals_back()
 
-        # Ray would install a handler of its own for SIGTERM, which aborts in the middle of Ray's start.
-        utils.set_sigterm_handler = lambda handler: None
-        _log_what_ray_reports()
-        ray.init(namespace=NAMESPACE, log_to_driver=True, logging_level=logging.ERROR, **options)
+    async def _await_start(self, starting: asyncio.Future[Any]) -> None:
+        """Returns when Ray's start has ended in one way or the other. `force` ends this process before that."""
+        forced = asyncio.create_task(self._force.wait())
+        await asyncio.wait({starting, forced}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            self._leave()
+        forced.cancel()
+
+    def _leave(self) -> NoReturn:
+        """Ends this process while a thread of it is inside Ray, and everything that it has started."""
+        if self._folder is not None:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._folder.remove()
+        print("stopped", file=sys.stderr, flush=True)
+        os._exit(0)
 
     async def _kill(self, name: str) -> None:
         import ray
@@ -345,13 +388,40 @@ class RayCluster:
 
 
 def _log_what_ray_reports() -> None:
-    """Takes Ray's messages about its processes off the terminal: what they mean is said by Moesaic itself."""
+    """Takes Ray's messages about its processes off the terminal: what they mean is said by Moesaic itself. The log
+    lines of the processes go on as they come."""
     from ray._private import worker
 
+    print_lines = worker.print_to_stdstream
+
     def report(data: Any, ignore_prefix: bool = True) -> None:
-        log.info("Ray reports", extra={"fields": {"lines": data["lines"]}})
+        if data.get("pid") == "raylet":
+            log.info("Ray reports", extra={"fields": {"lines": data["lines"]}})
+        else:
+            print_lines(data, ignore_prefix)
 
     worker.print_to_stdstream = report
+
+
+def _init(**options: Any) -> None:
+    import ray
+    from ray.job_config import JobConfig
+
+    class JobWithoutWorkingDirectory(JobConfig):
+        """Ray would put the working directory of this process on the path of every process that it starts."""
+
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True
+
+    _log_what_ray_reports()
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    ray.init(
+        namespace=NAMESPACE,
+        log_to_driver=True,
+        logging_level=logging.ERROR,
+        job_config=JobWithoutWorkingDirectory(_py_driver_sys_path=own_search_path()),
+        **options,
+    )
 
 
 def _own_address() -> str:
@@ -381,7 +451,7 @@ def _why_given_up(handle: Any, error: Exception) -> str:
     """Why Ray could not even make the actor, and on which node. The usual reason is a node without Moesaic."""
     address = _placed(handle)[1]
     where = f"cannot start on node {address}" if address else "cannot start"
-    cause = next((line for line in reversed(str(error).splitlines()) if "Error: " in line), _last_line(error))
+    cause = next((line for line in reversed(str(error).splitlines()) if "Error: " in line), last_line(error))
     missing = "ModuleNotFoundError" in cause
     hint = "; is Moesaic installed there, in the Python that runs Ray, as it is here?" if missing else ""
     return f"{where}: {cause.strip()}{hint}"
@@ -469,12 +539,10 @@ def _probe(address: str) -> str:
         )
     if address == "auto":
         return ""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise InvalidArgument("address: must be HOST:PORT or auto", field="address")
+    host, port = split_address(address)
     try:
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
+        socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
         raise Unavailable(f"address: no Ray answers at {address}", field="address") from error
     return host
 
@@ -499,11 +567,3 @@ def _end(processes: Iterable[psutil.Process]) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 ask(process)
         _, alive = psutil.wait_procs(alive, timeout=END_TIMEOUT_S / 2)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

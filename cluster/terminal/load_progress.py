@@ -14,6 +14,7 @@ from rich.text import Text
 
 from moesaic.v1 import control_pb2
 
+RAY = "Ray"
 _DONE = (control_pb2.PROCESS_STATE_READY, control_pb2.PROCESS_STATE_FAILED)
 
 
@@ -42,6 +43,19 @@ class LoadProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+
+    def start_ray(self) -> None:
+        """Shows that Ray starts, which takes seconds, and on a busy machine many."""
+        self._tasks[RAY] = self._bars.add_task(RAY, total=None, state="starting")
+        if not self._console.is_terminal:
+            self._console.print(f"{RAY}: starting", highlight=False)
+
+    def end_ray(self) -> None:
+        self._bars.remove_task(self._tasks.pop(RAY))
+
+    def announce(self, line: str) -> None:
+        """Prints a line; on a terminal it stands above what is redrawn."""
+        self._console.print(line, highlight=False)
 
     def show(self, topology: control_pb2.GetTopologyResponse) -> None:
         for process in topology.processes:

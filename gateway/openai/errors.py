@@ -85,6 +85,8 @@ class HttpError:
 def from_moesaic(error: MoesaicError) -> HttpError:
     """The error with the nearest status; `code` is its reason."""
     status = next((_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS), 500)
+    if error.reason == errors.TOO_LARGE:
+        status = 413
     return HttpError(status, error.message, error.field, error.reason.lower(), error.retry_after_s)
 
 

@@ -126,9 +126,13 @@ class ChatRenderer:
         return self.request.calls()
 
     def chunks(self, output: RequestOutput, piece: Piece) -> Sequence[BaseModel]:
-        """The first chunk of a choice holds the role, and the prompt's token ids where requested."""
+        """As OpenAI: first the role with empty text, then text, then the end of the choice with an empty delta.
+
+        The first chunk holds the prompt's token ids, too, where requested.
+        """
         usage = _chunk_usage(self.request, output)
-        delta = replies.ChatDelta(content=piece.text)
+        is_end_alone = piece.finish_reason is not None and not piece.text
+        delta = replies.ChatDelta() if is_end_alone else replies.ChatDelta(content=piece.text)
         chunks = [self._chunk(output, choices=[self._chunk_choice(piece, delta)], **usage)]
         if piece.is_first:
             opening = replies.ChatChunkChoice(

@@ -158,5 +158,15 @@ class DetokenizeReply(BaseModel):
     prompt: str
 
 
+class Index(BaseModel):
+    """What the server is, for whoever opens its address."""
+
+    name: str
+    version: str
+    routes: list[str]
+    # The description of the routes and their bodies.
+    openapi: str
+
+
 class Version(BaseModel):
     version: str

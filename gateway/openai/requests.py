@@ -25,13 +25,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from gateway.openai.strict_json import readable
 from moesaic.v1 import inference_pb2 as pb
 
 # OpenAI's default for completions. A chat completion may fill the context.
 DEFAULT_MAX_TOKENS = 16
 # Bounds on prompts, stop strings and messages of one request, above what real clients send.
 MAX_PROMPTS = 1024
-MAX_STOPS = 16
+MAX_STOPS = 128
 MAX_MESSAGES = 4096
 MAX_SALT_CHARS = 256
 
@@ -42,7 +43,6 @@ UNION_BRANCHES = frozenset({"<text>", "<texts>", "<ids>", "<id lists>", "<parts>
 
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**32 - 1)]
-Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 # A number in the range of float32, the type on the wire.
 Number = Annotated[float, Field(ge=-3e38, le=3e38)]
 TokenIdList = Annotated[list[UInt32], Field(fail_fast=True)]
@@ -56,6 +56,19 @@ def _not_served(value: object) -> None:
 
 # The type of a field that is parsed only so that it can be refused by name.
 NotServed = Annotated[None, BeforeValidator(_not_served), WithJsonSchema({"type": "null"})]
+
+
+# The type of a field of OpenAI's that cannot change an answer. It has no effect, whatever it holds.
+Ignored = Annotated[JsonValue, WithJsonSchema({"description": "Accepted without effect."})]
+
+
+def _int64(value: object) -> object:
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise ValueError(f"must be a whole number in [{-(2**63)}, {2**63 - 1}]")
+    return value
+
+
+Int64 = Annotated[int, BeforeValidator(_int64)]
 
 
 def _combination(param: str, message: str) -> PydanticCustomError:
@@ -80,8 +93,9 @@ def _content_kind(value: object) -> str | None:
 
 
 def _token_id_keys(bias: dict[str, float]) -> dict[str, float]:
-    if not all(key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**32 for key in bias):
-        raise ValueError("keys must be token ids")
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**32):
+            raise ValueError(f"keys must be token ids, and {readable(key)!r} is none")
     return bias
 
 
@@ -130,6 +144,7 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: Ignored = None
 
 
 class GenerationBody(Body):
@@ -158,8 +173,14 @@ class GenerationBody(Body):
     return_token_ids: bool | None = None
     # The tenant. Only requests with the same salt share cached prefixes, and salts share the router fairly.
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
-    # An identifier for the client's own bookkeeping. It has no effect.
-    user: str | None = None
+    # Where OpenAI keeps, bills, routes and caches a request.
+    user: Ignored = None
+    safety_identifier: Ignored = None
+    store: Ignored = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:
@@ -346,7 +367,9 @@ class ChatCompletionRequest(GenerationBody, ChatFields):
     response_format: TextFormat | None = None
     tools: NotServed = None
     tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Ignored = None
+    # What the answer will presumably be, for a server that can make use of it.
+    prediction: Ignored = None
     functions: NotServed = None
     function_call: NotServed = None
 
@@ -389,7 +412,10 @@ class TokenizeTextRequest(Body):
 
     def call(self) -> pb.TokenizeRequest:
         return pb.TokenizeRequest(
-            model=self.model, text=self.prompt, add_special_tokens=self.add_special_tokens
+            model=self.model,
+            text=self.prompt,
+            add_special_tokens=self.add_special_tokens,
+            return_tokens=self.return_token_strs,
         )
 
 
@@ -402,7 +428,10 @@ class TokenizeChatRequest(ChatFields):
 
     def call(self) -> pb.TokenizeRequest:
         return pb.TokenizeRequest(
-            model=self.model, chat=self.chat(), add_special_tokens=self.add_special_tokens
+            model=self.model,
+            chat=self.chat(),
+            add_special_tokens=self.add_special_tokens,
+            return_tokens=self.return_token_strs,
         )
 
 

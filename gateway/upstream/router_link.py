@@ -36,8 +36,10 @@ _WATCH_S = 60.0
 # The messages for failures of gRPC itself, whose own messages would reveal addresses.
 _TRANSPORT_MESSAGES: dict[type[MoesaicError], str] = {
     errors.DeadlineExceeded: "the request did not end within the time it had",
-    errors.Overloaded: "the request or its answer is larger than a message may be",
+    errors.Overloaded: "the router is busy",
 }
+# How gRPC words the refusal of a message, for which it has no status of its own.
+_LARGER_THAN_MAX = "larger than max"
 
 ResolveRouter = Callable[[], Awaitable[str]]
 
@@ -213,6 +215,10 @@ def _without_internals(error: grpc.RpcError) -> MoesaicError:
     known = from_rpc_error(error)
     if rpc_status.from_call(error) is not None:
         return known
+    if isinstance(known, errors.Overloaded) and _LARGER_THAN_MAX in (error.details() or ""):
+        return errors.InvalidArgument(
+            "the request or its answer is larger than a message may be", reason=errors.TOO_LARGE
+        )
     if type(known) in _TRANSPORT_MESSAGES:
         return type(known)(_TRANSPORT_MESSAGES[type(known)])
     return Unavailable("the router cannot be reached", reason=ROUTER_UNREACHABLE)

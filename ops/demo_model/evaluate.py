@@ -22,8 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from corpus import held_out_windows, load_domains, unseen_domain
-from plot import loss_curve
+from plot import Note, loss_curve
 from torch import Tensor
+from train import RECIPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # The tokens of a held-out window, and the most windows of a domain.
@@ -155,6 +156,19 @@ def print_tables(report: dict[str, Any]) -> None:
         print(f"**{item['how']}**\n```\n{item['text']}\n```\n")
 
 
+def window_note() -> Note:
+    """Why the loss falls at once: training reaches the length of the windows that are measured."""
+    shorter = max(length for _, length in RECIPE.windows if length < RECIPE.eval_window)
+    share = min(share for share, length in RECIPE.windows if length >= RECIPE.eval_window)
+    return Note(
+        share,
+        (
+            f"training windows of {RECIPE.eval_window} tokens from here on, {shorter} before;",
+            f"the loss is measured in windows of {RECIPE.eval_window}",
+        ),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a saved demo model.")
     parser.add_argument("model", type=Path)
@@ -169,7 +183,7 @@ def main() -> None:
             with log.open(newline="") as file:
                 rows = list(csv.DictReader(file))
             report["training"] = {name: float(value) for name, value in rows[-1].items()}
-            (args.report / "loss.svg").write_text(loss_curve(rows))
+            (args.report / "loss.svg").write_text(loss_curve(rows, window_note()))
         (args.report / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

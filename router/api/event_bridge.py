@@ -19,7 +19,7 @@ class EventBridge:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        # Bounded by what its senders may have open: max_tokens and a few more for every sequence.
+        # Bounded by what the engine reports while the loop does something else.
         self._callbacks: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._is_woken = False
 

@@ -1,8 +1,9 @@
 """One Generate call inside the router: its continuations and their sequences in the engine.
 
 The engine reports on its own thread and never waits. Events reach the event loop over the event bridge
-(event_bridge.py), into a queue that max_tokens bounds however slowly the client reads. However a call ends,
-every sequence that it still has in the engine is cancelled.
+(event_bridge.py), into a buffer (event_buffer.py). While a client leaves that full, its sequences are paused, so
+that others get their places; a client that does not read at all is cut off. However a call ends, every sequence
+that it still has in the engine is cancelled.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
@@ -22,10 +22,14 @@ from moesaic import telemetry
 from moesaic.errors import DeadlineExceeded
 from router.api.continuation import Continuation
 from router.api.event_bridge import EventBridge
+from router.api.event_buffer import UNREAD_TIMEOUT_S, EventBuffer
 from router.api.prompt import Prompt
 from router.engine.request import Failed, PromptScored, SequenceEvent, SequenceRequest
 
 log = logging.getLogger(__name__)
+
+# How long a call may wait after its deadline for a client that does not read.
+UNREAD_GRACE_S = 1.0
 
 
 class SequenceEngine(Protocol):
@@ -37,6 +41,14 @@ class SequenceEngine(Protocol):
 
     def cancel(self, sequence_id: str) -> None:
         """Ends a sequence without further events if it has not ended yet."""
+        ...
+
+    def pause(self, sequence_id: str) -> None:
+        """Computes nothing of a sequence until it is resumed."""
+        ...
+
+    def resume(self, sequence_id: str) -> None:
+        """Continues a paused sequence when there is a place for it."""
         ...
 
 
@@ -61,8 +73,9 @@ class GenerateCall:
         self._request_id = request_id
         self._tenant = tenant
         self._bridge = bridge
-        # Holds at most max_tokens events and a few more for every continuation.
-        self._events: deque[tuple[Continuation, SequenceEvent]] = deque()
+        self._events: EventBuffer[tuple[Continuation, SequenceEvent]] = EventBuffer(
+            len(continuations), on_full=self._pause, on_drained=self._resume
+        )
         # Resolved when an event arrives, for the one caller of `next_event`.
         self._waiter: asyncio.Future[None] | None = None
         loop = asyncio.get_running_loop()
@@ -73,6 +86,7 @@ class GenerateCall:
             [] if self.scores_prompt else None
         )
         self._in_engine: set[str] = set()
+        self._ended = False
         self._span = trace.get_current_span()
 
     @property
@@ -84,7 +98,7 @@ class GenerateCall:
         return any(not continuation.finished for continuation in self.continuations)
 
     def admit(self) -> None:
-        """Submits all sequences. Raises if the engine refuses one; `cancel` then ends those before it."""
+        """Submits all sequences. Raises if the engine refuses one; `end` then ends those before it."""
         trace_of_call = trace_context.get_current()
         for continuation in self.continuations:
             continuation.epoch = self._engine.submit(
@@ -96,6 +110,7 @@ class GenerateCall:
                     on_event=partial(self._bridge.put, self._receive, continuation),
                     trace=trace_of_call,
                     tenant=self._tenant,
+                    call=self.continuations[0].sequence_id,
                     decoder_prompt=self.prompt.decoder_token_ids,
                 )
             )
@@ -107,9 +122,22 @@ class GenerateCall:
         while True:
             while not self._events:
                 await self._wait()
-            continuation, event = self._events.popleft()
+            continuation, event = self._events.take()
             if not continuation.finished:
                 return continuation, event
+
+    async def unread(self) -> str:
+        """Returns when the call has to be cut because its client does not read, and why."""
+        while True:
+            ends_s, reason = self.deadline_s + UNREAD_GRACE_S, "deadline passed, the answer was not read"
+            full_until_s = self._events.unread_until_s
+            if full_until_s is not None and full_until_s < ends_s:
+                ends_s, reason = full_until_s, f"the answer was not read for {UNREAD_TIMEOUT_S:.0f} s"
+            left_s = ends_s - time.monotonic()
+            if left_s <= 0:
+                return reason
+            # A buffer that fills up meanwhile allows as much again.
+            await asyncio.sleep(min(left_s, UNREAD_TIMEOUT_S))
 
     def forget(self, continuation: Continuation) -> None:
         """Records that the engine has ended this sequence by itself."""
@@ -120,13 +148,16 @@ class GenerateCall:
         self.forget(continuation)
         self._engine.cancel(continuation.sequence_id)
 
-    def cancel(self) -> None:
-        """Ends the sequences that are still in the engine."""
+    def end(self) -> None:
+        """Ends the sequences that are still in the engine, and reports it. May be called twice."""
         self._timer.cancel()
         while self._in_engine:
             self._engine.cancel(self._in_engine.pop())
+        if not self._ended:
+            self._ended = True
+            self._report_end()
 
-    def report_end(self) -> None:
+    def _report_end(self) -> None:
         """Reports counts, never content, to the trace and the log."""
         if self._span.is_recording():
             self._span.set_attribute(telemetry.OUTPUT_TOKENS, self._num_tokens)
@@ -151,6 +182,14 @@ class GenerateCall:
                 }
             )
 
+    def _pause(self) -> None:
+        for sequence_id in self._in_engine:
+            self._engine.pause(sequence_id)
+
+    def _resume(self) -> None:
+        for sequence_id in self._in_engine:
+            self._engine.resume(sequence_id)
+
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
@@ -171,10 +210,10 @@ class GenerateCall:
             return
         self._put(continuation, event)
         if self._before_scores is not None and isinstance(event, PromptScored):
-            self._events.extend(self._before_scores)
-            self._before_scores = None
+            held, self._before_scores = self._before_scores, None
+            self._events.extend(held)
 
     def _put(self, continuation: Continuation, event: SequenceEvent) -> None:
-        self._events.append((continuation, event))
+        self._events.extend(((continuation, event),))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -42,8 +42,6 @@ _LARGE_BYTES = 16 << 10
 _LARGE_NUM_LOGPROBS = 256
 # The most of them at once, so that they leave the engine its cores.
 _LARGE_AT_ONCE = 2
-# How long a call may wait after its deadline for a client that does not read.
-_UNREAD_GRACE_S = 1.0
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Result = TypeVar("_Result")
@@ -108,16 +106,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         self._check_open(request.model)
         call = await self._call(request, context)
-        context.add_done_callback(lambda _: call.cancel())  # type: ignore[arg-type]
-        unread = asyncio.create_task(_end_unread(context, asyncio.current_task(), call.deadline_s))
+        context.add_done_callback(lambda _: call.end())  # type: ignore[arg-type]
+        unread = asyncio.create_task(_end_unread(context, asyncio.current_task(), call))
         try:
             call.admit()
             async for response in self._responses(call):
                 yield response
         finally:
-            call.cancel()
+            call.end()
             unread.cancel()
-            call.report_end()
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context
@@ -253,12 +250,15 @@ async def _off_loop(is_large: bool, work: Callable[[], _Result]) -> _Result:
     return await asyncio.to_thread(work) if is_large else work()
 
 
-async def _end_unread(context: _Context, handler: asyncio.Task[Any] | None, deadline_s: float) -> None:
+async def _end_unread(context: _Context, handler: asyncio.Task[Any] | None, call: GenerateCall) -> None:
     """Ends a call whose client stopped reading. Its handler hangs in a write, beyond our deadlines."""
-    await asyncio.sleep(deadline_s + _UNREAD_GRACE_S - time.monotonic())
+    reason = await call.unread()
     assert handler is not None
+    # First, because a write that fails leaves the handler's generator as it stands, and gRPC may wait for ever for a
+    # client that does not even read the status.
+    call.end()
     try:
-        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "deadline passed, the answer was not read")
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, reason)
     except grpc.aio.AbortError:
         handler.cancel()
 

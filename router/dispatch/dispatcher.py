@@ -253,6 +253,7 @@ class DispatchStep:
         try:
             layer_call.accept(call, answer)
         except DataLoss as error:
+            call.link.traffic.failed_calls += 1
             self._fail(layer_call, call, error)
             _end_span(call.span, error)
         else:
@@ -264,6 +265,8 @@ class DispatchStep:
         total = combiner.result()
         if not combiner.looks_finite(total) and self._fail_not_finite(layer_call):
             total = combiner.result()
+        for call in layer_call.answered:
+            self._pool.note_answer(call.link)
         return total
 
     def _fail_not_finite(self, layer_call: LayerCall) -> bool:
@@ -275,6 +278,7 @@ class DispatchStep:
         ]
         for call in calls:
             layer_call.answered.remove(call)
+            call.link.traffic.failed_calls += 1
             error = DataLoss("the worker's answer is not finite", reason="NOT_FINITE")
             self._fail(layer_call, call, error)
         return bool(calls)

@@ -56,6 +56,16 @@ class _Cancel:
     sequence_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Pause:
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Resume:
+    sequence_id: str
+
+
 class Engine:
     """Runs the sequences of one epoch on one model. `overlap` splits steps into two micro-batches."""
 
@@ -81,7 +91,9 @@ class Engine:
         self._max_open = scheduler.limits.max_running + max_waiting
         self._live: dict[str, LiveSequence] = {}
         # Bounded by `_max_open`: a request that is not admitted is not put in.
-        self._inbox: queue.SimpleQueue[SequenceRequest | _Cancel | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[SequenceRequest | _Cancel | _Pause | _Resume | None] = (
+            queue.SimpleQueue()
+        )
         self._lock = threading.Lock()
         self._num_open = 0
         self._stopping = False
@@ -118,6 +130,14 @@ class Engine:
     def cancel(self, sequence_id: str) -> None:
         """Ends a sequence without further events if it has not ended yet. Thread-safe."""
         self._inbox.put(_Cancel(sequence_id))
+
+    def pause(self, sequence_id: str) -> None:
+        """Computes nothing of a sequence, and frees what it holds, until it is resumed. Thread-safe."""
+        self._inbox.put(_Pause(sequence_id))
+
+    def resume(self, sequence_id: str) -> None:
+        """Queues a paused sequence again. Thread-safe."""
+        self._inbox.put(_Resume(sequence_id))
 
     def stop(self, timeout_s: float) -> None:
         """Fails the sequences that are still open and ends the thread."""
@@ -160,17 +180,36 @@ class Engine:
 
     def _take_commands(self) -> bool:
         """Carries out all commands, and waits while there is no sequence to run. False: the engine stops."""
-        while not self._live or not self._inbox.empty():
-            command = self._inbox.get()
+        while not self._scheduler.has_work or not self._inbox.empty():
+            try:
+                command = self._inbox.get(timeout=self._paused_s())
+            except queue.Empty:  # the deadline of a paused sequence
+                return True
             if command is None:
                 return False
-            if isinstance(command, SequenceRequest):
-                live = LiveSequence(command)
-                self._live[command.sequence_id] = live
-                self._scheduler.add(live.sequence)
-            elif live_sequence := self._live.get(command.sequence_id):
-                self._end(live_sequence)
+            self._carry_out(command)
         return True
+
+    def _carry_out(self, command: SequenceRequest | _Cancel | _Pause | _Resume) -> None:
+        if isinstance(command, SequenceRequest):
+            live = self._live[command.sequence_id] = LiveSequence(command)
+            self._scheduler.add(live.sequence)
+            return
+        known = self._live.get(command.sequence_id)
+        if known is None:
+            return
+        match command:
+            case _Cancel():
+                self._end(known)
+            case _Pause():
+                self._scheduler.pause(known.sequence)
+            case _Resume():
+                self._scheduler.resume(known.sequence)
+
+    def _paused_s(self) -> float | None:
+        """How long the engine may wait while all its sequences are paused; None if it has none."""
+        deadlines_s = [live.request.deadline_s for live in self._live.values()]
+        return max(0.0, min(deadlines_s) - time.monotonic()) if deadlines_s else None
 
     def _expire(self) -> None:
         now = time.monotonic()

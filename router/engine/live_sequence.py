@@ -35,6 +35,7 @@ class LiveSequence:
             [*request.prompt, *request.decoder_prompt],
             len(request.prompt),
             tenant=request.tenant,
+            call=request.call,
             reads_all=params.prompt_logprobs is not None,
         )
         self.sampling = SamplingState(

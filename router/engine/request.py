@@ -89,5 +89,7 @@ class SequenceRequest:
     on_event: Callable[[SequenceEvent], None]
     trace: Context | None = None
     tenant: str = ""
+    # The same for all sequences of one call, which share places with other calls; empty: a call of its own.
+    call: str = ""
     # What the decoder is given after its start token, where an encoder reads the prompt.
     decoder_prompt: tuple[int, ...] = ()

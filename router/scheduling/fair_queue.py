@@ -1,15 +1,23 @@
-"""Admits the oldest sequence of the tenant that was served the fewest tokens.
+"""Who is admitted next, and who gives up a place for it.
 
-These are the virtual token counters of fair queueing: a tenant is charged for the prompt tokens that are
-computed for it and for every token that it receives. A tenant that had nothing waiting rejoins at the level
-of those that have, so idle time earns no credit. With a single tenant this is first come, first served.
+Between tenants it is the one that was served the fewest tokens. These are the virtual token counters of fair
+queueing: a tenant is charged for the prompt tokens that are computed for it and for every token that it
+receives. A tenant that had nothing waiting rejoins at the level of those that have, so idle time earns no
+credit. Within a tenant it is the call that holds the fewest places, then the oldest sequence. Where every call
+has one sequence, that is first come, first served.
+
+A sequence that finds no room claims the place of a running one: from the tenant that holds most places, if that
+holds at least two more than its own, else from the call of its own tenant that holds at least two more. A place
+that moves thus always makes the shares more equal, and never moves back.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
+import itertools
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
+from typing import TypeVar
 
 from router.scheduling.sequence import Sequence
 
@@ -17,8 +25,13 @@ from router.scheduling.sequence import Sequence
 MAX_TENANTS = 1024
 
 
+# The tokens of a tenant, the arrival number and the sequence of its next entry, and the entries after it.
+_Entry = tuple[int, int, Sequence, Iterator[tuple[int, Sequence]]]
+_Holder = TypeVar("_Holder", str, tuple[str, str])
+
+
 class FairQueue:
-    """The sequences that wait to be admitted."""
+    """The sequences that wait to be admitted, and how many places those that were admitted hold."""
 
     def __init__(self) -> None:
         # Preempted sequences, which were admitted before and come first.
@@ -26,6 +39,9 @@ class FairQueue:
         # The arrival number and the sequence of each entry, by tenant and sequence id, in order of arrival.
         self._waiting: dict[str, dict[str, tuple[int, Sequence]]] = {}
         self._served: OrderedDict[str, int] = OrderedDict()
+        # The places that tenants and calls hold; none is kept at zero.
+        self._tenant_places: Counter[str] = Counter()
+        self._call_places: Counter[tuple[str, str]] = Counter()
         self._num_arrivals = 0
         self._num_waiting = 0
         self._last_admitted = ""
@@ -36,10 +52,7 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         """The order of admission. The sequence yielded last may be admitted or removed meanwhile."""
         yield from tuple(self._returned)
-        heads = [
-            entry for tenant in self._waiting if (entry := self._next_entry(tenant, self._entries(tenant)))
-        ]
-        heapq.heapify(heads)
+        heads = self._heads()
         while heads:
             _, _, sequence, entries = heapq.heappop(heads)
             yield sequence
@@ -75,9 +88,32 @@ class FairQueue:
         """Removes a sequence that now runs, and charges its tenant for what is left to compute of it."""
         is_new = sequence not in self._returned
         self.remove(sequence)
+        self._tenant_places[sequence.tenant] += 1
+        self._call_places[sequence.owner] += 1
         if is_new:
             self._last_admitted = sequence.tenant
             self.charge(sequence.tenant, sequence.num_pending)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Frees the place of a sequence that was admitted."""
+        _take_one(self._tenant_places, sequence.tenant)
+        _take_one(self._call_places, sequence.owner)
+
+    def claim(self, running: list[Sequence]) -> tuple[Sequence, Sequence] | None:
+        """A waiting sequence, and the running one whose place it has the better right to."""
+        heads = (sequence for _, _, sequence, _ in sorted(self._heads()))
+        for claimant in itertools.chain(self._returned, heads):
+            holder = self._holder(running, claimant)
+            if holder is not None:
+                return claimant, holder
+        return None
+
+    def newest_of_most(self, running: list[Sequence]) -> Sequence:
+        """The newest sequence of the call that holds most places, of the tenant that holds most."""
+        return max(
+            reversed(running),
+            key=lambda sequence: (self._tenant_places[sequence.tenant], self._call_places[sequence.owner]),
+        )
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         """Adds to the number of tokens that a tenant was served."""
@@ -94,12 +130,49 @@ class FairQueue:
         if len(self._served) > MAX_TENANTS:
             self._served.popitem(last=False)
 
-    def _entries(self, tenant: str) -> Iterator[tuple[int, Sequence]]:
-        return iter(tuple(self._waiting[tenant].values()))
+    def _holder(self, running: list[Sequence], claimant: Sequence) -> Sequence | None:
+        """The running sequence whose place the claimant may take."""
+        tenant, owner = claimant.tenant, claimant.owner
+        newest = self.newest_of_most(running)
+        if self._tenant_places[newest.tenant] >= self._tenant_places[tenant] + 2:
+            return newest
+        own = [sequence for sequence in running if sequence.tenant == tenant]
+        if (
+            own
+            and self._call_places[(newest := self.newest_of_most(own)).owner] >= self._call_places[owner] + 2
+        ):
+            return newest
+        return None
 
-    def _next_entry(
-        self, tenant: str, entries: Iterator[tuple[int, Sequence]]
-    ) -> tuple[int, int, Sequence, Iterator[tuple[int, Sequence]]] | None:
+    def _heads(self) -> list[_Entry]:
+        """A heap of the first entry of every tenant."""
+        heads = [
+            entry for tenant in self._waiting if (entry := self._next_entry(tenant, self._entries(tenant)))
+        ]
+        heapq.heapify(heads)
+        return heads
+
+    def _entries(self, tenant: str) -> Iterator[tuple[int, Sequence]]:
+        """The entries of a tenant, those of calls with few places first. Sequences may be admitted meanwhile."""
+        heap = [
+            (self._call_places[sequence.owner], arrival, sequence)
+            for arrival, sequence in self._waiting[tenant].values()
+        ]
+        heapq.heapify(heap)
+        while heap:
+            num_places, arrival, sequence = heapq.heappop(heap)
+            if self._call_places[sequence.owner] > num_places:  # its call has been admitted meanwhile
+                heapq.heappush(heap, (self._call_places[sequence.owner], arrival, sequence))
+            else:
+                yield arrival, sequence
+
+    def _next_entry(self, tenant: str, entries: Iterator[tuple[int, Sequence]]) -> _Entry | None:
         """The heap entry of a tenant's next sequence: sorted by the tenant's tokens, then by arrival."""
         arrival, sequence = next(entries, (0, None))
         return None if sequence is None else (self._served.get(tenant, 0), arrival, sequence, entries)
+
+
+def _take_one(places: Counter[_Holder], holder: _Holder) -> None:
+    places[holder] -= 1
+    if not places[holder]:
+        del places[holder]

@@ -2,12 +2,15 @@
 
 Running sequences come first, those that decode before those that still read their prompt. What is left of the
 token budget goes to chunks of prompts; beside decoding sequences, no more than the prefill budget allows.
-Waiting sequences are admitted in the order of fair_queue.py. When the KV pool runs dry the newest sequence is
-preempted: its blocks are freed and it later starts over from its own tokens. It loses time, never a token.
+Waiting sequences are admitted in the order of fair_queue.py. A running one is preempted when the KV pool runs
+dry, the newest of the call that holds most places, and when one that waits has the better right to its place: its
+blocks are freed and it later starts over from its own tokens. It loses time, never a token. A paused sequence
+gives its place up in the same way and waits for nothing until it is resumed.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -52,22 +55,37 @@ class Scheduler:
         self._prefill_budget = prefill_budget
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
+        self._paused: dict[str, Sequence] = {}
         self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is not paused."""
+        return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Removes a running or waiting sequence and frees what it holds."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
-        self._free(sequence)
+        """Removes a running, waiting or paused sequence and frees what it holds."""
+        if self._paused.pop(sequence.sequence_id, None) is None:
+            self._take_out(sequence)
+
+    def pause(self, sequence: Sequence) -> None:
+        """Neither runs a sequence nor lets it wait, and frees what it holds, until it is resumed."""
+        if sequence.sequence_id not in self._paused:
+            self._take_out(sequence)
+            self._paused[sequence.sequence_id] = sequence
+
+    def resume(self, sequence: Sequence) -> None:
+        """Queues a paused sequence again, behind those that wait."""
+        if self._paused.pop(sequence.sequence_id, None) is not None:
+            self.waiting.add(sequence)
 
     def schedule(self) -> tuple[Chunk, ...]:
         """The next batch, its blocks allocated: at most `max_batch_tokens` tokens (but see `Limits`)."""
         chunks: list[Chunk] = []
+        claimant = self._claim()
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         budget = self._extend(chunks, decoding, self.limits.max_batch_tokens)
         reading = [sequence for sequence in self.running if sequence.num_pending > 1]
@@ -75,7 +93,7 @@ class Scheduler:
             num_unread = len(reading) + len(self.waiting)
             budget = min(budget, self._prefill_budget.tokens(len(chunks), num_unread))
         budget = self._extend(chunks, reading, budget)
-        self._admit(chunks, budget)
+        self._admit(chunks, budget, claimant)
         return tuple(chunks)
 
     def advance(self, chunk: Chunk) -> None:
@@ -119,12 +137,33 @@ class Scheduler:
                 budget -= chunks[-1].num_tokens
         return budget
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        """Admits waiting sequences while there are places, tokens and blocks for them."""
+    def _claim(self) -> Sequence | None:
+        """Preempts the sequence whose place or blocks one that waits has the better right to. Returns the
+        latter."""
+        claim = self.waiting.claim(self.running) if self.waiting and self.running else None
+        if claim is None or self._has_room(claim[0]):
+            return None
+        claimant, holder = claim
+        self._stop_running(holder)
+        self.waiting.add(holder)
+        self.num_preemptions += 1
+        return claimant
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether there are a place and blocks for a waiting sequence."""
+        if len(self.running) >= self.limits.max_running:
+            return False
+        blocks = [] if self.prefixes is None else self.prefixes.share_blocks(sequence)
+        fits = self.pool.blocks_for(len(sequence.tokens)) - len(blocks) <= self.pool.num_free
+        self.pool.release(blocks)
+        return fits
+
+    def _admit(self, chunks: list[Chunk], budget: int, claimant: Sequence | None) -> None:
+        """Admits waiting sequences, the claimant first, while there are places, tokens and blocks for them."""
         if not self.waiting or budget <= 0 or len(self.running) >= self.limits.max_running:
             return
         pending = self._pending_hashes(self.running)
-        for sequence in self.waiting:
+        for sequence in itertools.chain(() if claimant is None else (claimant,), self.waiting):
             if budget <= 0 or len(self.running) >= self.limits.max_running:
                 break
             blocks = [] if self.prefixes is None else self.prefixes.share_blocks(sequence)
@@ -164,7 +203,7 @@ class Scheduler:
         }
 
     def _make_room(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> bool:
-        """Allocates the blocks of the next chunk and preempts the newest sequences for them if need be.
+        """Allocates the blocks of the next chunk and preempts other sequences for them if need be.
 
         False: the sequence itself was preempted.
         """
@@ -173,9 +212,11 @@ class Scheduler:
                 self.pool.extend(sequence.blocks, self._chunk(sequence, budget).end)
                 return True
             except OutOfBlocks:
-                newest = self._newest_idle(chunks)
-                self._preempt(newest)
-                if newest is sequence:
+                holder = self._idle_holder(chunks)
+                self._stop_running(holder)
+                self.waiting.put_back(holder)
+                self.num_preemptions += 1
+                if holder is sequence:
                     return False
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
@@ -188,20 +229,25 @@ class Scheduler:
             sequence, start, min(sequence.num_pending, budget, next(to_snapshot, sequence.num_pending))
         )
 
-    def _newest_idle(self, chunks: list[Chunk]) -> Sequence:
-        """The newest running sequence that is not in this batch yet, the caller's own being one such."""
+    def _idle_holder(self, chunks: list[Chunk]) -> Sequence:
+        """The running sequence that gives its blocks up: one that is not in this batch yet, the caller's own being
+        one such."""
         scheduled = {chunk.sequence.sequence_id for chunk in chunks}
-        return next(sequence for sequence in reversed(self.running) if sequence.sequence_id not in scheduled)
+        idle = [sequence for sequence in self.running if sequence.sequence_id not in scheduled]
+        return self.waiting.newest_of_most(idle)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _take_out(self, sequence: Sequence) -> None:
+        """Removes a running or waiting sequence and frees what it holds."""
+        if sequence in self.running:
+            self._stop_running(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        """Frees the place, the blocks and the state slot of a running sequence, which has to start over."""
         self.running.remove(sequence)
-        self._free(sequence)
+        self.waiting.leave(sequence)
         sequence.num_computed = 0
-        self.waiting.put_back(sequence)
-        self.num_preemptions += 1
-
-    def _free(self, sequence: Sequence) -> None:
-        """Frees the blocks and the state slot of a sequence."""
         self.pool.release(sequence.blocks)
         if self.states is not None and sequence.state is not None:
             self.states.end(sequence.state)

@@ -15,6 +15,8 @@ class Sequence:
     num_prompt_tokens: int
     # Whom it is computed for. Prefixes are shared, and served tokens counted, by tenant.
     tenant: str = ""
+    # The request that it answers, alone or with others. Places are shared between calls; empty: a call of its own.
+    call: str = ""
     # Whether the logits of every token are wanted, so that nothing may be taken from the prefix cache.
     reads_all: bool = False
     # The number of leading tokens whose keys and values are in the cache.
@@ -28,6 +30,11 @@ class Sequence:
     state: int | None = None
     # Numbers of computed tokens, multiples of a block, at which chunks end and that state is copied.
     snapshot_points: tuple[int, ...] = ()
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        """Who holds its place while it runs: a call of a tenant."""
+        return self.tenant, self.call or self.sequence_id
 
     @property
     def num_pending(self) -> int:

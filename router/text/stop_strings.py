@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 
@@ -12,7 +13,8 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool) -> None:
-        self._stops = tuple(stops)
+        # Sorted, so that one look tells whether any begins with a given text.
+        self._stops = sorted(stops)
         self._include_stop = include_stop
         self._held = ""
 
@@ -40,6 +42,8 @@ class StopMatcher:
         """The longest end of `text` with which a stop string begins."""
         longest = max(map(len, self._stops), default=1) - 1
         for start in range(max(len(text) - longest, 0), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stops):
-                return text[start:]
+            end = text[start:]
+            place = bisect_left(self._stops, end)
+            if place < len(self._stops) and self._stops[place].startswith(end):
+                return end
         return ""

@@ -21,6 +21,7 @@ from moesaic.errors import CheckpointError, InvalidArgument, Unsupported
 from router.text.chat_template import TOKENIZER_CONFIG_FILE, ChatTemplate, find_template
 from router.text.control_tokens import ControlTokens
 from router.text.detokenizer import Detokenizer
+from router.text.hf_tokenizer import TOKENIZER_FILE, read_hf_tokenizer
 from router.text.length_bound import bytes_per_token
 from router.text.mistral_chat import MistralChat, find_mistral_chat
 from router.text.mistral_tokenizer import find_mistral_file, read_mistral_tokenizer
@@ -29,7 +30,6 @@ from router.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_FILE = "tokenizer.json"
 # Names that template variables may not have: they would control the rendering, up to the template.
 _RESERVED_VARIABLES = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
     "messages"
@@ -182,12 +182,7 @@ def _load_tokenizer(folder: Path) -> TextTokenizer | None:
     if not (folder / TOKENIZER_FILE).is_file():
         log.warning("the model folder has no tokenizer: prompts are token ids only")
         return None
-    try:
-        # This class reads tokenizer.json as it is. A class named by the folder's config might run code.
-        found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises bare exceptions for a file that it cannot read
-        raise CheckpointError(f"{TOKENIZER_FILE} cannot be read", field=TOKENIZER_FILE) from error
-    return TextTokenizer(found.backend_tokenizer, found.special_tokens_map)
+    return read_hf_tokenizer(folder)
 
 
 def _eos_token_ids(folder: Path) -> frozenset[int]:

@@ -13,6 +13,7 @@ holds the expert version.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections import defaultdict
@@ -20,12 +21,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion
-from moesaic.errors import Overloaded
+from moesaic.errors import MoesaicError, Overloaded
 from moesaic.routing_table import Replica, RoutingTable
 from router.workers.worker_link import WorkerLink
 
+log = logging.getLogger(__name__)
+
 # How long a replica that failed is passed over while another one holds the expert version.
 BACK_OFF_S = 1.0
+# How long a replica has to answer without a failure before it counts as well again.
+WELL_AFTER_S = 10.0
 # So many rows of a wave go to one replica before the next one gets a message, too.
 SHARE_ROWS = 64
 # Links that are kept although the newest table does not list their replicas. Those that were listed last stay.
@@ -44,14 +49,16 @@ class _Member:
     backed_off_until_s: float = 0.0
     # The number of its last turn, by which equal members alternate.
     last_turn: int = 0
+    # When its last call failed; None while it is well.
+    failed_s: float | None = None
 
 
 _Holders = Mapping[ExpertVersion, tuple[_Member, ...]]
 
 
 class ReplicaPool:
-    """The links to all replicas that are listed or answer. `pick` and `note_failure` are for the engine's
-    thread; the rest may run beside them."""
+    """The links to all replicas that are listed or answer. `pick` and the notes are for the engine's thread;
+    the rest may run beside them."""
 
     def __init__(
         self,
@@ -130,13 +137,26 @@ class ReplicaPool:
         chosen.last_turn = next(self._turns)
         return chosen.link
 
+    def note_answer(self, link: WorkerLink) -> None:
+        """This replica just gave an answer that is right in all that can be checked."""
+        member = self._members.get(link.replica.incarnation)
+        if member is None or member.failed_s is None:
+            return
+        if self._clock() - member.failed_s >= WELL_AFTER_S:
+            member.failed_s = None
+            log.info("a worker answers again", extra={"fields": _fields(link)})
+
     def note_failure(self, link: WorkerLink, error: Exception) -> None:
         """A call to this replica just failed: others are preferred for BACK_OFF_S. One that no table lists is
         dropped, unless it said itself that it is overloaded."""
         member = self._members.get(link.replica.incarnation)
         if member is None:
             return
-        member.backed_off_until_s = self._clock() + BACK_OFF_S
+        now_s = self._clock()
+        member.backed_off_until_s = now_s + BACK_OFF_S
+        if member.failed_s is None:
+            log.warning("a worker fails", extra={"fields": _fields(link) | {"reason": _reason(error)}})
+        member.failed_s = now_s
         if not isinstance(error, Overloaded):
             self._drop(lambda other: other is member)
 
@@ -187,6 +207,17 @@ class ReplicaPool:
                 self._last_workers[version.address] = member.link.replica.worker
         self._holders = {version: tuple(who) for version, who in holders.items()}
         self._ordered = tuple(member.link for member in members)
+
+
+def _fields(link: WorkerLink) -> dict[str, str]:
+    return {"worker": link.replica.worker, "address": link.replica.address}
+
+
+def _reason(error: Exception) -> str:
+    """Why a call failed, in words that an operator can act on."""
+    if isinstance(error, MoesaicError):
+        return error.message
+    return "no answer in time"
 
 
 def _close(links: Iterable[WorkerLink]) -> None:

@@ -19,6 +19,7 @@ import pytest
 from support.serve_command import MOESAIC, Serve, serving, until
 
 from moesaic import Client
+from moesaic.errors import MoesaicError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
@@ -139,3 +140,73 @@ def alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_sigterm_with_answers_running_ends_them_with_an_error_and_leaves_nothing() -> None:
+    """The drain is longer than the three seconds after which the handler that Ray installs would abort."""
+    with serving(env={"MOESAIC_CLUSTER__DRAIN_TIMEOUT_S": "5"}) as serve:  # the demo model
+        serve.wait_ready()
+        reasons = asyncio.run(ends_of_long_answers(serve, 8))
+        assert reasons == ["STOPPING"] * 8
+        assert serve.end() == 0
+        serve.assert_nothing_is_left()
+
+
+async def ends_of_long_answers(serve: Serve, number: int) -> list[str]:
+    """Asks for answers that take longer than a drain, stops the cluster, and says with which error each ended."""
+
+    async def ask(client: Client) -> str:
+        stream = client.generate("ROMEO:", max_tokens=2000, ignore_eos=True, timeout_s=120)
+        try:
+            async for _ in stream:
+                begun.set()
+        except MoesaicError as error:
+            return error.reason
+        return ""
+
+    begun = asyncio.Event()
+    async with Client(serve.grpc) as client, asyncio.TaskGroup() as group:
+        answers = [group.create_task(ask(client)) for _ in range(number)]
+        await begun.wait()
+        serve.popen.send_signal(signal.SIGTERM)
+    return [answer.result() for answer in answers]
+
+
+@pytest.mark.parametrize("moment", ["Ray: starting", "controller: "])
+def test_sigterm_while_it_starts_is_answered_and_leaves_nothing(tiny: Path, moment: str) -> None:
+    with serving(str(tiny)) as serve:
+        serve.wait_stderr(moment)
+        serve.popen.send_signal(signal.SIGTERM)
+        assert serve.end() == 0
+        assert "stopping: a second signal stops at once\n" in serve.stderr
+        serve.assert_nothing_is_left()
+
+
+def test_a_second_signal_ends_a_start_that_ray_keeps_waiting(tiny: Path) -> None:
+    with serving(str(tiny)) as serve:
+        until(lambda: any(member.name() == "raylet" for member in serve.members()), 60.0, "no raylet")
+        stand_still(serve, "raylet")  # Ray's start would wait for it
+        serve.interrupt()
+        serve.wait_stderr("stopping: ")
+        serve.interrupt()
+        assert serve.end() == 0
+        serve.assert_nothing_is_left()
+
+
+def stand_still(serve: Serve, name: str) -> None:
+    for process in serve.members():
+        if process.name() == name:
+            process.suspend()
+
+
+def test_what_a_killed_server_has_left_is_removed_by_the_next(tiny: Path) -> None:
+    with serving(str(tiny)) as killed:
+        killed.wait_ready()
+        killed.popen.kill()
+        killed.popen.wait(10)
+        (left,) = killed.temp.iterdir()
+        with serving(str(tiny), env={"TMPDIR": str(killed.temp)}) as serve:
+            serve.wait_ready()
+            assert not left.exists()
+            serve.interrupt()
+            assert serve.end() == 0

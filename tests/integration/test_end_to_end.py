@@ -244,7 +244,7 @@ async def test_without_a_replica_a_lost_worker_is_a_clear_error_and_its_return_i
         running_workers(DEMO_MODEL, ["0-3", "4-7"]) as workers,
         running_router(DEMO_MODEL, workers) as router,
     ):
-        async with Client(router.address) as client:
+        async with Client(router.address, retries=False) as client:
             workers[1].kill()
             with pytest.raises(Unavailable) as lost:
                 await client.complete("Now is the winter", max_tokens=50, temperature=0)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 from support.checkpoints import write_mixtral
 from support.dense_checkpoints import write_mistral
-from support.processes import running_router, running_workers
+from support.processes import running_gateway, running_router, running_workers
 
 from moesaic import SyncClient
 from moesaic.errors import InvalidArgument
@@ -20,6 +23,10 @@ from moesaic.errors import InvalidArgument
     ("flags", "message"),
     [
         (["--model", "{tmp}/nowhere", "--worker", "127.0.0.1:1"], "--model {tmp}/nowhere: no such folder"),
+        (
+            ["--model", "{tmp}/tiny", "--worker", "::1:6001"],
+            "worker: must be HOST:PORT, or [HOST]:PORT for IPv6, not '::1:6001'",
+        ),
         (["--model", "{tmp}/tiny"], "name either workers (--worker) or a controller (--control)"),
         (
             ["--model", "{tmp}/tiny", "--worker", "127.0.0.1:1", "--control", "127.0.0.1:1"],
@@ -89,3 +96,34 @@ def test_a_router_says_how_many_experts_lost_their_worker(tmp_path: Path) -> Non
                 assert time.monotonic() < deadline_s
                 time.sleep(0.1)
         assert router.stop() == 0
+
+
+def test_all_of_it_by_hand_on_ipv6(tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    folder, host = write_mixtral(tmp_path / "tiny"), ("--host", "::1")
+    # Without shared memory, so that the direct stream is dialled.
+    with (
+        running_workers(folder, ["0-1", "2-3"], *host, "--shared-memory", "off") as workers,
+        running_router(folder, workers, *host, "--shared-memory", "off") as router,
+        running_gateway(router, *host) as gateway,
+    ):
+        assert all(process.address.startswith("[::1]:") for process in (*workers, router, gateway))
+        with SyncClient(router.address) as client:
+            assert len(client.complete([1, 2, 3], max_tokens=4, ignore_eos=True).token_ids) == 4
+        until_ready(f"http://{gateway.address}/ready")
+
+
+def until_ready(url: str) -> None:
+    deadline_s = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                assert answer.status == 200
+                return
+        except urllib.error.HTTPError as error:  # its router is not known to it yet
+            error.close()
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)

@@ -158,3 +158,31 @@ def test_every_error_survives_the_wire() -> None:
 
 def _subclasses(cls: type[MoesaicError]) -> list[type[MoesaicError]]:
     return [cls, *(found for child in cls.__subclasses__() for found in _subclasses(child))]
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+async def test_a_proxy_in_the_environment_is_not_asked(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
+    server = rpc.Server({})
+    address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
+    question = health_pb2.HealthCheckRequest()
+    async with rpc.aio_channel(address) as channel:
+        await health_pb2_grpc.HealthStub(channel).Check(question, timeout=30)
+    with rpc.channel(address) as blocking:
+        await asyncio.to_thread(health_pb2_grpc.HealthStub(blocking).Check, question, timeout=30)
+    await server.stop(0)
+
+
+async def test_a_server_listens_on_ipv6() -> None:
+    server = rpc.Server({})
+    try:
+        port = await server.start("::1", 0)
+    except InvalidArgument:
+        pytest.skip("this machine has no ::1")
+    async with rpc.aio_channel(f"[::1]:{port}") as channel:
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
+    await server.stop(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,11 +28,13 @@ class Collector:
     def __init__(self) -> None:
         self.spans: list[tuple[str, Span]] = []
         self.bodies: list[bytes] = []
+        self.paths: list[str] = []
         collector = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
+                collector.paths.append(self.path)
                 collector.take(body)
                 self.send_response(200)
                 self.end_headers()
@@ -103,3 +107,17 @@ def test_one_trace_leads_from_the_caller_to_every_worker(collector: Collector, t
 
 def attribute(span: Span, key: str) -> str:
     return next(a.value.string_value for a in span.attributes if a.key == key)
+
+
+def test_an_endpoint_that_is_not_in_the_environment_gets_the_spans(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
+    program = (
+        "import sys; from moesaic import telemetry; "
+        "telemetry.configure('a service', otlp_endpoint=sys.argv[1]); "
+        "telemetry.TRACER.start_span('a span').end(); telemetry.flush()"
+    )
+    subprocess.run([sys.executable, "-c", program, collector.url + "/"], check=True, timeout=120)
+    assert [(service, span.name) for service, span in collector.spans] == [("a service", "a span")]
+    assert collector.paths == ["/v1/traces"]

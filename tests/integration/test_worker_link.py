@@ -23,7 +23,7 @@ WAIT_S = 10.0
 
 class Worker(expert_pb2_grpc.ExpertServiceServicer):
     """Answers by layer: 0 at once, 1 after the next call, 2 with a refusal, 3 never, 4 by breaking the stream, 5 with
-    rows that are cut short."""
+    rows that are cut short, 6 with an empty message, 7 for a call that nobody made."""
 
     def Compute(
         self, requests: Iterator[expert_pb2.ComputeRequest], context: grpc.ServicerContext
@@ -45,6 +45,11 @@ class Worker(expert_pb2_grpc.ExpertServiceServicer):
                 yield response
             elif request.layer == 5:
                 response.output.data = response.output.data[:-1]
+                yield response
+            elif request.layer == 6:
+                yield expert_pb2.ComputeResponse()
+            elif request.layer == 7:
+                response.call_id += 1000
                 yield response
             elif request.layer == 4:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "going away")
@@ -301,3 +306,14 @@ def test_the_latency_of_the_last_calls_is_known(link: WorkerLink) -> None:
 def test_an_answer_whose_bytes_are_not_those_of_its_shape_is_data_loss(link: WorkerLink) -> None:
     with pytest.raises(DataLoss):
         link.receive(send(link, 5), WAIT_S)
+
+
+@pytest.mark.parametrize("layer", [6, 7])
+def test_an_answer_that_belongs_to_no_call_is_data_loss_at_once_and_the_next_call_opens_a_new_stream(
+    link: WorkerLink, layer: int
+) -> None:
+    link.receive(send(link, 0), WAIT_S)
+    for call in (send(link, layer), send(link, 3)):
+        with pytest.raises(DataLoss, match="never made"):
+            link.receive(call, WAIT_S)
+    assert link.receive(send(link, 0), WAIT_S)

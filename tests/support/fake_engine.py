@@ -37,6 +37,8 @@ class FakeEngine:
         self.num_places = 0
         self.requests: list[SequenceRequest] = []
         self.cancelled: list[str] = []
+        # What was paused (True) and resumed, in order.
+        self.pauses: list[tuple[str, bool]] = []
         self.open: set[str] = set()
         self._work: queue.SimpleQueue[tuple[SequenceRequest, Iterable[SequenceEvent]] | None] = (
             queue.SimpleQueue()
@@ -56,6 +58,12 @@ class FakeEngine:
     def cancel(self, sequence_id: str) -> None:
         self.cancelled.append(sequence_id)
         self.open.discard(sequence_id)
+
+    def pause(self, sequence_id: str) -> None:
+        self.pauses.append((sequence_id, True))
+
+    def resume(self, sequence_id: str) -> None:
+        self.pauses.append((sequence_id, False))
 
     def emit(self, index: int, *events: SequenceEvent) -> None:
         """Reports events of the `index`-th request, on the engine's thread."""

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 120.0
 
 
 class Process:
@@ -58,6 +59,18 @@ class Process:
         self._popen.kill()
         self._popen.wait(STOP_TIMEOUT_S)
 
+    def stand_still(self) -> None:
+        """SIGSTOP; returns when every thread stands still, which takes a moment on a busy machine."""
+        self._popen.send_signal(signal.SIGSTOP)
+        ends_s = time.monotonic() + STOP_TIMEOUT_S
+        while any(_state(thread) != "T" for thread in Path(f"/proc/{self.pid}/task").iterdir()):
+            assert time.monotonic() < ends_s, "it runs on after SIGSTOP"
+            time.sleep(0.005)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self._popen.send_signal(signal.SIGCONT)
+
     def stop(self) -> int:
         """SIGTERM, and its exit code. A process that does not end is aborted, and the failure shows the stacks of its threads."""
         if self._popen.poll() is None:
@@ -78,6 +91,11 @@ class Process:
     def _read_log(self) -> None:
         assert self._popen.stderr is not None
         self._log.extend(self._popen.stderr)
+
+
+def _state(thread: Path) -> str:
+    """The letter of a thread's state; T is stopped."""
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 @contextmanager

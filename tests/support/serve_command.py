@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,29 @@ from typing import Any
 import psutil
 import pytest
 
+ROOT = str(Path(__file__).resolve().parents[2])
 MOESAIC = (sys.executable, "-m", "cluster.cli.main")
-READY = re.compile(r"ready http=(127\.0\.0\.1:\d+) grpc=(127\.0\.0\.1:\d+)\n")
+READY = re.compile(r"ready http=(127\.0\.0\.1:\d+|\[::1?\]:\d+) grpc=(127\.0\.0\.1:\d+|\[::1?\]:\d+)\n")
 START_TIMEOUT_S = 120.0
-END_TIMEOUT_S = 40.0
+END_TIMEOUT_S = 120.0
 # Ray's processes learn of each other's end by looking; its agents look once a second.
-AFTERMATH_S = 15.0
+AFTERMATH_S = 60.0
 
 
 class Serve:
     """One `moesaic serve` in a session of its own, by which everything that it starts can be told."""
 
-    def __init__(self, *arguments: str, temp: Path) -> None:
+    def __init__(
+        self, *arguments: str, temp: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> None:
         self.temp = temp
         self.popen = subprocess.Popen(
             [*MOESAIC, "serve", "--http-port", "0", "--grpc-port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TMPDIR": str(temp)},
+            env={**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(temp), **(env or {})},
+            cwd=cwd,
             start_new_session=True,
         )
         self.stdout: list[str] = []
@@ -112,10 +116,12 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str | Callable[
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[Serve]:
+def serving(
+    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Iterator[Serve]:
     """Ended whatever happens; a short path, for Ray puts sockets below it."""
     with tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp", ignore_cleanup_errors=True) as temp:
-        serve = Serve(*arguments, temp=Path(temp))
+        serve = Serve(*arguments, temp=Path(temp), env=env, cwd=cwd)
         try:
             yield serve
         finally:

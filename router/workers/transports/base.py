@@ -73,6 +73,12 @@ class Transport(Protocol):
         ...
 
 
+def check_call_id(call_id: int, newest: int) -> None:
+    """Raises DataLoss for an answer to a call that was never made: an empty message is one. Ids ascend from 1."""
+    if not 0 < call_id <= newest:
+        raise DataLoss("the worker answered a call that was never made")
+
+
 def read_answer(framed: Framed[expert_pb2.ComputeResponse]) -> WorkerAnswer:
     """Raises the error that the worker answered with, or DataLoss where the bytes do not match their dtype
     and shape."""

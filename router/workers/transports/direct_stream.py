@@ -17,13 +17,14 @@ from contextlib import suppress
 from google.rpc import status_pb2
 from torch import Tensor
 
+from moesaic.addresses import join_address, split_address
 from moesaic.errors import Cancelled, DataLoss, MoesaicError, Overloaded, Unavailable, from_status
 from moesaic.transports import tcp_socket
 from moesaic.transports.grpc_connection import ConnectionBroken, GrpcConnection, MessageReceived, StreamEnded
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import COMPUTE_METHOD, Framed, decode_response, encode_request
 from moesaic.wire.tensors import data_of
-from router.workers.transports.base import WorkerAnswer, read_answer
+from router.workers.transports.base import WorkerAnswer, check_call_id, read_answer
 
 # Calls in flight, including those whose caller no longer waits.
 MAX_CALLS = 16
@@ -56,11 +57,11 @@ def carries(request: expert_pb2.ComputeRequest, hidden: Tensor, num_rows: int) -
 def connect(address: str, port: int) -> DirectStream:
     """The direct stream to `port` of the host in `address`, HOST:PORT. Raises OSError (including
     TimeoutError) where nothing answers, Unavailable where the other end does not speak HTTP/2."""
-    host, _, _ = address.rpartition(":")
-    connection = socket.create_connection((host.strip("[]"), port), CONNECT_TIMEOUT_S)
+    host, _ = split_address(address)
+    connection = socket.create_connection((host, port), CONNECT_TIMEOUT_S)
     try:
         tcp_socket.prepare_socket(connection)
-        stream = DirectStream(connection, f"{host}:{port}")
+        stream = DirectStream(connection, join_address(host, port))
         # A port that accepts connections and never answers would cost a call its whole timeout.
         stream.handshake(CONNECT_TIMEOUT_S)
     except BaseException:
@@ -87,6 +88,7 @@ class DirectStream:
         self._calls: dict[int, _Arrived | MoesaicError | None] = {}
         # The ids of calls that were sent and that no caller waits for any more.
         self._abandoned: set[int] = set()
+        self._newest_call = 0
         self._broken: MoesaicError | None = None
 
     @property
@@ -113,6 +115,7 @@ class DirectStream:
             try:
                 self._send(message)
                 self._calls[request.call_id] = None
+                self._newest_call = request.call_id
             except MoesaicError as error:
                 self._calls[request.call_id] = error
 
@@ -213,6 +216,7 @@ class DirectStream:
         """Stores an answer for its call, or drops it if no caller waits. Raises DataLoss for anything else."""
         try:
             framed = decode_response(message)
+            check_call_id(framed.message.call_id, self._newest_call)
         except DataLoss as error:
             # Its call is unknown, and nothing after it on this stream can be trusted.
             self._break(error)

@@ -19,7 +19,7 @@ from moesaic.errors import DataLoss, MoesaicError, Unavailable, from_rpc_error
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import COMPUTE_METHOD, Framed, decode_response, encode_request
 from moesaic.wire.tensors import data_of
-from router.workers.transports.base import WorkerAnswer, read_answer
+from router.workers.transports.base import WorkerAnswer, check_call_id, read_answer
 
 _Arrived = Framed[expert_pb2.ComputeResponse]
 
@@ -35,6 +35,7 @@ class GrpcStream:
         self._inbox: queue.SimpleQueue[bytes | MoesaicError] = queue.SimpleQueue()
         # By call id: the answer, the error that replaces it, or None before either.
         self._calls: dict[int, _Arrived | MoesaicError | None] = {}
+        self._newest_call = 0
         # Without serialisers, requests and answers are bytes.
         call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(COMPUTE_METHOD)
         self._answers = call(self._requests())
@@ -46,6 +47,7 @@ class GrpcStream:
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: Tensor) -> None:
         self._calls[request.call_id] = None
+        self._newest_call = request.call_id
         self._outbox.put(encode_request(Framed(request, data_of(hidden))))
 
     def receive(self, call_id: int, timeout_s: float) -> WorkerAnswer:
@@ -69,6 +71,7 @@ class GrpcStream:
         if isinstance(arrived, bytes):
             try:
                 framed = decode_response(arrived)
+                check_call_id(framed.message.call_id, self._newest_call)
             except DataLoss as error:
                 # Its call is unknown, and nothing after it on this stream can be trusted.
                 self.broken = True

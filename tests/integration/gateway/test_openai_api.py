@@ -8,8 +8,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from support.fake_router import logprob_at
+from support.fake_router import encode, logprob_at
 from support.gateway_site import Site, events
+
+import moesaic
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -164,9 +166,28 @@ async def test_a_chat_answers_and_streams_the_same(client: openai.AsyncOpenAI) -
     assert (reply.choices[0].message.role, reply.choices[0].finish_reason) == ("assistant", "length")
     stream = await client.chat.completions.create(model="fake", messages=messages, max_tokens=6, stream=True)
     chunks = [chunk.choices[0] async for chunk in stream]
-    assert chunks[0].delta.role == "assistant"
+    assert chunks[0].delta.model_dump(exclude_unset=True) == {"role": "assistant", "content": ""}
+    assert all(chunk.delta.role is None for chunk in chunks[1:])
     assert "".join(chunk.delta.content or "" for chunk in chunks) == "<syste"
     assert chunks[-1].finish_reason == "length"
+
+
+async def test_the_chunks_of_a_chat_are_those_of_openai(site: Site, http: httpx.AsyncClient) -> None:
+    """The role with empty text, a chunk for each token, and an end without text."""
+    site.router.eos_after = 2
+    body = {
+        "messages": [{"role": "user", "content": "u"}],
+        "stream": True,
+        "stream_options": {"include_usage": True, "include_obfuscation": False},
+    }
+    *chunks, usage, done = events((await http.post("/v1/chat/completions", json=body)).text)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas == [{"role": "assistant", "content": ""}, {"content": "<"}, {"content": "u"}, {}]
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None, None, None, "stop"]
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert (usage["choices"], done) == ([], "[DONE]")
+    assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
 async def test_the_reply_of_a_chat_can_be_sent_back(client: openai.AsyncOpenAI, site: Site) -> None:
@@ -254,3 +275,29 @@ async def test_fifty_streams_at_once_each_get_their_own_text(client: openai.Asyn
 
     texts = await asyncio.gather(*(ask(i) for i in range(50)))
     assert texts == [(f"{i}." * 51)[: i + 1] for i in range(50)]
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/version", "/v1/models", "/v1/models/fake"])
+async def test_what_can_be_read_can_be_asked_for_its_head(http: httpx.AsyncClient, path: str) -> None:
+    whole, head = await http.get(path), await http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"]
+    assert (await http.head("/v1/completions")).status_code == 405
+    assert (await http.head("/nowhere")).status_code == 404
+
+
+async def test_the_root_says_what_is_here(http: httpx.AsyncClient) -> None:
+    index = (await http.get("/")).json()
+    assert (index["name"], index["version"]) == ("Moesaic", moesaic.__version__)
+    assert {"/v1/models", "/v1/chat/completions", "/health"} <= set(index["routes"])
+    assert (await http.get(index["openapi"])).status_code == 200
+
+
+async def test_a_long_list_of_tokens_is_whole(site: Site, http: httpx.AsyncClient) -> None:
+    prompt = "héllo " * 20_000
+    reply = (await http.post("/tokenize", json={"prompt": prompt, "return_token_strs": True})).json()
+    assert reply["tokens"] == encode(prompt)
+    assert reply["token_strs"] == [f"<{token_id}>" for token_id in encode(prompt)]
+    assert (reply["count"], reply["max_model_len"]) == (len(encode(prompt)), 128)
+    assert "token_strs" not in (await http.post("/tokenize", json={"prompt": "a"})).json()
+    assert (await http.post("/tokenize", json={"prompt": ""})).json()["tokens"] == []

@@ -13,7 +13,7 @@ from support.fake_router import FakeRouter, running
 from support.gateway_site import Site, events, gateway_for, until_status
 
 from gateway.edge import MAX_ACTIVE
-from moesaic import errors
+from moesaic import errors, rpc
 from moesaic.settings import GatewaySettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -201,6 +201,22 @@ async def test_a_body_over_the_limit_is_refused_whether_or_not_it_says_so(
     assert response.json()["error"]["message"] == f"the body exceeds {1 << 20} bytes"
     assert not site.router.requests
     assert (await http.get("/health")).status_code == 200
+
+
+async def test_an_answer_that_no_message_can_hold_is_not_tried_again(
+    site: Site, http: httpx.AsyncClient
+) -> None:
+    """Whether the router says so or gRPC, which has the same status for it as for a full queue."""
+    site.router.error = errors.InvalidArgument("too long", field="prompt", reason=errors.TOO_LARGE)
+    said = await http.post("/v1/completions", json={"prompt": "a"})
+    site.router.reset()
+    site.router.max_model_len = 1
+    site.router.model = "x" * (rpc.PUBLIC_MESSAGE_BYTES + 1)
+    found = await http.get("/v1/models")
+    for response in (said, found):
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "too_large")
+        assert response.headers["x-should-retry"] == "false"
+        assert "retry-after" not in response.headers
 
 
 async def test_no_page_of_another_site_may_read_an_answer(http: httpx.AsyncClient) -> None:

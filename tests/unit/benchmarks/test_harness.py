@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from goodput import make_requests
+from harness import options
 from harness import turns as turns_module
 from harness.floors import expert_parameters, router_parameters
 from harness.likeness import compare_scores
@@ -13,10 +15,11 @@ from harness.load import Stream, quantile, random_prompts
 from harness.phases import Phases
 from harness.result import Figure, Result, Table
 from harness.serving import Setup
+from harness.speed_summary import MIXTRAL_8X7B, held_bytes, step_bytes
 from harness.targets import BY_KEY, TARGETS
 from harness.turns import Rules, Side, Turns, ratio, take_turns
 from random_checkpoint import Shape
-from report import render
+from report import DOCUMENT, render
 from stall import gaps_ending_within
 
 from cluster.bench.other_load import Watched
@@ -124,14 +127,60 @@ def test_a_result_on_disk_is_read_as_it_was(tmp_path: Path) -> None:
 
 def test_the_report_fills_blocks_and_leaves_prose() -> None:
     text = "before\n<!-- bench:decode -->\nold\n<!-- /bench:decode -->\nafter\n"
-    rendered = render(text, {"decode": result(Figure("decode-fp32-b1", "decode, batch 1", 1.25, "x"))})
+    rendered = render(text, {"decode": result(Figure("", "decode, batch 1", 1.25, "x"))})
     assert rendered.startswith("before\n<!-- bench:decode -->\nSpeeds")
     assert rendered.endswith("<!-- /bench:decode -->\nafter\n")
     assert "decode, batch 1: 1.25" in rendered and "old" not in rendered
-    assert (
-        render(rendered, {"decode": result(Figure("decode-fp32-b1", "decode, batch 1", 1.25, "x"))})
-        == rendered
+    assert render(rendered, {"decode": result(Figure("", "decode, batch 1", 1.25, "x"))}) == rendered
+
+
+def test_a_figure_stands_in_one_place_of_the_report() -> None:
+    text = "<!-- bench:judged -->\n<!-- /bench:judged -->\n<!-- bench:decode -->\n<!-- /bench:decode -->"
+    judged = Figure("decode-fp32-b1", "over transformers", 1.25, "x", 1.1, 1.3)
+    tabled = Figure("", "over the other", 0.75, "x", 0.7, 0.8)
+    listed = Figure("", "over a third", 0.5, "x", 0.4, 0.6)
+    found = replace(
+        result(judged, tabled, listed),
+        tables=(Table("", ("side", "ratio"), (("other", tabled.text), ("fourth", "0.50"))),),
     )
+    rendered = render(text, {"decode": found})
+    assert [rendered.count(figure.text) for figure in (judged, tabled, listed)] == [1, 1, 1]
+    assert "- over a third: 0.50 (0.40 to 0.60)" in rendered
+
+
+def test_the_speed_block_says_what_the_rates_mean_for_another_model() -> None:
+    shape = Shape()
+    decode = replace(
+        result(),
+        tables=(Table("", ("batch", "same tokens"), (("2", "fp32 100%, int8 40%"),)),),
+        data={
+            "shape": shape.config,
+            "points": [
+                {"experts": "fp32", "rows": 2, "step_s": 0.04},
+                {"experts": "int8", "rows": 2, "step_s": 0.02},
+                {"experts": "fp32", "rows": 1, "step_s": 0.025},
+            ],
+        },
+    )
+    decode = replace(
+        decode, tables=(Table("", ("batch", "same tokens"), (*decode.tables[0].rows, ("1", "fp32 100%"))),)
+    )
+    rendered = render("<!-- bench:speed -->\n<!-- /bench:speed -->", {"decode": decode})
+    assert "| fp32 | 2 | **50** | 25 |" in rendered
+    assert "| int8 | 2 | **100** | 50 |" in rendered and "| 40% |" in rendered
+    # Two of eight experts of eight layers, and the router's weights, once.
+    read = 8 * 2 * expert_parameters(shape) * 4 + router_parameters(shape) * 4
+    assert step_bytes(shape, 1, "fp32") == read
+    # Mixtral 8x7B has 46.7 billion parameters, of which a token uses 12.9, embeddings included.
+    assert held_bytes(MIXTRAL_8X7B, "fp32") / 4 == pytest.approx(46.7e9, rel=0.002)
+    assert step_bytes(MIXTRAL_8X7B, 1, "fp32") / 4 == pytest.approx(12.75e9, rel=0.002)
+    assert f"| {read / 0.025 / step_bytes(MIXTRAL_8X7B, 1, 'fp32'):.1f} |" in rendered
+
+
+def test_the_documentation_is_what_the_report_writes_of_the_stored_results() -> None:
+    found = {file.stem: Result.load(file) for file in sorted(options.RESULTS.glob("*.json"))}
+    text = DOCUMENT.read_text()
+    assert render(text, found) == text
 
 
 def test_a_block_without_a_result_keeps_what_it_says() -> None:

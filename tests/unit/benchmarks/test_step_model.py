@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
+from steps.chart import draw_clusters, draw_steps
 from steps.clusters import EIGHT_220B, H200, H200_GRPC, MIXTRAL_8X7B, Kind, experts_bytes, forecast
 from steps.fit import Point, fit_costs, least_squares
 from steps.model import (
@@ -159,3 +161,16 @@ def test_the_shapes_have_the_parameters_they_are_named_for() -> None:
     assert total(MIXTRAL_8X7B) == pytest.approx(46.7e9, rel=0.01)
     assert total(EIGHT_220B) == pytest.approx(1.2346e12, rel=0.01)
     assert experts_bytes(MIXTRAL_8X7B, 512) == MIXTRAL_8X7B.expert_bytes
+
+
+def test_both_pictures_are_drawn(tmp_path: Path) -> None:
+    points = [
+        Point("", Load(rows, workers), 0.01, 0.02, 0.003) for workers in (1, 4) for rows in (1, 16, 512)
+    ]
+    modelled = [step_time(SHAPE, point.load, NODE, NODE, COSTS) for point in points]
+    draw_steps(tmp_path / "steps.png", points, modelled, [step.total_s for step in modelled])
+    draw_steps(tmp_path / "decode.png", points[:2], modelled[:2], [0.03, 0.03])
+    kind = Kind("H200", H200, H200, H200_GRPC, weight_bytes=2)
+    draw_clusters(tmp_path / "clusters.png", {"a model": forecast(MIXTRAL_8X7B, kind)[2]})
+    assert all(file.stat().st_size > 10_000 for file in tmp_path.glob("*.png"))
+    assert len(list(tmp_path.glob("*.png"))) == 3

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# The base dependencies of pyproject.toml are enough for the first; the gateway is a server without a model.
+# The dependencies of moesaic/pyproject.toml are enough for the first; the gateway is a server without a model.
 CLIENT_LACKS = (
     "torch",
     "ray",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 
 import pytest
 
-from moesaic.stop_signals import StopRequested, StopSignals, serve_until_signal
+from moesaic.stop_signals import StopRequested, StopSignals, serve_until_signal, take_signals_back
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -142,3 +143,29 @@ async def test_while_a_service_stops_signals_mean_what_they_meant() -> None:
     signal.raise_signal(signal.SIGTERM)
     await asyncio.wait_for(serving, 5)
     assert handlers == [before]
+
+
+async def test_an_alarm_that_a_handler_in_c_sets_does_not_outlive_the_signal() -> None:
+    """Ray's handler of SIGTERM sets one that aborts the process."""
+    with StopSignals() as signals:
+        signal.alarm(600)
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.wait_for(signals.stop.wait(), 5)
+        assert signal.alarm(0) == 0
+
+
+def test_signals_are_taken_back_from_a_handler_in_c() -> None:
+    libc = ctypes.CDLL(None)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        libc.signal(int(signal.SIGTERM), ctypes.c_void_p(1))  # SIG_IGN, behind Python's back
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == []
+        signal.alarm(600)
+        take_signals_back()
+        assert signal.alarm(0) == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,12 +6,13 @@ import io
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.bench import bench
-from cluster.bench.chart import draw_chart
+from cluster.bench.chart import GROUPS, draw_chart, group_share
 from cluster.bench.latency import LoadSummary, Percentiles, WaveSummary
 from cluster.bench.machine import Machine
 from cluster.bench.report import BenchReport, Duel, Level, Row, print_report
@@ -125,6 +126,20 @@ def test_ratios_are_medians_pair_by_pair() -> None:
 def test_a_comparison_whose_pairs_all_failed_has_no_ratio() -> None:
     text = printed(report(duels=(Duel(4, (), (), "", 0, 0, 5),)))
     assert "0 pairs, 5 pairs failed" in text
+
+
+def test_the_chart_counts_every_phase_of_a_step_once() -> None:
+    assert sorted(phase for group in GROUPS for phase in group.phases) == sorted(Phase)
+    measured = row(Level(1))
+    assert sum(group_share(measured, group) for group in GROUPS) == pytest.approx(1.0)
+
+
+def test_the_ticks_of_the_latencies_are_plain_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "chart.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw_chart(report(row(Level(1)), row(Level(64), factor=3.0)), file)
+    text = file.read_text()
+    assert ">10,000<" in text and "10^" not in text and "times" not in text
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

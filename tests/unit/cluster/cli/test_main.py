@@ -108,7 +108,7 @@ def test_more_copies_than_workers_are_told(tiny: Path) -> None:
 def test_a_port_in_use_is_told_with_its_flag(tiny: Path, taken_port: int, flag: str) -> None:
     other = "--grpc-port" if flag == "--http-port" else "--http-port"
     line = refused("serve", str(tiny), flag, str(taken_port), other, "0")
-    assert line == f"error: {flag} {taken_port}: 127.0.0.1:{taken_port} is in use"
+    assert line == f"error: {flag} {taken_port}: 127.0.0.1:{taken_port} is in use; 0 takes a free port"
 
 
 def test_one_port_for_both_is_told(tiny: Path) -> None:

@@ -15,8 +15,9 @@ from moesaic.v1 import control_pb2 as pb
 class FakeServer:
     """A server that loads when it is let, and fails as often as it is told."""
 
-    def __init__(self, failures: list[Exception]) -> None:
+    def __init__(self, failures: list[Exception], address: str = "127.0.0.1:1") -> None:
         self.failures = failures
+        self.address = address
         self.loaded = asyncio.Event()
         self.loaded_bytes, self.total_bytes = 3, 10
         self.contents_revision = 0
@@ -24,7 +25,7 @@ class FakeServer:
         self.stopped_with: list[float] = []
 
     async def start(self) -> str:
-        return "127.0.0.1:1"
+        return self.address
 
     async def load(self) -> None:
         await self.loaded.wait()
@@ -61,6 +62,14 @@ async def test_a_server_is_pending_then_loading_with_progress_then_ready() -> No
     ready = await host.report(loading.revision, 1.0)
     assert ready.ready
     await running
+
+
+async def test_a_server_on_every_address_is_reported_at_the_address_of_its_node() -> None:
+    server = FakeServer([], address="0.0.0.0:1")
+    server.loaded.set()
+    host = host_of(server)
+    await host.run()
+    assert (await host.report(0, 1.0)).address == "n:1"
 
 
 async def test_a_report_that_has_been_seen_is_held_until_the_time_is_over() -> None:

@@ -155,6 +155,16 @@ def test_what_a_process_waits_for_is_said_as_soon_as_it_is_known_on_a_terminal_a
     assert written(console).count(f"expert-worker-0: pending {waiting.detail}\n") == 1
 
 
+def test_a_start_says_at_once_that_ray_starts_and_a_signal_is_answered_beside_it() -> None:
+    console = Console(file=io.StringIO(), width=60)
+    with LoadProgress(console) as progress:
+        progress.start_ray()
+        progress.announce("stopping")
+        progress.end_ray()
+        progress.show(TOPOLOGY)
+    assert written(console).startswith("Ray: starting\nstopping\ncontroller: ready\n")
+
+
 def test_milestones_count_the_first_time_only() -> None:
     times = iter([1.0, 2.0, 3.0, 4.0, 5.0])
     milestones = Milestones(lambda: next(times))

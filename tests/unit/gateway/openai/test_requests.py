@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from gateway.openai.errors import from_validation
 from gateway.openai.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -155,6 +158,54 @@ def test_keys_of_a_message_that_no_template_shows_are_ignored() -> None:
     assert [part.text for part in call.chat.messages[0].parts] == ["a"]
 
 
+@pytest.mark.parametrize("make", [completion, chat])
+def test_what_cannot_change_an_answer_is_accepted_without_effect(make: Callable[..., Any]) -> None:
+    """Where OpenAI's clients say who asks, and how the request is to be kept, billed and cached."""
+    fields = {
+        "user": "u",
+        "safety_identifier": "s",
+        "store": True,
+        "metadata": {"team": "a"},
+        "service_tier": "flex",
+        "prompt_cache_key": "k",
+        "prompt_cache_retention": "24h",
+    }
+    options = {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}}
+    plain = make(stream=True, stream_options={"include_usage": True}, seed=1)
+    assert make(**fields, **options, seed=1).calls() == plain.calls()
+
+
+def test_a_chat_without_tools_may_say_how_it_would_call_them() -> None:
+    prediction = {"type": "content", "content": "x"}
+    assert chat(parallel_tool_calls=False, prediction=prediction, seed=1).calls() == chat(seed=1).calls()
+
+
+def test_many_stop_strings_are_taken() -> None:
+    stops = [f"stop {n}" for n in range(64)]
+    assert list(completion(stop=stops).calls()[0].sampling.stop) == stops
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"logit_bias": {"5": 1, "abc": 2}}, "logit_bias", "'abc'"),
+        ({"logit_bias": {"5": 1, "99999999999": 2}}, "logit_bias", "'99999999999'"),
+        ({"logit_bias": {"5": 1, "6": "x"}}, "logit_bias.6", "logit_bias.6"),
+        ({"seed": "a"}, "seed", "[-9223372036854775808, 9223372036854775807]"),
+        ({"seed": 1.5}, "seed", "[-9223372036854775808, 9223372036854775807]"),
+        ({"seed": -(2**63) - 1}, "seed", "[-9223372036854775808, 9223372036854775807]"),
+    ],
+)
+def test_an_error_names_what_is_wrong_and_what_would_be_right(
+    fields: dict[str, Any], param: str, words: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        completion(**fields)
+    located = [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()]
+    error = from_validation(RequestValidationError(located))
+    assert error.param == param and words in error.message
+
+
 def test_options_that_say_nothing_new_are_accepted() -> None:
     chat(response_format={"type": "text"}, tool_choice="none", tools=[], user="u")
     completion(best_of=2, n=2, suffix="", user="u")
@@ -190,7 +241,7 @@ def test_options_that_say_nothing_new_are_accepted() -> None:
         {"logprobs": True},
         {"logprobs": -1},
         {"stop": [""]},
-        {"stop": ["a"] * 17},
+        {"stop": ["a"] * 129},
         {"stop": [1]},
         {"logit_bias": {"a": 1}},
         {"logit_bias": {"٣": 1}},

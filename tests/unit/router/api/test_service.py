@@ -21,14 +21,14 @@ from moesaic import __version__, rpc, telemetry
 from moesaic.errors import DataLoss, Overloaded, Unavailable, from_rpc_error
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1 import inference_pb2_grpc
-from router.api import service as service_module
-from router.api import tokens
+from router.api import event_buffer, generate_call, tokens
 from router.api.sampling_defaults import neutral_sampling
 from router.api.service import InferenceService, ModelFacts
 from router.engine.request import Failed, PromptScored, Started
 from router.text.text import Text, load_text
 
 MAX_MODEL_LEN, VOCAB_SIZE = 512, 420
+WAIT_S = 60.0
 
 
 @dataclass
@@ -486,19 +486,68 @@ async def test_a_call_without_a_deadline_gets_the_default(text: Text) -> None:
         assert rig.engine.open == set()
 
 
-async def test_a_client_that_never_reads_is_cut_off(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "_UNREAD_GRACE_S", 0.1)
+async def test_a_client_that_never_reads_is_cut_off(
+    text: Text, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(generate_call, "UNREAD_GRACE_S", 0.1)
     async with serving(FakeEngine(generates([5])), text, request_timeout_s=0.4) as rig:
         calls_before = len(asyncio.all_tasks())
         call = rig.call(ask("Once upon " * 20, n=64, logprobs=20), timeout=None)
-        await asyncio.sleep(1.0)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async with asyncio.timeout(20):
-                async for _ in call:
-                    pass
-        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        with caplog.at_level(logging.INFO, generate_call.__name__):
+            await rig.engine.until(lambda _: "request ended" in caplog.text, WAIT_S)
+        assert await cut_off(call) == "deadline passed, the answer was not read"
         assert rig.engine.open == set()
-        assert len(asyncio.all_tasks()) <= calls_before
+        await rig.engine.until(lambda _: len(asyncio.all_tasks()) <= calls_before, WAIT_S)
+
+
+async def test_a_client_that_stops_reading_is_cut_off_long_before_its_deadline(
+    text: Text, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (event_buffer, generate_call):
+        monkeypatch.setattr(module, "UNREAD_TIMEOUT_S", 0.1)
+    async with serving(FakeEngine(generates([5])), text, request_timeout_s=2 * WAIT_S) as rig:
+        calls_before = len(asyncio.all_tasks())
+        call = rig.call(ask(n=64, max_tokens=490, logprobs=20), timeout=None)
+        with caplog.at_level(logging.INFO, generate_call.__name__):
+            await rig.engine.until(lambda _: "request ended" in caplog.text, WAIT_S)
+        assert await cut_off(call) == "the answer was not read for 0 s"
+        assert rig.engine.open == set()
+        await rig.engine.until(lambda _: len(asyncio.all_tasks()) <= calls_before, WAIT_S)
+
+
+async def test_a_call_is_paused_while_its_client_does_not_read_and_resumed_when_it_does(text: Text) -> None:
+    async with serving(FakeEngine(), text) as rig:
+        call = rig.call(ask(n=64, max_tokens=490, logprobs=20), timeout=WAIT_S)
+        await rig.engine.until(lambda engine: len(engine.requests) == 64, WAIT_S)
+        ids = {request.sequence_id for request in rig.engine.requests}
+        assert {(request.tenant, request.call) for request in rig.engine.requests} == {
+            ("", rig.engine.requests[0].sequence_id)
+        }
+        for index in range(64):
+            rig.engine.emit(index, *(token(5, scores([5], 20)[0]) for _ in range(490)))
+        await rig.engine.until(lambda engine: len(engine.pauses) == 64, WAIT_S)
+        assert set(rig.engine.pauses) == {(name, True) for name in ids}
+        num_tokens = 0
+        async for response in call:
+            num_tokens += len(response.token_ids)
+            if num_tokens == 64 * 490:
+                break
+        await rig.engine.until(lambda engine: len(engine.pauses) == 128, WAIT_S)
+        assert set(rig.engine.pauses[64:]) == {(name, False) for name in ids}
+        for index in range(64):
+            rig.engine.emit(index, finished())
+        assert len([response async for response in call]) == 64
+
+
+async def cut_off(call: Any) -> str:
+    """Reads what is left of a call that the server ends, and returns why it did."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(WAIT_S):
+            async for _ in call:
+                pass
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    details: str = caught.value.details()
+    return details
 
 
 async def test_an_unexpected_error_is_internal_and_the_service_lives_on(

@@ -335,6 +335,21 @@ def test_rows_that_are_not_finite_are_blamed_on_their_worker_and_never_used(comb
     torch.testing.assert_close(output[0], EXPECTED[0])
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        spoiled(epoch="another"),
+        spoiled(output=lambda rows: rows[:-1]),
+        spoiled(output=lambda rows: rows * float("nan")),
+    ],
+    ids=["epoch", "shape", "nan"],
+)
+def test_every_answer_that_fails_a_check_is_a_failed_call(broken: Answerer) -> None:
+    _, step, links = dispatch({"a": range(4), "b": range(4)}, {"a": broken})
+    assert not step.failed
+    assert [links[name].traffic.failed_calls for name in "ab"] == [1, 0]
+
+
 def test_sums_that_overflow_are_nobodys_fault() -> None:
     hidden = torch.full((1, 3), torch.finfo(torch.float32).max / 2)
     output, step, _ = dispatch(

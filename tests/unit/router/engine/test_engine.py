@@ -220,6 +220,52 @@ def test_a_cancelled_sequence_frees_its_blocks_and_says_nothing_more(harness: Ha
     assert harness.blocks.num_used == 0 and harness.engine.num_open == 0
 
 
+def test_a_paused_sequence_gives_its_place_to_others_and_goes_on_where_it_was() -> None:
+    harness = Harness(limits=Limits(max_batch_tokens=16, max_running=1))
+    reached, release = threading.Event(), threading.Event()
+
+    def hold(part: MicroBatch) -> None:
+        if part.batch.chunks[0].end == 6:
+            reached.set()
+            release.wait(WAIT_S)
+
+    harness.model.on_forward = hold
+    events = harness.submit("a", (1, 2), max_tokens=20)
+    other = harness.submit("b", (3,), max_tokens=30)
+    harness.engine.start()
+    assert reached.wait(WAIT_S)
+    harness.engine.pause("a")
+    harness.engine.pause("nobody")
+    release.set()
+    assert collect(other)[0] == expected_tokens((3,), 30)
+    assert harness.engine.stats().running == harness.engine.stats().waiting == harness.blocks.num_used == 0
+    harness.engine.resume("a")
+    assert collect(events)[0] == expected_tokens((1, 2), 20)
+    harness.engine.stop(WAIT_S)
+
+
+def test_a_paused_sequence_ends_at_its_deadline_when_it_is_cancelled_and_when_the_engine_stops(
+    harness: Harness,
+) -> None:
+    release = threading.Event()
+    harness.model.on_forward = lambda part: release.wait(WAIT_S) and None
+    late = harness.submit("late", (1,), max_tokens=1000, timeout_s=0.3)
+    cancelled = harness.submit("cancelled", (2,), max_tokens=1000)
+    last = harness.submit("last", (3,), max_tokens=1000)
+    harness.engine.start()
+    for name in ("late", "cancelled", "last"):
+        harness.engine.pause(name)
+    harness.engine.cancel("cancelled")
+    release.set()
+    _, end = collect(late)
+    assert isinstance(end, Failed) and isinstance(end.error, DeadlineExceeded)
+    harness.engine.stop(WAIT_S)
+    _, end = collect(last)
+    assert isinstance(end, Failed) and isinstance(end.error, Unavailable)
+    assert cancelled.empty() or not isinstance(cancelled.get(), Failed)
+    assert harness.engine.num_open == harness.blocks.num_used == 0
+
+
 def test_a_passed_deadline_ends_a_sequence_with_its_own_error(harness: Harness) -> None:
     late = harness.submit("late", (1,), timeout_s=-1.0)
     good = harness.submit("good", (2, 3))

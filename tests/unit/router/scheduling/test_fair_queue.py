@@ -9,8 +9,21 @@ from router.scheduling.fair_queue import MAX_TENANTS, FairQueue
 from router.scheduling.sequence import Sequence
 
 
-def make_sequence(name: str, tenant: str = "", num_tokens: int = 10) -> Sequence:
-    return Sequence(name, [0] * num_tokens, num_tokens, tenant=tenant)
+def make_sequence(name: str, tenant: str = "", num_tokens: int = 10, call: str = "") -> Sequence:
+    return Sequence(name, [0] * num_tokens, num_tokens, tenant=tenant, call=call)
+
+
+def run_all(queue: FairQueue, *sequences: Sequence) -> list[Sequence]:
+    """Admits them, and returns what runs."""
+    arrive(queue, *sequences)
+    for sequence in sequences:
+        queue.admit(sequence)
+    return list(sequences)
+
+
+def claimed(queue: FairQueue, running: list[Sequence]) -> tuple[str, str] | None:
+    claim = queue.claim(running)
+    return None if claim is None else (claim[0].sequence_id, claim[1].sequence_id)
 
 
 def arrive(queue: FairQueue, *sequences: Sequence) -> None:
@@ -96,6 +109,56 @@ def test_who_lost_a_place_comes_first_the_oldest_of_them_before_the_others() -> 
     assert [sequence.sequence_id for sequence in queue] == ["older", "newer", "w"]
     queue.remove(newer)
     assert admit_all(queue) == ["older", "w"]
+
+
+def test_the_call_that_holds_the_fewest_places_comes_first() -> None:
+    queue = FairQueue()
+    run_all(queue, make_sequence("a0", call="a"))
+    arrive(queue, *(make_sequence(name, call=name[0]) for name in ("a1", "a2", "b0", "b1", "b2", "c0")))
+    assert admit_all(queue) == ["b0", "c0", "a1", "b1", "a2", "b2"]
+
+
+def test_a_place_goes_from_the_call_that_holds_most_to_one_that_holds_at_least_two_fewer() -> None:
+    queue = FairQueue()
+    running = run_all(queue, *(make_sequence(name, call=name[0]) for name in ("a0", "b0", "a1", "b1", "a2")))
+    arrive(queue, make_sequence("b2", call="b"))
+    assert claimed(queue, running) is None, "it would only change places"
+    arrive(queue, make_sequence("c0", call="c"))
+    assert claimed(queue, running) == ("c0", "a2")
+    queue.leave(running.pop())
+    assert claimed(queue, running) == ("c0", "b1"), "the newest of those that hold most"
+    queue.leave(running.pop(3))
+    queue.leave(running.pop(2))
+    assert claimed(queue, running) is None
+
+
+def test_calls_of_one_sequence_wait_for_each_other() -> None:
+    queue = FairQueue()
+    running = run_all(queue, make_sequence("a"), make_sequence("b"))
+    arrive(queue, make_sequence("c"))
+    assert claimed(queue, running) is None
+
+
+def test_a_tenant_with_many_calls_gives_places_to_one_with_few() -> None:
+    queue = FairQueue()
+    running = run_all(queue, *(make_sequence(f"a{index}", "a") for index in range(4)))
+    arrive(queue, make_sequence("a4", "a"), *(make_sequence(f"b{index}", "b") for index in range(4)))
+    moved = []
+    while (claim := queue.claim(running)) is not None:
+        claimant, holder = claim
+        queue.leave(holder)
+        running.remove(holder)
+        queue.admit(claimant)
+        running.append(claimant)
+        moved.append((claimant.sequence_id, holder.sequence_id))
+    assert moved == [("b0", "a3"), ("b1", "a2")]
+
+
+def test_nothing_is_kept_about_who_holds_no_place_any_more() -> None:
+    queue = FairQueue()
+    for sequence in run_all(queue, *(make_sequence(name, name, call=name) for name in "abc")):
+        queue.leave(sequence)
+    assert not queue._tenant_places and not queue._call_places
 
 
 def test_counters_are_kept_for_so_many_tenants_and_no_more() -> None:

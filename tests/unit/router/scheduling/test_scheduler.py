@@ -10,8 +10,8 @@ from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.sequence import Chunk, Sequence
 
 
-def make_sequence(name: str, num_tokens: int) -> Sequence:
-    return Sequence(name, list(range(num_tokens)), num_tokens)
+def make_sequence(name: str, num_tokens: int, call: str = "") -> Sequence:
+    return Sequence(name, list(range(num_tokens)), num_tokens, call=call)
 
 
 def run(chunks: tuple[Chunk, ...]) -> None:
@@ -76,6 +76,67 @@ def test_when_blocks_run_out_the_newest_sequence_starts_over_and_loses_no_token(
     scheduler.check_integrity()
 
 
+def test_a_call_of_many_sequences_gives_a_place_to_one_that_has_none() -> None:
+    scheduler = Scheduler(Limits(max_batch_tokens=100, max_running=4), BlockPool(64, 4))
+    for index in range(6):
+        scheduler.add(make_sequence(f"many{index}", 3, call="many"))
+    run(scheduler.schedule())
+    single = make_sequence("single", 3)
+    scheduler.add(single)
+
+    chunks = scheduler.schedule()
+
+    assert [chunk.sequence.sequence_id for chunk in chunks] == ["many0", "many1", "many2", "single"]
+    assert [sequence.sequence_id for sequence in scheduler.waiting] == ["many4", "many5", "many3"]
+    run(chunks)
+    assert scheduler.schedule() and scheduler.num_preemptions == 1, "the place does not go back"
+    scheduler.check_integrity()
+
+
+def test_a_call_of_many_sequences_gives_its_blocks_to_one_that_has_none() -> None:
+    pool = BlockPool(8, 4)
+    scheduler = Scheduler(Limits(max_batch_tokens=100, max_running=64), pool)
+    for index in range(4):
+        scheduler.add(make_sequence(f"many{index}", 7, call="many"))
+    run(scheduler.schedule())
+    assert pool.num_free == 0
+    single = make_sequence("single", 8)
+    scheduler.add(single)
+
+    chunks = scheduler.schedule()
+    assert single in [chunk.sequence for chunk in chunks]
+    for _ in range(10):  # from here on the pool runs dry, at the cost of those who hold most
+        run(chunks)
+        chunks = scheduler.schedule()
+    assert len(single.output) >= 8
+    scheduler.check_integrity()
+
+
+def test_a_paused_sequence_gives_its_place_up_and_comes_back_behind_those_that_wait() -> None:
+    pool = BlockPool(16, 4)
+    scheduler = Scheduler(Limits(max_batch_tokens=100, max_running=1), pool)
+    first, second, third = (make_sequence(name, 3) for name in "abc")
+    for sequence in (first, second, third):
+        scheduler.add(sequence)
+    run(scheduler.schedule())
+    scheduler.pause(first)
+    scheduler.pause(third)
+    scheduler.pause(third)
+
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [second]
+    scheduler.resume(first)
+    scheduler.resume(third)
+    scheduler.resume(third)
+    assert list(scheduler.waiting) == [first, third]
+    scheduler.remove(second)
+    (chunk,) = scheduler.schedule()
+    assert (chunk.sequence, chunk.start, chunk.end) == (first, 0, 4), "it starts over and has lost no token"
+    scheduler.pause(first)
+    scheduler.remove(first)
+    scheduler.remove(third)
+    assert pool.num_used == 0 and not scheduler.has_work
+
+
 def test_a_removed_sequence_gives_all_its_blocks_back() -> None:
     pool = BlockPool(8, 4)
     scheduler = Scheduler(Limits(max_batch_tokens=100, max_running=8), pool)
@@ -132,13 +193,16 @@ def test_what_was_generated_behind_a_whole_prompt_is_cut_where_the_budget_ends()
     max_running=st.integers(1, 6),
     num_blocks=st.integers(10, 20),
     whole_prompts=st.booleans(),
+    num_calls=st.integers(1, 8),
 )
 def test_every_sequence_finishes_and_no_block_is_lost_whatever_the_bounds(
-    prompts: list[int], budget: int, max_running: int, num_blocks: int, whole_prompts: bool
+    prompts: list[int], budget: int, max_running: int, num_blocks: int, whole_prompts: bool, num_calls: int
 ) -> None:
     pool = BlockPool(num_blocks, 4)  # the longest sequence has 24 + 8 tokens: it fits alone
     scheduler = Scheduler(Limits(budget, max_running, whole_prompts), pool)
-    open_sequences = [make_sequence(str(index), length) for index, length in enumerate(prompts)]
+    open_sequences = [
+        make_sequence(str(index), length, call=str(index % num_calls)) for index, length in enumerate(prompts)
+    ]
     for sequence in open_sequences:
         scheduler.add(sequence)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from support.fake_links import FakeLink, digest, make_epoch
 
 from moesaic.epoch import ExpertAddress, ExpertVersion
-from moesaic.errors import MoesaicError, Overloaded, Unavailable
+from moesaic.errors import DataLoss, MoesaicError, Overloaded, Unavailable
 from moesaic.routing_table import Replica, RoutingTable
-from router.workers.replica_pool import BACK_OFF_S, MAX_UNLISTED, SHARE_ROWS, ReplicaPool
+from router.workers import replica_pool
+from router.workers.replica_pool import BACK_OFF_S, MAX_UNLISTED, SHARE_ROWS, WELL_AFTER_S, ReplicaPool
 
 EPOCH = make_epoch(1, 2)
 FIRST = ExpertAddress(0, 0)
@@ -164,6 +167,31 @@ def test_a_wave_stays_with_one_replica_until_its_rows_are_worth_another_message(
     assert rig.pick(a1=1) == rig.pick(a1=SHARE_ROWS - 1) == "a1"
     assert rig.pick(a1=SHARE_ROWS) == "b1"
     assert rig.pick(a1=SHARE_ROWS, b1=SHARE_ROWS - 1) == "b1"
+
+
+def test_a_failing_worker_is_logged_once_and_once_more_when_it_has_answered_for_a_while(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.publish(1, "a1", "b1")
+    with caplog.at_level(logging.INFO, replica_pool.__name__):
+        for _ in range(2):
+            caplog.clear()
+            for _ in range(50):
+                rig.fail("a1", DataLoss("the worker's answer is not finite"))
+                rig.now_s += 0.5
+                rig.pool.note_answer(rig.links["a1"])
+                rig.pool.note_answer(rig.links["b1"])
+            (record,) = caplog.records
+            assert record.message == "a worker fails"
+            assert record.fields == {
+                "worker": "a",
+                "address": "a:1",
+                "reason": "the worker's answer is not finite",
+            }
+            rig.now_s += WELL_AFTER_S
+            rig.pool.note_answer(rig.links["a1"])
+            rig.pool.note_answer(rig.links["a1"])
+            assert [record.message for record in caplog.records[1:]] == ["a worker answers again"]
 
 
 def test_an_excluded_worker_is_never_picked(rig: Rig) -> None:

@@ -297,11 +297,18 @@ def test_a_worker_that_does_not_keep_to_the_protocol_breaks_the_stream(
     assert stream.broken
 
 
-def test_a_message_that_is_no_answer_loses_all_calls(stream: DirectStream, worker: Worker) -> None:
+@pytest.mark.parametrize(
+    "message",
+    [b"\xff\xff\xff", b"", expert_pb2.ComputeResponse(call_id=3).SerializeToString()],
+    ids=["no protobuf", "empty", "a call that was never made"],
+)
+def test_a_message_that_is_no_answer_loses_all_calls(
+    stream: DirectStream, worker: Worker, message: bytes
+) -> None:
     for call_id in (1, 2):
         send(stream, call_id)
     worker.take()
-    worker.say(b"\xff\xff\xff")
+    worker.say(message)
     for call_id in (1, 2):
         with pytest.raises(DataLoss):
             stream.receive(call_id, WAIT_S)
