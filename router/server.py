@@ -149,12 +149,16 @@ class RouterServer:
                 log.warning("health changed", extra={"fields": {"serving": serving}})
                 await self._server.set_serving(serving)
 
-    def _stats(self, loaded: LoadedRouter, engine: Engine) -> inference_pb2.GetRouterStatsResponse:
+    def _stats(
+        self, loaded: LoadedRouter, engine: Engine, epoch: Epoch
+    ) -> inference_pb2.GetRouterStatsResponse:
         return router_stats(
             engine.stats(),
             phases=self._clock.snapshot(),
             links=self._pool.links,
             gates=loaded.model.gate_stats.snapshot(),
+            experts=len(epoch.expert_versions),
+            experts_without_worker=len(self._pool.missing(epoch)),
             uptime_s=time.monotonic() - self._started_s,
         )
 
@@ -174,7 +178,7 @@ class RouterServer:
                 encodes_prompts=loaded.encodes_prompts,
                 sampling_defaults=self._sampling_defaults,
             ),
-            stats=lambda: self._stats(loaded, engine),
+            stats=lambda: self._stats(loaded, engine, epoch),
             epoch=lambda: epoch.id,
             control_address=lambda: self._view.control_address,
             request_timeout_s=self._config.engine.request_timeout_s,

@@ -124,19 +124,13 @@ def _routers(routers: Mapping[str, inference_pb2.GetRouterStatsResponse]) -> Tab
 def _remarks(seen: Observation) -> list[str]:
     processes = seen.topology.processes if seen.topology is not None else ()
     details = [f"{process.name}: {process.detail}" for process in processes if process.detail]
-    return [*filter(None, (_problem(seen), _unheld(seen.topology))), *details]
+    return [*filter(None, (_problem(seen), _unheld(seen.entry))), *details]
 
 
-def _unheld(topology: control_pb2.GetTopologyResponse | None) -> str:
+def _unheld(stats: inference_pb2.GetRouterStatsResponse) -> str:
     """How many experts no worker can compute now; empty when there is none."""
-    wanted, held = set[tuple[int, int]](), set[tuple[int, int]]()
-    for process in () if topology is None else topology.processes:
-        experts = {(expert.layer, expert.slot) for expert in process.experts}
-        wanted |= experts
-        if process.state == control_pb2.PROCESS_STATE_READY:
-            held |= experts
-    num_unheld = len(wanted - held)
-    return f"{num_unheld} of {len(wanted)} experts have no worker" if num_unheld else ""
+    unheld = stats.experts_without_worker
+    return f"{unheld} of {stats.experts} experts have no worker" if unheld else ""
 
 
 def _problem(seen: Observation) -> str:

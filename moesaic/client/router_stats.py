@@ -98,6 +98,9 @@ class RouterStats:
     # Steps that ran as two micro-batches.
     overlapped_steps: int
     gates: tuple[GateStats, ...]
+    # The experts of the epoch, and those of them that no worker holds now.
+    experts: int
+    experts_without_worker: int
 
     @classmethod
     def from_pb(cls, stats: pb.GetRouterStatsResponse) -> Self:
@@ -118,4 +121,6 @@ class RouterStats:
             prefix_hit_tokens=stats.prefix_hit_tokens,
             overlapped_steps=stats.overlapped_steps,
             gates=tuple(map(GateStats.from_pb, stats.gates)),
+            experts=stats.experts,
+            experts_without_worker=stats.experts_without_worker,
         )

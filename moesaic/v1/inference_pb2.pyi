@@ -339,7 +339,7 @@ class GateStats(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., z_loss: _Optional[float] = ..., assignments: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...
 
 class GetRouterStatsResponse(_message.Message):
-    __slots__ = ("steps", "prompt_tokens", "generated_tokens", "running_sequences", "waiting_sequences", "kv_blocks_used", "kv_blocks_total", "preemptions", "phases", "workers", "resident_bytes", "uptime_s", "prefix_lookup_tokens", "prefix_hit_tokens", "overlapped_steps", "gates")
+    __slots__ = ("steps", "prompt_tokens", "generated_tokens", "running_sequences", "waiting_sequences", "kv_blocks_used", "kv_blocks_total", "preemptions", "phases", "workers", "resident_bytes", "uptime_s", "prefix_lookup_tokens", "prefix_hit_tokens", "overlapped_steps", "gates", "experts", "experts_without_worker")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -356,6 +356,8 @@ class GetRouterStatsResponse(_message.Message):
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OVERLAPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
     GATES_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_WITHOUT_WORKER_FIELD_NUMBER: _ClassVar[int]
     steps: int
     prompt_tokens: int
     generated_tokens: int
@@ -372,4 +374,6 @@ class GetRouterStatsResponse(_message.Message):
     prefix_hit_tokens: int
     overlapped_steps: int
     gates: _containers.RepeatedCompositeFieldContainer[GateStats]
-    def __init__(self, steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerTraffic, _Mapping]]] = ..., resident_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., prefix_lookup_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., overlapped_steps: _Optional[int] = ..., gates: _Optional[_Iterable[_Union[GateStats, _Mapping]]] = ...) -> None: ...
+    experts: int
+    experts_without_worker: int
+    def __init__(self, steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerTraffic, _Mapping]]] = ..., resident_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., prefix_lookup_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., overlapped_steps: _Optional[int] = ..., gates: _Optional[_Iterable[_Union[GateStats, _Mapping]]] = ..., experts: _Optional[int] = ..., experts_without_worker: _Optional[int] = ...) -> None: ...

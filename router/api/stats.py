@@ -18,6 +18,8 @@ def router_stats(
     phases: Mapping[str, float],
     links: Sequence[WorkerLink],
     gates: Sequence[LayerGateStats],
+    experts: int,
+    experts_without_worker: int,
     uptime_s: float,
 ) -> inference_pb2.GetRouterStatsResponse:
     """One message with the counters of engine, links and gates, and the seconds of each phase."""
@@ -33,6 +35,8 @@ def router_stats(
         phases=[inference_pb2.PhaseTime(phase=phase, seconds=seconds) for phase, seconds in phases.items()],
         workers=[_traffic(link) for link in links],
         resident_bytes=psutil.Process().memory_info().rss,
+        experts=experts,
+        experts_without_worker=experts_without_worker,
         uptime_s=uptime_s,
         prefix_lookup_tokens=stats.prefix_lookup_tokens,
         prefix_hit_tokens=stats.prefix_hit_tokens,

@@ -84,6 +84,20 @@ def test_a_dense_model_answers_alike_with_and_without_workers(tmp_path: Path) ->
         assert router.stop() == 0
 
 
+def test_a_router_says_how_many_experts_lost_their_worker(tmp_path: Path) -> None:
+    folder = write_mixtral(tmp_path / "tiny")
+    with running_workers(folder, ["0-1", "2-3"]) as workers, running_router(folder, workers) as router:
+        with SyncClient(router.address) as client:
+            before = client.router_stats()
+            assert (before.experts, before.experts_without_worker) == (8, 0)
+            workers[1].kill()
+            deadline_s = time.monotonic() + 60.0
+            while client.router_stats().experts_without_worker != 4:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.1)
+        assert router.stop() == 0
+
+
 def test_all_of_it_by_hand_on_ipv6(tmp_path: Path) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()

@@ -40,7 +40,7 @@ def test_a_port_that_the_server_chose_must_be_named() -> None:
 def test_what_is_no_address_is_told(address: str) -> None:
     result = CliRunner().invoke(app, ["status", "--grpc", address])
     assert result.exit_code == 2
-    assert result.stderr == f"error: --grpc {address}: must be HOST:PORT, without http://\n"
+    assert result.stderr.startswith(f"error: --grpc {address}: must be HOST:PORT")
 
 
 @pytest.mark.parametrize("verb", ASKING)
