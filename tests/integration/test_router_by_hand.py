@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.checkpoints import write_mixtral
 from support.dense_checkpoints import write_mistral
 from support.processes import running_router, running_workers
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from moesaic import SyncClient
 from moesaic.errors import InvalidArgument
@@ -74,3 +76,23 @@ def test_a_dense_model_answers_alike_with_and_without_workers(tmp_path: Path) ->
             stats = client.router_stats()
             assert not stats.workers and stats.generated_tokens >= 12
         assert router.stop() == 0
+
+
+def test_silent_requests_are_sampled_as_the_model_says_unless_that_is_switched_off(tmp_path: Path) -> None:
+    folder = write_mistral(tmp_path / "dense")
+    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = GenerationConfig(do_sample=True, temperature=0.7, top_k=1, repetition_penalty=1.3)
+    config.save_pretrained(folder)
+    prompt = [1, 2, 3]
+    theirs = made.generate(torch.tensor([prompt]), generation_config=config, max_new_tokens=8, pad_token_id=0)
+    alone = ("--dense-layers", "router")
+    with (
+        running_router(folder, [], *alone) as router,
+        running_router(folder, [], *alone, "--generation-config", "none") as neutral,
+        SyncClient(router.address) as client,
+        SyncClient(neutral.address) as other,
+    ):
+        answer = client.complete(prompt, max_tokens=8, ignore_eos=True)
+        assert answer.token_ids == tuple(theirs[0, 3:].tolist())
+        found = [it.model_info().sampling_defaults for it in (client, other)]
+        assert [(it.top_k, round(it.temperature, 3)) for it in found] == [(1, 0.7), (0, 1)]
