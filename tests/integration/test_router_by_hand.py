@@ -11,9 +11,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from support.checkpoints import write_mixtral
 from support.dense_checkpoints import write_mistral
 from support.processes import running_gateway, running_router, running_workers
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from moesaic import SyncClient
 from moesaic.errors import InvalidArgument
@@ -127,3 +129,23 @@ def until_ready(url: str) -> None:
             error.close()
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
+
+
+def test_silent_requests_are_sampled_as_the_model_says_unless_that_is_switched_off(tmp_path: Path) -> None:
+    folder = write_mistral(tmp_path / "dense")
+    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = GenerationConfig(do_sample=True, temperature=0.7, top_k=1, repetition_penalty=1.3)
+    config.save_pretrained(folder)
+    prompt = [1, 2, 3]
+    theirs = made.generate(torch.tensor([prompt]), generation_config=config, max_new_tokens=8, pad_token_id=0)
+    alone = ("--dense-layers", "router")
+    with (
+        running_router(folder, [], *alone) as router,
+        running_router(folder, [], *alone, "--generation-config", "none") as neutral,
+        SyncClient(router.address) as client,
+        SyncClient(neutral.address) as other,
+    ):
+        answer = client.complete(prompt, max_tokens=8, ignore_eos=True)
+        assert answer.token_ids == tuple(theirs[0, 3:].tolist())
+        found = [it.model_info().sampling_defaults for it in (client, other)]
+        assert [(it.top_k, round(it.temperature, 3)) for it in found] == [(1, 0.7), (0, 1)]

@@ -285,6 +285,7 @@ async def test_a_call_that_is_refused_for_the_moment_is_repeated() -> None:
         info = await client.model_info()
 
     assert ["".join(map(str, tokens)), len(tokens), info.model] == ["aba", 3, "fake"]
+    assert (info.sampling_defaults.temperature, info.sampling_defaults.top_k) == (pytest.approx(0.7), 0)
     assert len(router.router.requests) == 3
 
 
