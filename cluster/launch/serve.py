@@ -106,8 +106,10 @@ async def running_cluster(
         async with _announced_stop(signals, progress), _connected(settings, signals) as ray:
             milestones.reach("Ray runs")
             progress.end_ray()
+            # In a thread: a node that does not answer takes seconds, and a signal is answered meanwhile.
+            nodes = await asyncio.to_thread(ray.nodes)
             processes = plan_processes(
-                settings, model.folder, model.name, model.shape, ray.nodes(), ray.home, model.identity
+                settings, model.folder, model.name, model.shape, nodes, ray.home, model.identity
             )
             launcher = Launcher(ray, processes, settings)
             try:
