@@ -149,7 +149,9 @@ def running_hosts(count: int) -> Iterator[Hosts]:
     assert spec is not None and spec.loader is not None
     netns = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(netns)
-    with netns.Lab.of(f"moesaic-{os.getpid()}", count) as lab:
+    # Every host has a /tmp of its own, in which the checkout would be missing.
+    shared = [str(ROOT)] if ROOT.is_relative_to("/tmp") else []
+    with netns.Lab.of(f"moesaic-{os.getpid()}", count, share=shared) as lab:
         yield Hosts(lab)
 
 
