@@ -27,7 +27,7 @@ from moesaic.errors import InvalidArgument
         (["--model", "{tmp}/nowhere", "--worker", "127.0.0.1:1"], "--model {tmp}/nowhere: no such folder"),
         (
             ["--model", "{tmp}/tiny", "--worker", "::1:6001"],
-            "worker: must be HOST:PORT, or [HOST]:PORT for IPv6, not '::1:6001'",
+            "--worker ::1:6001: must be HOST:PORT, or [HOST]:PORT for IPv6, not '::1:6001'",
         ),
         (["--model", "{tmp}/tiny"], "name either workers (--worker) or a controller (--control)"),
         (

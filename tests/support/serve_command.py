@@ -71,12 +71,16 @@ class Serve:
     def end(self) -> int:
         """Its exit code, once it has ended by itself."""
         code = self.popen.wait(END_TIMEOUT_S)
+        self.close()
+        return code
+
+    def close(self) -> None:
+        """Closes its output, once no process writes to it any more."""
         for reader in self._readers:
             reader.join(5.0)
         for pipe in (self.popen.stdout, self.popen.stderr):
             assert pipe is not None
             pipe.close()
-        return code
 
     def status(self) -> dict[str, Any]:
         command = [*MOESAIC, "status", "--grpc", self.grpc, "--json"]
@@ -128,3 +132,4 @@ def serving(
             for process in serve.members():
                 process.kill()
             serve.popen.wait(END_TIMEOUT_S)
+            serve.close()
