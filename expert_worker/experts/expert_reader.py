@@ -62,8 +62,7 @@ class ExpertReader:
 
     def version(self, module: ExpertModule, dtype: str) -> bytes:
         """The digest of the expert. All its weights must have been read."""
-        kind = f"{'glu' if module.gated else 'mlp'} {module.activation}"
-        hasher = VersionHasher(kind if module.limit is None else f"{kind} {module.limit}", dtype)
+        hasher = VersionHasher(module.kind, dtype)
         for name in module.weights:
             hasher.update(name, *self._digests[name])
         return hasher.digest()
