@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cluster.control.epoch_store import go_on
-from moesaic.bundles import Bundle, open_bundle
+from moesaic.bundles import Bundle, Manifest, open_bundle
 from moesaic.bundles.bundle import MAX_SIGNATURE_BYTES
 from moesaic.bundles.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, SIGNATURE_FILE, WEIGHTS_FILE
 from moesaic.epoch import DIGEST_BYTES
@@ -49,6 +49,7 @@ class BundleStore:
         self._max_bytes = max_bytes
         self._failpoints = failpoints
         self._num_uploads = 0
+        self._manifests: dict[bytes, Manifest] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"{_INCOMING}*"):
             shutil.rmtree(left)
@@ -73,6 +74,12 @@ class BundleStore:
     def open(self, digest: bytes) -> Bundle:
         """Raises NotFound, or InvalidArgument with field `bundle` for one that was damaged since."""
         return open_bundle(self.folder(digest))
+
+    def manifest(self, digest: bytes) -> Manifest:
+        """The manifest of a stored bundle, which never changes. Raises NotFound, InvalidArgument."""
+        if digest not in self._manifests:
+            self._manifests[digest] = self.open(digest).manifest
+        return self._manifests[digest]
 
     def digests(self) -> list[bytes]:
         return sorted(

@@ -75,6 +75,14 @@ class EpochsInUse:
         epochs = (self.current, self.canary, self._candidate, *retired)
         return tuple({epoch.id: epoch for epoch in epochs if epoch is not None}.values())
 
+    @property
+    def is_draining(self) -> bool:
+        return bool(self._retired)
+
+    def is_retired(self, epoch_id: str) -> bool:
+        """Whether sequences may still run in an epoch that is no longer in use."""
+        return epoch_id in self._retired
+
     def is_living(self, epoch_id: str) -> bool:
         return any(epoch.id == epoch_id for epoch in self.living())
 

@@ -66,8 +66,14 @@ class Desired:
     living: tuple[Epoch, ...]
     replicas: int
     base_slots: Set[ExpertAddress]
+    # Of the versions that bundles brought; and of the model folder's, by layer.
     footprints: Mapping[ExpertVersion, Footprint]
+    base_footprints: Mapping[int, Footprint]
     candidate: Epoch | None = None
+
+    def footprint(self, version: ExpertVersion) -> Footprint:
+        known = self.footprints.get(version)
+        return self.base_footprints[version.address.layer] if known is None else known
 
     def source(self, version: ExpertVersion) -> bytes:
         """The digest of the bundle that has a version, or MODEL_FOLDER."""
@@ -338,7 +344,7 @@ class _Packing:
         return self._copies.get(version, set())
 
     def _size(self, version: ExpertVersion, name: str) -> int:
-        return self._workers[name].size(self.desired.footprints.get(version, Footprint(0)))
+        return self._workers[name].size(self.desired.footprint(version))
 
 
 def _in_order(living: Iterable[Epoch]) -> Iterator[ExpertVersion]:
