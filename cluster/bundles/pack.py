@@ -1,0 +1,303 @@
+"""Makes a bundle of a fine-tuned model: the experts in which it differs from the base, their gate rows, and probes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.bundles.comparison import (
+    Moved,
+    RowDifference,
+    compare_dense,
+    compare_rows,
+    other_experts,
+    other_rows,
+    percent,
+)
+from cluster.bundles.model_folder import GateTensors, ModelFolder, open_model
+from cluster.bundles.selection import Candidate, Origin, Wanted, choose, find_origin
+from cluster.bundles.weights import (
+    dense_values,
+    difference,
+    probe_inputs,
+    read_expert,
+    weight_source,
+)
+from moesaic.bundles import (
+    Bundle,
+    BundleExpert,
+    BundleGateRow,
+    Manifest,
+    ProbeVectors,
+    TensorSource,
+    growth_problem,
+    write_bundle,
+)
+from moesaic.bundles.version import MLP, mlp_parameters
+from moesaic.epoch import ExpertAddress
+from moesaic.errors import InvalidArgument
+
+PROBE_INPUTS = "probe_inputs"
+_NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be packed, and what people are to read in the manifest."""
+
+    tuned: Path
+    base: Path
+    out: Path
+    wanted: Wanted = field(default_factory=Wanted)
+    # Pack the experts although the fine-tune moved other tensors, too.
+    experts_only: bool = False
+    name: str | None = None
+    description: str = ""
+    licence: str = ""
+    owner: str = ""
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExpert:
+    """An expert of the new bundle. A difference is relative to the base's expert or row; None: there is none."""
+
+    layer: int
+    slot: int
+    target: int | None
+    difference: float | None
+    row_difference: float | None
+    has_row: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A bundle that was written, and what it leaves out."""
+
+    bundle: Bundle
+    origin: Origin
+    compared: int
+    experts: tuple[PackedExpert, ...]
+    moved: tuple[Moved, ...]
+
+
+# What happens, how much of it is done, and how much there is.
+Show = Callable[[str, int, int], None]
+
+
+def pack(order: Order, show: Show = lambda stage, done, total: None) -> Packed:
+    """Raises InvalidArgument, whose field says what would cure it, or CheckpointError for a file at fault."""
+    tuned, base = open_model(order.tuned, "model"), open_model(order.base, "base")
+    if order.out.exists():
+        raise InvalidArgument("out: the folder is there already", field="out")
+    packing = _Packing(order, tuned, base, show)
+    return packing.run()
+
+
+def bundle_name(order: Order) -> str:
+    """The name that was asked for, or the one of the folder."""
+    return order.name or _NOT_IN_NAMES.sub("-", order.out.resolve().name.lower()).strip("-")[:64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    order: Order
+    tuned: ModelFolder
+    base: ModelFolder
+    show: Show
+
+    def run(self) -> Packed:
+        origin, candidates = self._choose()
+        rows = {} if origin is Origin.DENSE else compare_rows(self.tuned, self.base)
+        experts = self._compare(origin, candidates, rows)
+        moved = self._moved(origin, experts, rows)
+        if moved and not self.order.experts_only:
+            raise InvalidArgument(_refusal(moved), field="model", reason="MOVED_MORE")
+        bundle = self._write(origin, experts, moved)
+        return Packed(bundle, origin, len(candidates), tuple(experts), moved)
+
+    def _choose(self) -> tuple[Origin, tuple[Candidate, ...]]:
+        tuned, base = self.tuned.model, self.base.model
+        dense = all(layer.gate is None for layer in tuned.experts.values())
+        grows = any(layer.gate is not None for layer in base.experts.values())
+        origin = find_origin(tuned.num_slots, base.num_slots, dense=dense and grows)
+        candidates = choose(origin, tuned.num_slots, base.num_slots, self.order.wanted)
+        for candidate in candidates:
+            self._check(candidate)
+        return origin, candidates
+
+    def _check(self, candidate: Candidate) -> None:
+        own, base = (folder.model.experts[candidate.layer] for folder in (self.tuned, self.base))
+        if own.module != base.module:
+            _refuse(f"its experts of layer {candidate.layer} have another shape than the base's")
+        if candidate.target is None and (problem := growth_problem(base)) is not None:
+            raise InvalidArgument(
+                f"base: layer {candidate.layer} {problem}", field="base", reason="CANNOT_GROW"
+            )
+
+    def _compare(
+        self, origin: Origin, candidates: Iterable[Candidate], rows: Mapping[int, RowDifference]
+    ) -> list[PackedExpert]:
+        candidates = tuple(candidates)
+        found: list[PackedExpert] = []
+        for done, candidate in enumerate(candidates):
+            self.show("comparing experts", done, len(candidates))
+            expert = self._compare_one(origin, candidate, rows.get(candidate.layer))
+            if expert is not None:
+                found.append(expert)
+        self.show("comparing experts", len(candidates), len(candidates))
+        if not found:
+            _refuse("has the base's experts: there is nothing to pack")
+        return found
+
+    def _compare_one(
+        self, origin: Origin, candidate: Candidate, rows: RowDifference | None
+    ) -> PackedExpert | None:
+        apart, row_apart = None, None
+        if origin is Origin.SAME_SIZE or candidate.target is not None:
+            apart = self._difference(candidate.layer, candidate.slot)
+            row_apart = rows.rows.get(candidate.slot) if rows is not None else None
+            if not apart and not row_apart:
+                return None
+        moved = origin in (Origin.MORE_SLOTS, Origin.PUBLIC_AND_OWN) and candidate.target is None
+        has_row = self._takes_rows(candidate.layer) and bool(moved or row_apart)
+        return PackedExpert(*_place(candidate), apart, row_apart, has_row)
+
+    def _difference(self, layer: int, slot: int) -> float:
+        address = ExpertAddress(layer, slot)
+        return difference(read_expert(self.tuned, address), read_expert(self.base, address))
+
+    def _takes_rows(self, layer: int) -> bool:
+        gate = self.base.model.experts[layer].gate
+        return gate is not None and not gate.own and layer in self.tuned.gates()
+
+    def _moved(
+        self,
+        origin: Origin,
+        experts: Iterable[PackedExpert],
+        rows: Mapping[int, RowDifference],
+    ) -> tuple[Moved, ...]:
+        brought = [Candidate(one.layer, one.slot, one.target) for one in experts if one.has_row]
+        self.show("comparing the other tensors", 0, 0)
+        dense = compare_dense(self.tuned, self.base)
+        if origin is Origin.SAME_SIZE and self.order.wanted.as_new:
+            # Their rows become those of the new slots.
+            brought = [Candidate(one.layer, one.slot, one.slot) for one in brought]
+        return (*dense, *other_rows(rows, brought), *other_experts(self._frozen(origin)))
+
+    def _frozen(self, origin: Origin) -> list[float]:
+        """The differences of those experts that must be the base's own, as the new ones were trained beside them."""
+        if origin not in (Origin.MORE_SLOTS, Origin.PUBLIC_AND_OWN) or self.order.wanted.slots is not None:
+            return []
+        slots, base = self.tuned.model.num_slots, self.base.model.num_slots
+        return [
+            self._difference(layer, slot)
+            for layer in sorted(slots)
+            for slot in range(base[layer] if origin is Origin.MORE_SLOTS else slots[layer] // 2)
+        ]
+
+    def _write(
+        self,
+        origin: Origin,
+        experts: list[PackedExpert],
+        moved: tuple[Moved, ...],
+    ) -> Bundle:
+        hidden, tensors, written = self.base.model.hidden_size, dict[str, TensorSource](), []
+        tensors[PROBE_INPUTS] = TensorSource.of(probe_inputs(hidden))
+        names = _Names()
+        for done, expert in enumerate(experts):
+            self.show("computing probe answers", done, len(experts))
+            written.append(self._describe(expert, names.of(expert), tensors))
+        total = sum(source.num_bytes for source in tensors.values())
+        order, base = self.order, self.base.as_base()
+        draft = Manifest(
+            name=bundle_name(order),
+            base_model=self.base.name,
+            base_fingerprint=base.fingerprint.hex(),
+            hidden_size=hidden,
+            experts=tuple(written),
+            tensors={},
+            description=order.description,
+            licence=order.licence,
+            owner=order.owner,
+            tags=order.tags,
+            origin=_origin(self.tuned.name, origin, experts, moved),
+        )
+        return write_bundle(order.out, draft, tensors, lambda done: self.show("writing", done, total))
+
+    def _describe(self, expert: PackedExpert, prefix: str, tensors: dict[str, TensorSource]) -> BundleExpert:
+        address = ExpertAddress(expert.layer, expert.slot)
+        read = read_expert(self.tuned, address)
+        _, answers = read.probe()
+        tensors[f"{prefix}.probe_outputs"] = TensorSource.of(answers)
+        for weight in read.module.weights:
+            tensors[f"{prefix}.{weight}"] = weight_source(self.tuned, address, weight)
+        return BundleExpert(
+            layer=expert.layer,
+            slot=expert.target,
+            kind=MLP,
+            parameters=mlp_parameters(read.module),
+            version="",
+            weights={weight: f"{prefix}.{weight}" for weight in read.module.weights},
+            gate_row=self._gate_row(expert, f"{prefix}.gate_row", tensors) if expert.has_row else None,
+            probe=ProbeVectors(PROBE_INPUTS, f"{prefix}.probe_outputs"),
+        )
+
+    def _gate_row(self, expert: PackedExpert, name: str, tensors: dict[str, TensorSource]) -> BundleGateRow:
+        gate: GateTensors = self.tuned.gates()[expert.layer]
+        tensors[name] = TensorSource.of(dense_values(self.tuned, gate.weight)[expert.slot])
+        bias, selection = (
+            0.0 if each is None else float(dense_values(self.tuned, each)[expert.slot])
+            for each in (gate.bias, gate.selection_bias)
+        )
+        return BundleGateRow(name, bias=bias, selection_bias=selection)
+
+
+class _Names:
+    """Prefixes for the tensors of experts; new ones of a layer are counted."""
+
+    def __init__(self) -> None:
+        self._new: dict[int, int] = {}
+
+    def of(self, expert: PackedExpert) -> str:
+        if expert.target is not None:
+            return f"layers.{expert.layer}.slots.{expert.target}"
+        index = self._new[expert.layer] = self._new.get(expert.layer, -1) + 1
+        return f"layers.{expert.layer}.new.{index}"
+
+
+def _place(candidate: Candidate) -> tuple[int, int, int | None]:
+    return candidate.layer, candidate.slot, candidate.target
+
+
+def _origin(
+    tuned: str, origin: Origin, experts: Iterable[PackedExpert], moved: Iterable[Moved]
+) -> dict[str, str]:
+    said = {"packed_from": tuned, "which_is": str(origin)}
+    for expert in experts:
+        said.setdefault(f"layer {expert.layer}", "")
+        said[f"layer {expert.layer}"] += f"{'; ' if said[f'layer {expert.layer}'] else ''}{_words(expert)}"
+    left = "; ".join(map(str, moved))
+    return {**said, "left_out": left} if left else said
+
+
+def _words(expert: PackedExpert) -> str:
+    words = f"slot {expert.slot}"
+    if expert.difference is not None:
+        words += f" differs by {percent(expert.difference)}"
+    if expert.row_difference:
+        words += f", its gate row by {percent(expert.row_difference)}"
+    return words
+
+
+def _refusal(moved: Iterable[Moved]) -> str:
+    return (
+        f"model: moved more than the experts that a bundle holds ({'; '.join(map(str, moved))}), "
+        "so its experts alone are not that model: --experts-only packs them all the same"
+    )
+
+
+def _refuse(problem: str) -> None:
+    raise InvalidArgument(f"model: {problem}", field="model")
