@@ -94,9 +94,6 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+", re.ASCII)
 Origin = Annotated[str, AfterValidator(_origin)]
 
 
-Signer = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
 class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -273,10 +270,10 @@ class ClusterSettings(_Group):
         description="The folder in which the controller keeps bundles, epochs and their history; a cluster that is "
         "started with it again goes on in the last committed epoch.",
     )
-    signers: tuple[Signer, ...] = Field(
+    signers: tuple[str, ...] = Field(
         (),
-        description="Public ed25519 keys, 64 hex digits each, whose bundles are accepted; without any, signatures are "
-        "not required.",
+        description="Public ed25519 keys, in base64 or as files in PEM, whose bundles alone are accepted; without any, "
+        "bundles need no signature.",
     )
 
 

@@ -17,6 +17,7 @@ from cluster.control.bundle_store import BundleStore
 from cluster.control.controller import Controller
 from cluster.control.epoch_store import go_on
 from cluster.control.epochs_in_use import EpochsInUse
+from cluster.control.pulse import Pulse
 from cluster.control.rollout import (
     MODEL_FOLDER,
     Action,
@@ -112,6 +113,7 @@ class Reconciler:
         self._settled_at_s = clock() + SETTLE_S
         self._resting: dict[str, float] = {}
         self._passage: _Passage | None = None
+        self._idle = Pulse()
         self._base_slots = frozenset(
             ExpertAddress(layer, slot)
             for layer, experts in base.model.experts.items()
@@ -130,6 +132,8 @@ class Reconciler:
                 last = actions
                 continue
             last = actions
+            if not actions:
+                self._idle.beat()
             await self._controller.changed.wait(TICK_S if self._depends_on_time(actions) else None)
 
     async def bring(self, epoch: Epoch, commit: Callable[[], None], show: ShowStage) -> None:
@@ -154,6 +158,11 @@ class Reconciler:
             self._passage = None
             self._epochs.prepare(None)
             self._controller.publish()
+
+    async def wait_until_idle(self) -> None:
+        """Until nothing is left to do for now, at most as long as loading may take."""
+        self._controller.changed.beat()
+        await self._idle.wait(self._load_timeout_s)
 
     def _plan(self) -> tuple[Action, ...]:
         if not self._controller.is_informed:
