@@ -246,9 +246,9 @@ class Controller:
 
     def _set_worker(self, name: str, facts: WorkerFacts | None) -> None:
         was = self._workers.get(name)
-        heard_first = name in self._unobserved
+        is_news = facts != was or name in self._unobserved or self._publication is None
         self._unobserved.discard(name)
-        if facts == was and not heard_first:
+        if not is_news:
             return
         if was is not None and (facts is None or facts.replica.incarnation != was.replica.incarnation):
             self._withheld.pop(was.replica.incarnation, None)
@@ -272,9 +272,7 @@ class Controller:
         epoch = self._once_complete(self._epochs.current, held)
         canary = self._once_complete(self._epochs.canary, held)
         trial = self._epochs.head.canary if self._epochs.head and canary else None
-        told = Publication(
-            epoch, RoutingTable(self._revision, replicas), canary, trial, self._epochs.drain_s
-        )
+        told = Publication(epoch, RoutingTable(self._revision, replicas), canary, trial, self._epochs.drain_s)
         if told == self._publication:
             return
         self._revision += 1
