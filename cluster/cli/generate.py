@@ -15,6 +15,12 @@ from moesaic.client.generate_request import GenerateOptions
 from moesaic.errors import InvalidArgument
 
 
+def flag_of(field: str) -> str:
+    """The parameter of the verb that a field of the request comes from."""
+    name = field.removeprefix("experts.").partition("[")[0]
+    return "top_experts" if field == "experts.top_k" else name
+
+
 def read_prompt(prompt: str | None, stdin: TextIO) -> str:
     """The prompt, or what is piped into standard input without the end of its last line."""
     if prompt is None and stdin.isatty():
@@ -87,5 +93,6 @@ def _plain(completion: Completion) -> dict[str, object]:
         "timing": asdict(completion.timing),
         "model": completion.model,
         "epoch": completion.epoch,
+        "experts": asdict(completion.experts) if completion.experts else None,
         "request_id": completion.request_id,
     }
