@@ -40,7 +40,9 @@ class ExpertPolicy:
         for name in _LISTS:
             object.__setattr__(self, name, _entries(f"experts.{name}", getattr(self, name)))
         if self.top_k is not None and not (type(self.top_k) is int and 1 <= self.top_k < 2**32):
-            raise InvalidArgument("experts.top_k: must be a whole number of at least 1", field="experts.top_k")
+            raise InvalidArgument(
+                "experts.top_k: must be a whole number of at least 1", field="experts.top_k"
+            )
 
     def __bool__(self) -> bool:
         """Whether it restricts anything."""
