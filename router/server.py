@@ -17,7 +17,7 @@ from moesaic import rpc
 from moesaic.addresses import join_address
 from moesaic.epoch import Epoch
 from moesaic.errors import Unavailable
-from moesaic.routing_table import Replica
+from moesaic.routing_table import Replica, RoutingTable, Snapshot
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.loading_service import LoadingService
 from router.api.sampling_defaults import neutral_sampling, read_sampling_defaults
@@ -26,8 +26,10 @@ from router.api.stats import router_stats
 from router.assembly import LoadedRouter, load_router
 from router.config import RouterConfig
 from router.control.cluster_watch import ClusterView
+from router.control.epochs import EpochBook
 from router.engine.engine import Engine
 from router.engine.readiness import pass_one_token
+from router.gating.policy import layer_shapes
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
 from router.workers.transports.negotiate import open_transports
@@ -162,6 +164,12 @@ class RouterServer:
             uptime_s=time.monotonic() - self._started_s,
         )
 
+    def _epochs(self, loaded: LoadedRouter, epoch: Epoch) -> EpochBook:
+        book = EpochBook(layer_shapes(loaded.shape), loaded.shape.hidden_size)
+        book.update(Snapshot(epoch, RoutingTable(0, ())))
+        book.settle(self._pool.missing, {})
+        return book
+
     def _make_service(self, loaded: LoadedRouter, engine: Engine, epoch: Epoch) -> InferenceService:
         return InferenceService(
             engine,
@@ -180,6 +188,7 @@ class RouterServer:
             ),
             stats=lambda: self._stats(loaded, engine, epoch),
             epoch=lambda: epoch.id,
+            choose_view=self._epochs(loaded, epoch).choose,
             control_address=lambda: self._view.control_address,
             request_timeout_s=self._config.engine.request_timeout_s,
         )

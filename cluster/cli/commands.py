@@ -191,11 +191,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Stream a continuation of a prompt."""
-    from cluster.cli.generate import flag_of, read_prompt, run_generate
+    from cluster.cli.generate import read_prompt, run_generate, spelled
     from moesaic import ExpertPolicy
 
-    with exit_with_code(as_json=as_json, spell=lambda field: flags.spell(flag_of(field))):
-
+    with exit_with_code(as_json=as_json, spell=spelled(flags.spell)):
         asyncio.run(
             run_generate(
                 router_address(grpc, flags.load()),

@@ -13,10 +13,15 @@ from cluster.cli.router_client import router_client
 from moesaic import Client, Completion, Token
 from moesaic.client.generate_request import GenerateOptions
 from moesaic.errors import InvalidArgument
+from moesaic.exit_codes import Spell
 
 
-def flag_of(field: str) -> str:
-    """The parameter of the verb that a field of the request comes from."""
+def spelled(spell: Spell | None) -> Spell:
+    """The same for the fields of a policy, too: `experts.deny[2]` comes from `--deny`."""
+    return lambda field: None if spell is None else spell(_parameter(field))
+
+
+def _parameter(field: str) -> str:
     name = field.removeprefix("experts.").partition("[")[0]
     return "top_experts" if field == "experts.top_k" else name
 

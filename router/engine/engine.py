@@ -112,8 +112,8 @@ class Engine:
         """The number of sequences that were submitted and have not ended."""
         return self._num_open
 
-    def submit(self, request: SequenceRequest) -> str:
-        """Admits a sequence and returns its epoch. Thread-safe. Raises Overloaded or Unavailable."""
+    def submit(self, request: SequenceRequest) -> None:
+        """Admits a sequence. Thread-safe. Raises Overloaded or Unavailable."""
         with self._lock:
             if self._stopping:
                 raise _stopping()
@@ -125,7 +125,6 @@ class Engine:
                 )
             self._num_open += 1
             self._inbox.put(request)
-        return self._epoch.id
 
     def cancel(self, sequence_id: str) -> None:
         """Ends a sequence without further events if it has not ended yet. Thread-safe."""

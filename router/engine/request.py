@@ -13,6 +13,7 @@ from opentelemetry.context import Context
 
 from moesaic.errors import MoesaicError
 from router.engine.sampling_params import SampledToken, SamplingParams, TokenLogprobs
+from router.gating.model_view import ModelView
 
 
 class FinishReason(enum.Enum):
@@ -93,3 +94,5 @@ class SequenceRequest:
     call: str = ""
     # What the decoder is given after its start token, where an encoder reads the prompt.
     decoder_prompt: tuple[int, ...] = ()
+    # What computes it: an epoch, and what the request's policy leaves of it; None: the engine's epoch as it is.
+    view: ModelView | None = None

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from support.fake_router import FakeRouter, running
 
-from cluster.cli.generate import flag_of, read_prompt, run_generate, summarise
+from cluster.cli.generate import read_prompt, run_generate, spelled, summarise
 from moesaic import Client, Token
 from moesaic.errors import InvalidArgument, Unavailable
 
@@ -69,10 +69,16 @@ async def test_after_an_answer_its_length_and_speed_and_end_are_told() -> None:
 
 @pytest.mark.parametrize(
     ("field", "flag"),
-    [("experts.deny[2]", "deny"), ("experts.allow", "allow"), ("experts.top_k", "top_experts"), ("top_k", "top_k")],
+    [
+        ("experts.deny[2]", "deny"),
+        ("experts.allow", "allow"),
+        ("experts.top_k", "top_experts"),
+        ("top_k", "top_k"),
+    ],
 )
 def test_an_error_about_a_policy_is_spelled_as_the_flag_that_made_it(field: str, flag: str) -> None:
-    assert flag_of(field) == flag
+    assert spelled(lambda name: f"--{name}")(field) == f"--{flag}"
+    assert spelled(None)(field) is None
 
 
 async def test_the_answer_alone_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
