@@ -71,6 +71,8 @@ class Routers:
         pumps = []
         for number, call in enumerate(calls):
             call.request_id = request_id if len(calls) == 1 else f"{request_id[:120]}-{number}"
+            # The prompts of one request are on the same side of a canary.
+            call.session_id = call.session_id or request_id
             pumps.append(asyncio.create_task(self._pump(number, call, limit, queue)))
         try:
             num_running = len(pumps)

@@ -192,8 +192,8 @@ def _select_weights(request: pb.GenerateRequest, given: Mapping[str, Any]) -> No
     """Sets what says by which weights the request is computed, and whether the answer names them."""
     _set(
         request,
-        epoch=given.get("epoch", ""),
-        session_id=given.get("session", ""),
+        epoch=_text("epoch", given),
+        session_id=_text("session", given),
         return_weight_versions=given.get("return_weight_versions"),
     )
     policy = given.get("experts", ExpertPolicy())
@@ -203,6 +203,14 @@ def _select_weights(request: pb.GenerateRequest, given: Mapping[str, Any]) -> No
         )
     if policy:
         request.experts.CopyFrom(policy.to_pb())
+
+
+def _text(name: str, given: Mapping[str, Any]) -> str:
+    """A text option, empty where it is absent. Raises InvalidArgument."""
+    value = given.get(name, "")
+    if not isinstance(value, str):
+        raise InvalidArgument(f"{name} must be a text", field=name)
+    return value
 
 
 def _sampling(given: Mapping[str, Any]) -> pb.SamplingParams:

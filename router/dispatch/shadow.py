@@ -10,6 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from router.gating.model_view import ModelView
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """A share of the sequences of an epoch, by a hash of their ids, is also computed in another one, for comparison."""
+
+    epoch: str
+    view: ModelView
+    share: float
+
 
 @dataclass(slots=True, eq=False)
 class ShadowTally:

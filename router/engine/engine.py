@@ -23,6 +23,7 @@ from router.cache.kv_cache import KVCache
 from router.decoders.capture import CapturedRows
 from router.decoders.decoder import MicroBatch, RouterModel
 from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.shadow import Shadow
 from router.engine import sampler
 from router.engine.epoch_tally import EpochTallies, EpochTally
 from router.engine.live_sequence import LiveSequence, Reading
@@ -108,6 +109,7 @@ class Engine:
         # The open sequences by epoch; those without any are left out.
         self._open: Counter[str] = Counter()
         self._tallies = EpochTallies()
+        self._shadow: Shadow | None = None
         self._stopping = False
         self._steps = self._overlapped_steps = self._prompt_tokens = self._generated_tokens = 0
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -133,8 +135,8 @@ class Engine:
         """How the sequences of each epoch do."""
         return self._tallies.snapshot()
 
-    def submit(self, request: SequenceRequest) -> str:
-        """Admits a sequence and returns its epoch. Thread-safe. Raises Overloaded or Unavailable."""
+    def submit(self, request: SequenceRequest) -> None:
+        """Admits a sequence. Thread-safe. Raises Overloaded or Unavailable."""
         with self._lock:
             if self._stopping:
                 raise _stopping()
@@ -146,7 +148,6 @@ class Engine:
                 )
             self._open[request.view.epoch.id] += 1
             self._inbox.put(request)
-        return request.view.epoch.id
 
     def cancel(self, sequence_id: str) -> None:
         """Ends a sequence without further events if it has not ended yet. Thread-safe."""
@@ -164,12 +165,17 @@ class Engine:
         """Ends the sequences that are still in this epoch, with an error that says how far they got. Thread-safe."""
         self._inbox.put(_Retire(epoch))
 
+    def set_shadow(self, shadow: Shadow | None) -> None:
+        """Which sequences are shadowed from the next step on, and by what. Thread-safe."""
+        self._shadow = shadow
+
     def stop(self, timeout_s: float) -> None:
-        """Fails the sequences that are still open and ends the thread."""
+        """Fails the sequences that are still open and ends the thread, if it was started."""
         with self._lock:
             self._stopping = True
             self._inbox.put(None)
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
 
     def stats(self) -> EngineStats:
         prefixes = self._scheduler.prefixes
