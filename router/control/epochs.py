@@ -11,29 +11,21 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from moesaic.epoch import Epoch, ExpertVersion
 from moesaic.errors import FailedPrecondition, Unavailable
 from moesaic.expert_policy import ExpertPolicy
 from moesaic.routing_table import Canary, Snapshot
+from router.dispatch.shadow import Shadow
 from router.gating.model_view import EpochViews, ModelView
 from router.gating.policy import LayerShape
+from router.gating.sides import point_of
 
 log = logging.getLogger(__name__)
 
 # How long the epoch before stays in use while the named one lacks replicas. After that the controller's word counts:
 # requests then fail where an expert is missing, as they do when a worker is lost.
 ADOPT_AFTER_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Shadow:
-    """A share of the sequences of an epoch is also computed in another one, for comparison."""
-
-    epoch: str
-    view: ModelView
-    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +198,3 @@ class EpochBook:
         held = [self._current, None if self._trial is None else self._trial.views]
         held += [views for views, _ in self._retired.values()]
         return {views.epoch.id: views for views in held if views is not None}
-
-
-def point_of(text: str, purpose: bytes = b"canary") -> float:
-    """A number in [0, 1) that depends on the text alone, and for every purpose in another way."""
-    digest = blake2b(text.encode(), digest_size=8, person=purpose).digest()
-    return int.from_bytes(digest, "big") / 2**64

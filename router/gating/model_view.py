@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moesaic.epoch import Epoch, GateRow
@@ -111,17 +111,6 @@ class EpochViews:
         return min(self._shapes[layer].top_k, len(slots))
 
 
-def merge_equal(runs: Iterable[ViewRows]) -> tuple[ViewRows, ...]:
-    """Consecutive rows, those of one view as one run."""
-    merged: list[ViewRows] = []
-    for run in runs:
-        if merged and merged[-1].view.key == run.view.key:
-            last = merged.pop()
-            run = ViewRows(last.view, last.start, run.end)
-        merged.append(run)
-    return tuple(merged)
-
-
 def rows_among(views: Sequence[ViewRows], tokens: Sequence[int]) -> list[ViewRows]:
     """The same for those rows alone that are in `tokens`, which ascend; without the views that have none of them."""
     found = (
@@ -160,6 +149,9 @@ def _check(epoch: Epoch, shapes: Mapping[int, LayerShape], hidden_size: int) -> 
     for (layer, slot), row in epoch.gate_rows.items():
         if len(row.values) != 4 * hidden_size:
             raise _unfit(f"the gate row of layer {layer} slot {slot} does not have {hidden_size} values")
+        shape = shapes[layer]
+        if (row.bias and not shape.biased) or (row.selection_bias and not shape.selection_biased):
+            raise _unfit(f"the gate row of layer {layer} slot {slot} has a bias, which this model has not")
 
 
 def _check_rows(layer: int, added: Sequence[int], shape: LayerShape, epoch: Epoch) -> None:

@@ -23,24 +23,29 @@ class LayerShape:
     top_k: int
     # Why the gate's choice can be neither extended nor restricted; None where it can be.
     fixed: str | None = None
+    # Whether rows of the gate have a bias, and one that takes part in the choice alone.
+    biased: bool = False
+    selection_biased: bool = False
 
 
 def layer_shapes(model: MoeModel, *, limits_slots: bool = False) -> dict[int, LayerShape]:
     """Of every layer with experts. `limits_slots`: whether capacities are in force."""
     return {
-        layer: LayerShape(experts.num_slots, experts.top_k, _why_fixed(experts, limits_slots=limits_slots))
-        for layer, experts in sorted(model.experts.items())
+        layer: _shape(experts, limits_slots=limits_slots) for layer, experts in sorted(model.experts.items())
     }
 
 
-def _why_fixed(experts: ExpertLayer, *, limits_slots: bool) -> str | None:
-    if experts.gate is None:
-        return "a dense layer has no gate"
-    if experts.gate.own:
-        return "the family keeps a gate of its own"
-    if experts.gate.groups is not None:
-        return "the slots of the family form groups"
-    return "its slots have a capacity" if limits_slots and experts.capacity is not None else None
+def _shape(experts: ExpertLayer, *, limits_slots: bool) -> LayerShape:
+    rule, fixed = experts.gate, None
+    if rule is None:
+        return LayerShape(experts.num_slots, experts.top_k, "a dense layer has no gate")
+    if rule.own:
+        fixed = "the family keeps a gate of its own"
+    elif rule.groups is not None:
+        fixed = "the slots of the family form groups"
+    elif limits_slots and experts.capacity is not None:
+        fixed = "its slots have a capacity"
+    return LayerShape(experts.num_slots, experts.top_k, fixed, rule.biased, rule.selection_bias)
 
 
 def resolve(
