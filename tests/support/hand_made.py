@@ -103,13 +103,13 @@ def greedy(model: Any, prompt: Sequence[int], num_new: int) -> tuple[list[int], 
 
 @torch.inference_mode()
 def rows_just_below(model: Any, tokens: Sequence[int], top_k: int) -> list[Tensor]:
-    """For every layer a row of its gate [D] that scores each of these tokens, fewer than D, half below the last slot that it
+    """For every layer a row of its gate [D] that scores each of these tokens, fewer than D, three below the last slot that it
     chooses."""
     rows: list[Tensor] = []
 
     def solve(gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         hidden, weight = inputs[0].reshape(-1, inputs[0].shape[-1]), gate.get_parameter("weight")
-        last = F.linear(hidden, weight).topk(top_k).values[:, -1] - 0.5
+        last = F.linear(hidden, weight).topk(top_k).values[:, -1] - 3
         rows.append(torch.linalg.lstsq(hidden.double(), last[:, None].double()).solution[:, 0].float())
 
     hooks = [layer.mlp.gate.register_forward_pre_hook(solve) for layer in model.model.layers]
