@@ -44,6 +44,11 @@ class ModelView:
     # Only the layers whose gate is not the folder's own.
     gates: Mapping[int, GateView]
 
+    @classmethod
+    def plain(cls, epoch: Epoch) -> ModelView:
+        """An epoch that has the gates of the model folder."""
+        return cls(epoch, epoch.id, _versions(epoch), {})
+
 
 @dataclass(frozen=True, slots=True)
 class ViewRows:

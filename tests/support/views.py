@@ -5,13 +5,7 @@ from __future__ import annotations
 from moesaic.epoch import Epoch
 from router.gating.model_view import ModelView, ViewRows
 
-
-def plain_view(epoch: Epoch, key: str | None = None) -> ModelView:
-    """An epoch as it is, with the gates of the folder."""
-    versions: dict[int, dict[int, bytes]] = {}
-    for (layer, slot), digest in epoch.versions.items():
-        versions.setdefault(layer, {})[slot] = digest
-    return ModelView(epoch, key or epoch.id, versions, {})
+plain_view = ModelView.plain
 
 
 def whole(epoch: Epoch) -> tuple[ViewRows, ...]:

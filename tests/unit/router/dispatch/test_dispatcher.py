@@ -129,7 +129,7 @@ def test_a_replica_of_the_same_name_answers_in_place_of_one_that_fails(broken: A
     workers = {"first": range(4), "second": range(4)}
     pool, links = make_pool(epoch, workers, {"first": broken}, name="worker-0")
     step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-        epoch, deadline_s=time.monotonic() + 5.0
+        whole(epoch), deadline_s=time.monotonic() + 5.0
     )
     for layer in range(2):
         torch.testing.assert_close(step.compute(layer, HIDDEN, SLOTS, WEIGHTS), EXPECTED)
@@ -148,7 +148,7 @@ def test_replicas_share_the_rows_and_the_bits_are_those_of_one(num_tokens: int) 
     for workers in ({"all": range(NUM_SLOTS)}, dict.fromkeys(("a", "b"), range(NUM_SLOTS))):
         pool, links = make_pool(epoch, workers)
         step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-            epoch, deadline_s=time.monotonic() + 5.0
+            whole(epoch), deadline_s=time.monotonic() + 5.0
         )
         outputs.append([step.compute(layer, hidden, slots, weights) for layer in range(2)])
         asked = [len(link.requests) for link in links.values()]
@@ -196,7 +196,7 @@ def test_an_expert_whose_worker_is_gone_is_told_with_that_worker() -> None:
     links["expert-worker-1"].is_lost = True
     pool.update(RoutingTable(1 << 40, ()))
     step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-        epoch, deadline_s=time.monotonic() + 5.0
+        whole(epoch), deadline_s=time.monotonic() + 5.0
     )
     step.compute(0, HIDDEN, SLOTS, WEIGHTS)
     assert step.failed[0].reason == "NO_REPLICA"
@@ -224,7 +224,7 @@ def test_a_worker_that_failed_is_left_out_even_where_nobody_else_is_left() -> No
     epoch = make_epoch(2, NUM_SLOTS)
     pool, links = make_pool(epoch, {"a": range(4)}, {"a": failing(Overloaded("full", retry_after_s=2.0))})
     step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-        epoch, deadline_s=time.monotonic() + 5.0
+        whole(epoch), deadline_s=time.monotonic() + 5.0
     )
     step.compute(0, HIDDEN, SLOTS, WEIGHTS)
     assert len(links["a"].requests) == 1
