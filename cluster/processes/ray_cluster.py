@@ -30,7 +30,7 @@ from cluster.control.placement import Node
 from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
 from cluster.processes.host import ProcessHost
 from cluster.processes.process_plan import PlannedProcess
-from cluster.processes.ray_errors import RayTimeoutError, join_error, last_line, start_error
+from cluster.processes.ray_errors import RayTimeoutError, explain_silence, join_error, last_line, start_error
 from cluster.processes.search_path import own_search_path
 from cluster.processes.server_folder import ServerFolder, places
 from cluster.processes.servers import ProcessContext, make_server
@@ -44,6 +44,8 @@ from moesaic.stop_signals import take_signals_back
 log = logging.getLogger(__name__)
 
 NAMESPACE = "moesaic"
+# Where a local Ray, and nobody else, has its node.
+LOOPBACK = "127.0.0.1"
 # The object store is not used; this is the smallest one that Ray accepts.
 OBJECT_STORE_BYTES = 75 << 20
 # What the controller reserves of its node's memory, so that Ray heeds where it shall be.
@@ -228,10 +230,10 @@ class RayCluster:
                 num_cpus=num_processes,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
+                _node_ip_address=LOOPBACK,
                 _temp_dir=str(folder.ray),
             )
-            if any(node.address != "127.0.0.1" for node in cluster.nodes()):
+            if any(node.address != LOOPBACK for node in cluster.nodes()):
                 raise FailedPrecondition("Ray did not stay on loopback")
         except BaseException as error:
             await cluster.close()
@@ -245,7 +247,7 @@ class RayCluster:
         """Connects to a Ray that runs already. Raises Unavailable with field `address` when there is none."""
         host = await asyncio.to_thread(_probe, address)
         os.environ.update({**_LOG_ENVIRONMENT, **_JOIN_ENVIRONMENT})
-        if host in ("localhost", "127.0.0.1"):
+        if host in ("localhost", LOOPBACK):
             os.environ.update(_LOOPBACK_ENVIRONMENT)
         cluster = cls(logs, force, folder=None)
         try:
@@ -459,12 +461,7 @@ def _why_given_up(handle: Any, error: Exception) -> str:
 
 def _why_silent(handle: Any) -> str:
     """Whether a process that does not answer runs at all, as Ray knows it."""
-    state, address = _placed(handle)
-    if state in ("DEPENDENCIES_UNREADY", "PENDING_CREATION"):
-        return f"it waits for a place: Ray has not started it, {_room()}"
-    if state == "RESTARTING":
-        return f"it died and waits for a place: Ray has not restarted it, {_room()}"
-    return f"its process on node {address} does not answer" if address else "its process does not answer"
+    return explain_silence(*_placed(handle), _room)
 
 
 def _placed(handle: Any) -> tuple[str, str]:
@@ -476,9 +473,11 @@ def _placed(handle: Any) -> tuple[str, str]:
 
 
 def _room() -> str:
-    """The CPUs that are free on each node, for a person."""
+    """The CPUs that are free on each node, for a person; empty for a local Ray, which reserves none."""
     nodes = [_node(entry, _available(), local=False) for entry in _entries() if entry["Alive"]]
-    return "CPUs free: " + ", ".join(
+    if all(node.address == LOOPBACK for node in nodes):
+        return ""
+    return ", CPUs free: " + ", ".join(
         f"{node.free_cpus} of {node.num_cpus} on {node.address}" for node in nodes
     )
 
