@@ -108,6 +108,8 @@ async def running_cluster(
             progress.end_ray()
             # In a thread: a node that does not answer takes seconds, and a signal is answered meanwhile.
             nodes = await asyncio.to_thread(ray.nodes)
+            for warning in await signals.unless_stopped(asyncio.to_thread(ray.examine, nodes)):
+                progress.announce(f"warning: {warning}")
             processes = plan_processes(
                 settings, model.folder, model.name, model.shape, nodes, ray.home, model.identity
             )

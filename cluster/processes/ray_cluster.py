@@ -29,6 +29,7 @@ import psutil
 from cluster.control.placement import Node
 from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
 from cluster.processes.host import ProcessHost
+from cluster.processes.node_facts import NodeFacts, check_versions, explain_head_loss, own_facts
 from cluster.processes.process_plan import PlannedProcess
 from cluster.processes.ray_errors import RayTimeoutError, explain_silence, join_error, last_line, start_error
 from cluster.processes.search_path import own_search_path
@@ -54,6 +55,8 @@ CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take beyond the time for which the process may hold the question.
 ANSWER_TIMEOUT_S = 5.0
 EXPLAIN_TIMEOUT_S = 2.0
+# How long the nodes may take to start a process that says which versions they have.
+FACTS_TIMEOUT_S = 15.0
 # How old Ray's account of what is free may be.
 SETTLE_S = 1.0
 END_TIMEOUT_S = 10.0
@@ -281,6 +284,39 @@ class RayCluster:
         nodes = [_node(entry, available, local=self._local) for entry in compress(entries, answers)]
         return tuple(sorted(nodes, key=lambda node: (node.id != self.home, node.address, node.id)))
 
+    def examine(self, nodes: Iterable[Node]) -> tuple[str, ...]:
+        """What people should know of a joined Ray before anything starts there. Takes seconds.
+
+        Raises FailedPrecondition where Moesaic is missing on a node that may get a process, or is another one.
+        """
+        if self._local:
+            return ()
+        facts = self._ask_facts(
+            [node for node in nodes if node.num_cpus or node.num_gpus or node.id == self.home]
+        )
+        head_loss = explain_head_loss(_storage(), facts)
+        return (*check_versions(own_facts(), facts), *([head_loss] if head_loss else ()))
+
+    def _ask_facts(self, nodes: Iterable[Node]) -> Mapping[str, NodeFacts]:
+        """The facts of the nodes by address, without those that are late with them."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        asked = {
+            ray.remote(own_facts)
+            .options(
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+            )
+            .remote(): node.address
+            for node in nodes
+        }
+        answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=FACTS_TIMEOUT_S)
+        for reference in late:
+            log.warning("node %s does not say which versions it has", asked[reference])
+        return {asked[reference]: _facts_of(asked[reference], reference) for reference in answered}
+
     def names(self) -> tuple[str, ...]:
         """The processes of Moesaic that this Ray knows."""
         import ray
@@ -449,9 +485,33 @@ async def _in_time(explain: Callable[..., str], *arguments: Any) -> str:
         return "its process does not answer, and neither does Ray"
 
 
+def _facts_of(address: str, reference: Any) -> NodeFacts:
+    """What a node answered. Raises FailedPrecondition where it could not run Moesaic."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        facts: NodeFacts = ray.get(reference)
+    except RayError as error:
+        raise FailedPrecondition(f"address: {_no_start(address, error)}", field="address") from error
+    return facts
+
+
+def _storage() -> str | None:
+    """Where Ray's head has its state, in its own words. Nothing public says so; it is among what Ray counts."""
+    from ray.experimental import internal_kv
+
+    storage = internal_kv._internal_kv_get(b"extra_usage_tag_gcs_storage", namespace="usage_stats")
+    return storage.decode() if storage else None
+
+
 def _why_given_up(handle: Any, error: Exception) -> str:
-    """Why Ray could not even make the actor, and on which node. The usual reason is a node without Moesaic."""
-    address = _placed(handle)[1]
+    """Why Ray could not even make the actor, and on which node."""
+    return _no_start(_placed(handle)[1], error)
+
+
+def _no_start(address: str, error: Exception) -> str:
+    """Why nothing of ours can run on a node. The usual reason is one without Moesaic."""
     where = f"cannot start on node {address}" if address else "cannot start"
     cause = next((line for line in reversed(str(error).splitlines()) if "Error: " in line), last_line(error))
     missing = "ModuleNotFoundError" in cause
