@@ -230,7 +230,9 @@ def test_a_folder_without_a_model_is_told_what_it_lacks(files: list[str], says: 
 
 
 def test_a_model_of_the_hub_is_inspected_as_it_is_served(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, *, allow_patterns: str(tiny))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, *, revision, allow_patterns: str(tiny)
+    )
     result = CliRunner().invoke(app, ["inspect", "hf://tiny/mixtral", "--json"])
     assert json.loads(result.stdout)["family"] == "mixtral"
 
