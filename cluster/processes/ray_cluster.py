@@ -124,12 +124,16 @@ class RayPeers:
         self._handles: dict[str, Any] = {}
         # Why Ray gave up the processes that failed before their server was made. It knows them by name no more.
         self._given_up: dict[str, str] = {}
+        # The processes that were READY and have not died since.
+        self._ready: set[str] = set()
 
     async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
         handle = await self.handle(name)
         report: ProcessReport = await self._call(
             name, handle.report.remote(seen, hold_s), hold_s + ANSWER_TIMEOUT_S
         )
+        if report.ready:
+            self._ready.add(name)
         return report
 
     async def address(self, name: str) -> str:
@@ -171,15 +175,18 @@ class RayPeers:
             async with asyncio.timeout(timeout_s):
                 return await reference
         except ActorDiedError as error:
+            self._ready.discard(name)
             handle = self._handles.pop(name, None)
             if error.actor_init_failed:
                 self._given_up[name] = await _in_time(_why_given_up, handle, error)
                 raise Unavailable(self._given_up[name], reason=CANNOT_START) from error
             raise Unavailable(f"its process died: {last_line(error)}", reason=PROCESS_DIED) from error
         except RayError as error:
+            self._ready.discard(name)
             raise Unavailable("its process is being restarted") from error
         except TimeoutError as error:
-            raise Unavailable(await _in_time(_why_silent, self._handles.get(name))) from error
+            why = await _in_time(_why_silent, self._handles.get(name), name in self._ready)
+            raise Unavailable(why) from error
 
 
 class RayCluster:
@@ -519,9 +526,9 @@ def _no_start(address: str, error: Exception) -> str:
     return f"{where}: {cause.strip()}{hint}"
 
 
-def _why_silent(handle: Any) -> str:
+def _why_silent(handle: Any, was_ready: bool) -> str:
     """Whether a process that does not answer runs at all, as Ray knows it."""
-    return explain_silence(*_placed(handle), _room)
+    return explain_silence(*_placed(handle), was_ready=was_ready, room=_room)
 
 
 def _placed(handle: Any) -> tuple[str, str]:

@@ -40,14 +40,15 @@ def join_error(error: Exception, address: str) -> MoesaicError:
     return Unavailable(f"address: {problem}", field="address")
 
 
-def explain_silence(state: str, address: str, room: Callable[[], str]) -> str:
+def explain_silence(state: str, address: str, *, was_ready: bool, room: Callable[[], str]) -> str:
     """Why a process does not answer that is in this `state` in Ray's words; `address`: of its node, if it has one.
     `room` says what is free where a process waits for a place, after a comma."""
+    where = f" on node {address}" if address else ""
     if state in ("DEPENDENCIES_UNREADY", "PENDING_CREATION"):
-        return f"Ray is starting it on node {address}" if address else f"it waits for Ray to start it{room()}"
+        return f"Ray is starting it{where}" if address else f"it waits for Ray to start it{room()}"
     if state == "RESTARTING":
         return f"it died and waits for Ray to start it again{room()}"
-    return f"its process on node {address} does not answer" if address else "its process does not answer"
+    return f"its process{where} does not answer" if was_ready else f"its process{where} is starting"
 
 
 def first_line(error: Exception) -> str:

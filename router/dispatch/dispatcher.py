@@ -197,7 +197,8 @@ class DispatchStep:
             version = self._epoch.versions[address]
             link = self._pool.pick(address, version, exclude=excluded, planned=num_rows)
             if link is None and self._unreached:
-                link = self._pool.pick(address, version, exclude=set(excluded) - self._unreached)
+                excluded = set(excluded) - self._unreached
+                link = self._pool.pick(address, version, exclude=excluded, planned=num_rows)
             if link is None:
                 layer_call.fail_unheld(group, _no_replica(address, self._pool.last_worker(address)))
                 continue

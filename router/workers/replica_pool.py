@@ -156,8 +156,8 @@ class ReplicaPool:
             log.info("a worker answers again", extra={"fields": _fields(link)})
 
     def note_failure(self, link: WorkerLink, error: Exception) -> None:
-        """A call to this replica just failed: others are preferred for BACK_OFF_S or SILENT_BACK_OFF_S. One that no table lists is
-        dropped, unless it said itself that it is overloaded."""
+        """A call to this replica just failed: others are preferred for a while. One that no table lists is dropped,
+        unless it said itself that it is overloaded."""
         member = self._members.get(link.replica.incarnation)
         if member is None:
             return
