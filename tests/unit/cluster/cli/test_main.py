@@ -230,7 +230,9 @@ def test_a_folder_without_a_model_is_told_what_it_lacks(files: list[str], says: 
 
 
 def test_a_model_of_the_hub_is_inspected_as_it_is_served(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, *, allow_patterns: str(tiny))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, *, revision, allow_patterns: str(tiny)
+    )
     result = CliRunner().invoke(app, ["inspect", "hf://tiny/mixtral", "--json"])
     assert json.loads(result.stdout)["family"] == "mixtral"
 
@@ -273,17 +275,56 @@ def test_the_version_is_that_of_the_package() -> None:
     assert (result.exit_code, result.stdout) == (0, f"moesaic {__version__}\n")
 
 
-def test_a_client_verb_imports_neither_ray_nor_torch() -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from cluster.cli.commands import app;"
-        "CliRunner().invoke(app, ['status', '--grpc', '127.0.0.1:1']);"
-        "CliRunner().invoke(app, ['generate', 'x', '--grpc', '127.0.0.1:1']);"
-        "print({'ray', 'torch', 'transformers', 'fastapi'} & set(sys.modules))"
+HEAVY = ("fastapi", "ray", "torch", "transformers")
+RUN = """
+import sys
+sys.argv = ["moesaic", *{arguments!r}]
+from cluster.cli.main import main
+try:
+    main()
+finally:
+    print("imported:", *sorted({packages!r} & sys.modules.keys()))
+"""
+
+
+def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process of its own, which says on stdout at the end what of HEAVY it has imported."""
+    return subprocess.run(
+        [sys.executable, "-c", before + RUN.format(arguments=arguments, packages=set(HEAVY))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--help",), 0),
+        (("serve", "--help"), 0),
+        (("--version",), 0),
+        (("status", "--grpc", "127.0.0.1:1"), 1),
+        (("generate", "x", "--grpc", "127.0.0.1:1"), 1),
+        (("top", "--once", "--grpc", "127.0.0.1:1"), 1),
+        (("serve", "/no/such/folder"), 2),
+    ],
+)
+def test_what_starts_no_process_imports_neither_ray_nor_torch(arguments: tuple[str, ...], code: int) -> None:
+    done = run(*arguments)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported:"
+
+
+def test_a_server_says_that_it_starts_before_it_imports_anything_large() -> None:
+    done = run("serve", before='import sys; sys.modules["typer"] = sys.modules["pydantic"] = None')
+    assert done.stderr.splitlines()[0] == "Moesaic: starting"
+    assert done.stderr.splitlines()[1].startswith("error: the command needs ")
+
+
+@pytest.mark.parametrize("option", ["--json", "--help"])
+def test_who_asks_for_json_or_help_is_told_nothing_else(option: str) -> None:
+    assert "starting" not in run("serve", "/no/such/folder", option).stderr
 
 
 def test_a_client_install_says_what_the_command_needs(
