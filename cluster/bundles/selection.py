@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from moesaic.errors import InvalidArgument
 
@@ -34,13 +35,17 @@ class Candidate:
     target: int | None
 
 
+# Where experts go: into new slots, or into the slots of their own numbers, which an earlier bundle may have added.
+Into = Literal["new", "same"]
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What was asked for. None: whatever differs."""
+    """What was asked for. None: whatever differs, and slots of the base into their own, others into new ones."""
 
     layers: frozenset[int] | None = None
     slots: frozenset[int] | None = None
-    as_new: bool = False
+    into: Into | None = None
 
 
 def parse_numbers(text: str | None, field: str) -> frozenset[int] | None:
@@ -83,7 +88,7 @@ def choose(
     if missing := [layer for layer in layers if layer not in tuned or layer not in base]:
         raise InvalidArgument(f"layers: layer {missing[0]} has no experts", field="layers")
     found = tuple(
-        _place(origin, layer, slot, base[layer], as_new=wanted.as_new)
+        _place(origin, layer, slot, base[layer], into=wanted.into)
         for layer in layers
         for slot in _slots(origin, tuned[layer], base[layer], wanted)
     )
@@ -105,8 +110,11 @@ def _slots(origin: Origin, tuned: int, base: int, wanted: Wanted) -> list[int]:
     return sorted(wanted.slots)
 
 
-def _place(origin: Origin, layer: int, slot: int, base: int, *, as_new: bool) -> Candidate:
-    replaces = origin in (Origin.SAME_SIZE, Origin.MORE_SLOTS) and slot < base and not as_new
+def _place(origin: Origin, layer: int, slot: int, base: int, *, into: Into | None) -> Candidate:
+    numbered_alike = origin in (Origin.SAME_SIZE, Origin.MORE_SLOTS)
+    if into == "same" and not numbered_alike:
+        raise InvalidArgument("into: the slots of this model are not numbered as the base's", field="into")
+    replaces = into == "same" or (into is None and numbered_alike and slot < base)
     return Candidate(layer, slot, slot if replaces else None)
 
 

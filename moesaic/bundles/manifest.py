@@ -22,7 +22,7 @@ FORMAT = "moesaic-bundle/1"
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 SIGNATURE_FILE = "signature.json"
-MAX_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 8 << 20
 
 # Keys that the format does not have are refused, and no value is taken for one of another type.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

@@ -91,7 +91,8 @@ def growth_problem(layer: ExpertLayer) -> str | None:
 
 def _check_place(expert: BundleExpert, layer: ExpertLayer) -> None:
     where = f"layer {expert.layer}"
-    if expert.slot is None and (problem := growth_problem(layer)) is not None:
+    added = expert.slot is None or expert.slot >= layer.num_slots
+    if added and (problem := growth_problem(layer)) is not None:
         refuse("CANNOT_GROW", where, problem)
     row, gate = expert.gate_row, layer.gate
     if row is None:
