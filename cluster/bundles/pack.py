@@ -35,6 +35,7 @@ from moesaic.bundles import (
     growth_problem,
     write_bundle,
 )
+from moesaic.bundles.manifest import check_name
 from moesaic.bundles.version import MLP, mlp_parameters
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import InvalidArgument
@@ -89,11 +90,13 @@ Show = Callable[[str, int, int], None]
 
 def pack(order: Order, show: Show = lambda stage, done, total: None) -> Packed:
     """Raises InvalidArgument, whose field says what would cure it, or CheckpointError for a file at fault."""
-    tuned, base = open_model(order.tuned, "model"), open_model(order.base, "base")
+    check_name(bundle_name(order), "name")
+    for tag in order.tags:
+        check_name(tag, "tag")
     if order.out.exists():
         raise InvalidArgument("out: the folder is there already", field="out")
-    packing = _Packing(order, tuned, base, show)
-    return packing.run()
+    tuned, base = open_model(order.tuned, "model"), open_model(order.base, "base")
+    return _Packing(order, tuned, base, show).run()
 
 
 def bundle_name(order: Order) -> str:

@@ -61,6 +61,17 @@ def parse_numbers(text: str | None, field: str) -> frozenset[int] | None:
     return frozenset(numbers)
 
 
+def parse_into(text: str | None) -> Into | None:
+    """Raises InvalidArgument with field `into`."""
+    match text:
+        case "new" | "same":
+            return text
+        case None:
+            return None
+        case _:
+            raise InvalidArgument("into: must be new or same", field="into")
+
+
 def find_origin(tuned: Mapping[int, int], base: Mapping[int, int], *, dense: bool) -> Origin:
     """`tuned`, `base`: the number of slots of each layer with experts. Raises InvalidArgument with field `model`."""
     if dense:

@@ -6,9 +6,10 @@ import getpass
 import json
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -16,7 +17,7 @@ from cluster.bundles.controller_client import ControllerClient, controller_clien
 from cluster.terminal.stage_progress import StageProgress
 from cluster.terminal.tables import size
 from moesaic.addresses import join_address, split_address
-from moesaic.bundles import Manifest, open_bundle
+from moesaic.bundles import Bundle, Manifest, open_bundle
 from moesaic.errors import Aborted, InvalidArgument, NotFound
 from moesaic.v1 import common_pb2, control_pb2
 
@@ -33,6 +34,10 @@ _STAGES = {
     control_pb2.CHANGE_STAGE_DONE: "done",
 }
 _UPLOAD = "upload"
+# The shortest beginning of a digest that names a bundle.
+_LEAST_DIGITS = 6
+
+Verb = Literal["swap", "add", "canary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +73,35 @@ def parse_share(text: str, field: str) -> float:
     return share
 
 
+def open_here(bundle: str, verb: Verb) -> Bundle | str:
+    """The bundle in a folder, or the name as it is if there is no such folder. Refuses one of the other kind."""
+    folder = Path(bundle)
+    if not folder.exists():
+        return bundle
+    opened = open_bundle(folder)
+    _check_verb(opened.manifest, verb)
+    return opened
+
+
 async def run_bundle_change(
-    bundle: str,
+    bundle: Bundle | str,
     reach: Reach,
     *,
-    verb: str,
+    verb: Verb,
     expected_epoch: str = "",
     share: float | None = None,
     shadow: float = 0.0,
     gate_rows: Sequence[common_pb2.GateRow] = (),
+    facts: Mapping[str, object] | None = None,
     as_json: bool,
 ) -> None:
-    """Swaps, adds, or tries on a `share` of requests. `bundle`: a folder, or the name or digest of a stored one."""
+    """Swaps, adds, or tries on a `share` of requests. A text is the name or the digest of a stored bundle.
+
+    `facts` belong to the JSON."""
     async with controller_client(await reach.address()) as client:
         with StageProgress(Console(stderr=True)) as progress:
-            stored = await _provide(bundle, client, progress, verb)
+            stored = await _provide(bundle, client, progress)
+            _check_verb(stored.manifest, verb)
             request = control_pb2.ChangeRequest(
                 kind=_kind(stored.manifest),
                 bundle=stored.digest,
@@ -94,7 +113,7 @@ async def run_bundle_change(
                 operator=operator_name(),
             )
             changed = await _follow(client, request, progress)
-    _report(changed, canary=share is not None, name=stored.manifest.name, as_json=as_json)
+    _report(changed, stored.manifest.name, canary=share is not None, facts=facts or {}, as_json=as_json)
 
 
 async def run_change(request: control_pb2.ChangeRequest, reach: Reach, *, as_json: bool) -> None:
@@ -103,7 +122,7 @@ async def run_change(request: control_pb2.ChangeRequest, reach: Reach, *, as_jso
     async with controller_client(await reach.address()) as client:
         with StageProgress(Console(stderr=True)) as progress:
             changed = await _follow(client, request, progress)
-    _report(changed, canary=False, name=request.name, as_json=as_json)
+    _report(changed, request.name, canary=False, facts={}, as_json=as_json)
 
 
 def operator_name() -> str:
@@ -127,35 +146,30 @@ class _Changed:
     seconds: float
 
 
-async def _provide(bundle: str, client: ControllerClient, progress: StageProgress, verb: str) -> StoredOrNew:
-    """Uploads a folder, unless the controller has it, or finds a stored bundle. Refuses one of the other kind first."""
-    folder = Path(bundle)
-    if not folder.is_dir():
-        return _check_verb(await _find_stored(bundle, client), verb)
-    opened = open_bundle(folder)
-    found = _check_verb(StoredOrNew(opened.digest, opened.manifest), verb)
+async def _provide(bundle: Bundle | str, client: ControllerClient, progress: StageProgress) -> StoredOrNew:
+    """Uploads a bundle, unless the controller has it, or finds a stored one."""
+    if isinstance(bundle, str):
+        return await _find_stored(bundle, client)
 
     def show(done: int, total: int) -> None:
         progress.show(_UPLOAD, done, total, f"{size(done)} of {size(total)}")
 
-    progress.show(_UPLOAD, 0, 0, f"{opened.manifest.name}, {size(opened.num_bytes)}")
-    if (await client.upload(opened, show)).known:
+    progress.show(_UPLOAD, 0, 0, f"{bundle.manifest.name}, {size(bundle.num_bytes)}")
+    if (await client.upload(bundle, show)).known:
         progress.show(_UPLOAD, 1, 1, "the controller has it")
-    return found
+    return StoredOrNew(bundle.digest, bundle.manifest)
 
 
-def _check_verb(found: StoredOrNew, verb: str) -> StoredOrNew:
-    adds = found.manifest.adds_slots
-    if verb == "swap" and adds:
+def _check_verb(manifest: Manifest, verb: Verb) -> None:
+    if verb == "swap" and manifest.adds_slots:
         raise InvalidArgument(
-            f"bundle: {found.manifest.name} has new slots: `moesaic expert add` adds them", field="bundle"
+            f"bundle: {manifest.name} has new slots: `moesaic expert add` adds them", field="bundle"
         )
-    if verb == "add" and not adds:
+    if verb == "add" and not manifest.adds_slots:
         raise InvalidArgument(
-            f"bundle: {found.manifest.name} replaces slots of the model: `moesaic expert swap` does that",
+            f"bundle: {manifest.name} replaces slots of the model: `moesaic expert swap` does that",
             field="bundle",
         )
-    return found
 
 
 async def _find_stored(wanted: str, client: ControllerClient) -> StoredOrNew:
@@ -183,9 +197,6 @@ async def find_bundle(wanted: str, client: ControllerClient) -> control_pb2.Stor
     return found[0]
 
 
-_LEAST_DIGITS = 6
-
-
 def _kind(manifest: Manifest) -> control_pb2.ChangeKind:
     return control_pb2.CHANGE_KIND_ADD if manifest.adds_slots else control_pb2.CHANGE_KIND_SWAP
 
@@ -206,7 +217,9 @@ async def _follow(
     return _Changed(epoch, previous, detail, stages, time.monotonic() - begin)
 
 
-def _report(changed: _Changed, *, canary: bool, name: str, as_json: bool) -> None:
+def _report(
+    changed: _Changed, name: str, *, canary: bool, facts: Mapping[str, object], as_json: bool
+) -> None:
     if as_json:
         values = {
             "bundle": name,
@@ -216,6 +229,7 @@ def _report(changed: _Changed, *, canary: bool, name: str, as_json: bool) -> Non
             "detail": changed.detail,
             "stages": changed.stages,
             "seconds": round(changed.seconds, 3),
+            **facts,
         }
         print(json.dumps(values))
         return
