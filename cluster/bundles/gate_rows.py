@@ -103,7 +103,7 @@ def distance(expert: Sequence[Floats], other: Sequence[Floats]) -> float:
 def _top_right_singular_vector(matrix: _Wide) -> _Wide:
     """By power iteration, from a fixed start, so that the same weights give the same row."""
     vector: _Wide = np.random.Generator(np.random.PCG64(_SEED)).standard_normal(matrix.shape[1])
-    vector = vector / float(np.linalg.norm(vector))
+    vector /= float(np.linalg.norm(vector))
     for _ in range(_MAX_ITERATIONS):
         following: _Wide = matrix.T @ (matrix @ vector)
         following = following / float(np.linalg.norm(following))
