@@ -293,10 +293,15 @@ class RolloutSettings(_Group):
         16384, ge=1, description="The largest weights of a bundle that is uploaded, in MiB."
     )
     min_canary_requests: int = Field(
-        20, ge=1, description="Requests that must have ended on either side before errors and latency are compared."
+        20,
+        ge=1,
+        description="Requests that must have ended on either side before errors and latency are compared.",
     )
     max_more_errors: float = Field(
-        0.02, ge=0, le=1, description="A canary is rolled back when its error rate is higher by more than this."
+        0.02,
+        ge=0,
+        le=1,
+        description="A canary is rolled back when its error rate is higher by more than this.",
     )
     max_latency_ratio: float = Field(
         2.0,

@@ -102,11 +102,11 @@ def distance(expert: Sequence[Floats], other: Sequence[Floats]) -> float:
 
 def _top_right_singular_vector(matrix: _Wide) -> _Wide:
     """By power iteration, from a fixed start, so that the same weights give the same row."""
-    vector: _Wide = np.random.Generator(np.random.PCG64(_SEED)).standard_normal(matrix.shape[1])
-    vector /= float(np.linalg.norm(vector))
+    vector: _Wide = np.random.Generator(np.random.PCG64(_SEED)).standard_normal((matrix.shape[1],))
+    vector /= np.linalg.norm(vector)
     for _ in range(_MAX_ITERATIONS):
         following: _Wide = matrix.T @ (matrix @ vector)
-        following = following / float(np.linalg.norm(following))
+        following /= np.linalg.norm(following)
         if 1 - abs(float(following @ vector)) < _TOLERANCE:
             return following
         vector = following

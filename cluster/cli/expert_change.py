@@ -113,7 +113,7 @@ async def run_bundle_change(
                 operator=operator_name(),
             )
             changed = await _follow(client, request, progress)
-    _report(changed, stored.manifest.name, canary=share is not None, facts=facts or {}, as_json=as_json)
+    _report(changed, stored.manifest.name, share=share, facts=facts or {}, as_json=as_json)
 
 
 async def run_change(request: control_pb2.ChangeRequest, reach: Reach, *, as_json: bool) -> None:
@@ -122,7 +122,7 @@ async def run_change(request: control_pb2.ChangeRequest, reach: Reach, *, as_jso
     async with controller_client(await reach.address()) as client:
         with StageProgress(Console(stderr=True)) as progress:
             changed = await _follow(client, request, progress)
-    _report(changed, request.name, canary=False, facts={}, as_json=as_json)
+    _report(changed, request.name, share=None, facts={}, as_json=as_json)
 
 
 def operator_name() -> str:
@@ -218,14 +218,14 @@ async def _follow(
 
 
 def _report(
-    changed: _Changed, name: str, *, canary: bool, facts: Mapping[str, object], as_json: bool
+    changed: _Changed, name: str, *, share: float | None, facts: Mapping[str, object], as_json: bool
 ) -> None:
     if as_json:
         values = {
             "bundle": name,
             "epoch": changed.epoch,
             "previous_epoch": changed.previous,
-            "canary": canary,
+            "canary": share is not None,
             "detail": changed.detail,
             "stages": changed.stages,
             "seconds": round(changed.seconds, 3),
@@ -234,15 +234,15 @@ def _report(
         print(json.dumps(values))
         return
     console = Console(highlight=False, soft_wrap=True)
-    for line in _lines(changed, canary=canary):
+    for line in _lines(changed, share=share):
         console.print(line, markup=False)
 
 
-def _lines(changed: _Changed, *, canary: bool) -> list[str]:
+def _lines(changed: _Changed, *, share: float | None) -> list[str]:
     took = f"{changed.seconds:.1f} s"
-    if canary:
+    if share is not None:
         return [
-            f"canary: epoch {changed.epoch}, beside {changed.previous}; {took}",
+            f"canary: epoch {changed.epoch} for {share:.0%} of requests, beside {changed.previous}; {took}",
             "then: moesaic expert promote",
             "back: moesaic expert rollback",
         ]

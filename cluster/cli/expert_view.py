@@ -16,13 +16,16 @@ from moesaic.bundles import BundleExpert, Manifest
 from moesaic.v1 import common_pb2, control_pb2
 
 _ID_CHARS = 12
+# The narrowest column of reasons, and what the columns beside it take.
+_LEAST_WHY_CHARS = 24
+_OTHER_CHARS = 90
 
 
 async def run_list(reach: Reach, *, as_json: bool) -> None:
     async with controller_client(await reach.address()) as client:
         bundles = await client.bundles()
     if as_json:
-        print(json.dumps({"bundles": [_plain(bundle) for bundle in bundles]}))
+        print(json.dumps({"bundles": [_brief(bundle) for bundle in bundles]}))
         return
     console = Console(highlight=False)
     if not bundles:
@@ -56,8 +59,12 @@ async def run_history(reach: Reach, *, limit: int, as_json: bool) -> None:
         _print_history(history, Console(highlight=False))
 
 
+def _brief(stored: control_pb2.StoredBundle) -> dict[str, object]:
+    return {name: value for name, value in plain(stored).items() if name != "manifest"}
+
+
 def _plain(stored: control_pb2.StoredBundle) -> dict[str, object]:
-    return {**plain(stored), "manifest": json.loads(stored.manifest)}
+    return {**_brief(stored), "manifest": json.loads(stored.manifest)}
 
 
 def _show(stored: control_pb2.StoredBundle, manifest: Manifest, console: Console) -> None:
@@ -96,16 +103,13 @@ def _print_history(history: control_pb2.GetHistoryResponse, console: Console) ->
     if not history.entries:
         return
     console.print()
-    table = new_table(
-        *("when", "what", "bundle", "epoch", "before", "by", "why"), drop=("by", "before", "bundle")
-    )
-    table.columns[-1].no_wrap = False
+    table = new_table(*("when", "what", "epoch", "before", "by", "why"), drop=("by", "before", "when"))
+    why = table.columns[-1]
+    why.no_wrap, why.max_width = False, max(_LEAST_WHY_CHARS, console.width - _OTHER_CHARS)
     for entry in history.entries:
         when = datetime.fromtimestamp(entry.time).strftime("%m-%d %H:%M:%S")
-        table.add_row(
-            *(when, entry.what, entry.bundle, entry.epoch[:_ID_CHARS], entry.previous_epoch[:_ID_CHARS]),
-            *(entry.operator, entry.detail),
-        )
+        what = f"{entry.what} {entry.bundle}".rstrip()
+        table.add_row(when, what, entry.epoch, entry.previous_epoch, entry.operator, entry.detail)
     console.print(table)
 
 

@@ -173,7 +173,9 @@ class Upload:
         with _disk_errors():
             file = self._files.get(name) or self._files.setdefault(name, (self._incoming / name).open("wb"))
             if file.tell() + len(data) > self._limits[name]:
-                raise _refused(f"{name} is too large: the limit is {self._limits[name] >> 20} MiB", "TOO_LARGE")
+                raise _refused(
+                    f"{name} is too large: the limit is {self._limits[name] >> 20} MiB", "TOO_LARGE"
+                )
             file.write(data)
 
 

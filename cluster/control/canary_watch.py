@@ -72,9 +72,7 @@ class CanaryWatch:
         if head is None or verdict is None or not verdict.roll_back:
             return
         log.warning("canary rolled back", extra={"fields": {"epoch": canary.id, "reason": verdict.detail}})
-        order = ChangeOrder(
-            "rollback", expected_epoch=head.current, operator=OPERATOR, reason=verdict.detail
-        )
+        order = ChangeOrder("rollback", expected_epoch=head.current, operator=OPERATOR, reason=verdict.detail)
         try:
             self._changes.begin(order)
         except Aborted:  # an operator is at it; the next look judges what came of that

@@ -142,7 +142,11 @@ class Changes:
             log.warning("change refused", extra={"fields": {"change": order.word, "reason": error.message}})
             self._store.note(self._refusal(order, head, error))
             raise
-        detail = f"epoch {goal.epoch.id} is on trial" if goal.head.canary else f"epoch {goal.head.current} is current"
+        detail = (
+            f"epoch {goal.epoch.id} is on trial"
+            if goal.head.canary
+            else f"epoch {goal.head.current} is current"
+        )
         lost = "" if self._is_lasting else "; it ends with the cluster, which has no --state"
         progress.tell(self._step(control_pb2.CHANGE_STAGE_COMMIT, detail + lost, goal, head))
         return goal
@@ -196,9 +200,7 @@ class Changes:
 
     def _refusal(self, order: ChangeOrder, head: Head, error: MoesaicError) -> Decision:
         bundle = order.name or order.bundle.hex()
-        return Decision(
-            "refused", "", head.current, bundle, order.operator, f"{order.word}: {error.message}"
-        )
+        return Decision("refused", "", head.current, bundle, order.operator, f"{order.word}: {error.message}")
 
     async def _follow_up(self, goal: _Goal, head: Head, progress: Progress) -> None:
         def tell(stage: control_pb2.ChangeStage, detail: str, done: int = 0, total: int = 0) -> None:

@@ -87,9 +87,7 @@ class ControlPlane:
             self.bundles,
             self.reports,
             calls
-            or GrpcWorkerCalls(
-                self.bundles, lambda: self.address, load_timeout_s=settings.load_timeout_s
-            ),
+            or GrpcWorkerCalls(self.bundles, lambda: self.address, load_timeout_s=settings.load_timeout_s),
             config.base,
             replicas=config.replicas,
             load_timeout_s=settings.load_timeout_s,
@@ -107,9 +105,7 @@ class ControlPlane:
             is_lasting=config.is_lasting,
             clock=clock,
         )
-        self.canary_watch = CanaryWatch(
-            self.epochs, self.reports, self.changes, settings, drift, clock=clock
-        )
+        self.canary_watch = CanaryWatch(self.epochs, self.reports, self.changes, settings, drift, clock=clock)
 
     async def run(self) -> None:
         """Until it is cancelled."""

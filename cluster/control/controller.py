@@ -272,9 +272,7 @@ class Controller:
         epoch = self._once_complete(self._epochs.current, held)
         canary = self._once_complete(self._epochs.canary, held)
         trial = self._epochs.head.canary if self._epochs.head and canary else None
-        told = Publication(
-            epoch, RoutingTable(self._revision, replicas), canary, trial, self._epochs.drain_s
-        )
+        told = Publication(epoch, RoutingTable(self._revision, replicas), canary, trial, self._epochs.drain_s)
         if told == self._publication:
             return
         self._revision += 1

@@ -171,7 +171,9 @@ class EpochStore:
         if version == 0:
             self._create(model, base)
         elif version != SCHEMA_VERSION:
-            raise _refused(f"was written by another version of Moesaic (schema {version}, not {SCHEMA_VERSION})")
+            raise _refused(
+                f"was written by another version of Moesaic (schema {version}, not {SCHEMA_VERSION})"
+            )
         self._check_origin(model, base)
         if (head := self.head) is not None:
             for epoch in filter(None, (*head.in_use, head.previous)):
@@ -187,7 +189,9 @@ class EpochStore:
     def _check_origin(self, model: str, base: bytes) -> None:
         was_model, was_base = self._db.execute("SELECT model, base FROM made_for").fetchone()
         if was_model != model:
-            raise _refused(f"was made for the model {was_model!r}, and this is {model!r}: name another folder")
+            raise _refused(
+                f"was made for the model {was_model!r}, and this is {model!r}: name another folder"
+            )
         if was_base != base:
             raise _refused(f"was made for other weights of {model!r}: name another folder")
 

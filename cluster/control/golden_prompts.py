@@ -46,9 +46,7 @@ async def measure_drift(router: str, prompts: Sequence[str], epochs: tuple[str, 
     return total / tokens if tokens else 0.0
 
 
-async def _logprobs(
-    stub: inference_pb2_grpc.InferenceServiceStub, prompt: str, epoch: str
-) -> list[float]:
+async def _logprobs(stub: inference_pb2_grpc.InferenceServiceStub, prompt: str, epoch: str) -> list[float]:
     """Of the tokens of the prompt, without the first."""
     sampling = inference_pb2.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     request = inference_pb2.GenerateRequest(text=prompt, epoch=epoch, sampling=sampling)

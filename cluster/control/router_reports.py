@@ -59,10 +59,7 @@ class RouterReports:
     def of_epoch(self, epoch: str) -> list[control_pb2.EpochStats]:
         """What each router reports of one epoch."""
         return [
-            stats
-            for heard in self._heard.values()
-            for stats in heard.report.epochs
-            if stats.epoch == epoch
+            stats for heard in self._heard.values() for stats in heard.report.epochs if stats.epoch == epoch
         ]
 
     def addresses(self, now_s: float) -> list[str]:

@@ -48,9 +48,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             bundle, known = await asyncio.to_thread(upload.finish)
         finally:
             await asyncio.to_thread(upload.close)
-        return control_pb2.UploadBundleResponse(
-            name=bundle.manifest.name, digest=bundle.digest, known=known
-        )
+        return control_pb2.UploadBundleResponse(name=bundle.manifest.name, digest=bundle.digest, known=known)
 
     async def FetchBundle(
         self, request: control_pb2.FetchBundleRequest, context: Context

@@ -76,9 +76,7 @@ def judge(
     return _pass(canary, golden_drift)
 
 
-def _judge_requests(
-    canary: EpochFigures, baseline: EpochFigures, limits: RolloutSettings
-) -> Verdict | None:
+def _judge_requests(canary: EpochFigures, baseline: EpochFigures, limits: RolloutSettings) -> Verdict | None:
     more_errors = canary.error_rate - baseline.error_rate
     if more_errors > limits.max_more_errors:
         return _beyond("the error rate is higher by", more_errors, limits.max_more_errors)

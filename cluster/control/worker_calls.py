@@ -100,6 +100,5 @@ class GrpcWorkerCalls:
         return {"bundle": bundle, "control_address": self._control_address(), "folder": folder}
 
 
-
 def _version(message: common_pb2.ExpertVersion) -> ExpertVersion:
     return ExpertVersion(ExpertAddress(message.address.layer, message.address.slot), message.digest)

@@ -9,6 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
+# The shortest detail, and what stands beside it.
+_LEAST_CHARS = 24
+_OTHER_CHARS = 46
+
+
 class StageProgress:
     """A context. A stage ends when another one begins, or when the context does without an error."""
 
@@ -44,7 +49,7 @@ class StageProgress:
             self._stage = stage
             self._task = self._bars.add_task(stage, total=None, detail="")
         self._detail = detail
-        self._bars.update(self._task, completed=done, total=total or None, detail=_short(detail))
+        self._bars.update(self._task, completed=done, total=total or None, detail=self._fitting(detail))
 
     def _end(self) -> None:
         if self._stage is None:
@@ -57,10 +62,7 @@ class StageProgress:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._stage = None
 
-
-def _short(detail: str) -> str:
-    """What a narrow terminal has room for beside the bar."""
-    return detail if len(detail) <= _MOST_CHARS else f"{detail[: _MOST_CHARS - 1]}…"
-
-
-_MOST_CHARS = 28
+    def _fitting(self, detail: str) -> str:
+        """What the terminal has room for beside name, bar and time."""
+        room = max(_LEAST_CHARS, self._console.width - _OTHER_CHARS)
+        return detail if len(detail) <= room else f"{detail[: room - 1]}…"

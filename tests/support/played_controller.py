@@ -128,8 +128,8 @@ async def playing_lifecycle(
     router = router or PlayedRouterControl()
     served = rpc.Server(
         {
-            "moesaic.v1.ControlService": lambda it: (
-                control_pb2_grpc.add_ControlServiceServicer_to_server(controller, it)
+            "moesaic.v1.ControlService": lambda it: control_pb2_grpc.add_ControlServiceServicer_to_server(
+                controller, it
             )
         }
     )

@@ -81,9 +81,7 @@ class PlayedExpertWorker(expert_pb2_grpc.ExpertServiceServicer, expert_pb2_grpc.
         self.held |= wanted
         self.revision += 1
 
-    async def Unload(
-        self, request: expert_pb2.UnloadRequest, context: object
-    ) -> expert_pb2.UnloadResponse:
+    async def Unload(self, request: expert_pb2.UnloadRequest, context: object) -> expert_pb2.UnloadResponse:
         self.held -= versions_from_proto(request.experts)
         self.revision += 1
         return expert_pb2.UnloadResponse()
@@ -92,7 +90,9 @@ class PlayedExpertWorker(expert_pb2_grpc.ExpertServiceServicer, expert_pb2_grpc.
         assert versions_from_proto(request.experts) <= self.held
         return expert_pb2.ProbeResponse(
             results=[
-                expert_pb2.ProbeResult(expert=expert, ok=not self.wrong_probe, max_difference=0.5, max_expected=2.0)
+                expert_pb2.ProbeResult(
+                    expert=expert, ok=not self.wrong_probe, max_difference=0.5, max_expected=2.0
+                )
                 for expert in request.experts
             ]
         )

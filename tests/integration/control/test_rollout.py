@@ -44,7 +44,17 @@ async def test_a_swap_goes_through_its_stages_and_ends_with_the_old_versions_giv
         await until(lambda: rig.router.epoch)
         first = rig.router.epoch
         steps = await rig.swap(legal, operator="ann")
-        assert stages(steps) == ["VERIFY", "LOAD", "PROBE", "PUBLISH", "COMMIT", "SPREAD", "DRAIN", "UNLOAD", "DONE"]
+        assert stages(steps) == [
+            "VERIFY",
+            "LOAD",
+            "PROBE",
+            "PUBLISH",
+            "COMMIT",
+            "SPREAD",
+            "DRAIN",
+            "UNLOAD",
+            "DONE",
+        ]
         assert (steps[-1].previous_epoch, steps[-1].epoch) == (first.id, rig.router.epoch.id)
         await until(lambda: all(len(worker.held) == 8 for worker in rig.workers))
         assert versions(legal) <= {version.digest for version in rig.workers[0].held}
