@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,8 +34,6 @@ def bundle(tmp_path: Path, base_folder: Path) -> Bundle:
 @pytest.fixture
 def rewritten(bundle: Bundle) -> Callable[[Callable[[dict], object]], Path]:  # type: ignore[type-arg]
     """Changes the bundle's manifest in place; its folder."""
-    import json
-
     def rewrite(change: Callable[[dict], object]) -> Path:  # type: ignore[type-arg]
         values = json.loads(bundle.manifest_bytes)
         change(values)
