@@ -93,11 +93,11 @@ async def make_rows(bundle: Bundle, order: RowOrder, router: str) -> MadeRows:
         _check_one_a_layer(bundle.manifest.experts)
     async with rpc.aio_channel(router) as channel:
         maker = _Maker(RouterControlServiceStub(channel), bundle, order)
-        try:
-            with explaining_absence(router, lambda: rpc.cannot_connect(channel)):
+        with explaining_absence(router, lambda: rpc.cannot_connect(channel)):
+            try:
                 return await maker.make()
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
 
 
 @dataclass(frozen=True, slots=True)

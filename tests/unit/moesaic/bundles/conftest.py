@@ -34,6 +34,7 @@ def bundle(tmp_path: Path, base_folder: Path) -> Bundle:
 @pytest.fixture
 def rewritten(bundle: Bundle) -> Callable[[Callable[[dict], object]], Path]:  # type: ignore[type-arg]
     """Changes the bundle's manifest in place; its folder."""
+
     def rewrite(change: Callable[[dict], object]) -> Path:  # type: ignore[type-arg]
         values = json.loads(bundle.manifest_bytes)
         change(values)
