@@ -86,7 +86,16 @@ def version(
         "moesaic serve ./model --workers 4 --replicas 2 --http-port 8080",
     )
 )
-@with_settings(*OF_A_CLUSTER, "http_port", "grpc_port", "host", "served_model_name")
+@with_settings(
+    *OF_A_CLUSTER,
+    "http_port",
+    "grpc_port",
+    "host",
+    "served_model_name",
+    "cluster.state",
+    "cluster.signers",
+    "rollout.drain_s",
+)
 def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) -> None:
     """Serve a model until Ctrl-C; prints `ready http=HOST:PORT grpc=HOST:PORT` when it answers."""
     with exit_with_code(as_json=as_json, spell=flags.spell):

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from cluster.control.control_plane import ControlPlane, RolloutConfig
+from cluster.control.control_plane import ControlPlane
 from cluster.control.controller import Cluster, Member
 from cluster.control.named_workers import NamedWorkers
+from cluster.control.rollout_config import RolloutConfig
 from cluster.control.server import ControlServer
 from moesaic import telemetry
 from moesaic.addresses import split_address
 from moesaic.bundles import BaseModel
-from moesaic.bundles.signature import read_signers
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.errors import InvalidArgument
@@ -57,7 +57,8 @@ def main(
                 "controller", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level
             )
             with tempfile.TemporaryDirectory(prefix="moesaic-state-") as temporary:
-                asyncio.run(_serve(settings, model, _addresses(workers), port, Path(temporary)))
+                plane = _plane(settings, model, _addresses(workers), Path(temporary))
+                asyncio.run(_serve(plane, settings.host, port))
         finally:
             telemetry.flush()
 
@@ -71,28 +72,21 @@ def _addresses(workers: str) -> tuple[str, ...]:
     return addresses
 
 
-async def _serve(
-    settings: Settings, folder: Path, workers: tuple[str, ...], port: int, temporary: Path
-) -> None:
+def _plane(settings: Settings, folder: Path, workers: tuple[str, ...], temporary: Path) -> ControlPlane:
     checkpoint = open_checkpoint(folder)
     described = describe_model(checkpoint, settings.dense_layers)
     base = BaseModel(FolderIdentity.of(checkpoint).fingerprint, described)
-    state = settings.cluster.state
     cluster = Cluster(
         folder.resolve().name,
         frozenset(described.addresses),
         tuple(Member(address, control_pb2.PROCESS_ROLE_EXPERT_WORKER) for address in workers),
         base.fingerprint,
     )
-    config = RolloutConfig(
-        base=base,
-        state=temporary if state is None else Path(state),
-        is_lasting=state is not None,
-        replicas=settings.cluster.replicas,
-        signers=read_signers(settings.cluster.signers),
-        settings=settings.rollout,
-    )
-    server = ControlServer(ControlPlane(cluster, config, NamedWorkers()), settings.host, port)
+    return ControlPlane(cluster, RolloutConfig.of(settings, base, temporary), NamedWorkers())
+
+
+async def _serve(plane: ControlPlane, host: str, port: int) -> None:
+    server = ControlServer(plane, host, port)
 
     async def start() -> None:
         address = await server.start()

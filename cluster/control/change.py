@@ -80,6 +80,11 @@ class Changes:
         self._running: _Running | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a change runs that is not committed yet."""
+        return self._running is not None
+
     def begin(self, order: ChangeOrder) -> Progress:
         """Begins a change. Raises Aborted if another one runs or the expected epoch is not current, and Unavailable
         while the cluster has no epoch."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from cluster.control.bundle_store import BundleStore
 from cluster.control.canary_watch import CanaryWatch, MeasureDrift
@@ -15,31 +13,17 @@ from cluster.control.change import Changes
 from cluster.control.controller import Cluster, Controller, ProcessObserver
 from cluster.control.epoch_store import EpochStore, go_on
 from cluster.control.epochs_in_use import MARGIN_S, EpochsInUse
-from cluster.control.golden_prompts import measure_drift, read_prompts
-from cluster.control.reconciler import Reconciler
+from cluster.control.golden_prompts import measure_drift
+from cluster.control.reconciler import SETTLE_S, Reconciler
+from cluster.control.rollout_config import RolloutConfig
 from cluster.control.router_reports import RouterReports
 from cluster.control.state_lock import StateLock
 from cluster.control.worker_calls import GrpcWorkerCalls, WorkerCalls
-from moesaic.bundles import BaseModel, Bundle, verify
+from moesaic.bundles import Bundle, verify
 from moesaic.bundles.signature import check_signature
-from moesaic.settings import RolloutSettings
 from moesaic.v1 import control_pb2
 
 BUNDLES_FOLDER = "bundles"
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutConfig:
-    """How a cluster's experts may change."""
-
-    base: BaseModel
-    # The folder of bundles and epochs, and whether it outlives the cluster.
-    state: Path
-    is_lasting: bool
-    replicas: int
-    # Public keys; empty: bundles need no signature.
-    signers: frozenset[bytes] = frozenset()
-    settings: RolloutSettings = RolloutSettings()
 
 
 class ControlPlane:
@@ -53,12 +37,12 @@ class ControlPlane:
         *,
         calls: WorkerCalls | None = None,
         first_revision: int = 0,
+        settle_s: float = SETTLE_S,
         failpoints: Callable[[str], None] = go_on,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises FailedPrecondition with field `state`, InvalidArgument with field `golden_prompts`."""
+        """Raises FailedPrecondition with field `state`."""
         settings = config.settings
-        drift = _drift_of(settings.golden_prompts)
         # HOST:PORT of the server that serves FetchBundle; known once it listens.
         self.address = ""
         self._clock = clock
@@ -91,6 +75,7 @@ class ControlPlane:
             config.base,
             replicas=config.replicas,
             load_timeout_s=settings.load_timeout_s,
+            settle_s=settle_s,
             failpoints=failpoints,
             clock=clock,
         )
@@ -105,7 +90,9 @@ class ControlPlane:
             is_lasting=config.is_lasting,
             clock=clock,
         )
-        self.canary_watch = CanaryWatch(self.epochs, self.reports, self.changes, settings, drift, clock=clock)
+        self.canary_watch = CanaryWatch(
+            self.epochs, self.reports, self.changes, settings, _drift_of(config.golden_prompts), clock=clock
+        )
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -138,8 +125,5 @@ def _check_bundle(config: RolloutConfig, bundle: Bundle) -> None:
     verify(bundle, base=config.base)
 
 
-def _drift_of(golden_prompts: str | None) -> MeasureDrift | None:
-    if golden_prompts is None:
-        return None
-    prompts = read_prompts(Path(golden_prompts))
-    return lambda router, epochs: measure_drift(router, prompts, epochs)
+def _drift_of(prompts: tuple[str, ...]) -> MeasureDrift | None:
+    return (lambda router, epochs: measure_drift(router, prompts, epochs)) if prompts else None

@@ -246,9 +246,9 @@ class Controller:
 
     def _set_worker(self, name: str, facts: WorkerFacts | None) -> None:
         was = self._workers.get(name)
-        heard_first = name in self._unobserved
+        is_news = facts != was or name in self._unobserved or self._publication is None
         self._unobserved.discard(name)
-        if facts == was and not heard_first:
+        if not is_news:
             return
         if was is not None and (facts is None or facts.replica.incarnation != was.replica.incarnation):
             self._withheld.pop(was.replica.incarnation, None)

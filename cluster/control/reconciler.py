@@ -97,6 +97,7 @@ class Reconciler:
         *,
         replicas: int,
         load_timeout_s: float,
+        settle_s: float = SETTLE_S,
         failpoints: Callable[[str], None] = go_on,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -110,7 +111,7 @@ class Reconciler:
         self._load_timeout_s = load_timeout_s
         self._failpoints = failpoints
         self._clock = clock
-        self._settled_at_s = clock() + SETTLE_S
+        self._settled_at_s = clock() + settle_s
         self._resting: dict[str, float] = {}
         self._passage: _Passage | None = None
         self._idle = Pulse()

@@ -297,21 +297,41 @@ class _Packing:
         return True
 
     def _make_room(self, version: ExpertVersion, name: str) -> bool:
-        """Gives up copies of the same slot that other workers have, too, if that is enough."""
-        others = [
-            other
-            for other in self._of_slot[version.address]
-            if other != version and other in self._workers[name].holdings and self._is_elsewhere(other, name)
-        ]
-        freed = sum(self._size(other, name) for other in others)
-        if not others or self._room[name] + freed < self._size(version, name):
+        """Gives up copies that other workers have, too, if that is enough."""
+        given_up: list[ExpertVersion] = []
+        freed = 0
+        for other in self._spare(version, name):
+            if self._room[name] + freed >= self._size(version, name):
+                break
+            given_up.append(other)
+            freed += self._size(other, name)
+        if self._room[name] + freed < self._size(version, name):
             return False
-        for other in others:
+        for other in given_up:
             self.evictions.setdefault(name, []).append(other)
             self._copies[other].discard(name)
         self._room[name] += freed - self._size(version, name)
         self._copies.setdefault(version, set()).add(name)
         return True
+
+    def _spare(self, version: ExpertVersion, name: str) -> Iterator[ExpertVersion]:
+        """Copies on a worker that may make room: those of the same slot and then, for a version that has been in use,
+        those of added slots."""
+        candidate = self.desired.candidate
+        is_new = candidate is not None and not any(
+            version in epoch.expert_versions for epoch in self.desired.living if epoch != candidate
+        )
+        others = () if is_new else self._needed
+        for other in dict.fromkeys((*self._of_slot[version.address], *others)):
+            same_slot = other.address == version.address
+            if (
+                other != version
+                and (same_slot or other.address not in self.desired.base_slots)
+                and other in self._workers[name].holdings
+                and name in self._copies[other]
+                and self._is_elsewhere(other, name)
+            ):
+                yield other
 
     def _is_elsewhere(self, version: ExpertVersion, name: str) -> bool:
         """Whether another worker has a ready copy that is not given up in this round."""

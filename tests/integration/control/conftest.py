@@ -13,10 +13,11 @@ from support.bundles import make_bundle
 from support.checkpoints import write_mixtral
 from support.played_workers import PlayedExpertWorker, PlayedRouter, upload
 
-from cluster.control.control_plane import ControlPlane, RolloutConfig
+from cluster.control.control_plane import ControlPlane
 from cluster.control.controller import Cluster, Member
 from cluster.control.epoch_store import go_on
 from cluster.control.named_workers import NamedWorkers
+from cluster.control.rollout_config import RolloutConfig
 from cluster.control.server import ControlServer
 from moesaic import rpc
 from moesaic.bundles import BaseModel, Bundle
@@ -73,7 +74,9 @@ class Rig:
         members = tuple(Member(it, control_pb2.PROCESS_ROLE_EXPERT_WORKER) for it in self.addresses)
         experts = frozenset(self.config.base.model.addresses)
         cluster = Cluster("tiny", experts, members, self.config.base.fingerprint)
-        self.plane = ControlPlane(cluster, self.config, NamedWorkers(), failpoints=self.failpoints)
+        self.plane = ControlPlane(
+            cluster, self.config, NamedWorkers(), settle_s=0.2, failpoints=self.failpoints
+        )
         server = ControlServer(self.plane, "127.0.0.1", self.port)
         address = await server.start()
         await server.load()
