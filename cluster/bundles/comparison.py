@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.bundles.model_folder import GateTensors, ModelFolder
-from cluster.bundles.selection import Candidate
 from cluster.bundles.weights import dense_difference, dense_values
 from moesaic.checkpoints.stored_values import have_same_values
 
@@ -70,9 +69,8 @@ def compare_rows(tuned: ModelFolder, base: ModelFolder) -> dict[int, RowDifferen
     }
 
 
-def other_rows(rows: Mapping[int, RowDifference], packed: Iterable[Candidate]) -> tuple[Moved, ...]:
-    """What moved in gate rows that the bundle does not bring."""
-    brought = {(candidate.layer, candidate.target) for candidate in packed}
+def other_rows(rows: Mapping[int, RowDifference], brought: Collection[tuple[int, int]]) -> tuple[Moved, ...]:
+    """What moved in gate rows that the bundle does not bring. `brought`: (layer, slot)."""
     others = [
         apart
         for layer, difference in rows.items()

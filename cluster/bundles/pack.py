@@ -35,6 +35,7 @@ from moesaic.bundles import (
     growth_problem,
     write_bundle,
 )
+from moesaic.bundles.manifest import check_name
 from moesaic.bundles.version import MLP, mlp_parameters
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import InvalidArgument
@@ -89,11 +90,13 @@ Show = Callable[[str, int, int], None]
 
 def pack(order: Order, show: Show = lambda stage, done, total: None) -> Packed:
     """Raises InvalidArgument, whose field says what would cure it, or CheckpointError for a file at fault."""
-    tuned, base = open_model(order.tuned, "model"), open_model(order.base, "base")
+    check_name(bundle_name(order), "name")
+    for tag in order.tags:
+        check_name(tag, "tag")
     if order.out.exists():
         raise InvalidArgument("out: the folder is there already", field="out")
-    packing = _Packing(order, tuned, base, show)
-    return packing.run()
+    tuned, base = open_model(order.tuned, "model"), open_model(order.base, "base")
+    return _Packing(order, tuned, base, show).run()
 
 
 def bundle_name(order: Order) -> str:
@@ -132,10 +135,15 @@ class _Packing:
         own, base = (folder.model.experts[candidate.layer] for folder in (self.tuned, self.base))
         if own.module != base.module:
             _refuse(f"its experts of layer {candidate.layer} have another shape than the base's")
-        if candidate.target is None and (problem := growth_problem(base)) is not None:
+        if self._adds(candidate) and (problem := growth_problem(base)) is not None:
             raise InvalidArgument(
                 f"base: layer {candidate.layer} {problem}", field="base", reason="CANNOT_GROW"
             )
+
+    def _adds(self, candidate: Candidate) -> bool:
+        """Whether the expert goes where the base has none."""
+        slots = self.base.model.num_slots[candidate.layer]
+        return candidate.target is None or candidate.target >= slots
 
     def _compare(
         self, origin: Origin, candidates: Iterable[Candidate], rows: Mapping[int, RowDifference]
@@ -156,14 +164,21 @@ class _Packing:
         self, origin: Origin, candidate: Candidate, rows: RowDifference | None
     ) -> PackedExpert | None:
         apart, row_apart = None, None
-        if origin is Origin.SAME_SIZE or candidate.target is not None:
+        in_base = origin is not Origin.DENSE and candidate.slot < self._base_slots(origin, candidate.layer)
+        if in_base:
             apart = self._difference(candidate.layer, candidate.slot)
             row_apart = rows.rows.get(candidate.slot) if rows is not None else None
             if not apart and not row_apart:
                 return None
-        moved = origin in (Origin.MORE_SLOTS, Origin.PUBLIC_AND_OWN) and candidate.target is None
-        has_row = self._takes_rows(candidate.layer) and bool(moved or row_apart)
+        own_row = not in_base and origin is not Origin.DENSE
+        has_row = self._takes_rows(candidate.layer) and bool(own_row or row_apart)
         return PackedExpert(*_place(candidate), apart, row_apart, has_row)
+
+    def _base_slots(self, origin: Origin, layer: int) -> int:
+        """The slots of the folder, from the first on, that are the base's own."""
+        if origin is Origin.PUBLIC_AND_OWN:
+            return self.tuned.model.num_slots[layer] // 2
+        return self.base.model.num_slots[layer]
 
     def _difference(self, layer: int, slot: int) -> float:
         address = ExpertAddress(layer, slot)
@@ -179,23 +194,19 @@ class _Packing:
         experts: Iterable[PackedExpert],
         rows: Mapping[int, RowDifference],
     ) -> tuple[Moved, ...]:
-        brought = [Candidate(one.layer, one.slot, one.target) for one in experts if one.has_row]
+        brought = {(one.layer, one.slot) for one in experts if one.has_row}
         self.show("comparing the other tensors", 0, 0)
         dense = compare_dense(self.tuned, self.base)
-        if origin is Origin.SAME_SIZE and self.order.wanted.as_new:
-            # Their rows become those of the new slots.
-            brought = [Candidate(one.layer, one.slot, one.slot) for one in brought]
         return (*dense, *other_rows(rows, brought), *other_experts(self._frozen(origin)))
 
     def _frozen(self, origin: Origin) -> list[float]:
         """The differences of those experts that must be the base's own, as the new ones were trained beside them."""
         if origin not in (Origin.MORE_SLOTS, Origin.PUBLIC_AND_OWN) or self.order.wanted.slots is not None:
             return []
-        slots, base = self.tuned.model.num_slots, self.base.model.num_slots
         return [
             self._difference(layer, slot)
-            for layer in sorted(slots)
-            for slot in range(base[layer] if origin is Origin.MORE_SLOTS else slots[layer] // 2)
+            for layer in sorted(self.tuned.model.experts)
+            for slot in range(self._base_slots(origin, layer))
         ]
 
     def _write(

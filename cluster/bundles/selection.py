@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from moesaic.errors import InvalidArgument
 
@@ -34,13 +35,17 @@ class Candidate:
     target: int | None
 
 
+# Where experts go: into new slots, or into the slots of their own numbers, which an earlier bundle may have added.
+Into = Literal["new", "same"]
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What was asked for. None: whatever differs."""
+    """What was asked for. None: whatever differs, and slots of the base into their own, others into new ones."""
 
     layers: frozenset[int] | None = None
     slots: frozenset[int] | None = None
-    as_new: bool = False
+    into: Into | None = None
 
 
 def parse_numbers(text: str | None, field: str) -> frozenset[int] | None:
@@ -54,6 +59,17 @@ def parse_numbers(text: str | None, field: str) -> frozenset[int] | None:
             raise InvalidArgument(f"{field}: must be numbers and ranges, such as 3 or 0,10-20", field=field)
         numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(numbers)
+
+
+def parse_into(text: str | None) -> Into | None:
+    """Raises InvalidArgument with field `into`."""
+    match text:
+        case "new" | "same":
+            return text
+        case None:
+            return None
+        case _:
+            raise InvalidArgument("into: must be new or same", field="into")
 
 
 def find_origin(tuned: Mapping[int, int], base: Mapping[int, int], *, dense: bool) -> Origin:
@@ -83,7 +99,7 @@ def choose(
     if missing := [layer for layer in layers if layer not in tuned or layer not in base]:
         raise InvalidArgument(f"layers: layer {missing[0]} has no experts", field="layers")
     found = tuple(
-        _place(origin, layer, slot, base[layer], as_new=wanted.as_new)
+        _place(origin, layer, slot, base[layer], into=wanted.into)
         for layer in layers
         for slot in _slots(origin, tuned[layer], base[layer], wanted)
     )
@@ -105,8 +121,11 @@ def _slots(origin: Origin, tuned: int, base: int, wanted: Wanted) -> list[int]:
     return sorted(wanted.slots)
 
 
-def _place(origin: Origin, layer: int, slot: int, base: int, *, as_new: bool) -> Candidate:
-    replaces = origin in (Origin.SAME_SIZE, Origin.MORE_SLOTS) and slot < base and not as_new
+def _place(origin: Origin, layer: int, slot: int, base: int, *, into: Into | None) -> Candidate:
+    numbered_alike = origin in (Origin.SAME_SIZE, Origin.MORE_SLOTS)
+    if into == "same" and not numbered_alike:
+        raise InvalidArgument("into: the slots of this model are not numbered as the base's", field="into")
+    replaces = into == "same" or (into is None and numbered_alike and slot < base)
     return Candidate(layer, slot, slot if replaces else None)
 
 

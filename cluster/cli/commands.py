@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from cluster.cli.expert_commands import expert
 from cluster.cli.router_address import router_address
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
@@ -368,6 +369,9 @@ def top(
         asyncio.run(
             run_top(router_address(grpc, flags.load()), interval_s=interval, once=once, as_json=as_json)
         )
+
+
+app.add_typer(expert, name="expert")
 
 
 def _hint(verb: str, instead: str) -> Callable[[], NoReturn]:
