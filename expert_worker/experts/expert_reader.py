@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expert_worker.experts.stored_weight import Region, StoredWeight
-from expert_worker.experts.version import mlp_version
+from moesaic.epoch import VersionHasher
 from moesaic.compute.dequantise import dequantise_fp8_block, dequantise_mxfp4, fp8_row_scales
 from moesaic.errors import CheckpointError, Unavailable
 from moesaic.families.model import Encoding, ExpertModule
@@ -66,7 +66,10 @@ class ExpertReader:
 
     def version(self, module: ExpertModule, dtype: str) -> bytes:
         """The digest of the expert. All its weights must have been read."""
-        return mlp_version(module, dtype, self._digests)
+        hasher = VersionHasher(module.kind, dtype)
+        for name in module.weights:
+            hasher.update(name, *self._digests[name])
+        return hasher.digest()
 
     def _read(self, name: str, target: Tensor) -> None:
         weight = self._weights[name]
