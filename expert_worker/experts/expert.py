@@ -143,13 +143,19 @@ def choose_form(
     """
     float_dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     weights: WeightForm = expert_dtype if expert_dtype in ("int8", "int4") else "float"
+    form = ExpertForm(device, float_dtypes.get(expert_dtype, dtype), weights, batch_invariant)
+    for module in modules:
+        check_module(module, form)
+    return form
+
+
+def check_module(module: ExpertModule, form: ExpertForm) -> None:
+    """Raises InvalidArgument with field `expert_dtype` if such experts cannot be held in this form."""
     try:
-        for module in modules:
-            check_form(weights, device, module.hidden_size, _up_width(module))
-            check_form(weights, device, module.inner_size, module.hidden_size)
+        check_form(form.weights, form.device, module.hidden_size, _up_width(module))
+        check_form(form.weights, form.device, module.inner_size, module.hidden_size)
     except InvalidArgument as error:
         raise InvalidArgument(f"expert_dtype: {error.message}", field="expert_dtype") from error
-    return ExpertForm(device, float_dtypes.get(expert_dtype, dtype), weights, batch_invariant)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None, form: ExpertForm) -> Linear:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from expert_worker.experts.stored_weight import Region, StoredWeight
-from moesaic.epoch import VersionHasher
 from moesaic.compute.dequantise import dequantise_fp8_block, dequantise_mxfp4, fp8_row_scales
+from moesaic.epoch import VersionHasher
 from moesaic.errors import CheckpointError, Unavailable
 from moesaic.families.model import Encoding, ExpertModule
 

@@ -24,6 +24,7 @@ from expert_worker.experts.expert import (
     ExpertWeights,
     MlpExpert,
     assemble_expert,
+    empty_weights,
     make_linear,
 )
 from expert_worker.experts.expert_reader import ExpertReader, Scratch
@@ -111,17 +112,32 @@ class ExpertLoader:
         expert = build_mlp(reader, experts.module, self.form, place, self.scratch)
         return HeldExpert(reader.version(experts.module, experts.dtype), expert)
 
+    def read(self, address: ExpertAddress, stopping: threading.Event) -> tuple[bytes, ExpertWeights]:
+        """The version of an expert and its weights, on the host and in float32."""
+        experts = self.model.experts[address.layer]
+        module = experts.module
+        weights = empty_weights(module, ExpertForm(torch.device("cpu"), torch.float32))
+        reader = ExpertReader(locate(self.checkpoint, experts, address), stopping, self.scratch)
+        reader.read(up_names(module), weights.up, weights.up_bias)
+        reader.read(("down",), weights.down, weights.down_bias)
+        return reader.version(module, experts.dtype), weights
+
 
 def build_mlp(
     reader: WeightReader, module: ExpertModule, form: ExpertForm, place: Place, scratch: Scratch
 ) -> MlpExpert:
     """An expert from the weights that the reader reads."""
     memory = _memory(module, form, place, scratch)
-    reader.read(("gate", "up") if module.gated else ("up",), memory.up, memory.up_bias)
+    reader.read(up_names(module), memory.up, memory.up_bias)
     up = make_linear(memory.up, memory.up_bias, form)
     reader.read(("down",), memory.down, memory.down_bias)
     down = make_linear(memory.down, memory.down_bias, form)
     return assemble_expert(up, down, module, form, place.row)
+
+
+def up_names(module: ExpertModule) -> tuple[str, ...]:
+    """The names of the weights of the first product, in the order of its outputs."""
+    return ("gate", "up") if module.gated else ("up",)
 
 
 def _memory(module: ExpertModule, form: ExpertForm, place: Place, scratch: Scratch) -> ExpertWeights:

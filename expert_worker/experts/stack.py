@@ -58,18 +58,14 @@ class ExpertStacks:
         self._spare_rows = spare_rows
         self._stacks: defaultdict[int, list[ExpertStack]] = defaultdict(list)
 
-    def missing_rows(self, layer: int, module: ExpertModule, count: int) -> int:
-        """How many of `count` experts find no free row. 0 where they are not stacked."""
-        return max(0, count - self._num_free(layer, module)) if can_stack(self._form, module) else 0
-
     def reserve(self, layer: int, module: ExpertModule, count: int) -> None:
         """Makes room for `count` more experts of this module in a layer, in one stack if no row is free."""
-        if can_stack(self._form, module) and (missing := count - self._num_free(layer, module)) > 0:
+        if can_stack(self._form, module) and (missing := count - self.num_free(layer, module)) > 0:
             spare = 0 if self._stacks[layer] else self._spare_rows
             self._stacks[layer].append(ExpertStack(module, self._form, missing + spare))
 
-    def place(self, layer: int, module: ExpertModule) -> Place:
-        """A reserved place."""
+    def place(self, layer: int, module: ExpertModule | None) -> Place:
+        """A reserved place; without a module, or without a free row, in memory of its own."""
         for stack in self._stacks[layer]:
             if stack.module == module and stack.num_free:
                 return Place(stack.take())
@@ -80,5 +76,6 @@ class ExpertStacks:
         for layer, stacks in self._stacks.items():
             self._stacks[layer] = stacks[:1] + [stack for stack in stacks[1:] if not stack.is_empty]
 
-    def _num_free(self, layer: int, module: ExpertModule) -> int:
+    def num_free(self, layer: int, module: ExpertModule) -> int:
+        """How many more experts of this module find room in a layer without memory of their own."""
         return sum(stack.num_free for stack in self._stacks[layer] if stack.module == module)

@@ -49,12 +49,16 @@ class ExpertStore:
         """Holds one more version of the slot, or replaces the expert of the same version."""
         self.add_all({ExpertVersion(address, held.version): held.expert})
 
-    def add_all(self, experts: Mapping[ExpertVersion, Expert], beside: Collection[ExpertVersion] = ()) -> None:
+    def add_all(
+        self, experts: Mapping[ExpertVersion, Expert], beside: Collection[ExpertVersion] = ()
+    ) -> None:
         """Holds all of these versions from one moment on. Raises Aborted, and holds none of them, unless those of
         `beside` are held as well."""
         with self._lock:
             if any(digest not in self._held.get(address, {}) for address, digest in beside):
-                raise Aborted("experts: a version was unloaded while others were loaded beside it", field="experts")
+                raise Aborted(
+                    "experts: a version was unloaded while others were loaded beside it", field="experts"
+                )
             for (address, digest), expert in experts.items():
                 self._held[address] = {**self._held.get(address, {}), digest: expert}
                 self._revision += 1

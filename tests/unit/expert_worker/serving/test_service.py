@@ -55,7 +55,7 @@ class Worker:
             shared_memory=True,
             direct_host="127.0.0.1",
         )
-        self._loaded = LoadedModel("tiny", model, "cpu", store, self.batcher)
+        self._loaded = LoadedModel("tiny", model, "cpu", store, self.batcher, lambda: 12345)
         self._server = rpc.Server({rpc.EXPERT_SERVICE: self.service.add_to})
 
     async def start(self) -> str:
@@ -304,6 +304,7 @@ async def test_describe_tells_what_is_held(stub: Any, store: ExpertStore, model:
     held = {(expert.address.layer, expert.address.slot): expert.digest for expert in described.experts}
     assert held == versions_of(store)
     assert len(described.dtypes) == 4
+    assert described.available_bytes == 12345
 
 
 async def test_statistics_count_what_was_computed_and_what_was_refused(
