@@ -167,7 +167,7 @@ class WorkerServer:
             LoadedModel(self._config.model.name, loader.model, str(device), store, self._batcher, available)
         )
         lifecycle = ExpertLifecycle(loader, store, loaded.stacks, loaded.thread, available)
-        self._control.open(Controlled(lifecycle, store, self._batcher, loader.form))
+        self._control.open(Controlled(lifecycle, store, self._batcher, loader.model, loader.form))
         self._served = store
 
     def _load(self) -> _Loaded:

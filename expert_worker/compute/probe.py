@@ -18,12 +18,11 @@ from moesaic.compute.linear import WeightForm
 
 TIMEOUT_S = 30.0
 
-# The largest difference from the expected answers that is rounding, relative to their largest absolute value. float32:
-# sums of some thousand products in another order. bfloat16: 8 bits of mantissa, rounded in weights, rows, the inner
-# rows and the answer. int8: half a step of 1/127 for each of weights and rows in two products, measured up to 2.6e-2
-# on random experts. int4: half a step of 1/15 of a group's range, measured up to 1.7e-1.
-_FLOAT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-_TOLERANCE: dict[WeightForm, float] = {"int8": 6e-2, "int4": 4e-1}
+# The largest difference from the expected answers that is rounding, relative to their largest absolute value: at least
+# twice what random experts of 64 to 4096 inputs showed against float64, which were 1e-6 in float32 (another order of
+# sums leaves room for more), 7e-3 in bfloat16, 4e-2 in int8 and 1.6e-1 in int4. Weights of another expert differ by 1.
+_FLOAT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+_TOLERANCE: dict[WeightForm, float] = {"int8": 8e-2, "int4": 4e-1}
 
 
 @dataclass(frozen=True, slots=True)

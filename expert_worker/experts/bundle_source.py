@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +35,8 @@ MESSAGE_TIMEOUT_S = 30.0
 # How often a broken transfer goes on where it ended before it counts as failed, without a byte in between.
 MAX_ATTEMPTS = 3
 RETRY_PERIOD_S = 0.5
+# How long a fetched bundle stays, so that the request to probe that follows the one to load need not fetch it again.
+KEEP_S = 30.0
 TEMPORARY_PREFIX = "moesaic-"
 
 FreeDisk = Callable[[Path], int]
@@ -44,17 +47,26 @@ def free_disk(folder: Path) -> int:
 
 
 class BundleSource:
-    """Opens bundles by their digest."""
+    """Opens bundles by their digest. All methods are called on one event loop."""
 
     def __init__(
-        self, *, message_timeout_s: float = MESSAGE_TIMEOUT_S, free_disk: FreeDisk = free_disk
+        self,
+        *,
+        message_timeout_s: float = MESSAGE_TIMEOUT_S,
+        retry_period_s: float = RETRY_PERIOD_S,
+        keep_s: float = KEEP_S,
+        free_disk: FreeDisk = free_disk,
     ) -> None:
         self._message_timeout_s = message_timeout_s
+        self._retry_period_s = retry_period_s
+        self._keep_s = keep_s
         self._free_disk = free_disk
+        self._fetching = asyncio.Lock()
+        self._fetched: dict[bytes, _Fetched] = {}
 
     @asynccontextmanager
     async def open(self, digest: bytes, folder: str, control_address: str) -> AsyncIterator[Bundle]:
-        """The bundle with this digest, for as long as the context is open. What was fetched is removed after it.
+        """The bundle with this digest, for as long as the context is open. What was fetched is removed a moment after.
 
         Raises FailedPrecondition, field `bundle`, reason BUNDLE_NOT_FOUND or DISK_FULL; DataLoss when something else
         was sent; DeadlineExceeded or Unavailable for a controller that does not answer.
@@ -62,19 +74,46 @@ class BundleSource:
         if (found := await asyncio.to_thread(_find, folder, digest)) is not None:
             yield found
             return
-        if not control_address:
+        async with self._fetching:
+            fetched = self._fetched.get(digest) or await self._fetch_new(digest, control_address)
+            fetched.num_users += 1
+        try:
+            yield fetched.bundle
+        finally:
+            fetched.num_users -= 1
+            asyncio.get_running_loop().call_later(self._keep_s, self._remove_unused, digest)
+
+    def close(self) -> None:
+        """Removes what is kept for a request that may follow."""
+        self._keep_s = 0
+        for digest in list(self._fetched):
+            self._remove_unused(digest)
+
+    def _remove_unused(self, digest: bytes) -> None:
+        fetched = self._fetched.get(digest)
+        if fetched is not None and not fetched.num_users:
+            del self._fetched[digest]
+            fetched.folder.cleanup()
+
+    async def _fetch_new(self, digest: bytes, address: str) -> _Fetched:
+        if not address:
             raise FailedPrecondition(
                 "bundle: is not on this worker's host, and the request names no controller to fetch it from",
                 field="bundle",
                 reason="BUNDLE_NOT_FOUND",
             )
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, ignore_cleanup_errors=True) as temporary:
-            fetched = Path(temporary)
-            try:
-                await self._fetch(digest, control_address, fetched)
-            except OSError as error:
-                raise _disk_error(error) from error
-            yield await asyncio.to_thread(open_bundle, fetched)
+        folder = tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, ignore_cleanup_errors=True)
+        try:
+            await self._fetch(digest, address, Path(folder.name))
+            bundle = await asyncio.to_thread(open_bundle, folder.name)
+        except OSError as error:
+            folder.cleanup()
+            raise _disk_error(error) from error
+        except BaseException:
+            folder.cleanup()
+            raise
+        self._fetched[digest] = fetched = _Fetched(bundle, folder)
+        return fetched
 
     async def _fetch(self, digest: bytes, address: str, folder: Path) -> None:
         async with rpc.aio_channel(address, max_message_bytes=rpc.DATA_MESSAGE_BYTES) as channel:
@@ -90,7 +129,7 @@ class BundleSource:
                         attempts = 1 if transfer.num_bytes > before else attempts + 1
                         if attempts >= MAX_ATTEMPTS:
                             raise
-                        await asyncio.sleep(RETRY_PERIOD_S)
+                        await asyncio.sleep(self._retry_period_s)
 
     async def _receive(self, stub: control_pb2_grpc.ControlServiceStub, transfer: _Transfer) -> None:
         """Receives from where the transfer has come to until the stream ends."""
@@ -110,6 +149,15 @@ class BundleSource:
         finally:
             stream.cancel()
         transfer.end()
+
+
+@dataclass(slots=True)
+class _Fetched:
+    """A bundle in a temporary folder."""
+
+    bundle: Bundle
+    folder: tempfile.TemporaryDirectory[str]
+    num_users: int = 0
 
 
 class _Transfer:

@@ -22,6 +22,7 @@ from moesaic.bundles.refusal import refuse
 from moesaic.bundles.version import expert_version
 from moesaic.epoch import ExpertVersion
 from moesaic.errors import FailedPrecondition, InvalidArgument
+from moesaic.families import MoeModel
 from moesaic.families.model import ExpertModule
 
 # While an expert is made, it exists as it is stored, as float32, and as it is held.
@@ -82,6 +83,14 @@ def find_expert(version: ExpertVersion, bundle: Bundle) -> BundleExpert:
     )
 
 
+def kind_of(expert: BundleExpert, model: MoeModel) -> ExpertKind:
+    """The kind of an expert of a bundle. Raises InvalidArgument with field `bundle` if it does not fit the model."""
+    layer = model.experts.get(expert.layer)
+    if layer is None:
+        refuse("TARGET", f"layer {expert.layer}", "has no experts in the model of this worker")
+    return find_kind(expert.kind).of(expert, layer.module)
+
+
 def _plan_base(version: ExpertVersion, loader: ExpertLoader) -> LoadJob:
     address, digest = version
     experts = loader.model.experts.get(address.layer)
@@ -105,10 +114,8 @@ def _plan_base(version: ExpertVersion, loader: ExpertLoader) -> LoadJob:
 
 
 def _plan_bundle(version: ExpertVersion, bundle: Bundle, loader: ExpertLoader) -> LoadJob:
-    expert, layer = find_expert(version, bundle), loader.model.experts.get(version.address.layer)
-    if layer is None:
-        refuse("TARGET", f"layer {version.address.layer}", "has no experts in the model of this worker")
-    kind = find_kind(expert.kind).of(expert, layer.module)
+    expert = find_expert(version, bundle)
+    kind = kind_of(expert, loader.model)
     _check_weights(expert, kind, bundle)
     if expert_version(expert, bundle.manifest.hidden_size, bundle.manifest.tensors) != version.digest:
         refuse("VERSION", f"layer {expert.layer}", "version: is not that of the weights")

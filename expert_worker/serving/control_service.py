@@ -15,11 +15,12 @@ from expert_worker.compute.probe import ProbeResult, compare, probe
 from expert_worker.experts.bundle_source import BundleSource
 from expert_worker.experts.expert import ExpertForm
 from expert_worker.experts.lifecycle import ExpertLifecycle
-from expert_worker.experts.load_plan import find_expert
+from expert_worker.experts.load_plan import find_expert, kind_of
 from expert_worker.experts.store import ExpertStore
 from moesaic.bundles import Bundle
 from moesaic.epoch import DIGEST_BYTES, ExpertVersion, version_from_proto, version_to_proto
 from moesaic.errors import InvalidArgument, Unavailable
+from moesaic.families import MoeModel
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 
 RETRY_AFTER_S = 0.5
@@ -32,6 +33,7 @@ class Controlled:
     lifecycle: ExpertLifecycle
     store: ExpertStore
     batcher: Batcher
+    model: MoeModel
     form: ExpertForm
 
 
@@ -53,6 +55,7 @@ class WorkerControlService(expert_pb2_grpc.WorkerControlServiceServicer):
         """Ends what loads."""
         if self._controlled is not None:
             self._controlled.lifecycle.close()
+        self._bundles.close()
 
     async def Load(
         self, request: expert_pb2.LoadRequest, context: Any
@@ -110,12 +113,13 @@ class WorkerControlService(expert_pb2_grpc.WorkerControlServiceServicer):
 async def _probe(version: ExpertVersion, bundle: Bundle | None, controlled: Controlled) -> ProbeResult:
     """Raises FailedPrecondition for a version that is not held."""
     held = controlled.store.get(version.address, version.digest, field="experts")
-    vectors = None if bundle is None else find_expert(version, bundle).probe
-    if bundle is None or vectors is None:
+    expert = None if bundle is None else find_expert(version, bundle)
+    if bundle is None or expert is None or expert.probe is None:
         raise InvalidArgument("experts: only experts of a bundle have probe vectors", field="experts")
+    vectors = expert.probe
     inputs, expected = (torch.from_numpy(bundle.floats(name)) for name in (vectors.inputs, vectors.outputs))
     answers = await probe(held, version.address.layer, inputs, controlled.batcher)
-    return compare(answers, expected, controlled.form)
+    return compare(answers, expected, kind_of(expert, controlled.model).held_form(controlled.form))
 
 
 def _versions(messages: Sequence[Any]) -> list[ExpertVersion]:

@@ -8,7 +8,7 @@ are floats.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -51,8 +51,11 @@ class Int8Kind:
                 weights |= {name: Weight(shape, _WHOLE), f"{name}_scales": Weight(shape[:1], _SCALES)}
         return weights
 
+    def held_form(self, form: ExpertForm) -> ExpertForm:
+        return replace(form, weights="int8")
+
     def held_bytes(self, form: ExpertForm) -> int:
-        return held_bytes(self.mlp, ExpertForm(form.device, form.dtype, "int8"))
+        return held_bytes(self.mlp, self.held_form(form))
 
     def build(self, source: WeightSource, form: ExpertForm, place: Place) -> Expert:
         up = self._linear(source, up_names(self.mlp), form)

@@ -74,8 +74,12 @@ class ExpertKind(Protocol):
         """The tensors of such an expert, by the kind's names for them."""
         ...
 
+    def held_form(self, form: ExpertForm) -> ExpertForm:
+        """The form in which a worker whose form is `form` holds such an expert. It says how exact the answers are."""
+        ...
+
     def held_bytes(self, form: ExpertForm) -> int:
-        """The memory of such an expert, in the form of this worker."""
+        """The memory of such an expert on a worker of this form."""
         ...
 
     def build(self, source: WeightSource, form: ExpertForm, place: Place) -> Expert:

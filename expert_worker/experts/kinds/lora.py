@@ -69,6 +69,9 @@ class LoraKind:
             for factor, shape in ((f"{name}_a", (self.rank, inputs)), (f"{name}_b", (outputs, self.rank)))
         }
 
+    def held_form(self, form: ExpertForm) -> ExpertForm:
+        return form
+
     def held_bytes(self, form: ExpertForm) -> int:
         return held_bytes(self.module, form)
 

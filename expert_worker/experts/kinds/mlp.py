@@ -31,6 +31,9 @@ class MlpKind:
     def weights(self) -> Mapping[str, Weight]:
         return {name: Weight(self.module.shape(name)) for name in self.module.weights}
 
+    def held_form(self, form: ExpertForm) -> ExpertForm:
+        return form
+
     def held_bytes(self, form: ExpertForm) -> int:
         return held_bytes(self.module, form)
 
