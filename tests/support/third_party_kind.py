@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -90,5 +89,4 @@ def installed(folder: Path) -> Iterator[None]:
     (info / "entry_points.txt").write_text(f"[{GROUP}]\nscale = {__name__}:ScaleKind\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        metadata.MetadataPathFinder.invalidate_caches()
         yield
