@@ -230,7 +230,7 @@ def test_a_kind_of_another_package_is_found_by_its_name(
     assert "int8, lora, mlp" in caught.value.message
     with installed(tmp_path / "site"):
         job = plan(bundle, folder, model)
-        assert torch.equal(job.build(Place(), threading.Event())(ROWS), ROWS * scale * 3)
+        torch.testing.assert_close(job.build(Place(), threading.Event())(ROWS), ROWS * scale * 3)
         assert (job.module, job.held_bytes) == (None, 128)
         unknown = bundle_of(tmp_path / "c", "scaled", {}, {"scale": scale})
         with pytest.raises(InvalidArgument, match="int8, lora, mlp, scale"):
