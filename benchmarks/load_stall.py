@@ -110,9 +110,7 @@ def main(
                 tuple(_row(name, [round_[name] for round_ in turns.rounds]) for name in (QUIET, LOADING)),
             )
         ],
-        notes=[
-            f"{len(loads)} loads of {bundle_mib:.1f} MiB, median {1000 * loads[len(loads) // 2]:.0f} ms"
-        ],
+        notes=[f"{len(loads)} loads of {bundle_mib:.1f} MiB, median {1000 * loads[len(loads) // 2]:.0f} ms"],
         quick=quick,
     )
 

@@ -51,20 +51,18 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return noted
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("num_stacks", [0, 1, 2])
 @pytest.mark.parametrize("combine_sum", [False, True])
 @pytest.mark.parametrize("slots", [[(0, 2)], [(2, 0), (1, 2)]])
 @pytest.mark.parametrize("module", MODULES)
 def test_a_pass_stays_on_the_device_and_comes_back_once(
-    copies: list[str], grouped: bool, combine_sum: bool, slots: list[tuple[int, ...]], module: ExpertModule
+    copies: list[str], num_stacks: int, combine_sum: bool, slots: list[tuple[int, ...]], module: ExpertModule
 ) -> None:
     with FakeTensorMode():
         form = ExpertForm(DEVICE, torch.bfloat16)
-        stack = empty_weights(module, form, 3)
-        experts = [
-            make_expert(stack[index], module, form, StackRow(stack, index) if grouped else None)
-            for index in range(3)
-        ]
+        stacks = [empty_weights(module, form, 3) for _ in range(max(1, num_stacks))]
+        rows = [StackRow(stacks[index % len(stacks)], index) for index in range(3)]
+        experts = [make_expert(row.weights, module, form, row if num_stacks else None) for row in rows]
         calls = [
             ExpertCall(
                 layer=0,
