@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,8 +13,9 @@ from expert_worker.experts.expert import ExpertWeights
 from expert_worker.experts.expert_reader import ExpertReader, Scratch, check_finite, raw_bytes
 from expert_worker.experts.loader import ExpertLoader
 from expert_worker.experts.stored_weight import whole_weight
-from moesaic.bundles import Bundle, BundleExpert, TensorFacts
+from moesaic.bundles import Bundle, BundleExpert
 from moesaic.bundles.manifest import WEIGHTS_FILE
+from moesaic.bundles.refusal import refuse
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import DataLoss, FailedPrecondition, Unavailable
 
@@ -38,10 +39,6 @@ class BundleWeights:
     @property
     def scratch(self) -> Scratch:
         return self.base.scratch
-
-    @property
-    def _facts(self) -> Mapping[str, TensorFacts]:
-        return {name: self.bundle.manifest.tensors[tensor] for name, tensor in self.expert.weights.items()}
 
     def read(self, names: Sequence[str], weights: Tensor, biases: Tensor | None) -> None:
         """Fills equal runs of rows of `weights`, and of `biases`, with the weights of these names."""
@@ -75,9 +72,40 @@ class BundleWeights:
         return weights
 
     def _check(self, name: str, digest: bytes) -> None:
-        if digest.hex() != self._facts[name].sha256:
-            raise DataLoss(
-                f"bundle: {WEIGHTS_FILE}: tensor {self.expert.weights[name]} is not what the manifest promises",
-                field="bundle",
-                reason="BUNDLE_DIGEST",
-            )
+        _check_digest(self.bundle, self.expert.weights[name], digest)
+
+
+def read_probe(bundle: Bundle, expert: BundleExpert) -> tuple[Tensor, Tensor]:
+    """The probe vectors of an expert and the answers that it should give, both [P, D] float32.
+
+    Raises InvalidArgument with field `bundle` for an expert without any, DataLoss if they are not those of the
+    manifest.
+    """
+    where = f"layer {expert.layer}"
+    if expert.probe is None:
+        refuse("PROBE", where, "has no probe vectors")
+    inputs, outputs = (_read_floats(bundle, name) for name in (expert.probe.inputs, expert.probe.outputs))
+    if inputs.shape != outputs.shape or inputs.dim() != 2 or inputs.shape[1] != bundle.manifest.hidden_size:
+        refuse("PROBE", where, f"probe vectors and answers must be [any, {bundle.manifest.hidden_size}]")
+    return inputs, outputs
+
+
+def _read_floats(bundle: Bundle, name: str) -> Tensor:
+    if (
+        name not in bundle.tensors
+        or name not in bundle.manifest.tensors
+        or bundle.tensors[name].dtype != "F32"
+    ):
+        refuse("PROBE", name[:64], "must be a tensor of float32")
+    stored = whole_weight(bundle.tensors[name]).data.read()
+    _check_digest(bundle, name, hashlib.sha256(raw_bytes(stored)).digest())
+    return stored
+
+
+def _check_digest(bundle: Bundle, tensor: str, digest: bytes) -> None:
+    if digest.hex() != bundle.manifest.tensors[tensor].sha256:
+        raise DataLoss(
+            f"bundle: {WEIGHTS_FILE}: tensor {tensor} is not what the manifest promises",
+            field="bundle",
+            reason="BUNDLE_DIGEST",
+        )

@@ -24,7 +24,7 @@ from expert_worker.experts import allocator
 from expert_worker.experts.expert import Expert
 from expert_worker.experts.load_plan import LoadJob, count_modules, needed_bytes, plan_load
 from expert_worker.experts.loader import ExpertLoader
-from expert_worker.experts.stack import ExpertStacks
+from expert_worker.experts.stack import ExpertStacks, Place
 from expert_worker.experts.store import ExpertStore
 from moesaic.bundles import Bundle
 from moesaic.epoch import ExpertVersion
@@ -108,18 +108,17 @@ class ExpertLifecycle:
             yield LoadProgress(version, loaded, total)
         ready: dict[ExpertVersion, Expert] = {}
         try:
-            self._reserve(jobs)
+            places = await self._run(lambda _: self._place(jobs))
             for job in jobs:
-                ready[job.version] = await self._build(job)
+                ready[job.version] = await self._build(job, places.pop(0))
                 loaded += job.stored_bytes
                 yield LoadProgress(job.version, loaded, total)
             self._check_open()
             self._store.add_all(ready, beside=held)
         finally:
-            num_loaded = len(ready)
             ready.clear()
             self._tidy_up()
-        log.info("experts loaded", extra={"fields": {"experts": num_loaded, "bytes": loaded}})
+        log.info("experts loaded", extra={"fields": {"experts": len(jobs), "bytes": loaded}})
 
     async def unload(self, versions: Iterable[ExpertVersion]) -> None:
         """Gives versions up; those that are not held are no error. Returns when their memory has returned, or when
@@ -148,20 +147,18 @@ class ExpertLifecycle:
                 f"{len(jobs)} experts need {needed} bytes, {available} are free: {needed - available} are missing"
             )
 
-    def _reserve(self, jobs: Sequence[LoadJob]) -> None:
+    def _place(self, jobs: Sequence[LoadJob]) -> list[Place]:
+        """A place for each job. Called on the loading thread, as all that touches the stacks."""
         try:
             for (layer, module), count in count_modules(jobs).items():
                 self._stacks.reserve(layer, module, count)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory("the device has no memory left for a stack") from error
+        return [self._stacks.place(job.version.address.layer, job.module) for job in jobs]
 
-    async def _build(self, job: LoadJob) -> Expert:
-        def build(stopping: threading.Event) -> Expert:
-            place = self._stacks.place(job.version.address.layer, job.module)
-            return job.build(place, stopping)
-
+    async def _build(self, job: LoadJob, place: Place) -> Expert:
         try:
-            return await self._run(build)
+            return await self._run(lambda stopping: job.build(place, stopping))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise _out_of_memory(
                 "the memory is full, though the bytes were there when the load began"

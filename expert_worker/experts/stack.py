@@ -51,7 +51,9 @@ class Place:
 
 
 class ExpertStacks:
-    """The stacks of a worker, by layer. Where nothing can be stacked, every place is memory of its own."""
+    """The stacks of a worker, by layer. Where nothing can be stacked, every place is memory of its own.
+
+    Its methods are called by one thread at a time; rows come back on any."""
 
     def __init__(self, form: ExpertForm, spare_rows: int = 0) -> None:
         self._form = form

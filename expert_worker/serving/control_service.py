@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import torch
 
 from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.probe import ProbeResult, compare, probe
 from expert_worker.experts.bundle_source import BundleSource
+from expert_worker.experts.bundle_weights import read_probe
 from expert_worker.experts.expert import ExpertForm
 from expert_worker.experts.lifecycle import ExpertLifecycle
 from expert_worker.experts.load_plan import find_expert, kind_of
@@ -113,11 +114,10 @@ class WorkerControlService(expert_pb2_grpc.WorkerControlServiceServicer):
 async def _probe(version: ExpertVersion, bundle: Bundle | None, controlled: Controlled) -> ProbeResult:
     """Raises FailedPrecondition for a version that is not held."""
     held = controlled.store.get(version.address, version.digest, field="experts")
-    expert = None if bundle is None else find_expert(version, bundle)
-    if bundle is None or expert is None or expert.probe is None:
-        raise InvalidArgument("experts: only experts of a bundle have probe vectors", field="experts")
-    vectors = expert.probe
-    inputs, expected = (torch.from_numpy(bundle.floats(name)) for name in (vectors.inputs, vectors.outputs))
+    if bundle is None:
+        raise InvalidArgument("bundle: only experts of a bundle have probe vectors", field="bundle")
+    expert = find_expert(version, bundle)
+    inputs, expected = await asyncio.to_thread(read_probe, bundle, expert)
     answers = await probe(held, version.address.layer, inputs, controlled.batcher)
     return compare(answers, expected, kind_of(expert, controlled.model).held_form(controlled.form))
 

@@ -345,9 +345,29 @@ async def test_a_probe_finds_answers_that_are_not_those_of_the_bundle(
         (result,) = await site.probe(versions, wrong)
         assert not result.ok
     await site.unload(versions)
+    assert (await probe_refused(site, versions, right)).reason == "NOT_HELD"
+
+
+async def test_a_probe_that_is_not_the_one_of_the_manifest_is_told_apart_from_a_wrong_expert(
+    site: Site, folder: Path, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "b", folder)
+    await site.load(versions_of(bundle), bundle)
+    refused = await probe_refused(site, versions_of(bundle), rewritten(bundle, probe_changed))
+    assert (refused.code.name, refused.reason) == ("DATA_LOSS", "BUNDLE_DIGEST")
+
+
+async def probe_refused(site: Site, versions: Sequence[ExpertVersion], bundle: Bundle) -> MoesaicError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await site.probe(versions, right)
-    assert from_rpc_error(caught.value).reason == "NOT_HELD"
+        await site.probe(versions, bundle)
+    return from_rpc_error(caught.value)
+
+
+def probe_changed(content: bytearray) -> bytearray:
+    """The first byte of the probe's inputs: tensors lie in the order of their names, and only `up` lies behind them."""
+    first = len(content) - 4 * (24 * 32 + 2 * 4 * 32)
+    content[first] ^= 1
+    return content
 
 
 async def test_clients_get_the_same_bits_while_experts_come_and_go(
