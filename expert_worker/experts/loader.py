@@ -148,7 +148,8 @@ def _memory(module: ExpertModule, form: ExpertForm, place: Place, scratch: Scrat
     """
     memory = place.memory(module, form)
     sizes = (module.hidden_size, module.inner_size)
-    if any(keeps_weight(form.weights, form.device, form.dtype, size) for size in sizes):
+    kept = any(keeps_weight(form.weights, form.device, form.dtype, size) for size in sizes)
+    if kept or place.row is not None:
         return memory
     most = max(memory.up.nbytes, memory.down.nbytes)
     taken = scratch.take("weights", most).view(form.dtype)

@@ -24,7 +24,9 @@ from support.wire_tensors import from_wire
 
 from expert_worker import server as server_module
 from expert_worker.config import WorkerConfig
+from expert_worker.experts import expert as expert_module
 from expert_worker.experts import lifecycle as lifecycle_module
+from expert_worker.experts import stack as stack_module
 from expert_worker.experts.bundle_source import BundleSource
 from expert_worker.experts.stored_weight import Region
 from expert_worker.server import WorkerServer
@@ -184,6 +186,40 @@ async def test_a_swapped_version_lies_beside_the_one_that_it_will_replace(
     stream.cancel()
     assert (response.epoch, list(response.versions)) == ("one,two", [old.digest, new.digest])
     assert not torch.equal(*from_wire(response.output).split(1))
+
+
+@pytest.mark.parametrize(("spare", "num_passes"), [(1, 1), (0, 2)])
+async def test_what_is_loaded_later_is_computed_with_the_stack_of_its_layer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int, num_passes: int
+) -> None:
+    """As on CUDA. The kernel that is used there also runs on a CPU, in float32."""
+    monkeypatch.setattr(stack_module, "can_stack", lambda form, module: True)
+    passes: list[int] = []
+    grouped = expert_module._compute_grouped
+
+    def note(stack: Any, experts: Sequence[Any], *rest: Any) -> torch.Tensor:
+        passes.append(len(experts))
+        return grouped(stack, experts, *rest)
+
+    monkeypatch.setattr(expert_module, "_compute_grouped", note)
+    bundle, later = make_bundle(tmp_path / "b", folder), make_bundle(tmp_path / "c", folder, seed=1)
+    async with serving(folder, spare_experts=spare) as site:
+        (held,) = [version for version in await site.held() if version.address == (0, 1)]
+        for of in (bundle, later):
+            (version,) = versions_of(of)
+            await site.load([version], of)
+            (result,) = await site.probe([version], of)
+            assert result.ok
+            passes.clear()
+            request = compute_request(HIDDEN, {1: [0, 3]}, {held.address: held.digest})
+            request.experts.add(slot=NEW, version=version.digest, rows=[1])
+            stream = site.experts.Compute()
+            await stream.write(request)
+            response = await asyncio.wait_for(stream.read(), 10)
+            stream.cancel()
+            assert not response.HasField("error") and len(passes) == num_passes
+            # Its row is free again for the next one.
+            await site.unload([version])
 
 
 async def test_what_a_bundle_does_not_have_is_refused(site: Site, folder: Path, tmp_path: Path) -> None:
