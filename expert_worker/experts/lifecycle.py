@@ -106,6 +106,8 @@ class ExpertLifecycle:
         total, loaded = sum(job.stored_bytes for job in jobs), 0
         for version in held:
             yield LoadProgress(version, loaded, total)
+        if not jobs:
+            return
         ready: dict[ExpertVersion, Expert] = {}
         try:
             places = await self._run(lambda _: self._place(jobs))
