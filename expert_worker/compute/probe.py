@@ -15,8 +15,10 @@ from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.call import ExpertCall
 from expert_worker.experts.expert import Expert, ExpertForm
 from moesaic.compute.linear import WeightForm
+from moesaic.families import MoeModel
 
 TIMEOUT_S = 30.0
+_ANY_ROWS = 4
 
 # The largest difference from the expected answers that is rounding, relative to their largest absolute value: at least
 # twice what random experts of 64 to 4096 inputs showed against float64, which were 1e-6 in float32 (another order of
@@ -45,6 +47,11 @@ def compare(answers: Tensor, expected: Tensor, form: ExpertForm) -> ProbeResult:
     largest = expected.abs().max().item()
     # A comparison with NaN is false.
     return ProbeResult(difference <= tolerance(form) * largest, difference, largest)
+
+
+def any_rows(model: MoeModel) -> Tensor:
+    """Rows [P, D] for an expert without probe vectors, always the same."""
+    return torch.randn(_ANY_ROWS, model.hidden_size, generator=torch.Generator().manual_seed(0))
 
 
 async def probe(expert: Expert, layer: int, inputs: Tensor, batcher: Batcher) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from expert_worker.compute.batcher import Batcher
-from expert_worker.compute.probe import ProbeResult, compare, probe
+from expert_worker.compute.probe import ProbeResult, any_rows, compare, probe
 from expert_worker.experts.bundle_source import BundleSource
 from expert_worker.experts.bundle_weights import read_probe
 from expert_worker.experts.expert import ExpertForm
@@ -112,10 +112,14 @@ class WorkerControlService(expert_pb2_grpc.WorkerControlServiceServicer):
 
 
 async def _probe(version: ExpertVersion, bundle: Bundle | None, controlled: Controlled) -> ProbeResult:
-    """Raises FailedPrecondition for a version that is not held."""
+    """Of the model's own experts, which bring no answers, no more is asked than that theirs are finite.
+
+    Raises FailedPrecondition for a version that is not held.
+    """
     held = controlled.store.get(version.address, version.digest, field="experts")
     if bundle is None:
-        raise InvalidArgument("bundle: only experts of a bundle have probe vectors", field="bundle")
+        answers = await probe(held, version.address.layer, any_rows(controlled.model), controlled.batcher)
+        return compare(answers, answers, controlled.form)
     expert = find_expert(version, bundle)
     inputs, expected = await asyncio.to_thread(read_probe, bundle, expert)
     answers = await probe(held, version.address.layer, inputs, controlled.batcher)

@@ -164,6 +164,9 @@ async def test_versions_of_the_model_folder_are_given_up_and_asked_for_again(
     assert step.expert == version_to_proto(version)
     assert (await site.compute(version)).output == answer.output
     assert await site.load([version]) == [expert_pb2.LoadResponse(expert=version_to_proto(version))]
+    request = expert_pb2.ProbeRequest(experts=[version_to_proto(version)])
+    (result,) = (await site.control.Probe(request)).results
+    assert result.ok and result.max_difference == 0 and result.max_expected > 0
     refused = await site.refused([ExpertVersion(ExpertAddress(0, 2), version.digest)])
     assert (refused.code.name, refused.reason) == ("FAILED_PRECONDITION", "WRONG_VERSION")
     assert "slot 9" in (await site.refused([ExpertVersion(ExpertAddress(0, 9), version.digest)])).message
