@@ -21,7 +21,6 @@ from cluster.checkpoints.memory_fit import Memory, chosen_form, fit_model
 from cluster.checkpoints.model_source import DEMO_MODEL, find_model, name_model
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.launch.milestones import Milestones
-from cluster.observation.machine_memory import read_memory
 from cluster.processes.process_plan import check_counts, plan_processes
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.addresses import is_loopback, join_address
@@ -29,6 +28,7 @@ from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
+from moesaic.machine_memory import read_memory
 from moesaic.settings import Settings
 from moesaic.stop_signals import StopSignals
 from moesaic.v1 import control_pb2

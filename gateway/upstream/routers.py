@@ -24,8 +24,10 @@ MAX_PARALLEL_PROMPTS = 32
 
 _QUEUED_MESSAGES = 64
 # Reasons that concern one router alone, so that another may accept the request: it is unreachable, starts,
-# stops or is full.
-_RETRY_ELSEWHERE = frozenset({ROUTER_UNREACHABLE, "LOADING", "DRAINING", "STOPPING", "QUEUE_FULL"})
+# stops or is full, or does not hold the epoch (yet, or any more) that the request needs.
+_RETRY_ELSEWHERE = frozenset(
+    {ROUTER_UNREACHABLE, "LOADING", "DRAINING", "STOPPING", "QUEUE_FULL", "EPOCH_UNKNOWN", "EXPERTS_MISSING"}
+)
 
 _Numbered = tuple[int, pb.GenerateResponse]
 _R = TypeVar("_R")

@@ -643,7 +643,7 @@ async def test_a_policy_reaches_the_engine_as_a_view_and_comes_back_first(rig: R
     policy = pb.ExpertPolicy(deny=["maths-v1", "0:2"], require=["law"], top_k=1)
     responses = await rig.generate(choosing(experts=policy))
     (request,) = rig.engine.requests
-    assert request.view is not None and request.view.key != EPOCH
+    assert request.view.key != EPOCH
     assert {layer: (gate.slots, gate.top_k) for layer, gate in request.view.gates.items()} == {
         0: ((0, 1), 1),
         1: ((0, 1, 2, 4), 1),
@@ -657,7 +657,7 @@ async def test_a_request_that_restricts_nothing_is_computed_by_the_whole_epoch(
     rig: Rig, fields: dict[str, Any]
 ) -> None:
     responses = await rig.generate(choosing(**fields))
-    assert rig.engine.requests[0].view is not None and rig.engine.requests[0].view.key == EPOCH
+    assert rig.engine.requests[0].view.key == EPOCH
     assert not any(response.HasField("experts") for response in responses)
 
 
@@ -737,7 +737,7 @@ async def test_experts_and_epochs_that_cannot_be_had_are_refused_by_name(
 async def test_a_denial_of_what_the_epoch_does_not_have_is_fulfilled_already(rig: Rig) -> None:
     responses = await rig.generate(choosing(experts=pb.ExpertPolicy(deny=["who", "7:7"])))
     assert responses[0].experts.deny == ["who", "7:7"]
-    assert rig.engine.requests[0].view is not None and rig.engine.requests[0].view.key == EPOCH
+    assert rig.engine.requests[0].view.key == EPOCH
 
 
 # Bad input: every row with its status, field and reason; the engine never hears of it.
