@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INFERENCE_SERVICE = "moesaic.v1.InferenceService"
+ROUTER_CONTROL_SERVICE = "moesaic.v1.RouterControlService"
 EXPERT_SERVICE = "moesaic.v1.ExpertService"
+WORKER_CONTROL_SERVICE = "moesaic.v1.WorkerControlService"
 CONTROL_SERVICE = "moesaic.v1.ControlService"
 
 # The value that marks the end of a handler's stream.

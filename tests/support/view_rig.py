@@ -46,7 +46,7 @@ Compute = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The generated tokens; the log probabilities of all tokens after the first; and how many tokens were cached."""
+    """The generated tokens, and the log probabilities of all tokens after the first."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -111,6 +111,11 @@ class ViewRig:
     def requests(self) -> list[expert_pb2.ComputeRequest]:
         """All calls so far."""
         return [request for link in self.links for request in link.requests]
+
+    def forget(self) -> None:
+        """From now on the worker holds nothing."""
+        self._experts.clear()
+        self._publish()
 
     def close(self) -> None:
         self._pool.close()
