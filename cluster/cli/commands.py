@@ -214,7 +214,7 @@ def convert(
         Path, typer.Argument(metavar="FOLDER", help="A model whose weights are pickles: .pth, .pt or .bin.")
     ],
     out: Annotated[
-        Path, typer.Argument(help="The Hugging Face folder to write; a folder that was begun is completed.")
+        Path, typer.Argument(help="The Hugging Face folder to write; a half-written one is completed.")
     ],
     shard_mib: Annotated[int, typer.Option(help="The size of each file of weights, in MiB.", min=1)] = 4096,
     as_json: Json = False,
@@ -271,7 +271,7 @@ def bench(
     requests: Annotated[
         int | None, typer.Option(help="Requests of each row.", min=1, show_default="by the row")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The seed of prompts, lengths and arrivals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Repeats the same random prompts, lengths and times.")] = 0,
     against: Annotated[
         str | None,
         typer.Option(

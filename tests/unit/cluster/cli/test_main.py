@@ -294,7 +294,10 @@ def test_a_client_install_says_what_the_command_needs(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "error: the command needs typer: pip install 'moesaic[serve]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: the command needs typer; from a checkout: pip install ./moesaic .\n"
+    )
 
 
 def test_every_verb_with_a_cluster_of_its_own_takes_the_same_options(
