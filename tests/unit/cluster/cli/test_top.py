@@ -89,7 +89,7 @@ def test_the_view_fits_eighty_columns_and_says_what_everybody_does() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     assert "1,234 tokens a second out, 12,345 in; 64 running, 256 waiting" in text
-    assert "gates: z-loss 9.5 at most, in layer 3" in text
+    assert "gates: largest z-loss 9.5 (layer 3)" in text
     assert line(text, "router-0") == [
         "router-0",
         "ready",
