@@ -18,7 +18,6 @@ from cluster.observation.observer import Observer
 from moesaic.errors import InternalError, InvalidArgument, Overloaded, Unavailable
 
 REQUEST = LoadRequest((5, 17, 42), 6)
-CLOSED_PORT = "127.0.0.1:1"
 
 
 @pytest_asyncio.fixture
@@ -61,8 +60,8 @@ async def test_an_answer_that_fails_half_way_is_a_failed_request(site: Site, api
     assert len(record.token_times_s) == 3
 
 
-async def test_a_server_that_nobody_runs_is_a_failed_request() -> None:
-    async with completions_api(f"http://{CLOSED_PORT}", "fake") as api:
+async def test_a_server_that_nobody_runs_is_a_failed_request(closed_address: str) -> None:
+    async with completions_api(f"http://{closed_address}", "fake") as api:
         assert "Cannot connect" in (await api.send(REQUEST, 0.0)).error
 
 
@@ -77,10 +76,10 @@ async def test_a_request_that_is_cancelled_is_cancelled_on_the_server(
     await until(lambda: site.router.num_cancelled == 1)
 
 
-async def test_a_server_says_what_its_model_is_called(site: Site) -> None:
+async def test_a_server_says_what_its_model_is_called(site: Site, closed_address: str) -> None:
     assert await ask_model_name(site.url) == "fake"
     with pytest.raises(Unavailable, match="no server of the API answers"):
-        await ask_model_name(f"http://{CLOSED_PORT}")
+        await ask_model_name(f"http://{closed_address}")
 
 
 async def test_a_router_without_a_controller_is_observed_alone(site: Site) -> None:
@@ -91,9 +90,9 @@ async def test_a_router_without_a_controller_is_observed_alone(site: Site) -> No
     assert seen.routers["router"].generated_tokens == 7
 
 
-async def test_an_observer_without_a_router_says_so() -> None:
-    async with Observer(CLOSED_PORT) as observer:
-        with pytest.raises(Unavailable, match=f"no router answers at {CLOSED_PORT}"):
+async def test_an_observer_without_a_router_says_so(closed_address: str) -> None:
+    async with Observer(closed_address) as observer:
+        with pytest.raises(Unavailable, match=f"no router answers at {closed_address}"):
             await observer.observe()
 
 

@@ -262,10 +262,10 @@ def test_stopping_needs_the_address_of_a_ray() -> None:
 
 
 @pytest.mark.parametrize("verb", [("generate", "Hello"), ("status",)])
-def test_a_client_verb_without_a_router_says_so_and_fails(verb: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(app, [*verb, "--grpc", "127.0.0.1:1"])
+def test_a_client_verb_without_a_router_says_so_and_fails(verb: tuple[str, ...], closed_address: str) -> None:
+    result = CliRunner().invoke(app, [*verb, "--grpc", closed_address])
     assert result.exit_code == 1
-    assert result.stderr == "error: no router answers at 127.0.0.1:1: is `moesaic serve` running?\n"
+    assert result.stderr == f"error: no router answers at {closed_address}: is `moesaic serve` running?\n"
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -273,11 +273,11 @@ def test_the_version_is_that_of_the_package() -> None:
     assert (result.exit_code, result.stdout) == (0, f"moesaic {__version__}\n")
 
 
-def test_a_client_verb_imports_neither_ray_nor_torch() -> None:
+def test_a_client_verb_imports_neither_ray_nor_torch(closed_address: str) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from cluster.cli.commands import app;"
-        "CliRunner().invoke(app, ['status', '--grpc', '127.0.0.1:1']);"
-        "CliRunner().invoke(app, ['generate', 'x', '--grpc', '127.0.0.1:1']);"
+        f"CliRunner().invoke(app, ['status', '--grpc', '{closed_address}']);"
+        f"CliRunner().invoke(app, ['generate', 'x', '--grpc', '{closed_address}']);"
         "print({'ray', 'torch', 'transformers', 'fastapi'} & set(sys.modules))"
     )
     done = subprocess.run(

@@ -178,7 +178,7 @@ def test_before_the_first_look_there_is_only_what_is_wrong() -> None:
     assert drawn(view.drawn()) == "no router answers 0 s so far, trying again\n"
 
 
-def test_without_a_terminal_a_server_that_is_away_is_an_error() -> None:
-    result = CliRunner().invoke(app, ["top", "--grpc", "127.0.0.1:1"])
+def test_without_a_terminal_a_server_that_is_away_is_an_error(closed_address: str) -> None:
+    result = CliRunner().invoke(app, ["top", "--grpc", closed_address])
     assert result.exit_code == 1
-    assert result.stderr == "error: no router answers at 127.0.0.1:1: is `moesaic serve` running?\n"
+    assert result.stderr == f"error: no router answers at {closed_address}: is `moesaic serve` running?\n"
