@@ -98,7 +98,14 @@ def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) ->
 
 
 @app.command(epilog=_examples("moesaic inspect ./model", "moesaic inspect hf://ORG/NAME --json"))
-@with_settings("dense_layers", "dtype", "worker.expert_dtype", "cluster.routers", "cluster.replicas")
+@with_settings(
+    "dense_layers",
+    "dtype",
+    "engine.generation_config",
+    "worker.expert_dtype",
+    "cluster.routers",
+    "cluster.replicas",
+)
 def inspect(model: Model = None, *, flags: SettingFlags, as_json: Json = False) -> None:
     """Show what a model's folder holds, how much memory it takes, and whether it can be served."""
     with exit_with_code(as_json=as_json, spell=flags.spell):
