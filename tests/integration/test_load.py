@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from cluster.bench.load import CompletionsApi, ask_model_name, completions_api
 from cluster.bench.workload import LoadRequest
 from cluster.observation.observer import Observer
 from moesaic.errors import InternalError, InvalidArgument, Overloaded, Unavailable
+from moesaic.stop_signals import StopRequested
 
 REQUEST = LoadRequest((5, 17, 42), 6)
 
@@ -124,6 +126,32 @@ async def test_a_running_server_is_measured_and_every_failure_told(
     site.router.error = InternalError("internal error")
     with pytest.raises(Unavailable, match="12 of 12 requests failed"):
         await bench_server(site.url, site.link.address, plan, Outputs(True, None, None))
+
+
+async def test_what_was_measured_before_a_signal_is_kept(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan(
+        concurrency="1,2",
+        rate=None,
+        prompt_len="4",
+        output_len="8",
+        shared_prefix=0,
+        requests=3,
+        seed=0,
+        against=None,
+        pairs=5,
+    )
+    site.router.pace_s = 0.01
+    benching = asyncio.create_task(bench_server(site.url, site.link.address, plan, Outputs(True, None, None)))
+    # A warm-up and three requests of the first row, then the second row, which never ends.
+    await until(lambda: len(site.router.requests) > 4)
+    site.router.silent_after = 1
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(StopRequested):
+        await benching
+    found = json.loads(capsys.readouterr().out)
+    assert [row["load"]["output_tokens"] for row in found["rows"]] == [24]
 
 
 async def test_prompts_that_do_not_fit_a_running_server_are_told_before_any_is_sent(site: Site) -> None:
