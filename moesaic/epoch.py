@@ -1,20 +1,19 @@
 """What the model is: expert versions and the epoch.
 
 The digest of an expert version is the sha256 of its kind, dtype and weights, so that the same weights have
-the same digest in any checkpoint layout. An epoch names the version in every (layer, slot), and its id is the
-hash of that table and of the model's name. Two processes with the same epoch id therefore compute with the
-same experts; the hash covers neither the gates nor the dense weights, which every router reads from the model
-folder.
+the same digest in any checkpoint layout. An epoch names the version in every (layer, slot), the gate rows that
+are not those of the model folder, and the fingerprint of that folder, which stands for everything else that
+routers hold. Its id is the hash of all this: two processes with the same epoch id compute the same model.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from moesaic.errors import FailedPrecondition
+from moesaic.errors import FailedPrecondition, InvalidArgument
 from moesaic.v1 import common_pb2, control_pb2
 
 DIGEST_BYTES = 32
@@ -50,21 +49,91 @@ class VersionHasher:
 
 
 @dataclass(frozen=True, slots=True)
+class GateRow:
+    """What scores one slot, in its effective form: normalised, and divided by its temperature."""
+
+    values: bytes  # [D] float32, little-endian
+    bias: float = 0.0
+    selection_bias: float = 0.0
+
+    def to_proto(self, address: ExpertAddress) -> common_pb2.GateRow:
+        return common_pb2.GateRow(
+            address=common_pb2.ExpertAddress(layer=address.layer, slot=address.slot),
+            values=self.values,
+            bias=self.bias,
+            selection_bias=self.selection_bias,
+        )
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.GateRow) -> tuple[ExpertAddress, GateRow]:
+        address = ExpertAddress(message.address.layer, message.address.slot)
+        return address, cls(message.values, message.bias, message.selection_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class EpochBundle:
+    """A bundle that brought experts of an epoch; requests name it, or one of its tags, in their policy."""
+
+    name: str
+    digest: bytes
+    tags: tuple[str, ...]
+    experts: tuple[ExpertAddress, ...]
+
+    def to_proto(self) -> control_pb2.EpochBundle:
+        return control_pb2.EpochBundle(
+            name=self.name,
+            digest=self.digest,
+            tags=self.tags,
+            experts=[common_pb2.ExpertAddress(layer=layer, slot=slot) for layer, slot in self.experts],
+        )
+
+    @classmethod
+    def from_proto(cls, message: control_pb2.EpochBundle) -> EpochBundle:
+        experts = tuple(ExpertAddress(one.layer, one.slot) for one in message.experts)
+        return cls(message.name, message.digest, tuple(message.tags), experts)
+
+
+@dataclass(frozen=True, slots=True)
 class Epoch:
-    """The immutable answer to "what is the model": just one version in every slot."""
+    """The immutable answer to "what is the model": just one version in every slot, and what scores it."""
 
     id: str
     model: str
     versions: Mapping[ExpertAddress, bytes]
+    # Only the rows that are not those of the model folder.
+    gate_rows: Mapping[ExpertAddress, GateRow] = field(default_factory=dict)
+    bundles: tuple[EpochBundle, ...] = ()
+    # The fingerprint of the model folder; empty for workers that were started by hand.
+    base: bytes = b""
 
     @classmethod
-    def of(cls, model: str, versions: Mapping[ExpertAddress, bytes]) -> Epoch:
-        """The epoch with these versions, whose id is the hash of its content."""
-        ordered = dict(sorted(versions.items()))
-        content = hashlib.sha256(f"moesaic epoch 1\0{model}\0".encode())
-        for address, digest in ordered.items():
-            content.update(f"{address.layer}.{address.slot}=".encode() + digest)
-        return cls(content.hexdigest()[:16], model, ordered)
+    def of(
+        cls,
+        model: str,
+        versions: Mapping[ExpertAddress, bytes],
+        *,
+        gate_rows: Mapping[ExpertAddress, GateRow] | None = None,
+        bundles: Iterable[EpochBundle] = (),
+        base: bytes = b"",
+    ) -> Epoch:
+        """The epoch with this content, whose id is the content's hash.
+
+        Raises InvalidArgument with field `epoch` when a gate row or a bundle names a slot without a version.
+        """
+        epoch = cls(
+            id="",
+            model=model,
+            versions=dict(sorted(versions.items())),
+            gate_rows=dict(sorted((gate_rows or {}).items())),
+            bundles=tuple(sorted(bundles, key=lambda bundle: bundle.name)),
+            base=base,
+        )
+        named = {*epoch.gate_rows, *(address for bundle in epoch.bundles for address in bundle.experts)}
+        if unknown := sorted(named - epoch.versions.keys()):
+            layer, slot = unknown[0]
+            raise InvalidArgument(f"epoch: layer {layer} slot {slot} has no version", field="epoch")
+        content = epoch.to_proto().SerializeToString(deterministic=True)
+        return replace(epoch, id=hashlib.sha256(b"moesaic epoch 2\0" + content).hexdigest()[:16])
 
     @property
     def expert_versions(self) -> frozenset[ExpertVersion]:
@@ -73,7 +142,12 @@ class Epoch:
 
     def to_proto(self) -> control_pb2.Epoch:
         return control_pb2.Epoch(
-            id=self.id, model=self.model, experts=versions_to_proto(self.expert_versions)
+            id=self.id,
+            model=self.model,
+            experts=versions_to_proto(self.expert_versions),
+            gate_rows=[row.to_proto(address) for address, row in self.gate_rows.items()],
+            bundles=[bundle.to_proto() for bundle in self.bundles],
+            base=self.base,
         )
 
     @classmethod
@@ -87,7 +161,13 @@ class Epoch:
                     field="epoch.experts",
                 )
             versions[address] = digest
-        epoch = cls.of(message.model, versions)
+        epoch = cls.of(
+            message.model,
+            versions,
+            gate_rows=dict(map(GateRow.from_proto, message.gate_rows)),
+            bundles=map(EpochBundle.from_proto, message.bundles),
+            base=message.base,
+        )
         if epoch.id != message.id:
             raise FailedPrecondition("the epoch's id is not the hash of its content", field="epoch.id")
         return epoch

@@ -56,6 +56,11 @@ class FolderIdentity:
         except OSError as error:
             raise CheckpointError(f"model: cannot be read: {error.strerror}", field="model") from error
 
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes that stand for config and weights, by which bundles and epochs name their base model."""
+        return hashlib.sha256(f"{self.config}\0{self.tensors}\0{self.weights}".encode()).digest()
+
 
 def check_identity(checkpoint: Checkpoint, wanted: FolderIdentity | None, *, text: bool = False) -> None:
     """Raises CheckpointError if the folder is not the wanted one. Files of the text count only with `text`."""

@@ -24,19 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17moesaic/v1/common.proto\x12\nmoesaic.v1\"W\n\x06Tensor\x12 \n\x05\x64type\x18\x01 \x01(\x0e\x32\x11.moesaic.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06scales\x18\x04 \x01(\x0c\",\n\rExpertAddress\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\"K\n\rExpertVersion\x12*\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x19.moesaic.v1.ExpertAddress\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c*h\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x0e\n\nDTYPE_INT8\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17moesaic/v1/common.proto\x12\nmoesaic.v1\"W\n\x06Tensor\x12 \n\x05\x64type\x18\x01 \x01(\x0e\x32\x11.moesaic.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06scales\x18\x04 \x01(\x0c\",\n\rExpertAddress\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\"K\n\rExpertVersion\x12*\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x19.moesaic.v1.ExpertAddress\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"k\n\x07GateRow\x12*\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x19.moesaic.v1.ExpertAddress\x12\x0e\n\x06values\x18\x02 \x01(\x0c\x12\x0c\n\x04\x62ias\x18\x03 \x01(\x02\x12\x16\n\x0eselection_bias\x18\x04 \x01(\x02*h\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x0e\n\nDTYPE_INT8\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moesaic.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=251
-  _globals['_DTYPE']._serialized_end=355
+  _globals['_DTYPE']._serialized_start=360
+  _globals['_DTYPE']._serialized_end=464
   _globals['_TENSOR']._serialized_start=39
   _globals['_TENSOR']._serialized_end=126
   _globals['_EXPERTADDRESS']._serialized_start=128
   _globals['_EXPERTADDRESS']._serialized_end=172
   _globals['_EXPERTVERSION']._serialized_start=174
   _globals['_EXPERTVERSION']._serialized_end=249
+  _globals['_GATEROW']._serialized_start=251
+  _globals['_GATEROW']._serialized_end=358
 # @@protoc_insertion_point(module_scope)

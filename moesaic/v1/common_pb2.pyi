@@ -47,3 +47,15 @@ class ExpertVersion(_message.Message):
     address: ExpertAddress
     digest: bytes
     def __init__(self, address: _Optional[_Union[ExpertAddress, _Mapping]] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class GateRow(_message.Message):
+    __slots__ = ("address", "values", "bias", "selection_bias")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_BIAS_FIELD_NUMBER: _ClassVar[int]
+    address: ExpertAddress
+    values: bytes
+    bias: float
+    selection_bias: float
+    def __init__(self, address: _Optional[_Union[ExpertAddress, _Mapping]] = ..., values: _Optional[bytes] = ..., bias: _Optional[float] = ..., selection_bias: _Optional[float] = ...) -> None: ...

@@ -44,6 +44,36 @@ class ControlServiceStub:
                 request_serializer=moesaic_dot_v1_dot_control__pb2.GetTopologyRequest.SerializeToString,
                 response_deserializer=moesaic_dot_v1_dot_control__pb2.GetTopologyResponse.FromString,
                 _registered_method=True)
+        self.UploadBundle = channel.stream_unary(
+                '/moesaic.v1.ControlService/UploadBundle',
+                request_serializer=moesaic_dot_v1_dot_control__pb2.UploadBundleRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_control__pb2.UploadBundleResponse.FromString,
+                _registered_method=True)
+        self.FetchBundle = channel.unary_stream(
+                '/moesaic.v1.ControlService/FetchBundle',
+                request_serializer=moesaic_dot_v1_dot_control__pb2.FetchBundleRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_control__pb2.FetchBundleResponse.FromString,
+                _registered_method=True)
+        self.ListBundles = channel.unary_unary(
+                '/moesaic.v1.ControlService/ListBundles',
+                request_serializer=moesaic_dot_v1_dot_control__pb2.ListBundlesRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_control__pb2.ListBundlesResponse.FromString,
+                _registered_method=True)
+        self.Change = channel.unary_stream(
+                '/moesaic.v1.ControlService/Change',
+                request_serializer=moesaic_dot_v1_dot_control__pb2.ChangeRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_control__pb2.ChangeResponse.FromString,
+                _registered_method=True)
+        self.GetHistory = channel.unary_unary(
+                '/moesaic.v1.ControlService/GetHistory',
+                request_serializer=moesaic_dot_v1_dot_control__pb2.GetHistoryRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_control__pb2.GetHistoryResponse.FromString,
+                _registered_method=True)
+        self.ReportEpochs = channel.unary_unary(
+                '/moesaic.v1.ControlService/ReportEpochs',
+                request_serializer=moesaic_dot_v1_dot_control__pb2.ReportEpochsRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_control__pb2.ReportEpochsResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer:
@@ -63,6 +93,49 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UploadBundle(self, request_iterator, context):
+        """Stores a bundle with the controller. The first message is its manifest, the others are the bytes of its weights
+        in order. Refused with INVALID_ARGUMENT, field `bundle`, unless everything in it is right.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchBundle(self, request, context):
+        """The bundle's manifest first, then the bytes of its weights from an offset on. For workers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListBundles(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Change(self, request, context):
+        """Changes what the model is, and reports every step until the change is committed or refused. A change that was
+        begun goes on when the caller leaves. ABORTED with the current epoch if that is not `expected_epoch` any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetHistory(self, request, context):
+        """The epochs and the decisions so far, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportEpochs(self, request, context):
+        """A router tells which epochs it holds and how they do; it does so after every change and every second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +148,36 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.GetTopology,
                     request_deserializer=moesaic_dot_v1_dot_control__pb2.GetTopologyRequest.FromString,
                     response_serializer=moesaic_dot_v1_dot_control__pb2.GetTopologyResponse.SerializeToString,
+            ),
+            'UploadBundle': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadBundle,
+                    request_deserializer=moesaic_dot_v1_dot_control__pb2.UploadBundleRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_control__pb2.UploadBundleResponse.SerializeToString,
+            ),
+            'FetchBundle': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchBundle,
+                    request_deserializer=moesaic_dot_v1_dot_control__pb2.FetchBundleRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_control__pb2.FetchBundleResponse.SerializeToString,
+            ),
+            'ListBundles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBundles,
+                    request_deserializer=moesaic_dot_v1_dot_control__pb2.ListBundlesRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_control__pb2.ListBundlesResponse.SerializeToString,
+            ),
+            'Change': grpc.unary_stream_rpc_method_handler(
+                    servicer.Change,
+                    request_deserializer=moesaic_dot_v1_dot_control__pb2.ChangeRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_control__pb2.ChangeResponse.SerializeToString,
+            ),
+            'GetHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHistory,
+                    request_deserializer=moesaic_dot_v1_dot_control__pb2.GetHistoryRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_control__pb2.GetHistoryResponse.SerializeToString,
+            ),
+            'ReportEpochs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportEpochs,
+                    request_deserializer=moesaic_dot_v1_dot_control__pb2.ReportEpochsRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_control__pb2.ReportEpochsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +234,168 @@ class ControlService:
             '/moesaic.v1.ControlService/GetTopology',
             moesaic_dot_v1_dot_control__pb2.GetTopologyRequest.SerializeToString,
             moesaic_dot_v1_dot_control__pb2.GetTopologyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadBundle(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/moesaic.v1.ControlService/UploadBundle',
+            moesaic_dot_v1_dot_control__pb2.UploadBundleRequest.SerializeToString,
+            moesaic_dot_v1_dot_control__pb2.UploadBundleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moesaic.v1.ControlService/FetchBundle',
+            moesaic_dot_v1_dot_control__pb2.FetchBundleRequest.SerializeToString,
+            moesaic_dot_v1_dot_control__pb2.FetchBundleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBundles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moesaic.v1.ControlService/ListBundles',
+            moesaic_dot_v1_dot_control__pb2.ListBundlesRequest.SerializeToString,
+            moesaic_dot_v1_dot_control__pb2.ListBundlesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Change(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moesaic.v1.ControlService/Change',
+            moesaic_dot_v1_dot_control__pb2.ChangeRequest.SerializeToString,
+            moesaic_dot_v1_dot_control__pb2.ChangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moesaic.v1.ControlService/GetHistory',
+            moesaic_dot_v1_dot_control__pb2.GetHistoryRequest.SerializeToString,
+            moesaic_dot_v1_dot_control__pb2.GetHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportEpochs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moesaic.v1.ControlService/ReportEpochs',
+            moesaic_dot_v1_dot_control__pb2.ReportEpochsRequest.SerializeToString,
+            moesaic_dot_v1_dot_control__pb2.ReportEpochsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,35 +26,51 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from moesaic.v1 import common_pb2 as moesaic_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17moesaic/v1/expert.proto\x12\nmoesaic.v1\x1a\x17google/rpc/status.proto\x1a\x17moesaic/v1/common.proto\"J\n\nExpertRows\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x0c\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12\x0f\n\x07weights\x18\x04 \x03(\x02\"\xdb\x01\n\x0e\x43omputeRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\r\n\x05layer\x18\x03 \x01(\r\x12\"\n\x06hidden\x18\x04 \x01(\x0b\x32\x12.moesaic.v1.Tensor\x12\'\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x16.moesaic.v1.ExpertRows\x12$\n\x07\x63ombine\x18\x06 \x01(\x0e\x32\x13.moesaic.v1.Combine\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\"[\n\rComputeTiming\x12\x11\n\tdecode_us\x18\x01 \x01(\r\x12\x10\n\x08queue_us\x18\x02 \x01(\r\x12\x12\n\ncompute_us\x18\x03 \x01(\r\x12\x11\n\tencode_us\x18\x04 \x01(\r\"\xb5\x01\n\x0f\x43omputeResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08versions\x18\x04 \x03(\x0c\x12\"\n\x06output\x18\x05 \x01(\x0b\x32\x12.moesaic.v1.Tensor\x12)\n\x06timing\x18\x06 \x01(\x0b\x32\x19.moesaic.v1.ComputeTiming\"G\n\x15OpenTransportsRequest\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x1d\n\x15shared_memory_version\x18\x02 \x01(\r\"W\n\x16OpenTransportsResponse\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0b\x64irect_port\x18\x03 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\xeb\x01\n\x10\x44\x65scribeResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12*\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x19.moesaic.v1.ExpertVersion\x12!\n\x06\x64types\x18\x06 \x03(\x0e\x32\x11.moesaic.v1.Dtype\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x19\n\x11\x63ontents_revision\x18\t \x01(\x04\"\x17\n\x15GetWorkerStatsRequest\"\xc9\x01\n\x16GetWorkerStatsResponse\x12\r\n\x05\x63\x61lls\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x15\n\rrefused_calls\x18\x03 \x01(\x04\x12\x0e\n\x06passes\x18\x04 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x05 \x01(\x01\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12\x16\n\x0eresident_bytes\x18\x07 \x01(\x04\x12\x1b\n\x13shared_memory_calls\x18\x08 \x01(\x04\x12\x14\n\x0c\x64irect_calls\x18\t \x01(\x04*E\n\x07\x43ombine\x12\x17\n\x13\x43OMBINE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43OMBINE_ROWS\x10\x01\x12\x0f\n\x0b\x43OMBINE_SUM\x10\x02\x32\xd0\x02\n\rExpertService\x12\x46\n\x07\x43ompute\x12\x1a.moesaic.v1.ComputeRequest\x1a\x1b.moesaic.v1.ComputeResponse(\x01\x30\x01\x12W\n\x0eOpenTransports\x12!.moesaic.v1.OpenTransportsRequest\x1a\".moesaic.v1.OpenTransportsResponse\x12\x45\n\x08\x44\x65scribe\x12\x1b.moesaic.v1.DescribeRequest\x1a\x1c.moesaic.v1.DescribeResponse\x12W\n\x0eGetWorkerStats\x12!.moesaic.v1.GetWorkerStatsRequest\x1a\".moesaic.v1.GetWorkerStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17moesaic/v1/expert.proto\x12\nmoesaic.v1\x1a\x17google/rpc/status.proto\x1a\x17moesaic/v1/common.proto\"r\n\x0bLoadRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\x0c\x12*\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x19.moesaic.v1.ExpertVersion\x12\x17\n\x0f\x63ontrol_address\x18\x03 \x01(\t\x12\x0e\n\x06\x66older\x18\x04 \x01(\t\"d\n\x0cLoadResponse\x12)\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x19.moesaic.v1.ExpertVersion\x12\x14\n\x0cloaded_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\";\n\rUnloadRequest\x12*\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x19.moesaic.v1.ExpertVersion\"\x10\n\x0eUnloadResponse\"s\n\x0cProbeRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\x0c\x12*\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x19.moesaic.v1.ExpertVersion\x12\x17\n\x0f\x63ontrol_address\x18\x03 \x01(\t\x12\x0e\n\x06\x66older\x18\x04 \x01(\t\"9\n\rProbeResponse\x12(\n\x07results\x18\x01 \x03(\x0b\x32\x17.moesaic.v1.ProbeResult\"r\n\x0bProbeResult\x12)\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x19.moesaic.v1.ExpertVersion\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x16\n\x0emax_difference\x18\x03 \x01(\x02\x12\x14\n\x0cmax_expected\x18\x04 \x01(\x02\"J\n\nExpertRows\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x0c\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12\x0f\n\x07weights\x18\x04 \x03(\x02\"\xdb\x01\n\x0e\x43omputeRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\r\n\x05layer\x18\x03 \x01(\r\x12\"\n\x06hidden\x18\x04 \x01(\x0b\x32\x12.moesaic.v1.Tensor\x12\'\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x16.moesaic.v1.ExpertRows\x12$\n\x07\x63ombine\x18\x06 \x01(\x0e\x32\x13.moesaic.v1.Combine\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\"[\n\rComputeTiming\x12\x11\n\tdecode_us\x18\x01 \x01(\r\x12\x10\n\x08queue_us\x18\x02 \x01(\r\x12\x12\n\ncompute_us\x18\x03 \x01(\r\x12\x11\n\tencode_us\x18\x04 \x01(\r\"\xb5\x01\n\x0f\x43omputeResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08versions\x18\x04 \x03(\x0c\x12\"\n\x06output\x18\x05 \x01(\x0b\x32\x12.moesaic.v1.Tensor\x12)\n\x06timing\x18\x06 \x01(\x0b\x32\x19.moesaic.v1.ComputeTiming\"G\n\x15OpenTransportsRequest\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x1d\n\x15shared_memory_version\x18\x02 \x01(\r\"W\n\x16OpenTransportsResponse\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0b\x64irect_port\x18\x03 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\x84\x02\n\x10\x44\x65scribeResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12*\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x19.moesaic.v1.ExpertVersion\x12!\n\x06\x64types\x18\x06 \x03(\x0e\x32\x11.moesaic.v1.Dtype\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x19\n\x11\x63ontents_revision\x18\t \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\n \x01(\x04\"\x17\n\x15GetWorkerStatsRequest\"\xc9\x01\n\x16GetWorkerStatsResponse\x12\r\n\x05\x63\x61lls\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x15\n\rrefused_calls\x18\x03 \x01(\x04\x12\x0e\n\x06passes\x18\x04 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x05 \x01(\x01\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12\x16\n\x0eresident_bytes\x18\x07 \x01(\x04\x12\x1b\n\x13shared_memory_calls\x18\x08 \x01(\x04\x12\x14\n\x0c\x64irect_calls\x18\t \x01(\x04*E\n\x07\x43ombine\x12\x17\n\x13\x43OMBINE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43OMBINE_ROWS\x10\x01\x12\x0f\n\x0b\x43OMBINE_SUM\x10\x02\x32\xd0\x02\n\rExpertService\x12\x46\n\x07\x43ompute\x12\x1a.moesaic.v1.ComputeRequest\x1a\x1b.moesaic.v1.ComputeResponse(\x01\x30\x01\x12W\n\x0eOpenTransports\x12!.moesaic.v1.OpenTransportsRequest\x1a\".moesaic.v1.OpenTransportsResponse\x12\x45\n\x08\x44\x65scribe\x12\x1b.moesaic.v1.DescribeRequest\x1a\x1c.moesaic.v1.DescribeResponse\x12W\n\x0eGetWorkerStats\x12!.moesaic.v1.GetWorkerStatsRequest\x1a\".moesaic.v1.GetWorkerStatsResponse2\xd2\x01\n\x14WorkerControlService\x12;\n\x04Load\x12\x17.moesaic.v1.LoadRequest\x1a\x18.moesaic.v1.LoadResponse0\x01\x12?\n\x06Unload\x12\x19.moesaic.v1.UnloadRequest\x1a\x1a.moesaic.v1.UnloadResponse\x12<\n\x05Probe\x12\x18.moesaic.v1.ProbeRequest\x1a\x19.moesaic.v1.ProbeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moesaic.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMBINE']._serialized_start=1312
-  _globals['_COMBINE']._serialized_end=1381
-  _globals['_EXPERTROWS']._serialized_start=89
-  _globals['_EXPERTROWS']._serialized_end=163
-  _globals['_COMPUTEREQUEST']._serialized_start=166
-  _globals['_COMPUTEREQUEST']._serialized_end=385
-  _globals['_COMPUTETIMING']._serialized_start=387
-  _globals['_COMPUTETIMING']._serialized_end=478
-  _globals['_COMPUTERESPONSE']._serialized_start=481
-  _globals['_COMPUTERESPONSE']._serialized_end=662
-  _globals['_OPENTRANSPORTSREQUEST']._serialized_start=664
-  _globals['_OPENTRANSPORTSREQUEST']._serialized_end=735
-  _globals['_OPENTRANSPORTSRESPONSE']._serialized_start=737
-  _globals['_OPENTRANSPORTSRESPONSE']._serialized_end=824
-  _globals['_DESCRIBEREQUEST']._serialized_start=826
-  _globals['_DESCRIBEREQUEST']._serialized_end=843
-  _globals['_DESCRIBERESPONSE']._serialized_start=846
-  _globals['_DESCRIBERESPONSE']._serialized_end=1081
-  _globals['_GETWORKERSTATSREQUEST']._serialized_start=1083
-  _globals['_GETWORKERSTATSREQUEST']._serialized_end=1106
-  _globals['_GETWORKERSTATSRESPONSE']._serialized_start=1109
-  _globals['_GETWORKERSTATSRESPONSE']._serialized_end=1310
-  _globals['_EXPERTSERVICE']._serialized_start=1384
-  _globals['_EXPERTSERVICE']._serialized_end=1720
+  _globals['_COMBINE']._serialized_start=1926
+  _globals['_COMBINE']._serialized_end=1995
+  _globals['_LOADREQUEST']._serialized_start=89
+  _globals['_LOADREQUEST']._serialized_end=203
+  _globals['_LOADRESPONSE']._serialized_start=205
+  _globals['_LOADRESPONSE']._serialized_end=305
+  _globals['_UNLOADREQUEST']._serialized_start=307
+  _globals['_UNLOADREQUEST']._serialized_end=366
+  _globals['_UNLOADRESPONSE']._serialized_start=368
+  _globals['_UNLOADRESPONSE']._serialized_end=384
+  _globals['_PROBEREQUEST']._serialized_start=386
+  _globals['_PROBEREQUEST']._serialized_end=501
+  _globals['_PROBERESPONSE']._serialized_start=503
+  _globals['_PROBERESPONSE']._serialized_end=560
+  _globals['_PROBERESULT']._serialized_start=562
+  _globals['_PROBERESULT']._serialized_end=676
+  _globals['_EXPERTROWS']._serialized_start=678
+  _globals['_EXPERTROWS']._serialized_end=752
+  _globals['_COMPUTEREQUEST']._serialized_start=755
+  _globals['_COMPUTEREQUEST']._serialized_end=974
+  _globals['_COMPUTETIMING']._serialized_start=976
+  _globals['_COMPUTETIMING']._serialized_end=1067
+  _globals['_COMPUTERESPONSE']._serialized_start=1070
+  _globals['_COMPUTERESPONSE']._serialized_end=1251
+  _globals['_OPENTRANSPORTSREQUEST']._serialized_start=1253
+  _globals['_OPENTRANSPORTSREQUEST']._serialized_end=1324
+  _globals['_OPENTRANSPORTSRESPONSE']._serialized_start=1326
+  _globals['_OPENTRANSPORTSRESPONSE']._serialized_end=1413
+  _globals['_DESCRIBEREQUEST']._serialized_start=1415
+  _globals['_DESCRIBEREQUEST']._serialized_end=1432
+  _globals['_DESCRIBERESPONSE']._serialized_start=1435
+  _globals['_DESCRIBERESPONSE']._serialized_end=1695
+  _globals['_GETWORKERSTATSREQUEST']._serialized_start=1697
+  _globals['_GETWORKERSTATSREQUEST']._serialized_end=1720
+  _globals['_GETWORKERSTATSRESPONSE']._serialized_start=1723
+  _globals['_GETWORKERSTATSRESPONSE']._serialized_end=1924
+  _globals['_EXPERTSERVICE']._serialized_start=1998
+  _globals['_EXPERTSERVICE']._serialized_end=2334
+  _globals['_WORKERCONTROLSERVICE']._serialized_start=2337
+  _globals['_WORKERCONTROLSERVICE']._serialized_end=2547
 # @@protoc_insertion_point(module_scope)

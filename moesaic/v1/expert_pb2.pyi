@@ -18,6 +18,68 @@ COMBINE_UNSPECIFIED: Combine
 COMBINE_ROWS: Combine
 COMBINE_SUM: Combine
 
+class LoadRequest(_message.Message):
+    __slots__ = ("bundle", "experts", "control_address", "folder")
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    bundle: bytes
+    experts: _containers.RepeatedCompositeFieldContainer[_common_pb2.ExpertVersion]
+    control_address: str
+    folder: str
+    def __init__(self, bundle: _Optional[bytes] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertVersion, _Mapping]]] = ..., control_address: _Optional[str] = ..., folder: _Optional[str] = ...) -> None: ...
+
+class LoadResponse(_message.Message):
+    __slots__ = ("expert", "loaded_bytes", "total_bytes")
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    expert: _common_pb2.ExpertVersion
+    loaded_bytes: int
+    total_bytes: int
+    def __init__(self, expert: _Optional[_Union[_common_pb2.ExpertVersion, _Mapping]] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class UnloadRequest(_message.Message):
+    __slots__ = ("experts",)
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    experts: _containers.RepeatedCompositeFieldContainer[_common_pb2.ExpertVersion]
+    def __init__(self, experts: _Optional[_Iterable[_Union[_common_pb2.ExpertVersion, _Mapping]]] = ...) -> None: ...
+
+class UnloadResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("bundle", "experts", "control_address", "folder")
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    bundle: bytes
+    experts: _containers.RepeatedCompositeFieldContainer[_common_pb2.ExpertVersion]
+    control_address: str
+    folder: str
+    def __init__(self, bundle: _Optional[bytes] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertVersion, _Mapping]]] = ..., control_address: _Optional[str] = ..., folder: _Optional[str] = ...) -> None: ...
+
+class ProbeResponse(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[ProbeResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[ProbeResult, _Mapping]]] = ...) -> None: ...
+
+class ProbeResult(_message.Message):
+    __slots__ = ("expert", "ok", "max_difference", "max_expected")
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    OK_FIELD_NUMBER: _ClassVar[int]
+    MAX_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    MAX_EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    expert: _common_pb2.ExpertVersion
+    ok: bool
+    max_difference: float
+    max_expected: float
+    def __init__(self, expert: _Optional[_Union[_common_pb2.ExpertVersion, _Mapping]] = ..., ok: _Optional[bool] = ..., max_difference: _Optional[float] = ..., max_expected: _Optional[float] = ...) -> None: ...
+
 class ExpertRows(_message.Message):
     __slots__ = ("slot", "version", "rows", "weights")
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -101,7 +163,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("worker", "incarnation", "model", "hidden_size", "experts", "dtypes", "weight_bytes", "device", "contents_revision")
+    __slots__ = ("worker", "incarnation", "model", "hidden_size", "experts", "dtypes", "weight_bytes", "device", "contents_revision", "available_bytes")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +173,7 @@ class DescribeResponse(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     CONTENTS_REVISION_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     worker: str
     incarnation: str
     model: str
@@ -120,7 +183,8 @@ class DescribeResponse(_message.Message):
     weight_bytes: int
     device: str
     contents_revision: int
-    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertVersion, _Mapping]]] = ..., dtypes: _Optional[_Iterable[_Union[_common_pb2.Dtype, str]]] = ..., weight_bytes: _Optional[int] = ..., device: _Optional[str] = ..., contents_revision: _Optional[int] = ...) -> None: ...
+    available_bytes: int
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertVersion, _Mapping]]] = ..., dtypes: _Optional[_Iterable[_Union[_common_pb2.Dtype, str]]] = ..., weight_bytes: _Optional[int] = ..., device: _Optional[str] = ..., contents_revision: _Optional[int] = ..., available_bytes: _Optional[int] = ...) -> None: ...
 
 class GetWorkerStatsRequest(_message.Message):
     __slots__ = ()

@@ -231,3 +231,169 @@ class ExpertService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class WorkerControlServiceStub:
+    """The lifecycle of the experts of one worker; for the controller.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Load = channel.unary_stream(
+                '/moesaic.v1.WorkerControlService/Load',
+                request_serializer=moesaic_dot_v1_dot_expert__pb2.LoadRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_expert__pb2.LoadResponse.FromString,
+                _registered_method=True)
+        self.Unload = channel.unary_unary(
+                '/moesaic.v1.WorkerControlService/Unload',
+                request_serializer=moesaic_dot_v1_dot_expert__pb2.UnloadRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_expert__pb2.UnloadResponse.FromString,
+                _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/moesaic.v1.WorkerControlService/Probe',
+                request_serializer=moesaic_dot_v1_dot_expert__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_expert__pb2.ProbeResponse.FromString,
+                _registered_method=True)
+
+
+class WorkerControlServiceServicer:
+    """The lifecycle of the experts of one worker; for the controller.
+    """
+
+    def Load(self, request, context):
+        """Loads versions beside those that are held, while the worker computes, and reports each of them. Versions that
+        are held already are reported at once. FAILED_PRECONDITION with reason OUT_OF_MEMORY, before anything is read,
+        if they do not fit; nothing stays of a call that fails.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unload(self, request, context):
+        """Gives versions up. Calls that have begun are computed to their end. A version that is not held is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Probe(self, request, context):
+        """Computes the bundle's probe vectors with held versions, and compares with the expected answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_WorkerControlServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Load': grpc.unary_stream_rpc_method_handler(
+                    servicer.Load,
+                    request_deserializer=moesaic_dot_v1_dot_expert__pb2.LoadRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_expert__pb2.LoadResponse.SerializeToString,
+            ),
+            'Unload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unload,
+                    request_deserializer=moesaic_dot_v1_dot_expert__pb2.UnloadRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_expert__pb2.UnloadResponse.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=moesaic_dot_v1_dot_expert__pb2.ProbeRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_expert__pb2.ProbeResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'moesaic.v1.WorkerControlService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('moesaic.v1.WorkerControlService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class WorkerControlService:
+    """The lifecycle of the experts of one worker; for the controller.
+    """
+
+    @staticmethod
+    def Load(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moesaic.v1.WorkerControlService/Load',
+            moesaic_dot_v1_dot_expert__pb2.LoadRequest.SerializeToString,
+            moesaic_dot_v1_dot_expert__pb2.LoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moesaic.v1.WorkerControlService/Unload',
+            moesaic_dot_v1_dot_expert__pb2.UnloadRequest.SerializeToString,
+            moesaic_dot_v1_dot_expert__pb2.UnloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moesaic.v1.WorkerControlService/Probe',
+            moesaic_dot_v1_dot_expert__pb2.ProbeRequest.SerializeToString,
+            moesaic_dot_v1_dot_expert__pb2.ProbeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -1,4 +1,5 @@
 from google.protobuf import struct_pb2 as _struct_pb2
+from moesaic.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -8,14 +9,79 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class HiddenState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HIDDEN_STATE_UNSPECIFIED: _ClassVar[HiddenState]
+    HIDDEN_STATE_RESIDUAL: _ClassVar[HiddenState]
+    HIDDEN_STATE_GATE_INPUT: _ClassVar[HiddenState]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+HIDDEN_STATE_UNSPECIFIED: HiddenState
+HIDDEN_STATE_RESIDUAL: HiddenState
+HIDDEN_STATE_GATE_INPUT: HiddenState
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+
+class CaptureHiddenRequest(_message.Message):
+    __slots__ = ("texts", "state", "all_tokens")
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ALL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    state: HiddenState
+    all_tokens: bool
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[HiddenState, str]] = ..., all_tokens: _Optional[bool] = ...) -> None: ...
+
+class LayerHidden(_message.Message):
+    __slots__ = ("layer", "mean")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    mean: bytes
+    def __init__(self, layer: _Optional[int] = ..., mean: _Optional[bytes] = ...) -> None: ...
+
+class CaptureHiddenResponse(_message.Message):
+    __slots__ = ("epoch", "layers", "num_tokens")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    epoch: str
+    layers: _containers.RepeatedCompositeFieldContainer[LayerHidden]
+    num_tokens: int
+    def __init__(self, epoch: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerHidden, _Mapping]]] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class MeasureGateRowsRequest(_message.Message):
+    __slots__ = ("texts", "rows")
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    rows: _containers.RepeatedCompositeFieldContainer[_common_pb2.GateRow]
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., rows: _Optional[_Iterable[_Union[_common_pb2.GateRow, _Mapping]]] = ...) -> None: ...
+
+class LayerShare(_message.Message):
+    __slots__ = ("layer", "tokens", "taken", "condition_number")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    CONDITION_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    tokens: int
+    taken: int
+    condition_number: float
+    def __init__(self, layer: _Optional[int] = ..., tokens: _Optional[int] = ..., taken: _Optional[int] = ..., condition_number: _Optional[float] = ...) -> None: ...
+
+class MeasureGateRowsResponse(_message.Message):
+    __slots__ = ("epoch", "layers")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    epoch: str
+    layers: _containers.RepeatedCompositeFieldContainer[LayerShare]
+    def __init__(self, epoch: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerShare, _Mapping]]] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -101,7 +167,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., include_stop_in_output: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "add_special_tokens", "tenant", "echo", "decoder_prompt")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "add_special_tokens", "tenant", "echo", "decoder_prompt", "experts", "return_weight_versions", "epoch", "session_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +179,10 @@ class GenerateRequest(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     DECODER_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_WEIGHT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -124,7 +194,33 @@ class GenerateRequest(_message.Message):
     tenant: str
     echo: bool
     decoder_prompt: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., add_special_tokens: _Optional[bool] = ..., tenant: _Optional[str] = ..., echo: _Optional[bool] = ..., decoder_prompt: _Optional[_Iterable[int]] = ...) -> None: ...
+    experts: ExpertPolicy
+    return_weight_versions: bool
+    epoch: str
+    session_id: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., add_special_tokens: _Optional[bool] = ..., tenant: _Optional[str] = ..., echo: _Optional[bool] = ..., decoder_prompt: _Optional[_Iterable[int]] = ..., experts: _Optional[_Union[ExpertPolicy, _Mapping]] = ..., return_weight_versions: _Optional[bool] = ..., epoch: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
+
+class ExpertPolicy(_message.Message):
+    __slots__ = ("deny", "allow", "require", "top_k")
+    DENY_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_FIELD_NUMBER: _ClassVar[int]
+    REQUIRE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    deny: _containers.RepeatedScalarFieldContainer[str]
+    allow: _containers.RepeatedScalarFieldContainer[str]
+    require: _containers.RepeatedScalarFieldContainer[str]
+    top_k: int
+    def __init__(self, deny: _Optional[_Iterable[str]] = ..., allow: _Optional[_Iterable[str]] = ..., require: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ...) -> None: ...
+
+class WeightVersion(_message.Message):
+    __slots__ = ("version", "start", "end")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    start: int
+    end: int
+    def __init__(self, version: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class Alternative(_message.Message):
     __slots__ = ("token_id", "logprob", "text", "token_bytes")
@@ -183,7 +279,7 @@ class Timing(_message.Message):
     def __init__(self, queued_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "model", "epoch", "prompt", "index", "text", "token_ids", "logprobs", "finish_reason", "stop", "usage", "timing")
+    __slots__ = ("request_id", "model", "epoch", "prompt", "index", "text", "token_ids", "logprobs", "finish_reason", "stop", "usage", "timing", "weight_versions", "experts")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +292,8 @@ class GenerateResponse(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     epoch: str
@@ -208,7 +306,9 @@ class GenerateResponse(_message.Message):
     stop: str
     usage: Usage
     timing: Timing
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., epoch: _Optional[str] = ..., prompt: _Optional[_Union[PromptInfo, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    weight_versions: _containers.RepeatedCompositeFieldContainer[WeightVersion]
+    experts: ExpertPolicy
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., epoch: _Optional[str] = ..., prompt: _Optional[_Union[PromptInfo, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weight_versions: _Optional[_Iterable[_Union[WeightVersion, _Mapping]]] = ..., experts: _Optional[_Union[ExpertPolicy, _Mapping]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat", "add_special_tokens", "return_tokens")

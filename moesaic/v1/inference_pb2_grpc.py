@@ -269,3 +269,123 @@ class InferenceService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class RouterControlServiceStub:
+    """What operators ask of a router.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.CaptureHidden = channel.unary_unary(
+                '/moesaic.v1.RouterControlService/CaptureHidden',
+                request_serializer=moesaic_dot_v1_dot_inference__pb2.CaptureHiddenRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_inference__pb2.CaptureHiddenResponse.FromString,
+                _registered_method=True)
+        self.MeasureGateRows = channel.unary_unary(
+                '/moesaic.v1.RouterControlService/MeasureGateRows',
+                request_serializer=moesaic_dot_v1_dot_inference__pb2.MeasureGateRowsRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_inference__pb2.MeasureGateRowsResponse.FromString,
+                _registered_method=True)
+
+
+class RouterControlServiceServicer:
+    """What operators ask of a router.
+    """
+
+    def CaptureHidden(self, request, context):
+        """Reads texts and returns, for each layer with a gate, the mean of a hidden state over them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureGateRows(self, request, context):
+        """Reads texts and counts how often new gate rows would be chosen, without calling new experts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RouterControlServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'CaptureHidden': grpc.unary_unary_rpc_method_handler(
+                    servicer.CaptureHidden,
+                    request_deserializer=moesaic_dot_v1_dot_inference__pb2.CaptureHiddenRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_inference__pb2.CaptureHiddenResponse.SerializeToString,
+            ),
+            'MeasureGateRows': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureGateRows,
+                    request_deserializer=moesaic_dot_v1_dot_inference__pb2.MeasureGateRowsRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_inference__pb2.MeasureGateRowsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'moesaic.v1.RouterControlService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('moesaic.v1.RouterControlService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class RouterControlService:
+    """What operators ask of a router.
+    """
+
+    @staticmethod
+    def CaptureHidden(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moesaic.v1.RouterControlService/CaptureHidden',
+            moesaic_dot_v1_dot_inference__pb2.CaptureHiddenRequest.SerializeToString,
+            moesaic_dot_v1_dot_inference__pb2.CaptureHiddenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureGateRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moesaic.v1.RouterControlService/MeasureGateRows',
+            moesaic_dot_v1_dot_inference__pb2.MeasureGateRowsRequest.SerializeToString,
+            moesaic_dot_v1_dot_inference__pb2.MeasureGateRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
