@@ -41,6 +41,7 @@ from moesaic.routing_table import Snapshot
 from router.control.cluster_watch import NamedWorkers
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.gating.gate import assign
+from router.gating.model_view import ModelView, ViewRows
 from router.phase_clock import PhaseClock
 from router.server import SWITCH_INTERVAL_S
 from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, TransportKind
@@ -103,7 +104,7 @@ class OurLayer:
         view = NamedWorkers(served.workers, model=model.name, experts=experts)
         snapshot = asyncio.run(_first(view))
         assert snapshot.epoch is not None
-        self._epoch = snapshot.epoch
+        self._views = (ViewRows(ModelView.plain(snapshot.epoch), 0, 0),)
         self._pool = pool_of(kind)
         self._pool.update(snapshot.table)
         self._dispatcher = Dispatcher(self._pool, PhaseClock(), DispatchRules(call_timeout_s=30.0))
@@ -129,7 +130,7 @@ class OurLayer:
 
     def _compute(self, rows: torch.Tensor) -> None:
         assignment = assign(torch.nn.functional.linear(rows, self._gate), self._rule)
-        step = self._dispatcher.begin(self._epoch, deadline_s=time.monotonic() + 30.0)
+        step = self._dispatcher.begin(self._views, deadline_s=time.monotonic() + 30.0)
         step.compute(0, rows, assignment.slots, assignment.weights)
         assert not step.failed
 

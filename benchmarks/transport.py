@@ -47,6 +47,7 @@ from moesaic.routing_table import Replica, RoutingTable
 from moesaic.v1 import common_pb2, expert_pb2
 from moesaic.wire.messages import Framed, decode_request, decode_response, encode_request
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
+from router.gating.model_view import ModelView, ViewRows
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
 from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, TransportKind
@@ -364,11 +365,12 @@ class _Layer:
 
     def __init__(self, pool: ReplicaPool, epoch: Epoch, kind: TransportKind, *, combine_sum: bool) -> None:
         rules = DispatchRules(call_timeout_s=DEADLINE_S, combine_sum=combine_sum)
-        self._pool, self._epoch, self._kind = pool, epoch, kind
+        self._pool, self._kind = pool, kind
+        self._views = (ViewRows(ModelView.plain(epoch), 0, 0),)
         self._dispatcher = Dispatcher(pool, PhaseClock(), rules)
 
     def compute(self, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
-        step = self._dispatcher.begin(self._epoch, deadline_s=time.monotonic() + DEADLINE_S)
+        step = self._dispatcher.begin(self._views, deadline_s=time.monotonic() + DEADLINE_S)
         step.compute(0, hidden, slots, weights)
         if step.failed:
             raise SystemExit(f"a layer call failed: {next(iter(step.failed.values()))}")

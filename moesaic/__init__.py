@@ -9,10 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from moesaic import errors
 from moesaic.client.client import Client
 from moesaic.client.completion import Completion, Token
+from moesaic.client.expert_words import Allow, Deny, Require
 from moesaic.client.model_info import ModelInfo
 from moesaic.client.router_stats import RouterStats
 from moesaic.client.sync_client import SyncClient
 from moesaic.client.tokenization import Tokenization
+from moesaic.expert_policy import ExpertPolicy
 
 try:
     __version__ = version("moesaic")
@@ -20,9 +22,13 @@ except PackageNotFoundError:  # running from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Allow",
     "Client",
     "Completion",
+    "Deny",
+    "ExpertPolicy",
     "ModelInfo",
+    "Require",
     "RouterStats",
     "SyncClient",
     "Token",

@@ -62,8 +62,50 @@ class RoutingTable:
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    """An epoch that is tried on a `share` of the requests. Of the others' rows, `shadow_share` also go to its experts,
+    whose answers are compared and never used. Both shares are in [0, 1]."""
+
+    epoch: Epoch
+    share: float
+    shadow_share: float = 0.0
+
+    def to_proto(self) -> control_pb2.Canary:
+        return control_pb2.Canary(
+            epoch=self.epoch.to_proto(), share=self.share, shadow_share=self.shadow_share
+        )
+
+    @classmethod
+    def from_proto(cls, message: control_pb2.Canary) -> Canary:
+        return cls(Epoch.from_proto(message.epoch), message.share, message.shadow_share)
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """What the model is (None while the workers make no epoch) and where it is."""
 
     epoch: Epoch | None
     table: RoutingTable
+    # None while no epoch is on trial.
+    canary: Canary | None = None
+    # How long a sequence may still run in an epoch that is neither the current one nor the canary's; None: until its end.
+    drain_s: float | None = None
+
+    def to_proto(self) -> control_pb2.WatchResponse:
+        message = control_pb2.WatchResponse(
+            routing_table=self.table.to_proto(), drain_s=0.0 if self.drain_s is None else self.drain_s
+        )
+        if self.epoch is not None:
+            message.epoch.CopyFrom(self.epoch.to_proto())
+        if self.canary is not None:
+            message.canary.CopyFrom(self.canary.to_proto())
+        return message
+
+    @classmethod
+    def from_proto(cls, message: control_pb2.WatchResponse) -> Snapshot:
+        return cls(
+            Epoch.from_proto(message.epoch) if message.epoch.id else None,
+            RoutingTable.from_proto(message.routing_table),
+            Canary.from_proto(message.canary) if message.HasField("canary") else None,
+            message.drain_s or None,
+        )

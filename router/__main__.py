@@ -45,7 +45,9 @@ def main(
     worker: Annotated[
         list[str] | None, typer.Option(help="HOST:PORT of an expert worker; repeat it.")
     ] = None,
-    control: Annotated[str | None, typer.Option(help="HOST:PORT of a controller.")] = None,
+    control: Annotated[
+        str | None, typer.Option("--controller", "--control", help="HOST:PORT of a controller to follow.")
+    ] = None,
     flags: SettingFlags,
 ) -> None:
     """Serve a model whose experts other processes serve, until a signal.
@@ -64,11 +66,11 @@ def main(
 
 def _view(model: Path, dense_layers: DenseLayers, workers: list[str], control: str | None) -> ClusterView:
     """Where the experts are. A model without experts needs neither workers nor a controller."""
-    either = "name either workers (--worker) or a controller (--control)"
+    either = "name either workers (--worker) or a controller (--controller)"
     for worker in workers:
         split_address(worker, "worker")
     if control is not None:
-        split_address(control, "control")
+        split_address(control, "controller")
         if workers:
             raise InvalidArgument(either, field="worker")
         address = control

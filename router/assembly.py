@@ -1,4 +1,4 @@
-"""Loads what does not depend on the epoch: text, model, caches, dispatcher; makes the engine for an epoch."""
+"""Puts a router together: text, model, caches, dispatcher, and the engine that runs on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import check_identity
 from moesaic.compute.device import choose_device, choose_dtype
-from moesaic.epoch import Epoch
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import EngineSettings
 from moesaic.wire.tensor_check import dtype_named
@@ -22,6 +21,7 @@ from router.decoders.decoder import RouterModel
 from router.decoders.load import load_model
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.engine.engine import Engine
+from router.gating.policy import LayerShape, layer_shapes
 from router.phase_clock import PhaseClock
 from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefill_budget import PrefillBudget
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedRouter:
-    """Everything of a router that is loaded once, from which an engine is made when the epoch is known."""
+    """Everything of a router that is loaded once, and from which its engine is made."""
 
     settings: EngineSettings
     shape: MoeModel
@@ -50,8 +50,8 @@ class LoadedRouter:
     clock: PhaseClock
     max_model_len: int
 
-    def engine(self, epoch: Epoch) -> Engine:
-        """An engine for sequences of `epoch`, which has not been started."""
+    def engine(self) -> Engine:
+        """An engine that has not been started."""
         settings = self.settings
         scheduler = Scheduler(
             Limits(
@@ -60,7 +60,7 @@ class LoadedRouter:
                 whole_prompts=self.encodes_prompts,
             ),
             self.blocks,
-            prefixes=self._prefixes(epoch),
+            prefixes=self._prefixes(),
             prefill_budget=PrefillBudget(
                 max_batch_tokens=settings.max_batch_tokens, max_stall=settings.max_stall
             ),
@@ -72,7 +72,6 @@ class LoadedRouter:
             scheduler,
             self.dispatcher,
             self.clock,
-            epoch=epoch,
             # Two micro-batches would cut the prompts that an encoder has to read as a whole.
             overlap=settings.overlap == "on" and not self.encodes_prompts,
             max_waiting=settings.max_waiting_sequences,
@@ -83,11 +82,16 @@ class LoadedRouter:
         """Whether prompts are read as a whole, by an encoder."""
         return self.shape.num_encoder_layers > 0
 
-    def _prefixes(self, epoch: Epoch) -> PrefixCache | None:
+    @property
+    def gates(self) -> dict[int, LayerShape]:
+        """What the model folder says of the experts of each layer."""
+        return layer_shapes(self.shape, limits_slots=self.settings.capacity == "model")
+
+    def _prefixes(self) -> PrefixCache | None:
         """None where an encoder reads prompts: what it computes for a beginning depends on the end."""
         if not self.settings.prefix_cache or self.encodes_prompts:
             return None
-        return PrefixCache(self.blocks, epoch.id, self.states)
+        return PrefixCache(self.blocks, self.states)
 
 
 def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> LoadedRouter:

@@ -22,5 +22,7 @@ class RouterConfig:
     dtype: DType
     engine: EngineSettings
     dense_layers: DenseLayers = "auto"
+    # By which the controller knows it; empty: by its address.
+    name: str = ""
     # What the model's folder must be on the router's host; None where nobody has checked it elsewhere.
     identity: FolderIdentity | None = None

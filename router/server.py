@@ -1,8 +1,8 @@
 """A router process: model, engine and service, and the view of the cluster that updates its replica pool.
 
-`start` binds the port (health NOT_SERVING), `load` reads the dense weights, `wait_ready` waits for the
-workers, starts the engine and passes one real token through every layer. From then on health is SERVING while
-the engine is alive and every expert has a replica.
+`start` binds the port (health NOT_SERVING), `load` reads the dense weights, `wait_ready` waits for the first epoch,
+starts the engine and passes one real token through every layer. From then on health is SERVING while the engine is
+alive and every expert of the current epoch has a replica. Epochs come and go meanwhile (router/control).
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import asyncio
 import logging
 import sys
 import time
+import uuid
 from functools import partial
 
 from moesaic import rpc
 from moesaic.addresses import join_address
 from moesaic.epoch import Epoch
 from moesaic.errors import Unavailable
-from moesaic.routing_table import Replica
+from moesaic.routing_table import Replica, Snapshot
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.loading_service import LoadingService
 from router.api.sampling_defaults import neutral_sampling, read_sampling_defaults
@@ -26,6 +27,9 @@ from router.api.stats import router_stats
 from router.assembly import LoadedRouter, load_router
 from router.config import RouterConfig
 from router.control.cluster_watch import ClusterView
+from router.control.epoch_keeper import EpochKeeper
+from router.control.epoch_reports import EpochReporter, RouterIdentity, report_of
+from router.control.epochs import EpochBook
 from router.engine.engine import Engine
 from router.engine.readiness import pass_one_token
 from router.phase_clock import PhaseClock
@@ -49,6 +53,8 @@ class RouterServer:
     def __init__(self, config: RouterConfig, view: ClusterView) -> None:
         self._config = config
         self._view = view
+        self._incarnation = uuid.uuid4().hex
+        self._address = ""
         self._started_s = time.monotonic()
         self._servicer = LoadingService()
         self._server = rpc.Server(
@@ -60,7 +66,8 @@ class RouterServer:
         )
         self._clock = PhaseClock()
         self._pool = ReplicaPool(connect=self._connect)
-        self._epoch: asyncio.Future[Epoch] | None = None
+        self._newest: Snapshot | None = None
+        self._epochs: EpochKeeper | None = None
         self._loaded: LoadedRouter | None = None
         self._sampling_defaults = neutral_sampling()
         self._engine: Engine | None = None
@@ -75,33 +82,39 @@ class RouterServer:
     async def start(self) -> str:
         """Binds the port and begins to follow the cluster. Returns HOST:PORT."""
         port = await self._server.start(self._config.host, self._config.port)
-        self._epoch = asyncio.get_running_loop().create_future()
-        self._tasks.append(asyncio.create_task(self._follow(self._epoch)))
-        return join_address(self._config.host, port)
+        self._address = join_address(self._config.host, port)
+        self._tasks.append(asyncio.create_task(self._follow()))
+        return self._address
 
     async def load(self) -> None:
         """Reads everything but the experts. Raises CheckpointError, InvalidArgument."""
         if self._config.engine.generation_config == "auto":
             self._sampling_defaults = read_sampling_defaults(self._config.model)
-        self._loaded = await asyncio.to_thread(load_router, self._config, self._pool, self._clock)
+        self._loaded = loaded = await asyncio.to_thread(load_router, self._config, self._pool, self._clock)
+        self._engine = loaded.engine()
+        book = EpochBook(loaded.gates, loaded.shape.hidden_size)
+        self._epochs = EpochKeeper(book, self._engine, self._pool.missing)
+        if self._newest is not None:
+            self._epochs.take(self._newest)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Returns once a real token has passed through every layer. Raises Unavailable after `timeout_s`."""
-        assert self._loaded is not None and self._epoch is not None, "start and load come first"
+        loaded, engine, epochs = self._loaded, self._engine, self._epochs
+        assert loaded is not None and engine is not None and epochs is not None, "start and load come first"
         try:
             async with asyncio.timeout(timeout_s):
-                epoch = await asyncio.shield(self._epoch)
-                self._engine = engine = self._loaded.engine(epoch)
+                await epochs.wait_first()
                 sys.setswitchinterval(SWITCH_INTERVAL_S)
                 engine.start()
-                await pass_one_token(engine, timeout_s)
+                await pass_one_token(engine, epochs.book.choose("readiness", "", "", None), timeout_s)
         except TimeoutError as error:
             raise Unavailable(
                 f"not every expert had a worker within {timeout_s:.0f} s", reason="NOT_READY"
             ) from error
-        self._servicer.service = self._make_service(self._loaded, engine, epoch)
+        self._servicer.service = self._make_service(loaded, engine, epochs.book)
         await self._server.set_serving(True)
-        self._tasks.append(asyncio.create_task(self._keep_health_true(engine, epoch)))
+        self._tasks.append(asyncio.create_task(self._keep_health_true(engine, epochs)))
+        self._tasks.append(asyncio.create_task(self._reporter(engine, epochs).run()))
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new requests, gives running ones `drain_s` seconds to end, then stops everything."""
@@ -123,46 +136,61 @@ class RouterServer:
         """Waits until the server has stopped."""
         await self._server.wait()
 
-    async def _follow(self, first_epoch: asyncio.Future[Epoch]) -> None:
+    async def _follow(self) -> None:
         async for snapshot in self._view.watch():
             self._pool.update(snapshot.table)
-            if snapshot.epoch is None:
-                continue
-            if not first_epoch.done():
-                first_epoch.set_result(snapshot.epoch)
-            elif snapshot.epoch.id != first_epoch.result().id:
-                log.error("the cluster serves another epoch than this router: restart it")
+            self._newest = snapshot
+            if self._epochs is not None:
+                self._epochs.take(snapshot)
 
-    async def _keep_health_true(self, engine: Engine, epoch: Epoch) -> None:
-        """Keeps health NOT_SERVING while the engine is dead or an expert has no replica, else SERVING."""
+    async def _keep_health_true(self, engine: Engine, epochs: EpochKeeper) -> None:
+        """Keeps health NOT_SERVING while the engine is dead or an expert has no replica, else SERVING. Meanwhile epochs come
+        and go."""
         serving = True
-        links: tuple[WorkerLink, ...] | None = None
+        known: tuple[Epoch | None, tuple[WorkerLink, ...]] | None = None
         covered = False
         while True:
             await asyncio.sleep(HEALTH_PERIOD_S)
             self._pool.prune()
-            if links is not self._pool.links:
-                links, covered = self._pool.links, not self._pool.missing(epoch)
+            epochs.settle()
+            epoch, links = epochs.book.current, self._pool.links
+            if known is None or known[0] is not epoch or known[1] is not links:
+                known, covered = (epoch, links), epoch is not None and not self._pool.missing(epoch)
             healthy = engine.alive and covered
             if healthy != serving:
                 serving = healthy
                 log.warning("health changed", extra={"fields": {"serving": serving}})
                 await self._server.set_serving(serving)
 
+    def _reporter(self, engine: Engine, epochs: EpochKeeper) -> EpochReporter:
+        identity = RouterIdentity(self._config.name or self._address, self._incarnation, self._address)
+        return EpochReporter(
+            lambda: self._view.control_address,
+            lambda: report_of(
+                identity,
+                epochs.book,
+                revision=max(0, self._pool.revision),
+                open_sequences=engine.open_sequences(),
+                tallies=engine.tallies(),
+            ),
+            epochs.changed,
+        )
+
     def _stats(
-        self, loaded: LoadedRouter, engine: Engine, epoch: Epoch
+        self, loaded: LoadedRouter, engine: Engine, book: EpochBook
     ) -> inference_pb2.GetRouterStatsResponse:
+        epoch = book.current
         return router_stats(
             engine.stats(),
             phases=self._clock.snapshot(),
             links=self._pool.links,
             gates=loaded.model.gate_stats.snapshot(),
-            experts=len(epoch.expert_versions),
-            experts_without_worker=len(self._pool.missing(epoch)),
+            experts=0 if epoch is None else len(epoch.versions),
+            experts_without_worker=0 if epoch is None else len(self._pool.missing(epoch)),
             uptime_s=time.monotonic() - self._started_s,
         )
 
-    def _make_service(self, loaded: LoadedRouter, engine: Engine, epoch: Epoch) -> InferenceService:
+    def _make_service(self, loaded: LoadedRouter, engine: Engine, book: EpochBook) -> InferenceService:
         return InferenceService(
             engine,
             loaded.text,
@@ -178,8 +206,9 @@ class RouterServer:
                 encodes_prompts=loaded.encodes_prompts,
                 sampling_defaults=self._sampling_defaults,
             ),
-            stats=lambda: self._stats(loaded, engine, epoch),
-            epoch=lambda: epoch.id,
+            stats=lambda: self._stats(loaded, engine, book),
+            epoch=lambda: "" if book.current is None else book.current.id,
+            choose_view=book.choose,
             control_address=lambda: self._view.control_address,
             request_timeout_s=self._config.engine.request_timeout_s,
         )

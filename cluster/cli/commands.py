@@ -149,6 +149,7 @@ def demo(
         'moesaic generate "Once upon a time" --temperature 0',
         "moesaic generate - --max-tokens 500 < story.txt",
         'echo "To be or" | moesaic generate --json',
+        'moesaic generate "2+3=" --deny maths-v1 --deny 2:5',
     ),
 )
 @with_settings()
@@ -181,13 +182,34 @@ def generate(
         list[str] | None,
         typer.Option(help="A string before which the answer ends; repeat it.", show_default="none"),
     ] = None,
+    deny: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A bundle, a tag, or LAYER:SLOT whose experts compute nothing of the answer; repeat it.",
+            show_default="none",
+        ),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="The only bundle or tag whose added experts may be used; repeat it for several.",
+            show_default="all",
+        ),
+    ] = None,
+    top_experts: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="The most experts that compute a token.", show_default="the model's"),
+    ] = None,
     flags: SettingFlags,
     as_json: Json = False,
 ) -> None:
     """Stream a continuation of a prompt."""
-    with exit_with_code(as_json=as_json, spell=flags.spell):
-        from cluster.cli.generate import read_prompt, run_generate
+    from cluster.cli.generate import read_prompt, run_generate, spelled
+    from moesaic import ExpertPolicy
 
+    with exit_with_code(as_json=as_json, spell=spelled(flags.spell)):
         asyncio.run(
             run_generate(
                 router_address(grpc, flags.load()),
@@ -198,6 +220,7 @@ def generate(
                 top_p=top_p,
                 seed=seed,
                 stop=stop,
+                experts=ExpertPolicy(deny=deny or (), allow=allow or (), top_k=top_experts),
             )
         )
 

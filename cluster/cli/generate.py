@@ -13,6 +13,17 @@ from cluster.cli.router_client import router_client
 from moesaic import Client, Completion, Token
 from moesaic.client.generate_request import GenerateOptions
 from moesaic.errors import InvalidArgument
+from moesaic.exit_codes import Spell
+
+
+def spelled(spell: Spell | None) -> Spell:
+    """The same for the fields of a policy, too: `experts.deny[2]` comes from `--deny`."""
+    return lambda field: None if spell is None else spell(_parameter(field))
+
+
+def _parameter(field: str) -> str:
+    name = field.removeprefix("experts.").partition("[")[0]
+    return "top_experts" if field == "experts.top_k" else name
 
 
 def read_prompt(prompt: str | None, stdin: TextIO) -> str:
@@ -87,5 +98,6 @@ def _plain(completion: Completion) -> dict[str, object]:
         "timing": asdict(completion.timing),
         "model": completion.model,
         "epoch": completion.epoch,
+        "experts": asdict(completion.experts) if completion.experts else None,
         "request_id": completion.request_id,
     }

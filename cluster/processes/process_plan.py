@@ -192,6 +192,7 @@ def _router(
         dtype=settings.dtype,
         engine=settings.engine.model_copy(update={"threads": settings.engine.threads or seat.threads}),
         dense_layers=settings.dense_layers,
+        name=name,
         identity=identity,
     )
     spec = RouterSpec(name, config, is_public, settings.cluster.start_timeout_s)

@@ -32,13 +32,15 @@ _STATUS: dict[type[MoesaicError], int] = {
     errors.Aborted: 409,
     errors.Overloaded: 429,
     errors.Cancelled: CLIENT_GONE,
-    # The failed precondition is the server's own, not one that the client stated.
+    # The failed precondition is the server's own, unless the request stated it.
     errors.FailedPrecondition: 500,
     errors.InternalError: 500,
     errors.Unavailable: 503,
     errors.DataLoss: 503,
     errors.DeadlineExceeded: 504,
 }
+# The fields in which a request states a precondition: experts that its epoch must have, the epoch itself.
+_PRECONDITIONS = frozenset({"experts", "epoch"})
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _HTTP_CODES = {
     404: "not_found",
@@ -87,6 +89,8 @@ def from_moesaic(error: MoesaicError) -> HttpError:
     status = next((_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS), 500)
     if error.reason == errors.TOO_LARGE:
         status = 413
+    elif isinstance(error, errors.FailedPrecondition) and (error.field or "").split(".")[0] in _PRECONDITIONS:
+        status = 400
     return HttpError(status, error.message, error.field, error.reason.lower(), error.retry_after_s)
 
 

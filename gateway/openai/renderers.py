@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from google.protobuf.json_format import MessageToDict
 from pydantic import BaseModel
 
 from gateway.openai import logprobs, replies
@@ -62,29 +63,33 @@ class CompletionRenderer:
         return self.request.calls()
 
     def chunks(self, output: RequestOutput, piece: Piece) -> Sequence[BaseModel]:
+        opening = _computation(output, piece.epoch) if piece.is_first else {}
         usage = _chunk_usage(self.request, output)
-        return [self._body(output, choices=[self._choice(piece)], **usage)]
+        return [self._body(output, piece.epoch, choices=[self._choice(piece)], **opening, **usage)]
 
     def usage_chunk(self, output: RequestOutput) -> BaseModel:
-        return self._body(output, choices=[], usage=_usage(output))
+        return self._body(output, output.epoch, choices=[], usage=_usage(output))
 
     def reply(self, output: RequestOutput, choices: Sequence[Sequence[Piece]]) -> BaseModel:
         rendered = [self._choice(join(pieces)) for pieces in choices]
-        return self._body(output, choices=rendered, usage=_usage(output))
+        epoch = output.epoch
+        return self._body(
+            output, epoch, choices=rendered, usage=_usage(output), **_computation(output, epoch)
+        )
 
-    def _body(self, output: RequestOutput, **fields: Any) -> replies.CompletionReply:
+    def _body(self, output: RequestOutput, epoch: str, **fields: Any) -> replies.CompletionReply:
         return replies.CompletionReply(
             id=f"cmpl-{self._identity.request_id}",
             object="text_completion",
             created=self._identity.created,
             model=output.model,
-            epoch=output.epoch,
+            epoch=epoch,
             **fields,
         )
 
     def _choice(self, piece: Piece) -> replies.CompletionChoice:
         echo = bool(self.request.echo) and piece.is_first
-        optional: dict[str, Any] = {}
+        optional = _weight_versions(self.request, piece)
         if self.request.return_token_ids:
             optional["token_ids"] = list(piece.token_ids)
             if piece.is_first:
@@ -128,11 +133,12 @@ class ChatRenderer:
     def chunks(self, output: RequestOutput, piece: Piece) -> Sequence[BaseModel]:
         """As OpenAI: first the role with empty text, then text, then the end of the choice with an empty delta.
 
-        The first chunk holds the prompt's token ids, too, where requested.
+        The first chunk says by what the answer is computed, and holds the prompt's token ids where requested.
         """
         usage = _chunk_usage(self.request, output)
         chunks = [
-            self._chunk(output, choices=[self._chunk_choice(part)], **usage) for part in separate_end(piece)
+            self._chunk(output, piece.epoch, choices=[self._chunk_choice(part)], **usage)
+            for part in separate_end(piece)
         ]
         if piece.is_first:
             opening = replies.ChatChunkChoice(
@@ -141,16 +147,17 @@ class ChatRenderer:
                 logprobs=None,
                 finish_reason=None,
             )
-            chunks.insert(0, self._chunk(output, choices=[opening], **usage, **self._prompt_token_ids(piece)))
+            first = {**_computation(output, piece.epoch), **self._prompt_token_ids(piece)}
+            chunks.insert(0, self._chunk(output, piece.epoch, choices=[opening], **usage, **first))
         return chunks
 
     def usage_chunk(self, output: RequestOutput) -> BaseModel:
-        return self._chunk(output, choices=[], usage=_usage(output))
+        return self._chunk(output, output.epoch, choices=[], usage=_usage(output))
 
     def reply(self, output: RequestOutput, choices: Sequence[Sequence[Piece]]) -> BaseModel:
         joined = [join(pieces) for pieces in choices]
         return replies.ChatReply(
-            **self._head(output),
+            **self._head(output, output.epoch),
             object="chat.completion",
             choices=[
                 replies.ChatChoice(
@@ -159,22 +166,23 @@ class ChatRenderer:
                 for piece in joined
             ],
             usage=_usage(output),
+            **_computation(output, output.epoch),
             **self._prompt_token_ids(joined[0]),
         )
 
-    def _chunk(self, output: RequestOutput, **fields: Any) -> replies.ChatChunk:
-        return replies.ChatChunk(**self._head(output), object="chat.completion.chunk", **fields)
+    def _chunk(self, output: RequestOutput, epoch: str, **fields: Any) -> replies.ChatChunk:
+        return replies.ChatChunk(**self._head(output, epoch), object="chat.completion.chunk", **fields)
 
     def _chunk_choice(self, piece: Piece) -> replies.ChatChunkChoice:
         delta = replies.ChatDelta() if piece.finish_reason else replies.ChatDelta(content=piece.text)
         return replies.ChatChunkChoice(delta=delta, **self._common(piece))
 
-    def _head(self, output: RequestOutput) -> dict[str, Any]:
+    def _head(self, output: RequestOutput, epoch: str) -> dict[str, Any]:
         return {
             "id": f"chatcmpl-{self._identity.request_id}",
             "created": self._identity.created,
             "model": output.model,
-            "epoch": output.epoch,
+            "epoch": epoch,
         }
 
     def _common(self, piece: Piece) -> dict[str, Any]:
@@ -185,6 +193,7 @@ class ChatRenderer:
             "logprobs": logprobs.for_chat(piece.logprobs, num_top) if self.request.logprobs else None,
             "finish_reason": piece.finish_reason,
             "stop_reason": _stop_reason(self.request, piece),
+            **_weight_versions(self.request, piece),
         }
         if self.request.return_token_ids:
             fields["token_ids"] = list(piece.token_ids)
@@ -192,6 +201,25 @@ class ChatRenderer:
 
     def _prompt_token_ids(self, piece: Piece) -> dict[str, Any]:
         return {"prompt_token_ids": list(piece.prompt.token_ids)} if self.request.return_token_ids else {}
+
+
+def _computation(output: RequestOutput, epoch: str) -> dict[str, replies.Computation]:
+    """By what `epoch` computes an answer: the field of replies, and of the first chunk of a choice."""
+    if output.experts is None:
+        return {"moesaic": replies.Computation(epoch=epoch)}
+    policy = MessageToDict(output.experts, preserving_proto_field_name=True)
+    return {"moesaic": replies.Computation(epoch=epoch, experts=replies.Policy(**policy))}
+
+
+def _weight_versions(request: GenerationBody, piece: Piece) -> dict[str, Any]:
+    """The versions that computed the tokens of a choice, at its end, where they are requested."""
+    if not request.return_weight_versions or piece.finish_reason is None:
+        return {}
+    versions = [
+        replies.WeightVersion(version=span.version, start=span.start, end=span.end)
+        for span in piece.weight_versions
+    ]
+    return {"weight_versions": versions}
 
 
 def _usage(output: RequestOutput) -> replies.Usage:

@@ -1,4 +1,4 @@
-"""Reply bodies of OpenAI's API, with vLLM's `token_ids` and the project's `epoch`.
+"""Reply bodies of OpenAI's API, with vLLM's `token_ids` and `weight_versions`, and the project's `epoch` and `moesaic`.
 
 Fields that are not set are left out of the JSON (`exclude_unset`), so that a reply holds what was requested,
 and `null` only where OpenAI sends it.
@@ -23,6 +23,30 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
+class Policy(BaseModel):
+    """Which experts were denied, allowed and required: what the request had of these."""
+
+    deny: list[str] | None = None
+    allow: list[str] | None = None
+    require: list[str] | None = None
+    top_k: int | None = None
+
+
+class Computation(BaseModel):
+    """By what an answer was computed."""
+
+    epoch: str
+    experts: Policy | None = None
+
+
+class WeightVersion(BaseModel):
+    """The version, an epoch's id, that computed the output tokens [start, end)."""
+
+    version: str
+    start: int
+    end: int
+
+
 class CompletionLogprobs(BaseModel):
     """Four lists of the same length, with one entry per token."""
 
@@ -40,6 +64,7 @@ class CompletionChoice(BaseModel):
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    weight_versions: list[WeightVersion] | None = None
 
 
 class CompletionReply(BaseModel):
@@ -50,6 +75,7 @@ class CompletionReply(BaseModel):
     created: int
     model: str
     epoch: str
+    moesaic: Computation | None = None
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -88,6 +114,7 @@ class ChatChoice(BaseModel):
     finish_reason: str | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
+    weight_versions: list[WeightVersion] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -97,6 +124,7 @@ class ChatChunkChoice(BaseModel):
     finish_reason: str | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
+    weight_versions: list[WeightVersion] | None = None
 
 
 class ChatReply(BaseModel):
@@ -105,6 +133,7 @@ class ChatReply(BaseModel):
     created: int
     model: str
     epoch: str
+    moesaic: Computation | None = None
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
@@ -116,6 +145,7 @@ class ChatChunk(BaseModel):
     created: int
     model: str
     epoch: str
+    moesaic: Computation | None = None
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None

@@ -27,6 +27,9 @@ class Piece:
     finish_reason: str | None
     # The stop string or the id of the stop token that ended it; empty without one.
     stop: str
+    epoch: str
+    # With the end of the choice, where they were asked for.
+    weight_versions: tuple[pb.WeightVersion, ...]
 
 
 class RequestOutput:
@@ -34,7 +37,10 @@ class RequestOutput:
 
     def __init__(self, num_prompts: int, num_choices: int) -> None:
         self.model = ""
-        self.epoch = ""
+        # The policy that the routers applied; None without one.
+        self.experts: pb.ExpertPolicy | None = None
+        # The epoch of each prompt that has an answer.
+        self._epochs: dict[int, str] = {}
         self._num_choices = num_choices
         self._unfinished = set(range(num_prompts * num_choices))
         self._prompts: dict[int, pb.PromptInfo] = {}
@@ -43,6 +49,11 @@ class RequestOutput:
         # For each prompt with a finished choice, the fewest tokens that any of its choices found in the
         # cache.
         self._cached_tokens: dict[int, int] = {}
+
+    @property
+    def epoch(self) -> str:
+        """The epoch of the answer; several, with commas, where it changed between the prompts of one request."""
+        return ",".join(dict.fromkeys(self._epochs[number] for number in sorted(self._epochs)))
 
     @property
     def prompt_tokens(self) -> int:
@@ -59,7 +70,10 @@ class RequestOutput:
 
     def add(self, prompt_number: int, message: pb.GenerateResponse) -> Piece | None:
         """Adds a message. Returns None for one that holds nothing but the prompt."""
-        self.model, self.epoch = message.model, message.epoch
+        self.model = message.model
+        self._epochs[prompt_number] = message.epoch
+        if message.HasField("experts"):
+            self.experts = message.experts
         if message.HasField("prompt"):
             self._prompts[prompt_number] = message.prompt
         if not (message.token_ids or message.text or message.finish_reason):
@@ -82,6 +96,8 @@ class RequestOutput:
             logprobs=tuple(message.logprobs),
             finish_reason=finish_reason,
             stop=message.stop,
+            epoch=message.epoch,
+            weight_versions=tuple(message.weight_versions),
         )
 
     def check_complete(self) -> None:
@@ -102,6 +118,8 @@ def join(pieces: Sequence[Piece]) -> Piece:
         logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
         finish_reason=last.finish_reason,
         stop=last.stop,
+        epoch=last.epoch,
+        weight_versions=last.weight_versions,
     )
 
 
@@ -110,4 +128,4 @@ def separate_end(piece: Piece) -> list[Piece]:
     if piece.finish_reason is None or not piece.text:
         return [piece]
     end = replace(piece, is_first=False, text="", token_ids=(), logprobs=())
-    return [replace(piece, finish_reason=None, stop=""), end]
+    return [replace(piece, finish_reason=None, stop="", weight_versions=()), end]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from google.protobuf.struct_pb2 import Struct
 from pydantic import (
@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gateway.openai.strict_json import readable
+from moesaic.expert_policy import MAX_ENTRIES, MAX_ENTRY_CHARS, ExpertPolicy
 from moesaic.v1 import inference_pb2 as pb
 
 # OpenAI's default for completions. A chat completion may fill the context.
@@ -35,6 +36,7 @@ MAX_PROMPTS = 1024
 MAX_STOPS = 128
 MAX_MESSAGES = 4096
 MAX_SALT_CHARS = 256
+MAX_VERSION_NAME_CHARS = 256
 
 # The type of an error about a combination of fields. Its context names the field at fault.
 COMBINATION = "combination"
@@ -56,6 +58,15 @@ def _not_served(value: object) -> None:
 
 # The type of a field that is parsed only so that it can be refused by name.
 NotServed = Annotated[None, BeforeValidator(_not_served), WithJsonSchema({"type": "null"})]
+
+
+def _not_yet(value: object) -> None:
+    if value is not None:
+        raise ValueError("not supported yet")
+
+
+# The type of a field that is reserved: it has a meaning, and no effect so far.
+NotYet = Annotated[None, BeforeValidator(_not_yet), WithJsonSchema({"type": "null"})]
 
 
 # The type of a field of OpenAI's that cannot change an answer. It has no effect, whatever it holds.
@@ -132,6 +143,7 @@ Stop = Annotated[
     ),
 ]
 LogitBias = Annotated[dict[str, Number], AfterValidator(_token_id_keys)]
+VersionName = Annotated[str, Field(min_length=1, max_length=MAX_VERSION_NAME_CHARS)]
 TemplateKwargs = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
 
 
@@ -145,6 +157,29 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Ignored = None
+
+
+PolicyEntry = Annotated[str, Field(min_length=1, max_length=MAX_ENTRY_CHARS)]
+PolicyEntries = Annotated[list[PolicyEntry], Field(max_length=MAX_ENTRIES, fail_fast=True)]
+
+
+class Experts(Body):
+    """Which experts may compute the answer: names of bundles, tags, or LAYER:SLOT."""
+
+    deny: PolicyEntries | None = None
+    # Of the experts that bundles added, only these are used.
+    allow: PolicyEntries | None = None
+    # The request fails unless its epoch has all of these.
+    require: PolicyEntries | None = None
+    # At most so many experts a token.
+    top_k: Positive | None = None
+    # What happens where an expert is missing; today the request waits for a replica, then fails.
+    on_missing: NotYet = None
+
+    def to_pb(self) -> pb.ExpertPolicy | None:
+        """None where nothing is restricted. Raises InvalidArgument for an address that is malformed."""
+        policy = ExpertPolicy(self.deny or (), self.allow or (), self.require or (), self.top_k)
+        return policy.to_pb() if policy else None
 
 
 class GenerationBody(Body):
@@ -173,6 +208,11 @@ class GenerationBody(Body):
     return_token_ids: bool | None = None
     # The tenant. Only requests with the same salt share cached prefixes, and salts share the router fairly.
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    experts: Experts | None = None
+    # The id of an epoch that the server still holds, and the session that stays on one side of a canary.
+    epoch: VersionName | None = None
+    session_id: VersionName | None = None
+    return_weight_versions: bool | None = None
     # Where OpenAI keeps, bills, routes and caches a request.
     user: Ignored = None
     safety_identifier: Ignored = None
@@ -192,6 +232,19 @@ class GenerationBody(Body):
     def num_choices(self) -> int:
         """Continuations of each prompt."""
         return 1 if self.n is None else self.n
+
+    def selected(self, **fields: Any) -> pb.GenerateRequest:
+        """A call with `fields`, and with what says which weights compute it. Raises InvalidArgument."""
+        return pb.GenerateRequest(
+            model=self.model,
+            n=self.num_choices,
+            tenant=self.cache_salt,
+            experts=None if self.experts is None else self.experts.to_pb(),
+            epoch=self.epoch,
+            session_id=self.session_id,
+            return_weight_versions=self.return_weight_versions,
+            **fields,
+        )
 
     def sampling(self) -> pb.SamplingParams:
         """The shared sampling parameters. An absent field keeps the router's default."""
@@ -250,12 +303,9 @@ class CompletionRequest(GenerationBody):
         return [self._call(prompt, sampling) for prompt in _prompts(self.prompt)]
 
     def _call(self, prompt: str | Sequence[int], sampling: pb.SamplingParams) -> pb.GenerateRequest:
-        call = pb.GenerateRequest(
-            model=self.model,
+        call = self.selected(
             sampling=sampling,
-            n=self.num_choices,
             add_special_tokens=self.add_special_tokens,
-            tenant=self.cache_salt,
             echo=bool(self.echo),
             decoder_prompt=self.decoder_prompt,
         )
@@ -391,15 +441,7 @@ class ChatCompletionRequest(GenerationBody, ChatFields):
             sampling.max_tokens = limit
         if self.logprobs:
             sampling.logprobs = self.top_logprobs or 0
-        return [
-            pb.GenerateRequest(
-                model=self.model,
-                chat=self.chat(),
-                sampling=sampling,
-                n=self.num_choices,
-                tenant=self.cache_salt,
-            )
-        ]
+        return [self.selected(chat=self.chat(), sampling=sampling)]
 
 
 class TokenizeTextRequest(Body):

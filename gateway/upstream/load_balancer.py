@@ -30,7 +30,8 @@ MAX_PREFIXES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """The facts about a request that the choice depends on. `prefix`: a hash of the prompt's beginning."""
+    """The facts about a request that the choice depends on. `prefix`: a hash of the prompt's beginning, and of
+    everything that keeps routers from computing it with the cached prefix of another request."""
 
     prefix: bytes
     # The work, in units of one sequence.
@@ -40,8 +41,10 @@ class Demand:
     def of(cls, request: pb.GenerateRequest) -> Demand:
         head, num_tokens = _read_prompt(request)
         digest = blake2b(digest_size=16)
-        for part in (request.tenant, head):
+        for part in (request.tenant, request.epoch, head):
             digest.update(part.encode(errors="surrogatepass") + b"\0")
+        if request.HasField("experts"):
+            digest.update(_policy_key(request.experts))
         return cls(digest.digest(), max(request.n, 1) + num_tokens / TOKENS_PER_SEQUENCE)
 
 
@@ -80,6 +83,13 @@ class LoadBalancer:
 def _rank(prefix: bytes, name: str) -> bytes:
     """Rendezvous hashing: adding or removing a router keeps the order of the others for each prefix."""
     return blake2b(prefix + name.encode(), digest_size=8).digest()
+
+
+def _policy_key(policy: pb.ExpertPolicy) -> bytes:
+    """The same for policies that differ in the order of their entries alone. `require` changes no answer."""
+    top_k = policy.top_k if policy.HasField("top_k") else None
+    deny, allow = (sorted(set(entries)) for entries in (policy.deny, policy.allow))
+    return pb.ExpertPolicy(deny=deny, allow=allow, top_k=top_k).SerializeToString(deterministic=True)
 
 
 def _read_prompt(request: pb.GenerateRequest) -> tuple[str, float]:

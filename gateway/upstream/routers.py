@@ -24,8 +24,10 @@ MAX_PARALLEL_PROMPTS = 32
 
 _QUEUED_MESSAGES = 64
 # Reasons that concern one router alone, so that another may accept the request: it is unreachable, starts,
-# stops or is full.
-_RETRY_ELSEWHERE = frozenset({ROUTER_UNREACHABLE, "LOADING", "DRAINING", "STOPPING", "QUEUE_FULL"})
+# stops or is full, or does not hold the epoch (yet, or any more) that the request needs.
+_RETRY_ELSEWHERE = frozenset(
+    {ROUTER_UNREACHABLE, "LOADING", "DRAINING", "STOPPING", "QUEUE_FULL", "EPOCH_UNKNOWN", "EXPERTS_MISSING"}
+)
 
 _Numbered = tuple[int, pb.GenerateResponse]
 _R = TypeVar("_R")
@@ -71,6 +73,8 @@ class Routers:
         pumps = []
         for number, call in enumerate(calls):
             call.request_id = request_id if len(calls) == 1 else f"{request_id[:120]}-{number}"
+            # The prompts of one request are on the same side of a canary.
+            call.session_id = call.session_id or request_id
             pumps.append(asyncio.create_task(self._pump(number, call, limit, queue)))
         try:
             num_running = len(pumps)

@@ -11,6 +11,7 @@ from importlib import metadata
 
 from moesaic.client.sync_client import SyncClient
 from moesaic.exit_codes import exit_with_code
+from moesaic.expert_policy import ExpertPolicy
 
 DEFAULT_ROUTER = "127.0.0.1:50051"
 DEFAULT_MAX_TOKENS = 128
@@ -60,10 +61,11 @@ def client_command(arguments: Sequence[str] | None = None) -> None:
 def _generate(client: SyncClient, options: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     wanted = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p", "seed", "stop")}
+    policy = ExpertPolicy(deny=options.deny, allow=options.allow, top_k=options.top_experts)
     if options.json:
-        print(json.dumps(asdict(client.complete(prompt, **wanted))))
+        print(json.dumps(asdict(client.complete(prompt, experts=policy, **wanted))))
         return
-    for token in client.generate(prompt, **wanted):
+    for token in client.generate(prompt, experts=policy, **wanted):
         print(token, end="", flush=True)
     print()
 
@@ -109,6 +111,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, metavar="N", help="makes the answer repeatable")
     generate.add_argument(
         "--stop", action="append", metavar="TEXT", help="a string before which the answer ends; repeat it"
+    )
+    generate.add_argument(
+        "--deny",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a bundle, a tag, or LAYER:SLOT whose experts compute nothing of the answer; repeat it",
+    )
+    generate.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the only bundle or tag whose added experts may be used; repeat it for several",
+    )
+    generate.add_argument(
+        "--top-experts", type=int, metavar="K", help="the most experts that compute a token"
     )
     _add_common(generate, _generate)
     _add_common(verbs.add_parser("status", help="show what a router has done", allow_abbrev=False), _status)

@@ -5,11 +5,12 @@ Part of the client library. Only the `from_pb` methods read the messages of infe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
 from moesaic.errors import DataLoss
+from moesaic.expert_policy import ExpertPolicy
 from moesaic.v1 import inference_pb2 as pb
 
 FinishReason = Literal["stop", "length"]
@@ -88,13 +89,22 @@ class Timing:
     total_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class WeightVersion:
+    """The version, named by an epoch's id, that computed the tokens [start, end) of a continuation."""
+
+    version: str
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Token:
     """One token of continuation `index`; with max_tokens=0 its end alone.
 
     `str(token)` is its text. It is empty while a character is incomplete, or while text is held back because
-    it may begin a stop string. The first item of the stream has `prompt`, too, and the last one of a
-    continuation `finish_reason`, `usage` and `timing`.
+    it may begin a stop string. The first item of the stream has `prompt`, too, and `experts` where the request
+    restricted them; the last one of a continuation has `finish_reason`, `usage` and `timing`.
     """
 
     text: str
@@ -111,6 +121,10 @@ class Token:
     model: str
     # The epoch in which every token of the answer is computed.
     epoch: str
+    # In the last item, with `return_weight_versions`.
+    weight_versions: tuple[WeightVersion, ...] = ()
+    # The policy that was applied.
+    experts: ExpertPolicy | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -139,6 +153,10 @@ class Token:
             request_id=response.request_id,
             model=response.model,
             epoch=response.epoch,
+            weight_versions=tuple(
+                WeightVersion(span.version, span.start, span.end) for span in response.weight_versions
+            ),
+            experts=ExpertPolicy.from_pb(response.experts) if response.HasField("experts") else None,
         )
 
 
@@ -157,6 +175,10 @@ class Completion:
     request_id: str
     model: str
     epoch: str
+    # With `return_weight_versions`.
+    weight_versions: tuple[WeightVersion, ...] = ()
+    # The policy that was applied; None without one.
+    experts: ExpertPolicy | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -171,7 +193,7 @@ class Completion:
 
         Raises DataLoss when the stream's beginning or end is missing.
         """
-        prompt = _first(token.prompt for token in tokens)
+        prompt = next((token.prompt for token in tokens if token.prompt is not None), None)
         last = tokens[-1] if tokens else None
         if prompt is None or last is None or not (last.finish_reason and last.usage and last.timing):
             raise DataLoss("the answer broke off without an error", reason="INCOMPLETE_ANSWER")
@@ -187,6 +209,8 @@ class Completion:
             request_id=last.request_id,
             model=last.model,
             epoch=last.epoch,
+            weight_versions=last.weight_versions,
+            experts=next((token.experts for token in tokens if token.experts is not None), None),
         )
 
 
@@ -200,19 +224,15 @@ class TokenReader:
     def __init__(self) -> None:
         # Whether a token has been returned.
         self.begun = False
-        self._prompt: pb.PromptInfo | None = None
+        self._opening: pb.GenerateResponse | None = None
 
     def read(self, response: pb.GenerateResponse) -> Token | None:
         """The token of a message; None for the prompt, which is kept for the next message."""
         if response.HasField("prompt") and not response.token_ids and not response.finish_reason:
-            self._prompt = response.prompt
+            self._opening = response
             return None
-        if self._prompt is not None:
-            response.prompt.CopyFrom(self._prompt)
-            self._prompt = None
+        if self._opening is not None:
+            self._opening.MergeFrom(response)
+            response, self._opening = self._opening, None
         self.begun = True
         return Token.from_pb(response)
-
-
-def _first(prompts: Iterable[PromptInfo | None]) -> PromptInfo | None:
-    return next((prompt for prompt in prompts if prompt is not None), None)

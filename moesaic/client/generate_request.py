@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypedDict, TypeVar
 from google.protobuf.struct_pb2 import Struct
 
 from moesaic.errors import InvalidArgument
+from moesaic.expert_policy import ExpertPolicy
 from moesaic.v1 import inference_pb2 as pb
 
 ChatMessage = Mapping[str, Any]
@@ -59,6 +60,10 @@ class GenerateOptions(TypedDict, total=False):
     template_kwargs         for a conversation: further variables of the chat template
     model                   the name of the model; by default the one that the router serves
     tenant                  tenants share the router fairly, and never share cached prefixes
+    experts                 which experts may compute the answer: Deny("NAME"), Allow, Require, ExpertPolicy
+    epoch                   the id of an epoch that the router holds; by default the current one
+    session                 requests of one session are on the same side of a canary
+    return_weight_versions  whether the end of the answer names the versions that computed its tokens (False)
     """
 
     max_tokens: int | None
@@ -86,9 +91,14 @@ class GenerateOptions(TypedDict, total=False):
     template_kwargs: Mapping[str, Any] | None
     model: str | None
     tenant: str | None
+    experts: ExpertPolicy | None
+    epoch: str | None
+    session: str | None
+    return_weight_versions: bool | None
 
 
-_PROMPT_OPTIONS = frozenset(
+# The options that are not sampling parameters.
+_OTHER_OPTIONS = frozenset(
     {
         "add_special_tokens",
         "decoder_prompt",
@@ -97,6 +107,10 @@ _PROMPT_OPTIONS = frozenset(
         "template_kwargs",
         "model",
         "tenant",
+        "experts",
+        "epoch",
+        "session",
+        "return_weight_versions",
     }
 )
 
@@ -141,6 +155,7 @@ def generate_request(
         add_special_tokens=given.get("add_special_tokens"),
         tenant=given.get("tenant", ""),
     )
+    _select_weights(request, given)
     assign_ids(request.decoder_prompt, given.get("decoder_prompt", ()), field="decoder_prompt")
     if isinstance(prompt, str):
         _set(request, text=prompt)
@@ -174,12 +189,37 @@ def detokenize_request(token_ids: TokenIds) -> pb.DetokenizeRequest:
     return request
 
 
+def _select_weights(request: pb.GenerateRequest, given: Mapping[str, Any]) -> None:
+    """Sets what says by which weights the request is computed, and whether the answer names them."""
+    _set(
+        request,
+        epoch=_text("epoch", given),
+        session_id=_text("session", given),
+        return_weight_versions=given.get("return_weight_versions"),
+    )
+    policy = given.get("experts", ExpertPolicy())
+    if not isinstance(policy, ExpertPolicy):
+        raise InvalidArgument(
+            'experts: must be an ExpertPolicy, such as Deny("NAME") or Allow("NAME")', field="experts"
+        )
+    if policy:
+        request.experts.CopyFrom(policy.to_pb())
+
+
+def _text(name: str, given: Mapping[str, Any]) -> str:
+    """A text option, empty where it is absent. Raises InvalidArgument."""
+    value = given.get(name, "")
+    if not isinstance(value, str):
+        raise InvalidArgument(f"{name} must be a text", field=name)
+    return value
+
+
 def _sampling(given: Mapping[str, Any]) -> pb.SamplingParams:
     sampling = pb.SamplingParams()
     for name, value in given.items():
         if name == "stop_token_ids":
             assign_ids(sampling.stop_token_ids, value, field=name)
-        elif name not in _PROMPT_OPTIONS:
+        elif name not in _OTHER_OPTIONS:
             _set(sampling, **{name: [value] if name == "stop" and isinstance(value, str) else value})
     return sampling
 

@@ -42,9 +42,11 @@ class Continuation:
         request_id: str,
         model: str,
         continues: bool = True,
+        names_versions: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`continues`: whether the text continues that of the prompt, rather than being a text of its own."""
+        """`continues`: whether the text continues that of the prompt, rather than being a text of its own.
+        `names_versions`: whether the last message says which versions computed the tokens."""
         self.index = index
         # Random, because a client's request id is never used as a key.
         self.sequence_id = uuid.uuid4().hex
@@ -61,6 +63,7 @@ class Continuation:
         )
         self._matcher = StopMatcher(options.stop, include_stop=options.include_stop)
         self._request_id = request_id
+        self._names_versions = names_versions
         self._clock = clock
         self._admitted_s = clock()
         self._queued_s = 0.0
@@ -129,7 +132,14 @@ class Continuation:
             timing=inference_pb2.Timing(
                 queued_s=timing.queued_s, first_token_s=timing.first_token_s, total_s=timing.total_s
             ),
+            weight_versions=self._weight_versions() if self._names_versions else (),
         )
+
+    def _weight_versions(self) -> list[inference_pb2.WeightVersion]:
+        """One span, since a sequence keeps its epoch; none without a token."""
+        if not self.num_tokens:
+            return []
+        return [inference_pb2.WeightVersion(version=self.epoch, start=0, end=self.num_tokens)]
 
     def _own_timing(self) -> Timing:
         """The times of a sequence that a stop string ends, since the engine then reports none."""

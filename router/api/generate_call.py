@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -20,11 +20,13 @@ from opentelemetry import trace
 
 from moesaic import telemetry
 from moesaic.errors import DeadlineExceeded
+from moesaic.expert_policy import ExpertPolicy
 from router.api.continuation import Continuation
 from router.api.event_bridge import EventBridge
 from router.api.event_buffer import UNREAD_TIMEOUT_S, EventBuffer
 from router.api.prompt import Prompt
 from router.engine.request import Failed, PromptScored, SequenceEvent, SequenceRequest
+from router.gating.model_view import ModelView
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,8 @@ UNREAD_GRACE_S = 1.0
 class SequenceEngine(Protocol):
     """The part of the engine that the service uses. All methods are thread-safe and return at once."""
 
-    def submit(self, request: SequenceRequest) -> str:
-        """Admits a sequence and returns the epoch that it is pinned to. Raises Overloaded or Unavailable."""
+    def submit(self, request: SequenceRequest) -> None:
+        """Admits a sequence. Raises Overloaded or Unavailable."""
         ...
 
     def cancel(self, sequence_id: str) -> None:
@@ -64,14 +66,19 @@ class GenerateCall:
         deadline_s: float,
         *,
         tenant: str,
+        policy: ExpertPolicy | None,
+        choose_view: Callable[[], ModelView],
         bridge: EventBridge,
     ) -> None:
+        """`choose_view`: what computes all continuations, asked when they are admitted."""
         self.prompt = prompt
+        self.policy = policy
         self.continuations = continuations
         self.deadline_s = deadline_s
         self._engine = engine
         self._request_id = request_id
         self._tenant = tenant
+        self._choose_view = choose_view
         self._bridge = bridge
         self._events: EventBuffer[tuple[Continuation, SequenceEvent]] = EventBuffer(
             len(continuations), on_full=self._pause, on_drained=self._resume
@@ -98,10 +105,13 @@ class GenerateCall:
         return any(not continuation.finished for continuation in self.continuations)
 
     def admit(self) -> None:
-        """Submits all sequences. Raises if the engine refuses one; `end` then ends those before it."""
+        """Submits all sequences, in one epoch. Raises if the request's experts or its epoch cannot be had, or the engine
+        refuses a sequence; `end` then ends those before it."""
         trace_of_call = trace_context.get_current()
+        view = self._choose_view()
         for continuation in self.continuations:
-            continuation.epoch = self._engine.submit(
+            continuation.epoch = view.epoch.id
+            self._engine.submit(
                 SequenceRequest(
                     sequence_id=continuation.sequence_id,
                     prompt=self.prompt.token_ids,
@@ -112,6 +122,7 @@ class GenerateCall:
                     tenant=self._tenant,
                     call=self.continuations[0].sequence_id,
                     decoder_prompt=self.prompt.decoder_token_ids,
+                    view=view,
                 )
             )
             self._in_engine.add(continuation.sequence_id)

@@ -12,12 +12,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from moesaic import __version__, rpc
 from moesaic.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable, Unsupported
+from moesaic.expert_policy import ExpertPolicy
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.continuation import Continuation, prompt_message
 from router.api.event_bridge import EventBridge
@@ -33,9 +34,11 @@ from router.api.sampling_request import (
 from router.api.tokens import detokenize, tokenize
 from router.engine.request import Failed, Finished, PromptScored, Started, TokenGenerated
 from router.engine.sampling_params import TokenLogprobs
+from router.gating.model_view import ModelView
 from router.text.text import Text
 
 MAX_TENANT_CHARS = 256
+MAX_SESSION_ID_CHARS = 256
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Larger messages are worked on in another thread, so that they do not delay other streams.
 _LARGE_BYTES = 16 << 10
@@ -64,6 +67,16 @@ class ModelFacts:
     sampling_defaults: inference_pb2.SamplingParams = field(default_factory=neutral_sampling)
 
 
+class ChooseView(Protocol):
+    """Chooses what computes a request."""
+
+    def __call__(
+        self, request_id: str, session_id: str, epoch: str, policy: ExpertPolicy | None
+    ) -> ModelView:
+        """Raises InvalidArgument or FailedPrecondition for experts or an epoch that cannot be had, Unavailable."""
+        ...
+
+
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """moesaic.v1.InferenceService for one model. It raises MoesaicErrors, which moesaic.rpc turns into
     statuses. To be created on the event loop that serves it."""
@@ -76,6 +89,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         *,
         stats: Callable[[], inference_pb2.GetRouterStatsResponse],
         epoch: Callable[[], str],
+        choose_view: ChooseView,
         control_address: Callable[[], str],
         request_timeout_s: float,
     ) -> None:
@@ -91,6 +105,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         )
         self._stats = stats
         self._epoch = epoch
+        self._choose_view = choose_view
         self._control_address = control_address
         self._request_timeout_s = request_timeout_s
         self._bridge = EventBridge()
@@ -180,8 +195,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         request_id = _request_id(request, context)
         deadline_s = _deadline_s(context, self._request_timeout_s)
         n = num_continuations(request.n)
-        if len(request.tenant) > MAX_TENANT_CHARS:
-            raise InvalidArgument(f"tenant: must be at most {MAX_TENANT_CHARS} characters", field="tenant")
+        _check_length("tenant", request.tenant, MAX_TENANT_CHARS)
+        _check_length("session_id", request.session_id, MAX_SESSION_ID_CHARS)
+        policy = ExpertPolicy.from_pb(request.experts) or None
         prompt = await self._worked(
             request.ByteSize(), lambda: read_prompt(request, self._text, self._limits)
         )
@@ -200,6 +216,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 request_id=request_id,
                 model=self._facts.model,
                 continues=not self._facts.encodes_prompts,
+                names_versions=request.return_weight_versions,
             )
             for index in range(n)
         ]
@@ -210,6 +227,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             continuations,
             deadline_s,
             tenant=request.tenant,
+            policy=policy,
+            choose_view=lambda: self._choose_view(request_id, request.session_id, request.epoch, policy),
             bridge=self._bridge,
         )
 
@@ -244,7 +263,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             scores is not None and len(scores) > _LARGE_NUM_LOGPROBS,
             lambda: prompt_message(prompt.token_ids, prompt.text, self._text, scores),
         )
-        return call.continuations[0].message(prompt=info)
+        policy = None if call.policy is None else call.policy.to_pb()
+        return call.continuations[0].message(prompt=info, experts=policy)
 
 
 async def _off_loop(is_large: bool, work: Callable[[], _Result]) -> _Result:
@@ -271,6 +291,11 @@ def _request_id(request: inference_pb2.GenerateRequest, context: _Context) -> st
             "request_id: must be 1 to 128 letters, digits, dots, underscores or hyphens", field="request_id"
         )
     return request_id
+
+
+def _check_length(field: str, value: str, max_chars: int) -> None:
+    if len(value) > max_chars:
+        raise InvalidArgument(f"{field}: must be at most {max_chars} characters", field=field)
 
 
 def _deadline_s(context: _Context, default_timeout_s: float) -> float:

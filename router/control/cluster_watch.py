@@ -63,8 +63,7 @@ class ControlWatch:
         async with rpc.aio_channel(address) as channel:
             stream = control_pb2_grpc.ControlServiceStub(channel).Watch(control_pb2.WatchRequest())
             async for message in stream:
-                epoch = Epoch.from_proto(message.epoch) if message.epoch.id else None
-                yield Snapshot(epoch, RoutingTable.from_proto(message.routing_table))
+                yield Snapshot.from_proto(message)
 
 
 class NamedWorkers:

@@ -6,7 +6,7 @@ others and as the reference that `lean` must equal; `encoder_decoder`; and `stri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +15,11 @@ import torch
 from router.attention.packed_batch import PackedBatch
 from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
+from router.decoders.capture import CapturedRows
 from router.dispatch.dispatcher import DispatchStep
+from router.gating.gate import Gate
 from router.gating.gate_stats import GateStats
+from router.gating.model_view import ViewRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,10 @@ class MicroBatch:
     batch: PackedBatch
     rows: torch.Tensor  # [N]
     experts: DispatchStep
+    # How its rows see the gates, run by run; without any, all see those of the model folder.
+    views: tuple[ViewRows, ...] = ()
+    # The rows whose hidden states are read out. All of them are among those whose logits are wanted.
+    captures: tuple[CapturedRows, ...] = ()
 
 
 class RouterModel(Protocol):
@@ -38,6 +45,11 @@ class RouterModel(Protocol):
     @property
     def weight_bytes(self) -> int:
         """The bytes of all weights that this process holds."""
+        ...
+
+    @property
+    def gates(self) -> Mapping[int, Gate]:
+        """By layer, the gates whose input can be captured. Families with gates of their own have none."""
         ...
 
     def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:

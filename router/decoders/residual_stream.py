@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from router.decoders.capture import CapturedRows, captured_among
 from router.decoders.decoder import MicroBatch
 from router.dispatch.layer_call import LayerCall
+from router.gating.model_view import ViewRows, rows_among
 
 
 @dataclass(slots=True)
@@ -25,6 +27,18 @@ class ResidualStream:
     # What the current layer adds: the answer to this call of its experts, and what was computed here in the meantime.
     call: LayerCall | None = None
     local_output: torch.Tensor | None = None  # [T, D]
+
+    @property
+    def views(self) -> Sequence[ViewRows]:
+        """How the rows of `hidden` see the gates."""
+        views = self.micro_batch.views
+        return views if self.tokens is None or len(views) < 2 else rows_among(views, self.tokens)
+
+    @property
+    def captures(self) -> Sequence[CapturedRows]:
+        """The rows of `hidden` that are read out."""
+        captures = self.micro_batch.captures
+        return captured_among(captures, self.tokens) if captures and self.tokens is not None else captures
 
     def add_layer_output(self) -> None:
         """Waits for the experts of the current layer and adds all outputs of the layer."""

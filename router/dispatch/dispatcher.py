@@ -11,6 +11,8 @@ its own sequence fails.
 With `combine_sum` a worker adds up what its experts make of a token, and the partial sums are added in the
 order of the calls: fewer bytes come back, and placement affects the last bits.
 
+The sequences of a step may be in several epochs; their rows are grouped by expert version (step_versions.py).
+
 Shapes: T tokens, D hidden size, K experts per token.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +30,7 @@ from opentelemetry.context import Context
 from torch import Tensor
 
 from moesaic import telemetry
-from moesaic.epoch import Epoch, ExpertAddress
+from moesaic.epoch import ExpertAddress
 from moesaic.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -43,14 +46,18 @@ from router.dispatch.combine import RowCombiner, SumCombiner
 from router.dispatch.host_staging import staging_for
 from router.dispatch.layer_call import LayerCall
 from router.dispatch.layer_request import LayerRequest
-from router.dispatch.row_grouping import RowsBySlot, WorkerRows
+from router.dispatch.row_grouping import WorkerRows
+from router.dispatch.step_versions import StepVersions
 from router.dispatch.wave import Wave, WorkerCall
+from router.gating.model_view import ViewRows
 from router.phase_clock import Phase, PhaseClock
 from router.workers.replica_pool import ReplicaPool
 from router.workers.transports.base import WorkerAnswer
 from router.workers.worker_link import WorkerLink
 
 MAX_ATTEMPTS = 2
+# Combinations of epochs whose versions are kept for the next step.
+_EPOCHS_KEPT = 16
 # For the last sentence of an error that another replica would have prevented.
 _CURE = "--replicas 2 keeps requests alive"
 
@@ -75,11 +82,32 @@ class Dispatcher:
         self._clock = clock
         self._rules = rules
 
-    def begin(self, epoch: Epoch, *, deadline_s: float, context: Context | None = None) -> DispatchStep:
-        """Begins a step that ends by `deadline_s` (monotonic); its spans are children of `context`."""
+        # By the ids of the epochs of a step.
+        self._versions: OrderedDict[tuple[str, ...], StepVersions] = OrderedDict()
+
+    def begin(
+        self, views: Sequence[ViewRows], *, deadline_s: float, context: Context | None = None
+    ) -> DispatchStep:
+        """Begins a step that ends by `deadline_s` (monotonic); its spans are children of `context`. `views`: in which
+        epochs its rows are computed; a single one has all rows, and need not say so."""
         return DispatchStep(
-            self._pool, self._clock, self._rules, epoch, deadline_s=deadline_s, context=context
+            self._pool,
+            self._clock,
+            self._rules,
+            views,
+            self._versions_of(views),
+            deadline_s=deadline_s,
+            context=context,
         )
+
+    def _versions_of(self, views: Sequence[ViewRows]) -> StepVersions:
+        ids = tuple(dict.fromkeys(run.view.epoch.id for run in views))
+        found = self._versions.get(ids)
+        if found is None:
+            found = self._versions[ids] = StepVersions(views)
+            if len(self._versions) > _EPOCHS_KEPT:
+                self._versions.popitem(last=False)
+        return found
 
 
 class DispatchStep:
@@ -91,7 +119,8 @@ class DispatchStep:
         pool: ReplicaPool,
         clock: PhaseClock,
         rules: DispatchRules,
-        epoch: Epoch,
+        views: Sequence[ViewRows],
+        versions: StepVersions,
         *,
         deadline_s: float,
         context: Context | None,
@@ -99,7 +128,8 @@ class DispatchStep:
         self._pool = pool
         self._clock = clock
         self._rules = rules
-        self._epoch = epoch
+        self._views = views
+        self._versions = versions
         self._deadline_s = deadline_s
         self._context = context
         # The incarnations of the workers that failed a call in this step, other than by being overloaded. They
@@ -160,13 +190,13 @@ class DispatchStep:
         wire, slots, *others = staging.to_host([wire, slots, *(one for one in optional if one is not None)])
         sum_weights = others.pop().numpy().ravel() if combine_sum else None
         scales = others.pop() if others else None
-        request = LayerRequest(self._epoch.id, layer, wire, scales, sum_weights)
-        groups = RowsBySlot.of(slots)
+        request = LayerRequest(self._versions.epoch, layer, wire, scales, sum_weights)
+        groups, versions = self._versions.group(layer, slots, self._views, tokens)
         if combine_sum:
-            return LayerCall(request, groups, SumCombiner(staging, hidden), hidden.dtype, tokens)
+            return LayerCall(request, groups, versions, SumCombiner(staging, hidden), hidden.dtype, tokens)
         decoded_dtype = wire.dtype if scales is None else torch.float32
         combiner = RowCombiner(staging, groups, weights, hidden.shape[1], decoded_dtype)
-        return LayerCall(request, groups, combiner, hidden.dtype, tokens)
+        return LayerCall(request, groups, versions, combiner, hidden.dtype, tokens)
 
     def _send_wave(self, layer_call: LayerCall) -> None:
         """Asks one replica for each missing group, with one message per worker."""
@@ -185,7 +215,7 @@ class DispatchStep:
         edges = layer_call.groups.edges
         for group, excluded in wave.excluded.items():
             address = ExpertAddress(layer_call.request.layer, layer_call.groups.slots[group])
-            version = self._epoch.versions[address]
+            version = layer_call.versions[group]
             link = self._pool.pick(address, version, exclude=excluded, planned=num_rows)
             if link is None:
                 layer_call.fail_unheld(group, _no_replica(address, self._pool.last_worker(address)))
@@ -213,7 +243,7 @@ class DispatchStep:
             telemetry.LAYER: layer,
             telemetry.ROWS: num_rows,
             telemetry.WORKER: link.replica.worker,
-            telemetry.EPOCH: self._epoch.id,
+            telemetry.EPOCH: self._versions.epoch,
         }
         return telemetry.TRACER.start_span(
             telemetry.SPAN_DISPATCH, context, trace.SpanKind.CLIENT, attributes

@@ -21,6 +21,8 @@ class LayerCall:
 
     request: LayerRequest
     groups: RowsBySlot
+    # The version that computes each group.
+    versions: Sequence[bytes]
     combiner: Combiner
     # The dtype that the model computes in.
     dtype: torch.dtype

@@ -4,7 +4,7 @@ The code uses numpy, because every step here is tiny and an operation of torch c
 and for a single token plain lists, which cost a fraction of numpy's.
 
 Shapes: T tokens, K experts per token, n assignments and R tokens of one worker. An assignment is a pair of a
-token and a rank, numbered token * K + rank. A group is the assignments of one slot.
+token and a rank, numbered token * K + rank. A group is the assignments of one slot, or of one of its versions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class WorkerRows(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowsBySlot:
-    """The groups of a layer: the slots that are used and the assignments of each, both ascending."""
+    """The groups of a layer: the slots that are used and the assignments of each, both ascending. A slot that a step uses in
+    several versions occurs once for each of them (step_versions.py)."""
 
     slots: Sequence[int]
     assignments: Indices | list[int]  # group by group: all T * K except those to no slot

@@ -11,27 +11,34 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from moesaic.epoch import Epoch
-from moesaic.errors import DeadlineExceeded, InternalError, MoesaicError, Overloaded, Unavailable
-from router.attention.packed_batch import pack
+from moesaic.errors import Aborted, DeadlineExceeded, InternalError, MoesaicError, Overloaded, Unavailable
+from router.attention.packed_batch import PackedBatch, pack
 from router.cache.kv_cache import KVCache
+from router.decoders.capture import CapturedRows
 from router.decoders.decoder import MicroBatch, RouterModel
 from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.shadow import Shadow
 from router.engine import sampler
+from router.engine.epoch_tally import EpochTallies, EpochTally
 from router.engine.live_sequence import LiveSequence, Reading
 from router.engine.overlap import micro_batches
-from router.engine.request import Failed, SequenceRequest
+from router.engine.request import Failed, Finished, SequenceRequest, TokenGenerated
 from router.engine.sampling_params import SampledToken
+from router.gating.model_view import ViewRows
 from router.phase_clock import INSIDE_FORWARD, Phase, PhaseClock
 from router.scheduling.scheduler import Scheduler
 from router.scheduling.sequence import Chunk
 
 log = logging.getLogger(__name__)
+
+# The reason of the error that ends a sequence whose epoch is given up.
+EPOCH_RETIRED = "epoch_retired"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +73,16 @@ class _Resume:
     sequence_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Retire:
+    epoch: str
+
+
+_Command = SequenceRequest | _Cancel | _Pause | _Resume | _Retire
+
+
 class Engine:
-    """Runs the sequences of one epoch on one model. `overlap` splits steps into two micro-batches."""
+    """Runs sequences on one model, each in its own view of it. `overlap` splits steps into two micro-batches."""
 
     def __init__(
         self,
@@ -77,7 +92,6 @@ class Engine:
         dispatcher: Dispatcher,
         clock: PhaseClock,
         *,
-        epoch: Epoch,
         overlap: bool,
         max_waiting: int,
     ) -> None:
@@ -86,16 +100,16 @@ class Engine:
         self._scheduler = scheduler
         self._dispatcher = dispatcher
         self._clock = clock
-        self._epoch = epoch
         self._overlap = overlap
         self._max_open = scheduler.limits.max_running + max_waiting
         self._live: dict[str, LiveSequence] = {}
         # Bounded by `_max_open`: a request that is not admitted is not put in.
-        self._inbox: queue.SimpleQueue[SequenceRequest | _Cancel | _Pause | _Resume | None] = (
-            queue.SimpleQueue()
-        )
+        self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._num_open = 0
+        # The open sequences by epoch; those without any are left out.
+        self._open: Counter[str] = Counter()
+        self._tallies = EpochTallies()
+        self._shadow: Shadow | None = None
         self._stopping = False
         self._steps = self._overlapped_steps = self._prompt_tokens = self._generated_tokens = 0
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -110,22 +124,30 @@ class Engine:
     @property
     def num_open(self) -> int:
         """The number of sequences that were submitted and have not ended."""
-        return self._num_open
+        return self._open.total()
 
-    def submit(self, request: SequenceRequest) -> str:
-        """Admits a sequence and returns its epoch. Thread-safe. Raises Overloaded or Unavailable."""
+    def open_sequences(self) -> dict[str, int]:
+        """The number of open sequences by epoch."""
+        with self._lock:
+            return dict(self._open)
+
+    def tallies(self) -> Mapping[str, EpochTally]:
+        """How the sequences of each epoch do."""
+        return self._tallies.snapshot()
+
+    def submit(self, request: SequenceRequest) -> None:
+        """Admits a sequence. Thread-safe. Raises Overloaded or Unavailable."""
         with self._lock:
             if self._stopping:
                 raise _stopping()
-            if self._num_open >= self._max_open:
+            if self._open.total() >= self._max_open:
                 raise Overloaded(
                     f"the router has its {self._max_open} sequences running or waiting",
                     reason="QUEUE_FULL",
                     retry_after_s=1.0,
                 )
-            self._num_open += 1
+            self._open[request.view.epoch.id] += 1
             self._inbox.put(request)
-        return self._epoch.id
 
     def cancel(self, sequence_id: str) -> None:
         """Ends a sequence without further events if it has not ended yet. Thread-safe."""
@@ -139,12 +161,21 @@ class Engine:
         """Queues a paused sequence again. Thread-safe."""
         self._inbox.put(_Resume(sequence_id))
 
+    def retire(self, epoch: str) -> None:
+        """Ends the sequences that are still in this epoch, with an error that says how far they got. Thread-safe."""
+        self._inbox.put(_Retire(epoch))
+
+    def set_shadow(self, shadow: Shadow | None) -> None:
+        """Which sequences are shadowed from the next step on, and by what. Thread-safe."""
+        self._shadow = shadow
+
     def stop(self, timeout_s: float) -> None:
-        """Fails the sequences that are still open and ends the thread."""
+        """Fails the sequences that are still open and ends the thread, if it was started."""
         with self._lock:
             self._stopping = True
             self._inbox.put(None)
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
 
     def stats(self) -> EngineStats:
         prefixes = self._scheduler.prefixes
@@ -190,10 +221,14 @@ class Engine:
             self._carry_out(command)
         return True
 
-    def _carry_out(self, command: SequenceRequest | _Cancel | _Pause | _Resume) -> None:
+    def _carry_out(self, command: _Command) -> None:
         if isinstance(command, SequenceRequest):
-            live = self._live[command.sequence_id] = LiveSequence(command)
+            tally = self._tallies.of(command.view.epoch.id)
+            live = self._live[command.sequence_id] = LiveSequence(command, tally)
             self._scheduler.add(live.sequence)
+            return
+        if isinstance(command, _Retire):
+            self._fail_epoch(command.epoch)
             return
         known = self._live.get(command.sequence_id)
         if known is None:
@@ -205,6 +240,16 @@ class Engine:
                 self._scheduler.pause(known.sequence)
             case _Resume():
                 self._scheduler.resume(known.sequence)
+
+    def _fail_epoch(self, epoch: str) -> None:
+        for live in [live for live in self._live.values() if live.request.view.epoch.id == epoch]:
+            self._fail(
+                live,
+                Aborted(
+                    f"the epoch of this request was retired after {len(live.sequence.output)} tokens; send it again",
+                    reason=EPOCH_RETIRED,
+                ),
+            )
 
     def _paused_s(self) -> float | None:
         """How long the engine may wait while all its sequences are paused; None if it has none."""
@@ -218,6 +263,7 @@ class Engine:
 
     def _step(self, chunks: tuple[Chunk, ...]) -> None:
         """Runs one batch and delivers its results. An unexpected error fails this batch alone."""
+        chunks = by_view(chunks)
         lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
         started = time.perf_counter()
         parts: list[MicroBatch] = []
@@ -246,20 +292,22 @@ class Engine:
             readings: list[Reading] = []
             for chunks in parts:
                 lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
+                batch = pack(chunks, self._model.layout)
+                views = _views(lives, batch)
                 experts = self._dispatcher.begin(
-                    self._epoch,
+                    views,
                     deadline_s=max(live.request.deadline_s for live in lives),
                     # A batch has one set of spans, in the first recorded trace among those of its sequences.
                     context=next((live.trace for live in lives if live.trace is not None), None),
                 )
-                batch = pack(chunks, self._model.layout)
                 first_logit = sum(len(earlier.rows) for earlier in batches)
                 rows: list[int] = []
                 for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True):
                     reading = live.read(chunk, first_row, first_logit + len(rows), experts.failed)
                     rows += reading.wanted
                     readings.append(reading)
-                batches.append(MicroBatch(batch, torch.tensor(rows, dtype=torch.long), experts))
+                wanted = torch.tensor(rows, dtype=torch.long)
+                batches.append(MicroBatch(batch, wanted, experts, views, _captures(lives, batch)))
         return batches, readings
 
     def _forward(self, parts: Sequence[MicroBatch]) -> torch.Tensor:
@@ -297,8 +345,7 @@ class Engine:
             for reading in readings:
                 finished = reading.live.reach_end_of_prompt() if reading.chunk.reaches_end else None
                 if finished is not None:
-                    self._end(reading.live)
-                    reading.live.request.on_event(finished)
+                    self._finish(reading.live, finished)
             for reading, token in zip(drawing, tokens, strict=True):
                 if isinstance(token, MoesaicError):
                     self._reject(reading.live, token)
@@ -332,9 +379,16 @@ class Engine:
         """Adds a token to its sequence and reports it, with the end if it is the last."""
         self._generated_tokens += 1
         generated = live.take_token(token)
-        if generated.finished is not None:
-            self._end(live)
-        live.request.on_event(generated)
+        if generated.finished is None:
+            live.request.on_event(generated)
+        else:
+            self._finish(live, generated)
+
+    def _finish(self, live: LiveSequence, event: Finished | TokenGenerated) -> None:
+        """Ends a sequence as it should, and reports it."""
+        self._end(live)
+        live.tally.finished += 1
+        live.request.on_event(event)
 
     def _reject(self, live: LiveSequence, error: MoesaicError) -> None:
         """Fails a sequence whose values are wrong, and keeps them from being reused by others."""
@@ -344,14 +398,18 @@ class Engine:
     def _fail(self, live: LiveSequence, error: MoesaicError) -> None:
         if live.request.sequence_id in self._live:
             self._end(live)
+            live.tally.note_failure(error)
             live.request.on_event(Failed(error))
 
     def _end(self, live: LiveSequence) -> None:
         """Removes a sequence. Its blocks are free before its end is reported."""
         if self._live.pop(live.request.sequence_id, None) is not None:
             self._scheduler.remove(live.sequence)
+            epoch = live.request.view.epoch.id
             with self._lock:
-                self._num_open -= 1
+                self._open[epoch] -= 1
+                if not self._open[epoch]:
+                    del self._open[epoch]
 
     def _abandon(self) -> None:
         """Fails every sequence that is left when the loop has ended."""
@@ -363,6 +421,36 @@ class Engine:
                 command.on_event(Failed(_stopping()))
         for live in list(self._live.values()):
             self._fail(live, _stopping())
+
+
+def by_view(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+    """The same chunks, those of one view behind one another, and otherwise in their order."""
+    order: dict[str, int] = {}
+    for chunk in chunks:
+        order.setdefault(chunk.sequence.view, len(order))
+    if len(order) == 1:
+        return chunks
+    return tuple(sorted(chunks, key=lambda chunk: order[chunk.sequence.view]))
+
+
+def _views(lives: Sequence[LiveSequence], batch: PackedBatch) -> tuple[ViewRows, ...]:
+    """Which rows of a batch see the model in which way."""
+    views: list[ViewRows] = []
+    for live, chunk, first in zip(lives, batch.chunks, batch.first_rows, strict=True):
+        start, view = first, live.request.view
+        if views and views[-1].view.key == view.key:
+            last = views.pop()
+            start, view = last.start, last.view
+        views.append(ViewRows(view, start, first + chunk.num_tokens))
+    return tuple(views)
+
+
+def _captures(lives: Sequence[LiveSequence], batch: PackedBatch) -> tuple[CapturedRows, ...]:
+    return tuple(
+        CapturedRows(live.request.capture, first, first + chunk.num_tokens, chunk.start)
+        for live, chunk, first in zip(lives, batch.chunks, batch.first_rows, strict=True)
+        if live.request.capture is not None
+    )
 
 
 def _stopping() -> MoesaicError:

@@ -10,6 +10,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 
 from moesaic.errors import MoesaicError
+from router.engine.epoch_tally import EpochTally
 from router.engine.request import (
     Finished,
     FinishReason,
@@ -27,16 +28,18 @@ from router.scheduling.sequence import Chunk, Sequence
 class LiveSequence:
     """A request between its admission and its end. Used on the engine's thread alone."""
 
-    def __init__(self, request: SequenceRequest) -> None:
+    def __init__(self, request: SequenceRequest, tally: EpochTally) -> None:
         self.request = request
+        self.tally = tally
         params = request.sampling
         self.sequence = Sequence(
             request.sequence_id,
             [*request.prompt, *request.decoder_prompt],
             len(request.prompt),
+            view=request.view.key,
             tenant=request.tenant,
             call=request.call,
-            reads_all=params.prompt_logprobs is not None,
+            reads_all=params.prompt_logprobs is not None or request.capture is not None,
         )
         self.sampling = SamplingState(
             params=params,
@@ -49,6 +52,7 @@ class LiveSequence:
         self._admitted_s = time.monotonic()
         self._first_step_s: float | None = None
         self._first_token_s: float | None = None
+        self._last_token_s = self._admitted_s
         # The scores of the prompt's tokens from the second on. They survive a preemption.
         self._prompt_logprobs: list[TokenLogprobs] = []
 
@@ -57,7 +61,7 @@ class LiveSequence:
     ) -> Reading:
         """What this sequence reads from a micro-batch in which its chunk starts at `first_row`."""
         num_scored = first_scored = 0
-        if self.sequence.reads_all:
+        if self.request.sampling.prompt_logprobs is not None:
             # The row at position p predicts the token at p + 1.
             first = max(chunk.start, len(self._prompt_logprobs))
             last = min(chunk.end, self.sequence.num_prompt_tokens - 1)
@@ -90,8 +94,13 @@ class LiveSequence:
 
     def take_token(self, token: SampledToken) -> TokenGenerated:
         """Appends a token. Returns what to report of it."""
+        now_s, before_s = time.monotonic(), self._last_token_s
+        self._last_token_s = now_s
         if self._first_token_s is None:
-            self._first_token_s = time.monotonic()
+            self._first_token_s = now_s
+            self.tally.first_token_s.append(now_s - self._admitted_s)
+        else:
+            self.tally.token_s.append(now_s - before_s)
         self.sequence.append(token.token_id)
         return TokenGenerated(token, self._end_after(token))
 
@@ -134,6 +143,8 @@ class Reading:
 
     @property
     def wanted(self) -> list[int]:
+        if self.live.request.capture is not None:
+            return [*self.rows]
         return [*self.scored, self.rows[-1]] if self.samples else [*self.scored]
 
     @property

@@ -8,10 +8,11 @@ import time
 from router.engine.engine import Engine
 from router.engine.request import Failed, SequenceEvent, SequenceRequest, TokenGenerated
 from router.engine.sampling_params import SamplingParams
+from router.gating.model_view import ModelView
 
 
-async def pass_one_token(engine: Engine, timeout_s: float) -> None:
-    """Generates one token through every layer. Raises the error with which it fails."""
+async def pass_one_token(engine: Engine, view: ModelView, timeout_s: float) -> None:
+    """Generates one token through every layer of this view. Raises the error with which it fails."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[None] = loop.create_future()
 
@@ -33,6 +34,7 @@ async def pass_one_token(engine: Engine, timeout_s: float) -> None:
             sampling=SamplingParams(max_tokens=1, temperature=0.0),
             deadline_s=time.monotonic() + timeout_s,
             on_event=report,
+            view=view,
         )
     )
     await answer

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from opentelemetry.context import Context
 
 from moesaic.errors import MoesaicError
+from router.decoders.capture import Capture
 from router.engine.sampling_params import SampledToken, SamplingParams, TokenLogprobs
+from router.gating.model_view import ModelView
 
 
 class FinishReason(enum.Enum):
@@ -89,9 +91,13 @@ class SequenceRequest:
     sampling: SamplingParams
     deadline_s: float
     on_event: Callable[[SequenceEvent], None]
+    # The model as this sequence sees it, to its last token.
+    view: ModelView
     trace: Context | None = None
     tenant: str = ""
     # The same for all sequences of one call, which share places with other calls; empty: a call of its own.
     call: str = ""
     # What the decoder is given after its start token, where an encoder reads the prompt.
     decoder_prompt: tuple[int, ...] = ()
+    # Takes the hidden states of the prompt's tokens. Only without anything to generate or to score.
+    capture: Capture | None = None

@@ -1,22 +1,31 @@
 """The gate of a layer: it scores every slot for every token and selects the best ones, by the family's rule as data.
 
-A mask removes slots from a layer: the remaining ones are scored, grouped and weighted as if the others did not exist,
-so that no weight depends on a masked slot. Where fewer slots remain than a token may have, the ranks after them are
-empty: their slot is NO_SLOT, their weight is zero, and no expert is called for them.
+The rows of a micro-batch may belong to several views of the model, which leave out slots of the folder or have more
+than those. All rows are scored by the folder's gate in one product, so that these scores have the same bits in every view;
+slots that it does not have are scored by products of their own. Then each view's columns are selected, not masked: leaving
+a slot out gives the very numbers of a model without it.
 
-Shapes: T tokens, D hidden size, E slots (experts), K experts per token, G groups.
+A mask removes slots from a layer, too, where they form groups: the remaining ones are scored, grouped and weighted as if
+the others did not exist. Where fewer slots remain than a token may have, the ranks after them are empty: their slot is
+NO_SLOT, their weight is zero, and no expert is called for them.
+
+Shapes: T tokens, D hidden size, E slots (experts), K experts per token, G groups, S slots of a view.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
 
 from moesaic.compute.linear import Linear
+from moesaic.epoch import GateRow
 from moesaic.families.model import GateRule, Groups
+from router.gating.model_view import GateView, ViewRows
 from router.top_k import top_ids
 
 # The slot of an empty rank: no expert computes it.
@@ -24,6 +33,9 @@ NO_SLOT = -1
 
 # Up to this many scores, a sort of each row is faster than a search for its largest ones.
 _SORTED_SCORES = 2048
+
+# The most by which the logit of an added slot counts above those of the folder's, so that no sum of scores overflows.
+_MOST_ABOVE = 80.0
 
 
 class Assignment(NamedTuple):
@@ -47,6 +59,14 @@ class Gate:
     selection_bias: torch.Tensor | None = None  # [E], takes part in the choice alone
     # Whether the logits are computed in float32, whatever dtype the model computes in.
     exact: bool = False
+    # What views make of this gate, for as long as these exist.
+    _prepared: WeakKeyDictionary[GateView, _PreparedView] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False
+    )
+
+    @property
+    def num_slots(self) -> int:
+        return self.rows.out_features if isinstance(self.rows, Linear) else len(self.rows)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, D] -> [T, E]."""
@@ -60,6 +80,129 @@ class Gate:
         """Scores hidden [T, D] and applies the rule."""
         return assign(self.logits(hidden), self.rule, selection_bias=self.selection_bias)
 
+    def assign_views(self, layer: int, hidden: torch.Tensor, views: Sequence[ViewRows]) -> Assignment:
+        """Scores hidden [T, D] and applies the rule to the rows of each view, as that sees the gate of the layer. The views
+        cover all rows, and a single one need not say so; without any, the gate is the folder's."""
+        runs = _gate_runs(layer, views)
+        if all(run.view is None for run in runs):
+            return self.assign(hidden)
+        logits = self.logits(hidden)
+        if len(runs) == 1:
+            return self._assign_view(runs[0].view, hidden, logits)
+        return _joined(
+            [self._assign_view(view, hidden[start:end], logits[start:end]) for view, start, end in runs]
+        )
+
+    def view_logits(self, view: GateView, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [T, S] of the slots of a view, from those of all slots of the folder [T, E]."""
+        prepared = self._prepare(view)
+        if prepared.added is not None:
+            logits = torch.cat((logits, prepared.added.logits(hidden)), dim=1)
+        return logits if prepared.columns is None else logits.index_select(1, prepared.columns)
+
+    def _assign_view(self, view: GateView | None, hidden: torch.Tensor, logits: torch.Tensor) -> Assignment:
+        if view is None:
+            return assign(logits, self.rule, selection_bias=self.selection_bias)
+        prepared = self._prepare(view)
+        chosen = assign(
+            self.view_logits(view, hidden, logits),
+            prepared.rule,
+            selection_bias=prepared.selection_bias,
+            num_added=prepared.num_added,
+        )
+        return Assignment(chosen.weights, prepared.slots[chosen.slots])
+
+    def _prepare(self, view: GateView) -> _PreparedView:
+        prepared = self._prepared.get(view)
+        if prepared is None:
+            prepared = self._prepared[view] = _prepare(self, view)
+        return prepared
+
+    def beside(self, rows: Sequence[GateRow]) -> Gate:
+        """A gate that scores other slots, in the way in which this one scores its own."""
+        values = torch.stack([torch.frombuffer(bytearray(row.values), dtype=torch.float32) for row in rows])
+        weight = values.to(self.rows.device, self.rows.dtype)
+        return replace(
+            self,
+            rows=Linear(weight, batch_invariant=True) if isinstance(self.rows, Linear) else weight,
+            bias=_like(self.bias, [row.bias for row in rows]),
+            selection_bias=_like(self.selection_bias, [row.selection_bias for row in rows]),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PreparedView:
+    """What the view of a gate comes to in tensors."""
+
+    # With the number of slots that the view allows a token.
+    rule: GateRule
+    # Scores the slots that the folder's gate does not score, or not in this way.
+    added: Gate | None
+    # Which of the folder's logits, followed by those of `added`, the view has; None: all of them.
+    columns: torch.Tensor | None  # [S]
+    # The slot of each column, and NO_SLOT at the end, where that index finds it.
+    slots: torch.Tensor  # [S + 1]
+    selection_bias: torch.Tensor | None  # [S]
+    # How many of the columns, the last ones, are slots that the folder does not have.
+    num_added: int
+
+
+def _prepare(gate: Gate, view: GateView) -> _PreparedView:
+    num_slots, device = gate.num_slots, gate.rows.device
+    added = gate.beside(list(view.rows.values())) if view.rows else None
+    column_of = {slot: num_slots + index for index, slot in enumerate(view.rows)}
+    columns = [column_of.get(slot, slot) for slot in view.slots]
+    index = torch.tensor(columns, device=device)
+    biases = [gate.selection_bias, None if added is None else added.selection_bias]
+    known = [bias for bias in biases if bias is not None]
+    return _PreparedView(
+        rule=replace(gate.rule, top_k=view.top_k),
+        added=added,
+        columns=None if columns == list(range(num_slots + len(view.rows))) else index,
+        slots=torch.tensor([*view.slots, NO_SLOT], device=device),
+        selection_bias=torch.cat(known).index_select(0, index) if known else None,
+        num_added=sum(slot >= num_slots for slot in view.slots),
+    )
+
+
+def _like(bias: torch.Tensor | None, values: list[float]) -> torch.Tensor | None:
+    """The values as a bias like that of the folder's gate; None where that has none."""
+    return None if bias is None else torch.tensor(values, device=bias.device, dtype=bias.dtype)
+
+
+class _GateRun(NamedTuple):
+    """Consecutive rows that see the gate of a layer alike; None: as the folder has it."""
+
+    view: GateView | None
+    start: int
+    end: int
+
+
+def _gate_runs(layer: int, views: Sequence[ViewRows]) -> list[_GateRun]:
+    runs: list[_GateRun] = []
+    for of_view in views:
+        view = of_view.view.gates.get(layer)
+        if runs and runs[-1].view is view:
+            runs[-1] = runs[-1]._replace(end=of_view.end)
+        else:
+            runs.append(_GateRun(view, of_view.start, of_view.end))
+    return runs
+
+
+def _joined(parts: Sequence[Assignment]) -> Assignment:
+    """The assignments of consecutive rows; where a token has fewer slots than others, its last ranks are empty."""
+    most = max(part.slots.shape[1] for part in parts)
+    padded = [
+        Assignment(
+            functional.pad(part.weights, (0, most - part.slots.shape[1])),
+            functional.pad(part.slots, (0, most - part.slots.shape[1]), value=NO_SLOT),
+        )
+        for part in parts
+    ]
+    return Assignment(
+        torch.cat([part.weights for part in padded]), torch.cat([part.slots for part in padded])
+    )
+
 
 def assign(
     logits: torch.Tensor,
@@ -67,12 +210,15 @@ def assign(
     *,
     selection_bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    num_added: int = 0,
 ) -> Assignment:
     """Applies the rule to logits [T, E] in float32; where choices tie, the lowest slot comes first.
 
     `selection_bias` [E] takes part in the choice alone. `mask`, bool [E] or [T, E], marks the slots that may be chosen.
+    `num_added`: how many of the slots, the last ones, the model folder does not have. Where the rule renormalises, a token
+    that chooses none of them gets the same bits as without them.
     """
-    chosen = choose(logits, rule, selection_bias=selection_bias, mask=mask)
+    chosen = choose(logits, rule, selection_bias=selection_bias, mask=mask, num_added=num_added)
     if rule.renormalise:
         chosen = renormalise(chosen, rule, may_be_empty=mask is not None)
     if rule.second_threshold is not None:
@@ -86,6 +232,7 @@ def choose(
     *,
     selection_bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    num_added: int = 0,
 ) -> Assignment:
     """The chosen slots, with their weights before these are renormalised, dropped or scaled."""
     logits = logits.float()
@@ -94,7 +241,7 @@ def choose(
     if rule.weight == "sparse_mixer":
         weights, slots = _sparse_mixer(logits, rule)
     else:
-        scores = _scores(logits, rule)
+        scores = _scores(logits, rule) if not num_added else _grown_scores(logits, rule, num_added)
         choice = _choice(logits, scores, rule, selection_bias, masked=mask is not None)
         best, slots = _best(choice, rule.top_k)
         found = choice is scores and rule.weight == "score"
@@ -137,6 +284,18 @@ def _scores(logits: torch.Tensor, rule: GateRule) -> torch.Tensor:
     if rule.score == "softmax":
         return logits.softmax(dim=-1)
     return logits.sigmoid() if rule.score == "sigmoid" else logits
+
+
+def _grown_scores(logits: torch.Tensor, rule: GateRule, num_added: int) -> torch.Tensor:
+    """The scores of a layer with added slots. Under a softmax whose weights are renormalised, a common factor of all
+    scores does not matter: they are relative to the folder's slots, and so those of the folder's keep their bits."""
+    if rule.score != "softmax" or not rule.renormalise or rule.epsilon or rule.selection_bias:
+        return _scores(logits, rule)
+    own, added = logits.split([logits.shape[1] - num_added, num_added], dim=1)
+    if not own.shape[1]:
+        return _scores(logits, rule)
+    above = (added - own.logsumexp(dim=-1, keepdim=True)).clamp(max=_MOST_ABOVE)
+    return torch.cat((own.softmax(dim=-1), above.exp()), dim=1)
 
 
 def _weights(logits: torch.Tensor, scores: torch.Tensor, slots: torch.Tensor, rule: GateRule) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Finds keys and values that were computed before: full blocks by hash, shared without a copy.
 
-The hash of a block covers its tokens and its parent's hash. The chain begins with the epoch and the tenant,
-so neither another version of the model nor another tenant ever gets these blocks. Only full, computed blocks
+The hash of a block covers its tokens and its parent's hash. The chain begins with the view of the model (its
+epoch, and what the policy leaves of it) and the tenant, so neither another version of the model, nor another
+policy, nor another tenant ever gets these blocks. Only full, computed blocks
 have a hash, and they are never written again: a sequence writes behind the blocks that it shares.
 
 Where a model has recurrent states, a prefix can be reused only with both its blocks and a snapshot of the
@@ -23,11 +24,10 @@ DIGEST_BYTES = 32
 
 
 class PrefixCache:
-    """The cached prefixes of one epoch: blocks of a pool by hash, and snapshots of the states after them."""
+    """The cached prefixes: blocks of a pool by hash, and snapshots of the states after them."""
 
-    def __init__(self, pool: BlockPool, epoch: str, states: StatePool | None = None) -> None:
+    def __init__(self, pool: BlockPool, states: StatePool | None = None) -> None:
         self._pool = pool
-        self._epoch = epoch
         self._states = states
         self.num_looked_up = 0
         self.num_hit = 0
@@ -90,7 +90,7 @@ class PrefixCache:
         size, hashes = self._pool.block_tokens, sequence.block_hashes
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else self._root(sequence.tenant)
+            parent = hashes[-1] if hashes else _root(sequence)
             tokens = array("I", sequence.tokens[start : start + size]).tobytes()
             hashes.append(blake2b(parent + tokens, digest_size=DIGEST_BYTES).digest())
         return hashes[:num_blocks]
@@ -105,6 +105,7 @@ class PrefixCache:
         self._pool.release(unusable)
         return found[:usable]
 
-    def _root(self, tenant: str) -> bytes:
-        # The id of an epoch holds no zero byte, so no tenant can imitate another epoch.
-        return blake2b(f"{self._epoch}\0{tenant}".encode(), digest_size=DIGEST_BYTES).digest()
+
+def _root(sequence: Sequence) -> bytes:
+    # The key of a view holds no zero byte, so no tenant can imitate another view.
+    return blake2b(f"{sequence.view}\0{sequence.tenant}".encode(), digest_size=DIGEST_BYTES).digest()

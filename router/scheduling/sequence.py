@@ -13,6 +13,8 @@ class Sequence:
     # The prompt, the decoder's own prompt where an encoder reads the first, and the generated tokens.
     tokens: list[int]
     num_prompt_tokens: int
+    # The key of the view of the model that computes it. Prefixes are shared by view, too.
+    view: str = ""
     # Whom it is computed for. Prefixes are shared, and served tokens counted, by tenant.
     tenant: str = ""
     # The request that it answers, alone or with others. Places are shared between calls; empty: a call of its own.

@@ -85,6 +85,11 @@ class ReplicaPool:
         """All links, ordered by worker name. Another tuple after every change of what the pool holds."""
         return self._ordered
 
+    @property
+    def revision(self) -> int:
+        """That of the newest table; -1 before the first."""
+        return self._revision
+
     def update(self, table: RoutingTable) -> None:
         """Replaces the table by a newer one; an older one is ignored."""
         with self._lock:

@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.processes import Process, running_gateway, running_router, running_workers
 
 import cluster
-from moesaic import Client, SyncClient, rpc
+from moesaic import Client, Deny, SyncClient, rpc
+from moesaic.client.completion import WeightVersion
 from moesaic.errors import InvalidArgument, MoesaicError, NotFound, Unavailable
 
 DEMO_MODEL = Path(cluster.__file__).parent / "demo_model"
@@ -214,6 +215,42 @@ async def test_grpc_clients_get_typed_errors_with_the_field(client: Client) -> N
     assert bad.value.field == "temperature"
     with pytest.raises(NotFound):
         await client.complete("a", model="another")
+
+
+async def test_what_is_denied_is_never_computed_and_leaves_nothing_to_others(client: Client) -> None:
+    async def rows() -> dict[str, int]:
+        return {worker.worker: worker.rows for worker in (await client.router_stats()).workers}
+
+    prompt, wanted = "Is this a dagger which I see before me, ", {"max_tokens": 12, "temperature": 0}
+    num_layers = (await client.model_info()).num_layers
+    whole = await client.complete(prompt, **wanted)
+    before = await rows()
+    policy = Deny(*(f"{layer}:{slot}" for layer in range(num_layers) for slot in range(3)))
+    denied = await client.complete(prompt, experts=policy, return_weight_versions=True, **wanted)
+    grown = {worker: num - before[worker] for worker, num in (await rows()).items()}
+    assert [num > 0 for _, num in sorted(grown.items())] == [False, True]
+    assert denied.experts == policy and denied.epoch == whole.epoch
+    assert denied.weight_versions == (WeightVersion(whole.epoch, 0, len(denied.token_ids)),)
+    assert denied.token_ids != whole.token_ids and denied.usage.cached_prompt_tokens == 0
+    assert (await client.complete(prompt, **wanted)).token_ids == whole.token_ids
+    assert (await client.complete(prompt, experts=policy, **wanted)).token_ids == denied.token_ids
+
+
+@pytest.mark.parametrize(
+    ("experts", "field"),
+    [
+        ({"deny": [f"0:{slot}" for slot in range(8)]}, "experts.deny"),
+        ({"deny": ["0:0", "0:"]}, "experts.deny[1]"),
+        ({"allow": ["nobody"]}, "experts.allow[0]"),
+        ({"require": ["nobody"]}, "experts.require"),
+        ({"top_k": 9}, "experts.top_k"),
+    ],
+)
+def test_experts_that_cannot_be_had_are_refused_with_the_place(
+    deployment: Deployment, experts: dict[str, object], field: str
+) -> None:
+    answer = httpx.post(f"{deployment.url}/v1/completions", json={"prompt": "a", "experts": experts})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
 
 
 def test_logs_never_hold_a_prompt(deployment: Deployment, api: openai.OpenAI) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from support.local_router import local_router, lonely_router, router_config
 from support.processes import running_router, running_workers
 from support.striped_hyena import EVO, Reference, write_striped_hyena
+from support.views import whole
 
 from moesaic.client.sync_client import SyncClient
 from moesaic.epoch import Epoch
@@ -187,7 +188,7 @@ class Forced:
         chunks = self._scheduler.schedule()
         batch = pack(chunks, self.loaded.model.layout)
         self.states.apply(self.pool.take_copies())
-        experts = self.loaded.dispatcher.begin(Epoch.of("golden", {}), deadline_s=0.0)
+        experts = self.loaded.dispatcher.begin(whole(Epoch.of("golden", {})), deadline_s=0.0)
         part = MicroBatch(batch, torch.arange(batch.num_tokens), experts)
         logits = self.loaded.model.forward((part,), self.loaded.cache)
         self._scheduler.advance(chunks[0])

@@ -20,7 +20,6 @@ from router.engine.request import (
 )
 from router.engine.sampling_params import SampledToken, TokenLogprobs
 
-EPOCH = "epoch-1"
 TIMING = Timing(queued_s=0.25, first_token_s=0.5, total_s=1.5)
 Script = Callable[[SequenceRequest], Iterable[SequenceEvent]]
 
@@ -46,14 +45,13 @@ class FakeEngine:
         self._thread = threading.Thread(target=self._play, name="fake-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: SequenceRequest) -> str:
+    def submit(self, request: SequenceRequest) -> None:
         if self.refusal is not None and len(self.open) >= self.num_places:
             raise self.refusal
         self.requests.append(request)
         self.open.add(request.sequence_id)
         if self.script is not None:
             self._work.put((request, self.script(request)))
-        return EPOCH
 
     def cancel(self, sequence_id: str) -> None:
         self.cancelled.append(sequence_id)

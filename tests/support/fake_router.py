@@ -109,7 +109,9 @@ class FakeRouter(InferenceServiceServicer):
         continuations = [self._continuation(request, prompt, i) for i in range(max(request.n, 1))]
         if self.error is not None and self.error_after == 0:
             raise self.error
-        info: pb.PromptInfo | None = self._prompt_info(request, prompt)
+        opening: pb.GenerateResponse | None = pb.GenerateResponse(prompt=self._prompt_info(request, prompt))
+        if request.HasField("experts"):
+            opening.experts.CopyFrom(request.experts)
         for step in range(max(len(tokens) for tokens in continuations)):
             await self._misbehave(step)
             for index, tokens in enumerate(continuations):
@@ -117,9 +119,9 @@ class FakeRouter(InferenceServiceServicer):
                     response = pb.GenerateResponse(index=index)
                     response.MergeFrom(head)
                     response.MergeFrom(tokens[step])
-                    if info is not None:
-                        response.prompt.CopyFrom(info)
-                        info = None
+                    if opening is not None:
+                        response.MergeFrom(opening)
+                        opening = None
                     yield response
 
     async def _misbehave(self, step: int) -> None:
@@ -201,6 +203,8 @@ class FakeRouter(InferenceServiceServicer):
         messages = messages or [pb.GenerateResponse()]
         messages[-1].finish_reason = reason
         messages[-1].stop = stop
+        if request.return_weight_versions:
+            messages[-1].weight_versions.add(version=self.epoch, start=0, end=len(ids))
         messages[-1].usage.CopyFrom(pb.Usage(prompt_tokens=len(prompt), completion_tokens=len(ids)))
         messages[-1].timing.CopyFrom(pb.Timing(queued_s=0.01, first_token_s=0.02, total_s=0.03))
         return messages

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from support.expert_calls import ReferenceExperts
+from support.views import whole
 
 from expert_worker.experts.expert import ExpertForm
 from expert_worker.experts.loader import load_experts
@@ -121,7 +122,9 @@ def local_router(
     pool.update(snapshot.table)
     loaded = load_router(router_config(model, dense_layers, **engine), pool, PhaseClock())
     try:
-        yield LocalRouter(loaded, lambda: loaded.dispatcher.begin(epoch, deadline_s=time.monotonic() + 30))
+        yield LocalRouter(
+            loaded, lambda: loaded.dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 30)
+        )
     finally:
         pool.close()
 

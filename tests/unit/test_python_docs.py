@@ -14,7 +14,8 @@ from support.fake_router import FakeRouter, running
 ROOT = Path(__file__).parents[2]
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL | re.M)
 ONCE = "Once upon a timeOnce upon a time\n"
-OUTPUTS = (ONCE, ONCE, "To be, o length 8\n", "temperature is wrong: ")
+POLICY = "2+3=\n[(True, 0, 4)]\n"
+OUTPUTS = (ONCE, ONCE, "To be, o length 8\n", POLICY, "temperature is wrong: ")
 
 
 @pytest.mark.parametrize(("program", "output"), list(zip(PROGRAMS, OUTPUTS, strict=True)))

@@ -37,6 +37,7 @@ from router.decoders.residual_stream import ResidualStream
 from router.gating.capacity import assign_with_capacity, run_lengths
 from router.gating.gate import NO_SLOT, Assignment, Gate, assign_all
 from router.gating.gate_stats import GateStats
+from router.gating.model_view import ViewRows
 from router.phase_clock import Phase, PhaseClock
 
 # The queries of a prompt that are attended at once, where each has a bias of its own for every key.
@@ -102,6 +103,11 @@ class EncoderDecoder:
         self._encoder_bias = bias_of_distances(biases[0], relative, num_positions, both_ways=True)
         self._decoder_bias = bias_of_distances(biases[1], relative, num_positions, both_ways=False)
         self.weight_bytes += self._encoder_bias.nbytes + self._decoder_bias.nbytes
+
+    @property
+    def gates(self) -> dict[int, Gate]:
+        """None whose input can be captured."""
+        return {}
 
     @torch.inference_mode()
     def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
@@ -202,19 +208,28 @@ class EncoderDecoder:
             stream.local_output = weights.mlp(normed)
             return
         assignment = (
-            assign_all(normed) if weights.gate is None else self._assign(layer, weights.gate, normed, lengths)
+            assign_all(normed)
+            if weights.gate is None
+            else self._assign(layer, weights.gate, normed, stream.views, lengths)
         )
         stream.call = stream.micro_batch.experts.send(
             layer, normed, assignment.slots, assignment.weights, tokens=stream.tokens
         )
 
-    def _assign(self, layer: int, gate: Gate, normed: torch.Tensor, lengths: Sequence[int]) -> Assignment:
+    def _assign(
+        self,
+        layer: int,
+        gate: Gate,
+        normed: torch.Tensor,
+        views: Sequence[ViewRows],
+        lengths: Sequence[int],
+    ) -> Assignment:
         with self._clock.phase(Phase.GATE):
             if self.gate_stats.sampling:
                 self.gate_stats.record_logits(layer, gate.logits(normed))
             capacity = self._experts[layer].capacity if self._limits_slots else None
             if capacity is None:
-                assignment = gate.assign(normed)
+                assignment = gate.assign_views(layer, normed, views)
             else:
                 assignment, num_dropped = assign_with_capacity(
                     gate.logits(normed), gate.rule, capacity, run_lengths(capacity, lengths)

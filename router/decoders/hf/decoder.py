@@ -28,9 +28,9 @@ from router.decoders.dense_tensors import read_dense
 from router.decoders.hf.attention import ATTENTION_NAME, AttentionStep, Temperature, register_attention
 from router.decoders.hf.config import blaming_config, modules_config
 from router.decoders.hf.latent_attention import LatentAttentionModule
-from router.decoders.hf.moe_block import CurrentStep, MoeBlock, RemoteExperts, RemoteMlp
+from router.decoders.hf.moe_block import CurrentStep, GateModule, MoeBlock, RemoteExperts, RemoteMlp
 from router.decoders.hf.wiring import WIRINGS, Wiring
-from router.gating.gate import Assignment
+from router.gating.gate import Assignment, Gate
 from router.gating.gate_stats import GateStats
 from router.phase_clock import PhaseClock
 
@@ -66,6 +66,15 @@ class HfDecoder:
         """The bytes of all tensors that this process holds."""
         return sum(tensor.nbytes for tensor in (*self._modules.parameters(), *self._modules.buffers()))
 
+    @property
+    def gates(self) -> dict[int, Gate]:
+        found: dict[int, Gate] = {}
+        for index, layer in enumerate(_decoder_layers(self._modules)):
+            for module in layer.modules():
+                if isinstance(module, GateModule):
+                    found[index] = module.gate
+        return found
+
     @torch.inference_mode()
     def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
         """Runs a step, writes the cache, and returns the logits [N, V] of the wanted rows of each micro-batch in turn."""
@@ -73,7 +82,7 @@ class HfDecoder:
         return torch.cat([self._forward(micro_batch, cache) for micro_batch in micro_batches])
 
     def _forward(self, micro_batch: MicroBatch, cache: KVCache) -> torch.Tensor:
-        self._step.experts = micro_batch.experts
+        self._step.micro_batch = micro_batch
         batch = micro_batch.batch
         output = self._modules(
             input_ids=batch.token_ids,
@@ -112,6 +121,7 @@ def _replace_blocks(modules: PreTrainedModel, model: MoeModel, step: CurrentStep
         elif layer.gate.own:
             _strip_experts(layers[index], remote)
         else:
+            remote.observe_residual(layers[index])
             block = MoeBlock(layers[index].get_submodule(wiring.block), wiring, layer, remote, clock)
             layers[index].set_submodule(wiring.block, block)
 

@@ -5,34 +5,37 @@ Shapes: T tokens, D hidden size, E slots, K experts per token.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import nn
 
 from moesaic.errors import Unsupported
 from moesaic.families.model import ExpertLayer, GateRule
+from router.decoders.capture import capture_gate_input, capture_residual
+from router.decoders.decoder import MicroBatch
 from router.decoders.hf.wiring import Wiring
-from router.dispatch.dispatcher import DispatchStep
 from router.dispatch.layer_call import LayerCall
 from router.gating.gate import Assignment, Gate, assign_all
 from router.phase_clock import Phase, PhaseClock
 
 
 class CurrentStep:
-    """Holds the experts of the micro-batch that is passing the modules. All layers of a decoder share one."""
+    """Holds the micro-batch that is passing the modules. All layers of a decoder share one."""
 
     def __init__(self) -> None:
-        self._experts: DispatchStep | None = None
+        self._micro_batch: MicroBatch | None = None
 
     @property
-    def experts(self) -> DispatchStep:
-        """Raises RuntimeError before the first step, when there is no micro-batch whose experts could be called."""
-        if self._experts is None:
+    def micro_batch(self) -> MicroBatch:
+        """Raises RuntimeError before the first step, when there is none whose experts could be called."""
+        if self._micro_batch is None:
             raise RuntimeError("no step is running: the modules have no experts to call")
-        return self._experts
+        return self._micro_batch
 
-    @experts.setter
-    def experts(self, experts: DispatchStep) -> None:
-        self._experts = experts
+    @micro_batch.setter
+    def micro_batch(self, micro_batch: MicroBatch) -> None:
+        self._micro_batch = micro_batch
 
 
 class RemoteExperts:
@@ -42,13 +45,27 @@ class RemoteExperts:
         self._layer = layer
         self._step = step
 
+    def assign(self, gate: Gate, rows: torch.Tensor) -> Assignment:
+        """Scores rows [T, D] with the gate of the layer, as the sequences of the micro-batch see it."""
+        micro_batch = self._step.micro_batch
+        capture_gate_input(micro_batch.captures, self._layer, rows)
+        return gate.assign_views(self._layer, rows, micro_batch.views)
+
+    def observe_residual(self, layer: nn.Module) -> None:
+        """Lets the residual stream be read out that enters this decoder layer."""
+
+        def capture(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            capture_residual(self._step.micro_batch.captures, self._layer, inputs[0].flatten(0, -2))
+
+        layer.register_forward_pre_hook(capture)
+
     def send(self, rows: torch.Tensor, assignment: Assignment) -> LayerCall:
         """Sends rows [T, D] without waiting for the answer."""
-        return self._step.experts.send(self._layer, rows, assignment.slots, assignment.weights)
+        return self._step.micro_batch.experts.send(self._layer, rows, assignment.slots, assignment.weights)
 
     def receive(self, call: LayerCall) -> torch.Tensor:
         """Waits for the answer, [T, D]."""
-        return self._step.experts.receive(call)
+        return self._step.micro_batch.experts.receive(call)
 
 
 class GateModule(nn.Module):
@@ -59,6 +76,7 @@ class GateModule(nn.Module):
         num_slots: int,
         hidden_size: int,
         rule: GateRule,
+        remote: RemoteExperts,
         clock: PhaseClock,
         *,
         exact: bool = False,
@@ -68,14 +86,19 @@ class GateModule(nn.Module):
         self.bias = _empty(num_slots) if rule.biased else None
         self.e_score_correction_bias = _empty(num_slots) if rule.selection_bias else None
         self._rule = rule
+        self._remote = remote
         self._clock = clock
         self._exact = exact
+
+    @cached_property
+    def gate(self) -> Gate:
+        """To be asked for once the parameters are loaded."""
+        return Gate(self._rule, self.weight, self.bias, self.e_score_correction_bias, self._exact)
 
     def forward(self, rows: torch.Tensor) -> Assignment:
         """Scores rows [T, D]."""
         with self._clock.phase(Phase.GATE):
-            gate = Gate(self._rule, self.weight, self.bias, self.e_score_correction_bias, self._exact)
-            return gate.assign(rows)
+            return self._remote.assign(self.gate, rows)
 
 
 class MoeBlock(nn.Module):
@@ -95,7 +118,7 @@ class MoeBlock(nn.Module):
         if layer.gate.weighs == "input" and layer.gate.top_k > 1:
             raise Unsupported("model: experts that weigh their input take one a token", field="model")
         gate = GateModule(
-            layer.num_slots, layer.module.hidden_size, layer.gate, clock, exact=wiring.exact_gate
+            layer.num_slots, layer.module.hidden_size, layer.gate, remote, clock, exact=wiring.exact_gate
         )
         # The submodules have the family's names, by which parameters are loaded.
         self.add_module(wiring.gate, gate)

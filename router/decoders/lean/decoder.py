@@ -22,11 +22,12 @@ from router.attention.paged import attend
 from router.attention.rotary import rotary_turns, turn_
 from router.attention.views import AttentionLayout
 from router.cache.kv_cache import KVCache
+from router.decoders.capture import capture_gate_input, capture_residual
 from router.decoders.decoder import MicroBatch
 from router.decoders.lean.supported import SupportedModel
 from router.decoders.lean.weights import DecoderLayer, LayerReader
 from router.decoders.residual_stream import ResidualStream, final_hidden
-from router.gating.gate import assign_all
+from router.gating.gate import Assignment, Gate, assign_all
 from router.gating.gate_stats import GateStats
 from router.phase_clock import Phase, PhaseClock
 
@@ -65,6 +66,10 @@ class LeanDecoder:
         self._turns = rotary_turns(num_positions, mixer.head_dim, supported.rope_theta).to(layout.device)
         self.weight_bytes = reader.num_bytes + self._turns.nbytes
 
+    @property
+    def gates(self) -> dict[int, Gate]:
+        return {index: layer.gate for index, layer in enumerate(self._layers) if layer.gate is not None}
+
     @torch.inference_mode()
     def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:
         """Runs a step, writes the cache, and returns the logits [N, V] of the wanted rows of each micro-batch in turn."""
@@ -83,6 +88,8 @@ class LeanDecoder:
 
     def _run(self, index: int, layer: DecoderLayer, stream: _Stream, cache: KVCache) -> None:
         """Computes a layer up to the call of its experts, without waiting for their answer."""
+        if layer.gate is not None:
+            capture_residual(stream.captures, index, stream.hidden)
         attended = self._attend(index, layer, stream, cache)
         if index == len(self._layers) - 1:
             attended = stream.keep_wanted(attended)
@@ -93,14 +100,22 @@ class LeanDecoder:
         normed = self._normed(hidden, layer.experts_norm)
         if index in self._expert_layers:
             with self._clock.phase(Phase.GATE):
-                assignment = assign_all(normed) if layer.gate is None else layer.gate.assign(normed)
-                if self.gate_stats.sampling and layer.gate is not None:
-                    self.gate_stats.record_logits(index, layer.gate.logits(normed))
+                assignment = (
+                    assign_all(normed)
+                    if layer.gate is None
+                    else self._assign(index, layer.gate, normed, stream)
+                )
             stream.call = stream.micro_batch.experts.send(
                 index, normed, assignment.slots, assignment.weights, tokens=stream.tokens
             )
         if layer.mlp is not None:
             stream.local_output = layer.mlp(normed)
+
+    def _assign(self, index: int, gate: Gate, normed: torch.Tensor, stream: _Stream) -> Assignment:
+        if self.gate_stats.sampling:
+            self.gate_stats.record_logits(index, gate.logits(normed))
+        capture_gate_input(stream.captures, index, normed)
+        return gate.assign_views(index, normed, stream.views)
 
     def _attend(self, index: int, layer: DecoderLayer, stream: _Stream, cache: KVCache) -> torch.Tensor:
         """[T, D] -> [T, H * d]. Rotates queries and keys in place."""

@@ -25,7 +25,7 @@ from router.decoders.decoder import MicroBatch
 from router.decoders.residual_stream import ResidualStream, final_hidden
 from router.decoders.stripedhyena.mixers import MixerStep
 from router.decoders.stripedhyena.weights import Block, BlockReader
-from router.gating.gate import assign_all
+from router.gating.gate import Gate, assign_all
 from router.gating.gate_stats import GateStats
 from router.phase_clock import PhaseClock
 
@@ -57,6 +57,11 @@ class StripedHyena:
         base, scaling = self._arithmetic.rotary_base, self._arithmetic.rotary_scaling
         self._turns = rotary_turns(num_positions, head_dim, base, scaling=scaling).to(layout.device)
         self.weight_bytes = reader.num_bytes + self._turns.nbytes
+
+    @property
+    def gates(self) -> dict[int, Gate]:
+        """None whose input can be captured."""
+        return {}
 
     @torch.inference_mode()
     def forward(self, micro_batches: Sequence[MicroBatch], cache: KVCache) -> torch.Tensor:

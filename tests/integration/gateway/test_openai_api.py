@@ -12,6 +12,7 @@ from support.fake_router import encode, logprob_at
 from support.gateway_site import Site, events
 
 import moesaic
+from moesaic.v1 import inference_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -24,7 +25,7 @@ async def test_a_completion_has_text_usage_and_the_epoch(client: openai.AsyncOpe
     assert reply.choices[0].finish_reason == "length"
     assert reply.usage is not None
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (3, 5, 8)
-    assert reply.model_extra == {"epoch": "e1"}
+    assert reply.model_extra == {"epoch": "e1", "moesaic": {"epoch": "e1"}}
     assert (reply.object, reply.model) == ("text_completion", "fake")
 
 
@@ -301,3 +302,76 @@ async def test_a_long_list_of_tokens_is_whole(site: Site, http: httpx.AsyncClien
     assert (reply["count"], reply["max_model_len"]) == (len(encode(prompt)), 128)
     assert "token_strs" not in (await http.post("/tokenize", json={"prompt": "a"})).json()
     assert (await http.post("/tokenize", json={"prompt": ""})).json()["tokens"] == []
+
+
+# Which experts compute an answer
+
+POLICY = {"deny": ["maths-v1", "12:7"], "allow": ["law"], "require": ["law"], "top_k": 4}
+
+
+async def test_a_policy_goes_through_openais_client_and_comes_back(
+    site: Site, client: openai.AsyncOpenAI
+) -> None:
+    extra = {"experts": POLICY, "return_weight_versions": True, "epoch": "e1", "session_id": "s1"}
+    reply = await client.completions.create(
+        model="fake", prompt="abc", n=2, max_tokens=3, extra_body=extra, user="somebody"
+    )
+    (call,) = site.router.requests
+    assert call.experts == pb.ExpertPolicy(**POLICY)
+    assert (call.epoch, call.session_id, call.return_weight_versions) == ("e1", "s1", True)
+    assert reply.model_extra is not None
+    assert reply.model_extra["moesaic"] == {"epoch": "e1", "experts": POLICY}
+    span = {"version": "e1", "start": 0, "end": 3}
+    assert [(choice.model_extra or {})["weight_versions"] for choice in reply.choices] == [[span]] * 2
+
+
+async def test_a_chat_takes_a_policy_too(client: openai.AsyncOpenAI) -> None:
+    reply = await client.chat.completions.create(
+        model="fake",
+        messages=[{"role": "user", "content": "abc"}],
+        max_tokens=2,
+        extra_body={"experts": {"deny": ["maths-v1"]}, "return_weight_versions": True},
+    )
+    assert (reply.model_extra or {})["moesaic"] == {"epoch": "e1", "experts": {"deny": ["maths-v1"]}}
+    span = {"version": "e1", "start": 0, "end": 2}
+    assert (reply.choices[0].model_extra or {})["weight_versions"] == [span]
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+async def test_a_stream_says_by_what_it_is_computed_at_its_beginning_and_which_versions_at_its_end(
+    http: httpx.AsyncClient, is_chat: bool
+) -> None:
+    route, prompt = (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "abc"}]})
+        if is_chat
+        else ("/v1/completions", {"prompt": "abc"})
+    )
+    body = {
+        **prompt,
+        "model": "fake",
+        "max_tokens": 3,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "experts": {"deny": ["law"]},
+        "return_weight_versions": True,
+    }
+    *chunks, usage, _done = events((await http.post(route, json=body)).text)
+    assert chunks[0]["moesaic"] == {"epoch": "e1", "experts": {"deny": ["law"]}}
+    assert not any("moesaic" in chunk for chunk in (*chunks[1:], usage))
+    named = [chunk["choices"][0].get("weight_versions") for chunk in chunks]
+    assert named == [None] * (len(chunks) - 1) + [[{"version": "e1", "start": 0, "end": 3}]]
+
+
+async def test_a_policy_is_echoed_only_where_there_is_one_and_versions_where_they_are_asked_for(
+    http: httpx.AsyncClient,
+) -> None:
+    body = {"model": "fake", "prompt": "abc", "max_tokens": 1, "experts": {"deny": []}}
+    reply = (await http.post("/v1/completions", json=body)).json()
+    assert reply["moesaic"] == {"epoch": "e1"}
+    assert "weight_versions" not in reply["choices"][0]
+
+
+async def test_prompts_of_one_request_are_one_session(site: Site, http: httpx.AsyncClient) -> None:
+    body = {"model": "fake", "prompt": ["ab", "cd"], "max_tokens": 1}
+    await http.post("/v1/completions", json=body, headers={"x-request-id": "r7"})
+    assert [call.session_id for call in site.router.requests] == ["r7", "r7"]

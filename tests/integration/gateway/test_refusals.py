@@ -31,6 +31,20 @@ MARKER = "xyzzymarkerxyzzy"
         ({"extra_body": {"unheard_of": 1}}, "unheard_of", "invalid_argument"),
         ({"extra_body": {"suffix": "x"}}, "suffix", "invalid_argument"),
         ({"extra_body": {"best_of": 4}}, "best_of", "invalid_argument"),
+        ({"extra_body": {"experts": {"deny": ["a", ""]}}}, "experts.deny[1]", "invalid_argument"),
+        ({"extra_body": {"experts": {"deny": ["12:7", "12:"]}}}, "experts.deny[1]", "invalid_argument"),
+        ({"extra_body": {"experts": {"deny": ["a"] * 257}}}, "experts.deny", "invalid_argument"),
+        ({"extra_body": {"experts": {"allow": ["x" * 257]}}}, "experts.allow[0]", "invalid_argument"),
+        ({"extra_body": {"experts": {"deny": "maths-v1"}}}, "experts.deny", "invalid_argument"),
+        ({"extra_body": {"experts": {"deny": [7]}}}, "experts.deny[0]", "invalid_argument"),
+        ({"extra_body": {"experts": {"top_k": 0}}}, "experts.top_k", "invalid_argument"),
+        ({"extra_body": {"experts": {"top_k": True}}}, "experts.top_k", "invalid_argument"),
+        ({"extra_body": {"experts": {"on_missing": "wait"}}}, "experts.on_missing", "invalid_argument"),
+        ({"extra_body": {"experts": {"denied": []}}}, "experts.denied", "invalid_argument"),
+        ({"extra_body": {"experts": ["maths-v1"]}}, "experts", "invalid_argument"),
+        ({"extra_body": {"return_weight_versions": 1}}, "return_weight_versions", "invalid_argument"),
+        ({"extra_body": {"session_id": "x" * 257}}, "session_id", "invalid_argument"),
+        ({"extra_body": {"epoch": 7}}, "epoch", "invalid_argument"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -41,6 +55,49 @@ async def test_a_bad_request_names_its_parameter(
         await client.completions.create(**{"model": "fake", "prompt": "abc", "stream": stream, **options})
     assert (caught.value.param, caught.value.code) == (param, code)
     assert caught.value.type == "invalid_request_error"
+
+
+async def test_what_is_reserved_is_said_to_be_so(http: httpx.AsyncClient) -> None:
+    body = {"prompt": "abc", "experts": {"on_missing": "wait"}}
+    error = (await http.post("/v1/completions", json=body)).json()["error"]
+    assert error["message"] == "experts.on_missing: not supported yet"
+
+
+@pytest.mark.parametrize("field", ["experts", "return_weight_versions", "epoch", "session_id"])
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/tokenize", {"prompt": "abc"}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/detokenize", {"tokens": [97]}),
+    ],
+)
+async def test_no_expert_computes_where_nothing_is_generated(
+    http: httpx.AsyncClient, route: str, body: dict[str, Any], field: str
+) -> None:
+    response = await http.post(route, json={**body, field: None})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize(
+    ("field", "status"),
+    [
+        ("experts.require", 400),
+        ("experts", 400),
+        ("epoch", 400),
+        ("epoch.id", 400),
+        ("digest", 500),
+        (None, 500),
+    ],
+)
+async def test_a_precondition_is_the_clients_where_the_request_states_it(
+    site: Site, http: httpx.AsyncClient, field: str | None, status: int
+) -> None:
+    site.router.error = errors.FailedPrecondition(f"{field}: not so", field=field, reason="EXPERTS_MISSING")
+    response = await http.post("/v1/completions", json={"prompt": "abc"})
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == (field, "experts_missing")
 
 
 async def test_a_chat_that_does_not_fit_blames_its_messages(client: openai.AsyncOpenAI) -> None:

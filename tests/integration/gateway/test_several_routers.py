@@ -88,6 +88,20 @@ async def test_prompts_that_begin_alike_meet_the_same_router() -> None:
         assert sorted(shared) == [0, 6]
 
 
+async def test_a_policy_does_not_follow_the_prefix_of_other_requests() -> None:
+    async with site_of(*two()) as site:
+        for router in site.routers:
+            router.silent_after = 0
+        same = asyncio.create_task(site.complete("x" * 100))
+        await until(lambda: sum(site.counts()) == 1)
+        home = site.counts().index(1)
+        site.routers[1 - home].silent_after = None
+        await site.complete("x" * 100, experts={"deny": ["maths-v1"]})
+        await site.complete("x" * 100, epoch="e1")
+        assert site.counts()[1 - home] == 2
+        same.cancel()
+
+
 async def test_the_gateway_is_ready_as_long_as_one_router_serves() -> None:
     async with site_of(*two()) as site:
         first, second = site.links
@@ -145,9 +159,11 @@ async def test_after_the_death_of_a_router_new_requests_are_answered_at_once() -
     [
         errors.Unavailable("the router is draining", reason="DRAINING"),
         errors.Overloaded("too many requests wait", reason="QUEUE_FULL"),
+        errors.FailedPrecondition("epoch: not held", field="epoch", reason="EPOCH_UNKNOWN"),
+        errors.FailedPrecondition("not there yet", field="experts.require", reason="EXPERTS_MISSING"),
     ],
 )
-async def test_a_router_that_takes_no_more_sends_its_request_to_another(refusal: Exception) -> None:
+async def test_a_router_that_cannot_take_it_sends_its_request_to_another(refusal: Exception) -> None:
     async with site_of(FakeRouter(error=refusal), FakeRouter()) as site:
         replies = [await site.complete(f"{index} bottles") for index in range(8)]
         assert [reply.status_code for reply in replies] == [200] * 8

@@ -47,9 +47,13 @@ def test_all_names_what_the_package_offers_and_is_sorted() -> None:
 
     assert moesaic.__all__ == sorted(moesaic.__all__)
     assert set(moesaic.__all__) == {
+        "Allow",
         "Client",
         "Completion",
+        "Deny",
+        "ExpertPolicy",
         "ModelInfo",
+        "Require",
         "RouterStats",
         "SyncClient",
         "Token",

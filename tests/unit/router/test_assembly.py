@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from support.encoder_decoders import write_switch
 from support.engine_events import collect
 from support.expert_calls import ReferenceExperts
 from support.local_router import ReferenceStep, router_config
+from support.views import plain_view
 
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
@@ -23,6 +25,7 @@ from router.assembly import load_router
 from router.dispatch.dispatcher import Dispatcher
 from router.engine.request import Finished, SequenceEvent, SequenceRequest
 from router.engine.sampling_params import SamplingParams
+from router.gating.model_view import ViewRows
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
 
@@ -35,7 +38,7 @@ class ReferenceDispatcher:
     def __init__(self, folder: Path) -> None:
         self._experts = ReferenceExperts(folder)
 
-    def begin(self, epoch: Epoch, **_: Any) -> ReferenceStep:
+    def begin(self, views: Sequence[ViewRows], **_: Any) -> ReferenceStep:
         return ReferenceStep(self._experts)
 
 
@@ -43,11 +46,13 @@ def test_overlap_never_cuts_what_an_encoder_has_to_read_as_a_whole(tmp_path: Pat
     write_switch(tmp_path, 1)
     loaded = load_router(router_config(tmp_path, "auto", overlap="on"), ReplicaPool(), PhaseClock())
     dispatcher = cast(Dispatcher, ReferenceDispatcher(tmp_path))
-    engine = replace(loaded, dispatcher=dispatcher).engine(Epoch.of("tiny", {}))
+    engine = replace(loaded, dispatcher=dispatcher).engine()
     events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
     params = SamplingParams(max_tokens=2, temperature=0.0)
     deadline_s = time.monotonic() + WAIT_S
-    engine.submit(SequenceRequest("a", (5, 6, 7, 8), params, deadline_s, events.put))
+    engine.submit(
+        SequenceRequest("a", (5, 6, 7, 8), params, deadline_s, events.put, plain_view(Epoch.of("tiny", {})))
+    )
     engine.start()
     assert isinstance(collect(events)[1], Finished)
     engine.stop(WAIT_S)

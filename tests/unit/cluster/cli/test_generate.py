@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from support.fake_router import FakeRouter, running
 
-from cluster.cli.generate import read_prompt, run_generate, summarise
+from cluster.cli.generate import read_prompt, run_generate, spelled, summarise
 from moesaic import Client, Token
 from moesaic.errors import InvalidArgument, Unavailable
 
@@ -65,6 +65,20 @@ async def test_after_an_answer_its_length_and_speed_and_end_are_told() -> None:
     assert summarise(replace(last, finish_reason="stop", stop="."), {}) == f"{told}--stop"
     alone = replace(last, usage=replace(last.usage, completion_tokens=1))
     assert summarise(alone, {"max_tokens": 1}) == "1 token, first after 17 ms; ended by --max-tokens"
+
+
+@pytest.mark.parametrize(
+    ("field", "flag"),
+    [
+        ("experts.deny[2]", "deny"),
+        ("experts.allow", "allow"),
+        ("experts.top_k", "top_experts"),
+        ("top_k", "top_k"),
+    ],
+)
+def test_an_error_about_a_policy_is_spelled_as_the_flag_that_made_it(field: str, flag: str) -> None:
+    assert spelled(lambda name: f"--{name}")(field) == f"--{flag}"
+    assert spelled(None)(field) is None
 
 
 async def test_the_answer_alone_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,23 @@ def test_an_answer_without_its_end_is_data_loss() -> None:
         output.check_complete()
 
 
+def test_where_the_epoch_changed_between_two_prompts_the_reply_names_both_and_each_choice_its_own() -> None:
+    request = CompletionRequest.model_validate({"prompt": ["a", "b"], "return_weight_versions": True})
+    output, renderer = RequestOutput(2, 1), CompletionRenderer(request, WHO)
+    pieces = []
+    for number, epoch in ((1, "new"), (0, "old")):
+        message = token(1, end=True, prompt=PROMPT)
+        message.epoch = epoch
+        message.weight_versions.add(version=epoch, start=0, end=1)
+        pieces.append(output.add(number, message))
+    new, old = [piece for piece in pieces if piece is not None]
+    whole = renderer.reply(output, [[old], [new]]).model_dump(exclude_unset=True)
+    assert (whole["epoch"], whole["moesaic"]) == ("old,new", {"epoch": "old,new"})
+    assert [choice["weight_versions"][0]["version"] for choice in whole["choices"]] == ["old", "new"]
+    chunks = [renderer.chunks(output, piece)[0].model_dump(exclude_unset=True) for piece in (old, new)]
+    assert [(chunk["epoch"], chunk["moesaic"]["epoch"]) for chunk in chunks] == [("old",) * 2, ("new",) * 2]
+
+
 def test_the_first_chunk_of_a_chat_names_the_role() -> None:
     request = ChatCompletionRequest.model_validate(
         {"messages": [{"role": "user", "content": "x"}], "stream": True}

@@ -17,6 +17,7 @@ from gateway.openai.requests import (
     TokenizeChatRequest,
     TokenizeRequest,
 )
+from moesaic.v1 import inference_pb2 as pb
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -57,6 +58,23 @@ def test_a_cache_salt_is_the_tenant_of_every_call() -> None:
     calls = [*completion(prompt=["a", "b"], cache_salt="blue").calls(), *chat(cache_salt="blue").calls()]
     assert [call.tenant for call in calls] == ["blue"] * 3
     assert completion().calls()[0].tenant == ""
+
+
+def test_what_selects_the_weights_reaches_every_call() -> None:
+    fields = {
+        "experts": {"deny": ["a", "1:2"], "top_k": 2},
+        "epoch": "e1",
+        "session_id": "s1",
+        "return_weight_versions": True,
+    }
+    for call in (*completion(prompt=["a", "b"], **fields).calls(), *chat(**fields).calls()):
+        assert call.experts == pb.ExpertPolicy(deny=["a", "1:2"], top_k=2)
+        assert (call.epoch, call.session_id, call.return_weight_versions) == ("e1", "s1", True)
+
+
+@pytest.mark.parametrize("experts", [None, {}, {"deny": []}, {"deny": None, "on_missing": None}])
+def test_experts_without_an_entry_are_no_policy(experts: object) -> None:
+    assert not completion(experts=experts).calls()[0].HasField("experts")
 
 
 def test_sampling_fields_reach_the_router_under_their_own_names() -> None:

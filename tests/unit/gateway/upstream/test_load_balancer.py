@@ -56,6 +56,30 @@ def test_tenants_have_prefixes_of_their_own_for_none_is_served_from_the_cache_of
     assert text("b", tenant="a").prefix != text("", tenant="ab").prefix
 
 
+def test_policies_and_epochs_have_prefixes_of_their_own_for_each_computes_other_keys_and_values() -> None:
+    prefixes = {
+        text(LONG, **fields).prefix
+        for fields in (
+            {},
+            {"epoch": "e1"},
+            {"epoch": "e2"},
+            {"experts": pb.ExpertPolicy(deny=["a"])},
+            {"experts": pb.ExpertPolicy(allow=["a"])},
+            {"experts": pb.ExpertPolicy(deny=["a", "b"])},
+            {"experts": pb.ExpertPolicy(deny=["ab"])},
+            {"experts": pb.ExpertPolicy(top_k=1)},
+        )
+    }
+    assert len(prefixes) == 8
+
+
+def test_how_a_policy_is_written_does_not_part_its_prefixes() -> None:
+    one = text(LONG, experts=pb.ExpertPolicy(deny=["a", "b"], require=["c"]))
+    other = text(LONG, experts=pb.ExpertPolicy(deny=["b", "a", "b"]))
+    assert one.prefix == other.prefix
+    assert text(LONG, experts=pb.ExpertPolicy(require=["c"])).prefix == text(LONG).prefix
+
+
 def test_a_conversation_keeps_its_prefix_as_it_grows() -> None:
     first = (("system", "Be brief."), ("user", "Who is there?"))
     later = (*first, ("assistant", "Nay, answer me."), ("user", "Long live the king!"))

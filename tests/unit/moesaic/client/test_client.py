@@ -18,8 +18,9 @@ from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from support.fake_router import EOS, FakeRouter, RunningRouter, encode, logprob_at, running
 
-from moesaic import Client, SyncClient, Token, errors, rpc
+from moesaic import Allow, Client, Deny, ExpertPolicy, Require, SyncClient, Token, errors, rpc
 from moesaic.client.call_failure import explain
+from moesaic.client.completion import WeightVersion
 from moesaic.v1 import inference_pb2 as pb
 
 
@@ -111,6 +112,27 @@ async def test_options_arrive_and_absent_ones_stay_absent(client: Client, router
     assert router.router.metadata[0]["x-request-id"] == "mine-1" == request.request_id
 
 
+async def test_a_policy_reaches_the_router_and_comes_back_with_the_answer(
+    client: Client, router: RunningRouter
+) -> None:
+    policy = Deny("maths-v1", "0:7") | Require("law")
+    completion = await client.complete(
+        "abc", max_tokens=3, experts=policy, epoch="e1", session="s1", return_weight_versions=True
+    )
+    (request,) = router.router.requests
+    assert request.experts == pb.ExpertPolicy(deny=["maths-v1", "0:7"], require=["law"])
+    assert (request.epoch, request.session_id, request.return_weight_versions) == ("e1", "s1", True)
+    assert (completion.epoch, completion.experts) == ("e1", policy)
+    assert completion.weight_versions == (WeightVersion("e1", 0, 3),)
+    hash(completion)
+
+
+async def test_a_request_that_restricts_nothing_has_no_policy(client: Client, router: RunningRouter) -> None:
+    completion = await client.complete("abc", max_tokens=1, experts=ExpertPolicy())
+    assert not router.router.requests[0].HasField("experts")
+    assert (completion.experts, completion.weight_versions) == (None, ())
+
+
 async def test_continuations_are_told_apart_by_index(client: Client) -> None:
     texts = ["", "", ""]
     async for token in client.generate("abc", n=3, max_tokens=4):
@@ -139,6 +161,9 @@ async def test_an_end_of_sequence_token_ends_it(client: Client, router: RunningR
         ({"seed": "one"}, errors.InvalidArgument, "seed"),
         ({"stop_token_ids": ["a"]}, errors.InvalidArgument, "stop_token_ids"),
         ({"n": -1}, errors.InvalidArgument, "n"),
+        ({"experts": ["maths-v1"]}, errors.InvalidArgument, "experts"),
+        ({"epoch": 7}, errors.InvalidArgument, "epoch"),
+        ({"session": 7}, errors.InvalidArgument, "session"),
     ],
 )
 async def test_a_bad_option_is_an_error_that_names_it(
@@ -396,6 +421,19 @@ async def test_the_sync_client_does_the_same_without_asyncio(router: RunningRout
             return tokens, client.complete([97], max_tokens=1).text, client.detokenize([98])
 
     assert await asyncio.to_thread(work) == (["a", "b"], "a", "b")
+
+
+async def test_the_sync_client_takes_a_policy_too(router: RunningRouter) -> None:
+    def work() -> list[Token]:
+        with SyncClient(router.address) as client:
+            options = {"experts": Allow("law"), "session": "s1", "return_weight_versions": True}
+            return list(client.generate("abc", n=2, max_tokens=2, **options))
+
+    tokens = await asyncio.to_thread(work)
+    ends = [token for token in tokens if token.finish_reason]
+    assert tokens[0].experts == Allow("law")
+    assert [token.weight_versions for token in ends] == [(WeightVersion("e1", 0, 2),)] * 2
+    assert router.router.requests[0].session_id == "s1"
 
 
 async def test_the_sync_client_cancels_a_stream_that_is_left(router: RunningRouter) -> None:

@@ -16,6 +16,7 @@ from support.fake_router import FakeRouter, RunningRouter, running
 
 from cluster.cli.main import main
 from moesaic.client import command
+from moesaic.v1 import inference_pb2 as pb
 
 ROOT = Path(__file__).parents[4]
 
@@ -69,6 +70,17 @@ async def test_json_is_one_object(router: RunningRouter, capsys: pytest.CaptureF
 
     assert (completion["text"], completion["finish_reason"]) == ("abca", "length")
     assert (status["model"]["model"], status["stats"]["generated_tokens"]) == ("fake", 7)
+
+
+async def test_experts_are_denied_and_allowed_by_name(
+    router: RunningRouter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--deny", "maths-v1", "--deny", "0:3", "--allow", "law", "--top-experts", "1", "--json")
+    await run("generate", "abc", "--grpc", router.address, "--max-tokens", "1", *words)
+
+    [request] = router.router.requests
+    assert request.experts == pb.ExpertPolicy(deny=["maths-v1", "0:3"], allow=["law"], top_k=1)
+    assert json.loads(capsys.readouterr().out)["experts"]["deny"] == ["maths-v1", "0:3"]
 
 
 async def test_status_says_what_is_served(router: RunningRouter, capsys: pytest.CaptureFixture[str]) -> None:

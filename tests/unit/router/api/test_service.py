@@ -14,21 +14,50 @@ import grpc
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from support.fake_engine import EPOCH, FakeEngine, answer, finished, generates, scores, token
+from support.fake_engine import FakeEngine, answer, finished, generates, scores, token
 from support.tiny_tokenizer import byte_level, sentencepiece, write_folder
 
 from moesaic import __version__, rpc, telemetry
+from moesaic.epoch import Epoch, EpochBundle, ExpertAddress, GateRow
 from moesaic.errors import DataLoss, Overloaded, Unavailable, from_rpc_error
+from moesaic.routing_table import Canary, RoutingTable, Snapshot
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1 import inference_pb2_grpc
 from router.api import event_buffer, generate_call, tokens
 from router.api.sampling_defaults import neutral_sampling
 from router.api.service import InferenceService, ModelFacts
+from router.control.epochs import EpochBook
 from router.engine.request import Failed, PromptScored, Started
+from router.gating.policy import LayerShape
 from router.text.text import Text, load_text
 
 MAX_MODEL_LEN, VOCAB_SIZE = 512, 420
 WAIT_S = 60.0
+HIDDEN_SIZE, NUM_SLOTS, TOP_K = 4, 3, 2
+
+
+def epoch_with(*bundles: str) -> Epoch:
+    """Two layers of three slots, and one added slot of layer 1 for each bundle."""
+    slots = [(layer, slot) for layer in (0, 1) for slot in range(NUM_SLOTS)]
+    added = {name: ExpertAddress(1, NUM_SLOTS + index) for index, name in enumerate(bundles)}
+    return Epoch.of(
+        "tiny",
+        {address: bytes(32) for address in (*map(ExpertAddress._make, slots), *added.values())},
+        gate_rows={address: GateRow(bytes(4 * HIDDEN_SIZE)) for address in added.values()},
+        bundles=[EpochBundle(name, bytes(32), ("tag",), (address,)) for name, address in added.items()],
+    )
+
+
+CURRENT = epoch_with("maths-v1", "law")
+EPOCH = CURRENT.id
+
+
+def epochs(current: Epoch = CURRENT, canary: Canary | None = None) -> EpochBook:
+    """What a router holds whose workers have everything."""
+    book = EpochBook({layer: LayerShape(NUM_SLOTS, TOP_K) for layer in (0, 1)}, HIDDEN_SIZE)
+    book.update(Snapshot(current, RoutingTable(1, ()), canary))
+    book.settle(lambda _: [], {})
+    return book
 
 
 @dataclass
@@ -64,6 +93,7 @@ async def serving(
     request_timeout_s: float = 20.0,
     encodes_prompts: bool = False,
     sampling_defaults: pb.SamplingParams | None = None,
+    held: EpochBook | None = None,
 ) -> AsyncIterator[Rig]:
     service = InferenceService(
         engine,
@@ -76,6 +106,7 @@ async def serving(
         ),
         stats=lambda: pb.GetRouterStatsResponse(steps=7),
         epoch=lambda: EPOCH,
+        choose_view=(held or epochs()).choose,
         control_address=lambda: "control:1",
         request_timeout_s=request_timeout_s,
     )
@@ -597,6 +628,116 @@ async def test_fifty_streams_at_once_each_get_their_own_text(rig: Rig) -> None:
     for seed, responses in enumerate(answers):
         assert text_of(responses) == words[seed % len(words)] * (1 + seed % 5)
         assert last_of(responses).finish_reason == pb.FINISH_REASON_STOP
+
+
+# Which experts compute a request, and in which epoch.
+
+
+def choosing(*, n: int = 1, max_tokens: int = 3, **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        text="Once upon", n=n, sampling=pb.SamplingParams(max_tokens=max_tokens), **fields
+    )
+
+
+async def test_a_policy_reaches_the_engine_as_a_view_and_comes_back_first(rig: Rig) -> None:
+    policy = pb.ExpertPolicy(deny=["maths-v1", "0:2"], require=["law"], top_k=1)
+    responses = await rig.generate(choosing(experts=policy))
+    (request,) = rig.engine.requests
+    assert request.view.key != EPOCH
+    assert {layer: (gate.slots, gate.top_k) for layer, gate in request.view.gates.items()} == {
+        0: ((0, 1), 1),
+        1: ((0, 1, 2, 4), 1),
+    }
+    assert responses[0].experts == policy
+    assert not any(response.HasField("experts") for response in responses[1:])
+
+
+@pytest.mark.parametrize("fields", [{}, {"experts": pb.ExpertPolicy()}])
+async def test_a_request_that_restricts_nothing_is_computed_by_the_whole_epoch(
+    rig: Rig, fields: dict[str, Any]
+) -> None:
+    responses = await rig.generate(choosing(**fields))
+    assert rig.engine.requests[0].view.key == EPOCH
+    assert not any(response.HasField("experts") for response in responses)
+
+
+async def test_a_policy_that_is_scored_with_its_prompt_comes_with_the_scores(rig: Rig) -> None:
+    request = choosing(experts=pb.ExpertPolicy(deny=["law"]))
+    request.sampling.prompt_logprobs = 1
+    first, *_ = await rig.generate(request)
+    assert first.experts.deny == ["law"] and len(first.prompt.logprobs) == len(first.prompt.token_ids)
+
+
+async def test_the_end_of_each_continuation_names_the_versions_of_its_tokens(rig: Rig) -> None:
+    responses = await rig.generate(choosing(n=2, return_weight_versions=True))
+    for index in (0, 1):
+        *earlier, last = (response for response in responses if response.index == index)
+        assert list(last.weight_versions) == [pb.WeightVersion(version=EPOCH, start=0, end=3)]
+        assert not any(response.weight_versions for response in earlier)
+
+
+async def test_versions_are_named_where_they_are_asked_for_and_where_there_are_tokens(rig: Rig) -> None:
+    for request in (choosing(), choosing(max_tokens=0, return_weight_versions=True)):
+        assert not last_of(await rig.generate(request)).weight_versions
+
+
+async def test_a_stop_string_leaves_the_versions_of_the_tokens_that_were_sampled(rig: Rig) -> None:
+    request = choosing(max_tokens=9, return_weight_versions=True)
+    request.sampling.stop.append("upon")
+    last = last_of(await rig.generate(request))
+    assert [span.end for span in last.weight_versions] == [last.usage.completion_tokens]
+
+
+async def test_all_continuations_share_one_epoch_and_a_session_keeps_its_side_of_a_canary(text: Text) -> None:
+    trial = epoch_with("maths-v2")
+    held = epochs(canary=Canary(trial, share=0.5))
+    engine = FakeEngine(generates([1]))
+    async with serving(engine, text, held=held) as rig:
+        sides = {}
+        for session in map(str, range(20)):
+            calls = [choosing(n=3, session_id=session, request_id=f"r{session}-{i}") for i in range(2)]
+            answers = [response.epoch for call in calls for response in await rig.generate(call)]
+            assert len(set(answers)) == 1
+            sides[session] = answers[0]
+    assert set(sides.values()) == {EPOCH, trial.id}
+
+
+async def test_a_request_may_name_its_epoch(text: Text) -> None:
+    trial = epoch_with("maths-v2")
+    async with serving(FakeEngine(generates([1])), text, held=epochs(canary=Canary(trial, share=0.0))) as rig:
+        request = choosing(epoch=trial.id, experts=pb.ExpertPolicy(require=["maths-v2"]))
+        assert {response.epoch for response in await rig.generate(request)} == {trial.id}
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "field"),
+    [
+        ({"experts": {"deny": ["a", "b", ""]}}, grpc.StatusCode.INVALID_ARGUMENT, "experts.deny[2]"),
+        ({"experts": {"deny": ["12:"]}}, grpc.StatusCode.INVALID_ARGUMENT, "experts.deny[0]"),
+        ({"experts": {"deny": ["a"] * 257}}, grpc.StatusCode.INVALID_ARGUMENT, "experts.deny"),
+        ({"experts": {"allow": ["x" * 257]}}, grpc.StatusCode.INVALID_ARGUMENT, "experts.allow[0]"),
+        ({"experts": {"allow": ["law", "who"]}}, grpc.StatusCode.INVALID_ARGUMENT, "experts.allow[1]"),
+        ({"experts": {"require": ["who"]}}, grpc.StatusCode.FAILED_PRECONDITION, "experts.require"),
+        ({"experts": {"deny": ["0:0", "0:1", "0:2"]}}, grpc.StatusCode.INVALID_ARGUMENT, "experts.deny"),
+        ({"experts": {"top_k": 0}}, grpc.StatusCode.INVALID_ARGUMENT, "experts.top_k"),
+        ({"experts": {"top_k": TOP_K + 1}}, grpc.StatusCode.INVALID_ARGUMENT, "experts.top_k"),
+        ({"epoch": "gone"}, grpc.StatusCode.FAILED_PRECONDITION, "epoch"),
+        ({"session_id": "x" * 257}, grpc.StatusCode.INVALID_ARGUMENT, "session_id"),
+    ],
+)
+async def test_experts_and_epochs_that_cannot_be_had_are_refused_by_name(
+    rig: Rig, fields: dict[str, Any], code: grpc.StatusCode, field: str
+) -> None:
+    error = await rig.error(choosing(**fields))
+    assert (error.code, error.field) == (code, field)
+    assert error.message.startswith(f"{field}: ")
+    assert rig.engine.requests == []
+
+
+async def test_a_denial_of_what_the_epoch_does_not_have_is_fulfilled_already(rig: Rig) -> None:
+    responses = await rig.generate(choosing(experts=pb.ExpertPolicy(deny=["who", "7:7"])))
+    assert responses[0].experts.deny == ["who", "7:7"]
+    assert rig.engine.requests[0].view.key == EPOCH
 
 
 # Bad input: every row with its status, field and reason; the engine never hears of it.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from support.fake_links import Answerer, FakeLink, failing, make_epoch, make_pool, scaled_rows, spoiled
+from support.views import whole
 
 from moesaic.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Overloaded, Unavailable
 from moesaic.routing_table import RoutingTable
@@ -46,7 +47,7 @@ def dispatch(
     epoch = make_epoch(1, NUM_SLOTS)
     pool, links = make_pool(epoch, workers, answers)
     dispatcher = Dispatcher(pool, clock or PhaseClock(), DispatchRules(call_timeout_s=5.0, **rules))
-    step = dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0)
+    step = dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 5.0)
     return step.compute(0, hidden, slots, weights), step, links
 
 
@@ -128,7 +129,7 @@ def test_a_replica_of_the_same_name_answers_in_place_of_one_that_fails(broken: A
     workers = {"first": range(4), "second": range(4)}
     pool, links = make_pool(epoch, workers, {"first": broken}, name="worker-0")
     step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-        epoch, deadline_s=time.monotonic() + 5.0
+        whole(epoch), deadline_s=time.monotonic() + 5.0
     )
     for layer in range(2):
         torch.testing.assert_close(step.compute(layer, HIDDEN, SLOTS, WEIGHTS), EXPECTED)
@@ -147,7 +148,7 @@ def test_replicas_share_the_rows_and_the_bits_are_those_of_one(num_tokens: int) 
     for workers in ({"all": range(NUM_SLOTS)}, dict.fromkeys(("a", "b"), range(NUM_SLOTS))):
         pool, links = make_pool(epoch, workers)
         step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-            epoch, deadline_s=time.monotonic() + 5.0
+            whole(epoch), deadline_s=time.monotonic() + 5.0
         )
         outputs.append([step.compute(layer, hidden, slots, weights) for layer in range(2)])
         asked = [len(link.requests) for link in links.values()]
@@ -195,7 +196,7 @@ def test_an_expert_whose_worker_is_gone_is_told_with_that_worker() -> None:
     links["expert-worker-1"].is_lost = True
     pool.update(RoutingTable(1 << 40, ()))
     step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-        epoch, deadline_s=time.monotonic() + 5.0
+        whole(epoch), deadline_s=time.monotonic() + 5.0
     )
     step.compute(0, HIDDEN, SLOTS, WEIGHTS)
     assert step.failed[0].reason == "NO_REPLICA"
@@ -223,7 +224,7 @@ def test_a_worker_that_failed_is_left_out_even_where_nobody_else_is_left() -> No
     epoch = make_epoch(2, NUM_SLOTS)
     pool, links = make_pool(epoch, {"a": range(4)}, {"a": failing(Overloaded("full", retry_after_s=2.0))})
     step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-        epoch, deadline_s=time.monotonic() + 5.0
+        whole(epoch), deadline_s=time.monotonic() + 5.0
     )
     step.compute(0, HIDDEN, SLOTS, WEIGHTS)
     assert len(links["a"].requests) == 1
@@ -266,7 +267,7 @@ def test_a_silent_worker_is_waited_for_once_a_step_not_once_a_layer() -> None:
     epoch = make_epoch(3, NUM_SLOTS)
     pool, links = make_pool(epoch, {"a": range(4)}, {"a": failing(TimeoutError())})
     dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0))
-    step = dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0)
+    step = dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 5.0)
     for layer in range(3):
         step.compute(layer, HIDDEN, SLOTS, WEIGHTS)
     assert len(links["a"].requests) == 1
@@ -276,7 +277,7 @@ def test_what_is_abandoned_in_flight_is_given_up_once() -> None:
     epoch = make_epoch(2, NUM_SLOTS)
     pool, links = make_pool(epoch, {"a": range(2), "b": range(2, 4)})
     dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0))
-    step = dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0)
+    step = dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 5.0)
     step.compute(0, HIDDEN, SLOTS, WEIGHTS)
     step.send(1, HIDDEN, SLOTS, WEIGHTS)
     step.abandon()
@@ -500,7 +501,7 @@ def test_two_micro_batches_may_be_in_flight() -> None:
     pool, _ = make_pool(epoch, {"a": range(2), "b": range(2, 4)})
     dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0))
     halves = [slice(0, 2), slice(2, 4)]
-    steps = [dispatcher.begin(epoch, deadline_s=time.monotonic() + 5.0) for _ in halves]
+    steps = [dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 5.0) for _ in halves]
     for layer in range(2):
         calls = [
             step.send(layer, HIDDEN[half], SLOTS[half], WEIGHTS[half])

@@ -24,6 +24,7 @@ def layer_of(slots: list[list[int]]) -> LayerCall:
     return LayerCall(
         request=LayerRequest("epoch", 0, HIDDEN, None, None),
         groups=groups,
+        versions=[digest(0, slot) for slot in groups.slots],
         combiner=RowCombiner(HostStaging(), groups, weights, HIDDEN.shape[1], HIDDEN.dtype),
         dtype=HIDDEN.dtype,
         tokens=None,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.engine_events import collect
 from support.fake_links import make_epoch, make_pool
+from support.views import plain_view
 
 from moesaic.errors import (
     DataLoss,
@@ -97,9 +98,10 @@ class Harness:
         self.scheduler = Scheduler(
             limits or Limits(max_batch_tokens=16, max_running=8),
             self.blocks,
-            prefixes=PrefixCache(self.blocks, "epoch"),
+            prefixes=PrefixCache(self.blocks),
         )
         epoch = make_epoch(1, 2)
+        self.view = plain_view(epoch)
         pool, _ = make_pool(epoch, {"a": range(2)})
         self.dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=1.0))
         self.engine = Engine(
@@ -114,7 +116,6 @@ class Harness:
             self.scheduler,
             self.dispatcher,
             PhaseClock(),
-            epoch=epoch,
             overlap=overlap,
             max_waiting=max_waiting,
         )
@@ -131,7 +132,9 @@ class Harness:
         events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})
         deadline_s = time.monotonic() + timeout_s
-        self.engine.submit(SequenceRequest(name, prompt, params, deadline_s, events.put, tenant=tenant))
+        self.engine.submit(
+            SequenceRequest(name, prompt, params, deadline_s, events.put, self.view, tenant=tenant)
+        )
         return events
 
 

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from support.hf_steps import step_of
 from torch.nn import functional
 from transformers import AutoConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
@@ -26,7 +27,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from moesaic.compute.linear import Linear
 from moesaic.families.model import GateRule, Groups
-from router.decoders.hf.moe_block import GateModule
+from router.decoders.hf.moe_block import GateModule, RemoteExperts
 from router.gating.gate import NO_SLOT, Assignment, Gate, assign, assign_all
 from router.phase_clock import PhaseClock
 
@@ -272,7 +273,8 @@ def test_the_gate_equals_the_one_of_transformers(family: str, dtype: torch.dtype
     with torch.no_grad():
         for tensor in (*theirs.parameters(), *theirs.buffers()):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.5 if tensor.dim() > 1 else 0.1))
-    ours = GateModule(16, 32, rule, PhaseClock(), exact=family in EXACT)
+    remote = RemoteExperts(0, step_of())
+    ours = GateModule(16, 32, rule, remote, PhaseClock(), exact=family in EXACT)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     hidden = torch.randn(200, 32, generator=generator).to(dtype)
     with torch.inference_mode():

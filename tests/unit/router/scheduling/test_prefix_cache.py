@@ -16,14 +16,14 @@ from router.scheduling.state_pool import StatePool
 BLOCK = 4
 
 
-def make_scheduler(
-    pool: BlockPool, *, budget: int = 100, max_running: int = 8, epoch: str = "e"
-) -> Scheduler:
-    return Scheduler(Limits(budget, max_running), pool, prefixes=PrefixCache(pool, epoch))
+def make_scheduler(pool: BlockPool, *, budget: int = 100, max_running: int = 8) -> Scheduler:
+    return Scheduler(Limits(budget, max_running), pool, prefixes=PrefixCache(pool))
 
 
-def make_sequence(name: str, tokens: list[int], *, tenant: str = "", reads_all: bool = False) -> Sequence:
-    return Sequence(name, list(tokens), len(tokens), tenant=tenant, reads_all=reads_all)
+def make_sequence(
+    name: str, tokens: list[int], *, view: str = "e", tenant: str = "", reads_all: bool = False
+) -> Sequence:
+    return Sequence(name, list(tokens), len(tokens), view, tenant, reads_all=reads_all)
 
 
 def compute(scheduler: Scheduler, chunks: tuple[Chunk, ...], token: int = 0) -> None:
@@ -76,19 +76,21 @@ def test_another_beginning_makes_another_block_of_the_same_tokens() -> None:
     assert run_alone(scheduler, make_sequence("third", [1, 1, 1, 1, 8, 8, 8, 8, 0])) == 4
 
 
-def test_neither_another_tenant_nor_another_epoch_finds_a_prefix() -> None:
+def test_neither_another_tenant_nor_another_epoch_nor_another_policy_finds_a_prefix() -> None:
     pool = BlockPool(32, BLOCK)
     scheduler, prompt = make_scheduler(pool), list(range(11))
     run_alone(scheduler, make_sequence("first", prompt, tenant="a"))
     assert run_alone(scheduler, make_sequence("second", prompt, tenant="b")) == 0
-    assert run_alone(make_scheduler(pool, epoch="f"), make_sequence("third", prompt, tenant="a")) == 0
+    assert run_alone(scheduler, make_sequence("third", prompt, view="f", tenant="a")) == 0
+    assert run_alone(scheduler, make_sequence("denying", prompt, view="e/0123", tenant="a")) == 0
     assert run_alone(scheduler, make_sequence("fourth", prompt, tenant="a")) == 8
 
 
 def test_a_tenant_cannot_spell_another_epoch() -> None:
     pool = BlockPool(32, BLOCK)
-    run_alone(make_scheduler(pool, epoch="e"), make_sequence("first", list(range(11)), tenant="x\0y"))
-    assert run_alone(make_scheduler(pool, epoch="ex"), make_sequence("b", list(range(11)), tenant="y")) == 0
+    scheduler, prompt = make_scheduler(pool), list(range(11))
+    run_alone(scheduler, make_sequence("first", prompt, view="e", tenant="x\0y"))
+    assert run_alone(scheduler, make_sequence("b", prompt, view="ex", tenant="y")) == 0
 
 
 def test_who_wants_the_whole_prompt_scored_takes_nothing_but_leaves_it_to_others() -> None:
@@ -302,7 +304,7 @@ class Site:
     ) -> None:
         self.pool = BlockPool(num_blocks, BLOCK)
         self.states = StatePool(max_running, kept)
-        self.prefixes = PrefixCache(self.pool, "epoch", self.states)
+        self.prefixes = PrefixCache(self.pool, self.states)
         self.scheduler = Scheduler(
             Limits(budget, max_running), self.pool, prefixes=self.prefixes, states=self.states
         )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+from support.hf_steps import step_of
 from torch import nn
 
 from moesaic.errors import Unsupported
 from moesaic.families.model import ExpertLayer, ExpertModule, GateRule
 from router.decoders.hf.moe_block import CurrentStep, MoeBlock, RemoteExperts, RemoteMlp
 from router.decoders.hf.wiring import Wiring
-from router.dispatch.dispatcher import DispatchStep
 from router.phase_clock import PhaseClock
 
 HIDDEN = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -56,8 +56,8 @@ class Doubling(nn.Module):
 
 def block(rule: GateRule, wiring: Wiring, log: list[str]) -> tuple[MoeBlock, Experts]:
     layer = ExpertLayer(4, ExpertModule(8, 8, "silu"), {}, "float32", rule)
-    step, experts = CurrentStep(), Experts(log)
-    step.experts = cast(DispatchStep, experts)
+    experts = Experts(log)
+    step = step_of(experts)
     made = MoeBlock(FamilyBlock(log), wiring, layer, RemoteExperts(3, step), PhaseClock())
     # All logits are equal, so that the lowest slots have equal weights.
     made.load_state_dict({f"{wiring.gate}.weight": torch.zeros(4, 8)}, strict=False, assign=True)
@@ -103,7 +103,6 @@ def test_experts_that_are_called_outside_a_step_are_an_error_that_says_so() -> N
 
 
 def test_a_dense_layer_asks_its_one_expert_for_every_token() -> None:
-    step, experts = CurrentStep(), Experts([])
-    step.experts = cast(DispatchStep, experts)
-    torch.testing.assert_close(RemoteMlp(RemoteExperts(0, step))(HIDDEN), HIDDEN)
+    experts = Experts([])
+    torch.testing.assert_close(RemoteMlp(RemoteExperts(0, step_of(experts)))(HIDDEN), HIDDEN)
     torch.testing.assert_close(experts.rows, HIDDEN[0])

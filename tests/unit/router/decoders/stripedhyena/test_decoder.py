@@ -17,6 +17,7 @@ import torch
 from support.engine_events import collect
 from support.local_router import LocalRouter, router_config
 from support.striped_hyena import EVO, Reference, write_striped_hyena
+from support.views import plain_view, whole
 
 from moesaic.epoch import Epoch
 from moesaic.errors import DataLoss, MoesaicError, Unavailable, Unsupported
@@ -65,7 +66,7 @@ class Harness:
         scheduler = Scheduler(
             Limits(max_batch_tokens, MAX_RUNNING),
             self.blocks,
-            prefixes=PrefixCache(self.blocks, EPOCH.id, self.states),
+            prefixes=PrefixCache(self.blocks, self.states),
             states=self.states,
         )
         self.engine = Engine(
@@ -74,7 +75,6 @@ class Harness:
             scheduler,
             loaded.dispatcher,
             loaded.clock,
-            epoch=EPOCH,
             overlap=overlap,
             max_waiting=64,
         )
@@ -86,7 +86,9 @@ class Harness:
         events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
         params = SamplingParams(max_tokens=num_new, temperature=0.0, prompt_logprobs=0 if scored else None)
         deadline_s = time.monotonic() + WAIT_S
-        self.engine.submit(SequenceRequest(name, tuple(prompt), params, deadline_s, events.put))
+        self.engine.submit(
+            SequenceRequest(name, tuple(prompt), params, deadline_s, events.put, plain_view(EPOCH))
+        )
         return events
 
     def stop(self) -> None:
@@ -252,7 +254,7 @@ def test_in_bfloat16_rounding_does_not_add_up_along_the_sequence(
     write_striped_hyena(tmp_path, seed=3, dtype=torch.bfloat16, **variant)
     config = replace(router_config(tmp_path, "router"), dtype="bfloat16")
     loaded = load_router(config, ReplicaPool(), PhaseClock())
-    router = LocalRouter(loaded, lambda: loaded.dispatcher.begin(EPOCH, deadline_s=0.0))
+    router = LocalRouter(loaded, lambda: loaded.dispatcher.begin(whole(EPOCH), deadline_s=0.0))
     (prompt,) = random_prompts(150)
     expected = Reference(tmp_path).logits(prompt)
     for budget in (512, 1):
