@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 INFERENCE_SERVICE = "moesaic.v1.InferenceService"
 EXPERT_SERVICE = "moesaic.v1.ExpertService"
+WORKER_CONTROL_SERVICE = "moesaic.v1.WorkerControlService"
 CONTROL_SERVICE = "moesaic.v1.ControlService"
 
 # The value that marks the end of a handler's stream.

@@ -216,6 +216,12 @@ class WorkerSettings(_Group):
         "auto",
         description="Whether the worker opens a second port for gRPC that its compute thread speaks itself.",
     )
+    spare_experts: int = Field(
+        1,
+        ge=0,
+        description="On CUDA, room per layer for versions that are loaded later, so that one kernel computes them "
+        "together with the others; without room they take a kernel of their own.",
+    )
     batch_invariant: bool = Field(
         False, description="The result of a row does not depend on the rows computed with it. Slower."
     )
