@@ -8,7 +8,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-
 # The shortest detail, and what stands beside it.
 _LEAST_CHARS = 24
 _OTHER_CHARS = 46

@@ -14,7 +14,8 @@ from support.tiny_families import random_model, write_family
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cluster.bundles.model_folder import open_model
-from cluster.bundles.pack import Order, Packed, pack
+from cluster.bundles.order import Order, Packed
+from cluster.bundles.pack import pack
 from cluster.bundles.selection import Origin, Wanted
 from expert_worker.experts.expert import ExpertForm
 from expert_worker.experts.loader import load_experts
