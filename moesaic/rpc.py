@@ -172,6 +172,10 @@ class _Boundary(grpc.aio.ServerInterceptor):
             return grpc.unary_stream_rpc_method_handler(
                 _guard_stream(method, handler.unary_stream), **serializers
             )
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                _guard_unary(method, handler.stream_unary), **serializers
+            )
         return grpc.unary_unary_rpc_method_handler(_guard_unary(method, handler.unary_unary), **serializers)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from cluster.cli.expert_commands import expert
 from cluster.cli.router_address import router_address
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
@@ -88,7 +89,16 @@ def version(
         "moesaic serve ./model --workers 4 --replicas 2 --http-port 8080",
     ),
 )
-@with_settings(*OF_A_CLUSTER, "http_port", "grpc_port", "host", "served_model_name")
+@with_settings(
+    *OF_A_CLUSTER,
+    "http_port",
+    "grpc_port",
+    "host",
+    "served_model_name",
+    "cluster.state",
+    "cluster.signers",
+    "rollout.drain_s",
+)
 def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) -> None:
     """Serve a model until Ctrl-C; prints `ready http=HOST:PORT grpc=HOST:PORT` when it answers."""
     with exit_with_code(as_json=as_json, spell=flags.spell):
@@ -377,6 +387,9 @@ def top(
         asyncio.run(
             run_top(router_address(grpc, flags.load()), interval_s=interval, once=once, as_json=as_json)
         )
+
+
+app.add_typer(expert, name="expert")
 
 
 def _hint(verb: str, instead: str) -> Callable[[], NoReturn]:
