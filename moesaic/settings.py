@@ -3,7 +3,7 @@
 A setting is declared here and nowhere else: its type, bounds and default, and the description that `--help`
 and docs/settings.md show. An unknown key is an error. The environment is read in this module alone:
 `MOESAIC_ENGINE__MAX_BATCH_TOKENS=1024` sets `engine.max_batch_tokens`; the standard OTEL_* variables are read
-by the exporter itself. Needs the `serve` extra.
+by the exporter itself. Part of moesaic-server.
 """
 
 from __future__ import annotations
@@ -216,6 +216,12 @@ class WorkerSettings(_Group):
         "auto",
         description="Whether the worker opens a second port for gRPC that its compute thread speaks itself.",
     )
+    spare_experts: int = Field(
+        1,
+        ge=0,
+        description="On CUDA, room per layer for versions that are loaded later, so that one kernel computes them "
+        "together with the others; without room they take a kernel of their own.",
+    )
     batch_invariant: bool = Field(
         False, description="The result of a row does not depend on the rows computed with it. Slower."
     )
@@ -346,8 +352,8 @@ class Settings(_Group):
     )
     dense_layers: DenseLayers = Field(
         "auto",
-        description="Where layers without a gate are computed; auto is experts where the model has no "
-        "others, else router.",
+        description="Where dense layers are computed; auto is experts where all layers are dense, else "
+        "router.",
     )
     host: str = Field("127.0.0.1", description="The address that the servers listen on.")
     http_port: int = Field(

@@ -20,8 +20,8 @@ from cluster.checkpoints.inspection import Inspection, StoredTensors, inspect_fo
 from cluster.checkpoints.memory_fit import Memory, MemoryFit
 from cluster.checkpoints.model_facts import HELD, LayerKind, ModelFacts
 from cluster.checkpoints.model_source import DEMO_MODEL, find_model
-from cluster.observation.machine_memory import read_memory
 from cluster.terminal.tables import amount, count, files, new_table, size
+from moesaic.machine_memory import read_memory
 from moesaic.settings import Settings
 
 # The exit code for a folder that cannot be served, the same as that of `moesaic serve`.

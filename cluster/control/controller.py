@@ -240,9 +240,19 @@ class Controller:
         elif not self._losses.miss(name, asked_s, self._clock()):
             return
         if name not in self._lost:
-            log.warning("process lost", extra={"fields": {"process": name, "reason": error.message}})
+            self._log_absence(name, error)
         self._lost.add(name)
         self._set_worker(name, None)
+
+    def _log_absence(self, name: str, error: MoesaicError) -> None:
+        """Only what was READY can be lost. Anything else starts, which on a busy machine takes its time."""
+        report, fields = self._reports.get(name), {"process": name, "reason": error.message}
+        if report is not None and report.ready:
+            log.warning("process lost", extra={"fields": fields})
+        elif error.reason == CANNOT_START or (report is not None and error.reason in EVIDENCE):
+            log.warning("process did not start", extra={"fields": fields})
+        else:
+            log.info("process is starting", extra={"fields": fields})
 
     def _set_worker(self, name: str, facts: WorkerFacts | None) -> None:
         was = self._workers.get(name)

@@ -23,7 +23,6 @@ from cluster.checkpoints.model_source import DEMO_MODEL, find_model, name_model
 from cluster.control.rollout_config import RolloutConfig
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.launch.milestones import Milestones
-from cluster.observation.machine_memory import read_memory
 from cluster.processes.process_plan import check_counts, plan_processes
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.addresses import is_loopback, join_address
@@ -32,6 +31,7 @@ from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
+from moesaic.machine_memory import read_memory
 from moesaic.settings import Settings
 from moesaic.stop_signals import StopSignals
 from moesaic.v1 import control_pb2
@@ -117,6 +117,8 @@ async def running_cluster(
             progress.end_ray()
             # In a thread: a node that does not answer takes seconds, and a signal is answered meanwhile.
             nodes = await asyncio.to_thread(ray.nodes)
+            for warning in await signals.unless_stopped(asyncio.to_thread(ray.examine, nodes)):
+                progress.announce(f"warning: {warning}")
             processes = plan_processes(
                 settings, model.folder, model.name, model.shape, nodes, ray.home, rollout, model.identity
             )

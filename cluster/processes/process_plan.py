@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from cluster.checkpoints.model_source import is_of_hub
 from cluster.control.controller import Cluster, Member
 from cluster.control.placement import (
     MAX_WORKERS,
@@ -135,7 +136,8 @@ def _workers(
                     ),
                     dense_layers=settings.dense_layers,
                     identity=identity,
-                )
+                ),
+                _source(settings),
             ),
             seat,
             num_cpus=1,
@@ -199,10 +201,15 @@ def _router(
         name=name,
         identity=identity,
     )
-    spec = RouterSpec(name, config, is_public, settings.cluster.start_timeout_s)
+    spec = RouterSpec(name, config, is_public, settings.cluster.start_timeout_s, _source(settings))
     # The public address leaves the first router no choice, also where Ray has no CPU to reserve.
     reserved = 0 if is_public and seat.node.free_cpus == 0 else 1
     return PlannedProcess(spec, seat, num_cpus=reserved, pinned=is_public)
+
+
+def _source(settings: Settings) -> str | None:
+    """What a node can find by itself where it lacks the folder: a model of the hub."""
+    return settings.model if settings.model is not None and is_of_hub(settings.model) else None
 
 
 def _gateway(settings: Settings) -> GatewaySpec:

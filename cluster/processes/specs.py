@@ -41,6 +41,8 @@ class ExpertWorkerSpec:
     """One expert worker. It listens at the address of the node on which it runs."""
 
     config: WorkerConfig
+    # The model's name at the hub, from where a node gets what it lacks; None for a model that is only a folder.
+    source: str | None = None
 
     @property
     def name(self) -> str:
@@ -55,6 +57,7 @@ class RouterSpec:
     config: RouterConfig
     is_public: bool
     start_timeout_s: float
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import psutil
 import torch
 
 from moesaic.errors import InvalidArgument
 from moesaic.families import MoeModel
 from moesaic.families.model import Hyena
+from moesaic.machine_memory import read_memory
 from moesaic.settings import EngineSettings
 from router.cache.kv_cache import KVCache
 from router.cache.state_cache import StateCache
@@ -53,10 +53,11 @@ def make_state_cache(
 
 
 def _free_bytes(device: torch.device) -> int:
-    """The free bytes of the memory in which the cache will lie."""
+    """The free bytes of the memory in which the cache will lie: on a CPU, what the limit of a container leaves."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    _, available = read_memory()
+    return available
 
 
 def choose_max_model_len(settings: EngineSettings, shape: MoeModel, num_positions: int) -> int:

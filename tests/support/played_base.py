@@ -61,9 +61,7 @@ def write_played_bundle(
         parts |= {"in": random.standard_normal((2, HIDDEN)), "out": random.standard_normal((2, HIDDEN))}
         if slot is None:
             parts["row"] = random.standard_normal(HIDDEN)
-        tensors |= {
-            f"{index}.{part}": TensorSource.of(values.astype("f4")) for part, values in parts.items()
-        }
+        tensors |= {f"{index}.{part}": TensorSource.of(values.astype("f4")) for part, values in parts.items()}
         experts.append(
             BundleExpert(
                 layer,

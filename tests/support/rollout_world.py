@@ -96,9 +96,7 @@ class PlayedRouter:
         return {epoch.id for epoch in epochs if epoch is not None}
 
     def retire_overstayers(self, now_s: float) -> None:
-        self.pinned = [
-            epoch for epoch in self.pinned if now_s - self.left_s.get(epoch, now_s) < DRAIN_S
-        ]
+        self.pinned = [epoch for epoch in self.pinned if now_s - self.left_s.get(epoch, now_s) < DRAIN_S]
 
     def needed(self) -> frozenset[ExpertVersion]:
         epochs = self.in_use | set(self.pinned)
@@ -301,7 +299,9 @@ class World:
         worker = self._alive(address)
         for version in set(versions) & worker.held:
             elsewhere = any(
-                version in other.held for other in self.workers.values() if other is not worker and other.alive
+                version in other.held
+                for other in self.workers.values()
+                if other is not worker and other.alive
             )
             for router in self.routers:
                 assert elsewhere or version not in router.needed(), f"{router.name} needs {version}"
@@ -327,5 +327,3 @@ class World:
     def _check_not_dead(self) -> None:
         if self.dead:
             raise Crash("dead")
-
-

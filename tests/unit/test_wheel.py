@@ -23,7 +23,7 @@ BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.
 # What the client's wheel must not bring along is measured in megabytes.
 CLIENT_BYTES = 300_000
 # Of the client's modules, those that only a server imports, with packages that the client does not install.
-OF_A_SERVER = {"moesaic.options", "moesaic.settings", "moesaic.spelling"}
+OF_A_SERVER = {"moesaic.machine_memory", "moesaic.options", "moesaic.settings", "moesaic.spelling"}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -294,6 +295,58 @@ async def test_a_process_that_cannot_be_started_where_it_was_placed_has_failed()
         await until(controller.watch(), "w0")
         failed = process(controller, "w1")
         assert (failed.state, failed.detail) == (pb.PROCESS_STATE_FAILED, "it died")
+
+
+def absences(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    """What was said of processes, with its level; not what was published."""
+    records = [record for record in caplog.records if record.getMessage().startswith("process ")]
+    return [(record.levelno, record.getMessage()) for record in records]
+
+
+async def test_only_a_process_that_was_ready_is_called_lost(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(controller.watch(), "w0", "w1")
+        await played.kill("w1")
+        await until(controller.watch(), "w0")
+    assert absences(caplog) == [(logging.WARNING, "process lost")]
+
+
+async def test_a_process_that_has_not_begun_is_starting_and_not_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    played = PlayedCluster(reason_of_death="")
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.kill("w1")
+        await until(controller.watch(), "w0")
+        waiting = process(controller, "w1")
+        assert (waiting.state, waiting.detail) == (pb.PROCESS_STATE_PENDING, "it died")
+    assert absences(caplog) == [(logging.INFO, "process is starting")]
+
+
+async def test_a_process_that_dies_while_it_starts_again_did_not_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(controller.watch(), "w0", "w1")
+        await played.kill("w1")
+        await until(controller.watch(), "w0")
+        await played.tell("w1", pb.PROCESS_STATE_LOADING, 2, 3)
+        while process(controller, "w1").state != pb.PROCESS_STATE_LOADING:
+            await asyncio.sleep(0.002)
+        await played.kill("w1")
+        while process(controller, "w1").state != pb.PROCESS_STATE_PENDING:
+            await asyncio.sleep(0.002)
+    assert absences(caplog) == [(logging.WARNING, "process lost"), (logging.WARNING, "process did not start")]
 
 
 async def test_a_restart_between_two_looks_is_seen_by_the_report() -> None:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -93,7 +94,7 @@ def replay(history: list[Decision]) -> Head | None:
 
 
 class RolloutMachine(RuleBasedStateMachine):
-    made: dict[str, Bundle] = {}
+    made: ClassVar[dict[str, Bundle]] = {}
 
     @initialize(room=st.sampled_from([5, 6, 30]))
     def start(self, room: int) -> None:

@@ -226,3 +226,14 @@ def test_every_process_that_reads_the_folder_is_told_what_it_must_be(tmp_path: P
     )
     readers = [*configs(processes, RouterSpec), *configs(processes, ExpertWorkerSpec)]
     assert [reader.identity for reader in readers] == [identity] * 4
+
+
+@pytest.mark.parametrize(
+    ("source", "told"), [("hf://tiny/mixtral", "hf://tiny/mixtral"), ("/models/tiny", None), (None, None)]
+)
+def test_whoever_reads_a_model_of_the_hub_is_told_its_name(
+    model: MoeModel, source: str | None, told: str | None
+) -> None:
+    processes = planned(model, settings(model=source, cluster={"workers": 2, "routers": 2}))
+    assert [spec.source for spec in specs(processes, ExpertWorkerSpec)] == [told, told]
+    assert [spec.source for spec in specs(processes, RouterSpec)] == [told, told]

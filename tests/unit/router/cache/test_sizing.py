@@ -11,6 +11,7 @@ from support.checkpoints import write_mixtral
 from moesaic.errors import InvalidArgument
 from moesaic.settings import EngineSettings
 from router.assembly import LoadedRouter, load_router
+from router.cache import sizing
 from router.config import RouterConfig
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import ReplicaPool
@@ -47,3 +48,11 @@ def test_a_small_cache_shortens_the_context_unless_a_length_was_asked_for(model:
     assert load(model, kv_cache_mib=1).max_model_len == 2048
     with pytest.raises(InvalidArgument, match="KV cache holds 2048"):
         load(model, kv_cache_mib=1, max_model_len=3000)
+
+
+def test_without_a_setting_the_cache_heeds_the_memory_limit_of_a_container(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of 2 MiB that are free a quarter may become the cache: half of what holds 2,048 tokens.
+    monkeypatch.setattr(sizing, "read_memory", lambda: (1 << 30, 2 << 20))
+    assert load(model).max_model_len == 1024

@@ -1,4 +1,4 @@
-"""The memory of this machine, as far as this process may use it."""
+"""The memory of this machine, as far as this process may use it. Needs psutil, which a client does not install."""
 
 from __future__ import annotations
 

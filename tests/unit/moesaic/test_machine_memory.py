@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.observation.machine_memory import read_memory
+from moesaic.machine_memory import read_memory
 
 MIB = 1 << 20
 
