@@ -39,7 +39,7 @@ from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grp
 
 SHARE = 0.5
 PROMPT_TOKENS = 8
-STEPS = 48
+STEPS = 120
 TAKEN_TIMEOUT_S = 30.0
 
 
