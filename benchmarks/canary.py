@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import psutil
 import typer
 from harness import options
-from harness.load import Decoded, Prompt, decode, random_prompts
+from harness.load import Prompt, decode, random_prompts
 from harness.result import Table, conclude, ratio_figure
 from harness.serving import Setup, serve
 from harness.turns import Side, take_turns
@@ -105,20 +106,36 @@ class Controller(control_pb2_grpc.ControlServiceServicer):
 
 
 @dataclass(frozen=True, slots=True)
+class Spell:
+    """A spell of decoding, and the CPU seconds of worker and router for each of its tokens, prompts included. Others on the
+    machine change these less than the speed."""
+
+    tokens_per_s: float
+    cpu_s_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """A router that follows the controller, and the snapshot of each side."""
 
     router: str
+    pids: tuple[int, ...]
     controller: Controller
     snapshots: dict[str, Snapshot]
 
-    def measure(self, side: str, prompts: list[Prompt], steps: int) -> Decoded:
+    def measure(self, side: str, prompts: list[Prompt], steps: int) -> Spell:
         snapshot = self.snapshots[side]
         assert snapshot.epoch is not None
         self.controller.publish(snapshot)
         canary = "" if snapshot.canary is None else snapshot.canary.epoch.id
         self.controller.wait_used(snapshot.epoch.id, canary)
-        return decode(self.router, prompts, steps)
+        before_s = self._cpu_s()
+        decoded = decode(self.router, prompts, steps)
+        return Spell(decoded.tokens_per_s, (self._cpu_s() - before_s) / sum(map(len, decoded.token_ids)))
+
+    def _cpu_s(self) -> float:
+        times = (psutil.Process(pid).cpu_times() for pid in self.pids)
+        return sum(time.user + time.system for time in times)
 
 
 def main(
@@ -150,12 +167,25 @@ def main(
         )
         for name in ("swap", "add")
     ]
-    rows = tuple((side.name, f"{turns.median(side.name, _speed):.1f}") for side in sides)
+    figures += [
+        ratio_figure(
+            f"canary-cpu-{name}", f"CPU time a token, {name} over one epoch", turns, name, "one epoch", _cpu
+        )
+        for name in ("swap", "add")
+    ]
+    rows = tuple(
+        (
+            side.name,
+            f"{turns.median(side.name, _speed):.1f}",
+            f"{1000 * turns.median(side.name, _cpu):.2f}",
+        )
+        for side in sides
+    )
     conclude(
         "canary",
         out,
         figures=figures,
-        tables=[Table("", ("side", "tokens/s"), rows)],
+        tables=[Table("", ("side", "tokens/s", "CPU ms a token"), rows)],
         notes=[f"decode, {SHARE:.0%} of the streams in the canary's epoch, one worker, one router"],
         quick=quick,
     )
@@ -188,7 +218,7 @@ def _site(model: Path, shape: MoeModel, layers: list[int]) -> Iterator[Site]:
         controller.publish(snapshots["one epoch"])
         setup = Setup(model, shared_workers=site.workers, controller=address)
         with serve(setup, num_slots) as routers:
-            yield Site(routers.router, controller, snapshots)
+            yield Site(routers.router, (*site.pids, *routers.pids), controller, snapshots)
 
 
 def _bundle(folder: Path, base: Path, shape: MoeModel, targets: list[tuple[int, int | None]]) -> Bundle:
@@ -252,8 +282,12 @@ def _describe(worker: str) -> Replica:
         return Replica.from_description(worker, stub.Describe(expert_pb2.DescribeRequest()))
 
 
-def _speed(decoded: Decoded) -> float:
-    return decoded.tokens_per_s
+def _speed(spell: Spell) -> float:
+    return spell.tokens_per_s
+
+
+def _cpu(spell: Spell) -> float:
+    return spell.cpu_s_per_token
 
 
 if __name__ == "__main__":
