@@ -1,6 +1,6 @@
 """What a canary costs: streams of which half are computed in another epoch, over all in one epoch, in turn.
 
-One worker holds the versions of all epochs. The canary's epoch has other weights in every slot of some layers (swap), or
+One worker holds the versions of all epochs. The canary's epoch has other weights in one slot of some layers (swap; --slots: in more), or
 one more slot in each of these layers with a gate row of its own (add). Steps then hold rows of two epochs: the layers that
 differ have more groups of fewer rows, and gates with a further product.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,8 @@ SHARE = 0.5
 PROMPT_TOKENS = 8
 STEPS = 120
 TAKEN_TIMEOUT_S = 30.0
+# Layer and slot; None: a new slot.
+_Target = tuple[int, int | None]
 
 
 class Controller(control_pb2_grpc.ControlServiceServicer):
@@ -141,6 +143,7 @@ class Site:
 def main(
     streams: Annotated[int, typer.Option(min=2, help="Open streams.")] = 16,
     layers: Annotated[int, typer.Option(min=1, help="Layers in which the epochs differ.")] = 4,
+    slots: Annotated[int, typer.Option(min=1, help="Slots that a swap changes in each of them.")] = 1,
     rounds: options.Rounds = 7,
     model: options.Model = options.DEMO_MODEL,
     out: options.Out = options.RESULTS,
@@ -151,7 +154,11 @@ def main(
     shape = describe_model(open_checkpoint(model))
     gated = [layer for layer, experts in sorted(shape.experts.items()) if experts.gate is not None][:layers]
     prompts = random_prompts(streams, PROMPT_TOKENS, shape.vocab_size, seed=streams)
-    with _site(model, shape, gated) as site:
+    targets = {
+        "swap": [(layer, slot) for layer in gated for slot in range(slots)],
+        "add": [(layer, None) for layer in gated],
+    }
+    with _site(model, shape, targets) as site:
         sides = [
             Side(name, partial(site.measure, name, prompts, 6 if quick else STEPS)) for name in site.snapshots
         ]
@@ -192,7 +199,7 @@ def main(
 
 
 @contextmanager
-def _site(model: Path, shape: MoeModel, layers: list[int]) -> Iterator[Site]:
+def _site(model: Path, shape: MoeModel, targets: Mapping[str, Sequence[_Target]]) -> Iterator[Site]:
     controller = Controller()
     num_slots = max(shape.num_slots.values())
     with (
@@ -203,17 +210,13 @@ def _site(model: Path, shape: MoeModel, layers: list[int]) -> Iterator[Site]:
         (worker,) = site.workers
         base = _describe(worker)
         epoch = Epoch.of(model.name, dict(base.holdings))
-        slots = {layer: range(shape.experts[layer].num_slots) for layer in layers}
-        swap = _bundle(
-            Path(folder, "swap"), model, shape, [(at, slot) for at in layers for slot in slots[at]]
-        )
-        add = _bundle(Path(folder, "add"), model, shape, [(layer, None) for layer in layers])
-        snapshots = {}
-        canaries = {"swap": _changed(epoch, swap, shape), "add": _changed(epoch, add, shape)}
-        for name, bundle in (("swap", swap), ("add", add)):
+        canaries = {}
+        for name, experts in targets.items():
+            bundle = _bundle(Path(folder, name), model, shape, experts)
+            canaries[name] = _changed(epoch, bundle, shape)
             _load(worker, bundle, canaries[name])
         table = RoutingTable(1, (_describe(worker),))
-        snapshots["one epoch"] = Snapshot(epoch, table)
+        snapshots = {"one epoch": Snapshot(epoch, table)}
         snapshots |= {name: Snapshot(epoch, table, Canary(one, SHARE)) for name, one in canaries.items()}
         controller.publish(snapshots["one epoch"])
         setup = Setup(model, shared_workers=site.workers, controller=address)
@@ -221,7 +224,7 @@ def _site(model: Path, shape: MoeModel, layers: list[int]) -> Iterator[Site]:
             yield Site(routers.router, (*site.pids, *routers.pids), controller, snapshots)
 
 
-def _bundle(folder: Path, base: Path, shape: MoeModel, targets: list[tuple[int, int | None]]) -> Bundle:
+def _bundle(folder: Path, base: Path, shape: MoeModel, targets: Sequence[_Target]) -> Bundle:
     """Random experts, as large as those of the model."""
     random = np.random.default_rng(len(targets))
     tensors: dict[str, TensorSource] = {}
@@ -235,8 +238,8 @@ def _bundle(folder: Path, base: Path, shape: MoeModel, targets: list[tuple[int, 
         row = None
         if slot is None:
             row = BundleGateRow(prefix + "row")
-            values = random.standard_normal(shape.hidden_size).astype(np.float32)
-            tensors[prefix + "row"] = TensorSource.of(values / np.float32(np.sqrt(shape.hidden_size)))
+            values = random.standard_normal(shape.hidden_size) / np.sqrt(shape.hidden_size)
+            tensors[prefix + "row"] = TensorSource.of(values.astype(np.float32))
         weights = {name: prefix + name for name in module.weights}
         experts.append(BundleExpert(layer, slot, "mlp", mlp_parameters(module), "", weights, row))
     manifest = Manifest(
