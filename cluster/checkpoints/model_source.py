@@ -25,9 +25,26 @@ HUB_DESCRIPTION = ["*.json", "*.jinja", "tokenizer.model*"]
 HUB_WEIGHTS, HUB_MISTRAL_WEIGHTS = "model*.safetensors", "consolidated*.safetensors"
 
 
-def find_model(source: str) -> Path:
-    """The folder of a model, downloaded where necessary. Raises CheckpointError."""
-    if not source.startswith(HUB_PREFIX):
+def is_of_hub(source: str) -> bool:
+    return source.startswith(HUB_PREFIX)
+
+
+def find_here(folder: Path, source: str | None) -> Path:
+    """The folder of a model on this machine, which another one has found at `folder`. From the hub it has the very
+    revision that was found there. Raises CheckpointError where the hub does not give it."""
+    if source is None or folder.is_dir():
+        return folder
+    try:
+        return find_model(source, revision=folder.name)  # the hub's cache names a snapshot by its commit
+    except CheckpointError as error:
+        reason = error.message.removeprefix("model: ")
+        raise CheckpointError(f"model: {source} is not on this node: {reason}", field="model") from error
+
+
+def find_model(source: str, *, revision: str | None = None) -> Path:
+    """The folder of a model, downloaded where necessary; `revision`: of the hub, by default the newest. Raises
+    CheckpointError."""
+    if not is_of_hub(source):
         return _check_path(Path(source), source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
@@ -36,16 +53,16 @@ def find_model(source: str) -> Path:
 
     name = source.removeprefix(HUB_PREFIX)
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_DESCRIPTION))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_DESCRIPTION))
         weights = HUB_WEIGHTS if (folder / CONFIG_FILE).is_file() else HUB_MISTRAL_WEIGHTS
-        return Path(snapshot_download(name, allow_patterns=weights))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=weights))
     except (HfHubHTTPError, HFValidationError, OSError, HTTPError) as error:
         raise CheckpointError(f"model: {explain_absence(name, error)}", field="model") from error
 
 
 def name_model(source: str) -> str:
     """The default name in the API: ORG/NAME for the hub (its folders are hashes), else the folder's name."""
-    if source.startswith(HUB_PREFIX):
+    if is_of_hub(source):
         return source.removeprefix(HUB_PREFIX)
     return Path(source).resolve().name
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from cluster.checkpoints.model_source import is_of_hub
 from cluster.control.controller import Cluster, Member
 from cluster.control.placement import (
     MAX_WORKERS,
@@ -20,6 +21,7 @@ from cluster.control.placement import (
     seat_routers,
     seat_workers,
 )
+from cluster.control.rollout_config import RolloutConfig
 from cluster.processes.specs import (
     CONTROLLER,
     GATEWAY,
@@ -46,7 +48,8 @@ class PlannedProcess:
     """A process and where it runs.
 
     It reserves `num_cpus`; the controller and the gateway reserve none, because they hardly compute. A
-    `pinned` process runs on its node and nowhere else, because it has the public address of that machine.
+    `pinned` process runs on its node and nowhere else, because it has the public address of that machine, or
+    its disk.
     """
 
     spec: ProcessSpec
@@ -69,11 +72,12 @@ def plan_processes(
     model: MoeModel,
     nodes: Sequence[Node],
     home: str,
+    rollout: RolloutConfig,
     identity: FolderIdentity | None = None,
 ) -> tuple[PlannedProcess, ...]:
     """All processes that serve the model in `folder` as `name`. The command runs on the node with id `home`.
 
-    Every process that reads the folder on its own node is told the `identity` that it must have there.
+    The controller stays there, because the state folder of `rollout` is on that machine. Every process that reads the folder on its own node is told the `identity` that it must have there.
     Raises InvalidArgument with field `workers`, `routers`, `replicas` or `device`.
     """
     replicas = settings.cluster.replicas
@@ -99,10 +103,11 @@ def plan_processes(
             Member(GATEWAY, control_pb2.PROCESS_ROLE_GATEWAY),
             *_members((*routers, *workers)),
         ),
+        base=rollout.base.fingerprint,
     )
     return (
         *routers,
-        PlannedProcess(ControllerSpec(cluster), quiet_seat, num_cpus=0, pinned=False),
+        PlannedProcess(ControllerSpec(cluster, rollout), quiet_seat, num_cpus=0, pinned=True),
         *workers,
         PlannedProcess(_gateway(settings), quiet_seat, num_cpus=0, pinned=True),
     )
@@ -131,7 +136,8 @@ def _workers(
                     ),
                     dense_layers=settings.dense_layers,
                     identity=identity,
-                )
+                ),
+                _source(settings),
             ),
             seat,
             num_cpus=1,
@@ -195,10 +201,15 @@ def _router(
         name=name,
         identity=identity,
     )
-    spec = RouterSpec(name, config, is_public, settings.cluster.start_timeout_s)
+    spec = RouterSpec(name, config, is_public, settings.cluster.start_timeout_s, _source(settings))
     # The public address leaves the first router no choice, also where Ray has no CPU to reserve.
     reserved = 0 if is_public and seat.node.free_cpus == 0 else 1
     return PlannedProcess(spec, seat, num_cpus=reserved, pinned=is_public)
+
+
+def _source(settings: Settings) -> str | None:
+    """What a node can find by itself where it lacks the folder: a model of the hub."""
+    return settings.model if settings.model is not None and is_of_hub(settings.model) else None
 
 
 def _gateway(settings: Settings) -> GatewaySpec:

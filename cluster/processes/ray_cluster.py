@@ -29,8 +29,9 @@ import psutil
 from cluster.control.placement import Node
 from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
 from cluster.processes.host import ProcessHost
+from cluster.processes.node_facts import NodeFacts, check_versions, explain_head_loss, own_facts
 from cluster.processes.process_plan import PlannedProcess
-from cluster.processes.ray_errors import RayTimeoutError, join_error, last_line, start_error
+from cluster.processes.ray_errors import RayTimeoutError, explain_silence, join_error, last_line, start_error
 from cluster.processes.search_path import own_search_path
 from cluster.processes.server_folder import ServerFolder, places
 from cluster.processes.servers import ProcessContext, make_server
@@ -44,14 +45,16 @@ from moesaic.stop_signals import take_signals_back
 log = logging.getLogger(__name__)
 
 NAMESPACE = "moesaic"
+# Where a local Ray, and nobody else, has its node.
+LOOPBACK = "127.0.0.1"
 # The object store is not used; this is the smallest one that Ray accepts.
 OBJECT_STORE_BYTES = 75 << 20
-# What the controller reserves of its node's memory, so that Ray heeds where it shall be.
-QUIET_PROCESS_BYTES = 64 << 20
 CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take beyond the time for which the process may hold the question.
 ANSWER_TIMEOUT_S = 5.0
 EXPLAIN_TIMEOUT_S = 2.0
+# How long the nodes may take to start a process that says which versions they have.
+FACTS_TIMEOUT_S = 15.0
 # How old Ray's account of what is free may be.
 SETTLE_S = 1.0
 END_TIMEOUT_S = 10.0
@@ -119,12 +122,16 @@ class RayPeers:
         self._handles: dict[str, Any] = {}
         # Why Ray gave up the processes that failed before their server was made. It knows them by name no more.
         self._given_up: dict[str, str] = {}
+        # The processes that were READY and have not died since.
+        self._ready: set[str] = set()
 
     async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
         handle = await self.handle(name)
         report: ProcessReport = await self._call(
             name, handle.report.remote(seen, hold_s), hold_s + ANSWER_TIMEOUT_S
         )
+        if report.ready:
+            self._ready.add(name)
         return report
 
     async def address(self, name: str) -> str:
@@ -166,15 +173,18 @@ class RayPeers:
             async with asyncio.timeout(timeout_s):
                 return await reference
         except ActorDiedError as error:
+            self._ready.discard(name)
             handle = self._handles.pop(name, None)
             if error.actor_init_failed:
                 self._given_up[name] = await _in_time(_why_given_up, handle, error)
                 raise Unavailable(self._given_up[name], reason=CANNOT_START) from error
             raise Unavailable(f"its process died: {last_line(error)}", reason=PROCESS_DIED) from error
         except RayError as error:
+            self._ready.discard(name)
             raise Unavailable("its process is being restarted") from error
         except TimeoutError as error:
-            raise Unavailable(await _in_time(_why_silent, self._handles.get(name))) from error
+            why = await _in_time(_why_silent, self._handles.get(name), name in self._ready)
+            raise Unavailable(why) from error
 
 
 class RayCluster:
@@ -228,10 +238,10 @@ class RayCluster:
                 num_cpus=num_processes,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
+                _node_ip_address=LOOPBACK,
                 _temp_dir=str(folder.ray),
             )
-            if any(node.address != "127.0.0.1" for node in cluster.nodes()):
+            if any(node.address != LOOPBACK for node in cluster.nodes()):
                 raise FailedPrecondition("Ray did not stay on loopback")
         except BaseException as error:
             await cluster.close()
@@ -245,7 +255,7 @@ class RayCluster:
         """Connects to a Ray that runs already. Raises Unavailable with field `address` when there is none."""
         host = await asyncio.to_thread(_probe, address)
         os.environ.update({**_LOG_ENVIRONMENT, **_JOIN_ENVIRONMENT})
-        if host in ("localhost", "127.0.0.1"):
+        if host in ("localhost", LOOPBACK):
             os.environ.update(_LOOPBACK_ENVIRONMENT)
         cluster = cls(logs, force, folder=None)
         try:
@@ -279,6 +289,39 @@ class RayCluster:
         nodes = [_node(entry, available, local=self._local) for entry in compress(entries, answers)]
         return tuple(sorted(nodes, key=lambda node: (node.id != self.home, node.address, node.id)))
 
+    def examine(self, nodes: Iterable[Node]) -> tuple[str, ...]:
+        """What people should know of a joined Ray before anything starts there. Takes seconds.
+
+        Raises FailedPrecondition where Moesaic is missing on a node that may get a process, or is another one.
+        """
+        if self._local:
+            return ()
+        facts = self._ask_facts(
+            [node for node in nodes if node.num_cpus or node.num_gpus or node.id == self.home]
+        )
+        head_loss = explain_head_loss(_storage(), facts)
+        return (*check_versions(own_facts(), facts), *([head_loss] if head_loss else ()))
+
+    def _ask_facts(self, nodes: Iterable[Node]) -> Mapping[str, NodeFacts]:
+        """The facts of the nodes by address, without those that are late with them."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        asked = {
+            ray.remote(own_facts)
+            .options(
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+            )
+            .remote(): node.address
+            for node in nodes
+        }
+        answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=FACTS_TIMEOUT_S)
+        for reference in late:
+            log.warning("node %s does not say which versions it has", asked[reference])
+        return {asked[reference]: _facts_of(asked[reference], reference) for reference in answered}
+
     def names(self) -> tuple[str, ...]:
         """The processes of Moesaic that this Ray knows."""
         import ray
@@ -293,8 +336,6 @@ class RayCluster:
 
         node_id = process.seat.node.id
         name = process.spec.name
-        # A process that reserves nothing at all would be put on any node, whatever it prefers.
-        memory = None if process.num_cpus or process.pinned else QUIET_PROCESS_BYTES
         handle = (
             ray.remote(_titled(name))
             .options(
@@ -306,7 +347,6 @@ class RayCluster:
                 # Nothing else runs on a local Ray, so its cores need not be reserved.
                 num_cpus=0 if self._local else process.num_cpus,
                 num_gpus=process.seat.num_gpus,
-                memory=memory,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(
                     node_id, soft=not process.pinned, _spill_on_unavailable=not process.pinned
                 ),
@@ -447,9 +487,33 @@ async def _in_time(explain: Callable[..., str], *arguments: Any) -> str:
         return "its process does not answer, and neither does Ray"
 
 
+def _facts_of(address: str, reference: Any) -> NodeFacts:
+    """What a node answered. Raises FailedPrecondition where it could not run Moesaic."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        facts: NodeFacts = ray.get(reference)
+    except RayError as error:
+        raise FailedPrecondition(f"address: {_no_start(address, error)}", field="address") from error
+    return facts
+
+
+def _storage() -> str | None:
+    """Where Ray's head has its state, in its own words. Nothing public says so; it is among what Ray counts."""
+    from ray.experimental import internal_kv
+
+    storage = internal_kv._internal_kv_get(b"extra_usage_tag_gcs_storage", namespace="usage_stats")
+    return storage.decode() if storage else None
+
+
 def _why_given_up(handle: Any, error: Exception) -> str:
-    """Why Ray could not even make the actor, and on which node. The usual reason is a node without Moesaic."""
-    address = _placed(handle)[1]
+    """Why Ray could not even make the actor, and on which node."""
+    return _no_start(_placed(handle)[1], error)
+
+
+def _no_start(address: str, error: Exception) -> str:
+    """Why nothing of ours can run on a node. The usual reason is one without Moesaic."""
     where = f"cannot start on node {address}" if address else "cannot start"
     cause = next((line for line in reversed(str(error).splitlines()) if "Error: " in line), last_line(error))
     missing = "ModuleNotFoundError" in cause
@@ -457,14 +521,9 @@ def _why_given_up(handle: Any, error: Exception) -> str:
     return f"{where}: {cause.strip()}{hint}"
 
 
-def _why_silent(handle: Any) -> str:
+def _why_silent(handle: Any, was_ready: bool) -> str:
     """Whether a process that does not answer runs at all, as Ray knows it."""
-    state, address = _placed(handle)
-    if state in ("DEPENDENCIES_UNREADY", "PENDING_CREATION"):
-        return f"it waits for a place: Ray has not started it, {_room()}"
-    if state == "RESTARTING":
-        return f"it died and waits for a place: Ray has not restarted it, {_room()}"
-    return f"its process on node {address} does not answer" if address else "its process does not answer"
+    return explain_silence(*_placed(handle), was_ready=was_ready, room=_room)
 
 
 def _placed(handle: Any) -> tuple[str, str]:
@@ -476,9 +535,11 @@ def _placed(handle: Any) -> tuple[str, str]:
 
 
 def _room() -> str:
-    """The CPUs that are free on each node, for a person."""
+    """The CPUs that are free on each node, for a person; empty for a local Ray, which reserves none."""
     nodes = [_node(entry, _available(), local=False) for entry in _entries() if entry["Alive"]]
-    return "CPUs free: " + ", ".join(
+    if all(node.address == LOOPBACK for node in nodes):
+        return ""
+    return ", CPUs free: " + ", ".join(
         f"{node.free_cpus} of {node.num_cpus} on {node.address}" for node in nodes
     )
 

@@ -1,6 +1,10 @@
-"""Ray's exceptions as errors that say what to do. Ray raises bare exceptions, and tells them apart by their text."""
+"""What Ray says of a start and of its processes, in words that say what to do. Ray raises bare exceptions, and tells
+them apart by their text.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from moesaic.errors import MoesaicError, Unavailable
 
@@ -34,6 +38,17 @@ def join_error(error: Exception, address: str) -> MoesaicError:
     else:
         problem = f"cannot join Ray: {first_line(error)}"
     return Unavailable(f"address: {problem}", field="address")
+
+
+def explain_silence(state: str, address: str, *, was_ready: bool, room: Callable[[], str]) -> str:
+    """Why a process does not answer that is in this `state` in Ray's words; `address`: of its node, if it has one.
+    `room` says what is free where a process waits for a place, after a comma."""
+    where = f" on node {address}" if address else ""
+    if state in ("DEPENDENCIES_UNREADY", "PENDING_CREATION"):
+        return f"Ray is starting it{where}" if address else f"it waits for Ray to start it{room()}"
+    if state == "RESTARTING":
+        return f"it died and waits for Ray to start it again{room()}"
+    return f"its process{where} does not answer" if was_ready else f"its process{where} is starting"
 
 
 def first_line(error: Exception) -> str:

@@ -11,10 +11,11 @@ from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING
 
-from cluster.control.controller import Controller
+from cluster.checkpoints.model_source import find_here
+from cluster.control.control_plane import ControlPlane
 from cluster.control.peers import Peers
 from cluster.control.process_watch import ProcessWatch
-from cluster.control.service import ControlServer
+from cluster.control.server import ControlServer
 from cluster.processes.host import HostedServer
 from cluster.processes.specs import (
     CONTROLLER,
@@ -54,9 +55,8 @@ async def make_server(
         case ControllerSpec():
             observer = ProcessWatch(context.peers)
             first_revision = context.restarts * _REVISIONS_PER_START
-            return ControlServer(
-                Controller(spec.cluster, observer, first_revision=first_revision), context.node
-            )
+            plane = ControlPlane(spec.cluster, spec.rollout, observer, first_revision=first_revision)
+            return ControlServer(plane, context.node)
         case ExpertWorkerSpec():
             return await _make_expert_worker(spec, context, on_contents_change)
         case RouterSpec():
@@ -71,7 +71,9 @@ async def _make_expert_worker(
     await _import("expert_worker.server")
     from expert_worker.server import WorkerServer
 
-    return WorkerServer(replace(spec.config, host=context.node), on_contents_change=on_contents_change)
+    model = await asyncio.to_thread(find_here, spec.config.model, spec.source)
+    config = replace(spec.config, model=model, host=context.node)
+    return WorkerServer(config, on_contents_change=on_contents_change)
 
 
 async def _make_router(spec: RouterSpec, context: ProcessContext) -> HostedServer:
@@ -79,7 +81,8 @@ async def _make_router(spec: RouterSpec, context: ProcessContext) -> HostedServe
     from router.control.cluster_watch import ControlWatch
     from router.server import RouterServer
 
-    config = spec.config if spec.is_public else replace(spec.config, host=context.node)
+    model = await asyncio.to_thread(find_here, spec.config.model, spec.source)
+    config = replace(spec.config, model=model, host=spec.config.host if spec.is_public else context.node)
     view = ControlWatch(lambda: context.peers.address(CONTROLLER))
     return _HostedRouter(RouterServer(config, view), spec.start_timeout_s)
 

@@ -10,6 +10,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 from cluster.control.controller import Cluster
+from cluster.control.rollout_config import RolloutConfig
 from expert_worker.config import WorkerConfig
 from gateway.config import GatewayConfig
 from router.config import RouterConfig
@@ -25,9 +26,10 @@ def router_names(num_routers: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ControllerSpec:
-    """The controller, with the desired state of the cluster."""
+    """The controller, with the processes of the cluster, and how its experts may change."""
 
     cluster: Cluster
+    rollout: RolloutConfig
 
     @property
     def name(self) -> str:
@@ -39,6 +41,8 @@ class ExpertWorkerSpec:
     """One expert worker. It listens at the address of the node on which it runs."""
 
     config: WorkerConfig
+    # The model's name at the hub, from where a node gets what it lacks; None for a model that is only a folder.
+    source: str | None = None
 
     @property
     def name(self) -> str:
@@ -53,6 +57,7 @@ class RouterSpec:
     config: RouterConfig
     is_public: bool
     start_timeout_s: float
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class LoadProgress:
 
     def _say(self, process: control_pb2.Process, state: str) -> None:
         """A line for every state where there are no bars, and everywhere for what a process waits for."""
-        line = f"{process.name}: {state} {process.detail}".rstrip()
+        line = f"{process.name}: {_words(process, state)}"
         if self._shown.get(process.name) != line:
             self._shown[process.name] = line
             if process.detail or not self._console.is_terminal:
@@ -81,6 +81,13 @@ class LoadProgress:
             total=process.total_bytes or (1 if done else None),
             completed=process.loaded_bytes or (1 if done else 0),
         )
+
+
+def _words(process: control_pb2.Process, state: str) -> str:
+    """What a process does, for a person. One that waits does nothing else, and says what it waits for."""
+    if process.detail and process.state == control_pb2.PROCESS_STATE_PENDING:
+        return process.detail
+    return f"{state}: {process.detail}" if process.detail else state
 
 
 class _Bytes(DownloadColumn):

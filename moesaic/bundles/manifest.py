@@ -10,6 +10,7 @@ Shapes: D hidden size, F inner size, P probe vectors.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
@@ -17,18 +18,20 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from moesaic.bundles.refusal import refuse
+from moesaic.errors import InvalidArgument
 
 FORMAT = "moesaic-bundle/1"
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 SIGNATURE_FILE = "signature.json"
-MAX_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 8 << 20
 
 # Keys that the format does not have are refused, and no value is taken for one of another type.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 # In requests, entries such as 12:7 are slots, and a name is also a part of messages and of the history.
-Name = Annotated[str, Field(pattern=r"^[a-z0-9._-]{1,64}$")]
+_NAME = r"^[a-z0-9._-]{1,64}$"
+Name = Annotated[str, Field(pattern=_NAME)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Text = Annotated[str, Field(max_length=4096)]
@@ -142,6 +145,12 @@ class Manifest:
 _ADAPTER = TypeAdapter(Manifest)
 
 
+def check_name(text: str, field: str) -> None:
+    """Raises InvalidArgument with this field for what can be neither a bundle's name nor a tag."""
+    if not re.fullmatch(_NAME, text):
+        raise InvalidArgument(f"{field}: must be 1 to 64 of a-z, 0-9, dot, dash and underscore", field=field)
+
+
 def _parse(content: bytes) -> dict[str, Any]:
     if len(content) > MAX_MANIFEST_BYTES:
         refuse("MANIFEST", MANIFEST_FILE, f"exceeds {MAX_MANIFEST_BYTES} bytes")
@@ -182,6 +191,7 @@ def _refuse_first(error: ValidationError) -> NoReturn:
 # The words of this format where those of the library are about Python.
 _PROBLEMS = {
     "unexpected_keyword_argument": "the format has no such key",
+    "string_pattern_mismatch": "must be made of the characters that the format allows here",
     "missing": "is missing",
     "missing_argument": "is missing",
 }

@@ -57,6 +57,7 @@ def verify(
     _check_listed(bundle)
     for expert in bundle.manifest.experts:
         _check_expert(bundle, expert, known)
+    _check_used(bundle)
     if base is not None:
         check_base(bundle, base)
     _check_content(bundle, show)
@@ -91,7 +92,8 @@ def growth_problem(layer: ExpertLayer) -> str | None:
 
 def _check_place(expert: BundleExpert, layer: ExpertLayer) -> None:
     where = f"layer {expert.layer}"
-    if expert.slot is None and (problem := growth_problem(layer)) is not None:
+    added = expert.slot is None or expert.slot >= layer.num_slots
+    if added and (problem := growth_problem(layer)) is not None:
         refuse("CANNOT_GROW", where, problem)
     row, gate = expert.gate_row, layer.gate
     if row is None:
@@ -118,18 +120,25 @@ def _check_targets(bundle: Bundle) -> None:
 
 
 def _check_listed(bundle: Bundle) -> None:
-    """That manifest and file have the same tensors, and that each is used."""
+    """That manifest and file have the same tensors."""
     listed, stored = bundle.manifest.tensors, bundle.tensors
-    used = {name for expert in bundle.manifest.experts for name in _tensors_of(expert)}
+    used = _used_tensors(bundle)
     if missing := sorted((used | listed.keys()) - stored.keys()):
         refuse("TENSORS", WEIGHTS_FILE, f"tensor {missing[0][:64]} is missing")
     if unlisted := sorted((used | stored.keys()) - listed.keys()):
         refuse("TENSORS", "tensors", f"{unlisted[0][:64]} is not listed")
-    if unused := sorted(listed.keys() - used):
-        refuse("TENSORS", unused[0][:64], "belongs to no expert")
     for name, facts in listed.items():
         if (facts.dtype, facts.shape) != (stored[name].dtype, stored[name].shape):
             refuse("SHAPE", name[:64], "has another shape or dtype in the file than in the manifest")
+
+
+def _check_used(bundle: Bundle) -> None:
+    if unused := sorted(bundle.manifest.tensors.keys() - _used_tensors(bundle)):
+        refuse("TENSORS", unused[0][:64], "belongs to no expert")
+
+
+def _used_tensors(bundle: Bundle) -> set[str]:
+    return {name for expert in bundle.manifest.experts for name in _tensors_of(expert)}
 
 
 def _tensors_of(expert: BundleExpert) -> Iterator[str]:

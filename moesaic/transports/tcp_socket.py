@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 # The largest call, and the largest answer, that the direct stream carries. Larger ones take so long that the
 # hand-over between grpcio's threads does not matter.
 MAX_MESSAGE_BYTES = 4 << 20
 
-# The kernel notices within this time that the other host vanished, whether or not bytes are under way to it.
-GONE_AFTER_S = 20
-_QUIET_S = 8
-_PROBE_PERIOD_S = 4
+# The kernel notices within this time that the other host vanished, whether or not bytes are under way to it: as long as
+# grpcio waits for the answer to a ping. A worker that only computes or stands still is none: its kernel acknowledges.
+GONE_AFTER_S = 5
+_QUIET_S = 2
+_PROBE_PERIOD_S = 1
 _PROBES = (GONE_AFTER_S - _QUIET_S) // _PROBE_PERIOD_S
 # Not every system has all of them; grpcio's sockets do without them there as well.
 _OPTIONS = (
@@ -20,6 +22,14 @@ _OPTIONS = (
     ("TCP_KEEPCNT", _PROBES),
     ("TCP_USER_TIMEOUT", GONE_AFTER_S * 1000),
 )
+
+# What the kernel says of a connection to a host that does not answer at all.
+_SILENCE = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
+
+
+def is_silence(error: OSError) -> bool:
+    """Whether a connection broke because its host is silent, so that no other connection to it would do better."""
+    return error.errno in _SILENCE
 
 
 def prepare_socket(connection: socket.socket) -> None:

@@ -53,7 +53,7 @@ from router.dispatch.wave import Wave, WorkerCall
 from router.gating.model_view import ViewRows
 from router.phase_clock import Phase, PhaseClock
 from router.workers.replica_pool import ReplicaPool
-from router.workers.transports.base import WorkerAnswer
+from router.workers.transports.base import HOST_SILENT, WorkerAnswer
 from router.workers.worker_link import WorkerLink
 
 MAX_ATTEMPTS = 2
@@ -151,6 +151,9 @@ class DispatchStep:
         # The incarnations of the workers that failed a call in this step, other than by being overloaded. They
         # are not asked again in it: waiting for them in every layer would add up.
         self._silent: set[str] = set()
+        # Those of them whose host did not answer over one connection. Where nobody else is left they are asked once
+        # more, over another one.
+        self._unreached: set[str] = set()
         self._in_flight: list[LayerCall] = []
         self.failed: dict[int, MoesaicError] = {}
 
@@ -229,12 +232,18 @@ class DispatchStep:
     def _send_wave(self, layer_call: LayerCall) -> None:
         """Asks one replica for each missing group, with one message per worker."""
         now_s = time.monotonic()
-        deadline_s = min(self._deadline_s, now_s + self._rules.call_timeout_s)
+        deadline_s = now_s + min(self._rules.call_timeout_s, self._share_s(layer_call, now_s))
         timeout_ms = 1 + int(1000 * max(0.0, deadline_s - now_s))
         wave = layer_call.begin_wave(silent=self._silent, deadline_s=deadline_s)
         for link, (groups, versions) in self._choose(layer_call, wave).items():
             rows = layer_call.groups.worker_rows(groups)
             wave.calls.append(self._send(layer_call.request, link, rows, versions, timeout_ms))
+
+    def _share_s(self, layer_call: LayerCall, now_s: float) -> float:
+        """The seconds of the step that a wave may take: where there are replicas to turn to, it leaves the later waves
+        as much as it takes."""
+        waves_left = MAX_ATTEMPTS - len(layer_call.waves) if self._pool.replicated else 1
+        return (self._deadline_s - now_s) / waves_left
 
     def _choose(self, layer_call: LayerCall, wave: Wave) -> dict[WorkerLink, tuple[list[int], list[bytes]]]:
         """By link: the groups that its worker is asked for, and their versions."""
@@ -245,6 +254,9 @@ class DispatchStep:
             address = ExpertAddress(layer_call.request.layer, layer_call.groups.slots[group])
             version = layer_call.versions[group]
             link = self._pool.pick(address, version, exclude=excluded, planned=num_rows)
+            if link is None and self._unreached:
+                excluded = set(excluded) - self._unreached
+                link = self._pool.pick(address, version, exclude=excluded, planned=num_rows)
             if link is None:
                 layer_call.fail_unheld(group, _no_replica(address, self._pool.last_worker(address)))
                 continue
@@ -367,6 +379,10 @@ class DispatchStep:
         self._pool.note_failure(call.link, error)
         if not isinstance(error, Overloaded):
             self._silent.add(call.link.replica.incarnation)
+        if isinstance(error, MoesaicError) and error.reason == HOST_SILENT:
+            self._unreached.add(call.link.replica.incarnation)
+        else:
+            self._unreached.discard(call.link.replica.incarnation)
         layer_call.fail(call, _failure(layer_call.request.layer, error, call.link.replica.worker))
 
     def _note_times(self, slowest: expert_pb2.ComputeTiming, slowest_us: int, waited_s: float) -> None:

@@ -23,12 +23,15 @@ from dataclasses import dataclass
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion
 from moesaic.errors import MoesaicError, Overloaded
 from moesaic.routing_table import Replica, RoutingTable
+from router.workers.transports.base import HOST_SILENT
 from router.workers.worker_link import WorkerLink
 
 log = logging.getLogger(__name__)
 
 # How long a replica that failed is passed over while another one holds the expert version.
 BACK_OFF_S = 1.0
+# The same for one whose host is silent: it costs whoever asks it seconds.
+SILENT_BACK_OFF_S = 10.0
 # How long a replica has to answer without a failure before it counts as well again.
 WELL_AFTER_S = 10.0
 # So many rows of a wave go to one replica before the next one gets a message, too.
@@ -77,6 +80,7 @@ class ReplicaPool:
         # replaced as a whole, so that readers need no lock.
         self._ordered: tuple[WorkerLink, ...] = ()
         self._holders: _Holders = {}
+        self._replicated = False
         # By expert: the name of a worker that held it last, for the message when none does any more.
         self._last_workers: dict[ExpertAddress, str] = {}
 
@@ -89,6 +93,11 @@ class ReplicaPool:
     def revision(self) -> int:
         """That of the newest table; -1 before the first."""
         return self._revision
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every expert version that is held at all has another holder to turn to."""
+        return self._replicated
 
     def update(self, table: RoutingTable) -> None:
         """Replaces the table by a newer one; an older one is ignored."""
@@ -152,13 +161,14 @@ class ReplicaPool:
             log.info("a worker answers again", extra={"fields": _fields(link)})
 
     def note_failure(self, link: WorkerLink, error: Exception) -> None:
-        """A call to this replica just failed: others are preferred for BACK_OFF_S. One that no table lists is
-        dropped, unless it said itself that it is overloaded."""
+        """A call to this replica just failed: others are preferred for a while. One that no table lists is dropped,
+        unless it said itself that it is overloaded."""
         member = self._members.get(link.replica.incarnation)
         if member is None:
             return
         now_s = self._clock()
-        member.backed_off_until_s = now_s + BACK_OFF_S
+        is_silent = isinstance(error, MoesaicError) and error.reason == HOST_SILENT
+        member.backed_off_until_s = now_s + (SILENT_BACK_OFF_S if is_silent else BACK_OFF_S)
         if member.failed_s is None:
             log.warning("a worker fails", extra={"fields": _fields(link) | {"reason": _reason(error)}})
         member.failed_s = now_s
@@ -211,6 +221,7 @@ class ReplicaPool:
                 holders[version].append(member)
                 self._last_workers[version.address] = member.link.replica.worker
         self._holders = {version: tuple(who) for version, who in holders.items()}
+        self._replicated = bool(holders) and all(len(who) > 1 for who in holders.values())
         self._ordered = tuple(member.link for member in members)
 
 

@@ -1,8 +1,9 @@
 """The link to one worker: sends each call over the first transport that is open and can carry it.
 
 The grpcio stream is open from the start, which also shows whether the worker is there. When it breaks, its calls
-in flight fail at once and the next call opens a new one. The other transports are opened once; one that breaks is given up, and its calls are sent
-again over the next one that can carry them. An expert call is pure, so it may be sent twice.
+in flight fail at once and the next call opens a new one. The other transports are opened once; one that breaks is given
+up, and its calls are sent again over the next one that can carry them. An expert call is pure, so it may be sent twice.
+A silent host is silent over every transport: its calls fail, and what was given up is opened again once it answers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from moesaic.errors import MoesaicError, Unavailable
 from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from router.workers.transports import direct_stream, order
-from router.workers.transports.base import GRPC, Transport, TransportKind, WorkerAnswer
+from router.workers.transports.base import GRPC, HOST_SILENT, Transport, TransportKind, WorkerAnswer
 from router.workers.transports.grpc_stream import GrpcStream
 
 LATENCIES_KEPT = 1000
@@ -73,10 +74,11 @@ class WorkerLink:
         self._lock = threading.Lock()
         self._closed = False
         self._stream: GrpcStream | None = None
-        # None from the moment it is called.
         self._open_transports = open_transports
+        # Whether the next answer is the moment to open the other transports.
+        self._opens_next = open_transports is not None
         # The open transports other than the grpcio stream. The mapping is replaced as a whole, for readers in
-        # other threads: once by the thread that opens them, from then on by the thread that sends.
+        # other threads: while it is empty by the thread that opens them, from then on by the thread that sends.
         self._others: Mapping[TransportKind, Transport] = {}
         self._open_stream()
 
@@ -103,8 +105,8 @@ class WorkerLink:
 
     def receive(self, call: PendingCall, timeout_s: float) -> WorkerAnswer:
         """Waits for an answer. Raises the error that the worker answered with, DataLoss for a malformed
-        answer, Unavailable when the stream broke, or TimeoutError after `timeout_s`; a late answer is then
-        dropped."""
+        answer, Unavailable when the stream broke (with reason HOST_SILENT where the worker may be well), or
+        TimeoutError after `timeout_s`; a late answer is then dropped."""
         try:
             answer = self._receive(call, timeout_s)
         except (MoesaicError, TimeoutError):
@@ -176,18 +178,22 @@ class WorkerLink:
         while call.transport is not None:
             try:
                 return call.transport.receive(call.request.call_id, deadline_s - time.monotonic())
-            except MoesaicError:
+            except MoesaicError as error:
+                if error.reason == HOST_SILENT:
+                    self._give_up(call.kind)
+                    self._opens_next = not self._others
+                    raise
                 if call.kind == GRPC or not call.transport.broken or time.monotonic() >= deadline_s:
                     raise
             call = self._send(call.request, call.hidden, call.sent_s)
         raise Unavailable("the link to the worker is closed")
 
     def _start_opening(self) -> None:
-        """Opens the other transports in the background, once, after the first answer."""
-        open_transports, self._open_transports = self._open_transports, None
-        if open_transports is not None:
+        """Opens the other transports in the background, after the first answer and after a silence."""
+        if self._opens_next and self._open_transports is not None:
+            self._opens_next = False
             threading.Thread(
-                target=self._open_others, args=(open_transports,), name="open-transports", daemon=True
+                target=self._open_others, args=(self._open_transports,), name="open-transports", daemon=True
             ).start()
 
     def _open_others(self, open_transports: OpenTransports) -> None:
@@ -196,7 +202,7 @@ class WorkerLink:
         except ValueError:  # the channel was closed meanwhile
             return
         with self._lock:
-            if not self._closed:
+            if not self._closed and not self._others:
                 self._others = opened
                 return
         for transport in opened.values():

@@ -14,7 +14,14 @@ from moesaic.errors import DataLoss, Overloaded, Unavailable, to_status
 from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from moesaic.wire.tensors import data_of, header_of
-from router.workers.transports.base import DIRECT, GRPC, SHARED_MEMORY, TransportKind, WorkerAnswer
+from router.workers.transports.base import (
+    DIRECT,
+    GRPC,
+    HOST_SILENT,
+    SHARED_MEMORY,
+    TransportKind,
+    WorkerAnswer,
+)
 from router.workers.transports.direct_stream import MAX_ROWS_BYTES
 from router.workers.worker_link import PendingCall, WorkerLink
 
@@ -149,6 +156,7 @@ class FakeTransport:
     def __init__(self, name: TransportKind) -> None:
         self.broken = self.closed = self.breaks_with_next_call = False
         self.num_in_flight = 0
+        self.reason = ""
         self._name = name
 
     def send(self, request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> None:
@@ -159,7 +167,7 @@ class FakeTransport:
     def receive(self, call_id: int, timeout_s: float) -> WorkerAnswer:
         self.num_in_flight -= 1
         if self.broken:
-            raise DataLoss("the transport broke")
+            raise DataLoss("the transport broke", reason=self.reason)
         response = expert_pb2.ComputeResponse(call_id=call_id, epoch=self._name, output=self._request.hidden)
         return WorkerAnswer(response, data_of(self._hidden))
 
@@ -259,6 +267,32 @@ def test_a_call_whose_transport_breaks_when_its_time_is_over_is_not_sent_again(
     with pytest.raises(DataLoss, match="the transport broke"):
         fast_link.receive(in_flight, 0.0)
     assert fast_link.num_in_flight == 0
+
+
+def test_a_call_whose_host_is_silent_is_not_sent_again_and_an_answer_opens_the_transports_anew(
+    server: tuple[grpc.Server, int],
+) -> None:
+    opened: list[FakeTransport] = []
+
+    def open_transports(_stub: object, _replica: Replica) -> dict[TransportKind, FakeTransport]:
+        opened.append(FakeTransport(DIRECT))
+        return {DIRECT: opened[-1]}
+
+    link = WorkerLink(
+        Replica("a", f"127.0.0.1:{server[1]}", "a-1", frozenset()), open_transports=open_transports
+    )
+    try:
+        for silent in range(2):
+            while ask(link) != DIRECT:
+                pass
+            assert len(opened) == silent + 1
+            in_flight = send(link, 0)
+            opened[-1].broken, opened[-1].reason = True, HOST_SILENT
+            with pytest.raises(DataLoss):
+                link.receive(in_flight, WAIT_S)
+            assert opened[-1].closed
+    finally:
+        link.close()
 
 
 def test_a_transport_that_broke_between_calls_is_not_taken(

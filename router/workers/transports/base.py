@@ -21,6 +21,9 @@ GRPC: Final = "grpc"
 DIRECT: Final = "direct"
 SHARED_MEMORY: Final = "shared_memory"
 
+# The reason of an Unavailable when the worker's host is silent: another transport to it would not do better.
+HOST_SILENT: Final = "HOST_SILENT"
+
 
 class WorkerAnswer(NamedTuple):
     """A worker's answer to one call. `data` holds the bytes of its rows: read-only, and checked for their

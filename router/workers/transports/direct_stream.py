@@ -24,7 +24,7 @@ from moesaic.transports.grpc_connection import ConnectionBroken, GrpcConnection,
 from moesaic.v1 import expert_pb2
 from moesaic.wire.messages import COMPUTE_METHOD, Framed, decode_response, encode_request
 from moesaic.wire.tensors import data_of
-from router.workers.transports.base import WorkerAnswer, check_call_id, read_answer
+from router.workers.transports.base import HOST_SILENT, WorkerAnswer, check_call_id, read_answer
 
 # Calls in flight, including those whose caller no longer waits.
 MAX_CALLS = 16
@@ -178,7 +178,7 @@ class DirectStream:
         except BlockingIOError:
             return False
         except (OSError, ConnectionBroken) as error:
-            raise self._break(Unavailable("the direct stream to the worker broke")) from error
+            raise self._break(_broke(error)) from error
         for event in events:
             if isinstance(event, MessageReceived):
                 self._sort(event.data)
@@ -210,7 +210,7 @@ class DirectStream:
             if len(self._unsent) > _MAX_UNSENT_BYTES:
                 raise self._break(Unavailable("the worker does not read what it asks for")) from None
         except OSError as error:
-            raise self._break(Unavailable("the direct stream to the worker broke")) from error
+            raise self._break(_broke(error)) from error
 
     def _sort(self, message: bytes) -> None:
         """Stores an answer for its call, or drops it if no caller waits. Raises DataLoss for anything else."""
@@ -241,6 +241,12 @@ class DirectStream:
             self._socket.send(b"".join((self._unsent, self._connection.take_outgoing())))
         self._socket.close()
         return error
+
+
+def _broke(error: Exception) -> MoesaicError:
+    if isinstance(error, OSError) and tcp_socket.is_silence(error):
+        return Unavailable("the worker's host is silent", reason=HOST_SILENT)
+    return Unavailable("the direct stream to the worker broke")
 
 
 def _reason(end: StreamEnded) -> MoesaicError:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from huggingface_hub.utils import filter_repo_objects, hf_raise_for_status
 from huggingface_hub.utils._http import httpx2 as httpx
 
-from cluster.checkpoints.model_source import find_model, name_model
+from cluster.checkpoints.model_source import find_here, find_model, name_model
 from moesaic.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -57,13 +57,44 @@ def test_a_hub_name_is_found_in_the_local_cache(offline_cache: Path) -> None:
 def test_weights_that_a_repository_holds_twice_are_fetched_once(
     published: list[str], fetched: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hub(name: str, *, allow_patterns: str | list[str]) -> str:
+    def hub(name: str, *, revision: str | None, allow_patterns: str | list[str]) -> str:
         for file in filter_repo_objects(published, allow_patterns=allow_patterns):
             (tmp_path / file).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     assert {path.name for path in find_model("hf://tiny/mixtral").iterdir()} == fetched
+
+
+def test_a_node_that_has_the_folder_asks_nobody(tmp_path: Path) -> None:
+    assert find_here(tmp_path, "hf://tiny/mixtral") == tmp_path
+
+
+def test_a_folder_that_a_node_lacks_is_told_by_whoever_reads_it(tmp_path: Path) -> None:
+    assert find_here(tmp_path / "absent", None) == tmp_path / "absent"
+
+
+def test_a_node_without_the_folder_gets_the_same_revision_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def hub(name: str, *, revision: str | None, allow_patterns: str | list[str]) -> str:
+        asked.append((name, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    elsewhere = Path("/cache/of/another/machine/snapshots") / COMMIT
+    assert find_here(elsewhere, "hf://tiny/mixtral") == tmp_path
+    assert set(asked) == {("tiny/mixtral", COMMIT)}
+
+
+def test_a_node_that_the_hub_does_not_serve_says_which_model_it_lacks() -> None:
+    with pytest.raises(
+        CheckpointError,
+        match="hf://tiny/mixtral is not on this node: it is not whole in the local cache, and HF_HUB_OFFLINE",
+    ):
+        find_here(Path("/cache/of/another/machine/snapshots") / COMMIT, "hf://tiny/mixtral")
 
 
 @pytest.mark.parametrize("source", ["hf://tiny/absent", "hf://not a name", "hf://"])
@@ -107,7 +138,7 @@ def uncached(cause: Exception | None) -> Exception:
 def test_a_model_that_the_hub_does_not_give_says_why(
     error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hub(name: str, *, allow_patterns: str | list[str]) -> str:
+    def hub(name: str, *, revision: str | None, allow_patterns: str | list[str]) -> str:
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)

@@ -230,7 +230,9 @@ def test_a_folder_without_a_model_is_told_what_it_lacks(files: list[str], says: 
 
 
 def test_a_model_of_the_hub_is_inspected_as_it_is_served(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, *, allow_patterns: str(tiny))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, *, revision, allow_patterns: str(tiny)
+    )
     result = CliRunner().invoke(app, ["inspect", "hf://tiny/mixtral", "--json"])
     assert json.loads(result.stdout)["family"] == "mixtral"
 
@@ -262,10 +264,10 @@ def test_stopping_needs_the_address_of_a_ray() -> None:
 
 
 @pytest.mark.parametrize("verb", [("generate", "Hello"), ("status",)])
-def test_a_client_verb_without_a_router_says_so_and_fails(verb: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(app, [*verb, "--grpc", "127.0.0.1:1"])
+def test_a_client_verb_without_a_router_says_so_and_fails(verb: tuple[str, ...], closed_address: str) -> None:
+    result = CliRunner().invoke(app, [*verb, "--grpc", closed_address])
     assert result.exit_code == 1
-    assert result.stderr == "error: no router answers at 127.0.0.1:1: is `moesaic serve` running?\n"
+    assert result.stderr == f"error: no router answers at {closed_address}: is `moesaic serve` running?\n"
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -273,17 +275,60 @@ def test_the_version_is_that_of_the_package() -> None:
     assert (result.exit_code, result.stdout) == (0, f"moesaic {__version__}\n")
 
 
-def test_a_client_verb_imports_neither_ray_nor_torch() -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from cluster.cli.commands import app;"
-        "CliRunner().invoke(app, ['status', '--grpc', '127.0.0.1:1']);"
-        "CliRunner().invoke(app, ['generate', 'x', '--grpc', '127.0.0.1:1']);"
-        "print({'ray', 'torch', 'transformers', 'fastapi'} & set(sys.modules))"
+# Stands for an address at which nothing listens.
+CLOSED = "closed"
+HEAVY = ("fastapi", "ray", "torch", "transformers")
+RUN = """
+import sys
+sys.argv = ["moesaic", *{arguments!r}]
+from cluster.cli.main import main
+try:
+    main()
+finally:
+    print("imported:", *sorted({packages!r} & sys.modules.keys()))
+"""
+
+
+def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process of its own, which says on stdout at the end what of HEAVY it has imported."""
+    return subprocess.run(
+        [sys.executable, "-c", before + RUN.format(arguments=arguments, packages=set(HEAVY))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--help",), 0),
+        (("serve", "--help"), 0),
+        (("--version",), 0),
+        (("status", "--grpc", CLOSED), 1),
+        (("generate", "x", "--grpc", CLOSED), 1),
+        (("top", "--once", "--grpc", CLOSED), 1),
+        (("serve", "/no/such/folder"), 2),
+    ],
+)
+def test_what_starts_no_process_imports_neither_ray_nor_torch(
+    arguments: tuple[str, ...], code: int, closed_address: str
+) -> None:
+    done = run(*(closed_address if one == CLOSED else one for one in arguments))
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported:"
+
+
+def test_a_server_says_that_it_starts_before_it_imports_anything_large() -> None:
+    done = run("serve", before='import sys; sys.modules["typer"] = sys.modules["pydantic"] = None')
+    assert done.stderr.splitlines()[0] == "Moesaic: starting"
+    assert done.stderr.splitlines()[1].startswith("error: the command needs ")
+
+
+@pytest.mark.parametrize("option", ["--json", "--help"])
+def test_who_asks_for_json_or_help_is_told_nothing_else(option: str) -> None:
+    assert "starting" not in run("serve", "/no/such/folder", option).stderr
 
 
 def test_a_client_install_says_what_the_command_needs(
@@ -294,7 +339,10 @@ def test_a_client_install_says_what_the_command_needs(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "error: the command needs typer: pip install 'moesaic[serve]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: the command needs typer; from a checkout: pip install ./moesaic .\n"
+    )
 
 
 def test_every_verb_with_a_cluster_of_its_own_takes_the_same_options(

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
 from cluster.control.controller import Cluster, Controller, Member
+from cluster.control.epoch_store import EpochStore
+from cluster.control.epochs_in_use import EpochsInUse
 from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
+from cluster.control.publication import Publication
+from cluster.control.worker_facts import WorkerFacts
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion
 from moesaic.errors import Unavailable
-from moesaic.routing_table import Replica, Snapshot
+from moesaic.routing_table import Replica
 from moesaic.v1 import control_pb2 as pb
 
 pytestmark = pytest.mark.timeout(20)
@@ -111,11 +118,11 @@ class PlayedCluster:
             raise Unavailable("it died", reason=self.reason_of_death)
         return report
 
-    async def describe(self, address: str) -> Replica:
+    async def describe(self, address: str) -> WorkerFacts:
         self.described.append(address)
         if address in self.undescribed:
             raise Unavailable("it does not answer")
-        return self.replicas[address]
+        return WorkerFacts(self.replicas[address])
 
     def _news(self, name: str, seen: int) -> bool:
         report = self.reports[name]
@@ -130,16 +137,20 @@ async def sleep_briefly(seconds: float) -> None:
 async def following(
     played: PlayedCluster, cluster: Cluster = CLUSTER, first_revision: int = 0
 ) -> AsyncIterator[Controller]:
-    controller = Controller(cluster, played, first_revision=first_revision, sleep=sleep_briefly)
-    running = asyncio.create_task(controller.run())
-    try:
-        yield controller
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+    with tempfile.TemporaryDirectory() as folder:
+        store = EpochStore(Path(folder), model=cluster.model, base=cluster.base)
+        epochs = EpochsInUse(store, drain_s=60.0)
+        controller = Controller(cluster, played, epochs, first_revision=first_revision, sleep=sleep_briefly)
+        running = asyncio.create_task(controller.run())
+        try:
+            yield controller
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            store.close()
 
 
-async def until(snapshots: AsyncIterator[Snapshot], *workers: str) -> Snapshot:
+async def until(snapshots: AsyncIterator[Publication], *workers: str) -> Publication:
     """The next snapshot whose table has just these workers."""
     async with asyncio.timeout(5):
         async for snapshot in snapshots:
@@ -286,6 +297,58 @@ async def test_a_process_that_cannot_be_started_where_it_was_placed_has_failed()
         assert (failed.state, failed.detail) == (pb.PROCESS_STATE_FAILED, "it died")
 
 
+def absences(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    """What was said of processes, with its level; not what was published."""
+    records = [record for record in caplog.records if record.getMessage().startswith("process ")]
+    return [(record.levelno, record.getMessage()) for record in records]
+
+
+async def test_only_a_process_that_was_ready_is_called_lost(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(controller.watch(), "w0", "w1")
+        await played.kill("w1")
+        await until(controller.watch(), "w0")
+    assert absences(caplog) == [(logging.WARNING, "process lost")]
+
+
+async def test_a_process_that_has_not_begun_is_starting_and_not_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    played = PlayedCluster(reason_of_death="")
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.kill("w1")
+        await until(controller.watch(), "w0")
+        waiting = process(controller, "w1")
+        assert (waiting.state, waiting.detail) == (pb.PROCESS_STATE_PENDING, "it died")
+    assert absences(caplog) == [(logging.INFO, "process is starting")]
+
+
+async def test_a_process_that_dies_while_it_starts_again_did_not_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(controller.watch(), "w0", "w1")
+        await played.kill("w1")
+        await until(controller.watch(), "w0")
+        await played.tell("w1", pb.PROCESS_STATE_LOADING, 2, 3)
+        while process(controller, "w1").state != pb.PROCESS_STATE_LOADING:
+            await asyncio.sleep(0.002)
+        await played.kill("w1")
+        while process(controller, "w1").state != pb.PROCESS_STATE_PENDING:
+            await asyncio.sleep(0.002)
+    assert absences(caplog) == [(logging.WARNING, "process lost"), (logging.WARNING, "process did not start")]
+
+
 async def test_a_restart_between_two_looks_is_seen_by_the_report() -> None:
     played = PlayedCluster()
     async with following(played) as controller:
@@ -316,7 +379,7 @@ async def test_the_same_report_again_neither_asks_the_worker_nor_publishes() -> 
         await played.ready("w0", 1)
         await played.ready("w1", 2)
         before = await until(controller.watch(), "w0", "w1")
-        controller._keep(played.reports["w0"], await controller._replica_of(played.reports["w0"]))  # type: ignore[arg-type]
+        controller._keep(played.reports["w0"], await controller._facts_of(played.reports["w0"]))  # type: ignore[arg-type]
         assert played.described == ["127.0.0.1:1", "127.0.0.1:2"]
         assert (await anext(controller.watch())) is before
 

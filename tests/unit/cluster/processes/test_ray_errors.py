@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.processes.ray_errors import RayTimeoutError, join_error, start_error
+from cluster.processes.ray_errors import RayTimeoutError, explain_silence, join_error, start_error
 from moesaic.errors import FailedPrecondition
 
 TIMED_OUT = Exception(
@@ -48,3 +48,21 @@ def test_a_ray_that_cannot_be_joined_is_told_with_a_cure(text: str, cure: str) -
     error = join_error(RuntimeError(text), "head:6379")
     assert cure in error.message
     assert error.field == "address"
+
+
+@pytest.mark.parametrize(
+    ("state", "address", "was_ready", "says"),
+    [
+        ("PENDING_CREATION", "", False, "it waits for Ray to start it, CPUs free: 0 of 4"),
+        ("PENDING_CREATION", "10.0.0.2", False, "Ray is starting it on node 10.0.0.2"),
+        ("RESTARTING", "", True, "it died and waits for Ray to start it again, CPUs free: 0 of 4"),
+        ("ALIVE", "10.0.0.2", False, "its process on node 10.0.0.2 is starting"),
+        ("ALIVE", "10.0.0.2", True, "its process on node 10.0.0.2 does not answer"),
+        ("", "", True, "its process does not answer"),
+    ],
+)
+def test_a_silent_process_waits_starts_or_does_not_answer(
+    state: str, address: str, was_ready: bool, says: str
+) -> None:
+    told = explain_silence(state, address, was_ready=was_ready, room=lambda: ", CPUs free: 0 of 4")
+    assert told == says

@@ -139,7 +139,7 @@ def test_without_a_terminal_each_change_of_state_is_one_plain_line() -> None:
     with LoadProgress(console) as progress:
         progress.show(TOPOLOGY)
         progress.show(TOPOLOGY)
-    assert written(console) == "controller: ready\nexpert-worker-63: pending its connection broke\n"
+    assert written(console) == "controller: ready\nexpert-worker-63: its connection broke\n"
 
 
 def test_what_a_process_waits_for_is_said_as_soon_as_it_is_known_on_a_terminal_as_well() -> None:
@@ -147,12 +147,18 @@ def test_what_a_process_waits_for_is_said_as_soon_as_it_is_known_on_a_terminal_a
     console = terminal()
     with LoadProgress(console) as progress:
         progress.show(pb.GetTopologyResponse(processes=[waiting]))
-        waiting.detail = (
-            "it waits for a place: CPUs free: 0 of 4 on 10.0.0.1, 0 of 4 on 10.0.0.2, 0 of 4 on 10.0.0.3"
-        )
+        waiting.detail = "it waits for Ray to start it, CPUs free: 0 of 4 on 10.0.0.1, 0 of 4 on 10.0.0.2, 0 of 4 on 10.0.0.3"
         for _ in range(2):
             progress.show(pb.GetTopologyResponse(processes=[waiting]))
-    assert written(console).count(f"expert-worker-0: pending {waiting.detail}\n") == 1
+    assert written(console).count(f"expert-worker-0: {waiting.detail}\n") == 1
+
+
+def test_why_a_process_failed_stands_behind_its_state() -> None:
+    failed = pb.Process(name="expert-worker-0", state=pb.PROCESS_STATE_FAILED, detail="no memory")
+    console = terminal()
+    with LoadProgress(console) as progress:
+        progress.show(pb.GetTopologyResponse(processes=[failed]))
+    assert "expert-worker-0: failed: no memory\n" in written(console)
 
 
 def test_a_start_says_at_once_that_ray_starts_and_a_signal_is_answered_beside_it() -> None:

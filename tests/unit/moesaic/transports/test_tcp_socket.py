@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 import pytest
@@ -31,3 +32,9 @@ def test_a_connection_that_is_closed_cannot_be_prepared() -> None:
         connection.close()
         with pytest.raises(OSError):
             tcp_socket.prepare_socket(connection)
+
+
+def test_a_host_that_answers_nothing_is_told_apart_from_one_that_refuses() -> None:
+    assert tcp_socket.is_silence(TimeoutError(errno.ETIMEDOUT, "timed out"))
+    assert tcp_socket.is_silence(OSError(errno.EHOSTUNREACH, "no route"))
+    assert not tcp_socket.is_silence(ConnectionResetError(errno.ECONNRESET, "reset"))

@@ -24,7 +24,7 @@ from router.dispatch.host_staging import HostStaging
 from router.gating.gate import NO_SLOT
 from router.phase_clock import PhaseClock
 from router.workers.replica_pool import SHARE_ROWS
-from router.workers.transports.base import WorkerAnswer
+from router.workers.transports.base import HOST_SILENT, WorkerAnswer
 
 NUM_SLOTS = 4
 HIDDEN = torch.arange(12, dtype=torch.float32).view(4, 3) + 1
@@ -271,6 +271,62 @@ def test_a_silent_worker_is_waited_for_once_a_step_not_once_a_layer() -> None:
     for layer in range(3):
         step.compute(layer, HIDDEN, SLOTS, WEIGHTS)
     assert len(links["a"].requests) == 1
+
+
+SILENT_HOST = Unavailable("the worker's host is silent", reason=HOST_SILENT)
+
+
+def test_a_worker_whose_host_is_silent_is_not_asked_again_where_another_one_holds_its_experts() -> None:
+    output, step, links = dispatch(
+        {"a": range(4), "b": range(4)}, {"a": failing(SILENT_HOST), "b": scaled_rows}
+    )
+    torch.testing.assert_close(output, EXPECTED)
+    assert not step.failed and len(links["a"].requests) == 1
+
+
+def test_a_worker_whose_host_is_silent_is_asked_once_more_where_it_is_the_only_one() -> None:
+    errors = [SILENT_HOST]
+
+    def silent_at_first(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> WorkerAnswer:
+        if errors:
+            raise errors.pop()
+        return scaled_rows(request, hidden)
+
+    output, step, links = dispatch({"a": range(4)}, {"a": silent_at_first})
+    torch.testing.assert_close(output, EXPECTED)
+    assert not step.failed and len(links["a"].requests) == 2
+
+
+def test_a_worker_that_fails_over_the_next_connection_too_is_not_asked_again_in_the_step() -> None:
+    errors = [Unavailable("gone"), SILENT_HOST]
+
+    def gone(request: expert_pb2.ComputeRequest, hidden: torch.Tensor) -> WorkerAnswer:
+        raise errors.pop()
+
+    epoch = make_epoch(2, NUM_SLOTS)
+    pool, links = make_pool(epoch, {"a": range(4)}, {"a": gone})
+    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
+        whole(epoch), deadline_s=time.monotonic() + 5.0
+    )
+    for layer in range(2):
+        step.compute(layer, HIDDEN, SLOTS, WEIGHTS)
+    assert len(links["a"].requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("workers", "most_ms"), [({"a": range(4)}, 4000), ({"a": range(4), "b": range(4)}, 2000)]
+)
+def test_a_first_wave_leaves_time_for_a_second_one_where_there_are_replicas(
+    workers: dict[str, range], most_ms: int
+) -> None:
+    epoch = make_epoch(1, NUM_SLOTS)
+    pool, links = make_pool(epoch, workers)
+    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=30.0)).begin(
+        whole(epoch), deadline_s=time.monotonic() + 4.0
+    )
+    step.compute(0, HIDDEN, SLOTS, WEIGHTS)
+    (asked,) = [link.requests[0] for link in links.values() if link.requests]
+    assert most_ms - 1000 < asked.timeout_ms <= most_ms + 1
 
 
 def test_what_is_abandoned_in_flight_is_given_up_once() -> None:

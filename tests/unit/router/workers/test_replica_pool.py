@@ -11,7 +11,15 @@ from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.errors import DataLoss, MoesaicError, Overloaded, Unavailable
 from moesaic.routing_table import Replica, RoutingTable
 from router.workers import replica_pool
-from router.workers.replica_pool import BACK_OFF_S, MAX_UNLISTED, SHARE_ROWS, WELL_AFTER_S, ReplicaPool
+from router.workers.replica_pool import (
+    BACK_OFF_S,
+    MAX_UNLISTED,
+    SHARE_ROWS,
+    SILENT_BACK_OFF_S,
+    WELL_AFTER_S,
+    ReplicaPool,
+)
+from router.workers.transports.base import HOST_SILENT
 
 EPOCH = make_epoch(1, 2)
 FIRST = ExpertAddress(0, 0)
@@ -141,6 +149,23 @@ def test_a_replica_that_failed_is_left_alone_for_a_moment(rig: Rig) -> None:
     assert [rig.pick() for _ in range(4)] == ["b1"] * 4
     rig.now_s += BACK_OFF_S + 0.1
     assert rig.pick() == "a1"
+
+
+def test_a_replica_whose_host_is_silent_is_left_alone_for_longer(rig: Rig) -> None:
+    rig.publish(1, "a1", "b1")
+    rig.fail("a1", Unavailable("silent", reason=HOST_SILENT))
+    rig.now_s += BACK_OFF_S + 0.1
+    assert [rig.pick() for _ in range(4)] == ["b1"] * 4
+    rig.now_s += SILENT_BACK_OFF_S
+    assert rig.pick() == "a1"
+
+
+def test_a_model_is_replicated_where_every_version_has_two_holders(rig: Rig) -> None:
+    assert not rig.pool.replicated
+    rig.publish(1, "a1")
+    assert not rig.pool.replicated
+    rig.publish(2, "a1", "b1")
+    assert rig.pool.replicated
 
 
 def test_a_replica_that_failed_is_asked_when_there_is_no_other(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import threading
 from collections import deque
@@ -17,6 +18,7 @@ from moesaic.transports.tcp_socket import MAX_MESSAGE_BYTES, prepare_socket
 from moesaic.v1 import common_pb2, expert_pb2
 from moesaic.wire.messages import COMPUTE_METHOD, Framed, decode_request, encode_response
 from moesaic.wire.tensors import data_of, encode_rows, view_rows
+from router.workers.transports.base import HOST_SILENT
 from router.workers.transports.direct_stream import MAX_CALLS, MAX_ROWS_BYTES, DirectStream, carries
 
 WAIT_S = 10.0
@@ -247,6 +249,24 @@ def test_a_worker_that_is_gone_fails_what_is_in_flight_at_once_and_what_comes_af
     for lost in (3, 4):
         with pytest.raises(Unavailable):
             stream.receive(lost, WAIT_S)
+
+
+class SilentHost(socket.socket):
+    """The kernel has given up on its host."""
+
+    def recv_into(self, *arguments: object) -> int:
+        raise TimeoutError(errno.ETIMEDOUT, "timed out")
+
+
+def test_a_host_that_is_silent_fails_what_is_in_flight_with_a_reason_of_its_own() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.setblocking(False)
+        stream = DirectStream(SilentHost(fileno=ours.detach()), "worker:1")
+        send(stream, 1)
+        with pytest.raises(Unavailable) as broken:
+            stream.receive(1, WAIT_S)
+    assert broken.value.reason == HOST_SILENT and stream.broken
 
 
 @pytest.mark.parametrize(
