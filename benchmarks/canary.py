@@ -154,7 +154,7 @@ def main(
     shape = describe_model(open_checkpoint(model))
     gated = [layer for layer, experts in sorted(shape.experts.items()) if experts.gate is not None][:layers]
     prompts = random_prompts(streams, PROMPT_TOKENS, shape.vocab_size, seed=streams)
-    targets = {
+    targets: dict[str, list[_Target]] = {
         "swap": [(layer, slot) for layer in gated for slot in range(slots)],
         "add": [(layer, None) for layer in gated],
     }
