@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -115,6 +116,9 @@ class Reconciler:
         self._resting: dict[str, float] = {}
         self._passage: _Passage | None = None
         self._idle = Pulse()
+        self._base_footprints = {
+            layer: Footprint(experts.module.num_parameters) for layer, experts in base.model.experts.items()
+        }
         self._base_slots = frozenset(
             ExpertAddress(layer, slot)
             for layer, experts in base.model.experts.items()
@@ -186,22 +190,20 @@ class Reconciler:
             replicas=self._replicas,
             base_slots=self._base_slots,
             footprints=self._footprints(living),
-            base_footprints={
-                layer: Footprint(experts.module.num_parameters)
-                for layer, experts in self._base.model.experts.items()
-            },
+            base_footprints=self._base_footprints,
             candidate=self._epochs.candidate,
         )
 
     def _observed(self) -> Observed:
         now_s = self._clock()
         self._resting = {name: until for name, until in self._resting.items() if until > now_s}
-        workers = tuple(self._worker(sighting) for sighting in self._controller.workers())
+        footprints = self._footprints(self._epochs.living())
+        workers = tuple(self._worker(sighting, footprints) for sighting in self._controller.workers())
         passage = self._passage
         published = {passage.epoch.id} if passage is not None and passage.is_published else set()
         return Observed(workers, frozenset(published), settled=now_s >= self._settled_at_s)
 
-    def _worker(self, sighting: WorkerSighting) -> Worker:
+    def _worker(self, sighting: WorkerSighting, footprints: Mapping[ExpertVersion, Footprint]) -> Worker:
         facts = sighting.facts
         replica = facts.replica
         return Worker(
@@ -211,31 +213,34 @@ class Reconciler:
             holdings=replica.holdings,
             unproven=replica.holdings & self._controller.withheld(replica.incarnation),
             available_bytes=facts.available_bytes,
-            bytes_per_parameter=self._bytes_per_parameter(facts),
+            bytes_per_parameter=self._bytes_per_parameter(facts, footprints),
             resting=replica.worker in self._resting,
         )
 
-    def _bytes_per_parameter(self, facts: WorkerFacts) -> float:
-        """From what it holds of the model folder's slots; four where that is not known."""
-        parameters = sum(
-            self._base.model.experts[version.address.layer].module.num_parameters
+    def _bytes_per_parameter(
+        self, facts: WorkerFacts, footprints: Mapping[ExpertVersion, Footprint]
+    ) -> float:
+        """From all that it holds; four where that is nothing. What nobody needs any more counts like the folder's."""
+        held = [
+            footprints.get(version) or self._base_footprints[version.address.layer]
             for version in facts.replica.holdings
-            if version.address in self._base_slots
-        )
-        return facts.weight_bytes / parameters if parameters and facts.weight_bytes else 4.0
+        ]
+        parameters = sum(footprint.parameters for footprint in held)
+        floating_bytes = facts.weight_bytes - sum(footprint.fixed_bytes for footprint in held)
+        return floating_bytes / parameters if parameters and floating_bytes > 0 else 4.0
 
     def _footprints(self, living: Iterable[Epoch]) -> dict[ExpertVersion, Footprint]:
         """Of the versions that bundles brought."""
-        digests = {bundle.digest for epoch in living for bundle in epoch.bundles}
         footprints: dict[ExpertVersion, Footprint] = {}
         for epoch in living:
             for bundle in epoch.bundles:
-                if bundle.digest not in digests:
+                try:
+                    by_digest = _footprints_of(self._bundles.manifest(bundle.digest))
+                except MoesaicError:  # it was deleted or damaged: whoever has to load it says so
                     continue
-                by_version = _footprints_of(self._bundles.manifest(bundle.digest))
                 for address in bundle.experts:
                     digest = epoch.versions[address]
-                    footprints[ExpertVersion(address, digest)] = by_version[digest]
+                    footprints[ExpertVersion(address, digest)] = by_digest[digest]
         return footprints
 
     async def _carry_out(self, actions: Sequence[Action]) -> None:
@@ -377,9 +382,7 @@ def _footprints_of(manifest: Manifest) -> dict[bytes, Footprint]:
         parameters, fixed_bytes = 0, 0
         for tensor in expert.weights.values():
             facts = manifest.tensors[tensor]
-            size = 1
-            for extent in facts.shape:
-                size *= extent
+            size = math.prod(facts.shape)
             if facts.dtype == "I8":
                 fixed_bytes += size
             else:
