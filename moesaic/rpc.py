@@ -73,11 +73,6 @@ def aio_channel(target: str, *, max_message_bytes: int = PUBLIC_MESSAGE_BYTES) -
     return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS + _limits(max_message_bytes))
 
 
-def cannot_connect(channel: grpc.aio.Channel) -> bool:
-    """Whether the last attempt of the channel to connect has failed."""
-    return channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE
-
-
 def channel(target: str, *, max_message_bytes: int = DATA_MESSAGE_BYTES) -> grpc.Channel:
     """A thread-based channel to HOST:PORT, for callers that block (the engine's links to workers)."""
     return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS + _limits(max_message_bytes))

@@ -3,7 +3,7 @@
 A setting is declared here and nowhere else: its type, bounds and default, and the description that `--help`
 and docs/settings.md show. An unknown key is an error. The environment is read in this module alone:
 `MOESAIC_ENGINE__MAX_BATCH_TOKENS=1024` sets `engine.max_batch_tokens`; the standard OTEL_* variables are read
-by the exporter itself. Needs the `serve` extra.
+by the exporter itself. Part of moesaic-server.
 """
 
 from __future__ import annotations
@@ -352,8 +352,8 @@ class Settings(_Group):
     )
     dense_layers: DenseLayers = Field(
         "auto",
-        description="Where layers without a gate are computed; auto is experts where the model has no "
-        "others, else router.",
+        description="Where dense layers are computed; auto is experts where all layers are dense, else "
+        "router.",
     )
     host: str = Field("127.0.0.1", description="The address that the servers listen on.")
     http_port: int = Field(

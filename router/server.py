@@ -109,17 +109,21 @@ class RouterServer:
         assert loaded is not None and engine is not None and epochs is not None, "start and load come first"
         try:
             async with asyncio.timeout(timeout_s):
-                await epochs.wait_first()
+                epoch = await epochs.wait_first()
                 sys.setswitchinterval(SWITCH_INTERVAL_S)
                 engine.start()
-                await pass_one_token(engine, epochs.book.choose("readiness", "", "", None), timeout_s)
+                await pass_one_token(engine, epochs.book.choose("readiness", "", epoch.id, None), timeout_s)
         except TimeoutError as error:
             raise Unavailable(
                 f"not every expert had a worker within {timeout_s:.0f} s", reason="NOT_READY"
             ) from error
         self._servicer.service = self._make_service(loaded, engine, epochs.book)
         self._control.reader = TextReader(
-            engine, loaded.text, loaded.model.gates, epochs.book.choose, max_model_len=loaded.max_model_len
+            engine,
+            loaded.text,
+            loaded.model.gates,
+            epochs.book.plain_view,
+            max_model_len=loaded.max_model_len,
         )
         await self._server.set_serving(True)
         self._tasks.append(asyncio.create_task(self._keep_health_true(engine, epochs)))

@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import grpc
+from grpc_status import rpc_status
 
-from cluster.observation.reachability import explaining_absence
+from cluster.observation.reachability import hinting_at_serve
 from moesaic import rpc
 from moesaic.bundles import Bundle
+from moesaic.client.call_failure import explain
 from moesaic.errors import FailedPrecondition, Unavailable, from_rpc_error
 from moesaic.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -25,8 +27,9 @@ _R = TypeVar("_R")
 class ControllerClient:
     """Asks the controller behind a channel. Every method raises the MoesaicError that it answers with."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
         self._stub = control_pb2_grpc.ControlServiceStub(channel)
+        self._address = address
 
     async def upload(
         self, bundle: Bundle, show: Callable[[int, int], None] = lambda done, total: None
@@ -35,35 +38,34 @@ class ControllerClient:
         for stored in await self.bundles():
             if stored.digest == bundle.digest:
                 return control_pb2.UploadBundleResponse(name=stored.name, digest=stored.digest, known=True)
-        return await _answer(self._stub.UploadBundle(_parts(bundle, show), timeout=CHANGE_TIMEOUT_S))
+        return await self._answer(self._stub.UploadBundle(_parts(bundle, show), timeout=CHANGE_TIMEOUT_S))
 
     async def change(self, request: control_pb2.ChangeRequest) -> AsyncIterator[control_pb2.ChangeResponse]:
         """The steps of a change, as they are done. It goes on when the caller leaves."""
-        with _as_errors():
+        with _as_errors(self._address):
             async for response in self._stub.Change(request, timeout=CHANGE_TIMEOUT_S):
                 yield response
 
     async def bundles(self) -> list[control_pb2.StoredBundle]:
         request = control_pb2.ListBundlesRequest()
-        answer = await _answer(self._stub.ListBundles(request, timeout=ASK_TIMEOUT_S))
+        answer = await self._answer(self._stub.ListBundles(request, timeout=ASK_TIMEOUT_S))
         return list(answer.bundles)
 
     async def history(self, limit: int) -> control_pb2.GetHistoryResponse:
         """The newest entries, at most so many."""
         request = control_pb2.GetHistoryRequest(limit=limit)
-        return await _answer(self._stub.GetHistory(request, timeout=ASK_TIMEOUT_S))
+        return await self._answer(self._stub.GetHistory(request, timeout=ASK_TIMEOUT_S))
+
+    async def _answer(self, call: Awaitable[_R]) -> _R:
+        with _as_errors(self._address):
+            return await call
 
 
 @asynccontextmanager
 async def controller_client(address: str) -> AsyncIterator[ControllerClient]:
-    """A client of the controller at HOST:PORT. Raises Unavailable that names it where none listens."""
+    """A client of the controller at HOST:PORT."""
     async with rpc.aio_channel(address, max_message_bytes=rpc.DATA_MESSAGE_BYTES) as channel:
-        try:
-            yield ControllerClient(channel)
-        except Unavailable as error:
-            if not rpc.cannot_connect(channel):
-                raise
-            raise Unavailable(f"no controller answers at {address}") from error
+        yield ControllerClient(channel, address)
 
 
 async def find_controller(router: str) -> str:
@@ -71,8 +73,11 @@ async def find_controller(router: str) -> str:
     async with rpc.aio_channel(router) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         request = inference_pb2.GetModelInfoRequest()
-        with explaining_absence(router, lambda: rpc.cannot_connect(channel)):
-            model = await _answer(stub.GetModelInfo(request, timeout=ASK_TIMEOUT_S))
+        with hinting_at_serve():
+            try:
+                model = await stub.GetModelInfo(request, timeout=ASK_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                raise explain(error, router, timeout_s=ASK_TIMEOUT_S) from error
     address: str = model.control_address
     if not address:
         raise FailedPrecondition(
@@ -83,16 +88,14 @@ async def find_controller(router: str) -> str:
     return address
 
 
-async def _answer(call: Awaitable[_R]) -> _R:
-    with _as_errors():
-        return await call
-
-
 @contextmanager
-def _as_errors() -> Iterator[None]:
+def _as_errors(address: str) -> Iterator[None]:
+    """Raises the controller's own error, or Unavailable that names the address where none listens."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
+        if error.code() == grpc.StatusCode.UNAVAILABLE and rpc_status.from_call(error) is None:
+            raise Unavailable(f"no controller answers at {address}", reason="NO_CONTROLLER") from error
         raise from_rpc_error(error) from error
 
 

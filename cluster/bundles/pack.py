@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+from cluster.bundles.adapter import is_adapter
+from cluster.bundles.adapter_pack import pack_adapter
 from cluster.bundles.comparison import (
     Moved,
     RowDifference,
@@ -14,11 +14,12 @@ from cluster.bundles.comparison import (
     compare_rows,
     other_experts,
     other_rows,
-    percent,
 )
 from cluster.bundles.model_folder import GateTensors, ModelFolder, open_model
-from cluster.bundles.selection import Candidate, Origin, Wanted, choose, find_origin
+from cluster.bundles.order import Order, Packed, PackedExpert, Show, bundle_name, draft_manifest
+from cluster.bundles.selection import Candidate, Origin, choose, find_origin
 from cluster.bundles.weights import (
+    PROBE_INPUTS,
     dense_values,
     difference,
     probe_inputs,
@@ -29,7 +30,6 @@ from moesaic.bundles import (
     Bundle,
     BundleExpert,
     BundleGateRow,
-    Manifest,
     ProbeVectors,
     TensorSource,
     growth_problem,
@@ -40,53 +40,6 @@ from moesaic.bundles.version import MLP, mlp_parameters
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import InvalidArgument
 
-PROBE_INPUTS = "probe_inputs"
-_NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is to be packed, and what people are to read in the manifest."""
-
-    tuned: Path
-    base: Path
-    out: Path
-    wanted: Wanted = field(default_factory=Wanted)
-    # Pack the experts although the fine-tune moved other tensors, too.
-    experts_only: bool = False
-    name: str | None = None
-    description: str = ""
-    licence: str = ""
-    owner: str = ""
-    tags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PackedExpert:
-    """An expert of the new bundle. A difference is relative to the base's expert or row; None: there is none."""
-
-    layer: int
-    slot: int
-    target: int | None
-    difference: float | None
-    row_difference: float | None
-    has_row: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A bundle that was written, and what it leaves out."""
-
-    bundle: Bundle
-    origin: Origin
-    compared: int
-    experts: tuple[PackedExpert, ...]
-    moved: tuple[Moved, ...]
-
-
-# What happens, how much of it is done, and how much there is.
-Show = Callable[[str, int, int], None]
-
 
 def pack(order: Order, show: Show = lambda stage, done, total: None) -> Packed:
     """Raises InvalidArgument, whose field says what would cure it, or CheckpointError for a file at fault."""
@@ -95,13 +48,11 @@ def pack(order: Order, show: Show = lambda stage, done, total: None) -> Packed:
         check_name(tag, "tag")
     if order.out.exists():
         raise InvalidArgument("out: the folder is there already", field="out")
-    tuned, base = open_model(order.tuned, "model"), open_model(order.base, "base")
+    base = open_model(order.base, "base")
+    if is_adapter(order.tuned):
+        return pack_adapter(order, base, show)
+    tuned = open_model(order.tuned, "model")
     return _Packing(order, tuned, base, show).run()
-
-
-def bundle_name(order: Order) -> str:
-    """The name that was asked for, or the one of the folder."""
-    return order.name or _NOT_IN_NAMES.sub("-", order.out.resolve().name.lower()).strip("-")[:64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,21 +173,8 @@ class _Packing:
             self.show("computing probe answers", done, len(experts))
             written.append(self._describe(expert, names.of(expert), tensors))
         total = sum(source.num_bytes for source in tensors.values())
-        order, base = self.order, self.base.as_base()
-        draft = Manifest(
-            name=bundle_name(order),
-            base_model=self.base.name,
-            base_fingerprint=base.fingerprint.hex(),
-            hidden_size=hidden,
-            experts=tuple(written),
-            tensors={},
-            description=order.description,
-            licence=order.licence,
-            owner=order.owner,
-            tags=order.tags,
-            origin=_origin(self.tuned.name, origin, experts, moved),
-        )
-        return write_bundle(order.out, draft, tensors, lambda done: self.show("writing", done, total))
+        draft = draft_manifest(self.order, self.base, origin, written, experts, "; ".join(map(str, moved)))
+        return write_bundle(self.order.out, draft, tensors, lambda done: self.show("writing", done, total))
 
     def _describe(self, expert: PackedExpert, prefix: str, tensors: dict[str, TensorSource]) -> BundleExpert:
         address = ExpertAddress(expert.layer, expert.slot)
@@ -281,26 +219,6 @@ class _Names:
 
 def _place(candidate: Candidate) -> tuple[int, int, int | None]:
     return candidate.layer, candidate.slot, candidate.target
-
-
-def _origin(
-    tuned: str, origin: Origin, experts: Iterable[PackedExpert], moved: Iterable[Moved]
-) -> dict[str, str]:
-    said = {"packed_from": tuned, "which_is": str(origin)}
-    for expert in experts:
-        said.setdefault(f"layer {expert.layer}", "")
-        said[f"layer {expert.layer}"] += f"{'; ' if said[f'layer {expert.layer}'] else ''}{_words(expert)}"
-    left = "; ".join(map(str, moved))
-    return {**said, "left_out": left} if left else said
-
-
-def _words(expert: PackedExpert) -> str:
-    words = f"slot {expert.slot}"
-    if expert.difference is not None:
-        words += f" differs by {percent(expert.difference)}"
-    if expert.row_difference:
-        words += f", its gate row by {percent(expert.row_difference)}"
-    return words
 
 
 def _refusal(moved: Iterable[Moved]) -> str:

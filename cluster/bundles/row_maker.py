@@ -20,13 +20,14 @@ from cluster.bundles.gate_rows import (
     split_prompts,
 )
 from cluster.bundles.model_folder import ModelFolder, open_model
-from cluster.observation.reachability import explaining_absence
+from cluster.observation.reachability import hinting_at_serve
 from moesaic import rpc
 from moesaic.bundles import Bundle, BundleExpert, effective_values
 from moesaic.bundles.bundle import Floats
 from moesaic.bundles.manifest import NormMode
+from moesaic.client.call_failure import explain
 from moesaic.epoch import ExpertAddress, GateRow
-from moesaic.errors import InvalidArgument, from_rpc_error
+from moesaic.errors import InvalidArgument
 from moesaic.v1 import common_pb2
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1.inference_pb2_grpc import RouterControlServiceStub
@@ -93,11 +94,11 @@ async def make_rows(bundle: Bundle, order: RowOrder, router: str) -> MadeRows:
         _check_one_a_layer(bundle.manifest.experts)
     async with rpc.aio_channel(router) as channel:
         maker = _Maker(RouterControlServiceStub(channel), bundle, order)
-        with explaining_absence(router, lambda: rpc.cannot_connect(channel)):
+        with hinting_at_serve():
             try:
                 return await maker.make()
             except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
+                raise explain(error, router, timeout_s=TIMEOUT_S) from error
 
 
 @dataclass(frozen=True, slots=True)

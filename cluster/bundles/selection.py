@@ -23,6 +23,7 @@ class Origin(StrEnum):
     MORE_SLOTS = "the base with further slots"
     # FlexOlmo: the first half are experts of the base, which were frozen while the others were trained.
     PUBLIC_AND_OWN = "experts of the base, frozen, and as many of its own"
+    ADAPTER = "a low-rank adapter of the base"
     DENSE = "a dense model, whose MLPs become experts"
 
 

@@ -22,6 +22,8 @@ from moesaic.epoch import ExpertAddress
 from moesaic.families.model import ExpertModule
 from router.decoders.dense_tensors import read_dense
 
+# The tensor that all experts of a bundle share.
+PROBE_INPUTS = "probe_inputs"
 NUM_PROBES = 4
 _PROBE_SEED = 20_260_101
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +78,14 @@ def read_expert(folder: ModelFolder, address: ExpertAddress) -> ReadExpert:
     for matrix in ("gate", "up", "down") if experts.module.gated else ("up", "down"):
         weights |= _read(reader, folder, address.layer, matrix)
     return ReadExpert(experts.module, reader.version(experts.module, experts.dtype), weights)
+
+
+def with_added(expert: ReadExpert, added: Mapping[str, Floats]) -> ReadExpert:
+    """The expert, in float32, with something added to some of its weights. Its version is not known."""
+    weights = {name: weight.float() for name, weight in expert.weights.items()}
+    for name, values in added.items():
+        weights[name] = weights[name] + torch.from_numpy(values)
+    return ReadExpert(expert.module, b"", weights)
 
 
 def weight_source(folder: ModelFolder, address: ExpertAddress, name: str) -> TensorSource:

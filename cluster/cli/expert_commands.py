@@ -139,7 +139,7 @@ def pack(
     and refuses a fine-tune that moved more than experts.
     """
     with exit_with_code(as_json=as_json, spell=Spelling(context)):
-        from cluster.bundles.pack import Order
+        from cluster.bundles.order import Order
         from cluster.bundles.selection import Wanted, parse_into, parse_numbers
         from cluster.cli.expert_pack import run_pack
 

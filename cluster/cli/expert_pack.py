@@ -9,7 +9,8 @@ from rich.console import Console
 
 from cluster.bundles.comparison import percent
 from cluster.bundles.model_folder import open_model
-from cluster.bundles.pack import Order, Packed, PackedExpert, pack
+from cluster.bundles.order import Order, Packed, PackedExpert
+from cluster.bundles.pack import pack
 from cluster.terminal.stage_progress import StageProgress
 from cluster.terminal.tables import FittingTable, count, new_table, size
 from moesaic.bundles import Bundle, open_bundle, verify

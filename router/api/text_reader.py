@@ -13,7 +13,6 @@ from functools import partial
 from moesaic.errors import InvalidArgument, Unsupported
 from router.api.event_bridge import EventBridge
 from router.api.generate_call import SequenceEngine
-from router.api.service import ChooseView
 from router.decoders.capture import Capture
 from router.engine.request import Failed, Finished, SequenceEvent, SequenceRequest
 from router.engine.sampling_params import SamplingParams
@@ -39,20 +38,17 @@ class TextReader:
         engine: SequenceEngine,
         text: Text,
         gates: Mapping[int, Gate],
-        choose_view: ChooseView,
+        view: Callable[[], ModelView],
         *,
         max_model_len: int,
     ) -> None:
+        """`view`: what computes a request without a policy."""
         self.gates = gates
+        self.view = view
         self._engine = engine
         self._text = text
-        self._choose_view = choose_view
         self._max_model_len = max_model_len
         self._bridge = EventBridge()
-
-    def view(self) -> ModelView:
-        """That of a request without a policy."""
-        return self._choose_view(uuid.uuid4().hex, "", "", None)
 
     def tokens(self, texts: Sequence[str]) -> list[TokenIds]:
         """Raises InvalidArgument, field `texts`, for too much or too little; Unsupported where the model has no tokenizer, or

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.bundles import make_bundle
 from support.checkpoints import write_mixtral
 from support.expert_calls import ReferenceExperts
 from support.local_router import router_config
@@ -18,11 +19,11 @@ from support.processes import running_workers
 
 from moesaic import rpc
 from moesaic.client.client import Client
-from moesaic.epoch import Epoch, EpochBundle, ExpertAddress
+from moesaic.epoch import Epoch, EpochBundle, ExpertAddress, ExpertVersion, GateRow, versions_to_proto
 from moesaic.errors import Aborted, FailedPrecondition
 from moesaic.expert_policy import ExpertPolicy
-from moesaic.routing_table import Canary, RoutingTable, Snapshot
-from moesaic.v1 import control_pb2, control_pb2_grpc
+from moesaic.routing_table import Canary, Replica, RoutingTable, Snapshot
+from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc
 from router.control.cluster_watch import ControlWatch, NamedWorkers
 from router.server import RouterServer
 
@@ -61,6 +62,8 @@ class Controller(control_pb2_grpc.ControlServiceServicer):
 class Site:
     client: Client
     controller: Controller
+    model: Path
+    worker: str
     table: RoutingTable
     # That of the first worker's folder, and the same with one expert of the other's.
     base: Epoch
@@ -77,6 +80,40 @@ class Site:
             PROMPT, max_tokens=max_tokens, temperature=0, ignore_eos=True, timeout_s=WAIT_S, **options
         )
         return answer.epoch, tuple(answer.token_ids)
+
+    async def add(self, folder: Path, name: str) -> Epoch:
+        """Loads a bundle with a new expert for every layer into the first worker; the epoch that has them."""
+        bundle = make_bundle(folder, self.model, [(0, None), (1, None)], name=name, seed=3)
+        new = {
+            ExpertAddress(expert.layer, 4): bytes.fromhex(expert.version)
+            for expert in bundle.manifest.experts
+        }
+        async with rpc.aio_channel(self.worker) as channel:
+            stub = expert_pb2_grpc.WorkerControlServiceStub(channel)
+            versions = versions_to_proto(map(ExpertVersion._make, new.items()))
+            request = expert_pb2.LoadRequest(bundle=bundle.digest, experts=versions, folder=str(folder))
+            async for _ in stub.Load(request, timeout=WAIT_S):
+                pass
+        own = await described_holdings(self.worker)
+        others = (replica for replica in self.table.replicas if replica.address != self.worker)
+        self.table = RoutingTable(2, (own, *others))
+        rows = {
+            ExpertAddress(expert.layer, 4): GateRow(bundle.read(expert.gate_row.tensor))
+            for expert in bundle.manifest.experts
+            if expert.gate_row is not None
+        }
+        return Epoch.of(
+            self.base.model,
+            {**self.base.versions, **new},
+            gate_rows=rows,
+            bundles=[EpochBundle(name, bundle.digest, (), tuple(new))],
+        )
+
+
+async def described_holdings(worker: str) -> Replica:
+    async with rpc.aio_channel(worker) as channel:
+        stub = expert_pb2_grpc.ExpertServiceStub(channel)
+        return Replica.from_description(worker, await stub.Describe(expert_pb2.DescribeRequest()))
 
 
 def two_epochs(own: Snapshot, other: Snapshot) -> tuple[Epoch, Epoch, RoutingTable]:
@@ -122,7 +159,7 @@ async def serving(tmp_path: Path) -> AsyncIterator[Site]:
             await server.load()
             await server.wait_ready(WAIT_S)
             async with Client(address) as client:
-                yield Site(client, controller, table, base, swapped)
+                yield Site(client, controller, model, own[0].address, table, base, swapped)
         finally:
             await server.stop(0)
             await control.stop(0)
@@ -181,6 +218,24 @@ async def test_a_denied_expert_computes_nothing_whatever_the_epoch(site: Site) -
     await site.publish(site.base)
     _, tokens = await site.ask(LONG, experts=ExpertPolicy(deny=("0:1",)))
     assert tokens == by_name[1] != (await site.ask(LONG))[1]
+
+
+async def test_an_added_bundle_computes_whoever_does_not_deny_it_side_by_side_with_the_epoch_before(
+    site: Site, tmp_path: Path
+) -> None:
+    _, before = await site.ask(LONG)
+    grown = await site.add(tmp_path / "maths", "maths-v1")
+    await site.publish(site.base, Canary(grown, 0.0))
+    denied, added, plain, swapped = await asyncio.gather(
+        site.ask(LONG, epoch=grown.id, experts=ExpertPolicy(deny=("maths-v1",))),
+        site.ask(LONG, epoch=grown.id),
+        site.ask(LONG),
+        site.ask(LONG, experts=ExpertPolicy(top_k=1)),
+    )
+    assert denied == (grown.id, before) and plain == (site.base.id, before)
+    assert added[0] == grown.id and len({before, added[1], swapped[1]}) == 3
+    await site.publish(grown)
+    assert await site.ask(LONG) == added
 
 
 async def test_who_outlives_the_drain_is_told_so_and_how_far_it_got(

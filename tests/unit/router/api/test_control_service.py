@@ -18,7 +18,6 @@ from support.view_rig import ViewRig, view_rig
 
 from moesaic.epoch import ExpertAddress, GateRow
 from moesaic.errors import InvalidArgument, MoesaicError, Unavailable, Unsupported
-from moesaic.expert_policy import ExpertPolicy
 from moesaic.v1 import inference_pb2 as pb
 from router.api.control_service import RouterControlService
 from router.api.text_reader import MAX_TEXTS, TextReader
@@ -74,14 +73,15 @@ async def serving(folder: Path, *, added: bool = False, **engine: Any) -> AsyncI
             epoch = rig.add({ExpertAddress(0, 4): expert})
         views = EpochViews(epoch, rig.loaded.gates, rig.loaded.shape.hidden_size)
 
-        def choose(request_id: str, session_id: str, epoch: str, policy: ExpertPolicy | None) -> Any:
-            return views.of(policy)
-
         running = rig.engine()
         running.start()
         service = RouterControlService()
         service.reader = TextReader(
-            running, cast(Text, ByteText()), rig.loaded.model.gates, choose, max_model_len=MAX_LEN
+            running,
+            cast(Text, ByteText()),
+            rig.loaded.model.gates,
+            lambda: views.plain,
+            max_model_len=MAX_LEN,
         )
         try:
             yield Site(service, rig, running, model)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support.engine_events import collect
 from support.fake_links import make_epoch, make_pool
 from support.views import plain_view
 
@@ -140,17 +141,6 @@ class Harness:
             SequenceRequest(name, prompt, params, deadline_s, events.put, view or self.view, tenant=tenant)
         )
         return events
-
-
-def collect(events: queue.SimpleQueue[SequenceEvent]) -> tuple[list[int], Finished | Failed]:
-    """All tokens and the end of a sequence."""
-    tokens = []
-    while True:
-        event = events.get(timeout=WAIT_S)
-        if isinstance(event, TokenGenerated):
-            tokens.append(event.token.token_id)
-        elif isinstance(event, Finished | Failed):
-            return tokens, event
 
 
 @pytest.fixture
