@@ -189,10 +189,12 @@ def collect(events: queue.SimpleQueue[SequenceEvent]) -> Answer:
         match events.get(timeout=WAIT_S):
             case PromptScored(scores):
                 logprobs += [score.logprob for score in scores]
-            case TokenGenerated(token):
+            case TokenGenerated(token, finished):
                 tokens.append(token.token_id)
                 assert token.logprobs is not None
                 logprobs.append(token.logprobs.logprob)
+                if finished is not None:
+                    return Answer(tokens, logprobs)
             case Failed(error):
                 raise error
             case Finished():
