@@ -42,7 +42,7 @@ demo: $(STAMP)  ## a cluster on the built-in model, one answer, and where its ti
 	$(BIN)/moesaic demo
 
 demo-experts: $(STAMP)  ## an expert is added, made better and taken away while the built-in model answers
-	$(BIN)/moesaic demo --experts
+	$(BIN)/moesaic demo-experts
 
 serve: $(STAMP)  ## the same cluster, staying up
 	$(BIN)/moesaic serve --workers 4

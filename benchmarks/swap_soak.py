@@ -72,6 +72,8 @@ KINDS = {
 }
 # Logits of two orders of summation differ by less: who chooses the second of two that are so close is not wrong.
 TIE = 1e-3
+# Full of prefixes after the first cycle, so that its pages do not count as growth.
+SMALL_CACHE = {"engine.kv_cache_mib": "8"}
 SETTLE_TIMEOUT_S = 120.0
 MEGABYTE = 1_000_000
 # The names of the bundles that an epoch has.
@@ -159,6 +161,8 @@ class Verdicts:
     num_mixed: int
     num_wrong: int
     num_ties: int
+    # How many different answers there were, to all prompts together.
+    num_different: int
     num_by_state: Mapping[str, int]
 
 
@@ -193,7 +197,7 @@ def main(
         replicas=replicas,
         routers=routers,
         controlled=True,
-        settings={"dtype": "float32"},
+        settings={"dtype": "float32", **SMALL_CACHE},
     )
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -349,6 +353,7 @@ def _check(run: Run, bundles: Mapping[str, NoisyBundle]) -> Verdicts:
         len(run.traffic.answers) - len(whole),
         num_wrong,
         num_ties,
+        len({answer for answers in by_state.values() for answer in answers}),
         {"+".join(sorted(state)) or "base": answers.total() for state, answers in by_state.items()},
     )
 
@@ -441,7 +446,12 @@ def _conclude(
             f"{pause_s:g} s between changes; every bundle has an expert for each of 4 layers",
             f"load average of the machine {load[0]:.0f} before, {load[1]:.0f} after",
         ],
-        data={"answers by bundles": verdicts.num_by_state, "failures": traffic.failures[:20]},
+        data={
+            "answers by bundles": verdicts.num_by_state,
+            "different answers": verdicts.num_different,
+            "prompts": len(PROMPTS),
+            "failures": traffic.failures[:20],
+        },
         quick=quick,
     )
 

@@ -29,8 +29,8 @@ from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.families import describe_model
 
-# Of the standard deviation of a tensor: another text, yet a text.
-_NOISE = 0.5
+# Of the standard deviation of a tensor: enough for another text.
+_NOISE = 1.0
 _NUM_PROBES = 4
 
 
