@@ -58,7 +58,9 @@ class Child:
             async with asyncio.timeout(timeout_s):
                 line = (await self._process.stdout.readline()).decode().strip()
         except TimeoutError as error:
-            raise Unavailable(f"{self.name} is not ready after {timeout_s:.0f} s: {self.last_words()}") from error
+            raise Unavailable(
+                f"{self.name} is not ready after {timeout_s:.0f} s: {self.last_words()}"
+            ) from error
         if not line:
             raise Unavailable(f"{self.name} ended before it was ready: {self.last_words()}")
         return line

@@ -98,7 +98,9 @@ def _broken(bound: Bound, figures: Figures) -> Iterator[str]:
     yield from _above("between tokens p99 {} x the control's", figures.token_p99_ratio, bound.token_p99_ratio)
     yield from _above("calls a step {} x the control's", figures.calls_ratio, bound.calls_ratio)
     yield from _above("whole again after {} s", figures.recovery_s, bound.recovery_s)
-    yield from _above("asked for {} s although its answers were wrong", figures.quarantine_s, bound.quarantine_s)
+    yield from _above(
+        "asked for {} s although its answers were wrong", figures.quarantine_s, bound.quarantine_s
+    )
     yield from _above("work stopped {} s after the client had left", figures.stop_s, bound.stop_s)
     yield from _above("{} KV blocks leaked", figures.leaked_blocks, bound.leaked_blocks)
     yield from _above("refusal p99 {} s", figures.refusal_s, bound.refusal_s)

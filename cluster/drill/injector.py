@@ -77,9 +77,7 @@ class Injector:
         whole = await self.wait_whole(set(living.pids), set(pids) if injection.act is Act.KILL else set())
         return Strike(injection, start_s, healed_s, None if whole is None else self._clock())
 
-    async def wait_whole(
-        self, names: Collection[str] = (), gone: Collection[int] = ()
-    ) -> Living | None:
+    async def wait_whole(self, names: Collection[str] = (), gone: Collection[int] = ()) -> Living | None:
         """The processes once all are READY, those of the `names` included, and none has an id in `gone`.
 
         None after RECOVERY_TIMEOUT_S, or when the cluster has ended.

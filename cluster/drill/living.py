@@ -104,7 +104,8 @@ def check_targets(living: Living, *, wants_gcs: bool) -> None:
     """Raises FailedPrecondition where a drill could reach nobody."""
     if not living.pids:
         raise FailedPrecondition(
-            "grpc: none of the cluster's processes is on this host: run the drill where they are", field="grpc"
+            "grpc: none of the cluster's processes is on this host: run the drill where they are",
+            field="grpc",
         )
     if wants_gcs and GCS not in living.pids:
         raise FailedPrecondition("fault: Ray's head does not run on this host", field="fault")

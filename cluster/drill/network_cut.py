@@ -19,7 +19,9 @@ _CHAINS = {Direction.IN: ("input", "saddr"), Direction.OUT: ("output", "daddr")}
 def check_can_cut() -> None:
     """Raises FailedPrecondition."""
     if shutil.which("nft") is None or os.geteuid() != 0:
-        raise FailedPrecondition("fault: partition drops packets with nft (nftables), which needs root", field="fault")
+        raise FailedPrecondition(
+            "fault: partition drops packets with nft (nftables), which needs root", field="fault"
+        )
 
 
 @contextlib.asynccontextmanager
@@ -38,7 +40,9 @@ def rules(table: str, addresses: Sequence[str], direction: Direction) -> list[st
     lines = [f"add table inet {table}\n"]
     for side in (Direction.IN, Direction.OUT) if direction is Direction.BOTH else (direction,):
         chain, of = _CHAINS[side]
-        lines.append(f"add chain inet {table} {chain} {{ type filter hook {chain} priority -10; policy accept; }}\n")
+        lines.append(
+            f"add chain inet {table} {chain} {{ type filter hook {chain} priority -10; policy accept; }}\n"
+        )
         lines += [
             f"add rule inet {table} {chain} {'ip6' if ':' in address else 'ip'} {of} {address} drop\n"
             for address in addresses

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.compute_pass import compute_calls
@@ -26,19 +26,16 @@ from moesaic.families import describe_model
 from moesaic.settings import Settings, load_settings
 from moesaic.stop_signals import serve_until_signal
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 POISON, CURE = signal.SIGUSR1, signal.SIGUSR2
 
 
 class PoisonableCompute:
-    """The computation of a worker, which puts NaN in place of every number while it is poisoned."""
+    """The computation of a worker, a `ComputeCalls`, which puts NaN in place of every number while it is poisoned."""
 
     def __init__(self) -> None:
         self.poisoned = False
 
-    def __call__(self, calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
+    def __call__(self, calls: Sequence[ExpertCall]) -> list[Any]:
         outputs = compute_calls(calls)
         if self.poisoned:
             outputs = [

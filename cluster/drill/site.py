@@ -51,6 +51,11 @@ class Site:
         return any(child.has_ended for child in self.children)
 
     @property
+    def last_words(self) -> str:
+        """The last lines of the programs that have ended."""
+        return " | ".join(child.last_words() for child in self.children if child.has_ended)
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """Every process of the cluster, Ray's included, where a drill started it."""
         return tuple(process.pid for child in self.children for process in child.members())
@@ -136,9 +141,7 @@ def _worker_command(
     named = ",".join(f"{layer}:{slot}" for layer, slot in sorted(experts))
     if name == POISONED:
         return _module("cluster.drill.poisoned_worker", config, named, name)
-    return _module(
-        "expert_worker", "--model", folder, "--experts", named, "--name", name, "--config", config
-    )
+    return _module("expert_worker", "--model", folder, "--experts", named, "--name", name, "--config", config)
 
 
 def _module(name: str, *arguments: str) -> tuple[str, ...]:
