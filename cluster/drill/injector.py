@@ -20,7 +20,7 @@ from cluster.drill.network_cut import cut
 from cluster.drill.signals import go_on, send, stop
 
 RECOVERY_TIMEOUT_S = 60.0
-POLL_S = 0.05
+POLL_S = 0.1
 # How the process of `cluster.drill.poisoned_worker` is told; imported there, it would bring torch along.
 POISON, CURE = signal.SIGUSR1, signal.SIGUSR2
 

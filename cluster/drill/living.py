@@ -12,7 +12,7 @@ from cluster.drill.faults import Targets
 from cluster.drill.site import POISONED, Site
 from cluster.observation.observer import Observation, Observer
 from cluster.processes.specs import CONTROLLER
-from moesaic.errors import FailedPrecondition, MoesaicError
+from moesaic.errors import MoesaicError
 from moesaic.v1 import control_pb2
 
 GCS = "gcs"
@@ -34,6 +34,7 @@ class Cluster:
     def __init__(self, site: Site, observer: Observer) -> None:
         self.site = site
         self.observer = observer
+        self._here = LocalProcesses()
 
     async def look(self) -> Living | None:
         """The processes if all are READY, else None."""
@@ -41,7 +42,7 @@ class Cluster:
             seen = await self.observer.observe_routers()
         except MoesaicError:
             return None
-        return self._by_hand(seen) if self.site.by_hand else _of_topology(seen.topology)
+        return self._by_hand(seen) if self.site.by_hand else self._of_topology(seen.topology)
 
     def _by_hand(self, seen: Observation) -> Living | None:
         """Without a controller: well while every expert has a worker and all of them are connected."""
@@ -51,61 +52,72 @@ class Cluster:
         targets = Targets({}, poisonable=(POISONED,) if POISONED in self.site.by_hand else ())
         return Living({name: child.pid for name, child in self.site.by_hand.items()}, targets)
 
-
-def _of_topology(topology: control_pb2.GetTopologyResponse | None) -> Living | None:
-    if topology is None or not topology.processes:
-        return None
-    if any(process.state != control_pb2.PROCESS_STATE_READY for process in topology.processes):
-        return None
-    local = {process.name: process for process in topology.processes if _is_here(process)}
-    pids = {name: process.pid for name, process in local.items()}
-    if CONTROLLER in pids and (gcs := _find_gcs(pids[CONTROLLER])) is not None:
-        pids[GCS] = gcs
-    here = {process.node for process in local.values()}
-    return Living(
-        pids,
-        Targets(
-            workers={
-                name: frozenset((expert.layer, expert.slot) for expert in process.experts)
-                for name, process in local.items()
-                if process.role == _WORKER
-            },
-            routers=tuple(sorted(name for name, process in local.items() if process.role == _ROUTER)),
-            control=tuple(name for name in (CONTROLLER, GCS) if name in pids),
-            hosts=tuple(
-                sorted({process.node for process in topology.processes if process.role == _WORKER} - here)
+    def _of_topology(self, topology: control_pb2.GetTopologyResponse | None) -> Living | None:
+        if topology is None or not topology.processes:
+            return None
+        if any(process.state != control_pb2.PROCESS_STATE_READY for process in topology.processes):
+            return None
+        local = [process for process in topology.processes if self._here.has(process.name, process.pid)]
+        pids = {process.name: process.pid for process in local}
+        if CONTROLLER in pids and (gcs := self._here.find_gcs(pids[CONTROLLER])) is not None:
+            pids[GCS] = gcs
+        workers = [process for process in topology.processes if process.role == _WORKER]
+        here = {process.node for process in local}
+        return Living(
+            pids,
+            Targets(
+                workers={process.name: _experts(process) for process in workers if process.name in pids},
+                routers=tuple(sorted(process.name for process in local if process.role == _ROUTER)),
+                control=tuple(name for name in (CONTROLLER, GCS) if name in pids),
+                hosts=tuple(sorted({process.node for process in workers} - here)),
             ),
-        ),
-    )
+        )
 
 
-def _is_here(process: control_pb2.Process) -> bool:
-    """Whether the process with this id is the one that is meant: ids are those of the process's own host."""
+class LocalProcesses:
+    """Processes of this host. What was found is kept: looking takes time from the load, which shares this process."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], bool] = {}
+        self._gcs: psutil.Process | None = None
+
+    def has(self, name: str, pid: int) -> bool:
+        """Whether the process with this id is the one that is meant: ids are those of the process's own host."""
+        if (name, pid) not in self._known:
+            self._known[name, pid] = _is_named(name, pid)
+        return self._known[name, pid]
+
+    def find_gcs(self, pid: int) -> int | None:
+        """Ray's head process, if it runs in the session in which the process does."""
+        if self._gcs is None or not _is_alive(self._gcs):
+            self._gcs = _find_gcs(os.getsid(pid))
+        return None if self._gcs is None else self._gcs.pid
+
+
+def _experts(process: control_pb2.Process) -> frozenset[tuple[int, int]]:
+    return frozenset((expert.layer, expert.slot) for expert in process.experts)
+
+
+def _is_named(name: str, pid: int) -> bool:
+    """Ray gives the process of an actor a title."""
     try:
-        return any(f"moesaic-{process.name}" in word for word in psutil.Process(process.pid).cmdline())
+        return any(f"moesaic-{name}" in word for word in psutil.Process(pid).cmdline())
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
 
 
-def _find_gcs(pid: int) -> int | None:
-    """Ray's head process, if it runs in the session in which one of its actors does."""
-    session = os.getsid(pid)
-    for process in psutil.process_iter(["name"]):
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _find_gcs(session: int) -> psutil.Process | None:
+    for process in psutil.process_iter():
         try:
-            is_gcs = process.info["name"] == _GCS_PROGRAM and os.getsid(process.pid) == session
-            if is_gcs and process.status() != psutil.STATUS_ZOMBIE:
-                return process.pid
+            if process.name() == _GCS_PROGRAM and os.getsid(process.pid) == session and _is_alive(process):
+                return process
         except (psutil.NoSuchProcess, ProcessLookupError):
             continue
     return None
-
-
-def check_targets(living: Living, *, wants_gcs: bool) -> None:
-    """Raises FailedPrecondition where a drill could reach nobody."""
-    if not living.pids:
-        raise FailedPrecondition(
-            "grpc: none of the cluster's processes is on this host: run the drill where they are",
-            field="grpc",
-        )
-    if wants_gcs and GCS not in living.pids:
-        raise FailedPrecondition("fault: Ray's head does not run on this host", field="fault")

@@ -25,8 +25,16 @@ class CallWatch:
 
     def asked_s(self, until_s: float) -> float:
         """For how long it was asked before `until_s`, when its answers were right again."""
-        samples = [sample for sample in self.samples if sample[0] <= until_s]
+        samples = self._before(until_s)
         return asked_until_s(samples) - self.start_s if samples else 0.0
+
+    def calls(self, until_s: float) -> int:
+        """The calls until then, probes included."""
+        samples = self._before(until_s)
+        return samples[-1][1] - samples[0][1] if samples else 0
+
+    def _before(self, until_s: float) -> list[tuple[float, int]]:
+        return [sample for sample in self.samples if sample[0] <= until_s]
 
 
 def asked_until_s(samples: Sequence[tuple[float, int]]) -> float:

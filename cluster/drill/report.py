@@ -18,6 +18,8 @@ from cluster.drill.timeline import Spread
 from cluster.terminal.tables import count, new_table, size
 
 MAX_ERROR_LINES = 3
+# From this on the measuring program may be what was measured.
+LATE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,10 @@ class UnderLoad:
     control_tokens_per_s: float
     # From the end of a fault until every process was READY.
     recovery: Spread
+    # Calls that went to a worker whose answers were wrong; None where there was none.
+    poisoned_calls: int | None
+    # Of the program that measures.
+    lateness: Spread
     picture: Picture
 
     @property
@@ -216,6 +222,17 @@ def details(case: Case) -> Iterator[str]:
     yield from (f"{times} x {error}" for error, times in errors[:MAX_ERROR_LINES])
     if case.under_load is not None and case.under_load.tally.refused:
         yield f"{case.under_load.tally.refused} refusals with Retry-After, whose clients came back"
+    if case.under_load is not None and case.under_load.poisoned_calls is not None:
+        yield (
+            f"a worker that answered wrongly was asked for {seconds(case.figures.quarantine_s)} s, and got "
+            f"{case.under_load.poisoned_calls} calls in all"
+        )
+    if case.under_load is not None and (case.under_load.lateness.max_s or 0.0) > LATE_S:
+        late = case.under_load.lateness
+        yield (
+            f"the drill itself was late: p99 {seconds(late.p99_s)} s, at most {seconds(late.max_s)} s; "
+            "the pauses, also the control's, contain that"
+        )
     if case.cancels is not None:
         stop = case.cancels.stop
         yield (

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from cluster.drill.answers import Answer, Tally
 from cluster.drill.faults import Act, Fault, Injection
 from cluster.drill.injector import Strike
+from cluster.drill.lag import watched_lag
 from cluster.drill.living import Living
 from cluster.drill.load import Load
 from cluster.drill.quarantine import watched_calls
@@ -50,6 +51,7 @@ class Turns:
     activities: list[Activity] = field(default_factory=list)
     # For how long each poisoned worker was asked.
     asked_s: list[float] = field(default_factory=list)
+    poisoned_calls: int = 0
     before: Residue | None = None
     after: Residue | None = None
 
@@ -76,7 +78,7 @@ class LoadedCase:
         rig = self._rig
         start_s = rig.clock()
         load = Load(rig.api.send, rig.requests, rig.plan.streams, rig.clock)
-        async with _running(load):
+        async with watched_lag(rig.clock) as late_s, _running(load):
             await asyncio.sleep(WARM_UP_S)
             self.turns.before = measure(self._pids(rig.living))
             for turn, seconds in enumerate(turn_lengths_s(self._fault, rig.plan.seconds)):
@@ -87,7 +89,7 @@ class LoadedCase:
             if self._fault is Fault.ALL and not rig.site.has_ended:
                 await asyncio.sleep(WARM_UP_S)
             self.turns.after = measure(self._pids(await rig.cluster.look()))
-        return self._summary(load.answers, Span(start_s, rig.clock()))
+        return self._summary(load.answers, Span(start_s, rig.clock()), late_s)
 
     async def _control(self, seconds: float) -> Span:
         start_s, before = self._rig.clock(), await self._observe()
@@ -130,9 +132,10 @@ class LoadedCase:
         async with watched_calls(self._rig.cluster.observer, injection.targets[0], self._rig.clock) as watch:
             strike = await self._rig.injector.inject(injection, living)
         self.turns.asked_s.append(watch.asked_s(until_s=strike.healed_s))
+        self.turns.poisoned_calls += watch.calls(until_s=strike.healed_s)
         return strike
 
-    def _summary(self, answers: Sequence[Answer], whole: Span) -> UnderLoad:
+    def _summary(self, answers: Sequence[Answer], whole: Span, late_s: Sequence[float]) -> UnderLoad:
         turns, rig = self.turns, self._rig
         records = [answer.record for answer in answers]
         disturbed = [*turns.faulty, *turns.windows]
@@ -151,6 +154,8 @@ class LoadedCase:
             recovery=Spread.of(
                 strike.recovery_s for strike in turns.strikes if strike.recovery_s is not None
             ),
+            poisoned_calls=turns.poisoned_calls if turns.asked_s else None,
+            lateness=Spread.of(late_s),
             picture=_picture(rate_over_time(records, whole, PICTURE_STEP_S), whole, turns),
         )
 
