@@ -17,6 +17,7 @@ from moesaic.errors import Unavailable
 END_TIMEOUT_S = 40.0
 # Ray's processes learn of each other's end by looking.
 AFTERMATH_S = 20.0
+KILL_TIMEOUT_S = 5.0
 _LOOK_S = 0.1
 _LAST_LINES = 5
 # Settings that a program was given in a file must not be overruled by the environment, which they come from.
@@ -83,6 +84,7 @@ class Child:
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        await asyncio.to_thread(psutil.wait_procs, left, KILL_TIMEOUT_S)
         await self._process.wait()
         return len(left)
 

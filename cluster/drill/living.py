@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ class Cluster:
             seen = await self.observer.observe_routers()
         except MoesaicError:
             return None
-        return self._by_hand(seen) if self.site.by_hand else self._of_topology(seen.topology)
+        if self.site.by_hand:
+            return self._by_hand(seen)
+        return await asyncio.to_thread(self._of_topology, seen.topology)  # tokens arrive meanwhile
 
     def _by_hand(self, seen: Observation) -> Living | None:
         """Without a controller: well while every expert has a worker and all of them are connected."""

@@ -80,15 +80,14 @@ class LoadedCase:
         load = Load(rig.api.send, rig.requests, rig.plan.streams, rig.clock)
         async with watched_lag(rig.clock) as late_s, _running(load):
             await asyncio.sleep(WARM_UP_S)
-            self.turns.before = measure(self._pids(rig.living))
+            self.turns.before = await self._residue(rig.living)
             for turn, seconds in enumerate(turn_lengths_s(self._fault, rig.plan.seconds)):
                 if rig.site.has_ended:
                     break
                 control = await self._control(seconds)
                 await self._faulty(turn, seconds, control)
-            if self._fault is Fault.ALL and not rig.site.has_ended:
-                await asyncio.sleep(WARM_UP_S)
-            self.turns.after = measure(self._pids(await rig.cluster.look()))
+            if not rig.site.has_ended:
+                self.turns.after = await self._residue(await rig.cluster.look())
         return self._summary(load.answers, Span(start_s, rig.clock()), late_s)
 
     async def _control(self, seconds: float) -> Span:
@@ -171,8 +170,11 @@ class LoadedCase:
         if before is not None and after is not None:
             activities.append(activity_between(before, after))
 
-    def _pids(self, living: Living | None) -> Iterable[int]:
-        return self._rig.site.pids or (living.pids.values() if living is not None else ())
+    async def _residue(self, living: Living | None) -> Residue | None:
+        """What the cluster holds, asked of a thread: it takes a while, in which tokens arrive. Of a soak alone."""
+        if self._fault is not Fault.ALL or living is None:
+            return None
+        return await asyncio.to_thread(lambda: measure(self._rig.site.pids or living.pids.values()))
 
 
 def calls_per_step(activities: Iterable[Activity]) -> float | None:
