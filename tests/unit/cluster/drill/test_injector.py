@@ -54,6 +54,13 @@ def injector(cluster: Cluster, clock: Clock, *, is_lost: bool = False) -> Inject
     return Injector(cluster, clock, is_lost=lambda: is_lost, sleep=clock.sleep)
 
 
+async def is_stopped(pid: int, wanted: bool) -> None:
+    """Returns once the signal has arrived."""
+    async with asyncio.timeout(10):
+        while (psutil.Process(pid).status() == psutil.STATUS_STOPPED) != wanted:
+            await asyncio.sleep(0.01)
+
+
 async def test_a_killed_process_counts_as_back_once_another_one_has_its_name(
     victim: subprocess.Popen[bytes],
 ) -> None:
@@ -93,10 +100,10 @@ async def test_an_interrupted_drill_lets_its_victim_go_on(victim: subprocess.Pop
     )
     await stopped.wait()
     if act is Act.FREEZE:
-        assert psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED
+        await is_stopped(victim.pid, True)
     injecting.cancel()
     await asyncio.gather(injecting, return_exceptions=True)
-    assert psutil.Process(victim.pid).status() != psutil.STATUS_STOPPED
+    await is_stopped(victim.pid, False)
 
 
 async def test_without_control_groups_a_process_stops_and_goes_on_in_turn(
@@ -108,7 +115,7 @@ async def test_without_control_groups_a_process_stops_and_goes_on_in_turn(
             while len(seen) < 2:
                 seen.add(process.status() == psutil.STATUS_STOPPED)
                 await asyncio.sleep(0.005)
-    assert process.status() != psutil.STATUS_STOPPED
+    await is_stopped(victim.pid, False)
 
 
 def test_control_groups_of_either_version_are_found(tmp_path: Path) -> None:
