@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INFERENCE_SERVICE = "moesaic.v1.InferenceService"
+ROUTER_CONTROL_SERVICE = "moesaic.v1.RouterControlService"
 EXPERT_SERVICE = "moesaic.v1.ExpertService"
+WORKER_CONTROL_SERVICE = "moesaic.v1.WorkerControlService"
 CONTROL_SERVICE = "moesaic.v1.ControlService"
 
 # The value that marks the end of a handler's stream.
@@ -69,11 +71,6 @@ def _limits(max_message_bytes: int) -> tuple[tuple[str, int], ...]:
 def aio_channel(target: str, *, max_message_bytes: int = PUBLIC_MESSAGE_BYTES) -> grpc.aio.Channel:
     """An asyncio channel to HOST:PORT."""
     return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS + _limits(max_message_bytes))
-
-
-def cannot_connect(channel: grpc.aio.Channel) -> bool:
-    """Whether the last attempt of the channel to connect has failed."""
-    return channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE
 
 
 def channel(target: str, *, max_message_bytes: int = DATA_MESSAGE_BYTES) -> grpc.Channel:
@@ -175,6 +172,10 @@ class _Boundary(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 _guard_stream(method, handler.unary_stream), **serializers
+            )
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                _guard_unary(method, handler.stream_unary), **serializers
             )
         return grpc.unary_unary_rpc_method_handler(_guard_unary(method, handler.unary_unary), **serializers)
 

@@ -15,6 +15,9 @@ from moesaic.errors import (
     from_rpc_error,
 )
 
+# The reason of the Unavailable for an address at which nobody answers.
+NO_ROUTER = "NO_ROUTER"
+
 # Parts of gRPC's text, which alone tells these cases from others. Without them the general sentence is used.
 _MARK_OF_HTTP = "Expected SETTINGS frame"
 _MARK_OF_SIZE = "Sent message larger than max"
@@ -38,7 +41,7 @@ def explain(error: grpc.RpcError, target: str, *, timeout_s: float, begun: bool 
                 reason="NOT_A_ROUTER",
             )
         case grpc.StatusCode.UNAVAILABLE:
-            return Unavailable(f"no router answers at {target}")
+            return Unavailable(f"no router answers at {target}", reason=NO_ROUTER)
         case grpc.StatusCode.CANCELLED:
             return Cancelled("the client was closed during the call")
         case grpc.StatusCode.UNIMPLEMENTED:
