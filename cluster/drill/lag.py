@@ -10,15 +10,15 @@ PERIOD_S = 0.02
 
 
 @contextlib.asynccontextmanager
-async def watched_lag(clock: Callable[[], float]) -> AsyncIterator[list[float]]:
-    """By how many seconds each short sleep was too long, until the context ends."""
-    late_s: list[float] = []
+async def watched_lag(clock: Callable[[], float]) -> AsyncIterator[list[tuple[float, float]]]:
+    """When each short sleep ended, and by how many seconds it was too long, until the context ends."""
+    late_s: list[tuple[float, float]] = []
 
     async def sleep() -> None:
         while True:
             due_s = clock() + PERIOD_S
             await asyncio.sleep(PERIOD_S)
-            late_s.append(clock() - due_s)
+            late_s.append((clock(), clock() - due_s))
 
     sleeping = asyncio.create_task(sleep())
     try:

@@ -69,6 +69,11 @@ def pauses_within_s(records: Iterable[RequestRecord], spans: Sequence[Span]) -> 
     ]
 
 
+def values_within(samples: Iterable[tuple[float, float]], spans: Sequence[Span]) -> list[float]:
+    """The values of those samples, each a moment and a value, that lie in one of the spans."""
+    return [value for at_s, value in samples if any(span.start_s <= at_s < span.end_s for span in spans)]
+
+
 def tokens_within(records: Iterable[RequestRecord], spans: Sequence[Span]) -> int:
     times_s = sorted(time_s for record in records for time_s in record.token_times_s)
     return sum(

@@ -25,6 +25,7 @@ from cluster.drill.timeline import (
     pauses_within_s,
     rate_over_time,
     rate_within,
+    values_within,
 )
 from cluster.observation.activity import Activity, activity_between
 from cluster.observation.observer import Observation
@@ -134,7 +135,9 @@ class LoadedCase:
         self.turns.poisoned_calls += watch.calls(until_s=strike.healed_s)
         return strike
 
-    def _summary(self, answers: Sequence[Answer], whole: Span, late_s: Sequence[float]) -> UnderLoad:
+    def _summary(
+        self, answers: Sequence[Answer], whole: Span, late_s: Sequence[tuple[float, float]]
+    ) -> UnderLoad:
         turns, rig = self.turns, self._rig
         records = [answer.record for answer in answers]
         disturbed = [*turns.faulty, *turns.windows]
@@ -154,7 +157,8 @@ class LoadedCase:
                 strike.recovery_s for strike in turns.strikes if strike.recovery_s is not None
             ),
             poisoned_calls=turns.poisoned_calls if turns.asked_s else None,
-            lateness=Spread.of(late_s),
+            lateness=Spread.of(values_within(late_s, turns.faulty)),
+            control_lateness=Spread.of(values_within(late_s, turns.controls)),
             picture=_picture(rate_over_time(records, whole, PICTURE_STEP_S), whole, turns),
         )
 

@@ -43,6 +43,7 @@ LOADED = UnderLoad(
     recovery=SPREAD,
     poisoned_calls=3,
     lateness=SPREAD,
+    control_lateness=SPREAD,
     picture=Picture(0.5, (1.0, 2.0, 0.0), ((0.5, 1.5),), (Mark("kill w0", 0.6, 0.6, None),)),
 )
 LOST = Case("kill", Fault.KILL, "4 workers", "m", Figures(lost=1), ("1 requests lost",), under_load=LOADED)
@@ -82,7 +83,7 @@ def test_a_report_names_what_is_broken_and_every_kind_of_figure() -> None:
         "broken: 1 requests lost",
         "1 x HTTP 503: [router] away",
         "2 refusals with Retry-After, whose clients came back",
-        "the drill itself was late: p99 0.20 s",
+        "the drill itself was late, p99 0.20 s",
         "3 calls in all",
         "work stopped p50 0.10 s",
         "20.0 requests a second offered",
