@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, replace
 from functools import partial
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -58,12 +59,15 @@ async def drill_own_clusters(
     if Fault.PARTITION in faults:
         _check_partition(settings)
     model = check_model(settings)
-    sites = [
-        (fault, partial(_own_site, fault, routers, settings, model))
-        for fault in faults
-        for routers in ROUTERS.get(fault, (settings.cluster.routers,))
-    ]
-    return await _drill(sites, plan, outputs)
+    shapes: dict[_Shape, list[Fault]] = {}
+    for fault in faults:
+        for routers in ROUTERS.get(fault, (settings.cluster.routers,)):
+            shapes.setdefault(_Shape(fault is Fault.NAN, routers), []).append(fault)
+    return await _drill(
+        [(partial(_own_site, shape, settings, model), drilled) for shape, drilled in shapes.items()],
+        plan,
+        outputs,
+    )
 
 
 async def drill_running_cluster(
@@ -77,7 +81,7 @@ async def drill_running_cluster(
         )
     if Fault.PARTITION in faults:
         check_can_cut()
-    return await _drill([(fault, partial(running_site, url, grpc)) for fault in faults], plan, outputs)
+    return await _drill([(partial(running_site, url, grpc), faults)], plan, outputs)
 
 
 def _check_partition(settings: Settings) -> None:
@@ -90,51 +94,83 @@ def _check_partition(settings: Settings) -> None:
     check_can_cut()
 
 
-def _own_site(
-    fault: Fault, routers: int, settings: Settings, model: CheckedModel
-) -> AbstractAsyncContextManager[Site]:
-    if fault is Fault.NAN:
+class _Shape(NamedTuple):
+    """What a cluster of the drill's own consists of; faults that need the same one share it."""
+
+    by_hand: bool
+    routers: int
+
+
+def _own_site(shape: _Shape, settings: Settings, model: CheckedModel) -> AbstractAsyncContextManager[Site]:
+    if shape.by_hand:
         return hand_made_site(settings, model)
-    clustered = settings.cluster.model_copy(update={"routers": routers})
+    clustered = settings.cluster.model_copy(update={"routers": shape.routers})
     return served_site(settings.model_copy(update={"cluster": clustered}), model)
 
 
 MakeSite = Callable[[], AbstractAsyncContextManager[Site]]
 
 
-async def _drill(sites: Sequence[tuple[Fault, MakeSite]], plan: DrillPlan, outputs: Outputs) -> bool:
+async def _drill(
+    sites: Sequence[tuple[MakeSite, Sequence[Fault]]], plan: DrillPlan, outputs: Outputs
+) -> bool:
+    """Delivers the cases that have ended, also when the drill is stopped or fails."""
     console = Console(stderr=True, highlight=False)
     used_by_others = await share_used_by_others()
+    cases: list[Case] = []
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
-    with StopSignals() as signals:
-        cases = [await signals.unless_stopped(_case(fault, site, plan, say)) for fault, site in sites]
-    report = DrillReport(
-        seed=plan.seed,
-        minutes=plan.seconds / 60,
-        streams=plan.streams,
-        machine=describe_machine(),
-        used_by_others=used_by_others,
-        cases=tuple(cases),
-    )
-    _deliver(report, outputs)
-    return report.holds
+    def report() -> DrillReport:
+        return DrillReport(
+            seed=plan.seed,
+            minutes=plan.seconds / 60,
+            streams=plan.streams,
+            machine=describe_machine(),
+            used_by_others=used_by_others,
+            cases=tuple(cases),
+        )
+
+    try:
+        with StopSignals() as signals:
+            for make_site, faults in sites:
+                await signals.unless_stopped(_drill_site(make_site, faults, plan, say, cases))
+    finally:
+        if cases:
+            _deliver(report(), outputs)
+    return report().holds
 
 
-async def _case(fault: Fault, make_site: MakeSite, plan: DrillPlan, say: Say) -> Case:
-    """One fault from the start of its cluster to its end."""
-    say(f"{fault}: starting")
-    async with make_site() as site:
-        async with rig_of(site, plan, say) as rig:
-            case = await _measure(fault, rig)
-        if site.has_ended:
-            case = replace(case, notes=(*case.notes, f"the server ended by itself: {site.last_words}"))
-    figures = replace(case.figures, left_behind=site.left_behind)
-    case = replace(case, figures=figures, broken=broken(CONTRACT[fault], figures))
+async def _drill_site(
+    make_site: MakeSite, faults: Sequence[Fault], plan: DrillPlan, say: Say, cases: list[Case]
+) -> None:
+    """Adds a case for every fault. A cluster that a fault has broken is ended, and the next fault gets another one."""
+    waiting = list(faults)
+    while waiting:
+        say(f"starting a cluster for {', '.join(waiting)}")
+        async with make_site() as site:
+            is_well = True
+            while waiting and is_well:
+                case = await _case(waiting.pop(0), site, plan, say)
+                cases.append(case)
+                is_well = not (site.children and (site.has_ended or case.figures.not_recovered))
+        if site.left_behind:
+            cases[-1] = _judged(replace(case, figures=replace(case.figures, left_behind=site.left_behind)))
+
+
+async def _case(fault: Fault, site: Site, plan: DrillPlan, say: Say) -> Case:
+    async with rig_of(site, plan, say) as rig:
+        case = await _measure(fault, rig)
+    if site.has_ended:
+        case = replace(case, notes=(f"the server ended by itself: {site.last_words}",))
+    case = _judged(case)
     say(f"{fault}: {'; '.join(case.broken) or 'the contract holds'}")
     return case
+
+
+def _judged(case: Case) -> Case:
+    return replace(case, broken=broken(CONTRACT[case.fault], case.figures))
 
 
 async def _measure(fault: Fault, rig: Rig) -> Case:
