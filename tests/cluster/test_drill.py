@@ -49,24 +49,33 @@ def test_killed_and_frozen_workers_cost_no_answer_and_no_token(folder: Path) -> 
         assert load["faults"] >= 1
         assert load["tally"]["requests"] > 0
         assert (figures["lost"], figures["wrong_tokens"], figures["mixed"]) == (0, 0, 0), case
-        assert (load["control"]["lost"], load["control"]["wrong_tokens"], load["control"]["mixed"]) == (0, 0, 0)
+        assert (load["control"]["lost"], load["control"]["wrong_tokens"], load["control"]["mixed"]) == (
+            0,
+            0,
+            0,
+        )
         assert (figures["not_recovered"], figures["left_behind"]) == (0, 0)
     assert list(folder.iterdir()) == []
 
 
 def test_a_drill_that_is_interrupted_leaves_no_process_and_no_file(folder: Path) -> None:
     log = folder.with_suffix(".log")
-    with log.open("w") as stderr:
-        drill = subprocess.Popen(
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
             [*DRILL, "--fault", "freeze", "--minutes", "1"],
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             env=environment(folder),
             start_new_session=True,
-        )
-        until(lambda: "control" in log.read_text() or drill.poll() is not None, 120.0, "the load runs")
-        drill.send_signal(signal.SIGTERM)
-        assert drill.wait(90) == 0
+        ) as drill,
+    ):
+        try:
+            until(lambda: "control" in log.read_text() or drill.poll() is not None, 180.0, "no load")
+        finally:  # also where it never came that far, so that nothing outlives the test
+            drill.send_signal(signal.SIGTERM)
+            code = drill.wait(90)
+    assert code == 0
     assert log.read_text().endswith("stopped\n")
     log.unlink()
     assert list(folder.iterdir()) == []
