@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.bench.bench import Outputs
 from cluster.bench.machine import describe_machine
-from cluster.bench.other_load import share_used_by_others
+from cluster.bench.other_load import QUIET_SHARE, share_used_by_others
 from cluster.drill.cancelling import run_cancels
 from cluster.drill.contract import CONTRACT, Figures, broken
 from cluster.drill.faults import Fault
@@ -117,6 +117,12 @@ async def _drill(
     """Delivers the cases that have ended, also when the drill is stopped or fails."""
     console = Console(stderr=True, highlight=False)
     used_by_others = await share_used_by_others()
+    if used_by_others > QUIET_SHARE:
+        console.print(
+            f"warning: other programs use {used_by_others:.0%} of this machine's CPU time: pauses will be too long",
+            style="yellow",
+            soft_wrap=True,
+        )
     cases: list[Case] = []
 
     def say(line: str) -> None:
