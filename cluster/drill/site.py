@@ -95,37 +95,61 @@ async def hand_made_site(settings: Settings, model: CheckedModel) -> AsyncIterat
             "worker": settings.worker.model_copy(update={"threads": settings.worker.threads or THREADS}),
         }
     )
-    timeout_s = settings.cluster.start_timeout_s
-    children: dict[str, Child] = {}
-    site = Site("", "", model.name)
     with _folder() as folder:
-        config = str(_write_settings(settings, folder))
+        hand = _Hand(settings, model, folder)
+        site = Site("", "", model.name)
         try:
-            workers = []
-            for name, experts in _shares(settings, model).items():
-                command = _worker_command(name, experts, config, str(model.folder))
-                children[name] = await Child.start(name, command, folder)
-            site.by_hand = dict(children)
-            for name in site.by_hand:
-                workers.append((await children[name].first_line(timeout_s)).removeprefix("ready grpc="))
-            named = [argument for worker in workers for argument in ("--worker", worker)]
-            router = _module("router", "--model", str(model.folder), "--config", config, *named)
-            site.grpc = join_address(settings.host, settings.grpc_port)
-            children["router"] = await Child.start(
-                "router", (*router, "--port", str(settings.grpc_port)), folder
-            )
-            await children["router"].first_line(timeout_s)
-            gateway = _module("gateway", "--router", site.grpc, "--config", config)
-            children["gateway"] = await Child.start(
-                "gateway", (*gateway, "--port", str(settings.http_port)), folder
-            )
-            await children["gateway"].first_line(timeout_s)
-            site.url = f"http://{join_address(settings.host, settings.http_port)}"
-            site.children = tuple(children.values())
+            await hand.start(site)
             yield site
         finally:
-            for child in reversed(children.values()):
-                site.left_behind += await child.end()
+            site.left_behind = await hand.end()
+
+
+class _Hand:
+    """Starts the programs of a cluster as a person would."""
+
+    def __init__(self, settings: Settings, model: CheckedModel, folder: Path) -> None:
+        self._settings = settings
+        self._model = model
+        self._folder = folder
+        self._config = str(_write_settings(settings, folder))
+        self._children: list[Child] = []
+
+    async def start(self, site: Site) -> None:
+        """Fills in the site. The workers load side by side."""
+        settings, path = self._settings, str(self._model.folder)
+        workers = {
+            name: await self._start(name, _worker_command(name, experts, self._config, path))
+            for name, experts in _shares(settings, self._model).items()
+        }
+        named = [
+            argument
+            for worker in workers.values()
+            for argument in ("--worker", (await self._ready(worker)).removeprefix("ready grpc="))
+        ]
+        router = _module(
+            "router", "--model", path, "--port", str(settings.grpc_port), "--config", self._config, *named
+        )
+        await self._ready(await self._start("router", router))
+        site.grpc = join_address(settings.host, settings.grpc_port)
+        gateway = _module(
+            "gateway", "--router", site.grpc, "--port", str(settings.http_port), "--config", self._config
+        )
+        await self._ready(await self._start("gateway", gateway))
+        site.url = f"http://{join_address(settings.host, settings.http_port)}"
+        site.by_hand, site.children = workers, tuple(self._children)
+
+    async def end(self) -> int:
+        """From the outside in. Returns how many processes had to be killed."""
+        return sum([await child.end() for child in reversed(self._children)])
+
+    async def _start(self, name: str, command: tuple[str, ...]) -> Child:
+        child = await Child.start(name, command, self._folder)
+        self._children.append(child)
+        return child
+
+    async def _ready(self, child: Child) -> str:
+        return await child.first_line(self._settings.cluster.start_timeout_s)
 
 
 def _shares(settings: Settings, model: CheckedModel) -> dict[str, frozenset[ExpertAddress]]:
