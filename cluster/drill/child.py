@@ -19,7 +19,7 @@ END_TIMEOUT_S = 40.0
 AFTERMATH_S = 20.0
 KILL_TIMEOUT_S = 5.0
 _LOOK_S = 0.1
-_LAST_LINES = 5
+_LAST_LINES, _LAST_CHARACTERS = 5, 400
 # Settings that a program was given in a file must not be overruled by the environment, which they come from.
 _SETTINGS_PREFIX = "MOESAIC_"
 
@@ -67,7 +67,10 @@ class Child:
         return line
 
     def last_words(self) -> str:
-        return " | ".join(self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+        """The end of what it wrote to stderr, in one line."""
+        return " | ".join(self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:])[
+            -_LAST_CHARACTERS:
+        ]
 
     def members(self) -> list[psutil.Process]:
         """Every process of its session that is alive, itself included."""
