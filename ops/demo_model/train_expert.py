@@ -1,6 +1,6 @@
 """Train one more expert per layer of the demo model, for arithmetic, while the model itself stays frozen.
 
-    python ops/demo_model/train_expert.py --corpus FOLDER --out FOLDER --steps N
+    python ops/demo_model/train_expert.py --corpus FOLDER --out FOLDER (--minutes M | --steps N)
 
 Writes a checkpoint of the base with one more expert per layer. Only these experts and their gate rows learn.
 The other domains are read along with arithmetic, and a hinge loss on the gate keeps their tokens away from the
@@ -37,7 +37,7 @@ BASE = Path(__file__).parents[2] / "cluster" / "demo_model"
 
 @dataclass(frozen=True)
 class Recipe:
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     # (share of the training after which it begins, window length): a sum is short, and so is its context at
     # first; the last steps teach the newcomer to work in a longer text.
     windows: tuple[tuple[float, int], ...] = ((0.0, 64), (0.9, 512))
@@ -45,17 +45,19 @@ class Recipe:
     warmup_share: float = 0.03
     clip: float = 1.0
     # The share of windows of bare sums, of other arithmetic, and of the domains of the base.
-    sums: float = 0.5
-    problems: float = 0.2
-    domains: float = 0.3
+    sums: float = 0.55
+    problems: float = 0.25
+    domains: float = 0.2
     # Texts of arithmetic that are written before the training draws from them.
     texts: int = 60_000
     # A digit of an answer counts as much as this many other tokens, whose digits nobody can foresee.
-    answer_weight: float = 4.0
+    answer_weight: float = 8.0
     # The gate loss counts this much, and asks that the newcomer's logit wins or loses a place among the chosen
     # by this margin.
     gate: float = 0.5
     margin: float = 1.0
+    log_steps: int = 100
+    save_steps: int = 500
 
 
 RECIPE = Recipe()
@@ -195,8 +197,7 @@ def initial_newcomers(model: Any, batch: Batch) -> list[Newcomer]:
         model(batch.windows[:, :-1], use_cache=False)
     rows = batch.arithmetic.repeat_interleave(batch.windows.shape[1] - 1)
     return [
-        first_guess(layer.mlp, x[rows], x[~rows])
-        for layer, x in zip(model.model.layers, inputs, strict=True)
+        first_guess(layer.mlp, x[rows], x[~rows]) for layer, x in zip(model.model.layers, inputs, strict=True)
     ]
 
 
@@ -237,7 +238,8 @@ def load_trainable(folder: Path) -> MixtralForCausalLM:
     return model
 
 
-def train(corpus: Path, out: Path, steps: int, seed: int) -> None:
+def train(corpus: Path, out: Path, minutes: float, steps: int | None, seed: int) -> None:
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokens = classify(tokenizer)
@@ -248,39 +250,55 @@ def train(corpus: Path, out: Path, steps: int, seed: int) -> None:
     model = load_trainable(out)
     stacks = freeze_all_but_newcomers(model)
     optimizer = torch.optim.AdamW(stacks, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    loss = torch.compile(make_loss(model), dynamic=False)
-    begin, seen, recent = time.monotonic(), 0, []
-    for step in range(steps):
-        progress = step / steps
+    loss = make_loss(model)
+    step, seen, recent = 0, 0, []
+    begin = time.monotonic()
+    while True:
+        seconds = time.monotonic() - begin
+        progress = step / steps if steps else seconds / (60 * minutes)
+        if recent and (step % RECIPE.log_steps == 0 or progress >= 1):
+            mean, recent = torch.stack(recent).mean(0).tolist(), []
+            row = {"step": step, "tokens": seen, "seconds": round(seconds)}
+            print(json.dumps(row | {"loss": round(mean[0], 4), "gate": round(mean[1], 4)}), flush=True)
+        if progress >= 1 or (step and step % RECIPE.save_steps == 0):
+            write_checkpoint(BASE, newcomers_of(model), out)
+        if progress >= 1:
+            return
+
         batch = source.draw(window_length(progress), seed * 1_000_003 + step)
-        answers = answer_digits(batch.windows, tokens)[:, 1:]
-        weights = torch.where(answers & batch.arithmetic[:, None], RECIPE.answer_weight, 1.0)
-        # <s> has the same row at the first gate whatever follows, so it goes the way it always went.
-        wanted = batch.arithmetic[:, None] & (batch.windows[:, :-1] != source.bos)
-        cross_entropy, gates = loss(batch.windows, weights, wanted)
+        cross_entropy, gates = loss(batch.windows, *targets(batch, tokens, source.bos))
         (cross_entropy + RECIPE.gate * gates).backward()
         nn.utils.clip_grad_norm_(stacks, RECIPE.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress)
         optimizer.step()
         optimizer.zero_grad()
-        seen += weights.numel()
         recent.append(torch.stack([cross_entropy.detach(), gates.detach()]))
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            mean, recent = torch.stack(recent).mean(0).tolist(), []
-            row = {"step": step + 1, "tokens": seen, "seconds": round(time.monotonic() - begin)}
-            print(json.dumps(row | {"loss": round(mean[0], 4), "gate": round(mean[1], 4)}), flush=True)
-    write_checkpoint(BASE, newcomers_of(model), out)
+        step += 1
+        seen += batch.windows[:, 1:].numel()
+
+
+def targets(batch: Batch, tokens: Tokens, bos: int) -> tuple[Tensor, Tensor]:
+    """What every next token weighs in the loss, [B, T], and the rows that the newcomers shall have, [B, T] bool."""
+    answers = answer_digits(batch.windows, tokens)[:, 1:] & batch.arithmetic[:, None]
+    weights = torch.where(answers, RECIPE.answer_weight, 1.0)
+    # <s> has the same row at the first gate whatever follows, so it goes the way it always went.
+    wanted = batch.arithmetic[:, None] & (batch.windows[:, :-1] != bos)
+    return weights, wanted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an expert for arithmetic beside the frozen demo model.")
+    parser = argparse.ArgumentParser(
+        description="Train an expert for arithmetic beside the frozen demo model."
+    )
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt, one per domain")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, required=True)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, default=0, help="wall clock to spend")
+    length.add_argument("--steps", type=int, help="number of steps, instead of a time")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.corpus, args.out, args.steps, args.seed)
+    train(args.corpus, args.out, args.minutes, args.steps, args.seed)
 
 
 if __name__ == "__main__":
