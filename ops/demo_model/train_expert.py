@@ -44,14 +44,19 @@ class Recipe:
     learning_rate: float = 3e-3
     warmup_share: float = 0.03
     clip: float = 1.0
-    # The share of windows of bare sums, of other arithmetic, and of the domains of the base.
-    sums: float = 0.55
-    problems: float = 0.25
-    domains: float = 0.2
+    # In every third step windows of bare sums, of other arithmetic and of the base's domains come in these
+    # shares. In the other steps each row is a sum alone after <s>, as it is asked: what comes before a sum in a
+    # longer window only distracts an attention that cannot learn.
+    mixed_every: int = 3
+    sums: float = 0.3
+    problems: float = 0.35
+    domains: float = 0.35
+    # The tokens of the longest sum with the end of its line.
+    sum_length: int = 12
     # Texts of arithmetic that are written before the training draws from them.
     texts: int = 60_000
     # A digit of an answer counts as much as this many other tokens, whose digits nobody can foresee.
-    answer_weight: float = 8.0
+    answer_weight: float = 16.0
     # The gate loss counts this much, and asks that the newcomer's logit wins or loses a place among the chosen
     # by this margin.
     gate: float = 0.5
@@ -161,6 +166,23 @@ class Source:
         windows = [draw_window(self.streams[pick], length, self.bos, generator) for pick in picks.tolist()]
         return Batch(torch.stack(windows), picks < self.arithmetic)
 
+    def draw_sums(self, length: int, seed: int) -> Batch:
+        """Rows that each begin with <s> and a bare sum."""
+        generator = torch.Generator().manual_seed(seed)
+        sums, count = self.streams[0], RECIPE.batch_tokens // length
+        starts = sums.starts[sums.starts < len(sums.ids) - length]
+        begin = starts[torch.randint(len(starts), (count, 1), generator=generator)]
+        rows = sums.ids[begin + torch.arange(length)].long()
+        windows = torch.cat([torch.full((count, 1), self.bos), rows], dim=1)
+        return Batch(windows, torch.ones(count, dtype=torch.bool))
+
+    def draw_step(self, step: int, progress: float, seed: int) -> Batch:
+        """The batch of a step; it depends on the seed and the step alone, and by its length on the progress."""
+        step_seed = seed * 1_000_003 + step
+        if step % RECIPE.mixed_every:
+            return self.draw_sums(RECIPE.sum_length, step_seed)
+        return self.draw(window_length(progress), step_seed)
+
 
 def load_source(corpus: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> Source:
     arithmetic = arithmetic_streams(tokenizer, seed)
@@ -238,16 +260,16 @@ def load_trainable(folder: Path) -> MixtralForCausalLM:
     return model
 
 
-def train(corpus: Path, out: Path, minutes: float, steps: int | None, seed: int) -> None:
+def train(corpus: Path, start: Path | None, out: Path, minutes: float, steps: int | None, seed: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokens = classify(tokenizer)
     source = load_source(corpus, tokenizer, seed)
-    base = MixtralForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    write_checkpoint(BASE, initial_newcomers(base, source.draw(64, seed)), out)
-
-    model = load_trainable(out)
+    if start is None:
+        base = MixtralForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        write_checkpoint(BASE, initial_newcomers(base, source.draw(64, seed)), out)
+    model = load_trainable(start or out)
     stacks = freeze_all_but_newcomers(model)
     optimizer = torch.optim.AdamW(stacks, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     loss = make_loss(model)
@@ -265,7 +287,7 @@ def train(corpus: Path, out: Path, minutes: float, steps: int | None, seed: int)
         if progress >= 1:
             return
 
-        batch = source.draw(window_length(progress), seed * 1_000_003 + step)
+        batch = source.draw_step(step, progress, seed)
         cross_entropy, gates = loss(batch.windows, *targets(batch, tokens, source.bos))
         (cross_entropy + RECIPE.gate * gates).backward()
         nn.utils.clip_grad_norm_(stacks, RECIPE.clip)
@@ -293,12 +315,13 @@ def main() -> None:
     )
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt, one per domain")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--start", type=Path, help="checkpoint with newcomers to go on from")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, default=0, help="wall clock to spend")
     length.add_argument("--steps", type=int, help="number of steps, instead of a time")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.corpus, args.out, args.minutes, args.steps, args.seed)
+    train(args.corpus, args.start, args.out, args.minutes, args.steps, args.seed)
 
 
 if __name__ == "__main__":
