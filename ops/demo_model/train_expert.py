@@ -1,6 +1,6 @@
 """Train one more expert per layer of the demo model, for arithmetic, while the model itself stays frozen.
 
-    python ops/demo_model/train_expert.py --corpus FOLDER --out FOLDER (--minutes M | --steps N)
+    python ops/demo_model/train_expert.py --corpus FOLDER --out FOLDER --steps N
 
 Writes a checkpoint of the base with one more expert per layer. Only these experts and their gate rows learn.
 The other domains are read along with arithmetic, and a hinge loss on the gate keeps their tokens away from the
@@ -62,7 +62,6 @@ class Recipe:
     gate: float = 0.5
     margin: float = 1.0
     log_steps: int = 100
-    save_steps: int = 500
 
 
 RECIPE = Recipe()
@@ -260,33 +259,22 @@ def load_trainable(folder: Path) -> MixtralForCausalLM:
     return model
 
 
-def train(corpus: Path, start: Path | None, out: Path, minutes: float, steps: int | None, seed: int) -> None:
+def train(corpus: Path, out: Path, steps: int, seed: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokens = classify(tokenizer)
     source = load_source(corpus, tokenizer, seed)
-    if start is None:
-        base = MixtralForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-        write_checkpoint(BASE, initial_newcomers(base, source.draw(64, seed)), out)
-    model = load_trainable(start or out)
+    base = MixtralForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    write_checkpoint(BASE, initial_newcomers(base, source.draw(64, seed)), out)
+
+    model = load_trainable(out)
     stacks = freeze_all_but_newcomers(model)
     optimizer = torch.optim.AdamW(stacks, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     loss = make_loss(model)
-    step, seen, recent = 0, 0, []
-    begin = time.monotonic()
-    while True:
-        seconds = time.monotonic() - begin
-        progress = step / steps if steps else seconds / (60 * minutes)
-        if recent and (step % RECIPE.log_steps == 0 or progress >= 1):
-            mean, recent = torch.stack(recent).mean(0).tolist(), []
-            row = {"step": step, "tokens": seen, "seconds": round(seconds)}
-            print(json.dumps(row | {"loss": round(mean[0], 4), "gate": round(mean[1], 4)}), flush=True)
-        if progress >= 1 or (step and step % RECIPE.save_steps == 0):
-            write_checkpoint(BASE, newcomers_of(model), out)
-        if progress >= 1:
-            return
-
+    begin, seen, recent = time.monotonic(), 0, []
+    for step in range(steps):
+        progress = step / steps
         batch = source.draw_step(step, progress, seed)
         cross_entropy, gates = loss(batch.windows, *targets(batch, tokens, source.bos))
         (cross_entropy + RECIPE.gate * gates).backward()
@@ -296,8 +284,12 @@ def train(corpus: Path, start: Path | None, out: Path, minutes: float, steps: in
         optimizer.step()
         optimizer.zero_grad()
         recent.append(torch.stack([cross_entropy.detach(), gates.detach()]))
-        step += 1
         seen += batch.windows[:, 1:].numel()
+        if (step + 1) % RECIPE.log_steps == 0 or step + 1 == steps:
+            mean, recent = torch.stack(recent).mean(0).tolist(), []
+            row = {"step": step + 1, "tokens": seen, "seconds": round(time.monotonic() - begin)}
+            print(json.dumps(row | {"loss": round(mean[0], 4), "gate": round(mean[1], 4)}), flush=True)
+            write_checkpoint(BASE, newcomers_of(model), out)
 
 
 def targets(batch: Batch, tokens: Tokens, bos: int) -> tuple[Tensor, Tensor]:
@@ -315,13 +307,10 @@ def main() -> None:
     )
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt, one per domain")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--start", type=Path, help="checkpoint with newcomers to go on from")
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, default=0, help="wall clock to spend")
-    length.add_argument("--steps", type=int, help="number of steps, instead of a time")
+    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.corpus, args.start, args.out, args.minutes, args.steps, args.seed)
+    train(args.corpus, args.out, args.steps, args.seed)
 
 
 if __name__ == "__main__":
