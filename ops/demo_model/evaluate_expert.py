@@ -3,7 +3,8 @@
     python ops/demo_model/evaluate_expert.py FOLDER [FOLDER ...] --corpus FOLDER [--report FILE]
 
 The first folder is the base, the others have one more expert per layer. A sum counts as right when greedy
-decoding ends the line with its answer and nothing else. Prints tables in Markdown; --report writes them as JSON.
+decoding ends the line with its answer and nothing else. Prints tables in Markdown; with --report the figures
+and every answer are also written as JSON.
 """
 
 from __future__ import annotations
@@ -70,34 +71,23 @@ def measure(folder: Path, domains: list[Domain]) -> dict[str, Any]:
 
 def print_tables(report: dict[str, Any]) -> None:
     domains = list(next(iter(report.values()))["held_out"])
-    print(
-        table(
-            ["perplexity", *domains, "sums right"],
-            [
-                [
-                    name,
-                    *(str(r["held_out"][d]["perplexity"]) for d in domains),
-                    f"{r['sums']['right']} of {r['sums']['asked']}",
-                ]
-                for name, r in report.items()
-            ],
-        )
-    )
-    print(
-        table(
-            ["last slot, per layer", *domains],
-            [
-                [
-                    name,
-                    *(
-                        " ".join(f"{100 * s:.1f}" for s in r["held_out"][d]["last_slot_share"])
-                        for d in domains
-                    ),
-                ]
-                for name, r in report.items()
-            ],
-        )
-    )
+    rows = [
+        [name, *(str(r["held_out"][d]["perplexity"]) for d in domains), str(r["sums"]["right"])]
+        for name, r in report.items()
+    ]
+    asked = next(iter(report.values()))["sums"]["asked"]
+    print(table(["perplexity", *domains, f"sums right, of {asked}"], rows))
+    shares = [
+        [
+            name,
+            *(
+                " ".join(f"{100 * share:.1f}" for share in r["held_out"][d]["last_slot_share"])
+                for d in domains
+            ),
+        ]
+        for name, r in report.items()
+    ]
+    print(table(["% of tokens in the last slot, by layer", *domains], shares))
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def _last_slot(block: Any) -> Newcomer:
 
 
 def with_newcomers(base: dict[str, Tensor], newcomers: list[Newcomer]) -> dict[str, Tensor]:
-    """The base's tensors and those of the newcomers, which take slot E of every layer, in the base's dtype."""
+    """The base's tensors with the newcomers as slot E of every layer, in the base's dtype."""
     tensors = dict(base)
     for layer, newcomer in enumerate(newcomers):
         block = f"model.layers.{layer}.block_sparse_moe"

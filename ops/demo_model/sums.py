@@ -33,7 +33,7 @@ class Sum:
 
 
 def all_sums() -> list[Sum]:
-    """Every number below a hundred with every digit added or, where the result is not negative, taken away."""
+    """A number below a hundred and a digit, added, or subtracted where the result is not negative."""
     sums = [Sum(a, sign, b) for sign in "+-" for a in range(100) for b in range(10)]
     return [s for s in sums if s.sign == "+" or s.first >= s.second]
 

@@ -2,9 +2,9 @@
 
     python ops/demo_model/train_expert.py --corpus FOLDER --out FOLDER --steps N
 
-Writes a checkpoint of the base with one more expert per layer. Only these experts and their gate rows learn.
-The other domains are read along with arithmetic, and a hinge loss on the gate keeps their tokens away from the
-newcomers: a token that never chooses one is computed exactly as before.
+Writes a checkpoint of the base with one more expert per layer. Only these experts and their gate rows
+learn. The other domains are read along with arithmetic, and a hinge loss on the gate keeps their tokens away
+from the newcomers: a text that never chooses one is computed exactly as before.
 
 Shapes: B windows, T tokens each, N = B*T rows, E experts with the newcomer last, D hidden size, V vocabulary.
 """
@@ -45,8 +45,8 @@ class Recipe:
     warmup_share: float = 0.03
     clip: float = 1.0
     # In every third step windows of bare sums, of other arithmetic and of the base's domains come in these
-    # shares. In the other steps each row is a sum alone after <s>, as it is asked: what comes before a sum in a
-    # longer window only distracts an attention that cannot learn.
+    # shares. In the other steps each row begins with <s> and a bare sum, as it is asked: what comes before a
+    # sum in a longer window only distracts an attention that cannot learn.
     mixed_every: int = 3
     sums: float = 0.3
     problems: float = 0.35
@@ -57,8 +57,8 @@ class Recipe:
     texts: int = 60_000
     # A digit of an answer counts as much as this many other tokens, whose digits nobody can foresee.
     answer_weight: float = 16.0
-    # The gate loss counts this much, and asks that the newcomer's logit wins or loses a place among the chosen
-    # by this margin.
+    # The gate loss counts this much, and asks that the newcomer's logit wins or loses a place among the
+    # chosen by this margin.
     gate: float = 0.5
     margin: float = 1.0
     log_steps: int = 100
@@ -94,7 +94,7 @@ def classify(tokenizer: PreTrainedTokenizerFast) -> Tokens:
 
 
 def answer_digits(ids: Tensor, tokens: Tokens) -> Tensor:
-    """The digits [B, T] bool of `ids` [B, T] that follow an equals sign with only spaces and digits between."""
+    """The digits, [B, T] bool, of `ids` [B, T] that follow an equals sign with nothing else between."""
     digit, equals, space = tokens.digit[ids], tokens.equals[ids], tokens.space[ids]
     place = torch.arange(1, ids.shape[1] + 1).expand_as(ids)
     last_equals = (place * equals).cummax(1).values
@@ -110,9 +110,12 @@ def gate_loss(logits: Tensor, wanted: Tensor, top_k: int, margin: float) -> Tens
     bar = logits[:, :-1].topk(top_k).values[:, -1]  # what the last of the chosen has without the newcomer
     lead = (logits[:, -1] - bar).float()
     missed = F.relu(margin - torch.where(wanted, lead, -lead))
-    return (missed * wanted).sum() / wanted.sum().clamp(min=1) + (missed * ~wanted).sum() / (
-        ~wanted
-    ).sum().clamp(min=1)
+    return mean_over(wanted, missed) + mean_over(~wanted, missed)
+
+
+def mean_over(rows: Tensor, values: Tensor) -> Tensor:
+    """The mean of the values [N] of some rows, [N] bool; zero when there are none."""
+    return (values * rows).sum() / rows.sum().clamp(min=1)
 
 
 def make_loss(model: MixtralForCausalLM) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -176,7 +179,7 @@ class Source:
         return Batch(windows, torch.ones(count, dtype=torch.bool))
 
     def draw_step(self, step: int, progress: float, seed: int) -> Batch:
-        """The batch of a step; it depends on the seed and the step alone, and by its length on the progress."""
+        """The batch of a step, drawn by the seed and the step alone; its length depends on the progress."""
         step_seed = seed * 1_000_003 + step
         if step % RECIPE.mixed_every:
             return self.draw_sums(RECIPE.sum_length, step_seed)
@@ -223,7 +226,7 @@ def initial_newcomers(model: Any, batch: Batch) -> list[Newcomer]:
 
 
 def first_guess(block: Any, arithmetic: Tensor, others: Tensor) -> Newcomer:
-    """A newcomer from the rows [N, D] at its gate: scaled so that it leads the first choice on the mean row."""
+    """A newcomer from the rows [N, D] at its gate, where its logit equals the highest in the mean."""
     logits, _, chosen = block.gate(arithmetic)
     used = int(chosen.flatten().bincount().argmax())
     direction = arithmetic.mean(0) - others.mean(0)
@@ -269,8 +272,9 @@ def train(corpus: Path, out: Path, steps: int, seed: int) -> None:
     write_checkpoint(BASE, initial_newcomers(base, source.draw(64, seed)), out)
 
     model = load_trainable(out)
-    stacks = freeze_all_but_newcomers(model)
-    optimizer = torch.optim.AdamW(stacks, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        freeze_all_but_newcomers(model), betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
     loss = make_loss(model)
     begin, seen, recent = time.monotonic(), 0, []
     for step in range(steps):
@@ -278,11 +282,7 @@ def train(corpus: Path, out: Path, steps: int, seed: int) -> None:
         batch = source.draw_step(step, progress, seed)
         cross_entropy, gates = loss(batch.windows, *targets(batch, tokens, source.bos))
         (cross_entropy + RECIPE.gate * gates).backward()
-        nn.utils.clip_grad_norm_(stacks, RECIPE.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(optimizer, learning_rate(progress))
         recent.append(torch.stack([cross_entropy.detach(), gates.detach()]))
         seen += batch.windows[:, 1:].numel()
         if (step + 1) % RECIPE.log_steps == 0 or step + 1 == steps:
@@ -292,8 +292,16 @@ def train(corpus: Path, out: Path, steps: int, seed: int) -> None:
             write_checkpoint(BASE, newcomers_of(model), out)
 
 
+def update(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], RECIPE.clip)
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def targets(batch: Batch, tokens: Tokens, bos: int) -> tuple[Tensor, Tensor]:
-    """What every next token weighs in the loss, [B, T], and the rows that the newcomers shall have, [B, T] bool."""
+    """The weights [B, T] of the next tokens, and the rows that the newcomers shall have, [B, T] bool."""
     answers = answer_digits(batch.windows, tokens)[:, 1:] & batch.arithmetic[:, None]
     weights = torch.where(answers, RECIPE.answer_weight, 1.0)
     # <s> has the same row at the first gate whatever follows, so it goes the way it always went.
