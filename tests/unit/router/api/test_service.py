@@ -180,10 +180,10 @@ async def test_the_prompt_comes_first_then_one_message_per_token_then_the_end(ri
 
 
 async def test_the_tenant_reaches_the_engine_and_cached_tokens_the_usage(text: Text) -> None:
-    async with serving(FakeEngine(lambda request: [Started(0.1, 16), token(5), finished()]), text) as rig:
+    async with serving(FakeEngine(lambda request: [Started(0.1, 2), token(5), finished()]), text) as rig:
         request = ask(max_tokens=1)
         request.tenant = "blue"
-        assert last_of(await rig.generate(request)).usage.cached_prompt_tokens == 16
+        assert last_of(await rig.generate(request)).usage.cached_prompt_tokens == 2
         assert [sequence.tenant for sequence in rig.engine.requests] == ["blue"]
         request.tenant = "x" * 257
         error = await rig.error(request)
