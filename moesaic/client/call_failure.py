@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 from grpc_status import rpc_status
 
+from moesaic.client.attempts import ROUTER_UNREACHABLE
 from moesaic.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -30,7 +31,9 @@ def explain(error: grpc.RpcError, target: str, *, timeout_s: float, begun: bool 
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"no {'complete ' if begun else ''}answer within {timeout_s:g} s")
         case grpc.StatusCode.UNAVAILABLE if begun:
-            return Unavailable(f"the connection to the router at {target} broke in mid-answer")
+            return Unavailable(
+                f"the connection to the router at {target} broke in mid-answer", reason=ROUTER_UNREACHABLE
+            )
         case grpc.StatusCode.UNAVAILABLE if _MARK_OF_HTTP in text:
             return FailedPrecondition(
                 f"{target} is an HTTP port: the client speaks gRPC, on the port that `moesaic serve` prints"
@@ -38,7 +41,7 @@ def explain(error: grpc.RpcError, target: str, *, timeout_s: float, begun: bool 
                 reason="NOT_A_ROUTER",
             )
         case grpc.StatusCode.UNAVAILABLE:
-            return Unavailable(f"no router answers at {target}")
+            return Unavailable(f"no router answers at {target}", reason=ROUTER_UNREACHABLE)
         case grpc.StatusCode.CANCELLED:
             return Cancelled("the client was closed during the call")
         case grpc.StatusCode.UNIMPLEMENTED:

@@ -1,14 +1,36 @@
-"""The address of a router as its client takes it: HOST:PORT."""
+"""The addresses of routers as their client takes them: HOST:PORT, one or several."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 
 from moesaic.errors import InvalidArgument
 
 _EXAMPLE = "such as 127.0.0.1:50051"
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[^][]*\]|[^][:/@\s]+):(?P<port>[0-9]{1,5})")
+
+
+class Targets:
+    """The routers that a client may ask, and the one that it asks at present."""
+
+    def __init__(self, target: str | Sequence[str]) -> None:
+        """`target`: HOST:PORT, several with commas between, or a sequence. Raises InvalidArgument."""
+        given = target.split(",") if isinstance(target, str) else list(target)
+        self.addresses = tuple(dict.fromkeys(it.strip() if isinstance(it, str) else it for it in given))
+        for address in self.addresses or ("",):
+            check_target(address)
+        self._present = 0
+
+    @property
+    def present(self) -> str:
+        return self.addresses[self._present]
+
+    def leave(self, address: str) -> None:
+        """From now on another one is asked, unless a call that failed there before has seen to it."""
+        if address == self.present:
+            self._present = (self._present + 1) % len(self.addresses)
 
 
 def check_target(target: str) -> None:

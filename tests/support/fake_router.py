@@ -112,6 +112,12 @@ class FakeRouter(InferenceServiceServicer):
         opening: pb.GenerateResponse | None = pb.GenerateResponse(prompt=self._prompt_info(request, prompt))
         if request.HasField("experts"):
             opening.experts.CopyFrom(request.experts)
+        opening.seed = request.sampling.seed if request.sampling.HasField("seed") else 1234
+        if request.HasField("resume"):
+            opening = None
+            for index, received in enumerate(request.resume.continuations):
+                num = len(continuations[index]) if received.finished else len(received.token_ids)
+                continuations[index] = continuations[index][num:]
         for step in range(max(len(tokens) for tokens in continuations)):
             await self._misbehave(step)
             for index, tokens in enumerate(continuations):
