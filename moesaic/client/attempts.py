@@ -17,9 +17,7 @@ ROUTER_UNREACHABLE = "ROUTER_UNREACHABLE"
 
 _LOST = frozenset({ROUTER_UNREACHABLE, "STOPPING"})
 # What a router says of itself alone: it starts, stops or is full, or does not hold the epoch (yet, or any more).
-_REFUSED = frozenset(
-    {"LOADING", "NOT_READY", "DRAINING", "QUEUE_FULL", "EPOCH_UNKNOWN", "EXPERTS_MISSING"}
-)
+_REFUSED = frozenset({"LOADING", "NOT_READY", "DRAINING", "QUEUE_FULL", "EPOCH_UNKNOWN", "EXPERTS_MISSING"})
 # Of these, the ones that waiting may not cure.
 _LASTING = frozenset({"EPOCH_UNKNOWN", "EXPERTS_MISSING"})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0

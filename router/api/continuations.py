@@ -32,9 +32,7 @@ def make_continuations(
 ) -> list[Continuation]:
     """Raises InvalidArgument or Unsupported for what the request asks of sampling, of stops and of a resumption."""
     n = num_continuations(request.n)
-    params, options = parse_sampling(
-        request.sampling, num_prompt_tokens=prompt.num_tokens, limits=limits
-    )
+    params, options = parse_sampling(request.sampling, num_prompt_tokens=prompt.num_tokens, limits=limits)
     if options.stop and not text.has_tokenizer:
         raise Unsupported("stop: this model has no tokenizer, use stop_token_ids", field="stop")
     resumes = request.HasField("resume")

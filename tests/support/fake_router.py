@@ -46,6 +46,7 @@ class FakeRouter(InferenceServiceServicer):
     # Seconds that each request had when it came.
     time_left_s: list[float | None] = field(default_factory=list)
     num_running: int = 0
+    num_sent: int = 0
     max_running: int = 0
     num_cancelled: int = 0
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -129,6 +130,7 @@ class FakeRouter(InferenceServiceServicer):
                         response.MergeFrom(opening)
                         opening = None
                     yield response
+                    self.num_sent += 1
 
     async def _misbehave(self, step: int) -> None:
         await asyncio.sleep(self.pace_s)
