@@ -35,6 +35,8 @@ from router.text.text import Text, load_text
 
 VOCAB = 420
 EOS = 2
+# Most tokens are of the first bytes and letters, so that texts have what they are to stop at.
+NUM_LIKELY = 100
 LIMITS = ModelLimits(max_model_len=64, vocab_size=VOCAB, eos_token_ids=frozenset({EOS}))
 VIEW = plain_view(make_epoch(1, 2))
 
@@ -101,7 +103,9 @@ def responses_to(continuation: Continuation, event: SequenceEvent) -> list[pb.Ge
 
 def logits(tokens: list[int]) -> torch.Tensor:
     seed = functools.reduce(lambda digest, token: (digest * 31 + token) % 2**31, tokens, 7)
-    return torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed)) * 4
+    scores = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+    scores[:, 3 + NUM_LIKELY :] -= 6
+    return scores
 
 
 def told(stream: list[pb.GenerateResponse]) -> list[list[dict[str, Any]]]:
@@ -113,6 +117,23 @@ def told(stream: list[pb.GenerateResponse]) -> list[list[dict[str, Any]]]:
         copy.ClearField("timing")
         found.setdefault(copy.index, []).append(MessageToDict(copy))
     return [found[index] for index in sorted(found)]
+
+
+def disturbed(request: pb.GenerateRequest, breaks: list[int]) -> list[pb.GenerateResponse]:
+    """What a caller gets whose streams break off before these messages."""
+    received, stream = ReceivedAnswer(request), list[pb.GenerateResponse]()
+    for at in [*breaks, None]:
+        if received.complete:
+            break
+        if not received.begun:
+            stream.clear()
+        for number, message in enumerate(answer(received.next_request())):
+            if number == at:
+                break
+            received.take(message)
+            stream.append(message)
+    assert received.complete
+    return stream
 
 
 SAMPLING = st.fixed_dictionaries(
@@ -137,28 +158,36 @@ SAMPLING = st.fixed_dictionaries(
 ).filter(lambda given: given.get("min_tokens", 0) <= given["max_tokens"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(sampling=SAMPLING, n=st.integers(1, 3), breaks=st.lists(st.integers(0, 25), max_size=4))
 def test_an_answer_that_breaks_off_anywhere_is_the_undisturbed_one(
     sampling: dict[str, Any], n: int, breaks: list[int]
 ) -> None:
     request = pb.GenerateRequest(text="Once upon", n=n, sampling=pb.SamplingParams(**sampling))
     request.return_weight_versions = True
-    received, stream = ReceivedAnswer(request), list[pb.GenerateResponse]()
-    for at in [*breaks, None]:
-        if received.complete:
-            break
-        if not received.begun:
-            stream.clear()
-        for number, message in enumerate(answer(received.next_request())):
-            if number == at:
-                break
-            received.take(message)
-            stream.append(message)
-    assert received.complete
+    stream = disturbed(request, breaks)
     # An absent seed is drawn anew by every run that begins.
     request.sampling.seed = stream[0].seed
     assert told(stream) == told(list(answer(request)))
+
+
+FEW = [*range(3, 3 + NUM_LIKELY, 2)]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "reason"),
+    [
+        ({"max_tokens": 6, "stop_token_ids": FEW, "min_tokens": 2, "seed": 3}, pb.FINISH_REASON_STOP),
+        ({"max_tokens": 30, "stop": ["e", "a", "o"], "seed": 4}, pb.FINISH_REASON_STOP),
+        ({"max_tokens": 5, "seed": 5, "ignore_eos": True}, pb.FINISH_REASON_LENGTH),
+    ],
+)
+def test_every_way_to_end_is_the_same_behind_every_message(sampling: dict[str, Any], reason: int) -> None:
+    request = pb.GenerateRequest(text="Once upon", n=2, sampling=pb.SamplingParams(**sampling))
+    undisturbed = list(answer(request))
+    assert undisturbed[-1].finish_reason == reason
+    for at in range(len(undisturbed)):
+        assert told(disturbed(request, [at])) == told(undisturbed)
 
 
 def test_before_the_first_token_the_request_is_sent_as_it_was() -> None:
