@@ -20,8 +20,8 @@ from moesaic import SyncClient, Token
 
 DEMO_MODEL = Path(cluster.__file__).parent / "demo_model"
 PROMPT = "ROMEO:"
-GREEDY = {"temperature": 0.0, "max_tokens": 120, "n": 1}
-SEEDED = {"temperature": 1.0, "seed": 11, "max_tokens": 120, "n": 2}
+GREEDY = {"temperature": 0.0, "max_tokens": 200, "n": 1}
+SEEDED = {"temperature": 1.0, "seed": 11, "max_tokens": 200, "n": 2}
 WAIT_S = 60.0
 
 
@@ -193,9 +193,7 @@ def test_an_answer_waits_for_its_only_router(routers: Routers, way: str) -> None
 
 
 @pytest.mark.parametrize("way", ["gateway", "client"])
-def test_a_router_that_stands_still_is_left_within_seconds(
-    routers: Routers, gateway: str, way: str
-) -> None:
+def test_a_router_that_stands_still_is_left_within_seconds(routers: Routers, gateway: str, way: str) -> None:
     ask = over_http(gateway) if way == "gateway" else over_grpc(routers.addresses)
     undisturbed = ask(GREEDY, lambda: None)
     still: list[Process] = []

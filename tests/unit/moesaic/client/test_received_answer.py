@@ -63,9 +63,7 @@ def answer(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
             yield from responses
 
 
-def messages(
-    continuation: Continuation, prompt: tuple[int, ...]
-) -> Iterator[list[pb.GenerateResponse]]:
+def messages(continuation: Continuation, prompt: tuple[int, ...]) -> Iterator[list[pb.GenerateResponse]]:
     """Step by step, as the engine and the service make them."""
     reported: list[SequenceEvent] = []
     live = LiveSequence(
