@@ -37,6 +37,8 @@ class FakeRouter(InferenceServiceServicer):
     # Fails with this, after so many tokens of the answer.
     error: Exception | None = None
     error_after: int = 0
+    # Whether the prompt comes in a message of its own, as a router sends it.
+    prompt_ahead: bool = False
     # Seconds before each token.
     pace_s: float = 0.0
     # Falls silent for ever after so many tokens.
@@ -119,6 +121,11 @@ class FakeRouter(InferenceServiceServicer):
             for index, received in enumerate(request.resume.continuations):
                 num = len(continuations[index]) if received.finished else len(received.token_ids)
                 continuations[index] = continuations[index][num:]
+        if opening is not None and self.prompt_ahead:
+            opening.MergeFrom(head)
+            yield opening
+            self.num_sent += 1
+            opening = None
         for step in range(max(len(tokens) for tokens in continuations)):
             await self._misbehave(step)
             for index, tokens in enumerate(continuations):

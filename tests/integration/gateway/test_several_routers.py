@@ -130,6 +130,21 @@ async def test_a_request_that_its_router_never_began_is_answered_by_another_when
         assert site.counts() == [1, 1]
 
 
+async def test_a_request_whose_prompt_was_read_begins_again_when_its_router_dies() -> None:
+    async with site_of(*two()) as site:
+        for router in site.routers:
+            router.prompt_ahead, router.silent_after = True, 0
+        asked = asyncio.create_task(site.complete("ab", echo=True))
+        await until(lambda: sum(router.num_sent for router in site.routers) == 1)
+        dying = site.counts().index(1)
+        await asyncio.sleep(0.05)
+        site.routers[1 - dying].silent_after = None
+        await site.links[dying].kill()
+        assert (await asked).json()["choices"][0]["text"] == "abab"
+        (request,) = site.routers[1 - dying].requests
+        assert not request.HasField("resume")
+
+
 async def begun(site: Site, **body: Any) -> tuple[asyncio.Task[httpx.Response], int]:
     """A request whose router has fallen silent after the first token of each choice, and the number of that router."""
     for router in site.routers:
