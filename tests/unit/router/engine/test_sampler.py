@@ -39,7 +39,9 @@ def one(logits: Sequence[float] | torch.Tensor, of: SamplingState) -> SampledTok
 def drawn_ids(logits: Sequence[float], num: int = 400, **params: object) -> Counter[int]:
     """How often each token comes out of `num` draws, each with a seed of its own."""
     first = params.pop("seed", 0)
-    states = [state(**{**params, "seed": first + place}) for place in range(num)]  # type: ignore
+    assert isinstance(first, int)
+    seeds = ((first + place + 2**63) % 2**64 - 2**63 for place in range(num))
+    states = [state(**{**params, "seed": seed}) for seed in seeds]  # type: ignore
     sampled = sample(torch.tensor([logits] * num), states)
     return Counter(token.token_id for token in sampled if isinstance(token, SampledToken))
 
