@@ -29,7 +29,7 @@ check: $(STAMP)  ## style, types, import rules, fresh stubs, forbidden calls
 test: $(STAMP)
 	$(BIN)/pytest
 
-bench: $(STAMP)  ## the standard set; rewrites docs/performance.md. QUICK=1: do the programs work? ONLY=decode,lane
+bench: $(STAMP)  ## the standard set; rewrites docs/performance.md. QUICK=1: do the programs work? ONLY=decode,transport
 	$(BIN)/python benchmarks/suite.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 protos: $(STAMP)  ## regenerate moesaic/v1 from protos/

@@ -30,6 +30,7 @@ from expert_worker.experts import allocator
 from expert_worker.experts.expert import (
     ExpertForm,
     ExpertWeights,
+    StackRow,
     compute_experts,
     empty_weights,
     make_expert,
@@ -160,7 +161,7 @@ def _grouped(dtype: torch.dtype) -> Callable[[Weights], tuple[Compute, int]]:
         stack = empty_weights(weights.module, form, 1)
         stack.up[0] = weights.gate_up
         stack.down[0] = weights.down
-        expert = make_expert(stack[0], weights.module, form, stack)
+        expert = make_expert(stack[0], weights.module, form, StackRow(stack, 0))
         return lambda rows: compute_experts([expert], rows, [len(rows)]), expert.num_bytes
 
     return copy

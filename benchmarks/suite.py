@@ -45,6 +45,7 @@ STANDARD = (
     Program("goodput", ("goodput.py",)),
     Program("prefix", ("prefix.py",)),
     Program("stall", ("stall.py",)),
+    Program("load_stall", ("load_stall.py",)),
     Program("tracing", ("variants.py", "tracing", "--rounds", "9")),
     Program("soak", ("soak.py",)),
     Program("placement", ("variants.py", "placement", "--rounds", "3")),

@@ -14,6 +14,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -22,14 +25,20 @@ from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.compute_pass import compute_calls
 from expert_worker.config import WorkerConfig
 from expert_worker.experts import allocator
+from expert_worker.experts.bundle_source import BundleSource
 from expert_worker.experts.expert import Expert, ExpertForm, choose_form
-from expert_worker.experts.loader import load_experts
+from expert_worker.experts.free_memory import free_memory
+from expert_worker.experts.lifecycle import ExpertLifecycle
+from expert_worker.experts.load_threads import start_load_threads
+from expert_worker.experts.loader import ExpertLoader, load_experts
+from expert_worker.experts.stack import ExpertStacks
 from expert_worker.experts.store import ExpertStore
 from expert_worker.experts.stored_weight import stored_bytes
+from expert_worker.serving.control_service import Controlled, WorkerControlService
 from expert_worker.serving.service import ExpertService, LoadedModel
 from moesaic import rpc
 from moesaic.addresses import join_address
-from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import check_identity
 from moesaic.compute.device import choose_device, choose_dtype
 from moesaic.epoch import ExpertAddress
@@ -44,6 +53,16 @@ WARM_UP_TIMEOUT_S = 60.0
 MAX_CONCURRENT_RPCS = 256
 # After the drain only the end of each stream is left to send.
 FINAL_FLUSH_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What the weights were read with, where they are held, and the thread that will load others beside them."""
+
+    loader: ExpertLoader
+    stacks: ExpertStacks
+    store: ExpertStore
+    thread: ThreadPoolExecutor
 
 
 class WorkerServer:
@@ -70,8 +89,12 @@ class WorkerServer:
             shared_memory=settings.shared_memory == "auto",
             direct_host=config.host if settings.direct_stream == "auto" else None,
         )
+        self._control = WorkerControlService(BundleSource())
         self._server = rpc.Server(
-            {rpc.EXPERT_SERVICE: self._service.add_to},
+            {
+                rpc.EXPERT_SERVICE: self._service.add_to,
+                rpc.WORKER_CONTROL_SERVICE: self._control.add_to,
+            },
             max_message_bytes=rpc.DATA_MESSAGE_BYTES,
             max_concurrent_rpcs=MAX_CONCURRENT_RPCS,
         )
@@ -103,18 +126,19 @@ class WorkerServer:
         device has too little memory, Unavailable when `stop` was called first.
         """
         loaded = await asyncio.to_thread(self._load)
-        for call in _warm_up_calls(loaded.store, loaded.model.hidden_size):
-            await self._batcher.submit(call)
-        if self._stopping.is_set():
-            raise Unavailable("stopped while loading")
-        self._service.serve(loaded)
-        self._served = loaded.store
+        try:
+            await self._warm_up(loaded)
+        except BaseException:
+            loaded.thread.shutdown(wait=False)
+            raise
+        self._serve(loaded)
         self._health = asyncio.create_task(self._watch_health())
         await self._server.set_serving(True)
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new calls, lets running ones finish within `drain_s` seconds, then ends everything."""
         self._stopping.set()
+        self._control.close()
         if self._health is not None:
             self._health.cancel()
         await self._server.set_serving(False)
@@ -129,7 +153,24 @@ class WorkerServer:
         """Returns after `stop`."""
         await self._server.wait()
 
-    def _load(self) -> LoadedModel:
+    async def _warm_up(self, loaded: _Loaded) -> None:
+        for call in _warm_up_calls(loaded.store, loaded.loader.model.hidden_size):
+            await self._batcher.submit(call)
+        if self._stopping.is_set():
+            raise Unavailable("stopped while loading")
+
+    def _serve(self, loaded: _Loaded) -> None:
+        loader, store = loaded.loader, loaded.store
+        device = loader.form.device
+        available = partial(free_memory, device)
+        self._service.serve(
+            LoadedModel(self._config.model.name, loader.model, str(device), store, self._batcher, available)
+        )
+        lifecycle = ExpertLifecycle(loader, store, loaded.stacks, loaded.thread, available)
+        self._control.open(Controlled(lifecycle, store, self._batcher, loader.model, loader.form))
+        self._served = store
+
+    def _load(self) -> _Loaded:
         config = self._config
         if config.settings.threads is not None:
             torch.set_num_threads(config.settings.threads)
@@ -138,14 +179,15 @@ class WorkerServer:
         check_identity(checkpoint, config.identity)
         model = describe_model(checkpoint, config.dense_layers)
         _check_experts(config.experts, model)
-        form = self._choose_form(device, model)
+        loader = ExpertLoader(checkpoint, model, self._choose_form(device, model))
+        stacks = ExpertStacks(loader.form, config.settings.spare_experts)
         self.total_bytes = sum(
             stored_bytes(checkpoint, model.experts[address.layer], address) for address in config.experts
         )
         start_s = time.monotonic()
         allocator.return_freed_memory()
         try:
-            store = self._load_store(checkpoint, model, form)
+            store = self._load_store(loader, stacks)
         except torch.OutOfMemoryError as error:
             raise FailedPrecondition(
                 f"experts: {self.total_bytes} bytes do not fit into the device's free memory",
@@ -166,7 +208,7 @@ class WorkerServer:
                 }
             },
         )
-        return LoadedModel(config.model.name, model, str(device), store, self._batcher)
+        return _Loaded(loader, stacks, store, start_load_threads(1, low_priority=True))
 
     def _choose_form(self, device: torch.device, model: MoeModel) -> ExpertForm:
         settings = self._config.settings
@@ -178,15 +220,21 @@ class WorkerServer:
             batch_invariant=settings.batch_invariant,
         )
 
-    def _load_store(self, checkpoint: Checkpoint, model: MoeModel, form: ExpertForm) -> ExpertStore:
+    def _load_store(self, loader: ExpertLoader, stacks: ExpertStacks) -> ExpertStore:
         store = ExpertStore(self._on_contents_change)
-        for address, held in load_experts(
-            checkpoint, model, self._config.experts, form, stopping=self._stopping
-        ):
+        loading = load_experts(
+            loader.checkpoint,
+            loader.model,
+            self._config.experts,
+            loader.form,
+            stacks=stacks,
+            stopping=self._stopping,
+        )
+        for address, held in loading:
             if self._stopping.is_set():
                 raise Unavailable("stopped while loading")
             store.add(address, held)
-            self.loaded_bytes += stored_bytes(checkpoint, model.experts[address.layer], address)
+            self.loaded_bytes += stored_bytes(loader.checkpoint, loader.model.experts[address.layer], address)
         return store
 
     async def _watch_health(self) -> None:

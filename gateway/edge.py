@@ -120,7 +120,11 @@ class Edge:
             return HttpError(431, f"the headers exceed {MAX_HEADER_BYTES} bytes", None, "headers_too_large")
         if self._allowed_hosts is not None and _host(headers) not in self._allowed_hosts:
             return errors.from_moesaic(
-                InvalidArgument("this server does not answer to that name", field="Host", reason="BAD_HOST")
+                InvalidArgument(
+                    "this server does not answer to that name: gateway.allowed_hosts does not list it",
+                    field="Host",
+                    reason="BAD_HOST",
+                )
             )
         if self._cors.is_preflight(scope["method"], headers):
             refusal = self._cors.refusal(headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
 from moesaic.errors import InvalidArgument
 
@@ -11,6 +12,8 @@ EVERY_IPV4 = "0.0.0.0"
 EVERY_IPV6 = "::"
 EVERY_ADDRESS = frozenset({EVERY_IPV4, EVERY_IPV6})
 _MAX_PORT = 65_535
+# A name or an IPv4 address; neither is a part of a URL.
+_HOST = re.compile(r"[^][:/@\s]+")
 
 
 def join_address(host: str, port: int) -> str:
@@ -23,7 +26,8 @@ def split_address(address: str, field: str = "address") -> tuple[str, int]:
     """The host, without brackets, and the port. Raises InvalidArgument with `field`."""
     host, _, port = address.rpartition(":")
     is_bracketed = host.startswith("[") and host.endswith("]")
-    if not host.strip("[]") or is_bracketed != (":" in host) or not _is_port(port):
+    is_host = is_ipv6(host[1:-1]) if is_bracketed else _HOST.fullmatch(host)
+    if not is_host or not _is_port(port):
         raise InvalidArgument(
             f"{field}: must be HOST:PORT, or [HOST]:PORT for IPv6, not {address!r}", field=field
         )
@@ -47,6 +51,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def is_ipv6(host: str) -> bool:
+    """Whether a host without brackets is an IPv6 address."""
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_port(text: str) -> bool:

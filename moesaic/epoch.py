@@ -154,7 +154,7 @@ class Epoch:
     def from_proto(cls, message: control_pb2.Epoch) -> Epoch:
         """Raises FailedPrecondition if the id is not the hash of the content, or a slot is named twice."""
         versions: dict[ExpertAddress, bytes] = {}
-        for address, digest in map(_version_from_proto, message.experts):
+        for address, digest in map(version_from_proto, message.experts):
             if address in versions:
                 raise FailedPrecondition(
                     f"the epoch names layer {address.layer} slot {address.slot} more than once",
@@ -205,20 +205,21 @@ def merge_versions(
 
 def versions_to_proto(versions: Iterable[ExpertVersion]) -> list[common_pb2.ExpertVersion]:
     """Ordered by layer, slot and digest."""
-    return [
-        common_pb2.ExpertVersion(
-            address=common_pb2.ExpertAddress(layer=address.layer, slot=address.slot), digest=digest
-        )
-        for address, digest in sorted(versions)
-    ]
+    return [version_to_proto(version) for version in sorted(versions)]
+
+
+def version_to_proto(version: ExpertVersion) -> common_pb2.ExpertVersion:
+    (layer, slot), digest = version
+    return common_pb2.ExpertVersion(address=common_pb2.ExpertAddress(layer=layer, slot=slot), digest=digest)
 
 
 def versions_from_proto(messages: Iterable[common_pb2.ExpertVersion]) -> frozenset[ExpertVersion]:
     """Raises FailedPrecondition for a digest of the wrong length."""
-    return frozenset(map(_version_from_proto, messages))
+    return frozenset(map(version_from_proto, messages))
 
 
-def _version_from_proto(message: common_pb2.ExpertVersion) -> ExpertVersion:
+def version_from_proto(message: common_pb2.ExpertVersion) -> ExpertVersion:
+    """Raises FailedPrecondition for a digest of the wrong length."""
     if len(message.digest) != DIGEST_BYTES:
         raise FailedPrecondition(f"an expert version's digest must have {DIGEST_BYTES} bytes", field="digest")
     return ExpertVersion(ExpertAddress(message.address.layer, message.address.slot), message.digest)

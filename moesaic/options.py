@@ -1,6 +1,6 @@
 """Command-line options made from the settings, so that every program has the same names, values and defaults.
 
-Needs the `serve` extra: the client library imports neither this module nor typer.
+Part of moesaic-server: the client library imports neither this module nor typer.
 """
 
 from __future__ import annotations

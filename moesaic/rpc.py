@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INFERENCE_SERVICE = "moesaic.v1.InferenceService"
+ROUTER_CONTROL_SERVICE = "moesaic.v1.RouterControlService"
 EXPERT_SERVICE = "moesaic.v1.ExpertService"
+WORKER_CONTROL_SERVICE = "moesaic.v1.WorkerControlService"
 CONTROL_SERVICE = "moesaic.v1.ControlService"
 
 # The value that marks the end of a handler's stream.
@@ -86,11 +88,6 @@ def aio_channel(
 ) -> grpc.aio.Channel:
     """An asyncio channel to HOST:PORT. `watchful`: whether a peer that stands still is noticed in about 2 s."""
     return grpc.aio.insecure_channel(target, options=_channel_options(max_message_bytes, watchful))
-
-
-def cannot_connect(channel: grpc.aio.Channel) -> bool:
-    """Whether the last attempt of the channel to connect has failed."""
-    return channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE
 
 
 def channel(
@@ -194,6 +191,10 @@ class _Boundary(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 _guard_stream(method, handler.unary_stream), **serializers
+            )
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                _guard_unary(method, handler.stream_unary), **serializers
             )
         return grpc.unary_unary_rpc_method_handler(_guard_unary(method, handler.unary_unary), **serializers)
 

@@ -3,7 +3,7 @@
 A setting is declared here and nowhere else: its type, bounds and default, and the description that `--help`
 and docs/settings.md show. An unknown key is an error. The environment is read in this module alone:
 `MOESAIC_ENGINE__MAX_BATCH_TOKENS=1024` sets `engine.max_batch_tokens`; the standard OTEL_* variables are read
-by the exporter itself. Needs the `serve` extra.
+by the exporter itself. Part of moesaic-server.
 """
 
 from __future__ import annotations
@@ -216,6 +216,12 @@ class WorkerSettings(_Group):
         "auto",
         description="Whether the worker opens a second port for gRPC that its compute thread speaks itself.",
     )
+    spare_experts: int = Field(
+        1,
+        ge=0,
+        description="On CUDA, room per layer for versions that are loaded later, so that one kernel computes them "
+        "together with the others; without room they take a kernel of their own.",
+    )
     batch_invariant: bool = Field(
         False, description="The result of a row does not depend on the rows computed with it. Slower."
     )
@@ -265,6 +271,68 @@ class ClusterSettings(_Group):
         ge=0,
         description="The longest that running requests may take to end after a stop was requested.",
     )
+    state: Annotated[str | None, Unset("a temporary one, so that changes end with the cluster")] = Field(
+        None,
+        description="The folder in which the controller keeps bundles, epochs and their history; a cluster that is "
+        "started with it again goes on in the last committed epoch.",
+    )
+    signers: tuple[str, ...] = Field(
+        (),
+        description="Public ed25519 keys, in base64 or as files in PEM, whose bundles alone are accepted; without any, "
+        "bundles need no signature.",
+    )
+
+
+class RolloutSettings(_Group):
+    """How experts change while the model serves, and what ends a canary."""
+
+    drain_s: float = Field(
+        60.0,
+        gt=0,
+        description="How long sequences may still run in an epoch that is no longer in use; those that run longer end "
+        "with ABORTED, reason epoch_retired.",
+    )
+    load_timeout_s: float = Field(
+        600.0, gt=0, description="The longest that loading and probing the experts of a change may take."
+    )
+    max_bundle_mib: int = Field(
+        16384, ge=1, description="The largest weights of a bundle that is uploaded, in MiB."
+    )
+    min_canary_requests: int = Field(
+        20,
+        ge=1,
+        description="Requests that must have ended on either side before errors and latency are compared.",
+    )
+    max_more_errors: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="A canary is rolled back when its error rate is higher by more than this.",
+    )
+    max_latency_ratio: float = Field(
+        2.0,
+        gt=1,
+        description="A canary is rolled back when its p99 between tokens or p50 to the first token exceeds that of the "
+        "current epoch so many times.",
+    )
+    min_shadow_cosine: float = Field(
+        0.0,
+        ge=-1,
+        le=1,
+        description="A canary is rolled back when the answers of its experts to shadowed rows have a smaller mean "
+        "cosine with those in use.",
+    )
+    golden_prompts: Annotated[str | None, Unset("none")] = Field(
+        None,
+        description="A file with a prompt on each line, whose log probabilities are compared between a canary and the "
+        "current epoch.",
+    )
+    max_golden_drift: float = Field(
+        0.5,
+        gt=0,
+        description="A canary is rolled back when the log probabilities of the golden prompts' tokens differ by more "
+        "than this on average, in nats.",
+    )
 
 
 class Settings(_Group):
@@ -284,8 +352,8 @@ class Settings(_Group):
     )
     dense_layers: DenseLayers = Field(
         "auto",
-        description="Where layers without a gate are computed; auto is experts where the model has no "
-        "others, else router.",
+        description="Where dense layers are computed; auto is experts where all layers are dense, else "
+        "router.",
     )
     host: str = Field("127.0.0.1", description="The address that the servers listen on.")
     http_port: int = Field(
@@ -310,6 +378,7 @@ class Settings(_Group):
     worker: WorkerSettings = WorkerSettings()
     gateway: GatewaySettings = GatewaySettings()
     cluster: ClusterSettings = ClusterSettings()
+    rollout: RolloutSettings = RolloutSettings()
 
 
 _PREFIX, _DELIMITER = "MOESAIC_", "__"

@@ -130,7 +130,7 @@ class PlainFormatter(logging.Formatter):
 
 
 def _configure_tracing(service: str, endpoint: str) -> None:
-    # The SDK is part of the `serve` extra. A client process never reaches this.
+    # The SDK comes with moesaic-server. A client process never reaches this.
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider

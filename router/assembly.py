@@ -105,6 +105,9 @@ def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> L
         log.warning(
             "a tensor in the files counts, although the config ties it", extra={"fields": {"tensor": name}}
         )
+    text = load_text(config.model)
+    if not text.has_tokenizer:
+        log.warning("the model folder has no tokenizer: prompts are token ids only")
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, shape.dtype)
     dispatcher = Dispatcher(pool, clock, _dispatch_rules(config.engine))
@@ -137,7 +140,7 @@ def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> L
     return LoadedRouter(
         settings=config.engine,
         shape=shape,
-        text=load_text(config.model),
+        text=text,
         model=model,
         cache=cache,
         blocks=blocks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +11,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support.closed_ports import closed_port
 
 from moesaic import telemetry
 
@@ -30,6 +32,13 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the reference data (../shared) is not here")
     return folder
+
+
+@pytest.fixture
+def closed_address() -> Iterator[str]:
+    """HOST:PORT at which nobody listens."""
+    with closed_port() as port:
+        yield f"127.0.0.1:{port}"
 
 
 @pytest.fixture

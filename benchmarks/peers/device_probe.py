@@ -20,6 +20,7 @@ from expert_worker.experts.expert import (
     Expert,
     ExpertForm,
     ExpertWeights,
+    StackRow,
     can_stack,
     compute_experts,
     empty_weights,
@@ -87,7 +88,7 @@ def pass_seconds(
 
 def _experts(stack: ExpertWeights, module: ExpertModule, form: ExpertForm, *, grouped: bool) -> list[Expert]:
     return [
-        make_expert(stack[slot], module, form, stack if grouped else None, slot)
+        make_expert(stack[slot], module, form, StackRow(stack, slot) if grouped else None)
         for slot in range(len(stack.up))
     ]
 

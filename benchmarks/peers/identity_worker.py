@@ -66,7 +66,7 @@ async def main(name: str, hidden: int, first: int, last: int) -> None:
     port = await server.start("127.0.0.1", 0)
     batcher.start()
     model = cast(MoeModel, SimpleNamespace(experts={0: None}, hidden_size=hidden))
-    service.serve(LoadedModel("identity", model, "cpu", store, batcher))
+    service.serve(LoadedModel("identity", model, "cpu", store, batcher, lambda: 0))
     await server.set_serving(True)
     print(f"ready 127.0.0.1:{port}", flush=True)
     await asyncio.to_thread(sys.stdin.read)

@@ -18,13 +18,15 @@ from harness.random_experts import fill_expert
 from expert_worker.config import WorkerConfig
 from expert_worker.experts.expert import ExpertForm, make_expert
 from expert_worker.experts.expert_ranges import parse_experts
-from expert_worker.experts.loader import Place, choose_places
+from expert_worker.experts.loader import ExpertLoader, choose_places
+from expert_worker.experts.stack import ExpertStacks, Place
 from expert_worker.experts.store import ExpertStore, HeldExpert
 from expert_worker.experts.stored_weight import stored_bytes
 from expert_worker.server import WorkerServer
 from moesaic import telemetry
-from moesaic.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from moesaic.families import MoeModel, describe_model
+from moesaic.checkpoints.checkpoint import open_checkpoint
+from moesaic.epoch import ExpertAddress
+from moesaic.families import describe_model
 from moesaic.families.model import ExpertModule
 from moesaic.settings import load_settings
 
@@ -34,21 +36,21 @@ DRAIN_S = 5.0
 class RandomWorker(WorkerServer):
     """A worker that makes its experts on its device, one at a time, instead of reading them."""
 
-    def _load_store(self, checkpoint: Checkpoint, model: MoeModel, form: ExpertForm) -> ExpertStore:
-        store = ExpertStore()
-        for place in choose_places(model, self._config.experts, form):
-            experts = model.experts[place.address.layer]
-            store.add(place.address, _make(place, experts.module, form))
-            self.loaded_bytes += stored_bytes(checkpoint, experts, place.address)
+    def _load_store(self, loader: ExpertLoader, stacks: ExpertStacks) -> ExpertStore:
+        store, model = ExpertStore(), loader.model
+        for address, place in choose_places(model, self._config.experts, stacks):
+            experts = model.experts[address.layer]
+            store.add(address, _make(address, place, experts.module, loader.form))
+            self.loaded_bytes += stored_bytes(loader.checkpoint, experts, address)
         return store
 
 
-def _make(place: Place, module: ExpertModule, form: ExpertForm) -> HeldExpert:
+def _make(address: ExpertAddress, place: Place, module: ExpertModule, form: ExpertForm) -> HeldExpert:
     weights = place.memory(module, form)
-    fill_expert(weights.up, weights.down, *place.address)
+    fill_expert(weights.up, weights.down, *address)
     # A digest of the content would take reading 90 GB back.
-    version = hashlib.sha256(f"random {place.address.layer}.{place.address.slot}".encode()).digest()
-    return HeldExpert(version, make_expert(weights, module, form, place.stack, place.index))
+    version = hashlib.sha256(f"random {address.layer}.{address.slot}".encode()).digest()
+    return HeldExpert(version, make_expert(weights, module, form, place.row))
 
 
 def main(

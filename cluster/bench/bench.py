@@ -12,8 +12,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from cluster.observation.step_profile import profile_steps
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.settings import Settings
-from moesaic.stop_signals import StopSignals
+from moesaic.stop_signals import StopRequested, StopSignals
 
 DEFAULT_CONCURRENCY = "1,4,16,64"
 # Enough requests and rounds for a meaningful median.
@@ -159,13 +159,12 @@ async def bench_own_cluster(settings: Settings, plan: BenchPlan, outputs: Output
     settings = with_ports(settings)
     console = Console(stderr=True, highlight=False)
     used_by_others = await _look_at_the_machine(console)
-    with StopSignals() as signals:
+    with _delivering(outputs, console) as report, StopSignals() as signals:
         progress = LoadProgress(Console(stderr=True))
         async with running_cluster(settings, model, progress, Milestones(), signals) as endpoints:
             site = Site(f"http://{endpoints.http}", endpoints.grpc, model.name)
-            measuring = _measure(site, plan, _peer(plan, settings, model), used_by_others, console)
-            report = await signals.unless_stopped(measuring)
-    _deliver(report, outputs)
+            peer = _peer(plan, settings, model)
+            await signals.unless_stopped(_measure(site, plan, peer, used_by_others, console, report))
 
 
 async def bench_server(url: str, router: str, plan: BenchPlan, outputs: Outputs) -> None:
@@ -181,9 +180,8 @@ async def bench_server(url: str, router: str, plan: BenchPlan, outputs: Outputs)
     console = Console(stderr=True, highlight=False)
     site = Site(url, router, await ask_model_name(url))
     used_by_others = await _look_at_the_machine(console)
-    with StopSignals() as signals:
-        report = await signals.unless_stopped(_measure(site, plan, nullcontext(), used_by_others, console))
-    _deliver(report, outputs)
+    with _delivering(outputs, console) as report, StopSignals() as signals:
+        await signals.unless_stopped(_measure(site, plan, nullcontext(), used_by_others, console, report))
 
 
 async def _look_at_the_machine(console: Console) -> float:
@@ -203,10 +201,32 @@ def _peer(plan: BenchPlan, settings: Settings, model: CheckedModel) -> Peer:
     return transformers_peer(program(model.folder, settings.dtype, settings.device, model.shape.dtype))
 
 
+@contextmanager
+def _delivering(outputs: Outputs, console: Console) -> Iterator[Callable[[BenchReport], None]]:
+    """Takes reports, each with more than the one before, and delivers the last; also after a signal."""
+    reports: list[BenchReport] = []
+    try:
+        yield reports.append
+    except StopRequested:
+        if reports:
+            console.print("stopped: the report is of what was measured until then", style="yellow")
+            _deliver(reports[-1], outputs)
+        raise
+    _deliver(reports[-1], outputs)
+
+
 async def _measure(
-    site: Site, plan: BenchPlan, peer_process: Peer, used_by_others: float, console: Console
-) -> BenchReport:
-    """Starts the peer first, so that a model that it cannot load is reported before anything is measured."""
+    site: Site,
+    plan: BenchPlan,
+    peer_process: Peer,
+    used_by_others: float,
+    console: Console,
+    report: Callable[[BenchReport], None],
+) -> None:
+    """Reports after every row and comparison.
+
+    The peer starts first, so that a model that it cannot load is told before anything is measured.
+    """
     async with (
         Observer(site.router) as observer,
         completions_api(site.url, site.model) as api,
@@ -215,14 +235,7 @@ async def _measure(
         model = (await observer.observe()).model
         plan.workload.check(model.max_model_len)
         run = _Run(plan, observer, api, model.vocab_size)
-        with BenchProgress(console) as progress:
-            rows = [await run.row(level, progress) for level in plan.levels]
-            duels = [
-                await run.duel(level.streams, peer, progress)
-                for level in plan.levels
-                if peer is not None and level.rate is None
-            ]
-        return BenchReport(
+        found = BenchReport(
             model=site.model,
             epoch=model.epoch,
             url=site.url,
@@ -232,9 +245,18 @@ async def _measure(
             seed=plan.workload.seed,
             machine=describe_machine(),
             used_by_others=used_by_others,
-            rows=tuple(rows),
-            duels=tuple(duels),
+            rows=(),
+            duels=(),
         )
+        with BenchProgress(console) as progress:
+            for level in plan.levels:
+                found = replace(found, rows=(*found.rows, await run.row(level, progress)))
+                report(found)
+            for level in plan.levels:
+                if peer is not None and level.rate is None:
+                    duel = await run.duel(level.streams, peer, progress)
+                    found = replace(found, duels=(*found.duels, duel))
+                    report(found)
 
 
 class _Run:

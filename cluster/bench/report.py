@@ -158,7 +158,7 @@ def _step_table(rows: Sequence[Row]) -> Table:
     table = _table("per step and token", *(f">{row.level.label}" for row in rows))
     lines: dict[str, Callable[[StepProfile], str]] = {
         "steps": lambda profile: count(profile.steps),
-        "as two micro-batches": lambda profile: count(profile.overlapped_steps),
+        "in two micro-batches": lambda profile: count(profile.overlapped_steps),
         "tokens a step": lambda profile: f"{profile.tokens_per_step:.1f}",
         "calls an output token": lambda profile: f"{profile.calls_per_output_token:.1f}",
         "bytes a token": lambda profile: size(round(profile.bytes_per_token)),

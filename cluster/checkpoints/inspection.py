@@ -1,4 +1,5 @@
-"""The facts about a model folder that can be found without reading weights."""
+"""The facts about a model folder that can be found without reading weights: with those, all reasons that a router or a
+worker has to refuse it when it loads."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.checkpoints.memory_fit import Memory, MemoryFit, fit_model
 from cluster.checkpoints.model_facts import ModelFacts, gather_facts
@@ -18,13 +19,16 @@ from moesaic.checkpoints.safetensors_file import read_json
 from moesaic.errors import CheckpointError
 from moesaic.families import MoeModel, describe_model
 from moesaic.settings import Settings
+from router.api.sampling_defaults import read_sampling_defaults
 from router.text.chat_template import (
     TEMPLATE_FILE,
     TEMPLATE_JSON_FILE,
     TOKENIZER_CONFIG_FILE,
     find_template,
 )
-from router.text.eos_tokens import read_eos_token_ids
+
+if TYPE_CHECKING:
+    from router.text.text import Text
 
 # The file names of tokenizers, in the order in which a router looks for them.
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*.model.v*", "tokenizer.model")
@@ -88,8 +92,9 @@ def inspect_folder(
     try:
         checkpoint = open_checkpoint(folder)
         model = describe_model(checkpoint, settings.dense_layers)
-        chat = _find_chat(folder, tokenizer)
-        read_eos_token_ids(folder)
+        if settings.engine.generation_config == "auto":
+            read_sampling_defaults(folder)
+        chat = _find_chat(folder) if _load_text(folder).has_chat_template else None
     except CheckpointError as error:
         problem = Problem(error.message, error.field)
     return Inspection(
@@ -143,6 +148,13 @@ def _guess_layout(names: Sequence[str]) -> str | None:
     return PICKLES if any(Path(name).suffix in PICKLE_SUFFIXES for name in names) else None
 
 
+def _load_text(folder: Path) -> Text:
+    """Tokenizer, end tokens and chat format, loaded as by a router. Raises CheckpointError."""
+    from router.text.text import load_text  # imports transformers, which takes seconds: last of all
+
+    return load_text(folder)
+
+
 def _claimed_family(folder: Path) -> str | None:
     """The family that config.json names, for a model that cannot be served."""
     try:
@@ -164,14 +176,11 @@ def _version(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _find_chat(folder: Path, tokenizer: str | None) -> str | None:
-    """The source of the chat format. Raises CheckpointError for a template that a router would refuse."""
-    if tokenizer is None:
-        return None
+def _find_chat(folder: Path) -> str:
+    """The source of the chat format of a folder that has one. Raises CheckpointError."""
     config_file = folder / TOKENIZER_CONFIG_FILE
     config = read_json(config_file, MAX_TOKENIZER_CONFIG_BYTES) if config_file.is_file() else {}
     if find_template(folder, config) is None:
-        versioned = tokenizer not in (TOKENIZER_FILES[0], TOKENIZER_FILES[-1])
-        return MISTRAL_CHAT if versioned and find_spec("mistral_common") else None
+        return MISTRAL_CHAT
     own_files = (name for name in (TEMPLATE_FILE, TEMPLATE_JSON_FILE) if (folder / name).is_file())
     return next(own_files, TOKENIZER_CONFIG_FILE)

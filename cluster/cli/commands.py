@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from cluster.cli.expert_commands import expert
 from cluster.cli.router_address import router_address
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
@@ -56,6 +57,8 @@ Router = Annotated[
         show_default="host and grpc_port of the settings, 127.0.0.1:50051",
     ),
 ]
+# The groups of verbs in the help.
+_SERVE, _ASK = "Serve", "Ask and watch"
 _NO_SUCH_VERB = {
     "run": "`moesaic serve MODEL` starts a server, `moesaic generate PROMPT` asks it",
     "chat": "a chat goes over HTTP, to /v1/chat/completions; `moesaic generate PROMPT` continues a text",
@@ -79,13 +82,23 @@ def version(
 
 
 @app.command(
+    rich_help_panel=_SERVE,
     epilog=_examples(
         "moesaic serve",
         "moesaic serve hf://mistralai/Mixtral-8x7B-v0.1 --expert-dtype int8",
         "moesaic serve ./model --workers 4 --replicas 2 --http-port 8080",
-    )
+    ),
 )
-@with_settings(*OF_A_CLUSTER, "http_port", "grpc_port", "host", "served_model_name")
+@with_settings(
+    *OF_A_CLUSTER,
+    "http_port",
+    "grpc_port",
+    "host",
+    "served_model_name",
+    "cluster.state",
+    "cluster.signers",
+    "rollout.drain_s",
+)
 def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) -> None:
     """Serve a model until Ctrl-C; prints `ready http=HOST:PORT grpc=HOST:PORT` when it answers."""
     with exit_with_code(as_json=as_json, spell=flags.spell):
@@ -97,8 +110,18 @@ def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) ->
         asyncio.run(serving.serve(with_ports(settings), checked, as_json=as_json))
 
 
-@app.command(epilog=_examples("moesaic inspect ./model", "moesaic inspect hf://ORG/NAME --json"))
-@with_settings("dense_layers", "dtype", "worker.expert_dtype", "cluster.routers", "cluster.replicas")
+@app.command(
+    rich_help_panel=_SERVE,
+    epilog=_examples("moesaic inspect ./model", "moesaic inspect hf://ORG/NAME --json"),
+)
+@with_settings(
+    "dense_layers",
+    "dtype",
+    "engine.generation_config",
+    "worker.expert_dtype",
+    "cluster.routers",
+    "cluster.replicas",
+)
 def inspect(model: Model = None, *, flags: SettingFlags, as_json: Json = False) -> None:
     """Show what a model's folder holds, how much memory it takes, and whether it can be served."""
     with exit_with_code(as_json=as_json, spell=flags.spell):
@@ -108,7 +131,9 @@ def inspect(model: Model = None, *, flags: SettingFlags, as_json: Json = False) 
         run_inspect(settings.model, settings, as_json=as_json)
 
 
-@app.command(epilog=_examples("moesaic demo", 'moesaic demo --prompt "JULIET:" --workers 8'))
+@app.command(
+    rich_help_panel=_SERVE, epilog=_examples("moesaic demo", 'moesaic demo --prompt "JULIET:" --workers 8')
+)
 @with_settings(*OF_A_CLUSTER, defaults={"workers": 4, "routers": 1, "replicas": 2})
 def demo(
     prompt: Annotated[
@@ -119,9 +144,8 @@ def demo(
     flags: SettingFlags,
     as_json: Json = False,
 ) -> None:
-    """Start a cluster on the built-in model, stream an answer, show which worker computed what, then stream it
-    again while a worker is killed, and end. Exits with 1 if the text differs.
-    """
+    """Start a cluster on the built-in model, stream an answer, then stream it again while a worker is killed. Exits
+    with 1 if the text differs."""
     with exit_with_code(as_json=as_json, spell=flags.spell):
         from cluster.cli.demo import run_demo
 
@@ -130,12 +154,13 @@ def demo(
 
 
 @app.command(
+    rich_help_panel=_ASK,
     epilog=_examples(
         'moesaic generate "Once upon a time" --temperature 0',
         "moesaic generate - --max-tokens 500 < story.txt",
         'echo "To be or" | moesaic generate --json',
         'moesaic generate "2+3=" --deny maths-v1 --deny 2:5',
-    )
+    ),
 )
 @with_settings()
 def generate(
@@ -210,7 +235,9 @@ def generate(
         )
 
 
-@app.command(epilog=_examples("moesaic status", "moesaic status --grpc 10.0.0.7:50051 --json"))
+@app.command(
+    rich_help_panel=_ASK, epilog=_examples("moesaic status", "moesaic status --grpc 10.0.0.7:50051 --json")
+)
 @with_settings()
 def status(*, grpc: Router = None, flags: SettingFlags, as_json: Json = False) -> None:
     """Show the processes of a cluster, their states, and what they have done."""
@@ -220,7 +247,7 @@ def status(*, grpc: Router = None, flags: SettingFlags, as_json: Json = False) -
         asyncio.run(run_status(router_address(grpc, flags.load()), as_json=as_json))
 
 
-@app.command(epilog=_examples("moesaic stop --address 10.0.0.7:6379"))
+@app.command(rich_help_panel=_SERVE, epilog=_examples("moesaic stop --address 10.0.0.7:6379"))
 @with_settings("cluster.address", words={"address": "none: it must be given"})
 def stop(*, flags: SettingFlags, as_json: Json = False) -> None:
     """End the processes that a killed `moesaic serve` left behind on a Ray cluster that it had joined."""
@@ -230,14 +257,14 @@ def stop(*, flags: SettingFlags, as_json: Json = False) -> None:
         asyncio.run(run_stop(flags.load(), as_json=as_json))
 
 
-@app.command(epilog=_examples("moesaic convert ./Mixtral-8x7B-v0.1 ./mixtral"))
+@app.command(rich_help_panel=_SERVE, epilog=_examples("moesaic convert ./Mixtral-8x7B-v0.1 ./mixtral"))
 def convert(
     context: typer.Context,
     model: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A model whose weights are pickles: .pth, .pt or .bin.")
     ],
     out: Annotated[
-        Path, typer.Argument(help="The Hugging Face folder to write; a folder that was begun is completed.")
+        Path, typer.Argument(help="The Hugging Face folder to write; a half-written one is completed.")
     ],
     shard_mib: Annotated[int, typer.Option(help="The size of each file of weights, in MiB.", min=1)] = 4096,
     as_json: Json = False,
@@ -250,11 +277,12 @@ def convert(
 
 
 @app.command(
+    rich_help_panel=_ASK,
     epilog=_examples(
         "moesaic bench",
         "moesaic bench ./model --concurrency 1,8 --chart bench.png",
         "moesaic bench --url http://127.0.0.1:8000 --rate 2",
-    )
+    ),
 )
 @with_settings(*OF_A_CLUSTER)
 def bench(
@@ -294,7 +322,7 @@ def bench(
     requests: Annotated[
         int | None, typer.Option(help="Requests of each row.", min=1, show_default="by the row")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The seed of prompts, lengths and arrivals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Repeats the same random prompts, lengths and times.")] = 0,
     against: Annotated[
         str | None,
         typer.Option(
@@ -342,7 +370,7 @@ def bench(
         asyncio.run(bench_own_cluster(settings, plan, outputs))
 
 
-@app.command(epilog=_examples("moesaic top", "moesaic top --once --json"))
+@app.command(rich_help_panel=_ASK, epilog=_examples("moesaic top", "moesaic top --once --json"))
 @with_settings()
 def top(
     *,
@@ -359,6 +387,9 @@ def top(
         asyncio.run(
             run_top(router_address(grpc, flags.load()), interval_s=interval, once=once, as_json=as_json)
         )
+
+
+app.add_typer(expert, name="expert")
 
 
 def _hint(verb: str, instead: str) -> Callable[[], NoReturn]:

@@ -24,7 +24,7 @@ class GateSummary:
         return self.dropped / self.assignments if self.assignments else None
 
     def __str__(self) -> str:
-        line = f"gates: z-loss {self.z_loss:.3g} at most, in layer {self.layer}"
+        line = f"gates: largest z-loss {self.z_loss:.3g} (layer {self.layer})"
         share = self.dropped_share
         return line if share is None else f"{line}; {share:.1%} of assignments dropped"
 

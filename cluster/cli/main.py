@@ -1,4 +1,4 @@
-"""The entry point of the `moesaic` command. It names the extra that installs a missing package."""
+"""The entry point of the `moesaic` command. It says how a missing package is installed."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package in OWN_PACKAGES:
             raise
-        extra = "bench" if package in BENCH_PACKAGES else "serve"
-        print(f"error: the command needs {package}: pip install 'moesaic[{extra}]'", file=sys.stderr)
+        server = "'.[bench]'" if package in BENCH_PACKAGES else "."
+        print(
+            f"error: the command needs {package}; from a checkout: pip install ./moesaic {server}",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

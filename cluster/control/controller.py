@@ -1,6 +1,6 @@
-"""The controller: observes the processes, names the epoch and publishes the routing table.
+"""The controller: observes the processes, and publishes the epochs in use and the routing table.
 
-It is level-triggered: it follows every process by itself and decides by what it observes now, so that it may
+Which epochs are in use is commanded (`epochs_in_use.py`); only the first one is named after what the workers hold. It is level-triggered: it follows every process by itself and decides by what it observes now, so that it may
 restart at any time. It publishes nothing before it has an observation of every worker: after a restart, half
 a table would take replicas away from routers that still use them. For the same reason a worker that is merely
 silent stays in the table until `loss.py` says that it is lost.
@@ -15,11 +15,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from cluster.control.epoch_store import Decision
+from cluster.control.epochs_in_use import EpochsInUse
+from cluster.control.head import Head
 from cluster.control.loss import BEAT_S, Losses
 from cluster.control.process_report import CANNOT_START, EVIDENCE, PROCESS_DIED, ProcessReport
+from cluster.control.pulse import Pulse
+from cluster.control.worker_facts import WorkerFacts, WorkerSighting
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion, merge_versions
 from moesaic.errors import FailedPrecondition, MoesaicError, Unavailable
-from moesaic.routing_table import Replica, RoutingTable, Snapshot
+from moesaic.routing_table import Canary, Replica, RoutingTable, Snapshot
 from moesaic.v1 import common_pb2, control_pb2
 
 log = logging.getLogger(__name__)
@@ -45,6 +50,8 @@ class Cluster:
     model: str
     experts: frozenset[ExpertAddress]
     members: tuple[Member, ...]
+    # The fingerprint of the model folder.
+    base: bytes = b""
 
     @property
     def workers(self) -> frozenset[str]:
@@ -63,7 +70,7 @@ class ProcessObserver(Protocol):
         """
         ...
 
-    async def describe(self, address: str) -> Replica:
+    async def describe(self, address: str) -> WorkerFacts:
         """What a READY worker holds. Raises Unavailable."""
         ...
 
@@ -75,6 +82,7 @@ class Controller:
         self,
         cluster: Cluster,
         observer: ProcessObserver,
+        epochs: EpochsInUse,
         *,
         first_revision: int = 0,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -83,6 +91,9 @@ class Controller:
         """`first_revision` is above every revision that an earlier controller of this cluster published."""
         self._cluster = cluster
         self._observer = observer
+        self._epochs = epochs
+        # Beats after every change of what is observed or published.
+        self.changed = Pulse()
         self._sleep = sleep
         self._clock = clock
         self._losses = Losses(cluster.workers)
@@ -90,15 +101,19 @@ class Controller:
         # Why a process does not answer; those of them that are lost.
         self._silent: dict[str, MoesaicError] = {}
         self._lost: set[str] = set()
-        self._replicas: dict[str, Replica] = {}
+        self._workers: dict[str, WorkerFacts] = {}
+        # The slots of the model folder that each worker was first seen with, where nobody has placed them.
+        self._homes = {member.name: member.experts for member in cluster.members}
+        # By incarnation, the versions that it holds and that must not be called: not probed yet, or about to go.
+        self._withheld: dict[str, frozenset[ExpertVersion]] = {}
         self._unobserved = set(cluster.workers)
         self._revision = first_revision
-        self._epoch: Epoch | None = None
+        # Epochs of which every version was held at some time.
+        self._complete: set[str] = set()
         self._problem = ""
         # Why workers that run are not used, or not for all that they hold.
         self._refused: dict[str, str] = {}
         self._snapshot: Snapshot | None = None
-        self._published = asyncio.Event()
 
     async def run(self) -> None:
         """Follows all members until it is cancelled."""
@@ -111,18 +126,62 @@ class Controller:
         """The newest snapshot once there is one, then every newer one; slow readers skip some in between."""
         sent: Snapshot | None = None
         while True:
-            published, snapshot = self._published, self._snapshot
+            snapshot = self._snapshot
             if snapshot is None or snapshot is sent:
-                await published.wait()
+                await self.changed.wait()
             else:
                 sent = snapshot
                 yield snapshot
+
+    @property
+    def revision(self) -> int:
+        """That of the newest routing table."""
+        return self._revision
+
+    @property
+    def is_informed(self) -> bool:
+        """Whether every worker was heard of, so that something is published."""
+        return not self._unobserved
+
+    def workers(self) -> list[WorkerSighting]:
+        """The workers that answer, by name."""
+        return [
+            WorkerSighting(facts, self._host(name), self._homes[name])
+            for name, facts in sorted(self._workers.items())
+        ]
+
+    def withheld(self, incarnation: str) -> frozenset[ExpertVersion]:
+        return self._withheld.get(incarnation, frozenset())
+
+    def withhold(self, incarnation: str, versions: frozenset[ExpertVersion]) -> None:
+        """Keeps versions that this worker holds, or will hold, out of the routing table."""
+        self._withheld[incarnation] = self.withheld(incarnation) | versions
+        self.publish()
+
+    def admit(self, incarnation: str, versions: frozenset[ExpertVersion]) -> None:
+        """The inverse of `withhold`."""
+        self._withheld[incarnation] = self.withheld(incarnation) - versions
+        self.publish()
+
+    async def look_again(self, name: str) -> None:
+        """Describes a worker anew whose contents have changed. Raises Unavailable."""
+        known = self._workers.get(name)
+        if known is not None:
+            facts = await self._observer.describe(known.replica.address)
+            if self._workers.get(name) is known and facts.replica.incarnation == known.replica.incarnation:
+                self._set_worker(name, facts)
+
+    def publish(self) -> None:
+        """Publishes what has changed, once every worker was heard of."""
+        if not self._unobserved:
+            self._publish_changes()
+        self.changed.beat()
 
     def topology(self) -> control_pb2.GetTopologyResponse:
         """All members and the last observation of each."""
         return control_pb2.GetTopologyResponse(
             model=self._cluster.model,
-            epoch=self._epoch.id if self._epoch else "",
+            epoch=self._epochs.head.current if self._epochs.head else "",
             revision=self._revision if self._snapshot else 0,
             processes=[self._process(member) for member in self._cluster.members],
         )
@@ -139,38 +198,38 @@ class Controller:
             asked_s = self._clock()
             try:
                 report = await self._observer.report(name, seen)
-                replica = await self._replica_of(report)
+                facts = await self._facts_of(report)
             except MoesaicError as error:
                 self._miss(name, error, asked_s)
                 seen = 0
                 await self._sleep(RETRY_S)
             else:
                 seen = report.revision
-                self._keep(report, replica)
+                self._keep(report, facts)
 
-    async def _replica_of(self, report: ProcessReport) -> Replica | None:
-        """The worker as a replica, described again whenever its report changed, as with new contents."""
+    async def _facts_of(self, report: ProcessReport) -> WorkerFacts | None:
+        """What the worker holds, described again whenever its report changed, as with new contents."""
         name = report.name
         if name not in self._cluster.workers or not report.ready:
             return None
-        last, known = self._reports.get(name), self._replicas.get(name)
-        if known is not None and known.address != report.address:
-            self._set_replica(name, None)  # another process has taken its place
+        last, known = self._reports.get(name), self._workers.get(name)
+        if known is not None and known.replica.address != report.address:
+            self._set_worker(name, None)  # another process has taken its place
             known = None
         changed = last is None or last.revision != report.revision or name in self._silent
         if known is not None and not changed:
             return known
-        replica = await self._observer.describe(report.address)
-        if replica.worker != name:
-            raise Unavailable(f"{report.address} is {replica.worker} now", reason=PROCESS_DIED)
-        return replica
+        facts = await self._observer.describe(report.address)
+        if facts.replica.worker != name:
+            raise Unavailable(f"{report.address} is {facts.replica.worker} now", reason=PROCESS_DIED)
+        return facts
 
-    def _keep(self, report: ProcessReport, replica: Replica | None) -> None:
+    def _keep(self, report: ProcessReport, facts: WorkerFacts | None) -> None:
         self._losses.hear(report.name, self._clock())
         self._silent.pop(report.name, None)
         self._lost.discard(report.name)
         self._reports[report.name] = report
-        self._set_replica(report.name, replica)
+        self._set_worker(report.name, facts)
 
     def _miss(self, name: str, error: MoesaicError, asked_s: float) -> None:
         """The process did not answer. Its replica stays unless it counts as lost."""
@@ -182,7 +241,7 @@ class Controller:
         if name not in self._lost:
             self._log_absence(name, error)
         self._lost.add(name)
-        self._set_replica(name, None)
+        self._set_worker(name, None)
 
     def _log_absence(self, name: str, error: MoesaicError) -> None:
         """Only what was READY can be lost. Anything else starts, which on a busy machine takes its time."""
@@ -194,51 +253,77 @@ class Controller:
         else:
             log.info("process is starting", extra={"fields": fields})
 
-    def _set_replica(self, name: str, replica: Replica | None) -> None:
+    def _set_worker(self, name: str, facts: WorkerFacts | None) -> None:
+        was = self._workers.get(name)
+        is_news = facts != was or name in self._unobserved or self._snapshot is None
         self._unobserved.discard(name)
-        if replica is not None:
-            self._replicas[name] = replica
+        if not is_news:
+            return
+        if was is not None and (facts is None or facts.replica.incarnation != was.replica.incarnation):
+            self._withheld.pop(was.replica.incarnation, None)
+        if facts is not None:
+            self._workers[name] = facts
+            if not self._homes[name]:
+                held = {version.address for version in facts.replica.holdings}
+                self._homes[name] = self._cluster.experts & held
         else:
-            self._replicas.pop(name, None)
-        if not self._unobserved:
-            self._publish_changes()
+            self._workers.pop(name, None)
+        self.publish()
 
     def _publish_changes(self) -> None:
-        if self._epoch is None:
-            self._epoch = self._name_epoch()
+        if self._epochs.head is None:
+            self._name_first_epoch()
         self._refused = self._refuse_others()
-        served = (self._served(replica) for _, replica in sorted(self._replicas.items()))
+        wanted = frozenset[ExpertVersion]().union(*(epoch.expert_versions for epoch in self._epochs.living()))
+        served = (self._served(self._workers[name].replica, wanted) for name in sorted(self._workers))
         replicas = tuple(replica for replica in served if replica.holdings)
-        if self._snapshot is not None and replicas == self._snapshot.table.replicas:
+        held = frozenset[ExpertVersion]().union(*(replica.holdings for replica in replicas))
+        epoch = self._once_complete(self._epochs.current, held)
+        told = Snapshot(
+            epoch, RoutingTable(self._revision, replicas), self._canary(held), self._epochs.drain_s
+        )
+        if told == self._snapshot:
             return
         self._revision += 1
-        self._snapshot = Snapshot(self._epoch, RoutingTable(self._revision, replicas))
+        self._snapshot = replace(told, table=RoutingTable(self._revision, replicas))
         log.info(
             "routing table",
             extra={"fields": {"revision": self._revision, "workers": [r.worker for r in replicas]}},
         )
-        published, self._published = self._published, asyncio.Event()
-        published.set()
 
-    def _name_epoch(self) -> Epoch | None:
-        """The first epoch, derived from what the workers hold; None while some expert is not held."""
+    def _canary(self, held: frozenset[ExpertVersion]) -> Canary | None:
+        head, epoch = self._epochs.head, self._once_complete(self._epochs.canary, held)
+        if head is None or head.canary is None or epoch is None:
+            return None
+        return Canary(epoch, head.canary.share, head.canary.shadow_share)
+
+    def _once_complete(self, epoch: Epoch | None, held: frozenset[ExpertVersion]) -> Epoch | None:
+        """An epoch that routers may be told of: each of its versions is held, or was when they were told first."""
+        if epoch is not None and epoch.id not in self._complete and epoch.expert_versions <= held:
+            self._complete.add(epoch.id)
+        return epoch if epoch is not None and epoch.id in self._complete else None
+
+    def _name_first_epoch(self) -> None:
+        """The first epoch is what the workers hold; there is none while some expert is not held."""
         self._problem = ""
         try:
             versions = merge_versions(
-                [replica.holdings for replica in self._replicas.values()], self._cluster.experts
+                [facts.replica.holdings for facts in self._workers.values()], self._cluster.experts
             )
         except FailedPrecondition as error:
             if error.reason != "EXPERTS_MISSING":  # the workers are still starting
                 log.error("no epoch", extra={"fields": {"reason": error.reason}})
                 self._problem = error.message + self._who_disagrees()
-            return None
-        return Epoch.of(self._cluster.model, versions)
+            return
+        epoch = Epoch.of(self._cluster.model, versions, base=self._cluster.base)
+        self._epochs.prepare(epoch)
+        self._epochs.commit(None, Head(epoch.id), Decision("first", epoch.id), self._clock())
 
     def _who_disagrees(self) -> str:
         """The first two workers that hold different versions of a slot, for a person; empty if none do."""
         holders: dict[ExpertAddress, tuple[str, bytes]] = {}
-        for name, replica in sorted(self._replicas.items()):
-            for address, digest in sorted(replica.holdings):
+        for name, facts in sorted(self._workers.items()):
+            for address, digest in sorted(facts.replica.holdings):
                 other, version = holders.setdefault(address, (name, digest))
                 if version != digest:
                     return (
@@ -248,41 +333,46 @@ class Controller:
         return ""
 
     def _refuse_others(self) -> dict[str, str]:
-        """The workers that hold another version of an expert than the epoch names, and not that one, and why.
+        """The workers that hold versions that no epoch names in slots of which they hold no other, and why.
 
         What they hold of other experts is used all the same.
         """
-        if self._epoch is None:
+        current = self._epochs.current
+        if current is None:
             return {}
-        wanted, refused = self._epoch.expert_versions, {}
-        for name, replica in self._replicas.items():
-            held = {version.address for version in replica.holdings & wanted}
-            others = {version.address for version in replica.holdings} & self._epoch.versions.keys() - held
+        known, refused = self._epochs.known, {}
+        for name, facts in self._workers.items():
+            holdings = facts.replica.holdings
+            held = {version.address for version in holdings & known}
+            others = {version.address for version in holdings} & current.versions.keys() - held
             if others:
-                refused[name] = self._describe_others(name, min(others), len(others))
+                refused[name] = self._describe_others(name, current, min(others), len(others))
         for name in refused.keys() - self._refused.keys():
             log.error("replica refused", extra={"fields": {"process": name, "reason": refused[name]}})
         return refused
 
-    def _describe_others(self, name: str, first: ExpertAddress, count: int) -> str:
-        assert self._epoch is not None
-        wanted = ExpertVersion(first, self._epoch.versions[first])
-        holders = [other for other, replica in self._replicas.items() if wanted in replica.holdings]
+    def _describe_others(self, name: str, current: Epoch, first: ExpertAddress, count: int) -> str:
+        wanted = ExpertVersion(first, current.versions[first])
+        holders = [other for other, facts in self._workers.items() if wanted in facts.replica.holdings]
         other = f"{holders[0]} on {self._node(holders[0])}" if holders else "the epoch"
         return (
             f"it holds other weights than {other} in {count} of its experts, first layer {first.layer} "
-            f"slot {first.slot}: the model's folder on {self._node(name)} is another one, or was changed"
+            f"slot {first.slot}: the model's folder on {self._node(name)} is another one or was changed, or the "
+            "epoch was made with another dtype"
         )
 
     def _node(self, name: str) -> str:
-        report = self._reports.get(name)
-        return f"node {report.node}" if report is not None else "an unknown node"
+        return f"node {self._host(name)}" if name in self._reports else "an unknown node"
 
-    def _served(self, replica: Replica) -> Replica:
-        """The replica with only those versions that some epoch in use names."""
-        if self._epoch is None:
+    def _host(self, name: str) -> str:
+        report = self._reports.get(name)
+        return "" if report is None else report.node
+
+    def _served(self, replica: Replica, wanted: frozenset[ExpertVersion]) -> Replica:
+        """The replica with only those versions that some epoch in use names, and that may be called."""
+        if self._epochs.head is None:
             return replica
-        return replace(replica, holdings=replica.holdings & self._epoch.expert_versions)
+        return replace(replica, holdings=replica.holdings & wanted - self.withheld(replica.incarnation))
 
     def _process(self, member: Member) -> control_pb2.Process:
         process = control_pb2.Process(

@@ -11,7 +11,8 @@ stay even as well: the layers of a dense model, which have one expert each, go a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import cycle, islice
@@ -99,6 +100,45 @@ def place_experts(
     if empty := [index for index, experts in enumerate(held) if not experts]:
         raise InvalidArgument(f"weights: worker {empty[0]} would hold no expert", field="weights")
     return tuple(map(frozenset, held))
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """A worker that runs, as a place for experts that are added to a model."""
+
+    worker: str
+    host: str
+    room_bytes: int
+    # How many added experts it holds.
+    num_added: int = 0
+
+
+def choose_shelves(
+    shelves: Sequence[Shelf], sizes: Mapping[str, int], copies: int, holders: Collection[str] = ()
+) -> list[str]:
+    """The workers that hold `copies` of an added expert, whose size may differ between workers; fewer where there are
+    fewer workers. `holders` have it already, and stay.
+
+    Copies go to hosts that have none, then where there is room, then to the worker with the fewest added experts, then
+    to the one with most room.
+    """
+    chosen = [shelf for shelf in shelves if shelf.worker in holders]
+    left = [shelf for shelf in shelves if shelf.worker not in holders]
+    while left and len(chosen) < copies:
+        hosts = Counter(shelf.host for shelf in chosen)
+        best = min(
+            left,
+            key=lambda shelf: (
+                hosts[shelf.host],
+                sizes[shelf.worker] > shelf.room_bytes,
+                shelf.num_added,
+                -shelf.room_bytes,
+                shelf.worker,
+            ),
+        )
+        chosen.append(best)
+        left.remove(best)
+    return [shelf.worker for shelf in chosen]
 
 
 def seat_workers(

@@ -16,9 +16,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.control.process_report import EVIDENCE, NOT_SERVING, PROCESS_DIED, ProcessReport
+from cluster.control.worker_facts import WorkerFacts
 from moesaic import rpc
 from moesaic.errors import MoesaicError, Unavailable
-from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class ProcessWatch:
         self._addresses[name] = report.address
         return report
 
-    async def describe(self, address: str) -> Replica:
+    async def describe(self, address: str) -> WorkerFacts:
         """See ProcessObserver. From now on the loss of the worker is noticed at once."""
         self._drop(address)
         channel = rpc.aio_channel(address)
@@ -78,7 +78,7 @@ class ProcessWatch:
             await channel.close()
             raise
         self._losses[address] = asyncio.create_task(_until_lost(channel, health))
-        return Replica.from_description(address, answer)
+        return WorkerFacts.from_description(address, answer)
 
     def _drop(self, address: str) -> None:
         if (task := self._losses.pop(address, None)) is not None:

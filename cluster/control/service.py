@@ -1,86 +1,136 @@
-"""The controller as a server: ControlService over gRPC, and the loop of the controller.
-
-Routers follow Watch; `moesaic status` calls GetTopology. While the controller is away, routers go on with
-their last table, and they follow it again as soon as it is back.
-"""
+"""ControlService: between gRPC messages and the control plane."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
-from cluster.control.controller import Controller
-from moesaic import rpc
-from moesaic.addresses import join_address
-from moesaic.v1 import control_pb2, control_pb2_grpc
+from cluster.control.bundle_store import Upload
+from cluster.control.change_order import ChangeOrder
+from cluster.control.control_plane import ControlPlane
+from cluster.control.epoch_store import Decision
+from moesaic.errors import InvalidArgument
+from moesaic.v1 import common_pb2, control_pb2, control_pb2_grpc
 
-log = logging.getLogger(__name__)
+MAX_HISTORY = 10_000
+_DEFAULT_HISTORY = 100
 
-# The pause before the loop of a controller that failed by a bug is started anew.
-RESTART_S = 1.0
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
-    """Translates between gRPC messages and the controller."""
+    """Serves one control plane."""
 
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
+    def __init__(self, plane: ControlPlane) -> None:
+        self._plane = plane
 
     async def Watch(
-        self, request: control_pb2.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self, request: control_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[control_pb2.WatchResponse]:
-        async for snapshot in self._controller.watch():
-            yield control_pb2.WatchResponse(
-                epoch=snapshot.epoch.to_proto() if snapshot.epoch else None,
-                routing_table=snapshot.table.to_proto(),
-            )
+        async for snapshot in self._plane.controller.watch():
+            yield snapshot.to_proto()
 
     async def GetTopology(
-        self, request: control_pb2.GetTopologyRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self, request: control_pb2.GetTopologyRequest, context: Context
     ) -> control_pb2.GetTopologyResponse:
-        return self._controller.topology()
+        return self._plane.controller.topology()
+
+    async def UploadBundle(
+        self, requests: AsyncIterator[control_pb2.UploadBundleRequest], context: Context
+    ) -> control_pb2.UploadBundleResponse:
+        upload = await asyncio.to_thread(self._plane.bundles.upload)
+        try:
+            async for request in requests:
+                await asyncio.to_thread(_write, upload, request)
+            bundle, known = await asyncio.to_thread(upload.finish)
+        finally:
+            await asyncio.to_thread(upload.close)
+        return control_pb2.UploadBundleResponse(name=bundle.manifest.name, digest=bundle.digest, known=known)
+
+    async def FetchBundle(
+        self, request: control_pb2.FetchBundleRequest, context: Context
+    ) -> AsyncIterator[control_pb2.FetchBundleResponse]:
+        bundles = self._plane.bundles
+        bundle = await asyncio.to_thread(bundles.open, request.digest)
+        yield control_pb2.FetchBundleResponse(manifest=bundle.manifest_bytes)
+        pieces = bundles.pieces(request.digest, request.offset)
+        while piece := await asyncio.to_thread(next, pieces, b""):
+            yield control_pb2.FetchBundleResponse(weights=piece)
+
+    async def ListBundles(
+        self, request: control_pb2.ListBundlesRequest, context: Context
+    ) -> control_pb2.ListBundlesResponse:
+        digests = await asyncio.to_thread(self._plane.bundles.digests)
+        stored = [await asyncio.to_thread(self._stored, digest) for digest in digests]
+        return control_pb2.ListBundlesResponse(bundles=stored)
+
+    async def Change(
+        self, request: control_pb2.ChangeRequest, context: Context
+    ) -> AsyncIterator[control_pb2.ChangeResponse]:
+        progress = self._plane.changes.begin(ChangeOrder.from_proto(request))
+        async for step in progress.follow():
+            yield step.to_proto()
+
+    async def GetHistory(
+        self, request: control_pb2.GetHistoryRequest, context: Context
+    ) -> control_pb2.GetHistoryResponse:
+        limit = min(request.limit or _DEFAULT_HISTORY, MAX_HISTORY)
+        head = self._plane.epochs.head
+        return control_pb2.GetHistoryResponse(
+            epoch=head.current if head else "",
+            canary=head.canary.epoch if head and head.canary else "",
+            entries=[_entry(decision) for decision in self._plane.store.history(limit)],
+        )
+
+    async def ReportEpochs(
+        self, request: control_pb2.ReportEpochsRequest, context: Context
+    ) -> control_pb2.ReportEpochsResponse:
+        if not request.router:
+            raise InvalidArgument("router: is missing", field="router")
+        self._plane.hear(request)
+        return control_pb2.ReportEpochsResponse()
+
+    def _stored(self, digest: bytes) -> control_pb2.StoredBundle:
+        bundle = self._plane.bundles.open(digest)
+        current = self._plane.epochs.current
+        experts = [
+            common_pb2.ExpertAddress(layer=layer, slot=slot)
+            for used in (current.bundles if current else ())
+            if used.digest == digest
+            for layer, slot in used.experts
+        ]
+        return control_pb2.StoredBundle(
+            name=bundle.manifest.name,
+            digest=digest,
+            tags=bundle.manifest.tags,
+            num_bytes=bundle.num_bytes,
+            manifest=bundle.manifest_bytes,
+            experts=experts,
+        )
 
 
-class ControlServer:
-    """A hosted server that runs the controller's loop and its gRPC port."""
+def _write(upload: Upload, request: control_pb2.UploadBundleRequest) -> None:
+    match request.WhichOneof("part"):
+        case "manifest":
+            upload.write_manifest(request.manifest)
+        case "signature":
+            upload.write_signature(request.signature)
+        case "weights":
+            upload.write_weights(request.weights)
+        case _:
+            raise InvalidArgument("part: is missing", field="part")
 
-    loaded_bytes = 0
-    total_bytes = 0
-    contents_revision = 0
 
-    def __init__(self, controller: Controller, host: str) -> None:
-        self._controller = controller
-        self._host = host
-        self._server = rpc.Server({rpc.CONTROL_SERVICE: self._add_servicer})
-        self._loop: asyncio.Task[None] | None = None
-
-    async def start(self) -> str:
-        port = await self._server.start(self._host, 0)
-        self._loop = asyncio.create_task(self._keep_running())
-        return join_address(self._host, port)
-
-    async def load(self) -> None:
-        await self._server.set_serving(True)
-
-    async def stop(self, drain_s: float) -> None:
-        """Streams of watchers never end by themselves, so there is nothing to drain."""
-        if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.gather(self._loop, return_exceptions=True)
-        await self._server.stop(0.0)
-
-    def _add_servicer(self, server: grpc.aio.Server) -> None:
-        service = ControlService(self._controller)
-        control_pb2_grpc.add_ControlServiceServicer_to_server(service, server)
-
-    async def _keep_running(self) -> None:
-        while True:
-            try:
-                await self._controller.run()
-            except Exception:  # the loop of this process
-                log.exception("the controller failed")
-                await asyncio.sleep(RESTART_S)
+def _entry(decision: Decision) -> control_pb2.HistoryEntry:
+    return control_pb2.HistoryEntry(
+        time=decision.time,
+        what=decision.what,
+        epoch=decision.epoch,
+        previous_epoch=decision.previous_epoch,
+        bundle=decision.bundle,
+        operator=decision.operator,
+        detail=decision.detail,
+    )

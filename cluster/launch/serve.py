@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ from rich.console import Console
 
 from cluster.checkpoints.memory_fit import Memory, chosen_form, fit_model
 from cluster.checkpoints.model_source import DEMO_MODEL, find_model, name_model
+from cluster.control.rollout_config import RolloutConfig
 from cluster.launch.launcher import Endpoints, Launcher
 from cluster.launch.milestones import Milestones
 from cluster.processes.process_plan import check_counts, plan_processes
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.addresses import is_loopback, join_address
+from moesaic.bundles import BaseModel
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.errors import InvalidArgument, Unavailable
@@ -99,8 +102,14 @@ async def running_cluster(
         milestones.look(topology)
         progress.show(topology)
 
-    milestones.reach("input checked")
-    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as shown:
+    with contextlib.ExitStack() as shown, contextlib.ExitStack() as kept:
+        rollout = RolloutConfig.of(
+            settings,
+            BaseModel(model.identity.fingerprint, model.shape),
+            Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="moesaic-state-"))),
+        )
+        milestones.reach("input checked")
+        kept.enter_context(contextlib.redirect_stdout(sys.stderr))
         shown.enter_context(progress)
         progress.start_ray()
         async with _announced_stop(signals, progress), _connected(settings, signals) as ray:
@@ -111,7 +120,7 @@ async def running_cluster(
             for warning in await signals.unless_stopped(asyncio.to_thread(ray.examine, nodes)):
                 progress.announce(f"warning: {warning}")
             processes = plan_processes(
-                settings, model.folder, model.name, model.shape, nodes, ray.home, model.identity
+                settings, model.folder, model.name, model.shape, nodes, ray.home, rollout, model.identity
             )
             launcher = Launcher(ray, processes, settings)
             try:

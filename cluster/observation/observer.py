@@ -11,15 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
 
-from cluster.observation.reachability import explaining_absence
+from cluster.observation.reachability import hinting_at_serve
 from moesaic import rpc
-from moesaic.errors import MoesaicError, from_rpc_error
+from moesaic.client.call_failure import explain
+from moesaic.errors import MoesaicError
 from moesaic.v1 import (
     control_pb2,
     control_pb2_grpc,
@@ -120,17 +120,22 @@ class Observer:
         """Model and counters from the target, or from the first other router that answers in its place."""
         failure: MoesaicError | None = None
         for address in dict.fromkeys((self._target, *self._routers.values())):
-            router = self._router(address)
             try:
-                with explaining_absence(address, partial(rpc.cannot_connect, self._channel(address))):
-                    model = await _answer(
-                        router.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=self._timeout_s)
-                    )
-                    return model, await _answer(self._stats(router))
+                with hinting_at_serve():
+                    return await self._ask_entry_at(address)
             except MoesaicError as error:
                 failure = failure or error
         assert failure is not None
         raise failure
+
+    async def _ask_entry_at(self, address: str) -> tuple[_Model, _RouterStats]:
+        """Raises MoesaicError."""
+        router = self._router(address)
+        try:
+            model = await router.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=self._timeout_s)
+            return model, await self._stats(router)
+        except grpc.aio.AioRpcError as error:
+            raise explain(error, address, timeout_s=self._timeout_s) from error
 
     async def _ask_topology(self, address: str) -> _Topology | None:
         return await ask_topology(self._channel(address), self._timeout_s) if address else None
@@ -171,13 +176,6 @@ async def ask_topology(channel: grpc.aio.Channel, timeout_s: float) -> _Topology
     """The view of the controller behind `channel`; None when it does not answer."""
     stub = control_pb2_grpc.ControlServiceStub(channel)
     return await _answer_or_none(stub.GetTopology(control_pb2.GetTopologyRequest(), timeout=timeout_s))
-
-
-async def _answer(call: Awaitable[_R]) -> _R:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
 
 
 async def _answer_or_none(call: Awaitable[_R]) -> _R | None:

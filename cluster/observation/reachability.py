@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+from moesaic.client.attempts import NO_ROUTER
 from moesaic.errors import Unavailable
 
 
 @contextmanager
-def explaining_absence(target: str, cannot_connect: Callable[[], bool]) -> Iterator[None]:
-    """Turns the error of a `target` that cannot be connected to into one that says what to check."""
+def hinting_at_serve() -> Iterator[None]:
+    """Adds to the error of an address at which no router answers what to check."""
     try:
         yield
     except Unavailable as error:
-        if not cannot_connect():
+        if error.reason != NO_ROUTER:
             raise
-        raise Unavailable(f"no router answers at {target}: is `moesaic serve` running?") from error
+        raise Unavailable(f"{error.message}: is `moesaic serve` running?", reason=NO_ROUTER) from error

@@ -21,6 +21,7 @@ from cluster.control.placement import (
     seat_routers,
     seat_workers,
 )
+from cluster.control.rollout_config import RolloutConfig
 from cluster.processes.specs import (
     CONTROLLER,
     GATEWAY,
@@ -47,7 +48,8 @@ class PlannedProcess:
     """A process and where it runs.
 
     It reserves `num_cpus`; the controller and the gateway reserve none, because they hardly compute. A
-    `pinned` process runs on its node and nowhere else, because it has the public address of that machine.
+    `pinned` process runs on its node and nowhere else, because it has the public address of that machine, or
+    its disk.
     """
 
     spec: ProcessSpec
@@ -70,11 +72,12 @@ def plan_processes(
     model: MoeModel,
     nodes: Sequence[Node],
     home: str,
+    rollout: RolloutConfig,
     identity: FolderIdentity | None = None,
 ) -> tuple[PlannedProcess, ...]:
     """All processes that serve the model in `folder` as `name`. The command runs on the node with id `home`.
 
-    Every process that reads the folder on its own node is told the `identity` that it must have there.
+    The controller stays there, because the state folder of `rollout` is on that machine. Every process that reads the folder on its own node is told the `identity` that it must have there.
     Raises InvalidArgument with field `workers`, `routers`, `replicas` or `device`.
     """
     replicas = settings.cluster.replicas
@@ -100,10 +103,11 @@ def plan_processes(
             Member(GATEWAY, control_pb2.PROCESS_ROLE_GATEWAY),
             *_members((*routers, *workers)),
         ),
+        base=rollout.base.fingerprint,
     )
     return (
         *routers,
-        PlannedProcess(ControllerSpec(cluster), quiet_seat, num_cpus=0, pinned=False),
+        PlannedProcess(ControllerSpec(cluster, rollout), quiet_seat, num_cpus=0, pinned=True),
         *workers,
         PlannedProcess(_gateway(settings), quiet_seat, num_cpus=0, pinned=True),
     )

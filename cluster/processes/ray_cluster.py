@@ -49,8 +49,6 @@ NAMESPACE = "moesaic"
 LOOPBACK = "127.0.0.1"
 # The object store is not used; this is the smallest one that Ray accepts.
 OBJECT_STORE_BYTES = 75 << 20
-# What the controller reserves of its node's memory, so that Ray heeds where it shall be.
-QUIET_PROCESS_BYTES = 64 << 20
 CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take beyond the time for which the process may hold the question.
 ANSWER_TIMEOUT_S = 5.0
@@ -338,8 +336,6 @@ class RayCluster:
 
         node_id = process.seat.node.id
         name = process.spec.name
-        # A process that reserves nothing at all would be put on any node, whatever it prefers.
-        memory = None if process.num_cpus or process.pinned else QUIET_PROCESS_BYTES
         handle = (
             ray.remote(_titled(name))
             .options(
@@ -351,7 +347,6 @@ class RayCluster:
                 # Nothing else runs on a local Ray, so its cores need not be reserved.
                 num_cpus=0 if self._local else process.num_cpus,
                 num_gpus=process.seat.num_gpus,
-                memory=memory,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(
                     node_id, soft=not process.pinned, _spill_on_unavailable=not process.pinned
                 ),

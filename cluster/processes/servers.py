@@ -12,10 +12,10 @@ from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING
 
 from cluster.checkpoints.model_source import find_here
-from cluster.control.controller import Controller
+from cluster.control.control_plane import ControlPlane
 from cluster.control.peers import Peers
 from cluster.control.process_watch import ProcessWatch
-from cluster.control.service import ControlServer
+from cluster.control.server import ControlServer
 from cluster.processes.host import HostedServer
 from cluster.processes.specs import (
     CONTROLLER,
@@ -55,9 +55,8 @@ async def make_server(
         case ControllerSpec():
             observer = ProcessWatch(context.peers)
             first_revision = context.restarts * _REVISIONS_PER_START
-            return ControlServer(
-                Controller(spec.cluster, observer, first_revision=first_revision), context.node
-            )
+            plane = ControlPlane(spec.cluster, spec.rollout, observer, first_revision=first_revision)
+            return ControlServer(plane, context.node)
         case ExpertWorkerSpec():
             return await _make_expert_worker(spec, context, on_contents_change)
         case RouterSpec():

@@ -10,6 +10,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 from cluster.control.controller import Cluster
+from cluster.control.rollout_config import RolloutConfig
 from expert_worker.config import WorkerConfig
 from gateway.config import GatewayConfig
 from router.config import RouterConfig
@@ -25,9 +26,10 @@ def router_names(num_routers: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ControllerSpec:
-    """The controller, with the desired state of the cluster."""
+    """The controller, with the processes of the cluster, and how its experts may change."""
 
     cluster: Cluster
+    rollout: RolloutConfig
 
     @property
     def name(self) -> str:

@@ -147,12 +147,16 @@ class Batcher:
         try:
             while not self._stopping:
                 self._listen(0.0 if len(self._waiting) else HEARTBEAT_S)
-                if tickets := self._take_pass():
-                    self._compute_pass(tickets)
-                    self._computing = False
+                self._compute_next()
         finally:
             self._abandon()
             self._poller.close()
+
+    def _compute_next(self) -> None:
+        """Computes the next pass, if calls wait. When it returns, nothing refers to their experts any more."""
+        if tickets := self._take_pass():
+            self._compute_pass(tickets)
+            self._computing = False
 
     def _abandon(self) -> None:
         """Fails the waiting calls, like every answer on the compute thread, which owns its sources."""

@@ -110,14 +110,14 @@ def _read_experts(
 
     The rows are checked for all experts at once, because the cost of numpy is by the call, not by the row.
     """
-    slots, experts = set[int](), []
+    versions, experts = set[tuple[int, bytes]](), []
     rows, weights, ends = [], [], [0]
     for i, group in enumerate(groups):
-        slot = group.slot
-        if slot in slots:
-            raise InvalidArgument("experts must name each slot once", field="experts")
-        slots.add(slot)
-        experts.append(store.get(ExpertAddress(layer, slot), group.version, field=f"experts[{i}].version"))
+        slot, version = group.slot, group.version
+        if (slot, version) in versions:
+            raise InvalidArgument("experts must name each version of a slot once", field="experts")
+        versions.add((slot, version))
+        experts.append(store.get(ExpertAddress(layer, slot), version, field=f"experts[{i}].version"))
         part = group.rows[:]
         rows.extend(part)
         ends.append(len(rows))

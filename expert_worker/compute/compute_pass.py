@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from expert_worker.compute.call import ExpertCall
-from expert_worker.experts.expert import Expert, compute_experts
+from expert_worker.experts.expert import Expert, compute_experts, row_dtype
 from moesaic.compute.host_copy import to_device, to_host
 from moesaic.errors import InvalidArgument, MoesaicError
 
@@ -53,7 +53,7 @@ def _compute(calls: Sequence[ExpertCall]) -> list[Tensor]:
     if len(calls) > 1:
         return _compute_merged(calls)
     (call,) = calls
-    gathered = _gather(call.hidden, call.rows, call.experts[0])
+    gathered = _gather(call.hidden, call.rows, call.experts[0].device, row_dtype(call.experts))
     return [_answer(call, compute_experts(call.experts, gathered, call.counts))]
 
 
@@ -71,8 +71,9 @@ def _compute_merged(calls: Sequence[ExpertCall]) -> list[Tensor]:
         first_row += len(call.hidden)
     experts = list(asked)
     order = [i for its_parts in asked.values() for i in its_parts]
-    hidden = torch.cat([call.hidden.to(experts[0].dtype) for call in calls])
-    gathered = _gather(hidden, torch.cat([parts[i] for i in order]), experts[0])
+    dtype = row_dtype(experts)
+    hidden = torch.cat([call.hidden.to(dtype) for call in calls])
+    gathered = _gather(hidden, torch.cat([parts[i] for i in order]), experts[0].device, dtype)
     counts = [sum(len(parts[i]) for i in its_parts) for its_parts in asked.values()]
     computed = compute_experts(experts, gathered, counts).split([len(parts[i]) for i in order])
     output_of = dict(zip(order, computed, strict=True))
@@ -80,10 +81,10 @@ def _compute_merged(calls: Sequence[ExpertCall]) -> list[Tensor]:
     return [_answer(call, torch.cat(list(islice(outputs, len(call.experts))))) for call in calls]
 
 
-def _gather(hidden: Tensor, rows: Tensor, expert: Expert) -> Tensor:
+def _gather(hidden: Tensor, rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[N, D] on the device and in the dtype of the experts."""
-    moved = to_device(hidden, expert.device).to(expert.dtype)
-    return moved.index_select(0, to_device(rows, expert.device))
+    moved = to_device(hidden, device).to(dtype)
+    return moved.index_select(0, to_device(rows, device))
 
 
 def _answer(call: ExpertCall, outputs: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 While weights load, each large block is mapped by itself, so that the memory that weights were made from goes
 back to the system and leaves no holes between them. While passes run, freed buffers stay with the process:
 otherwise the next pass would fault in every page again, which costs more than the arithmetic around the
-products. Without glibc these functions do nothing.
+products. Neither changes while the worker serves: what an expert leaves that is unloaded then is given back by
+`trim`. Without glibc these functions do nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ def keep_freed_memory() -> None:
     """To be called before passes run."""
     _mallopt(_M_MMAP_THRESHOLD, _BUFFER_BYTES)
     _mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def trim() -> None:
+    """Gives the pages of freed blocks back to the system; to be called after weights were freed."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def _mallopt(parameter: int, value: int) -> None:

@@ -60,10 +60,13 @@ class ExpertReader:
             for name, target in zip(names, biases.chunk(len(names)), strict=True):
                 self._read(f"{name}_bias", target)
 
+    def digest(self, name: str) -> bytes:
+        """The sha256 of a weight that was read, as it is stored: of its numbers, row by row, or of its codes."""
+        return self._digests[name][1]
+
     def version(self, module: ExpertModule, dtype: str) -> bytes:
         """The digest of the expert. All its weights must have been read."""
-        kind = f"{'glu' if module.gated else 'mlp'} {module.activation}"
-        hasher = VersionHasher(kind if module.limit is None else f"{kind} {module.limit}", dtype)
+        hasher = VersionHasher(module.kind, dtype)
         for name in module.weights:
             hasher.update(name, *self._digests[name])
         return hasher.digest()
@@ -88,8 +91,8 @@ class ExpertReader:
             self._check_stopping()
             first = number * count
             piece = data.part(first, first + len(part)).read(memory)
-            digest.update(_raw_bytes(piece))
-            _check_finite(piece, weight)
+            digest.update(raw_bytes(piece))
+            check_finite(piece, weight.data.tensor)
             part.copy_(piece)
         return digest.digest()
 
@@ -112,9 +115,9 @@ def _copy(weight: StoredWeight, data: Tensor, target: Tensor) -> bytes:
     """Fills the target with a weight that is stored as plain numbers; returns the digest of these numbers."""
     own = data.view(len(data), -1)[weight.rows, weight.columns]
     own = (own.T if weight.transposed else own).contiguous()
-    _check_finite(own, weight)
+    check_finite(own, weight.data.tensor)
     target.copy_(own.view(target.shape))
-    return hashlib.sha256(_raw_bytes(own)).digest()
+    return hashlib.sha256(raw_bytes(own)).digest()
 
 
 def _decode(weight: StoredWeight, data: Tensor, scales: Tensor, target: Tensor) -> bytes:
@@ -125,12 +128,12 @@ def _decode(weight: StoredWeight, data: Tensor, scales: Tensor, target: Tensor) 
     parts = (tensor.split(count) for tensor in (own, own_scales, filled))
     for codes, factors, part in zip(*parts, strict=True):
         decoded = _DEQUANTISE[weight.encoding](codes, factors)[:, weight.columns]
-        _check_finite(decoded, weight)
+        check_finite(decoded, weight.data.tensor)
         part.copy_(decoded.to(part.dtype))
     where = f"{weight.encoding} {weight.columns} {weight.transposed} {weight.scale_row}\0"
     digest = hashlib.sha256(where.encode())
-    digest.update(_raw_bytes(own))
-    digest.update(_raw_bytes(own_scales if weight.encoding == "mxfp4" else scales))
+    digest.update(raw_bytes(own))
+    digest.update(raw_bytes(own_scales if weight.encoding == "mxfp4" else scales))
     return digest.digest()
 
 
@@ -147,12 +150,13 @@ def _scales_of_rows(weight: StoredWeight, num_rows: int, scales: Tensor) -> Tens
     return fp8_row_scales(scales, weight.scale_row, num_rows)[weight.rows]
 
 
-def _raw_bytes(stored: Tensor) -> memoryview:
+def raw_bytes(stored: Tensor) -> memoryview:
+    """The bytes of a tensor on the host, row by row."""
     return stored.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _check_finite(numbers: Tensor, weight: StoredWeight) -> None:
+def check_finite(numbers: Tensor, name: str) -> None:
+    """Raises CheckpointError for a tensor of this name with NaN or infinity in it."""
     # The extremes are enough: those of a tensor with NaN are NaN.
     if not all(extreme.isfinite().item() for extreme in torch.aminmax(numbers)):
-        name = weight.data.tensor
         raise CheckpointError(f"tensor {name} holds NaN or infinity", field=name)

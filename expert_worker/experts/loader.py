@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from expert_worker.experts.expert import (
     ExpertForm,
     ExpertWeights,
+    MlpExpert,
     assemble_expert,
-    can_stack,
     empty_weights,
     make_linear,
 )
 from expert_worker.experts.expert_reader import ExpertReader, Scratch
+from expert_worker.experts.load_threads import start_load_threads
+from expert_worker.experts.stack import ExpertStacks, Place
 from expert_worker.experts.store import HeldExpert
 from expert_worker.experts.stored_weight import locate
 from moesaic.checkpoints.checkpoint import Checkpoint
@@ -38,26 +42,23 @@ from moesaic.families.model import ExpertModule
 MAX_THREADS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an expert will lie: in entry `index` of a stack, or in memory of its own."""
+class WeightReader(Protocol):
+    """What an expert's weights are read with, by their names in the module."""
 
-    address: ExpertAddress
-    stack: ExpertWeights | None = None
-    index: int = 0
-
-    def memory(self, module: ExpertModule, form: ExpertForm) -> ExpertWeights:
-        """The memory for its weights."""
-        return empty_weights(module, form) if self.stack is None else self.stack[self.index]
+    def read(self, names: Sequence[str], weights: Tensor, biases: Tensor | None) -> None:
+        """Fills equal runs of rows of `weights`, and of `biases`, with the weights of these names."""
+        ...
 
 
-def choose_places(model: MoeModel, addresses: Iterable[ExpertAddress], form: ExpertForm) -> Iterator[Place]:
+def choose_places(
+    model: MoeModel, addresses: Iterable[ExpertAddress], stacks: ExpertStacks
+) -> Iterator[tuple[ExpertAddress, Place]]:
     """The places in order of layer and slot. A layer's experts share a stack where that can be computed."""
     for layer, of_layer in groupby(sorted(addresses), key=lambda address: address.layer):
         group, module = list(of_layer), model.experts[layer].module
-        stack = empty_weights(module, form, len(group)) if can_stack(form, module) else None
-        for index, address in enumerate(group):
-            yield Place(address, stack, index)
+        stacks.reserve(layer, module, len(group))
+        for address in group:
+            yield address, stacks.place(layer, module)
 
 
 def load_experts(
@@ -66,6 +67,7 @@ def load_experts(
     addresses: Iterable[ExpertAddress],
     form: ExpertForm,
     *,
+    stacks: ExpertStacks | None = None,
     stopping: threading.Event | None = None,
 ) -> Iterator[tuple[ExpertAddress, HeldExpert]]:
     """Loads the experts, and yields them in order of layer and slot.
@@ -73,14 +75,15 @@ def load_experts(
     Raises CheckpointError that names the tensor or the file at fault, Unavailable when `stopping` is set.
     """
     addresses = list(addresses)
-    loader = _Loader(checkpoint, model, form, stopping or threading.Event())
-    places = choose_places(model, addresses, form)
+    loader = ExpertLoader(checkpoint, model, form)
+    stopping = stopping or threading.Event()
+    places = choose_places(model, addresses, stacks or ExpertStacks(form))
     threads = max(1, min(MAX_THREADS, torch.get_num_threads(), len(addresses)))
-    pool = _start_threads(threads)
+    pool = start_load_threads(threads)
     under_way: deque[tuple[ExpertAddress, Future[HeldExpert]]] = deque()
 
-    def begin(places: Iterable[Place]) -> None:
-        under_way.extend((place.address, pool.submit(loader.load, place)) for place in places)
+    def begin(places: Iterable[tuple[ExpertAddress, Place]]) -> None:
+        under_way.extend((place[0], pool.submit(loader.load, *place, stopping)) for place in places)
 
     try:
         begin(islice(places, threads))
@@ -93,58 +96,62 @@ def load_experts(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_threads(count: int) -> ThreadPoolExecutor:
-    """Threads that compute without torch's helper threads, which would compete with each other."""
-    ready = threading.Barrier(count + 1)
-
-    def begin() -> None:
-        torch.set_num_threads(1)
-        ready.wait()
-
-    num_threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, thread_name_prefix="expert-load", initializer=begin)
-    for _ in range(count):
-        pool.submit(int)
-    ready.wait()
-    # torch sets the number for the calling thread and for all threads that start later; the latter is not
-    # wanted.
-    torch.set_num_threads(num_threads)
-    return pool
-
-
 @dataclass(frozen=True, slots=True)
-class _Loader:
+class ExpertLoader:
+    """Loads single experts of the model's folder."""
+
     checkpoint: Checkpoint
     model: MoeModel
     form: ExpertForm
-    stopping: threading.Event
     scratch: Scratch = field(default_factory=Scratch)
 
-    def load(self, place: Place) -> HeldExpert:
+    def load(self, address: ExpertAddress, place: Place, stopping: threading.Event) -> HeldExpert:
         """Loads one expert on the calling thread."""
-        experts, form = self.model.experts[place.address.layer], self.form
+        experts = self.model.experts[address.layer]
+        reader = ExpertReader(locate(self.checkpoint, experts, address), stopping, self.scratch)
+        expert = build_mlp(reader, experts.module, self.form, place, self.scratch)
+        return HeldExpert(reader.version(experts.module, experts.dtype), expert)
+
+    def read(self, address: ExpertAddress, stopping: threading.Event) -> tuple[bytes, ExpertWeights]:
+        """The version of an expert and its weights, on the host and in float32."""
+        experts = self.model.experts[address.layer]
         module = experts.module
-        reader = ExpertReader(locate(self.checkpoint, experts, place.address), self.stopping, self.scratch)
-        memory = self._memory(place, module)
-        gate_and_up = ("gate", "up") if module.gated else ("up",)
-        reader.read(gate_and_up, memory.up, memory.up_bias)
-        up = make_linear(memory.up, memory.up_bias, form)
-        reader.read(("down",), memory.down, memory.down_bias)
-        down = make_linear(memory.down, memory.down_bias, form)
-        version = reader.version(module, experts.dtype)
-        return HeldExpert(version, assemble_expert(up, down, module, form, place.stack, place.index))
+        weights = empty_weights(module, ExpertForm(torch.device("cpu"), torch.float32))
+        reader = ExpertReader(locate(self.checkpoint, experts, address), stopping, self.scratch)
+        reader.read(up_names(module), weights.up, weights.up_bias)
+        reader.read(("down",), weights.down, weights.down_bias)
+        return reader.version(module, experts.dtype), weights
 
-    def _memory(self, place: Place, module: ExpertModule) -> ExpertWeights:
-        """The memory that the expert's weights are read into.
 
-        Products that copy their weights into another layout need them only until then. Such weights are read
-        into scratch memory, which the expert's other product and the next expert use again.
-        """
-        form, memory = self.form, place.memory(module, self.form)
-        sizes = (module.hidden_size, module.inner_size)
-        if any(keeps_weight(form.weights, form.device, form.dtype, size) for size in sizes):
-            return memory
-        most = max(memory.up.nbytes, memory.down.nbytes)
-        scratch = self.scratch.take("weights", most).view(form.dtype)
-        up, down = (scratch[: weight.numel()].view_as(weight) for weight in (memory.up, memory.down))
-        return replace(memory, up=up, down=down)
+def build_mlp(
+    reader: WeightReader, module: ExpertModule, form: ExpertForm, place: Place, scratch: Scratch
+) -> MlpExpert:
+    """An expert from the weights that the reader reads."""
+    memory = _memory(module, form, place, scratch)
+    reader.read(up_names(module), memory.up, memory.up_bias)
+    up = make_linear(memory.up, memory.up_bias, form)
+    reader.read(("down",), memory.down, memory.down_bias)
+    down = make_linear(memory.down, memory.down_bias, form)
+    return assemble_expert(up, down, module, form, place.row)
+
+
+def up_names(module: ExpertModule) -> tuple[str, ...]:
+    """The names of the weights of the first product, in the order of its outputs."""
+    return ("gate", "up") if module.gated else ("up",)
+
+
+def _memory(module: ExpertModule, form: ExpertForm, place: Place, scratch: Scratch) -> ExpertWeights:
+    """The memory that the expert's weights are read into.
+
+    Products that copy their weights into another layout need them only until then. Such weights are read
+    into scratch memory, which the expert's other product and the next expert use again.
+    """
+    memory = place.memory(module, form)
+    sizes = (module.hidden_size, module.inner_size)
+    kept = any(keeps_weight(form.weights, form.device, form.dtype, size) for size in sizes)
+    if kept or place.row is not None:
+        return memory
+    most = max(memory.up.nbytes, memory.down.nbytes)
+    taken = scratch.take("weights", most).view(form.dtype)
+    up, down = (taken[: weight.numel()].view_as(weight) for weight in (memory.up, memory.down))
+    return replace(memory, up=up, down=down)

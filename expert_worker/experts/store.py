@@ -7,12 +7,12 @@ version or a refusal that says what is held instead.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from expert_worker.experts.expert import Expert
 from moesaic.epoch import ExpertAddress, ExpertVersion
-from moesaic.errors import FailedPrecondition
+from moesaic.errors import Aborted, FailedPrecondition
 
 _SHOWN_DIGEST_CHARS = 12
 
@@ -47,22 +47,38 @@ class ExpertStore:
 
     def add(self, address: ExpertAddress, held: HeldExpert) -> None:
         """Holds one more version of the slot, or replaces the expert of the same version."""
+        self.add_all({ExpertVersion(address, held.version): held.expert})
+
+    def add_all(
+        self, experts: Mapping[ExpertVersion, Expert], beside: Collection[ExpertVersion] = ()
+    ) -> None:
+        """Holds all of these versions from one moment on. Raises Aborted, and holds none of them, unless those of
+        `beside` are held as well."""
         with self._lock:
-            self._held[address] = {**self._held.get(address, {}), held.version: held.expert}
-            self._revision += 1
+            if any(digest not in self._held.get(address, {}) for address, digest in beside):
+                raise Aborted(
+                    "experts: a version was unloaded while others were loaded beside it", field="experts"
+                )
+            for (address, digest), expert in experts.items():
+                self._held[address] = {**self._held.get(address, {}), digest: expert}
+                self._revision += 1
         self._on_change()
 
-    def remove(self, address: ExpertAddress, version: bytes) -> None:
-        """Gives up one version of the slot. Raises FailedPrecondition as `get` does."""
+    def remove_all(self, versions: Iterable[ExpertVersion]) -> list[Expert]:
+        """Gives up these versions from one moment on; those that are not held are no error. Returns the experts."""
+        removed: list[Expert] = []
         with self._lock:
-            self.get(address, version, field="version")
-            left = {digest: expert for digest, expert in self._held[address].items() if digest != version}
-            if left:
-                self._held[address] = left
-            else:
-                del self._held[address]
-            self._revision += 1
-        self._on_change()
+            for address, digest in versions:
+                left = dict(self._held.get(address, {}))
+                if (expert := left.pop(digest, None)) is not None:
+                    removed.append(expert)
+                    self._keep(address, left)
+        if removed:
+            self._on_change()
+        return removed
+
+    def holds(self, version: ExpertVersion) -> bool:
+        return version.digest in self._held.get(version.address, {})
 
     def get(self, address: ExpertAddress, version: bytes, *, field: str) -> Expert:
         """The expert in this very version. Raises FailedPrecondition: NOT_HELD or WRONG_VERSION."""
@@ -92,6 +108,14 @@ class ExpertStore:
                 for address, held in sorted(self._held.items())
                 for digest, expert in sorted(held.items())
             }
+
+    def _keep(self, address: ExpertAddress, left: Mapping[bytes, Expert]) -> None:
+        """Leaves only these versions of a slot."""
+        if left:
+            self._held[address] = left
+        else:
+            del self._held[address]
+        self._revision += 1
 
     @property
     def weight_bytes(self) -> int:

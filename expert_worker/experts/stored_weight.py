@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoints.checkpoint import Checkpoint
+from moesaic.checkpoints.safetensors_file import TensorEntry
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import CheckpointError
 from moesaic.families.model import Encoding, ExpertLayer, WeightPattern
@@ -28,6 +29,7 @@ _DTYPES = {
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "U8": torch.uint8,
+    "I8": torch.int8,
 }
 
 
@@ -156,3 +158,11 @@ def _region(checkpoint: Checkpoint, name: str, index: int | None, first: int, en
     first_byte = entry.first_byte + (index or 0) * entry_bytes
     whole = Region(name, entry.file, _DTYPES[entry.dtype], shape, first_byte, entry_bytes)
     return whole.part(first, end)
+
+
+def whole_weight(entry: TensorEntry) -> StoredWeight:
+    """A weight that is all of a tensor, as in bundles."""
+    region = Region(
+        entry.name, entry.file, _DTYPES[entry.dtype], entry.shape, entry.first_byte, entry.num_bytes
+    )
+    return StoredWeight(region, slice(None), slice(None), transposed=False, encoding="plain")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,8 @@ class LoadedModel:
     device: str
     store: ExpertStore
     batcher: Batcher
+    # The memory that further experts may take.
+    available_bytes: Callable[[], int]
 
 
 class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
@@ -170,6 +172,7 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
             dtypes=ROW_DTYPES,
             weight_bytes=loaded.store.weight_bytes,
             device=loaded.device,
+            available_bytes=loaded.available_bytes(),
         )
 
     async def GetWorkerStats(

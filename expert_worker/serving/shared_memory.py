@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import tempfile
 import time
@@ -24,6 +23,7 @@ from expert_worker.compute.call_queue import Computed
 from expert_worker.serving.call_handler import AcceptedCall, CallHandler, Response
 from expert_worker.serving.listener import Listener
 from moesaic.errors import MoesaicError
+from moesaic.private_folder import PrivateFolder
 from moesaic.transports import shared_memory
 from moesaic.transports.shared_memory import Buffer, Frame, SharedMemoryError
 from moesaic.v1 import expert_pb2
@@ -46,7 +46,7 @@ class SharedMemoryServer:
         self._handler = handler
         self._incarnation = incarnation
         self._host_id = shared_memory.host_id()
-        self._folder: Path | None = None
+        self._folder: PrivateFolder | None = None
         self._path = ""
         self._listener: Listener | None = None
         self._batcher: Batcher
@@ -82,7 +82,8 @@ class SharedMemoryServer:
             self._batcher.detach(self)
             self._listener.close()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
+            self._folder = None
 
     def fileno(self) -> int:
         assert self._listener is not None
@@ -102,9 +103,8 @@ class SharedMemoryServer:
         connection.send_handshake(self._incarnation)
 
     def _listen(self) -> socket.socket:
-        # mkdtemp makes the folder accessible to this user only.
-        self._folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
-        path = self._folder / SOCKET_NAME
+        self._folder = PrivateFolder.create(Path(tempfile.gettempdir()))
+        path = self._folder.path / SOCKET_NAME
         listening = shared_memory.frame_socket()
         try:
             listening.bind(str(path))

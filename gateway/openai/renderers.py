@@ -13,7 +13,7 @@ from google.protobuf.json_format import MessageToDict
 from pydantic import BaseModel
 
 from gateway.openai import logprobs, replies
-from gateway.openai.request_output import Piece, RequestOutput, join
+from gateway.openai.request_output import Piece, RequestOutput, join, separate_end
 from gateway.openai.requests import ChatCompletionRequest, CompletionRequest, GenerationBody
 from moesaic.v1 import inference_pb2 as pb
 
@@ -136,9 +136,10 @@ class ChatRenderer:
         The first chunk says by what the answer is computed, and holds the prompt's token ids where requested.
         """
         usage = _chunk_usage(self.request, output)
-        is_end_alone = piece.finish_reason is not None and not piece.text
-        delta = replies.ChatDelta() if is_end_alone else replies.ChatDelta(content=piece.text)
-        chunks = [self._chunk(output, piece.epoch, choices=[self._chunk_choice(piece, delta)], **usage)]
+        chunks = [
+            self._chunk(output, piece.epoch, choices=[self._chunk_choice(part)], **usage)
+            for part in separate_end(piece)
+        ]
         if piece.is_first:
             opening = replies.ChatChunkChoice(
                 index=piece.index,
@@ -172,7 +173,8 @@ class ChatRenderer:
     def _chunk(self, output: RequestOutput, epoch: str, **fields: Any) -> replies.ChatChunk:
         return replies.ChatChunk(**self._head(output, epoch), object="chat.completion.chunk", **fields)
 
-    def _chunk_choice(self, piece: Piece, delta: replies.ChatDelta) -> replies.ChatChunkChoice:
+    def _chunk_choice(self, piece: Piece) -> replies.ChatChunkChoice:
+        delta = replies.ChatDelta() if piece.finish_reason else replies.ChatDelta(content=piece.text)
         return replies.ChatChunkChoice(delta=delta, **self._common(piece))
 
     def _head(self, output: RequestOutput, epoch: str) -> dict[str, Any]:

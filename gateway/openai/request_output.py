@@ -7,7 +7,7 @@ rendered from pieces, by the same code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moesaic.client.completion import FINISH_REASONS
 from moesaic.errors import DataLoss
@@ -121,3 +121,11 @@ def join(pieces: Sequence[Piece]) -> Piece:
         epoch=last.epoch,
         weight_versions=last.weight_versions,
     )
+
+
+def separate_end(piece: Piece) -> list[Piece]:
+    """The piece as one with its text and tokens and one with its end, where it has both text and an end."""
+    if piece.finish_reason is None or not piece.text:
+        return [piece]
+    end = replace(piece, is_first=False, text="", token_ids=(), logprobs=())
+    return [replace(piece, finish_reason=None, stop="", weight_versions=()), end]

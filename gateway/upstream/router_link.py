@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from moesaic import errors, rpc, telemetry
-from moesaic.client.attempts import ROUTER_UNREACHABLE
+from moesaic.client.attempts import NO_ROUTER, ROUTER_UNREACHABLE
 from moesaic.errors import MoesaicError, Unavailable, from_rpc_error
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
@@ -131,7 +131,7 @@ class RouterLink:
 
     def _stub(self) -> InferenceServiceStub:
         if self._channel is None:
-            raise Unavailable("no router has been found yet", reason="NO_ROUTER")
+            raise Unavailable("no router has been found yet", reason=NO_ROUTER)
         return InferenceServiceStub(self._channel)
 
     async def _follow(self) -> None:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from gateway.upstream.load_balancer import Demand, LoadBalancer
 from gateway.upstream.router_link import ResolveRouter, RouterLink
-from moesaic.client.attempts import Attempts, is_lost, is_refusal
+from moesaic.client.attempts import NO_ROUTER, Attempts, is_lost, is_refusal
 from moesaic.client.received_answer import ReceivedAnswer
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.v1 import inference_pb2 as pb
@@ -209,7 +209,7 @@ class Routers:
         """
         candidates = self._serving() or {name: link for name, link in self._links.items() if link.connected}
         if not candidates:
-            raise Unavailable("no router has been found yet", reason="NO_ROUTER")
+            raise Unavailable("no router has been found yet", reason=NO_ROUTER)
         return candidates
 
     def _others(self, asked: RouterLink, error: MoesaicError) -> Mapping[str, RouterLink]:

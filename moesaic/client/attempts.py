@@ -12,10 +12,11 @@ from moesaic.errors import MoesaicError, Overloaded, Unavailable
 MAX_RETRIES = 5
 # How many routers may be lost in the middle of one answer.
 MAX_RESUMES = 16
-# The error reason of a call that did not reach its router or lost the connection to it.
+# The error reasons of a call for which there was no router, and of one that lost the connection to it.
+NO_ROUTER = "NO_ROUTER"
 ROUTER_UNREACHABLE = "ROUTER_UNREACHABLE"
 
-_LOST = frozenset({ROUTER_UNREACHABLE, "STOPPING"})
+_LOST = frozenset({NO_ROUTER, ROUTER_UNREACHABLE, "STOPPING"})
 # What a router says of itself alone: it starts, stops or is full, or does not hold the epoch (yet, or any more).
 _REFUSED = frozenset({"LOADING", "NOT_READY", "DRAINING", "QUEUE_FULL", "EPOCH_UNKNOWN", "EXPERTS_MISSING"})
 # Of these, the ones that waiting may not cure.

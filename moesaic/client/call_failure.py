@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 from grpc_status import rpc_status
 
-from moesaic.client.attempts import ROUTER_UNREACHABLE
+from moesaic.client.attempts import NO_ROUTER, ROUTER_UNREACHABLE
 from moesaic.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -41,7 +41,7 @@ def explain(error: grpc.RpcError, target: str, *, timeout_s: float, begun: bool 
                 reason="NOT_A_ROUTER",
             )
         case grpc.StatusCode.UNAVAILABLE:
-            return Unavailable(f"no router answers at {target}", reason=ROUTER_UNREACHABLE)
+            return Unavailable(f"no router answers at {target}", reason=NO_ROUTER)
         case grpc.StatusCode.CANCELLED:
             return Cancelled("the client was closed during the call")
         case grpc.StatusCode.UNIMPLEMENTED:

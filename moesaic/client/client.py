@@ -82,11 +82,6 @@ class Client:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
-    @property
-    def cannot_connect(self) -> bool:
-        """Whether no router could be reached at the last attempt to connect."""
-        return bool(self._channels) and all(map(rpc.cannot_connect, self._channels.values()))
-
     async def close(self) -> None:
         """Closes the connection. Calls that still run fail with Cancelled. May be called twice."""
         self._closed = True

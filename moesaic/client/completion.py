@@ -100,13 +100,11 @@ class WeightVersion:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Token:
-    """An addition to continuation `index`: one token, or the end of the continuation.
+    """One token of continuation `index`; with max_tokens=0 its end alone.
 
     `str(token)` is its text. It is empty while a character is incomplete, or while text is held back because
-    it may begin a stop string. The last item of a continuation has `finish_reason`, `usage` and `timing`; it
-    may come by itself, after the last token, and then `token_ids` is empty. `len(token.token_ids)` therefore
-    counts tokens, and so does `usage.completion_tokens`. The first item of the stream has `prompt`, and `experts`
-    where the request restricted them.
+    it may begin a stop string. The first item of the stream has `prompt`, too, and `experts` where the request
+    restricted them; the last one of a continuation has `finish_reason`, `usage` and `timing`.
     """
 
     text: str

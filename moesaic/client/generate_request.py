@@ -32,7 +32,8 @@ Prompt = str | TokenIds | Sequence[ChatMessage]
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Options, of which None, as absence, means the router's default:
+    """Options, of which None, as absence, means the router's default. For temperature, top_p, top_k, min_p and
+    repetition_penalty that is the model's own where its generation_config.json has one:
 
     max_tokens              the length of the answer; by default the context that the prompt leaves
     min_tokens              the answer does not end before this many tokens (0)

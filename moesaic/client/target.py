@@ -1,15 +1,13 @@
-"""The addresses of routers as their client takes them: HOST:PORT, one or several."""
+"""The addresses of routers as their client takes them, and what helps where one is written in another way."""
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections.abc import Sequence
 
+from moesaic.addresses import is_ipv6, split_address
 from moesaic.errors import InvalidArgument
 
 _EXAMPLE = "such as 127.0.0.1:50051"
-_HOST_AND_PORT = re.compile(r"(?P<host>\[[^][]*\]|[^][:/@\s]+):(?P<port>[0-9]{1,5})")
 
 
 class Targets:
@@ -38,36 +36,37 @@ def check_target(target: str) -> None:
 
     gRPC itself would take a missing port for 443, and a URL for the name of a host.
     """
-    problem = _problem(target)
-    if problem:
-        raise InvalidArgument(problem, field="target", reason="BAD_ADDRESS")
+    if not isinstance(target, str) or not target.strip():
+        raise _refusal(f"the address of the router is missing: give HOST:PORT, {_EXAMPLE}")
+    try:
+        split_address(target)
+    except InvalidArgument as error:
+        raise _refusal(_problem(target)) from error
 
 
 def _problem(target: str) -> str:
-    if not isinstance(target, str) or not target.strip():
-        return f"the address of the router is missing: give HOST:PORT, {_EXAMPLE}"
     if "://" in target:
         return f"{target} is a URL: give HOST:PORT of the router's gRPC service, {_EXAMPLE}"
-    if _is_ipv6(target):
+    if is_ipv6(target):
         return f"an IPv6 address stands in brackets, with its port after them: [{target}]:50051"
-    match = _HOST_AND_PORT.fullmatch(target)
-    if match is None:
-        has_no_port = re.fullmatch(r"(\[[^][]*\]|[^][:/@\s]+):?", target)
-        return (
-            f"{target} has no port: give HOST:PORT, {_EXAMPLE}"
-            if has_no_port
-            else f"{target} is no address: give HOST:PORT, {_EXAMPLE}"
-        )
-    if not 1 <= int(match["port"]) <= 65535:
+    if _is_host(target.removesuffix(":")):
+        return f"{target} has no port: give HOST:PORT, {_EXAMPLE}"
+    host, _, port = target.rpartition(":")
+    if _is_host(host) and port.isdecimal():
         return f"{target} has no valid port: it must be in [1, 65535]"
-    if match["host"].startswith("[") and not _is_ipv6(match["host"][1:-1]):
+    if host.startswith("[") and host.endswith("]"):
         return f"{target} has no IPv6 address in its brackets"
-    return ""
+    return f"{target} is no address: give HOST:PORT, {_EXAMPLE}"
 
 
-def _is_ipv6(text: str) -> bool:
+def _is_host(text: str) -> bool:
+    """Whether only a port is missing."""
     try:
-        ipaddress.IPv6Address(text)
-    except ValueError:
+        split_address(f"{text}:1")
+    except InvalidArgument:
         return False
     return True
+
+
+def _refusal(problem: str) -> InvalidArgument:
+    return InvalidArgument(problem, field="target", reason="BAD_ADDRESS")

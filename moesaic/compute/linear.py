@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -53,6 +55,18 @@ _ROW_ZERO = 128
 _TINY = 1e-30
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8Weight:
+    """A weight that is quantised already: `values` [O, I] int8 from -127 to 127, and `scales` [O] float32.
+
+    `dtype` is the float dtype that it is widened to where there are no 8-bit products.
+    """
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+
 class _Product(Protocol):
     """rows [n, I] in `dtype` -> [n, O] in fresh memory of the same dtype."""
 
@@ -67,20 +81,21 @@ class _Product(Protocol):
 class Linear:
     """The product with a weight [O, I], plus a bias [O] if there is one.
 
-    Raises InvalidArgument for a form in which such a weight cannot be held on its device.
+    A quantised weight needs the form int8. Raises InvalidArgument for a form in which such a weight cannot be held on its device.
     """
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | Int8Weight,
         form: WeightForm = "float",
         bias: Tensor | None = None,
         *,
         batch_invariant: bool = False,
     ) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.device = weight.device
-        check_form(form, weight.device, self.in_features, self.out_features)
+        values = weight.values if isinstance(weight, Int8Weight) else weight
+        self.out_features, self.in_features = values.shape
+        self.device = values.device
+        check_form(form, self.device, self.in_features, self.out_features)
         self._product = _choose_product(weight, form)
         self._bias = None if bias is None else bias.to(self._product.dtype)
         # Sums of whole numbers are exact in any order, so int8 products need no tiles.
@@ -126,14 +141,20 @@ def keeps_weight(form: WeightForm, device: torch.device, dtype: torch.dtype, in_
     return form == "float" and not (device.type == "cpu" and _packing_works(dtype, in_features))
 
 
-def _choose_product(weight: Tensor, form: WeightForm) -> _Product:
-    on_cpu = weight.device.type == "cpu"
+def _choose_product(weight: Tensor | Int8Weight, form: WeightForm) -> _Product:
+    if isinstance(weight, Int8Weight):
+        return _choose_int8(weight)
     if form == "int4":
         return _Int4(weight)
     if form == "int8":
-        return _Int8(weight) if on_cpu and _int8_works(weight.shape[1]) else _WidenedInt8(weight)
+        return _choose_int8(_quantise_int8(weight))
     kept = keeps_weight(form, weight.device, weight.dtype, weight.shape[1])
     return _Plain(weight) if kept else _Packed(weight)
+
+
+def _choose_int8(weight: Int8Weight) -> _Product:
+    on_cpu = weight.values.device.type == "cpu"
+    return _Int8(weight) if on_cpu and _int8_works(weight.values.shape[1]) else _WidenedInt8(weight)
 
 
 def _with_counts(product: _Product, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -188,11 +209,11 @@ class _Int8:
     dtype = torch.float32
     row_counts: tuple[int, ...] = ROW_COUNTS
 
-    def __init__(self, weight: Tensor) -> None:
-        quantised, self._scales = _quantise_int8(weight)
-        self.num_bytes = quantised.nbytes + self._scales.nbytes
-        self._zeros = torch.zeros(len(quantised), dtype=torch.int32)
-        self._weight = torch.ops.onednn.qlinear_prepack(quantised, None)
+    def __init__(self, weight: Int8Weight) -> None:
+        self._scales = weight.scales
+        self.num_bytes = weight.values.nbytes + self._scales.nbytes
+        self._zeros = torch.zeros(len(weight.values), dtype=torch.int32)
+        self._weight = torch.ops.onednn.qlinear_prepack(weight.values, None)
         self._multiply = torch.ops.onednn.qlinear_pointwise.default
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -212,10 +233,10 @@ class _WidenedInt8:
 
     row_counts: tuple[int, ...] = ()
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Int8Weight) -> None:
         self.dtype = weight.dtype
-        self._weight, scales = _quantise_int8(weight)
-        self._scales = scales.to(weight.dtype)
+        self._weight = weight.values
+        self._scales = weight.scales.to(weight.dtype)
         self.num_bytes = self._weight.nbytes + self._scales.nbytes
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -240,14 +261,13 @@ class _Int4:
         return product
 
 
-def _quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight as int8 [O, I], and its float32 scales [O]."""
+def _quantise_int8(weight: Tensor) -> Int8Weight:
     largest = torch.maximum(weight.amax(1), weight.amin(1).neg_()).float()
     scales = largest.mul_(1 / 127).clamp_min_(_TINY)
     quantised = torch.empty_like(weight, dtype=torch.int8)
     for part, of, scale in zip(*(x.split(_ROWS_AT_ONCE) for x in (quantised, weight, scales)), strict=True):
         part.copy_((of / scale[:, None]).round_())
-    return quantised, scales
+    return Int8Weight(quantised, scales, weight.dtype)
 
 
 def _quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,30 +297,36 @@ _PROBE_ROWS = (1, 3, ROW_TILE)
 @lru_cache
 def _packing_works(dtype: torch.dtype, in_features: int) -> bool:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    return dtype in (torch.float32, torch.bfloat16) and _agrees(_Packed, dtype, in_features, tolerance)
+    return dtype in (torch.float32, torch.bfloat16) and _agrees(
+        _Packed, dtype, in_features, tolerance, name="packed"
+    )
 
 
 @lru_cache
 def _int8_works(in_features: int) -> bool:
     # The tolerance allows for rounding to 8 bits. A CPU whose sums of 8-bit products overflow is far beyond
     # it.
-    return _agrees(_Int8, torch.float32, in_features, 3e-2)
+    return _agrees(_quantised, torch.float32, in_features, 3e-2, name="int8")
+
+
+def _quantised(weight: Tensor) -> _Int8:
+    return _Int8(_quantise_int8(weight))
 
 
 @lru_cache
 def _int4_works() -> bool:
-    return _agrees(_Int4, torch.float32, 4 * INT4_GROUP, 3e-1)
+    return _agrees(_Int4, torch.float32, 4 * INT4_GROUP, 3e-1, name="int4")
 
 
 def _agrees(
-    kind: type[_Packed | _Int8 | _Int4], dtype: torch.dtype, in_features: int, tolerance: float
+    make: Callable[[Tensor], _Product], dtype: torch.dtype, in_features: int, tolerance: float, *, name: str
 ) -> bool:
     """Whether the kernel exists and its error, relative to the plain product, is within `tolerance`."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_PROBE_OUTPUTS, in_features, generator=generator)
     weight[0] = 1
     try:
-        product = kind(weight.to(dtype))
+        product = make(weight.to(dtype))
         for num_rows in _PROBE_ROWS:
             rows = torch.randn(num_rows, in_features, generator=generator)
             # The largest row against the largest weights: if sums of 8-bit products overflow at all, this one
@@ -313,7 +339,7 @@ def _agrees(
     except (RuntimeError, AttributeError, TypeError) as error:
         log.warning(
             "a kernel is not usable here, plain products take its place",
-            extra={"fields": {"kernel": kind.__name__.strip("_").lower(), "why": str(error)[:200]}},
+            extra={"fields": {"kernel": name, "why": str(error)[:200]}},
         )
         return False
     return True

@@ -121,6 +121,12 @@ class ExpertModule:
     limit: float | None = None
 
     @property
+    def kind(self) -> str:
+        """What a version's digest says of the function."""
+        kind = f"{'glu' if self.gated else 'mlp'} {self.activation}"
+        return kind if self.limit is None else f"{kind} {self.limit}"
+
+    @property
     def weights(self) -> tuple[str, ...]:
         """The names of its weights, in the order in which they are hashed."""
         names = ("gate", "up", "down") if self.gated else ("up", "down")

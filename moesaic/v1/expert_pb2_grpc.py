@@ -281,7 +281,8 @@ class WorkerControlServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Probe(self, request, context):
-        """Computes the bundle's probe vectors with held versions, and compares with the expected answers.
+        """Computes the bundle's probe vectors with held versions, and compares with the expected answers. Without a bundle
+        the answers to any rows only have to be finite.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

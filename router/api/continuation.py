@@ -15,8 +15,8 @@ from typing import Any
 from moesaic.errors import InvalidArgument
 from moesaic.v1 import inference_pb2
 from router.api.sampling_request import TextOptions
-from router.engine.request import Finished, FinishReason, Started, Timing
-from router.engine.sampling_params import SampledToken, SamplingParams, TokenLogprobs
+from router.engine.request import Finished, FinishReason, Started, Timing, TokenGenerated
+from router.engine.sampling_params import SamplingParams, TokenLogprobs
 from router.text.stop_strings import StopMatcher
 from router.text.text import Text
 
@@ -27,7 +27,10 @@ _FINISH_REASONS = {
 
 
 class Continuation:
-    """Makes the messages of one index: one per token, then one with finish reason, usage and timing."""
+    """Makes the messages of one index: one per token, the last with finish reason, usage and timing, too.
+
+    With max_tokens 0 there is one message, without a token.
+    """
 
     def __init__(
         self,
@@ -100,25 +103,29 @@ class Continuation:
         # Generated tokens may be in the cache, too, where an answer is resumed.
         self._num_cached = min(event.num_cached, self._num_prompt_tokens)
 
-    def on_token(self, token: SampledToken) -> list[inference_pb2.GenerateResponse]:
-        """The message of a token, and the last one if the token completes a stop string."""
+    def on_token(self, event: TokenGenerated) -> inference_pb2.GenerateResponse:
+        """The message of a token. It is the last one if the sequence ends with it, or it completes a stop string."""
+        token = event.token
         if self._first_token_s is None:
             self._first_token_s = self._clock()
         text, stop = self._advance(token.token_id)
         logprobs = [] if token.logprobs is None else [logprob_message(self._text, token.logprobs)]
-        messages = [self.message(text=text, token_ids=[token.token_id], logprobs=logprobs)]
+        message = self.message(text=text, token_ids=[token.token_id], logprobs=logprobs)
         if stop is not None:
-            messages.append(self._last("", FinishReason.STOP, stop, self._own_timing()))
-        return messages
+            timing = self._own_timing() if event.finished is None else event.finished.timing
+            message.MergeFrom(self._last(text, FinishReason.STOP, stop, timing))
+        elif event.finished is not None:
+            message.MergeFrom(self.on_finished(event.finished, text))
+        return message
 
-    def on_finished(self, event: Finished) -> inference_pb2.GenerateResponse:
-        """The last message, with the text that has been held back so far."""
-        text, stop = self._search(self._detokenizer.flush())
+    def on_finished(self, event: Finished, text: str = "") -> inference_pb2.GenerateResponse:
+        """The last message: `text` of its own token, and what has been held back so far."""
+        held, stop = self._search(self._detokenizer.flush())
         if stop is not None:
-            return self._last(text, FinishReason.STOP, stop, event.timing)
+            return self._last(text + held, FinishReason.STOP, stop, event.timing)
         requested = event.stop_token_id is not None and event.stop_token_id in self._options.stop_token_ids
         stop = str(event.stop_token_id) if requested else ""
-        return self._last(text + self._matcher.flush(), event.reason, stop, event.timing)
+        return self._last(text + held + self._matcher.flush(), event.reason, stop, event.timing)
 
     def _advance(self, token_id: int) -> tuple[str, str | None]:
         """Counts a token. Returns the text that it makes certain, and the stop string that it completes."""

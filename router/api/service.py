@@ -232,12 +232,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     continuation.on_started(event)
                 case PromptScored(logprobs):
                     yield await self._prompt_response(call, logprobs)
-                case TokenGenerated(token):
-                    responses = continuation.on_token(token)
-                    if continuation.finished:  # by a stop string, which the engine does not know
+                case TokenGenerated():
+                    response = continuation.on_token(event)
+                    if event.finished is not None:
+                        call.forget(continuation)
+                    elif continuation.finished:  # by a stop string, which the engine does not know
                         call.release(continuation)
-                    for response in responses:
-                        yield response
+                    yield response
                 case Finished():
                     call.forget(continuation)
                     yield continuation.on_finished(event)

@@ -1,8 +1,8 @@
 """The loop of a router: take commands, choose a batch, run it, sample, report. One thread owns all of it.
 
 Other threads only put commands into its inbox, and the engine's thread never waits for those that receive its
-events. Every sequence ends with exactly one Finished or Failed event, or silently when it was cancelled.
-However it ends, its KV blocks are freed at once.
+events. Every sequence ends with exactly one Finished or Failed, or silently when it was cancelled. However
+it ends, its KV blocks are freed at once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from router.cache.kv_cache import KVCache
 from router.decoders.capture import CapturedRows
 from router.decoders.decoder import MicroBatch, RouterModel
 from router.dispatch.dispatcher import Dispatcher
-from router.dispatch.shadow import Shadow
+from router.dispatch.shadow import Shadow, ShadowedRows
 from router.engine import sampler
 from router.engine.epoch_tally import EpochTallies, EpochTally
 from router.engine.live_sequence import LiveSequence, Reading
 from router.engine.overlap import micro_batches
-from router.engine.request import Failed, Finished, SequenceRequest
+from router.engine.request import Failed, Finished, SequenceRequest, TokenGenerated
 from router.engine.sampling_params import SampledToken
 from router.gating.model_view import ViewRows
 from router.phase_clock import INSIDE_FORWARD, Phase, PhaseClock
@@ -272,6 +272,8 @@ class Engine:
             for reading in readings:
                 reading.live.note_step(reading.chunk)
             logits = self._forward(parts)
+            for part in parts:
+                part.experts.finish()
             self._deliver(self._complete(readings), logits)
         except Exception:
             log.exception("a step failed")
@@ -299,6 +301,7 @@ class Engine:
                     deadline_s=max(live.request.deadline_s for live in lives),
                     # A batch has one set of spans, in the first recorded trace among those of its sequences.
                     context=next((live.trace for live in lives if live.trace is not None), None),
+                    shadowed=self._shadowed(lives, batch),
                 )
                 first_logit = sum(len(earlier.rows) for earlier in batches)
                 rows: list[int] = []
@@ -309,6 +312,20 @@ class Engine:
                 wanted = torch.tensor(rows, dtype=torch.long)
                 batches.append(MicroBatch(batch, wanted, experts, views, _captures(lives, batch)))
         return batches, readings
+
+    def _shadowed(self, lives: Sequence[LiveSequence], batch: PackedBatch) -> ShadowedRows | None:
+        """The tokens of a batch that another epoch computes as well; None without any."""
+        shadow = self._shadow
+        if shadow is None:
+            return None
+        tokens = frozenset(
+            token
+            for live, chunk, first in zip(lives, batch.chunks, batch.first_rows, strict=True)
+            if live.request.view.epoch.id == shadow.epoch and live.shadow_point < shadow.share
+            for token in range(first, first + chunk.num_tokens)
+        )
+        tally = self._tallies.of(shadow.view.epoch.id).shadow
+        return ShadowedRows(shadow.view, tokens, tally) if tokens else None
 
     def _forward(self, parts: Sequence[MicroBatch]) -> torch.Tensor:
         """Runs the model. Returns the logits [N, V] of the wanted rows, micro-batch by micro-batch."""
@@ -343,14 +360,14 @@ class Engine:
             tokens = self._sample(drawing, logits)
         with self._clock.phase(Phase.DELIVER):
             for reading in readings:
-                if reading.chunk.reaches_end:
-                    self._end_if(reading.live, reading.live.reach_end_of_prompt())
+                finished = reading.live.reach_end_of_prompt() if reading.chunk.reaches_end else None
+                if finished is not None:
+                    self._finish(reading.live, finished)
             for reading, token in zip(drawing, tokens, strict=True):
                 if isinstance(token, MoesaicError):
                     self._reject(reading.live, token)
                 else:
-                    self._generated_tokens += 1
-                    self._end_if(reading.live, reading.live.take_token(token))
+                    self._take(reading.live, token)
 
     def _score(self, reading: Reading, logits: torch.Tensor) -> None:
         """Takes the log probabilities of a chunk's prompt tokens, if the request asks for them."""
@@ -375,11 +392,20 @@ class Engine:
     def _is_live(self, reading: Reading) -> bool:
         return reading.live.request.sequence_id in self._live
 
-    def _end_if(self, live: LiveSequence, finished: Finished | None) -> None:
-        if finished is not None:
-            self._end(live)
-            live.tally.finished += 1
-            live.request.on_event(finished)
+    def _take(self, live: LiveSequence, token: SampledToken) -> None:
+        """Adds a token to its sequence and reports it, with the end if it is the last."""
+        self._generated_tokens += 1
+        generated = live.take_token(token)
+        if generated.finished is None:
+            live.request.on_event(generated)
+        else:
+            self._finish(live, generated)
+
+    def _finish(self, live: LiveSequence, event: Finished | TokenGenerated) -> None:
+        """Ends a sequence as it should, and reports it."""
+        self._end(live)
+        live.tally.finished += 1
+        live.request.on_event(event)
 
     def _reject(self, live: LiveSequence, error: MoesaicError) -> None:
         """Fails a sequence whose values are wrong, and keeps them from being reused by others."""

@@ -22,6 +22,7 @@ from router.engine.request import (
 )
 from router.engine.sampler import SamplingState
 from router.engine.sampling_params import SampledToken, TokenLogprobs
+from router.gating.sides import point_of
 from router.scheduling.sequence import Chunk, Sequence
 
 
@@ -45,6 +46,8 @@ class LiveSequence:
         self.sampling = SamplingState(params, request.prompt, self.sequence.output)
         # The parent of the spans of its layers, if they are recorded.
         self.trace = request.trace if _is_recorded(request.trace) else None
+        # Whether it is shadowed: if this is below the share of the sequences that are.
+        self.shadow_point = point_of(request.sequence_id, b"shadow")
         self._admitted_s = time.monotonic()
         self._first_step_s: float | None = None
         self._first_token_s: float | None = None
@@ -88,8 +91,8 @@ class LiveSequence:
             self.request.on_event(PromptScored(tuple(self._prompt_logprobs)))
         return None if self.request.sampling.max_tokens else self._finished(FinishReason.LENGTH)
 
-    def take_token(self, token: SampledToken) -> Finished | None:
-        """Appends and reports a token. Returns the end of the sequence if the token brings it."""
+    def take_token(self, token: SampledToken) -> TokenGenerated:
+        """Appends a token. Returns what to report of it."""
         now_s, before_s = time.monotonic(), self._last_token_s
         self._last_token_s = now_s
         if self._first_token_s is None:
@@ -98,7 +101,9 @@ class LiveSequence:
         else:
             self.tally.token_s.append(now_s - before_s)
         self.sequence.append(token.token_id)
-        self.request.on_event(TokenGenerated(token))
+        return TokenGenerated(token, self._end_after(token))
+
+    def _end_after(self, token: SampledToken) -> Finished | None:
         if token.token_id in self.request.sampling.stop_token_ids:
             return self._finished(FinishReason.STOP, token.token_id)
         if len(self.sequence.output) >= self.request.sampling.max_tokens:

@@ -49,20 +49,22 @@ class PromptScored:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenGenerated:
-    """The next token of a sequence. A stop token is reported too, followed by Finished."""
-
-    token: SampledToken
-
-
-@dataclass(frozen=True, slots=True)
 class Finished:
-    """The sequence ended as it should; nothing follows. With max_tokens 0, after its prompt is computed."""
+    """The sequence ended as it should; nothing follows. An event of its own with max_tokens 0 alone, after the prompt
+    is computed: otherwise it comes with the last token."""
 
     reason: FinishReason
     # The stop token that ended it, if one did.
     stop_token_id: int | None
     timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGenerated:
+    """The next token of a sequence, with the end that it brings, if it does. A stop token is reported too."""
+
+    token: SampledToken
+    finished: Finished | None = None
 
 
 @dataclass(frozen=True, slots=True)

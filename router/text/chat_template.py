@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,10 +63,11 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
 
 
 class ChatTemplate:
-    """One template, compiled at its first use. `special_names`: tokens by role, which it may write. Thread-safe."""
+    """One template. `special_names`: tokens by role, which it may write. Thread-safe."""
 
     def __init__(self, source: str, special_names: Mapping[str, Any] | None = None) -> None:
-        self._source = source
+        """Raises CheckpointError for a source that does not compile."""
+        self._template = _compiled(source)
         self._special_names = dict(special_names or {})
         # By role, for the roles that templates know; never more.
         self._forms: dict[str, ContentForm] = {}
@@ -80,7 +80,7 @@ class ChatTemplate:
         continue_final_message: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        """Raises CheckpointError for an invalid template, InvalidArgument for messages it cannot render."""
+        """Raises InvalidArgument for messages that it cannot render."""
         talk = [self._readable(message) for message in messages]
         if continue_final_message:
             talk[-1]["content"] = _marked_end(talk[-1]["content"])
@@ -103,7 +103,6 @@ class ChatTemplate:
     def _render(
         self, talk: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, add_generation_prompt: bool
     ) -> str:
-        template = self._template
         variables = {
             "tools": None,
             "documents": None,
@@ -114,16 +113,9 @@ class ChatTemplate:
             _Deadline.KEY: _Deadline(),
         }
         try:
-            return _bounded(template.generate(variables), variables[_Deadline.KEY])
+            return _bounded(self._template.generate(variables), variables[_Deadline.KEY])
         except Exception as error:  # a template is a program: any failure of it is an error of this request
             raise InvalidArgument(f"messages: {_template_message(error)}", field="messages") from error
-
-    @cached_property
-    def _template(self) -> Template:
-        try:
-            return _ENVIRONMENT.from_string(self._source)
-        except TemplateSyntaxError as error:
-            raise CheckpointError("the model's chat template is not valid", field="chat_template") from error
 
 
 def _marked_end(content: Content) -> Content:
@@ -266,6 +258,14 @@ def _environment() -> Environment:
 
 
 _ENVIRONMENT = _environment()
+
+
+def _compiled(source: str) -> Template:
+    try:
+        return _ENVIRONMENT.from_string(source)
+    except TemplateSyntaxError as error:
+        why = f"line {error.lineno}: {_template_message(error)}"
+        raise CheckpointError(f"the chat template does not compile: {why}", field="chat_template") from error
 
 
 def _check_size(num_chars: int) -> None:

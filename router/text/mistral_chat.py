@@ -1,6 +1,6 @@
 """Mistral's own chat format for folders without a template, in the version that the tokenizer's file states.
 
-Mistral's library encodes the conversation. It is an extra (moesaic[mistral]) and imported only here.
+Mistral's library encodes the conversation. It comes with the extra `mistral` and imported only here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def find_mistral_chat(path: Path, tokenizer: TextTokenizer) -> MistralChat | str
     try:
         return MistralChat(path)
     except ImportError:
-        return "Mistral's own chat format needs moesaic[mistral]"
+        return "Mistral's own chat format needs mistral-common (from a checkout: pip install ./moesaic '.[mistral]')"
     except UnknownVersion:
         return f"mistral-common does not know this version of {path.name}"
 

@@ -179,10 +179,7 @@ def load_text(folder: str | Path) -> Text:
 
 
 def _load_tokenizer(folder: Path) -> TextTokenizer | None:
-    if not (folder / TOKENIZER_FILE).is_file():
-        log.warning("the model folder has no tokenizer: prompts are token ids only")
-        return None
-    return read_hf_tokenizer(folder)
+    return read_hf_tokenizer(folder) if (folder / TOKENIZER_FILE).is_file() else None
 
 
 def _check_variables(variables: Mapping[str, Any]) -> None:

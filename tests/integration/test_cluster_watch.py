@@ -142,8 +142,8 @@ async def test_what_a_running_named_worker_loads_is_in_the_next_snapshot() -> No
     assert second.table.replicas == (Replica("a", address, "a-1", worker.holdings),)
 
 
-async def test_named_workers_that_are_away_make_no_epoch() -> None:
-    watched = NamedWorkers(["127.0.0.1:1"], model="tiny", experts=EPOCH.versions).watch()
+async def test_named_workers_that_are_away_make_no_epoch(closed_address: str) -> None:
+    watched = NamedWorkers([closed_address], model="tiny", experts=EPOCH.versions).watch()
     first = await following(watched)
     await watched.aclose()
     assert first == Snapshot(None, RoutingTable(1, ()))

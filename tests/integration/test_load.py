@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from cluster.bench.load import CompletionsApi, ask_model_name, completions_api
 from cluster.bench.workload import LoadRequest
 from cluster.observation.observer import Observer
 from moesaic.errors import InternalError, InvalidArgument, Overloaded, Unavailable
+from moesaic.stop_signals import StopRequested
 
 REQUEST = LoadRequest((5, 17, 42), 6)
-CLOSED_PORT = "127.0.0.1:1"
 
 
 @pytest_asyncio.fixture
@@ -61,8 +62,8 @@ async def test_an_answer_that_fails_half_way_is_a_failed_request(site: Site, api
     assert len(record.token_times_s) == 3
 
 
-async def test_a_server_that_nobody_runs_is_a_failed_request() -> None:
-    async with completions_api(f"http://{CLOSED_PORT}", "fake") as api:
+async def test_a_server_that_nobody_runs_is_a_failed_request(closed_address: str) -> None:
+    async with completions_api(f"http://{closed_address}", "fake") as api:
         assert "Cannot connect" in (await api.send(REQUEST, 0.0)).error
 
 
@@ -77,10 +78,10 @@ async def test_a_request_that_is_cancelled_is_cancelled_on_the_server(
     await until(lambda: site.router.num_cancelled == 1)
 
 
-async def test_a_server_says_what_its_model_is_called(site: Site) -> None:
+async def test_a_server_says_what_its_model_is_called(site: Site, closed_address: str) -> None:
     assert await ask_model_name(site.url) == "fake"
     with pytest.raises(Unavailable, match="no server of the API answers"):
-        await ask_model_name(f"http://{CLOSED_PORT}")
+        await ask_model_name(f"http://{closed_address}")
 
 
 async def test_a_router_without_a_controller_is_observed_alone(site: Site) -> None:
@@ -91,9 +92,9 @@ async def test_a_router_without_a_controller_is_observed_alone(site: Site) -> No
     assert seen.routers["router"].generated_tokens == 7
 
 
-async def test_an_observer_without_a_router_says_so() -> None:
-    async with Observer(CLOSED_PORT) as observer:
-        with pytest.raises(Unavailable, match=f"no router answers at {CLOSED_PORT}"):
+async def test_an_observer_without_a_router_says_so(closed_address: str) -> None:
+    async with Observer(closed_address) as observer:
+        with pytest.raises(Unavailable, match=f"no router answers at {closed_address}"):
             await observer.observe()
 
 
@@ -125,6 +126,32 @@ async def test_a_running_server_is_measured_and_every_failure_told(
     site.router.error = InternalError("internal error")
     with pytest.raises(Unavailable, match="12 of 12 requests failed"):
         await bench_server(site.url, site.link.address, plan, Outputs(True, None, None))
+
+
+async def test_what_was_measured_before_a_signal_is_kept(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan(
+        concurrency="1,2",
+        rate=None,
+        prompt_len="4",
+        output_len="8",
+        shared_prefix=0,
+        requests=3,
+        seed=0,
+        against=None,
+        pairs=5,
+    )
+    site.router.pace_s = 0.01
+    benching = asyncio.create_task(bench_server(site.url, site.link.address, plan, Outputs(True, None, None)))
+    # A warm-up and three requests of the first row, then the second row, which never ends.
+    await until(lambda: len(site.router.requests) > 4)
+    site.router.silent_after = 1
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(StopRequested):
+        await benching
+    found = json.loads(capsys.readouterr().out)
+    assert [row["load"]["output_tokens"] for row in found["rows"]] == [24]
 
 
 async def test_prompts_that_do_not_fit_a_running_server_are_told_before_any_is_sent(site: Site) -> None:

@@ -84,13 +84,27 @@ class FakeEngine:
             for event in events:
                 if request.sequence_id not in self.open:
                     break
-                if not isinstance(event, Started | PromptScored | TokenGenerated):
+                if _ends(event):
                     self.open.discard(request.sequence_id)
                 request.on_event(event)
 
 
-def token(token_id: int, logprobs: TokenLogprobs | None = None) -> TokenGenerated:
-    return TokenGenerated(SampledToken(token_id, logprobs))
+def _ends(event: SequenceEvent) -> bool:
+    if isinstance(event, TokenGenerated):
+        return event.finished is not None
+    return not isinstance(event, Started | PromptScored)
+
+
+def token(
+    token_id: int, logprobs: TokenLogprobs | None = None, end: Finished | None = None
+) -> TokenGenerated:
+    return TokenGenerated(SampledToken(token_id, logprobs), end)
+
+
+def answer(token_ids: Sequence[int]) -> list[TokenGenerated]:
+    """All tokens of an answer, the last with its end."""
+    *before, last = token_ids
+    return [*map(token, before), token(last, end=finished())]
 
 
 def finished(reason: FinishReason = FinishReason.LENGTH, stop_token_id: int | None = None) -> Finished:
@@ -108,11 +122,13 @@ def generates(token_ids: Sequence[int]) -> Script:
         for step in range(sampling.max_tokens):
             token_id = token_ids[min(step, len(token_ids) - 1)]
             logprobs = None if sampling.logprobs is None else scores([token_id], sampling.logprobs)[0]
-            yield token(token_id, logprobs)
             if token_id in sampling.stop_token_ids:
-                yield finished(FinishReason.STOP, token_id)
+                yield token(token_id, logprobs, finished(FinishReason.STOP, token_id))
                 return
-        yield finished()
+            is_last = step + 1 == sampling.max_tokens
+            yield token(token_id, logprobs, finished() if is_last else None)
+        if not sampling.max_tokens:
+            yield finished()
 
     return script
 

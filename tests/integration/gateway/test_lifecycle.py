@@ -118,12 +118,12 @@ async def test_a_router_that_comes_back_elsewhere_is_found() -> None:
 # Start and stop
 
 
-async def test_a_port_in_use_is_an_error_that_says_so() -> None:
+async def test_a_port_in_use_is_an_error_that_says_so(closed_address: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = GatewayConfig("127.0.0.1", taken.getsockname()[1], GatewaySettings())
 
         async def resolve_router() -> str:
-            return "127.0.0.1:1"
+            return closed_address
 
         with pytest.raises(errors.InvalidArgument, match="in use") as caught:
             await GatewayServer(config, {"router": resolve_router}).start()
@@ -185,10 +185,10 @@ async def test_the_process_starts_by_hand_serves_and_ends_on_sigterm() -> None:
     assert any(it["message"] == "request" and it["status"] == 200 for it in lines)
 
 
-async def test_a_bad_start_by_hand_says_why_without_a_stack() -> None:
+async def test_a_bad_start_by_hand_says_why_without_a_stack(closed_address: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "gateway", "--router", "127.0.0.1:1"),
+            *(sys.executable, "-m", "gateway", "--router", closed_address),
             *("--port", str(taken.getsockname()[1])),
             stderr=asyncio.subprocess.PIPE,
         )

@@ -190,4 +190,5 @@ def test_a_chart_without_its_library_is_told_before_anything_runs(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "error: the command needs matplotlib: pip install 'moesaic[bench]'\n"
+    wanted = "error: the command needs matplotlib; from a checkout: pip install ./moesaic '.[bench]'\n"
+    assert capsys.readouterr().err == wanted

@@ -12,14 +12,14 @@ def test_the_worst_gate_of_any_router_is_named_and_what_was_dropped_is_added_up(
     )
     second = GetRouterStatsResponse(gates=[GateStats(layer=1, z_loss=4.0, assignments=100, dropped=4)])
     summary = summarise_gates([first, second])
-    assert str(summary) == "gates: z-loss 30.2 at most, in layer 2; 2.5% of assignments dropped"
+    assert str(summary) == "gates: largest z-loss 30.2 (layer 2); 2.5% of assignments dropped"
     assert summary is not None
     assert summary.plain() == {"z_loss": 30.25, "layer": 2, "dropped_share": 0.025}
 
 
 def test_where_nothing_can_be_dropped_nothing_is_said_of_it() -> None:
     router = GetRouterStatsResponse(gates=[GateStats(layer=0, z_loss=1.5)])
-    assert str(summarise_gates([router])) == "gates: z-loss 1.5 at most, in layer 0"
+    assert str(summarise_gates([router])) == "gates: largest z-loss 1.5 (layer 0)"
 
 
 def test_without_gates_or_before_anybody_looked_there_is_nothing_to_say() -> None:

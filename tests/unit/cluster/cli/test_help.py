@@ -13,11 +13,15 @@ from typer.testing import CliRunner
 from cluster.cli.commands import app
 
 GROUP = get_command(app)
-VERBS = sorted(name for name, command in GROUP.commands.items() if not command.hidden)  # type: ignore[attr-defined]
+EXPERT = GROUP.commands["expert"]  # type: ignore[attr-defined]
+VERBS = sorted(
+    [name for name, command in GROUP.commands.items() if not command.hidden]  # type: ignore[attr-defined]
+    + [f"expert {name}" for name in EXPERT.commands]
+)
 
 
 def verb_help(verb: str, flag: str) -> str:
-    result = CliRunner().invoke(app, [verb, flag], env={"COLUMNS": "400", "NO_COLOR": "1"})
+    result = CliRunner().invoke(app, [*verb.split(), flag], env={"COLUMNS": "400", "NO_COLOR": "1"})
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -30,8 +34,9 @@ def test_both_flags_show_the_help_with_examples(verb: str) -> None:
     assert examples
     for example in examples:
         words = shlex.split(example.partition("moesaic ")[2].partition("<")[0])
-        command = GROUP.commands[words[0]]  # type: ignore[attr-defined]
-        command.make_context(words[0], words[1:])  # raises for an option that is not known
+        group = EXPERT if words[0] == "expert" else GROUP
+        verb, *arguments = words[1:] if group is EXPERT else words
+        group.commands[verb].make_context(verb, arguments)  # type: ignore[attr-defined]  # raises for an unknown option
 
 
 @pytest.mark.parametrize("verb", VERBS)

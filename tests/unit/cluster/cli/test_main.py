@@ -264,10 +264,10 @@ def test_stopping_needs_the_address_of_a_ray() -> None:
 
 
 @pytest.mark.parametrize("verb", [("generate", "Hello"), ("status",)])
-def test_a_client_verb_without_a_router_says_so_and_fails(verb: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(app, [*verb, "--grpc", "127.0.0.1:1"])
+def test_a_client_verb_without_a_router_says_so_and_fails(verb: tuple[str, ...], closed_address: str) -> None:
+    result = CliRunner().invoke(app, [*verb, "--grpc", closed_address])
     assert result.exit_code == 1
-    assert result.stderr == "error: no router answers at 127.0.0.1:1: is `moesaic serve` running?\n"
+    assert result.stderr == f"error: no router answers at {closed_address}: is `moesaic serve` running?\n"
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -275,6 +275,8 @@ def test_the_version_is_that_of_the_package() -> None:
     assert (result.exit_code, result.stdout) == (0, f"moesaic {__version__}\n")
 
 
+# Stands for an address at which nothing listens.
+CLOSED = "closed"
 HEAVY = ("fastapi", "ray", "torch", "transformers")
 RUN = """
 import sys
@@ -304,14 +306,16 @@ def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
         (("--help",), 0),
         (("serve", "--help"), 0),
         (("--version",), 0),
-        (("status", "--grpc", "127.0.0.1:1"), 1),
-        (("generate", "x", "--grpc", "127.0.0.1:1"), 1),
-        (("top", "--once", "--grpc", "127.0.0.1:1"), 1),
+        (("status", "--grpc", CLOSED), 1),
+        (("generate", "x", "--grpc", CLOSED), 1),
+        (("top", "--once", "--grpc", CLOSED), 1),
         (("serve", "/no/such/folder"), 2),
     ],
 )
-def test_what_starts_no_process_imports_neither_ray_nor_torch(arguments: tuple[str, ...], code: int) -> None:
-    done = run(*arguments)
+def test_what_starts_no_process_imports_neither_ray_nor_torch(
+    arguments: tuple[str, ...], code: int, closed_address: str
+) -> None:
+    done = run(*(closed_address if one == CLOSED else one for one in arguments))
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-1] == "imported:"
 
@@ -335,7 +339,10 @@ def test_a_client_install_says_what_the_command_needs(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "error: the command needs typer: pip install 'moesaic[serve]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: the command needs typer; from a checkout: pip install ./moesaic .\n"
+    )
 
 
 def test_every_verb_with_a_cluster_of_its_own_takes_the_same_options(

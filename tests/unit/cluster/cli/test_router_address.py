@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.closed_ports import closed_port
 from typer.testing import CliRunner
 
 from cluster.cli.commands import app
@@ -48,15 +49,16 @@ def test_asking_verbs_take_the_address_from_the_environment_and_the_file(
     verb: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "moesaic.yaml"
-    config.write_text("grpc_port: 2\n")
-    result = CliRunner().invoke(app, [*verb, "--config", str(config)])
-    assert result.stderr.startswith("error: no router answers at 127.0.0.1:2")
-    monkeypatch.setenv("MOESAIC_GRPC_PORT", "1")
-    monkeypatch.setenv("MOESAIC_HOST", "::1")
-    result = CliRunner().invoke(app, [*verb, "--config", str(config)])
-    assert result.stderr.startswith("error: no router answers at [::1]:1")
-    result = CliRunner().invoke(app, [*verb, "--grpc", "127.0.0.1:3"])
-    assert result.stderr.startswith("error: no router answers at 127.0.0.1:3")
+    with closed_port() as in_file, closed_port() as in_environment, closed_port() as in_flag:
+        config.write_text(f"grpc_port: {in_file}\n")
+        result = CliRunner().invoke(app, [*verb, "--config", str(config)])
+        assert result.stderr.startswith(f"error: no router answers at 127.0.0.1:{in_file}: ")
+        monkeypatch.setenv("MOESAIC_GRPC_PORT", str(in_environment))
+        monkeypatch.setenv("MOESAIC_HOST", "localhost")
+        result = CliRunner().invoke(app, [*verb, "--config", str(config)])
+        assert result.stderr.startswith(f"error: no router answers at localhost:{in_environment}: ")
+        result = CliRunner().invoke(app, [*verb, "--grpc", f"127.0.0.1:{in_flag}"])
+        assert result.stderr.startswith(f"error: no router answers at 127.0.0.1:{in_flag}: ")
 
 
 def test_a_running_server_is_measured_through_the_router_of_the_settings(

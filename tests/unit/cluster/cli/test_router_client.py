@@ -9,8 +9,9 @@ from cluster.cli.router_client import router_client
 from moesaic.errors import Unavailable
 
 
-@pytest.mark.parametrize("target", ["127.0.0.1:1", "no.such.host.invalid:50051"])
-async def test_without_a_router_the_address_is_named(target: str) -> None:
+@pytest.mark.parametrize("target", ["{closed}", "no.such.host.invalid:50051"])
+async def test_without_a_router_the_address_is_named(target: str, closed_address: str) -> None:
+    target = target.format(closed=closed_address)
     with pytest.raises(Unavailable) as caught:
         async with router_client(target) as client:
             await client.model_info()

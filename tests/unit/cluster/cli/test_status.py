@@ -47,15 +47,17 @@ async def test_json_holds_what_router_and_controller_report(capsys: pytest.Captu
     assert status["topology"]["processes"][0]["name"] == "router-0"
 
 
-async def test_a_controller_that_does_not_answer_is_a_remark(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_controller_that_does_not_answer_is_a_remark(
+    capsys: pytest.CaptureFixture[str], closed_address: str
+) -> None:
     asked = router()
-    asked.control_address = "127.0.0.1:1"
+    asked.control_address = closed_address
     async with playing(asked) as (address, _):
         await run_status(address, as_json=True)
     status = json.loads(capsys.readouterr().out)
     assert (status["topology"], list(status["routers"])) == (None, ["router"])
     assert status["problem"] == (
-        "the controller at 127.0.0.1:1 does not answer: only the router's view is shown"
+        f"the controller at {closed_address} does not answer: only the router's view is shown"
     )
 
 

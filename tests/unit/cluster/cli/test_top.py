@@ -89,7 +89,7 @@ def test_the_view_fits_eighty_columns_and_says_what_everybody_does() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     assert "1,234 tokens a second out, 12,345 in; 64 running, 256 waiting" in text
-    assert "gates: z-loss 9.5 at most, in layer 3" in text
+    assert "gates: largest z-loss 9.5 (layer 3)" in text
     assert line(text, "router-0") == [
         "router-0",
         "ready",
@@ -178,7 +178,7 @@ def test_before_the_first_look_there_is_only_what_is_wrong() -> None:
     assert drawn(view.drawn()) == "no router answers 0 s so far, trying again\n"
 
 
-def test_without_a_terminal_a_server_that_is_away_is_an_error() -> None:
-    result = CliRunner().invoke(app, ["top", "--grpc", "127.0.0.1:1"])
+def test_without_a_terminal_a_server_that_is_away_is_an_error(closed_address: str) -> None:
+    result = CliRunner().invoke(app, ["top", "--grpc", closed_address])
     assert result.exit_code == 1
-    assert result.stderr == "error: no router answers at 127.0.0.1:1: is `moesaic serve` running?\n"
+    assert result.stderr == f"error: no router answers at {closed_address}: is `moesaic serve` running?\n"

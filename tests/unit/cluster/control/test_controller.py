@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
 from cluster.control.controller import Cluster, Controller, Member
+from cluster.control.epoch_store import EpochStore
+from cluster.control.epochs_in_use import EpochsInUse
 from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
+from cluster.control.worker_facts import WorkerFacts
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion
 from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica, Snapshot
@@ -112,11 +117,11 @@ class PlayedCluster:
             raise Unavailable("it died", reason=self.reason_of_death)
         return report
 
-    async def describe(self, address: str) -> Replica:
+    async def describe(self, address: str) -> WorkerFacts:
         self.described.append(address)
         if address in self.undescribed:
             raise Unavailable("it does not answer")
-        return self.replicas[address]
+        return WorkerFacts(self.replicas[address])
 
     def _news(self, name: str, seen: int) -> bool:
         report = self.reports[name]
@@ -131,13 +136,17 @@ async def sleep_briefly(seconds: float) -> None:
 async def following(
     played: PlayedCluster, cluster: Cluster = CLUSTER, first_revision: int = 0
 ) -> AsyncIterator[Controller]:
-    controller = Controller(cluster, played, first_revision=first_revision, sleep=sleep_briefly)
-    running = asyncio.create_task(controller.run())
-    try:
-        yield controller
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+    with tempfile.TemporaryDirectory() as folder:
+        store = EpochStore(Path(folder), model=cluster.model, base=cluster.base)
+        epochs = EpochsInUse(store, drain_s=60.0)
+        controller = Controller(cluster, played, epochs, first_revision=first_revision, sleep=sleep_briefly)
+        running = asyncio.create_task(controller.run())
+        try:
+            yield controller
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            store.close()
 
 
 async def until(snapshots: AsyncIterator[Snapshot], *workers: str) -> Snapshot:
@@ -369,7 +378,7 @@ async def test_the_same_report_again_neither_asks_the_worker_nor_publishes() -> 
         await played.ready("w0", 1)
         await played.ready("w1", 2)
         before = await until(controller.watch(), "w0", "w1")
-        controller._keep(played.reports["w0"], await controller._replica_of(played.reports["w0"]))  # type: ignore[arg-type]
+        controller._keep(played.reports["w0"], await controller._facts_of(played.reports["w0"]))  # type: ignore[arg-type]
         assert played.described == ["127.0.0.1:1", "127.0.0.1:2"]
         assert (await anext(controller.watch())) is before
 

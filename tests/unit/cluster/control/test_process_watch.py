@@ -69,7 +69,7 @@ def ready(address: str, revision: int = 3) -> ProcessReport:
 
 async def test_a_described_worker_is_a_replica(server: tuple[rpc.Server, str]) -> None:
     _, address = server
-    replica = await ProcessWatch(PlayedPeers(ready(address))).describe(address)
+    replica = (await ProcessWatch(PlayedPeers(ready(address))).describe(address)).replica
     assert (replica.worker, replica.address, replica.incarnation) == ("w0", address, "first")
     assert replica.holdings == {(ExpertAddress(1, 2), bytes(32))}
 

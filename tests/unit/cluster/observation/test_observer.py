@@ -16,7 +16,6 @@ from moesaic.errors import MoesaicError, Unavailable
 from moesaic.v1 import control_pb2, expert_pb2, inference_pb2
 
 READY = control_pb2.PROCESS_STATE_READY
-CLOSED_PORT = "127.0.0.1:1"
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Rig:
 
 
 @pytest_asyncio.fixture
-async def rig() -> AsyncIterator[Rig]:
+async def rig(closed_address: str) -> AsyncIterator[Rig]:
     routers = (
         PlayedRouter(inference_pb2.GetRouterStatsResponse(steps=1)),
         PlayedRouter(inference_pb2.GetRouterStatsResponse(steps=2)),
@@ -47,7 +46,7 @@ async def rig() -> AsyncIterator[Rig]:
     async with AsyncExitStack() as stack:
         for name, servicer in played.items():
             addresses[name], servers[name] = await stack.enter_async_context(playing(servicer))
-        addresses["expert-worker-1"] = CLOSED_PORT
+        addresses["expert-worker-1"] = closed_address
         for name, address in addresses.items():
             role = (
                 control_pb2.PROCESS_ROLE_ROUTER
@@ -70,7 +69,7 @@ async def test_a_cluster_is_seen_whole_and_a_process_that_is_away_has_no_counter
         ObservedProcess("router-0", rig.addresses["router-0"], True, READY),
         ObservedProcess("router-1", rig.addresses["router-1"], True, READY),
         ObservedProcess("expert-worker-0", rig.addresses["expert-worker-0"], False, READY),
-        ObservedProcess("expert-worker-1", CLOSED_PORT, False, READY),
+        ObservedProcess("expert-worker-1", rig.addresses["expert-worker-1"], False, READY),
     )
     assert {name: stats.steps for name, stats in seen.routers.items()} == {"router-0": 1, "router-1": 2}
     assert {name: stats.rows for name, stats in seen.workers.items()} == {"expert-worker-0": 3}
@@ -103,7 +102,7 @@ async def test_without_its_controller_a_router_and_the_workers_that_it_names_are
 
 
 async def test_workers_that_were_given_one_name_are_told_apart_by_their_addresses(rig: Rig) -> None:
-    others = [rig.addresses["expert-worker-0"], "127.0.0.1:1"]
+    others = [rig.addresses["expert-worker-0"], rig.addresses["expert-worker-1"]]
     for address in others:
         rig.routers[0].stats.workers.add(worker="w", address=address)
     rig.routers[0].control_address = ""

@@ -10,8 +10,10 @@ from support.checkpoints import write_mixtral
 from support.sparse_checkpoints import TINY_MISTRAL, write_sparse_decoder
 
 from cluster.control.placement import Node
+from cluster.control.rollout_config import RolloutConfig
 from cluster.processes.process_plan import PlannedProcess, check_counts, plan_processes
 from cluster.processes.specs import ControllerSpec, ExpertWorkerSpec, GatewaySpec, RouterSpec
+from moesaic.bundles import BaseModel
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.errors import InvalidArgument
@@ -34,7 +36,13 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(model: MoeModel, settings: Settings, *nodes: Node) -> tuple[PlannedProcess, ...]:
-    return plan_processes(settings, Path("/models/tiny"), "mine", model, nodes or (HOME,), "home")
+    return plan_processes(
+        settings, Path("/models/tiny"), "mine", model, nodes or (HOME,), "home", rollout_of(model)
+    )
+
+
+def rollout_of(model: MoeModel) -> RolloutConfig:
+    return RolloutConfig.of(Settings(), BaseModel(bytes(32), model), Path("/tmp/state"))
 
 
 def settings(**flags: Any) -> Settings:
@@ -88,10 +96,11 @@ def test_public_addresses_and_names_come_from_the_settings(model: MoeModel) -> N
     assert (gateway.host, gateway.port) == ("0.0.0.0", 1)
 
 
-def test_router_and_gateway_stay_on_the_node_of_the_command(model: MoeModel) -> None:
+def test_router_gateway_and_controller_stay_on_the_node_of_the_command(model: MoeModel) -> None:
     processes = planned(model, settings(cluster={"workers": 2}), HOME, OTHER)
     assert {process.spec.name: process.seat.node.id for process in processes if process.pinned} == {
         "router-0": "home",
+        "controller": "home",
         "gateway": "home",
     }
 
@@ -133,7 +142,7 @@ def test_workers_run_on_a_gpu_where_there_is_one_and_share_the_cores_of_their_no
 
 def test_a_tiny_model_takes_no_more_workers_than_it_has_experts(model: MoeModel) -> None:
     nodes = [Node(str(index), f"10.0.0.{index}", 4, 0) for index in range(20)]
-    processes = plan_processes(settings(), Path("/models/tiny"), "mine", model, nodes, "3")
+    processes = plan_processes(settings(), Path("/models/tiny"), "mine", model, nodes, "3", rollout_of(model))
     assert len(specs(processes, ExpertWorkerSpec)) == len(model.addresses)
 
 
@@ -212,6 +221,7 @@ def test_every_process_that_reads_the_folder_is_told_what_it_must_be(tmp_path: P
         describe_model(checkpoint),
         [HOME, OTHER],
         "home",
+        rollout_of(describe_model(checkpoint)),
         identity,
     )
     readers = [*configs(processes, RouterSpec), *configs(processes, ExpertWorkerSpec)]

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 
 from cluster.processes.server_folder import (
-    LOCK,
     MAX_PLACE,
     MAX_SOCKET_PATH,
     ServerFolder,
     places,
-    remove_dead,
 )
 from moesaic.errors import Unavailable
+from moesaic.private_folder import LOCK
 
 NOBODY = 65_534
 
@@ -88,24 +87,6 @@ def test_the_folder_of_a_killed_server_is_removed_by_the_next_one(place: Path) -
     folder.remove()
 
 
-def test_what_belongs_to_a_living_server_or_to_somebody_else_stays(place: Path) -> None:
-    living = ServerFolder.create([place])
-    (living.path / "file").touch()
-    unknown = place / "moesaic-12345678"
-    unknown.mkdir()
-    elsewhere = place / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "file").touch()
-    pointing = place / "moesaic-pointing"
-    pointing.mkdir()
-    (pointing / LOCK).symlink_to(elsewhere / "file")
-    remove_dead(place)
-    assert (living.path / "file").exists()
-    assert unknown.exists()
-    assert pointing.exists()
-    living.remove()
-
-
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to act as another user")
 def test_nothing_of_it_can_be_touched_by_another_user(place: Path) -> None:
     folder = ServerFolder.create([place])
@@ -125,5 +106,5 @@ def test_the_folder_of_another_user_is_not_removed(place: Path) -> None:
     dead = killed_owner(place)
     os.chown(dead, NOBODY, NOBODY)
     os.chown(dead / LOCK, NOBODY, NOBODY)
-    remove_dead(place)
+    ServerFolder.create([place]).remove()
     assert dead.exists()

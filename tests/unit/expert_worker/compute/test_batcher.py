@@ -14,7 +14,7 @@ from torch import Tensor
 from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.call_queue import Computed
-from expert_worker.experts.expert import Expert
+from expert_worker.experts.expert import MlpExpert
 from moesaic.compute.linear import Linear
 from moesaic.errors import (
     DeadlineExceeded,
@@ -25,7 +25,7 @@ from moesaic.errors import (
     Unavailable,
 )
 
-EXPERT = Expert(Linear(torch.zeros(2, 1)), Linear(torch.zeros(1, 1)), "silu")
+EXPERT = MlpExpert(Linear(torch.zeros(2, 1)), Linear(torch.zeros(1, 1)), lambda rows: rows)
 
 
 def call(tag: float, *, layer: int = 0, num_rows: int = 1, timeout_s: float = 10.0) -> ExpertCall:

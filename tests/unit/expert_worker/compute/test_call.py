@@ -12,7 +12,8 @@ from support.expert_calls import compute_request, experts_of, versions_of
 from support.wire_tensors import to_wire
 
 from expert_worker.compute.call import ExpertCall, read_call
-from expert_worker.experts.store import ExpertStore
+from expert_worker.experts.store import ExpertStore, HeldExpert
+from moesaic.epoch import ExpertAddress
 from moesaic.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, MoesaicError
 from moesaic.families import MoeModel
 from moesaic.v1 import common_pb2, expert_pb2
@@ -42,6 +43,24 @@ def test_a_good_request_becomes_a_call(
     assert torch.equal(call.hidden, torch.ones(4, 32))
     held = experts_of(store)
     assert call.experts == [held[1, 0], held[1, 2]]  # type: ignore[index]
+
+
+def test_a_slot_may_occur_once_for_each_of_its_versions_and_above_those_of_the_model(
+    store: ExpertStore, model: MoeModel
+) -> None:
+    """As two epochs in one batch ask for it, one of which has a slot more."""
+    two, held = ExpertStore(), experts_of(store)
+    places = [((1, 0), b"1"), ((1, 0), b"2"), ((1, 4), b"1")]
+    for (address, tag), expert in zip(places, held.values(), strict=False):
+        two.add(ExpertAddress(*address), HeldExpert(tag * 32, expert))
+    request = compute_request(torch.ones(4, 32), {}, {}, layer=1)
+    for (address, tag), row in zip(places, (0, 3, 0), strict=True):
+        request.experts.add(slot=address[1], version=tag * 32, rows=[row])
+    call = read_call(
+        decode_request(request.SerializeToString()), model=model, store=two, max_rows=8, now_s=0.0
+    )
+    assert call.experts == list(held.values())[:3]
+    assert call.rows.tolist() == [0, 3, 0]
 
 
 def test_a_layer_without_experts_is_refused(
@@ -82,7 +101,7 @@ def set_rows(request: expert_pb2.ComputeRequest, rows: list[int]) -> None:
         ("hidden.data", lambda r: setattr(r.hidden, "data", r.hidden.data[:-1])),
         ("hidden.data", lambda r: setattr(r.hidden, "data", r.hidden.data + b"x")),
         ("experts", lambda r: r.ClearField("experts")),
-        ("experts", lambda r: setattr(r.experts[1], "slot", 0)),
+        ("experts", lambda r: r.experts[1].CopyFrom(r.experts[0])),
         ("experts[1].rows", lambda r: set_rows(r, [])),
         ("experts[1].rows", lambda r: set_rows(r, [4])),
         ("experts[1].rows", lambda r: set_rows(r, [2, 1])),

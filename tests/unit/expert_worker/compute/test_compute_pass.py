@@ -14,7 +14,7 @@ from torch import Tensor
 from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.compute_pass import compute_calls
 from expert_worker.experts.store import ExpertStore, HeldExpert
-from moesaic.epoch import ExpertAddress
+from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.errors import InvalidArgument
 
 Rows = dict[int, list[int]]
@@ -121,7 +121,7 @@ def test_callers_of_two_versions_of_a_slot_share_a_pass_and_each_gets_its_own(st
     x, rows = random_hidden(3), torch.tensor([0, 2])
     experts = [both.get(address, tag * 32, field="f") for tag in (b"1", b"2")]
     calls = [ExpertCall(0, x, [expert], [2], rows, None, float("inf")) for expert in experts]
-    both.remove(address, b"1" * 32)  # an expert in flight outlives its removal
+    both.remove_all([ExpertVersion(address, b"1" * 32)])  # an expert in flight outlives its removal
     for output, expert in zip(outputs(calls), experts, strict=True):
         torch.testing.assert_close(output, expert(x)[rows], atol=1e-6, rtol=1e-6)
     assert not torch.equal(*outputs(calls))

@@ -17,6 +17,7 @@ from expert_worker.experts.expert import (
     Expert,
     ExpertForm,
     ExpertWeights,
+    StackRow,
     can_stack,
     choose_form,
     compute_experts,
@@ -98,7 +99,7 @@ def make_experts(
         for target, weight in zip(tensors(stack[index]), tensors(one), strict=True):
             target.copy_(weight)
     return [
-        make_expert(stack[index], module, form, stack if stacked else None, index)
+        make_expert(stack[index], module, form, StackRow(stack, index) if stacked else None)
         for index in range(len(weights))
     ]
 

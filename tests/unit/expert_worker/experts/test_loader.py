@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,15 +174,15 @@ class Watch:
         self.go_on = threading.Event()
         self.go_on.set()
         self._lock = threading.Lock()
-        self._load = loader._Loader.load
+        self._load = loader.ExpertLoader.load
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        monkeypatch.setattr(loader._Loader, "load", lambda this, place: self.load(this, place))
+        monkeypatch.setattr(loader.ExpertLoader, "load", lambda *args: self.load(*args))
 
-    def load(self, this: loader._Loader, place: loader.Place) -> HeldExpert:
+    def load(self, *args: Any) -> HeldExpert:
         with self._lock:
             self.begun += 1
         assert self.go_on.wait(10)
-        return self._load(this, place)
+        return self._load(*args)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -10,8 +10,8 @@ from support.expert_calls import experts_of, versions_of
 
 from expert_worker.experts.expert import Expert
 from expert_worker.experts.store import ExpertStore, HeldExpert
-from moesaic.epoch import ExpertAddress
-from moesaic.errors import FailedPrecondition
+from moesaic.epoch import ExpertAddress, ExpertVersion
+from moesaic.errors import Aborted, FailedPrecondition
 from moesaic.families import MoeModel
 
 
@@ -64,18 +64,27 @@ def test_a_version_that_is_removed_is_refused_from_then_on() -> None:
     store, address, first, second = ExpertStore(), ExpertAddress(0, 1), held(1), held(2)
     store.add(address, first)
     store.add(address, second)
-    store.remove(address, first.version)
-    assert store.get(address, second.version, field="f") is second.expert
-    for reason in ("WRONG_VERSION", "NOT_HELD"):
+    for reason, removed in (("WRONG_VERSION", first), ("NOT_HELD", second)):
+        assert store.remove_all([ExpertVersion(address, removed.version)]) == [removed.expert]
         with pytest.raises(FailedPrecondition) as caught:
-            store.get(address, first.version, field="f")
+            store.get(address, removed.version, field="f")
         assert caught.value.reason == reason
-        with pytest.raises(FailedPrecondition) as caught:
-            store.remove(address, first.version)
-        assert caught.value.reason == reason
-        if reason == "WRONG_VERSION":
-            store.remove(address, second.version)
+        assert store.remove_all([ExpertVersion(address, removed.version)]) == []
     assert not store.experts()
+
+
+def test_versions_that_come_together_come_in_one_moment_or_not_at_all() -> None:
+    told: list[int] = []
+    store = ExpertStore(lambda: told.append(len(store.experts())))
+    one, other, third = (ExpertVersion(ExpertAddress(0, 1), held(tag).version) for tag in (1, 2, 3))
+    expert = held(0).expert
+    with pytest.raises(Aborted, match="unloaded"):
+        store.add_all({one: expert, other: expert}, beside=[third])
+    assert not store.experts()
+    store.add_all({third: expert})
+    store.add_all({one: expert, other: expert}, beside=[third])
+    assert told == [1, 3]
+    assert store.holds(one) and not store.holds(ExpertVersion(ExpertAddress(0, 2), one.digest))
 
 
 def test_the_revision_grows_with_every_change_and_is_told() -> None:
@@ -83,9 +92,8 @@ def test_the_revision_grows_with_every_change_and_is_told() -> None:
     store = ExpertStore(lambda: told.append(store.revision))
     store.add(ExpertAddress(0, 1), held(1))
     store.add(ExpertAddress(0, 1), held(2))
-    store.remove(ExpertAddress(0, 1), held(1).version)
-    with pytest.raises(FailedPrecondition):
-        store.remove(ExpertAddress(0, 1), held(1).version)
+    for _ in range(2):
+        store.remove_all([ExpertVersion(ExpertAddress(0, 1), held(1).version)])
     assert told == [1, 2, 3] and store.revision == 3
 
 
@@ -96,7 +104,7 @@ def test_experts_come_and_go_while_others_are_read() -> None:
     def change(slot: int) -> None:
         for tag in range(1, 100):
             store.add(ExpertAddress(0, slot), held(tag))
-            store.remove(ExpertAddress(0, slot), held(tag).version)
+            store.remove_all([ExpertVersion(ExpertAddress(0, slot), held(tag).version)])
 
     def read(_: int) -> None:
         for _ in range(200):

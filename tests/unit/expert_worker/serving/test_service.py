@@ -12,17 +12,18 @@ import grpc
 import pytest
 import torch
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from support.expert_calls import ReferenceExperts, compute_request, versions_of
+from support.expert_calls import ReferenceExperts, compute_request, experts_of, versions_of
 from support.gated_computing import Gate
 from support.wire_tensors import from_wire, to_wire
 
 from expert_worker.compute.batcher import Batcher
 from expert_worker.compute.compute_pass import compute_calls
-from expert_worker.experts.store import ExpertStore
+from expert_worker.experts.store import ExpertStore, HeldExpert
 from expert_worker.serving.call_handler import CallHandler
 from expert_worker.serving.grpc_stream import CallStream
 from expert_worker.serving.service import ExpertService, LoadedModel
 from moesaic import rpc, telemetry
+from moesaic.epoch import ExpertAddress
 from moesaic.errors import from_rpc_error, from_status
 from moesaic.families import MoeModel
 from moesaic.transports import shared_memory
@@ -55,7 +56,7 @@ class Worker:
             shared_memory=True,
             direct_host="127.0.0.1",
         )
-        self._loaded = LoadedModel("tiny", model, "cpu", store, self.batcher)
+        self._loaded = LoadedModel("tiny", model, "cpu", store, self.batcher, lambda: 12345)
         self._server = rpc.Server({rpc.EXPERT_SERVICE: self.service.add_to})
 
     async def start(self) -> str:
@@ -245,6 +246,48 @@ async def test_callers_of_all_three_ways_share_a_pass_and_are_counted_apart(
     over_shared_memory.close()
 
 
+async def test_all_three_ways_take_two_versions_of_a_slot_and_slots_above_those_of_the_model(
+    model: MoeModel, store: ExpertStore, folder: Path
+) -> None:
+    """As a batch of two epochs asks for them, one of which has a slot more."""
+    held = experts_of(store)
+    two = ExpertStore()
+    # By slot and version: which expert of the model computes.
+    places = {(1, b"1" * 32): 1, (1, b"2" * 32): 0, (9, b"3" * 32): 2}
+    for (slot, version), expert in places.items():
+        two.add(ExpertAddress(0, slot), HeldExpert(version, held[ExpertAddress(0, expert)]))
+    request = compute_request(HIDDEN, {}, {})
+    request.epoch = "first,second"
+    for slot, version in places:
+        request.experts.add(slot=slot, version=version, rows=[1, 4])
+    expected = torch.cat(
+        [ReferenceExperts(folder).rows(0, HIDDEN, {expert: [1, 4]}) for expert in places.values()]
+    )
+    worker = Worker(model, two)
+    async with rpc.aio_channel(await worker.start()) as channel:
+        worker.serve()
+        stub = expert_pb2_grpc.ExpertServiceStub(channel)
+        opened = await stub.OpenTransports(
+            expert_pb2.OpenTransportsRequest(
+                host_id=shared_memory.host_id(), shared_memory_version=shared_memory.VERSION
+            )
+        )
+        async with rpc.aio_channel(f"127.0.0.1:{opened.direct_port}") as direct_channel:
+            direct = expert_pb2_grpc.ExpertServiceStub(direct_channel).Compute()
+            answers = [await call(stub.Compute(), request), await call(direct, request)]
+        over_shared_memory = await asyncio.to_thread(connect, opened.socket_path, "i")
+        request.hidden.ClearField("data")
+        over_shared_memory.send(request, HIDDEN)
+        third = await asyncio.to_thread(over_shared_memory.receive, 1, 10)
+        over_shared_memory.close()
+    await worker.stop()
+    for answer in answers:
+        assert (answer.epoch, list(answer.versions)) == ("first,second", [version for _, version in places])
+        torch.testing.assert_close(from_wire(answer.output), expected, atol=1e-5, rtol=1e-5)
+    assert third.response.epoch == "first,second"
+    torch.testing.assert_close(third.output, expected, atol=1e-5, rtol=1e-5)
+
+
 async def test_a_full_queue_is_refused_in_band_with_a_time_to_retry(
     worker: Worker, stub: Any, request_of: RequestOf
 ) -> None:
@@ -335,6 +378,7 @@ async def test_describe_tells_what_is_held(stub: Any, store: ExpertStore, model:
     held = {(expert.address.layer, expert.address.slot): expert.digest for expert in described.experts}
     assert held == versions_of(store)
     assert len(described.dtypes) == 4
+    assert described.available_bytes == 12345
 
 
 async def test_statistics_count_what_was_computed_and_what_was_refused(

@@ -140,7 +140,9 @@ def test_the_first_chunk_of_a_chat_names_the_role() -> None:
         {"role": "assistant", "content": ""},
         {"content": "a"},
         {"content": "b"},
+        {},
     ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, "stop"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from router.api.prompt import read_prompt
 from router.api.sampling_request import ModelLimits
 from router.engine.epoch_tally import EpochTally
 from router.engine.live_sequence import LiveSequence
-from router.engine.request import Finished, SequenceEvent, SequenceRequest, TokenGenerated
+from router.engine.request import SequenceRequest
 from router.engine.sampler import sample
 from router.engine.sampling_params import SampledToken
 from router.text.text import Text, load_text
@@ -65,38 +65,23 @@ def answer(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
 
 def messages(continuation: Continuation, prompt: tuple[int, ...]) -> Iterator[list[pb.GenerateResponse]]:
     """Step by step, as the engine and the service make them."""
-    reported: list[SequenceEvent] = []
-    live = LiveSequence(
-        SequenceRequest(
-            "s",
-            prompt,
-            continuation.params,
-            time.monotonic() + 60,
-            reported.append,
-            VIEW,
-            generated=continuation.received,
-        ),
-        EpochTally(),
+    request = SequenceRequest(
+        "s",
+        prompt,
+        continuation.params,
+        time.monotonic() + 60,
+        lambda event: None,
+        VIEW,
+        generated=continuation.received,
     )
+    live = LiveSequence(request, EpochTally())
     end = live.reach_end_of_prompt()
     if end is not None:
-        yield responses_to(continuation, end)
+        yield [continuation.on_finished(end)]
     while not continuation.finished:
         (token,) = sample(logits(live.sequence.tokens), [live.sampling])
         assert isinstance(token, SampledToken)
-        end = live.take_token(token)
-        responses = [it for event in reported for it in responses_to(continuation, event)]
-        reported.clear()
-        if end is not None and not continuation.finished:
-            responses += responses_to(continuation, end)
-        yield responses
-
-
-def responses_to(continuation: Continuation, event: SequenceEvent) -> list[pb.GenerateResponse]:
-    if isinstance(event, TokenGenerated):
-        return continuation.on_token(event.token)
-    assert isinstance(event, Finished)
-    return [continuation.on_finished(event)]
+        yield [continuation.on_token(live.take_token(token))]
 
 
 def logits(tokens: list[int]) -> torch.Tensor:

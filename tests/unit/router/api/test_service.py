@@ -14,7 +14,7 @@ import grpc
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from support.fake_engine import FakeEngine, finished, generates, scores, token
+from support.fake_engine import FakeEngine, answer, finished, generates, scores, token
 from support.tiny_tokenizer import byte_level, sentencepiece, write_folder
 
 from moesaic import __version__, rpc, telemetry
@@ -162,25 +162,26 @@ def last_of(responses: Sequence[pb.GenerateResponse], index: int = 0) -> pb.Gene
 # One answer.
 
 
-async def test_the_prompt_comes_first_then_one_message_per_token_then_the_end(rig: Rig) -> None:
+async def test_the_prompt_comes_first_then_one_message_per_token_the_last_with_the_end(rig: Rig) -> None:
     answer = rig.ids(" once upon a time 😀")[:5]
     responses = await rig.generate(ask(max_tokens=5))
-    first, *tokens, last = responses
+    first, *tokens = responses
+    last = tokens[-1]
     assert first.prompt == pb.PromptInfo(token_ids=(1, *rig.ids("Once upon")), text="Once upon")
     assert [list(response.token_ids) for response in tokens] == [[token_id] for token_id in answer]
     assert text_of(responses) == rig.text.decode(answer, skip_special_tokens=True)
     assert last.finish_reason == pb.FINISH_REASON_LENGTH
-    assert (last.stop, list(last.token_ids)) == ("", [])
+    assert last.stop == ""
     assert last.usage == pb.Usage(prompt_tokens=len(first.prompt.token_ids), completion_tokens=5)
     assert last.timing == pb.Timing(queued_s=0.25, first_token_s=0.5, total_s=1.5)
     assert {(r.model, r.epoch, r.index) for r in responses} == {("tiny", EPOCH, 0)}
     assert not any(response.HasField("prompt") for response in tokens)
-    assert all(r.finish_reason == pb.FINISH_REASON_UNSPECIFIED and not r.HasField("usage") for r in tokens)
+    assert not any(r.finish_reason or r.HasField("usage") or r.HasField("timing") for r in tokens[:-1])
     assert rig.engine.cancelled == []
 
 
 async def test_the_tenant_reaches_the_engine_and_cached_tokens_the_usage(text: Text) -> None:
-    async with serving(FakeEngine(lambda request: [Started(0.1, 2), token(5), finished()]), text) as rig:
+    async with serving(FakeEngine(lambda request: [Started(0.1, 2), *answer([5])]), text) as rig:
         request = ask(max_tokens=1)
         request.tenant = "blue"
         assert last_of(await rig.generate(request)).usage.cached_prompt_tokens == 2
@@ -208,9 +209,8 @@ async def test_the_request_id_is_taken_from_the_field_then_the_metadata_then_dra
 async def test_a_character_split_over_tokens_comes_whole(text: Text) -> None:
     rocket = [next(i for i in range(3, 300) if text.spell(i)[1] == bytes([byte])) for byte in "🚀".encode()]
     async with serving(FakeEngine(generates([*rocket, *rocket[:2]])), text) as rig:
-        _, *tokens, last = await rig.generate(ask(max_tokens=6))
-        assert [response.text for response in tokens] == ["", "", "", "🚀", "", ""]
-        assert last.text == "�"
+        _, *tokens = await rig.generate(ask(max_tokens=6))
+        assert [response.text for response in tokens] == ["", "", "", "🚀", "", "�"]
 
 
 async def test_token_ids_are_a_prompt_too(rig: Rig) -> None:
@@ -233,13 +233,13 @@ async def test_a_model_without_a_tokenizer_serves_token_ids(no_text: Text) -> No
         request = pb.GenerateRequest(
             token_ids=pb.TokenIds(ids=[3, 4]), sampling=pb.SamplingParams(max_tokens=2, logprobs=1)
         )
-        first, *tokens, last = await rig.generate(request)
+        first, *tokens = await rig.generate(request)
         assert first.prompt == pb.PromptInfo(token_ids=[3, 4])
         assert [(list(r.token_ids), r.text, r.logprobs[0].token_bytes) for r in tokens] == [
             ([5], "", b""),
             ([6], "", b""),
         ]
-        assert last.usage.completion_tokens == 2
+        assert tokens[-1].usage.completion_tokens == 2
         for refused in (
             ask(),
             chat("hi"),
@@ -288,7 +288,7 @@ async def test_n_continuations_have_their_own_seeds_and_interleave(rig: Rig) -> 
         assert last_of(responses, index).usage.completion_tokens == 4
     assert sum(response.HasField("prompt") for response in responses) == 1
     assert responses[0].HasField("prompt")
-    assert len(responses) == 1 + 3 * 5
+    assert len(responses) == 1 + 3 * 4
 
 
 async def test_a_seed_is_drawn_once_for_all_continuations(rig: Rig) -> None:
@@ -357,7 +357,7 @@ async def test_one_continuation_stops_by_its_text_while_another_goes_on(rig: Rig
     await rig.engine.until(lambda engine: len(engine.requests) == 2)
     rig.engine.emit(0, *map(token, rig.ids(" a hen")), *map(token, rig.ids(" more")))
     await rig.engine.until(lambda engine: len(engine.cancelled) == 1)
-    rig.engine.emit(1, *map(token, rig.ids(" a cat")), finished())
+    rig.engine.emit(1, *answer(rig.ids(" a cat")))
     responses = [response async for response in call]
     assert [text_of(responses, index) for index in range(2)] == [" a ", " a cat"]
     assert [last_of(responses, index).stop for index in range(2)] == ["hen", ""]
@@ -387,7 +387,7 @@ async def test_a_stop_token_ends_the_text_before_itself(rig: Rig) -> None:
     assert text_of(responses) == rig.text.spell(upon)[0] * 2
     # The end of the sequence is nobody's stop token.
     assert (last.finish_reason, last.stop, last.usage.completion_tokens) == (pb.FINISH_REASON_STOP, "", 3)
-    assert list(responses[-2].token_ids) == [eos]
+    assert list(last.token_ids) == [eos]
 
     responses = await rig.generate(ask(max_tokens=9, stop_token_ids=[upon]))
     assert (text_of(responses), last_of(responses).stop) == ("", str(upon))
@@ -427,7 +427,7 @@ async def test_a_silent_request_is_sampled_as_the_models_makers_say(text: Text) 
 async def test_tokens_come_with_their_log_probabilities_and_bytes(text: Text) -> None:
     half = next(i for i in range(3, 300) if text.spell(i)[1] == b"\xf0")
     async with serving(FakeEngine(generates([half])), text) as rig:
-        _, generated, _ = await rig.generate(ask(max_tokens=1, logprobs=2))
+        _, generated = await rig.generate(ask(max_tokens=1, logprobs=2))
         (entry,) = generated.logprobs
         assert (entry.token_id, entry.logprob, entry.text, entry.token_bytes) == (half, -0.25, "�", b"\xf0")
         assert [(top.token_id, top.logprob, top.text, top.token_bytes) for top in entry.top] == [
@@ -460,9 +460,9 @@ async def test_the_prompt_and_its_scores_come_before_all_tokens_of_all_continuat
     call = rig.call(ask(n=2, max_tokens=1, prompt_logprobs=0))
     await rig.engine.until(lambda engine: len(engine.requests) == 2)
     assert [request.sampling.prompt_logprobs for request in rig.engine.requests] == [0, None]
-    rig.engine.emit(1, token(5), finished())
+    rig.engine.emit(1, *answer([5]))
     prompt = rig.engine.requests[0].prompt
-    rig.engine.emit(0, PromptScored(tuple(scores(prompt[1:], 0))), token(6), finished())
+    rig.engine.emit(0, PromptScored(tuple(scores(prompt[1:], 0))), *answer([6]))
     responses = [response async for response in call]
     assert len(responses[0].prompt.logprobs) == len(prompt)
     assert [list(r.token_ids) for r in responses if r.token_ids and r.index == 1] == [[5]]
@@ -556,20 +556,19 @@ def resumed(*received: tuple[Sequence[int], bool], **sampling: Any) -> pb.Genera
 
 
 async def test_a_resumed_answer_goes_on_behind_what_the_caller_has(rig: Rig) -> None:
-    answer = rig.ids(" once upon a time 😀")[:5]
-    rig.engine.script = lambda request: [Started(0.1, 99), *map(token, answer[2:]), finished()]
-    responses = await rig.generate(resumed((answer[:2], False), (answer[:3], True), max_tokens=5))
-    assert [list(response.token_ids) for response in responses] == [[it] for it in answer[2:]] + [[]]
-    assert text_of(responses) == rig.text.decode(answer, skip_special_tokens=True).removeprefix(
-        rig.text.decode(answer[:2], skip_special_tokens=True)
-    )
+    ids = rig.ids(" once upon a time 😀")[:5]
+    rig.engine.script = lambda request: [Started(0.1, 99), *answer(ids[2:])]
+    responses = await rig.generate(resumed((ids[:2], False), (ids[:3], True), max_tokens=5))
+    assert [list(response.token_ids) for response in responses] == [[it] for it in ids[2:]]
+    before, whole = (rig.text.decode(it, skip_special_tokens=True) for it in (ids[:2], ids))
+    assert before + text_of(responses) == whole
     assert not any(response.HasField("prompt") for response in responses)
     prompt = (1, *rig.ids("Once upon"))
     usage = last_of(responses).usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), 5)
     assert usage.cached_prompt_tokens == len(prompt)
     (sequence,) = rig.engine.requests
-    assert (sequence.prompt, sequence.generated) == (prompt, tuple(answer[:2]))
+    assert (sequence.prompt, sequence.generated) == (prompt, tuple(ids[:2]))
 
 
 async def test_a_resumed_answer_does_not_score_its_prompt_again(rig: Rig) -> None:
@@ -654,7 +653,7 @@ async def test_an_unexpected_error_is_internal_and_the_service_lives_on(
         error = await rig.error(ask())
     assert (error.code, error.message) == (grpc.StatusCode.INTERNAL, "internal error")
     rig.engine.refusal = None
-    assert len(await rig.generate(ask(max_tokens=1))) == 3
+    assert len(await rig.generate(ask(max_tokens=1))) == 2
 
 
 async def test_a_draining_service_finishes_what_runs_and_refuses_the_rest(rig: Rig) -> None:
@@ -666,7 +665,7 @@ async def test_a_draining_service_finishes_what_runs_and_refuses_the_rest(rig: R
     assert (error.code, error.reason, error.retry_after_s) == (grpc.StatusCode.UNAVAILABLE, "DRAINING", 1.0)
     with pytest.raises(grpc.aio.AioRpcError):
         await rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=5)
-    rig.engine.emit(0, *map(token, rig.ids(" a hen")), finished())
+    rig.engine.emit(0, *answer(rig.ids(" a hen")))
     assert text_of([response async for response in running]) == " a hen"
     assert (await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)).model == "tiny"
 

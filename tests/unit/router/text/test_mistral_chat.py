@@ -182,7 +182,7 @@ def test_without_the_extra_the_text_works_and_chat_names_it(
     monkeypatch.setitem(sys.modules, "mistral_common", None)
     folder = write_tekken(tmp_path)
     assert load_text(folder).encode(" hen", add_special_tokens=True) == (1, 32 + 259)
-    assert "moesaic[mistral]" in refusal(folder)
+    assert "needs mistral-common" in refusal(folder)
 
 
 def test_a_version_that_the_library_does_not_know_is_no_reason_not_to_serve(tmp_path: Path) -> None:

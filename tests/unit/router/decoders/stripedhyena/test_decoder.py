@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.engine_events import collect
 from support.local_router import LocalRouter, router_config
 from support.striped_hyena import EVO, Reference, write_striped_hyena
 from support.views import plain_view, whole
@@ -26,11 +27,9 @@ from router.decoders.stripedhyena.decoder import rms_norm
 from router.engine.engine import Engine
 from router.engine.request import (
     Failed,
-    Finished,
     PromptScored,
     SequenceEvent,
     SequenceRequest,
-    TokenGenerated,
 )
 from router.engine.sampling_params import SamplingParams
 from router.phase_clock import PhaseClock
@@ -97,16 +96,6 @@ class Harness:
         self.engine.stop(WAIT_S)
         assert self.blocks.num_used == 0
         self.states.check_integrity([])
-
-
-def collect(events: queue.SimpleQueue[SequenceEvent]) -> tuple[list[int], Finished | Failed]:
-    tokens = []
-    while True:
-        event = events.get(timeout=WAIT_S)
-        if isinstance(event, TokenGenerated):
-            tokens.append(event.token.token_id)
-        elif isinstance(event, Finished | Failed):
-            return tokens, event
 
 
 @pytest.fixture(scope="module")
