@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from expert_worker.compute.batcher import Batcher
+from expert_worker.compute.batcher import Batcher, ComputeCalls
 from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.compute_pass import compute_calls
 from expert_worker.config import WorkerConfig
@@ -69,9 +69,16 @@ class WorkerServer:
     """One expert worker. Call `start`, then `load`, then `wait`; `stop` may be called at any time."""
 
     def __init__(
-        self, config: WorkerConfig, *, on_contents_change: Callable[[], object] = lambda: None
+        self,
+        config: WorkerConfig,
+        *,
+        on_contents_change: Callable[[], object] = lambda: None,
+        compute: ComputeCalls = compute_calls,
     ) -> None:
-        """`on_contents_change` is called after every change of `contents_revision`, from any thread."""
+        """`on_contents_change` is called after every change of `contents_revision`, from any thread.
+
+        `compute` is what the compute thread does with calls.
+        """
         self.incarnation = uuid.uuid4().hex
         self.loaded_bytes = 0
         self.total_bytes = 0
@@ -99,7 +106,7 @@ class WorkerServer:
             max_concurrent_rpcs=MAX_CONCURRENT_RPCS,
         )
         self._batcher = Batcher(
-            compute_calls,
+            compute,
             max_queued_calls=settings.max_queued_calls,
             max_pass_rows=settings.max_call_rows,
         )
