@@ -20,7 +20,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Buffer, Callable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
@@ -39,9 +39,7 @@ class NoRoom(Exception):
 class KeptFolder:
     """The files that this process uses. All methods may be called from any thread."""
 
-    def __init__(
-        self, root: Path, own: PrivateFolder, max_bytes: int, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, root: Path, own: PrivateFolder, max_bytes: int, clock: Callable[[], float]) -> None:
         self._root = root
         self._pool = root / "pool"
         self._own = own
@@ -49,7 +47,8 @@ class KeptFolder:
         self._clock = clock
         # Guards the sum, which counts every file of the pool once.
         self._guard = threading.Lock()
-        self._used_bytes = sum(_size(path) for path in self._pool.iterdir())
+        self._used_bytes = 0
+        self._count()
 
     @classmethod
     def open(
@@ -79,7 +78,7 @@ class KeptFolder:
             return None
         return path
 
-    def write(self, name: str, parts: Iterable[Buffer], num_bytes: int) -> Path:
+    def write(self, name: str, parts: Iterable[bytes | memoryview], num_bytes: int) -> Path:
         """Writes a file, unless there is one of this name; returns where it lies. This process uses it from now on.
 
         Raises NoRoom, or OSError where the place cannot be written to.
@@ -120,6 +119,7 @@ class KeptFolder:
         own = _names(self._own.path)
         remove_dead(self._root / "users", lambda dead: _is_fresh(dead, now) and not _names(dead) <= own)
         _drop_unused(self._pool)
+        self._count()
 
     def close(self) -> None:
         """Gives all files up. May be called once."""
@@ -138,6 +138,11 @@ class KeptFolder:
                 self._take(-num_bytes)
                 other.replace(path)
         return path
+
+    def _count(self) -> None:
+        used = sum(_size(path) for path in self._pool.iterdir())
+        with self._guard:
+            self._used_bytes = used
 
     def _take(self, num_bytes: int) -> None:
         with self._guard:
@@ -165,9 +170,9 @@ def _make_private(folder: Path) -> None:
         raise PermissionError(f"{folder} is not a folder of this user alone")
 
 
-def _write(path: Path, parts: Iterable[Buffer], num_bytes: int) -> None:
+def _write(path: Path, parts: Iterable[bytes | memoryview], num_bytes: int) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _FILE_MODE)
-    with open(descriptor, "wb", buffering=0) as file:
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
         # The memory is taken at once: a full place is known before anything is copied.
         os.posix_fallocate(descriptor, 0, num_bytes)
         for part in parts:
@@ -184,7 +189,7 @@ def _size(path: Path) -> int:
 
 
 def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir() if not path.name.endswith(_UNFINISHED)}
 
 
 def _is_fresh(dead: Path, now_s: float) -> bool:

@@ -87,9 +87,7 @@ def probe_layout() -> bytes | None:
             raise RuntimeError("other products")
         return layout_of(packed).packed
     except (RuntimeError, AttributeError, TypeError, ValueError, OSError) as error:
-        log.warning(
-            "packed weights cannot be viewed here", extra={"fields": {"why": str(error)[:200]}}
-        )
+        log.warning("packed weights cannot be viewed here", extra={"fields": {"why": str(error)[:200]}})
         return None
 
 
