@@ -225,7 +225,7 @@ class _Plain:
     row_counts: tuple[int, ...] = ()
 
     def __init__(self, weight: Tensor) -> None:
-        self.tensors = (weight,)
+        self.tensors: tuple[Tensor, ...] = (weight,)
         self.dtype = weight.dtype
         self.num_bytes = weight.nbytes
         self._weight = weight
@@ -243,7 +243,7 @@ class _Packed:
     row_counts: tuple[int, ...] = ROW_COUNTS
 
     def __init__(self, packed: Tensor) -> None:
-        self.tensors = (packed,)
+        self.tensors: tuple[Tensor, ...] = (packed,)
         self.dtype = packed.dtype
         self.num_bytes = packed.numel() * packed.element_size()
         self._weight = packed
@@ -265,7 +265,7 @@ class _Int8:
     row_counts: tuple[int, ...] = ROW_COUNTS
 
     def __init__(self, packed: Tensor, scales: Tensor) -> None:
-        self.tensors = (packed, scales)
+        self.tensors: tuple[Tensor, ...] = (packed, scales)
         self._scales = scales
         self.num_bytes = packed.numel() + scales.nbytes
         self._zeros = torch.zeros(len(scales), dtype=torch.int32)
@@ -295,7 +295,7 @@ class _WidenedInt8:
 
     def __init__(self, values: Tensor, scales: Tensor) -> None:
         """`scales` are in the dtype that the weight is widened to."""
-        self.tensors = (values, scales)
+        self.tensors: tuple[Tensor, ...] = (values, scales)
         self.dtype = scales.dtype
         self._weight = values
         self._scales = scales
@@ -317,8 +317,8 @@ class _Int4:
     row_counts: tuple[int, ...] = ()
 
     def __init__(self, packed: Tensor, scales_and_zeros: Tensor) -> None:
-        self.tensors = (packed, scales_and_zeros)
-        self._weight, self._scales_and_zeros = self.tensors
+        self.tensors: tuple[Tensor, ...] = (packed, scales_and_zeros)
+        self._weight, self._scales_and_zeros = packed, scales_and_zeros
         self.num_bytes = packed.nbytes + scales_and_zeros.nbytes
         self._multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 

@@ -14,6 +14,7 @@ import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,16 +80,23 @@ def probe_layout() -> bytes | None:
         weight = torch.randn(_PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         viewed = view_bytes(memoryview(bytes(bytes_of(packed))), layout_of(packed))
-        rows = torch.ones(2, _PROBE_SHAPE[1])
-        products = [
-            torch.ops.mkldnn._linear_pointwise(rows, w, None, "none", [], "") for w in (packed, viewed)
-        ]
-        if not torch.equal(*products):
-            raise RuntimeError("other products")
+        if not torch.equal(_probe_product(viewed), _probe_product(packed)):
+            raise RuntimeError("its products are others")
+        gone = weakref.ref(viewed)
+        del viewed
+        if gone() is not None:
+            raise RuntimeError("its memory is never let go")
         return layout_of(packed).packed
     except (RuntimeError, AttributeError, TypeError, ValueError, OSError) as error:
         log.warning("packed weights cannot be viewed here", extra={"fields": {"why": str(error)[:200]}})
         return None
+
+
+def _probe_product(weight: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(
+        torch.ones(2, weight.shape[1]), weight, None, "none", [], ""
+    )
+    return product
 
 
 def _let_go(memory: memoryview) -> None:
@@ -116,7 +124,8 @@ def _create(address: int, dtype: torch.dtype, layout: TensorLayout) -> Tensor:
     )
     if failed:
         raise RuntimeError("torch refuses the layout")
-    tensor: Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(handle))
+    # Of the functions that turn handles into tensors this one alone takes the handle's reference over.
+    (tensor,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(handle)])
     assert tensor.dtype == dtype
     return tensor
 
@@ -133,9 +142,8 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
-def _capsule(handle: ctypes.c_void_p) -> object:
+def _capsule(handle: ctypes.c_void_p) -> Any:
     new = ctypes.pythonapi.PyCapsule_New
     new.restype = ctypes.py_object
     new.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    capsule: object = new(handle, None, None)
-    return capsule
+    return new(handle, None, None)
