@@ -154,7 +154,7 @@ class KeptFolder:
 def sweep(place: Path) -> None:
     """Removes all that this user's dead processes have left, for when nobody is to succeed them."""
     root = _root(place)
-    if root.is_dir():
+    if (root / "pool").is_dir():
         remove_dead(root / "users")
         _drop_unused(root / "pool")
 
