@@ -39,7 +39,8 @@ def test_a_product_with_viewed_weights_has_the_same_bits(form: WeightForm, dtype
 
 
 def test_a_view_lies_in_the_bytes_and_keeps_them_until_it_goes() -> None:
-    memory = memoryview(bytearray(bytes_of(torch.arange(6, dtype=torch.float32))))
+    numbers = torch.arange(6, dtype=torch.float32)
+    memory = memoryview(bytearray(bytes_of(numbers)))
     tensor = view_bytes(memory, TensorLayout("float32", (2, 3)))
     assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
     memory.cast("f")[5] = 7.0
@@ -54,5 +55,5 @@ def test_a_view_lies_in_the_bytes_and_keeps_them_until_it_goes() -> None:
     "layout", [TensorLayout("float99", (1,)), TensorLayout("float32", (5,)), TensorLayout("bfloat16", (9,))]
 )
 def test_a_layout_that_the_bytes_cannot_have_is_refused(layout: TensorLayout) -> None:
-    with pytest.raises(ValueError, match="float99|needed"):
+    with pytest.raises(ValueError, match=r"float99|needed"):
         view_bytes(memoryview(bytes(16)), layout)
