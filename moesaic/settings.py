@@ -299,7 +299,7 @@ class RolloutSettings(_Group):
 
     drain_s: float = Field(
         60.0,
-        ge=0,
+        gt=0,
         description="How long sequences may still run in an epoch that is no longer in use; those that run longer end "
         "with ABORTED, reason epoch_retired.",
     )

@@ -18,12 +18,12 @@ from cluster.control.change_order import ChangeOrder
 from cluster.control.controller import Controller
 from cluster.control.epoch_store import Decision, EpochStore
 from cluster.control.epochs_in_use import EpochsInUse
-from cluster.control.gate_rows import effective_rows
 from cluster.control.head import Head, Trial
 from cluster.control.progress import Progress, Step
 from cluster.control.reconciler import Reconciler
 from cluster.control.router_reports import RouterReports
 from moesaic.bundles import BaseModel, check_base
+from moesaic.bundles.gate_row import effective_row
 from moesaic.epoch import Epoch
 from moesaic.errors import Aborted, FailedPrecondition, InternalError, MoesaicError, Unavailable
 from moesaic.v1 import control_pb2
@@ -174,7 +174,12 @@ class Changes:
     async def _goal_of_bundle(self, order: ChangeOrder, head: Head, current: Epoch) -> _Goal:
         bundle = await asyncio.to_thread(self._bundles.open, order.bundle)
         check_base(bundle, self._base)
-        rows = {**effective_rows(bundle), **order.rows_of(bundle.manifest)}
+        brought = {
+            index: effective_row(bundle, expert.gate_row)
+            for index, expert in enumerate(bundle.manifest.experts)
+            if expert.gate_row is not None
+        }
+        rows = {**brought, **order.rows_of(bundle.manifest)}
         make = next_epoch.swap if order.word == "swap" else next_epoch.add
         epoch = make(current, bundle.manifest, bundle.digest, self._base, rows)
         name = bundle.manifest.name

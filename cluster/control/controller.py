@@ -20,12 +20,11 @@ from cluster.control.epochs_in_use import EpochsInUse
 from cluster.control.head import Head
 from cluster.control.loss import BEAT_S, Losses
 from cluster.control.process_report import CANNOT_START, EVIDENCE, PROCESS_DIED, ProcessReport
-from cluster.control.publication import Publication
 from cluster.control.pulse import Pulse
 from cluster.control.worker_facts import WorkerFacts, WorkerSighting
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion, merge_versions
 from moesaic.errors import FailedPrecondition, MoesaicError, Unavailable
-from moesaic.routing_table import Replica, RoutingTable
+from moesaic.routing_table import Canary, Replica, RoutingTable, Snapshot
 from moesaic.v1 import common_pb2, control_pb2
 
 log = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ class Controller:
         self._problem = ""
         # Why workers that run are not used, or not for all that they hold.
         self._refused: dict[str, str] = {}
-        self._publication: Publication | None = None
+        self._snapshot: Snapshot | None = None
 
     async def run(self) -> None:
         """Follows all members until it is cancelled."""
@@ -123,16 +122,16 @@ class Controller:
             for member in self._cluster.members:
                 group.create_task(self._follow(member.name))
 
-    async def watch(self) -> AsyncIterator[Publication]:
-        """The newest publication once there is one, then every newer one; slow readers skip some in between."""
-        sent: Publication | None = None
+    async def watch(self) -> AsyncIterator[Snapshot]:
+        """The newest snapshot once there is one, then every newer one; slow readers skip some in between."""
+        sent: Snapshot | None = None
         while True:
-            publication = self._publication
-            if publication is None or publication is sent:
+            snapshot = self._snapshot
+            if snapshot is None or snapshot is sent:
                 await self.changed.wait()
             else:
-                sent = publication
-                yield publication
+                sent = snapshot
+                yield snapshot
 
     @property
     def revision(self) -> int:
@@ -183,7 +182,7 @@ class Controller:
         return control_pb2.GetTopologyResponse(
             model=self._cluster.model,
             epoch=self._epochs.head.current if self._epochs.head else "",
-            revision=self._revision if self._publication else 0,
+            revision=self._revision if self._snapshot else 0,
             processes=[self._process(member) for member in self._cluster.members],
         )
 
@@ -256,7 +255,7 @@ class Controller:
 
     def _set_worker(self, name: str, facts: WorkerFacts | None) -> None:
         was = self._workers.get(name)
-        is_news = facts != was or name in self._unobserved or self._publication is None
+        is_news = facts != was or name in self._unobserved or self._snapshot is None
         self._unobserved.discard(name)
         if not is_news:
             return
@@ -280,17 +279,23 @@ class Controller:
         replicas = tuple(replica for replica in served if replica.holdings)
         held = frozenset[ExpertVersion]().union(*(replica.holdings for replica in replicas))
         epoch = self._once_complete(self._epochs.current, held)
-        canary = self._once_complete(self._epochs.canary, held)
-        trial = self._epochs.head.canary if self._epochs.head and canary else None
-        told = Publication(epoch, RoutingTable(self._revision, replicas), canary, trial, self._epochs.drain_s)
-        if told == self._publication:
+        told = Snapshot(
+            epoch, RoutingTable(self._revision, replicas), self._canary(held), self._epochs.drain_s
+        )
+        if told == self._snapshot:
             return
         self._revision += 1
-        self._publication = replace(told, table=RoutingTable(self._revision, replicas))
+        self._snapshot = replace(told, table=RoutingTable(self._revision, replicas))
         log.info(
             "routing table",
             extra={"fields": {"revision": self._revision, "workers": [r.worker for r in replicas]}},
         )
+
+    def _canary(self, held: frozenset[ExpertVersion]) -> Canary | None:
+        head, epoch = self._epochs.head, self._once_complete(self._epochs.canary, held)
+        if head is None or head.canary is None or epoch is None:
+            return None
+        return Canary(epoch, head.canary.share, head.canary.shadow_share)
 
     def _once_complete(self, epoch: Epoch | None, held: frozenset[ExpertVersion]) -> Epoch | None:
         """An epoch that routers may be told of: each of its versions is held, or was when they were told first."""

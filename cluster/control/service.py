@@ -30,8 +30,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def Watch(
         self, request: control_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[control_pb2.WatchResponse]:
-        async for publication in self._plane.controller.watch():
-            yield publication.to_proto()
+        async for snapshot in self._plane.controller.watch():
+            yield snapshot.to_proto()
 
     async def GetTopology(
         self, request: control_pb2.GetTopologyRequest, context: Context

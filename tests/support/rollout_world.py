@@ -19,14 +19,13 @@ from cluster.control.control_plane import ControlPlane
 from cluster.control.controller import Cluster, Member
 from cluster.control.process_report import PROCESS_DIED, ProcessReport
 from cluster.control.progress import Progress
-from cluster.control.publication import Publication
 from cluster.control.rollout_config import RolloutConfig
 from cluster.control.worker_calls import ProbeOutcome
 from cluster.control.worker_facts import WorkerFacts
 from moesaic.bundles import BaseModel, Bundle
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion
 from moesaic.errors import FailedPrecondition, Unavailable
-from moesaic.routing_table import Replica
+from moesaic.routing_table import Replica, Snapshot
 from moesaic.settings import RolloutSettings
 from moesaic.v1 import control_pb2
 
@@ -71,17 +70,17 @@ class PlayedRouter:
 
     name: str
     starts: int = 1
-    told: Publication | None = None
+    told: Snapshot | None = None
     # The epochs of its sequences, and when each epoch left its use.
     pinned: list[str] = field(default_factory=list)
     left_s: dict[str, float] = field(default_factory=dict)
     known: dict[str, Epoch] = field(default_factory=dict)
 
-    def take(self, told: Publication, now_s: float) -> None:
+    def take(self, told: Snapshot, now_s: float) -> None:
         held = frozenset[ExpertVersion]().union(*(replica.holdings for replica in told.table.replicas))
         before, self.told = self.in_use, told
-        for epoch in (told.epoch, told.canary):
-            if epoch is not None and epoch.id not in before:
+        for epoch in _epochs(told):
+            if epoch.id not in before:
                 assert epoch.expert_versions <= held, f"{self.name} got epoch {epoch.id}, which nobody holds"
                 self.known[epoch.id] = epoch
         for epoch_id in before - self.in_use:
@@ -91,9 +90,7 @@ class PlayedRouter:
 
     @property
     def in_use(self) -> set[str]:
-        told = self.told
-        epochs = () if told is None else (told.epoch, told.canary)
-        return {epoch.id for epoch in epochs if epoch is not None}
+        return {epoch.id for epoch in _epochs(self.told)}
 
     def retire_overstayers(self, now_s: float) -> None:
         self.pinned = [epoch for epoch in self.pinned if now_s - self.left_s.get(epoch, now_s) < DRAIN_S]
@@ -109,13 +106,18 @@ class PlayedRouter:
             incarnation=str(self.starts),
             address="127.0.0.1:1",
             epoch=told.epoch.id if told and told.epoch else "",
-            canary=told.canary.id if told and told.canary else "",
+            canary=told.canary.epoch.id if told and told.canary else "",
             routing_table_revision=told.table.revision if told else 0,
             epochs=[
                 control_pb2.EpochStats(epoch=epoch, open_sequences=self.pinned.count(epoch))
                 for epoch in sorted(set(self.pinned))
             ],
         )
+
+
+def _epochs(told: Snapshot | None) -> list[Epoch]:
+    canary = None if told is None or told.canary is None else told.canary.epoch
+    return [epoch for epoch in (told and told.epoch, canary) if epoch is not None]
 
 
 class World:

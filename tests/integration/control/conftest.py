@@ -23,7 +23,6 @@ from moesaic import rpc
 from moesaic.bundles import BaseModel, Bundle
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
-from moesaic.epoch import ExpertAddress
 from moesaic.families import describe_model
 from moesaic.settings import RolloutSettings
 from moesaic.v1 import control_pb2, control_pb2_grpc
@@ -125,7 +124,3 @@ async def rig(tmp_path: Path, base: BaseModel) -> AsyncIterator[Rig]:
         for worker in workers:
             rig.addresses.append(await stack.enter_async_context(worker.serving()))
         yield rig
-
-
-def slots(*pairs: tuple[int, int]) -> list[ExpertAddress]:
-    return [ExpertAddress(*pair) for pair in pairs]

@@ -17,11 +17,10 @@ from cluster.control.controller import Cluster, Controller, Member
 from cluster.control.epoch_store import EpochStore
 from cluster.control.epochs_in_use import EpochsInUse
 from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
-from cluster.control.publication import Publication
 from cluster.control.worker_facts import WorkerFacts
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion
 from moesaic.errors import Unavailable
-from moesaic.routing_table import Replica
+from moesaic.routing_table import Replica, Snapshot
 from moesaic.v1 import control_pb2 as pb
 
 pytestmark = pytest.mark.timeout(20)
@@ -150,7 +149,7 @@ async def following(
             store.close()
 
 
-async def until(snapshots: AsyncIterator[Publication], *workers: str) -> Publication:
+async def until(snapshots: AsyncIterator[Snapshot], *workers: str) -> Snapshot:
     """The next snapshot whose table has just these workers."""
     async with asyncio.timeout(5):
         async for snapshot in snapshots:

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.control.placement import MAX_WORKERS, LayerLoad, Node, place_experts, seat_routers, seat_workers
+from cluster.control.placement import (
+    MAX_WORKERS,
+    LayerLoad,
+    Node,
+    Shelf,
+    choose_shelves,
+    place_experts,
+    seat_routers,
+    seat_workers,
+)
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import InvalidArgument
 
@@ -335,3 +344,18 @@ def test_more_routers_than_free_cpus_are_refused() -> None:
     with pytest.raises(InvalidArgument) as refused:
         seat_routers([Node("a", "10.0.0.1", 1, 0, free_cpus=1)], [], 2, "cpu", home="a")
     assert refused.value.field == "routers"
+
+
+def test_an_added_expert_goes_to_other_hosts_then_to_room_then_to_whoever_has_few() -> None:
+    shelves = [
+        Shelf("w0", "a", 90, 2),
+        Shelf("w1", "a", 50, 0),
+        Shelf("w2", "b", 5, 0),
+        Shelf("w3", "b", 60, 1),
+    ]
+    sizes = dict.fromkeys(["w0", "w1", "w2", "w3"], 10)
+    assert choose_shelves(shelves, sizes, 1) == ["w1"]
+    assert choose_shelves(shelves, sizes, 2) == ["w1", "w3"]
+    assert choose_shelves(shelves, sizes, 9) == ["w1", "w3", "w0", "w2"]
+    assert choose_shelves(shelves, sizes, 2, holders={"w3"}) == ["w3", "w1"]
+    assert choose_shelves(shelves, sizes, 1, holders={"w0", "w2"}) == ["w0", "w2"]

@@ -13,17 +13,27 @@ from typing import ClassVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from support.played_base import base_model, write_played_bundle
 from support.rollout_world import Crash, PlayedWorker, World
 
 from cluster.control import bundle_store, epoch_store, reconciler
-from cluster.control.change_order import ChangeOrder, Shares
+from cluster.control.change_order import ChangeOrder, ChangeWord, Shares
 from cluster.control.epoch_store import Decision
 from cluster.control.head import Head, Trial
 from moesaic.bundles import Bundle
 from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.errors import Aborted, MoesaicError
+
+# Half a minute of one core, which a busy machine may not have to itself.
+pytestmark = pytest.mark.timeout(900)
 
 # 200 runs of 50 steps; MOESAIC_ROLLOUT_RUNS asks for more.
 RUNS = int(os.environ.get("MOESAIC_ROLLOUT_RUNS", "200"))
@@ -68,6 +78,10 @@ def workers(room: int) -> list[PlayedWorker]:
     ]
 
 
+def word_of(name: str) -> ChangeWord:
+    return "add" if BUNDLES[name][0][1] is None else "swap"
+
+
 def replay(history: list[Decision]) -> Head | None:
     """The head to which the decisions lead, the oldest first."""
     head: Head | None = None
@@ -107,6 +121,13 @@ class RolloutMachine(RuleBasedStateMachine):
             self.world.close()
             shutil.rmtree(self.folder)
 
+    @property
+    def added(self) -> list[str]:
+        """The bundles of the current epoch that brought slots."""
+        current = self.world.plane.epochs.current
+        bundles = current.bundles if current else ()
+        return [one.name for one in bundles if any(slot > 2 for _, slot in one.experts)]
+
     def order(self, order: ChangeOrder) -> None:
         """What is refused is refused; what is begun goes on by itself."""
         with suppress(MoesaicError):
@@ -122,22 +143,37 @@ class RolloutMachine(RuleBasedStateMachine):
     def uploads(self, name: str) -> None:
         self.upload(name)
 
-    @rule(name=NAMES, operator=OPERATORS, canary=st.booleans(), seconds=st.sampled_from([0.0, 0.3, 2.0]))
+    @rule(
+        name=NAMES,
+        operator=OPERATORS,
+        canary=st.sampled_from([False, False, True]),
+        seconds=st.sampled_from([0.0, 0.3, 2.0]),
+    )
+    def swaps_or_adds(self, name: str, operator: str, canary: bool, seconds: float) -> None:
+        self.changes(name, operator, canary, seconds)
+
     def changes(self, name: str, operator: str, canary: bool, seconds: float) -> None:
         self.upload(name)
-        word = "add" if BUNDLES[name][0][1] is None else "swap"
         shares = Shares(0.5, 0.1) if canary else None
-        self.order(ChangeOrder(word, self.made[name].digest, canary=shares, operator=operator))
+        self.order(ChangeOrder(word_of(name), self.made[name].digest, canary=shares, operator=operator))
         self.world.pass_time(seconds)
 
-    @rule(name=NAMES, seconds=st.sampled_from([0.0, 2.0]))
-    def removes(self, name: str, seconds: float) -> None:
-        self.order(ChangeOrder("remove", name=name))
+    @precondition(lambda self: self.added)
+    @rule(data=st.data(), seconds=st.sampled_from([0.0, 2.0]))
+    def removes(self, data: st.DataObject, seconds: float) -> None:
+        self.order(ChangeOrder("remove", name=data.draw(st.sampled_from(self.added))))
         self.world.pass_time(seconds)
 
+    @precondition(lambda self: self.world.plane.epochs.canary)
     @rule(seconds=st.sampled_from([0.0, 2.0]))
     def promotes(self, seconds: float) -> None:
         self.order(ChangeOrder("promote"))
+        self.world.pass_time(seconds)
+
+    @precondition(lambda self: self.world.plane.epochs.canary)
+    @rule(seconds=st.sampled_from([0.0, 2.0]))
+    def gives_the_canary_up(self, seconds: float) -> None:
+        self.order(ChangeOrder("rollback"))
         self.world.pass_time(seconds)
 
     @rule(data=st.data(), seconds=st.sampled_from([0.0, 2.0]))
@@ -150,7 +186,7 @@ class RolloutMachine(RuleBasedStateMachine):
     def two_operators_at_once(self, one: str, other: str) -> None:
         self.upload(one)
         self.upload(other)
-        orders = [ChangeOrder("swap", self.made[name].digest) for name in (one, other)]
+        orders = [ChangeOrder(word_of(name), self.made[name].digest) for name in (one, other)]
         with suppress(MoesaicError):
             self.world.begin(orders[0])
             if self.world.plane.changes.is_busy:
@@ -158,9 +194,10 @@ class RolloutMachine(RuleBasedStateMachine):
                     self.world.begin(orders[1])
         self.world.pass_time(1.0)
 
-    @rule(step=st.sampled_from(FAILPOINTS))
-    def the_controller_will_crash(self, step: str) -> None:
+    @rule(step=st.sampled_from(FAILPOINTS), name=NAMES, canary=st.booleans())
+    def the_controller_crashes_during_a_change(self, step: str, name: str, canary: bool) -> None:
         self.world.armed = step
+        self.changes(name, "ann", canary, 4.0)
 
     @rule()
     def the_controller_is_killed(self) -> None:
