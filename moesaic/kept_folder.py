@@ -123,9 +123,8 @@ class KeptFolder:
 
     def close(self) -> None:
         """Gives all files up. May be called once."""
+        self.tend()
         self._own.remove()
-        now = self._clock()
-        remove_dead(self._root / "users", lambda dead: _is_fresh(dead, now))
         _drop_unused(self._pool)
 
     def _publish(self, name: str, path: Path, num_bytes: int) -> Path:
