@@ -2,8 +2,8 @@
 
 A worker by hand is started, asked for one row, and killed, again and again; without kept weights it reads them from files
 that are in the system's page cache. What a process needs to import the worker's modules is measured beside it, because
-that is what is left of a restart. Last, two workers with the same experts run together, and the memory is counted that
-they have as a whole: pages that they share once.
+that is what is left of a restart. Last, two workers with the same experts run together, and their memory is counted, that of
+the files in shared memory included, once.
 
 Run: python benchmarks/worker_restart.py [--rounds 5] [--threads 2]
 """
@@ -86,10 +86,10 @@ class Program:
             return worker.start
 
     def memory(self, keep: Keep) -> int:
-        """The bytes of two workers with the same experts, shared pages counted once."""
+        """The bytes of two workers with the same experts, and of what they keep."""
         with ExitStack() as running:
             workers = [running.enter_context(self.run(keep)) for _ in range(2)]
-            return sum(psutil.Process(worker.pid).memory_full_info().pss for worker in workers)
+            return sum(own_bytes(worker.pid) for worker in workers) + folder_bytes(Path(self.place))
 
 
 def main(
@@ -158,6 +158,19 @@ def import_modules() -> Start:
     after = psutil.Process().cpu_times()
     cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
     return Start(time.perf_counter() - start_s, cpu_s)
+
+
+def own_bytes(pid: int) -> int:
+    """The memory of a process, without shared memory; what it shares with others by its part."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    kib = {line[0]: int(line[1]) for line in lines}
+    return (kib["Pss:"] - kib["Pss_Shmem:"]) << 10
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files of a folder take, each counted once."""
+    files = {path.stat().st_ino: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return sum(facts.st_blocks * 512 for facts in files.values())
 
 
 def experts_mib(model: Path) -> float:
