@@ -89,7 +89,8 @@ class Program:
         """The bytes of two workers with the same experts, and of what they keep."""
         with ExitStack() as running:
             workers = [running.enter_context(self.run(keep)) for _ in range(2)]
-            return sum(own_bytes(worker.pid) for worker in workers) + folder_bytes(Path(self.place))
+            shared = folder_bytes(Path(self.place)) if keep == "auto" else 0
+            return sum(own_bytes(worker.pid) for worker in workers) + shared
 
 
 def main(
