@@ -546,8 +546,11 @@ def test_a_flood_of_connections_is_bounded(
     worker: Worker, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct_server, "MAX_CONNECTIONS", 2)
-    with worker.caller() as caller, worker.caller() as other, worker.enter() as refused:
-        with suppress(ConnectionResetError):
+    with worker.caller() as caller, worker.caller() as other:
+        # An answered call shows that the worker has read of the stream; without one it may replace the connection.
+        for let_in in (caller, other):
+            assert let_in.ask(make_call({0: [0]})).HasField("output")
+        with worker.enter() as refused, suppress(ConnectionResetError):
             assert refused.recv(1) == b""
         for let_in in (caller, other):
             assert let_in.ask(make_call({0: [0]})).HasField("output")
@@ -561,6 +564,7 @@ def test_connections_that_ask_for_nothing_keep_no_caller_out(
 ) -> None:
     monkeypatch.setattr(direct_server, "MAX_CONNECTIONS", 2)
     with worker.caller() as caller, worker.enter() as silent:
+        assert caller.ask(make_call({0: [0]})).HasField("output")
         assert silent.recv(1)
         with worker.caller() as late:
             for let_in in (caller, late):
