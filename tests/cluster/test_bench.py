@@ -67,7 +67,7 @@ def test_one_look_at_a_cluster_shows_every_router_and_worker(served: Serve) -> N
         [*MOESAIC, "top", "--once", "--grpc", served.grpc, "--interval", "0.2"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=True,
     )
     assert "expert-worker-1" in done.stdout

@@ -56,7 +56,7 @@ def topology(control_address: str) -> control_pb2.GetTopologyResponse:
         async with rpc.aio_channel(control_address) as channel:
             stub = control_pb2_grpc.ControlServiceStub(channel)
             answer: control_pb2.GetTopologyResponse = await stub.GetTopology(
-                control_pb2.GetTopologyRequest(), timeout=5
+                control_pb2.GetTopologyRequest(), timeout=60
             )
             return answer
 
@@ -68,7 +68,7 @@ def post(address: str, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
         f"http://{address}{path}", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -126,7 +126,7 @@ def test_ray_refuses_whoever_has_no_token(served: Serve) -> None:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
             try:
-                call(b"", timeout=10, **options)
+                call(b"", timeout=60, **options)
             except grpc.RpcError as error:
                 code: grpc.StatusCode = error.code()
                 return code

@@ -122,7 +122,7 @@ def until_ready(url: str) -> None:
     deadline_s = time.monotonic() + 60
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
+            with urllib.request.urlopen(url, timeout=60) as answer:
                 assert answer.status == 200
                 return
         except urllib.error.HTTPError as error:  # its router is not known to it yet

@@ -28,7 +28,7 @@ from router.workers.worker_link import OpenTransports, PendingCall, WorkerLink
 
 WAIT_S = 120.0
 # Within this time a caller is told of a worker that was killed.
-KILL_NOTICED_S = 10.0
+KILL_NOTICED_S = 60.0
 HIDDEN = torch.randn(100, 32, generator=torch.Generator().manual_seed(3))
 LARGE = torch.randn(MAX_ROWS_BYTES // 128 + 1, 32, generator=torch.Generator().manual_seed(4))
 

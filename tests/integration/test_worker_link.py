@@ -25,7 +25,7 @@ from router.workers.transports.base import (
 from router.workers.transports.direct_stream import MAX_ROWS_BYTES
 from router.workers.worker_link import PendingCall, WorkerLink
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Worker(expert_pb2_grpc.ExpertServiceServicer):

@@ -121,7 +121,7 @@ class HostServe:
         """Its exit code, once it has ended by itself."""
         code = self.popen.wait(END_TIMEOUT_S)
         for reader in self._readers:
-            reader.join(5.0)
+            reader.join(60)
         return code
 
     def stop(self) -> None:

@@ -77,14 +77,14 @@ class Serve:
     def close(self) -> None:
         """Closes its output, once no process writes to it any more."""
         for reader in self._readers:
-            reader.join(5.0)
+            reader.join(60)
         for pipe in (self.popen.stdout, self.popen.stderr):
             assert pipe is not None
             pipe.close()
 
     def status(self) -> dict[str, Any]:
         command = [*MOESAIC, "status", "--grpc", self.grpc, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         status: dict[str, Any] = json.loads(done.stdout)
         return status
 

@@ -42,7 +42,7 @@ from moesaic.transports.grpc_connection import Event, GrpcConnection, MessageRec
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from moesaic.wire.messages import COMPUTE_METHOD
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 MAX_QUEUED_CALLS = 16
 HIDDEN = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
