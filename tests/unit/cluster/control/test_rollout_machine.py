@@ -21,7 +21,8 @@ from cluster.control import bundle_store, epoch_store, reconciler
 from cluster.control.change_order import ChangeOrder, Shares
 from cluster.control.epoch_store import Decision
 from cluster.control.head import Head, Trial
-from moesaic.bundles import Bundle
+from moesaic.bundles import Bundle, verification
+from moesaic.bundles.kinds import OWN_KINDS
 from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.errors import Aborted, MoesaicError
 
@@ -50,7 +51,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("bundles")
     for name, targets in BUNDLES.items():
         RolloutMachine.made[name] = write_played_bundle(folder / name, BASE, name, targets)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # The thousands of uploads need not look through all installed packages each.
+        patch.setattr(verification, "installed_kinds", lambda: OWN_KINDS)
+        yield
     RolloutMachine.made.clear()
 
 
@@ -170,7 +174,7 @@ class RolloutMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(["w0", "w1", "w2"]))
     def a_worker_dies(self, name: str) -> None:
-        self.world.workers[name].alive = False
+        self.world.workers[name].die()
         self.world.pass_time(0.5)
 
     @rule(name=st.sampled_from(["w0", "w1", "w2"]))
