@@ -226,6 +226,7 @@ class RolloutMachine(RuleBasedStateMachine):
                 assert store.epoch(epoch).base == BASE.fingerprint
 
 
+@pytest.mark.timeout(900)  # it computes all the time: half a minute of a whole core
 def test_there_is_no_third_state() -> None:
     run_state_machine_as_test(
         RolloutMachine,
