@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INFERENCE_SERVICE = "moesaic.v1.InferenceService"
+ROUTER_CONTROL_SERVICE = "moesaic.v1.RouterControlService"
 EXPERT_SERVICE = "moesaic.v1.ExpertService"
 WORKER_CONTROL_SERVICE = "moesaic.v1.WorkerControlService"
 CONTROL_SERVICE = "moesaic.v1.ControlService"

@@ -20,10 +20,12 @@ from moesaic.epoch import Epoch
 from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica, Snapshot
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
+from router.api.control_service import RouterControlService
 from router.api.loading_service import LoadingService
 from router.api.sampling_defaults import neutral_sampling, read_sampling_defaults
 from router.api.service import InferenceService, ModelFacts
 from router.api.stats import router_stats
+from router.api.text_reader import TextReader
 from router.assembly import LoadedRouter, load_router
 from router.config import RouterConfig
 from router.control.cluster_watch import ClusterView
@@ -57,11 +59,15 @@ class RouterServer:
         self._address = ""
         self._started_s = time.monotonic()
         self._servicer = LoadingService()
+        self._control = RouterControlService()
         self._server = rpc.Server(
             {
                 rpc.INFERENCE_SERVICE: lambda server: (
                     inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, server)
-                )
+                ),
+                rpc.ROUTER_CONTROL_SERVICE: lambda server: (
+                    inference_pb2_grpc.add_RouterControlServiceServicer_to_server(self._control, server)
+                ),
             }
         )
         self._clock = PhaseClock()
@@ -103,15 +109,22 @@ class RouterServer:
         assert loaded is not None and engine is not None and epochs is not None, "start and load come first"
         try:
             async with asyncio.timeout(timeout_s):
-                await epochs.wait_first()
+                epoch = await epochs.wait_first()
                 sys.setswitchinterval(SWITCH_INTERVAL_S)
                 engine.start()
-                await pass_one_token(engine, epochs.book.choose("readiness", "", "", None), timeout_s)
+                await pass_one_token(engine, epochs.book.choose("readiness", "", epoch.id, None), timeout_s)
         except TimeoutError as error:
             raise Unavailable(
                 f"not every expert had a worker within {timeout_s:.0f} s", reason="NOT_READY"
             ) from error
         self._servicer.service = self._make_service(loaded, engine, epochs.book)
+        self._control.reader = TextReader(
+            engine,
+            loaded.text,
+            loaded.model.gates,
+            epochs.book.plain_view,
+            max_model_len=loaded.max_model_len,
+        )
         await self._server.set_serving(True)
         self._tasks.append(asyncio.create_task(self._keep_health_true(engine, epochs)))
         self._tasks.append(asyncio.create_task(self._reporter(engine, epochs).run()))

@@ -36,6 +36,8 @@ class Setup:
     workers: int = 1
     # The routers share the workers; the gateway knows all of them.
     routers: int = 1
+    # The controller that the routers follow; None: they are told the workers.
+    controller: str | None = None
     # The addresses of workers that already run; without any, `workers` are started.
     shared_workers: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -55,7 +57,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The addresses of a running site, and its process ids by name."""
+    """The addresses of a running site, and its process ids by name. Without a router that address is empty."""
 
     router: str
     workers: tuple[str, ...]
@@ -89,7 +91,9 @@ def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
         }
         workers = setup.shared_workers or tuple(map(start.address, pids.values()))
         named = [flag for address in workers for flag in ("--worker", address)]
-        routers = ["router", *(f"router-{index}" for index in range(1, setup.routers))]
+        if setup.controller is not None:
+            named = ["--controller", setup.controller]
+        routers = ["router", *(f"router-{index}" for index in range(1, setup.routers))][: setup.routers]
         pids |= {name: start("router", *model, "--port", "0", *named) for name in routers}
         addresses = [start.address(pids[name]) for name in routers]
         http = None
@@ -97,7 +101,7 @@ def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
             behind = [flag for address in addresses for flag in ("--router", address)]
             pids["gateway"] = start("gateway", *behind, "--port", "0")
             http = start.address(pids["gateway"])
-        yield Served(addresses[0], workers, http, pids)
+        yield Served(addresses[0] if addresses else "", workers, http, pids)
 
 
 class _Starter:

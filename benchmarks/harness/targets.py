@@ -41,6 +41,13 @@ TARGETS: tuple[Target, ...] = (
     _over("decode-int8-b1", "with int8 experts, batch 1", 1.0, 1.4),
     _over("decode-int8-b4", "with int8 experts, batch 4", 1.3, 1.8),
     _over("decode-int8-b16", "with int8 experts, batch 16", 1.9, 2.5),
+    _over(
+        "canary-swap",
+        "decode tokens/s with a canary of swapped experts on half of 16 streams, over one epoch",
+        0.9,
+        0.97,
+    ),
+    _over("canary-add", "the same, a canary of added experts", 0.9, 0.97),
     _over("prefill-512", "prefill of 512 tokens over `transformers`", 1.0, 1.2),
     _over("hivemind-1", "one MoE layer over hivemind's RemoteMixtureOfExperts, 1 token", 3.0, 4.0),
     _over("hivemind-16", "the same, 16 tokens", 6.0, 8.0),

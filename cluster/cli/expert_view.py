@@ -16,6 +16,7 @@ from moesaic.bundles import BundleExpert, Manifest
 from moesaic.v1 import common_pb2, control_pb2
 
 _ID_CHARS = 12
+_DIGEST_CHARS = 64
 # The narrowest column of reasons, and what the columns beside it take.
 _LEAST_WHY_CHARS = 24
 _OTHER_CHARS = 90
@@ -108,9 +109,14 @@ def _print_history(history: control_pb2.GetHistoryResponse, console: Console) ->
     why.no_wrap, why.max_width = False, max(_LEAST_WHY_CHARS, console.width - _OTHER_CHARS)
     for entry in history.entries:
         when = datetime.fromtimestamp(entry.time).strftime("%m-%d %H:%M:%S")
-        what = f"{entry.what} {entry.bundle}".rstrip()
+        what = f"{entry.what} {_short(entry.bundle)}".rstrip()
         table.add_row(when, what, entry.epoch, entry.previous_epoch, entry.operator, entry.detail)
     console.print(table)
+
+
+def _short(bundle: str) -> str:
+    """A name as it is, a digest by its beginning."""
+    return bundle[:_ID_CHARS] if len(bundle) == _DIGEST_CHARS else bundle
 
 
 def _places(experts: Iterable[common_pb2.ExpertAddress]) -> str:

@@ -184,7 +184,8 @@ def is_complete(epoch: Epoch, workers: Iterable[Worker]) -> bool:
 
 
 def _unloads(desired: Desired, observed: Observed) -> Iterator[Unload]:
-    if not observed.settled:
+    # Before the first epoch, workers hold what it will be made of.
+    if not observed.settled or not desired.living:
         return
     needed = frozenset[ExpertVersion]().union(*(epoch.expert_versions for epoch in desired.living))
     for worker in observed.workers:

@@ -79,6 +79,12 @@ class EpochBook:
             return None
         return Shadow(self._current.epoch.id, self._trial.views.plain, self._trial.canary.shadow_share)
 
+    def plain_view(self) -> ModelView:
+        """That of the current epoch without a policy. Raises Unavailable before the first epoch."""
+        if self._current is None:
+            raise _not_ready()
+        return self._current.plain
+
     def choose(self, request_id: str, session_id: str, epoch: str, policy: ExpertPolicy | None) -> ModelView:
         """The view that computes a request. The sequence has to be submitted in the same turn of the event loop, so that
         its epoch cannot be given up in between.
@@ -88,7 +94,7 @@ class EpochBook:
         epoch; and the errors of `resolve`, field `experts…`.
         """
         if self._current is None:
-            raise Unavailable("the cluster serves no epoch yet", reason="NOT_READY", retry_after_s=1.0)
+            raise _not_ready()
         if epoch:
             views = self._held().get(epoch)
             if views is None:
@@ -198,3 +204,7 @@ class EpochBook:
         held = [self._current, None if self._trial is None else self._trial.views]
         held += [views for views, _ in self._retired.values()]
         return {views.epoch.id: views for views in held if views is not None}
+
+
+def _not_ready() -> Unavailable:
+    return Unavailable("the cluster serves no epoch yet", reason="NOT_READY", retry_after_s=1.0)

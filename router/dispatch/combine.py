@@ -26,6 +26,9 @@ from router.workers.transports.base import WorkerAnswer
 class Combiner(Protocol):
     """Collects the answers of a layer. The result is valid once all rows have been added or cleared."""
 
+    # Whether an answer is a sum over the experts of its worker, so that these cannot be told apart.
+    mixes_experts: bool
+
     def add(self, rows: WorkerRows, answer: WorkerAnswer) -> None:
         """Copies a checked answer."""
         ...
@@ -52,6 +55,8 @@ class Combiner(Protocol):
 class RowCombiner:
     """COMBINE_ROWS: one row per assignment, added up by rank in float32. Neither the placement nor the order
     of arrival affects the result."""
+
+    mixes_experts = False
 
     def __init__(
         self, staging: Staging, groups: RowsBySlot, weights: Tensor, width: int, dtype: torch.dtype
@@ -99,6 +104,8 @@ class RowCombiner:
 class SumCombiner:
     """COMBINE_SUM: one row per token that a worker was sent, the weighted sum over that worker's experts. The
     sums are added in the order of the calls, so placement affects the last bits."""
+
+    mixes_experts = True
 
     def __init__(self, staging: Staging, hidden: Tensor) -> None:
         """`hidden` [T, D] is the layer's input."""

@@ -47,6 +47,7 @@ from router.dispatch.host_staging import staging_for
 from router.dispatch.layer_call import LayerCall
 from router.dispatch.layer_request import LayerRequest
 from router.dispatch.row_grouping import WorkerRows
+from router.dispatch.shadow import ShadowCalls, ShadowedRows
 from router.dispatch.step_versions import StepVersions
 from router.dispatch.wave import Wave, WorkerCall
 from router.gating.model_view import ViewRows
@@ -56,6 +57,8 @@ from router.workers.transports.base import HOST_SILENT, WorkerAnswer
 from router.workers.worker_link import WorkerLink
 
 MAX_ATTEMPTS = 2
+# The reason of an error where values are not finite.
+NOT_FINITE = "NOT_FINITE"
 # Combinations of epochs whose versions are kept for the next step.
 _EPOCHS_KEPT = 16
 # For the last sentence of an error that another replica would have prevented.
@@ -82,14 +85,21 @@ class Dispatcher:
         self._clock = clock
         self._rules = rules
 
+        self._shadows = ShadowCalls(pool)
         # By the ids of the epochs of a step.
         self._versions: OrderedDict[tuple[str, ...], StepVersions] = OrderedDict()
 
     def begin(
-        self, views: Sequence[ViewRows], *, deadline_s: float, context: Context | None = None
+        self,
+        views: Sequence[ViewRows],
+        *,
+        deadline_s: float,
+        context: Context | None = None,
+        shadowed: ShadowedRows | None = None,
     ) -> DispatchStep:
         """Begins a step that ends by `deadline_s` (monotonic); its spans are children of `context`. `views`: in which
-        epochs its rows are computed; a single one has all rows, and need not say so."""
+        epochs its rows are computed; a single one has all rows, and need not say so. `shadowed`: which of them another
+        epoch computes as well; not where workers add up what their experts make of a token."""
         return DispatchStep(
             self._pool,
             self._clock,
@@ -98,6 +108,8 @@ class Dispatcher:
             self._versions_of(views),
             deadline_s=deadline_s,
             context=context,
+            shadows=self._shadows,
+            shadowed=None if self._rules.combine_sum else shadowed,
         )
 
     def _versions_of(self, views: Sequence[ViewRows]) -> StepVersions:
@@ -124,6 +136,8 @@ class DispatchStep:
         *,
         deadline_s: float,
         context: Context | None,
+        shadows: ShadowCalls,
+        shadowed: ShadowedRows | None,
     ) -> None:
         self._pool = pool
         self._clock = clock
@@ -132,6 +146,8 @@ class DispatchStep:
         self._versions = versions
         self._deadline_s = deadline_s
         self._context = context
+        self._shadows = shadows
+        self._shadowed = shadowed
         # The incarnations of the workers that failed a call in this step, other than by being overloaded. They
         # are not asked again in it: waiting for them in every layer would add up.
         self._silent: set[str] = set()
@@ -161,6 +177,9 @@ class DispatchStep:
             layer_call = self._open(layer, hidden, slots, weights, tokens)
             self._in_flight.append(layer_call)
             self._send_wave(layer_call)
+            if self._shadowed is not None:
+                timeout_ms = 1 + int(1000 * self._rules.call_timeout_s)
+                self._shadows.send(self._shadowed, layer_call, timeout_ms)
         return layer_call
 
     def receive(self, layer_call: LayerCall) -> Tensor:
@@ -174,10 +193,17 @@ class DispatchStep:
             total = self._receive_wave(layer_call)
         self.failed.update(layer_call.failed_tokens())
         self._in_flight.remove(layer_call)
+        if self._shadowed is not None:
+            self._shadows.note_used(layer_call)
         return total.to(layer_call.dtype)
+
+    def finish(self) -> None:
+        """Ends shadows that nobody waited for. To be called after the last layer."""
+        self._shadows.end_step()
 
     def abandon(self) -> None:
         """Gives up the calls that are still in flight, so that their links do not wait for the answers."""
+        self.finish()
         for call in (call for layer_call in self._in_flight for call in layer_call.in_flight):
             with contextlib.suppress(MoesaicError, TimeoutError):
                 call.link.receive(call.pending, 0.0)
@@ -196,10 +222,12 @@ class DispatchStep:
         request = LayerRequest(self._versions.epoch, layer, wire, scales, sum_weights)
         groups, versions = self._versions.group(layer, slots, self._views, tokens)
         if combine_sum:
-            return LayerCall(request, groups, versions, SumCombiner(staging, hidden), hidden.dtype, tokens)
+            return LayerCall(
+                request, groups, versions, SumCombiner(staging, hidden), hidden.dtype, slots, tokens
+            )
         decoded_dtype = wire.dtype if scales is None else torch.float32
         combiner = RowCombiner(staging, groups, weights, hidden.shape[1], decoded_dtype)
-        return LayerCall(request, groups, versions, combiner, hidden.dtype, tokens)
+        return LayerCall(request, groups, versions, combiner, hidden.dtype, slots, tokens)
 
     def _send_wave(self, layer_call: LayerCall) -> None:
         """Asks one replica for each missing group, with one message per worker."""
@@ -312,18 +340,40 @@ class DispatchStep:
         return total
 
     def _fail_not_finite(self, layer_call: LayerCall) -> bool:
-        """Fails the calls whose rows are not finite. There may be none: sums of finite rows may overflow."""
-        calls = [
-            call
-            for call in layer_call.answered
-            if not torch.isfinite(layer_call.combiner.outputs_of(call.rows)).all()
+        """Fails the groups whose rows are not finite, of which there may be none: sums of finite rows may overflow. Other
+        groups of the same calls stay: a version that computes nonsense must not harm the sequences of other epochs."""
+        found = False
+        for call in list(layer_call.answered):
+            failed = self._not_finite(layer_call, call)
+            if failed:
+                found = True
+                self._fail_groups(layer_call, call, failed)
+        return found
+
+    def _not_finite(self, layer_call: LayerCall, call: WorkerCall) -> list[int]:
+        """The groups of a call that are not finite; all of them where they cannot be told apart."""
+        combiner = layer_call.combiner
+        if torch.isfinite(combiner.outputs_of(call.rows)).all():
+            return []
+        if combiner.mixes_experts:
+            return [*call.rows.groups]
+        return [
+            group
+            for group in call.rows.groups
+            if not torch.isfinite(combiner.outputs_of(layer_call.groups.worker_rows([group]))).all()
         ]
-        for call in calls:
-            layer_call.answered.remove(call)
-            call.link.traffic.failed_calls += 1
-            error = DataLoss("the worker's answer is not finite", reason="NOT_FINITE")
-            self._fail(layer_call, call, error)
-        return bool(calls)
+
+    def _fail_groups(self, layer_call: LayerCall, call: WorkerCall, groups: list[int]) -> None:
+        """The worker is not silent: what it says of other groups, and in other layers, counts."""
+        error = DataLoss("the worker's answer is not finite", reason=NOT_FINITE)
+        rest = layer_call.narrow(call, groups)
+        layer_call.answered.remove(call)
+        if rest is not None:
+            layer_call.answered.append(rest)
+        call.link.traffic.failed_calls += 1
+        self._pool.note_failure(call.link, error)
+        rows = layer_call.groups.worker_rows(groups)
+        layer_call.fail(call, _failure(layer_call.request.layer, error, call.link.replica.worker), rows)
 
     def _fail(self, layer_call: LayerCall, call: WorkerCall, error: MoesaicError | TimeoutError) -> None:
         self._pool.note_failure(call.link, error)
@@ -373,6 +423,13 @@ def _failure(layer: int, error: MoesaicError | TimeoutError, worker: str) -> Moe
         return FailedPrecondition(
             f"layer {layer}: an expert worker does not take rows in this engine.wire_dtype",
             reason="WIRE_DTYPE",
+        )
+    if isinstance(error, DataLoss) and error.reason == NOT_FINITE:
+        return Unavailable(
+            f"layer {layer}: an expert of {_public(worker)} gave numbers that are not finite, and no other worker "
+            f"stood in; {_CURE}",
+            reason=NOT_FINITE,
+            retry_after_s=1.0,
         )
     return Unavailable(
         f"layer {layer}: {_public(worker)} died or failed, and no other worker stood in; {_CURE}",

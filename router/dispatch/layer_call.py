@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from moesaic.errors import MoesaicError
 from router.dispatch.combine import Combiner
@@ -26,6 +27,8 @@ class LayerCall:
     combiner: Combiner
     # The dtype that the model computes in.
     dtype: torch.dtype
+    # [T, K] on the host.
+    slots: Tensor
     # Which tokens of the micro-batch the rows are; None: all of them.
     tokens: Sequence[int] | None
     waves: list[Wave] = field(default_factory=list)
@@ -53,6 +56,14 @@ class LayerCall:
         self.waves.append(wave)
         return wave
 
+    def narrow(self, call: WorkerCall, failed: Sequence[int]) -> WorkerCall | None:
+        """An answered call without these groups, which fail; None if nothing is left of it."""
+        left = [index for index, group in enumerate(call.rows.groups) if group not in failed]
+        if not left:
+            return None
+        rows = self.groups.worker_rows([call.rows.groups[index] for index in left])
+        return replace(call, rows=rows, versions=[call.versions[index] for index in left])
+
     def accept(self, call: WorkerCall, answer: WorkerAnswer) -> None:
         """Takes an answer. Raises DataLoss unless it is valid."""
         self.request.check(answer, call.rows, call.versions)
@@ -62,12 +73,14 @@ class LayerCall:
             self.missing.pop(group, None)
             self.errors.pop(group, None)
 
-    def fail(self, call: WorkerCall, error: MoesaicError) -> None:
-        """Leaves the rows of a call out of the result, unless another replica computes them."""
+    def fail(self, call: WorkerCall, error: MoesaicError, rows: WorkerRows | None = None) -> None:
+        """Leaves the rows of a call, or those of them that are given, out of the result, unless another replica computes
+        them."""
+        rows = call.rows if rows is None else rows
         incarnation = call.link.replica.incarnation
-        for group in call.rows.groups:
+        for group in rows.groups:
             self.missing[group] = self.missing.get(group, frozenset()) | {incarnation}
-        self._leave_out(call.rows, error)
+        self._leave_out(rows, error)
 
     def fail_unheld(self, group: int, error: MoesaicError) -> None:
         """Leaves out a group that no replica can be asked for. An earlier error of a replica is kept."""

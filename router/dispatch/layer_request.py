@@ -47,6 +47,10 @@ class LayerRequest:
             combine=expert_pb2.COMBINE_ROWS if weights is None else expert_pb2.COMBINE_SUM,
         )
 
+    def in_epoch(self, epoch: str) -> LayerRequest:
+        """The same rows, asked of the experts of another epoch, row by row."""
+        return LayerRequest(epoch, self.layer, self._hidden, self._scales, None)
+
     def to_worker(
         self, rows: WorkerRows, versions: Sequence[bytes], timeout_ms: int
     ) -> tuple[expert_pb2.ComputeRequest, Tensor]:

@@ -97,7 +97,7 @@ class RowsBySlot:
             ranks = [rank for group in groups for rank in self.assignments[edges[group] : edges[group + 1]]]
             return WorkerRows(groups, chosen, counts, [0] * len(ranks), ranks, None, 1)
         tokens: Indices | None = None
-        if len(groups) == len(slots):
+        if len(groups) == len(slots) and not len(self.unassigned):
             assignments = self.assignments
             rows = assignments // self.num_ranks
         else:

@@ -23,7 +23,7 @@ from router.cache.kv_cache import KVCache
 from router.decoders.capture import CapturedRows
 from router.decoders.decoder import MicroBatch, RouterModel
 from router.dispatch.dispatcher import Dispatcher
-from router.dispatch.shadow import Shadow
+from router.dispatch.shadow import Shadow, ShadowedRows
 from router.engine import sampler
 from router.engine.epoch_tally import EpochTallies, EpochTally
 from router.engine.live_sequence import LiveSequence, Reading
@@ -272,6 +272,8 @@ class Engine:
             for reading in readings:
                 reading.live.note_step(reading.chunk)
             logits = self._forward(parts)
+            for part in parts:
+                part.experts.finish()
             self._deliver(self._complete(readings), logits)
         except Exception:
             log.exception("a step failed")
@@ -299,6 +301,7 @@ class Engine:
                     deadline_s=max(live.request.deadline_s for live in lives),
                     # A batch has one set of spans, in the first recorded trace among those of its sequences.
                     context=next((live.trace for live in lives if live.trace is not None), None),
+                    shadowed=self._shadowed(lives, batch),
                 )
                 first_logit = sum(len(earlier.rows) for earlier in batches)
                 rows: list[int] = []
@@ -309,6 +312,20 @@ class Engine:
                 wanted = torch.tensor(rows, dtype=torch.long)
                 batches.append(MicroBatch(batch, wanted, experts, views, _captures(lives, batch)))
         return batches, readings
+
+    def _shadowed(self, lives: Sequence[LiveSequence], batch: PackedBatch) -> ShadowedRows | None:
+        """The tokens of a batch that another epoch computes as well; None without any."""
+        shadow = self._shadow
+        if shadow is None:
+            return None
+        tokens = frozenset(
+            token
+            for live, chunk, first in zip(lives, batch.chunks, batch.first_rows, strict=True)
+            if live.request.view.epoch.id == shadow.epoch and live.shadow_point < shadow.share
+            for token in range(first, first + chunk.num_tokens)
+        )
+        tally = self._tallies.of(shadow.view.epoch.id).shadow
+        return ShadowedRows(shadow.view, tokens, tally) if tokens else None
 
     def _forward(self, parts: Sequence[MicroBatch]) -> torch.Tensor:
         """Runs the model. Returns the logits [N, V] of the wanted rows, micro-batch by micro-batch."""

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from moesaic.errors import MoesaicError
+from router.dispatch.dispatcher import NOT_FINITE
 from router.dispatch.shadow import ShadowTally
 
 # The last times that quantiles are taken of.
 TIMES_KEPT = 1024
 # Epochs whose figures are kept, those that were used last.
 EPOCHS_KEPT = 16
-NOT_FINITE = "NOT_FINITE"
 
 
 @dataclass(slots=True, eq=False)

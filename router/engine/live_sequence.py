@@ -22,6 +22,7 @@ from router.engine.request import (
 )
 from router.engine.sampler import SamplingState, make_generator
 from router.engine.sampling_params import SampledToken, TokenLogprobs
+from router.gating.sides import point_of
 from router.scheduling.sequence import Chunk, Sequence
 
 
@@ -49,6 +50,8 @@ class LiveSequence:
         )
         # The parent of the spans of its layers, if they are recorded.
         self.trace = request.trace if _is_recorded(request.trace) else None
+        # Whether it is shadowed: if this is below the share of the sequences that are.
+        self.shadow_point = point_of(request.sequence_id, b"shadow")
         self._admitted_s = time.monotonic()
         self._first_step_s: float | None = None
         self._first_token_s: float | None = None

@@ -65,6 +65,10 @@ class Gate:
     )
 
     @property
+    def hidden_size(self) -> int:
+        return self.rows.in_features if isinstance(self.rows, Linear) else self.rows.shape[1]
+
+    @property
     def num_slots(self) -> int:
         return self.rows.out_features if isinstance(self.rows, Linear) else len(self.rows)
 
@@ -88,9 +92,9 @@ class Gate:
             return self.assign(hidden)
         logits = self.logits(hidden)
         if len(runs) == 1:
-            return self._assign_view(runs[0].view, hidden, logits)
+            return self.assign_view(runs[0].view, hidden, logits)
         return _joined(
-            [self._assign_view(view, hidden[start:end], logits[start:end]) for view, start, end in runs]
+            [self.assign_view(view, hidden[start:end], logits[start:end]) for view, start, end in runs]
         )
 
     def view_logits(self, view: GateView, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -100,7 +104,9 @@ class Gate:
             logits = torch.cat((logits, prepared.added.logits(hidden)), dim=1)
         return logits if prepared.columns is None else logits.index_select(1, prepared.columns)
 
-    def _assign_view(self, view: GateView | None, hidden: torch.Tensor, logits: torch.Tensor) -> Assignment:
+    def assign_view(self, view: GateView | None, hidden: torch.Tensor, logits: torch.Tensor) -> Assignment:
+        """Applies the rule to hidden [T, D] with the logits [T, E] of the folder's slots, as a view sees the gate; None: as
+        the folder has it."""
         if view is None:
             return assign(logits, self.rule, selection_bias=self.selection_bias)
         prepared = self._prepare(view)

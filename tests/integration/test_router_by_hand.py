@@ -29,10 +29,10 @@ from moesaic.errors import InvalidArgument
             ["--model", "{tmp}/tiny", "--worker", "::1:6001"],
             "--worker ::1:6001: must be HOST:PORT, or [HOST]:PORT for IPv6, not '::1:6001'",
         ),
-        (["--model", "{tmp}/tiny"], "name either workers (--worker) or a controller (--control)"),
+        (["--model", "{tmp}/tiny"], "name either workers (--worker) or a controller (--controller)"),
         (
             ["--model", "{tmp}/tiny", "--worker", "127.0.0.1:1", "--control", "127.0.0.1:1"],
-            "name either workers (--worker) or a controller (--control)",
+            "name either workers (--worker) or a controller (--controller)",
         ),
         (
             ["--model", "{tmp}/tiny", "--worker", "127.0.0.1:1", "--max-model-len", "99999"],

@@ -191,6 +191,9 @@ class ReferenceStep:
     def receive(self, call: torch.Tensor) -> torch.Tensor:
         return call
 
+    def finish(self) -> None:
+        pass
+
 
 async def _first(view: NamedWorkers) -> Snapshot:
     async for snapshot in view.watch():

@@ -46,7 +46,7 @@ Compute = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The generated tokens; the log probabilities of all tokens after the first; and how many tokens were cached."""
+    """The generated tokens, and the log probabilities of all tokens after the first."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -98,10 +98,15 @@ class ViewRig:
     def engine(self) -> Engine:
         return self.loaded.engine()
 
-    def run(self, requests: Sequence[tuple[Sequence[int], ModelView]], num_new: int = 12) -> list[Answer]:
-        """All requests at once, greedily."""
+    def run(
+        self, requests: Sequence[tuple[Sequence[int], ModelView]], num_new: int = 12, *, scored: bool = True
+    ) -> list[Answer]:
+        """All requests at once, greedily. `scored`: whether the log probabilities of the prompt are wanted, too."""
         engine = self.engine()
-        events = [submit(engine, str(index), *request, num_new) for index, request in enumerate(requests)]
+        events = [
+            submit(engine, str(index), *request, num_new, scored=scored)
+            for index, request in enumerate(requests)
+        ]
         engine.start()
         try:
             return [collect(one) for one in events]
@@ -111,6 +116,11 @@ class ViewRig:
     def requests(self) -> list[expert_pb2.ComputeRequest]:
         """All calls so far."""
         return [request for link in self.links for request in link.requests]
+
+    def forget(self) -> None:
+        """From now on the worker holds nothing."""
+        self._experts.clear()
+        self._publish()
 
     def close(self) -> None:
         self._pool.close()
@@ -160,10 +170,12 @@ def view_rig(folder: Path, **engine: Any) -> Iterator[ViewRig]:
 
 
 def submit(
-    engine: Engine, name: str, prompt: Sequence[int], view: ModelView, num_new: int
+    engine: Engine, name: str, prompt: Sequence[int], view: ModelView, num_new: int, *, scored: bool = True
 ) -> queue.SimpleQueue[SequenceEvent]:
     events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
-    params = SamplingParams(max_tokens=num_new, temperature=0.0, logprobs=0, prompt_logprobs=0)
+    params = SamplingParams(
+        max_tokens=num_new, temperature=0.0, logprobs=0, prompt_logprobs=0 if scored else None
+    )
     deadline_s = time.monotonic() + WAIT_S
     engine.submit(SequenceRequest(name, tuple(prompt), params, deadline_s, events.put, view))
     return events
@@ -177,10 +189,12 @@ def collect(events: queue.SimpleQueue[SequenceEvent]) -> Answer:
         match events.get(timeout=WAIT_S):
             case PromptScored(scores):
                 logprobs += [score.logprob for score in scores]
-            case TokenGenerated(token):
+            case TokenGenerated(token, finished):
                 tokens.append(token.token_id)
                 assert token.logprobs is not None
                 logprobs.append(token.logprobs.logprob)
+                if finished is not None:
+                    return Answer(tokens, logprobs)
             case Failed(error):
                 raise error
             case Finished():

@@ -328,3 +328,22 @@ def test_a_folder_that_is_no_model_names_the_option(tmp_path: Path, base: Path) 
         with pytest.raises(InvalidArgument, match="no such folder") as refused:
             pack(Order(*folders, tmp_path / "b"))
         assert refused.value.field == field
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("layout", ["hf_v5_fused", "mistral_native"])
+def test_the_same_model_in_another_layout_holds_nothing_to_pack(
+    tmp_path: Path, shared: Path, layout: str
+) -> None:
+    mixtral = shared / "goldens" / "mixtral"
+    with pytest.raises(InvalidArgument, match="nothing to pack"):
+        pack(Order(mixtral / layout, mixtral / "hf_v4", tmp_path / "b"))
+
+
+@pytest.mark.shared
+def test_a_model_of_which_mergekit_made_an_expert_is_that_expert(tmp_path: Path, shared: Path) -> None:
+    merged = shared / "goldens" / "mergekit-moe"
+    order = {"experts_only": True, "wanted": Wanted(layers=frozenset({1}))}
+    done = packed(merged / "models" / "expert2", merged / "output_hidden", tmp_path / "b", **order)
+    (expert,) = done.bundle.manifest.experts
+    assert expert.version == worker_version(merged / "output_hidden", 1, 2)

@@ -290,6 +290,9 @@ async def test_the_history_says_what_was_decided_and_why(capsys: pytest.CaptureF
         out = capsys.readouterr().out
         assert out.splitlines()[0] == f"epoch {EPOCH}, canary c1"
         assert "rollback legal-v2" in out
+        controller.history.entries.add(what="refused", bundle="ab" * 32)
+        await run_history(Reach(router), limit=5, as_json=False)
+        assert "refused abababababab  " in capsys.readouterr().out
         await run_history(Reach(router), limit=5, as_json=True)
         assert json.loads(capsys.readouterr().out)["entries"][0]["detail"] == why
 

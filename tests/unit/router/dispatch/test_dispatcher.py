@@ -387,7 +387,7 @@ def test_rows_that_are_not_finite_are_blamed_on_their_worker_and_never_used(comb
     nan = spoiled(output=lambda rows: rows * float("nan"))
     output, step, _ = dispatch({"a": range(2), "b": range(2, 4)}, {"b": nan}, combine_sum=combine_sum)
     assert set(step.failed) == {1, 2, 3}
-    assert {error.reason for error in step.failed.values()} == {"EXPERT_FAILED"}
+    assert {error.reason for error in step.failed.values()} == {"NOT_FINITE"}
     assert output.isfinite().all()
     torch.testing.assert_close(output[0], EXPECTED[0])
 

@@ -27,6 +27,7 @@ def layer_of(slots: list[list[int]]) -> LayerCall:
         versions=[digest(0, slot) for slot in groups.slots],
         combiner=RowCombiner(HostStaging(), groups, weights, HIDDEN.shape[1], HIDDEN.dtype),
         dtype=HIDDEN.dtype,
+        slots=torch.tensor(slots),
         tokens=None,
     )
 

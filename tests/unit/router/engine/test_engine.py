@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -17,7 +18,9 @@ from support.engine_events import collect
 from support.fake_links import make_epoch, make_pool
 from support.views import plain_view
 
+from moesaic.epoch import Epoch
 from moesaic.errors import (
+    Aborted,
     DataLoss,
     DeadlineExceeded,
     InternalError,
@@ -42,6 +45,7 @@ from router.engine.request import (
     TokenGenerated,
 )
 from router.engine.sampling_params import SamplingParams
+from router.gating.model_view import ModelView
 from router.phase_clock import PhaseClock
 from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefix_cache import PrefixCache
@@ -127,13 +131,14 @@ class Harness:
         *,
         timeout_s: float = WAIT_S,
         tenant: str = "",
+        view: ModelView | None = None,
         **sampling: Any,
     ) -> queue.SimpleQueue[SequenceEvent]:
         events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})
         deadline_s = time.monotonic() + timeout_s
         self.engine.submit(
-            SequenceRequest(name, prompt, params, deadline_s, events.put, self.view, tenant=tenant)
+            SequenceRequest(name, prompt, params, deadline_s, events.put, view or self.view, tenant=tenant)
         )
         return events
 
@@ -412,6 +417,93 @@ def test_a_prompt_that_was_cut_in_two_fails_once_whichever_part_lacks_an_expert(
     harness.engine.stop(WAIT_S)
     assert isinstance(end, Failed) and isinstance(end.error, Unavailable)
     assert events.empty() and harness.blocks.num_used == 0
+
+
+def other_epoch() -> ModelView:
+    versions = make_epoch(1, 2).versions
+    return plain_view(Epoch.of("tiny", dict.fromkeys(versions, b"other!!!" * 4)))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_sequences_of_several_views_share_steps_and_those_of_one_lie_together(overlap: bool) -> None:
+    harness = Harness(overlap=overlap)
+    views = [harness.view, other_epoch(), replace(harness.view, key="policy")]
+    seen: list[list[tuple[str, int, int]]] = []
+
+    def note(part: MicroBatch) -> None:
+        seen.append([(run.view.key, run.start, run.end) for run in part.views])
+        for run in part.views:
+            rows = range(run.start, run.end)
+            for chunk, first in zip(part.batch.chunks, part.batch.first_rows, strict=True):
+                if chunk.sequence.view == run.view.key:
+                    assert first in rows and first + chunk.num_tokens - 1 in rows
+        assert [run.start for run in part.views[1:]] == [run.end for run in part.views[:-1]]
+        assert (part.views[0].start, part.views[-1].end) == (0, part.batch.num_tokens)
+
+    harness.model.on_forward = note
+    waiting = [harness.submit(str(i), (i, 2, 3), view=views[i % 3], max_tokens=6) for i in range(6)]
+    harness.engine.start()
+    for index, events in enumerate(waiting):
+        assert collect(events)[0] == expected_tokens((index, 2, 3), 6)
+    harness.engine.stop(WAIT_S)
+    assert max(len(runs) for runs in seen) == (2 if overlap else 3)
+    assert all(len({key for key, _, _ in runs}) == len(runs) for runs in seen)
+
+
+def test_a_prefix_is_found_neither_in_another_epoch_nor_under_another_policy(harness: Harness) -> None:
+    prompt = tuple(range(1, 14))
+    harness.engine.start()
+    for view, num_cached in (
+        (harness.view, 0),
+        (other_epoch(), 0),
+        (replace(harness.view, key="policy"), 0),
+        (harness.view, 12),
+    ):
+        events = harness.submit("a", prompt, view=view, max_tokens=1)
+        started = events.get(timeout=WAIT_S)
+        assert isinstance(started, Started) and started.num_cached == num_cached
+        collect(events)
+    harness.engine.stop(WAIT_S)
+
+
+def test_a_retired_epoch_ends_its_sequences_with_their_offset_and_no_others(harness: Harness) -> None:
+    reached, release = threading.Event(), threading.Event()
+
+    def hold(part: MicroBatch) -> None:
+        if any(len(chunk.sequence.output) == 3 for chunk in part.batch.chunks):
+            reached.set()
+            release.wait(WAIT_S)
+
+    harness.model.on_forward = hold
+    other = other_epoch()
+    retired, paused = (harness.submit(name, (1, 2), view=other, max_tokens=500) for name in ("a", "paused"))
+    staying = harness.submit("b", (1, 2), max_tokens=8)
+    harness.engine.pause("paused")
+    harness.engine.start()
+    assert reached.wait(WAIT_S)
+    assert harness.engine.open_sequences() == {other.epoch.id: 2, harness.view.epoch.id: 1}
+    harness.engine.retire(other.epoch.id)
+    harness.engine.retire("nobody's")
+    release.set()
+    tokens, end = collect(retired)
+    assert isinstance(end, Failed) and isinstance(end.error, Aborted) and end.error.reason == "epoch_retired"
+    assert f"after {len(tokens)} tokens" in end.error.message
+    assert isinstance(collect(paused)[1], Failed)
+    assert collect(staying)[0] == expected_tokens((1, 2), 8)
+    harness.engine.stop(WAIT_S)
+    assert harness.engine.open_sequences() == {} and harness.blocks.num_used == 0
+
+
+def test_each_epoch_has_figures_of_its_own(harness: Harness) -> None:
+    other = other_epoch()
+    harness.engine.start()
+    collect(harness.submit("a", (1, 2), max_tokens=5))
+    collect(harness.submit("b", (1, 2), view=other, timeout_s=0.0))
+    harness.engine.stop(WAIT_S)
+    tallies = harness.engine.tallies()
+    own, others = tallies[harness.view.epoch.id], tallies[other.epoch.id]
+    assert (own.finished, own.failed, len(own.first_token_s), len(own.token_s)) == (1, 0, 1, 4)
+    assert (others.finished, others.failed, others.not_finite) == (0, 1, 0)
 
 
 def test_preempted_sequences_of_several_tenants_are_exact_beside_what_is_cached() -> None:
