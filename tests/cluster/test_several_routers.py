@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from support.serve_command import Serve, serving, until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-RECOVERY_S = 60.0
+RECOVERY_S = 180.0
 
 
 @pytest.fixture(scope="module")

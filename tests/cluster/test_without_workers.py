@@ -15,7 +15,7 @@ from support.serve_command import MOESAIC, Serve, serving
 
 from moesaic import SyncClient
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 PROMPT = [5, 17, 42, 8]
 

@@ -29,7 +29,7 @@ NETNS = ROOT.parent / "shared" / "netns" / "netns.py"
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 RAY_PORT = 6379
 READY = re.compile(r"ready http=(\S+) grpc=(\S+)\n")
-COMMAND_TIMEOUT_S = 60.0
+COMMAND_TIMEOUT_S = 180.0
 # The nodes of one Ray know each other by this; a machine may have a token of its own.
 TOKEN = secrets.token_hex(32)
 

@@ -22,10 +22,10 @@ import pytest
 ROOT = str(Path(__file__).resolve().parents[2])
 MOESAIC = (sys.executable, "-m", "cluster.cli.main")
 READY = re.compile(r"ready http=(127\.0\.0\.1:\d+|\[::1?\]:\d+) grpc=(127\.0\.0\.1:\d+|\[::1?\]:\d+)\n")
-START_TIMEOUT_S = 120.0
-END_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
+END_TIMEOUT_S = 300.0
 # Ray's processes learn of each other's end by looking; its agents look once a second.
-AFTERMATH_S = 60.0
+AFTERMATH_S = 180.0
 
 
 class Serve:
