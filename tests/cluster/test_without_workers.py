@@ -35,7 +35,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 def ask(*command: str) -> dict[str, Any]:
     """What a verb prints as JSON."""
     done = subprocess.run(
-        [*MOESAIC, *command, "--json"], capture_output=True, text=True, timeout=60, check=True
+        [*MOESAIC, *command, "--json"], capture_output=True, text=True, timeout=240, check=True
     )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

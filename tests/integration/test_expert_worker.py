@@ -198,7 +198,7 @@ def test_a_worker_that_cannot_serve_says_why_in_one_line(
         [sys.executable, "-m", "expert_worker", *(argument.format(tmp=tmp_path) for argument in arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert run.returncode == 2
@@ -213,6 +213,6 @@ def test_a_worker_imports_neither_ray_nor_transformers() -> None:
         "import expert_worker.__main__; print('fine')"
     )
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True
     )
     assert run.stdout == "fine\n"

@@ -118,6 +118,6 @@ def test_an_endpoint_that_is_not_in_the_environment_gets_the_spans(
         "telemetry.configure('a service', otlp_endpoint=sys.argv[1]); "
         "telemetry.TRACER.start_span('a span').end(); telemetry.flush()"
     )
-    subprocess.run([sys.executable, "-c", program, collector.url + "/"], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program, collector.url + "/"], check=True, timeout=240)
     assert [(service, span.name) for service, span in collector.spans] == [("a service", "a span")]
     assert collector.paths == ["/v1/traces"]

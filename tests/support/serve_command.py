@@ -84,7 +84,7 @@ class Serve:
 
     def status(self) -> dict[str, Any]:
         command = [*MOESAIC, "status", "--grpc", self.grpc, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
         status: dict[str, Any] = json.loads(done.stdout)
         return status
 

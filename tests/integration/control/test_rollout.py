@@ -12,7 +12,7 @@ import pytest
 from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.v1 import control_pb2
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 SWAP, ADD, REMOVE, PROMOTE, ROLLBACK = (
     control_pb2.CHANGE_KIND_SWAP,

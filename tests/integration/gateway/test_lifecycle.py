@@ -183,14 +183,14 @@ async def test_the_process_starts_by_hand_serves_and_ends_on_sigterm() -> None:
         )
         assert process.stdout is not None
         try:
-            line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
+            line = (await asyncio.wait_for(process.stdout.readline(), 240)).decode()
             address = line.split()[1].removeprefix("http=")
             async with httpx.AsyncClient(base_url=f"http://{address}", timeout=60) as http:
                 await until_status(http, "/ready", 200)
                 reply = await http.post("/v1/completions", json={"prompt": "ab", "max_tokens": 2})
             assert reply.json()["choices"][0]["text"] == "ab"
             process.send_signal(signal.SIGTERM)
-            _, logs = await asyncio.wait_for(process.communicate(), 60)
+            _, logs = await asyncio.wait_for(process.communicate(), 240)
         finally:
             if process.returncode is None:
                 process.kill()
@@ -207,6 +207,6 @@ async def test_a_bad_start_by_hand_says_why_without_a_stack(closed_address: str)
             *("--port", str(taken.getsockname()[1])),
             stderr=asyncio.subprocess.PIPE,
         )
-        _, stderr = await asyncio.wait_for(process.communicate(), 60)
+        _, stderr = await asyncio.wait_for(process.communicate(), 240)
     assert process.returncode == 2
     assert b"in use" in stderr and b"Traceback" not in stderr

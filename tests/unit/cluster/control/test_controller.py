@@ -24,7 +24,7 @@ from moesaic.errors import Unavailable
 from moesaic.routing_table import Replica
 from moesaic.v1 import control_pb2 as pb
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 # A played process holds a question for less long than the controller pauses after one that was not answered.
 HOLD_S = 0.005

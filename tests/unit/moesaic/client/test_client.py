@@ -471,7 +471,7 @@ async def run_program(program: str, address: str) -> tuple[str, str, int]:
         [sys.executable, "-c", program, address],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     return result.stdout, result.stderr, result.returncode

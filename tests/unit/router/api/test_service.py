@@ -32,7 +32,7 @@ from router.gating.policy import LayerShape
 from router.text.text import Text, load_text
 
 MAX_MODEL_LEN, VOCAB_SIZE = 512, 420
-WAIT_S = 60.0
+WAIT_S = 240.0
 HIDDEN_SIZE, NUM_SLOTS, TOP_K = 4, 3, 2
 
 
@@ -90,7 +90,7 @@ async def serving(
     engine: FakeEngine,
     text: Text,
     *,
-    request_timeout_s: float = 20.0,
+    request_timeout_s: float = 60.0,
     encodes_prompts: bool = False,
     sampling_defaults: pb.SamplingParams | None = None,
     held: EpochBook | None = None,
@@ -542,7 +542,7 @@ async def test_a_client_that_stops_reading_is_cut_off_long_before_its_deadline(
         monkeypatch.setattr(module, "UNREAD_TIMEOUT_S", 0.1)
     async with serving(FakeEngine(generates([5])), text, request_timeout_s=2 * WAIT_S) as rig:
         calls_before = len(asyncio.all_tasks())
-        call = rig.call(ask(n=64, max_tokens=490, logprobs=20), timeout=None)
+        call = rig.call(ask(n=64, max_tokens=240, logprobs=20), timeout=None)
         with caplog.at_level(logging.INFO, generate_call.__name__):
             await rig.engine.until(lambda _: "request ended" in caplog.text, WAIT_S)
         assert await cut_off(call) == "the answer was not read for 0 s"
@@ -552,20 +552,20 @@ async def test_a_client_that_stops_reading_is_cut_off_long_before_its_deadline(
 
 async def test_a_call_is_paused_while_its_client_does_not_read_and_resumed_when_it_does(text: Text) -> None:
     async with serving(FakeEngine(), text) as rig:
-        call = rig.call(ask(n=64, max_tokens=490, logprobs=20), timeout=WAIT_S)
+        call = rig.call(ask(n=64, max_tokens=240, logprobs=20), timeout=WAIT_S)
         await rig.engine.until(lambda engine: len(engine.requests) == 64, WAIT_S)
         ids = {request.sequence_id for request in rig.engine.requests}
         assert {(request.tenant, request.call) for request in rig.engine.requests} == {
             ("", rig.engine.requests[0].sequence_id)
         }
         for index in range(64):
-            rig.engine.emit(index, *(token(5, scores([5], 20)[0]) for _ in range(490)))
+            rig.engine.emit(index, *(token(5, scores([5], 20)[0]) for _ in range(240)))
         await rig.engine.until(lambda engine: len(engine.pauses) == 64, WAIT_S)
         assert set(rig.engine.pauses) == {(name, True) for name in ids}
         num_tokens = 0
         async for response in call:
             num_tokens += len(response.token_ids)
-            if num_tokens == 64 * 490:
+            if num_tokens == 64 * 240:
                 break
         await rig.engine.until(lambda engine: len(engine.pauses) == 128, WAIT_S)
         assert set(rig.engine.pauses[64:]) == {(name, False) for name in ids}
