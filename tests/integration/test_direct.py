@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import torch
 from support.checkpoints import write_mixtral
@@ -26,7 +28,7 @@ from moesaic.errors import from_status
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from moesaic.wire.messages import COMPUTE_METHOD
 
-WAIT_S = 100.0
+WAIT_S = 240.0
 HIDDEN = torch.randn(7, 48, generator=torch.Generator().manual_seed(3))
 # Sends what it finds in a file, says when the first answer came, and would wait for the others for ever.
 CALLER = """
@@ -87,7 +89,7 @@ def slow_request(stubs: Stubs, call_id: int = 0) -> expert_pb2.ComputeRequest:
         {0: every_row, 1: every_row},
         stubs.versions,
         call_id=call_id,
-        timeout_ms=60_000,
+        timeout_ms=240_000,
     )
 
 
@@ -185,6 +187,7 @@ def test_calls_that_run_when_sigterm_comes_are_answered_and_open_connections_kee
         idle = stubs.direct.Compute(iter(ended.wait, True), timeout=WAIT_S)
         responses = stubs.direct.Compute(iter([slow_request(stubs, i) for i in range(16)]), timeout=WAIT_S)
         answers = [next(responses)]
+        until_it_computes(worker)
         stopped: list[int] = []
         stopping = threading.Thread(target=lambda: stopped.append(worker.stop()))
         stopping.start()
@@ -201,6 +204,14 @@ def test_calls_that_run_when_sigterm_comes_are_answered_and_open_connections_kee
     assert len(answers) > 1
     assert {reason for _, reason, _, _ in map(outcome, answers)} <= {"answered", "UNAVAILABLE"}
     assert "Traceback" not in worker.log
+
+
+def until_it_computes(worker: Process) -> None:
+    """Returns when the worker is in the middle of a pass, or has computed all that it was asked for."""
+    process, ends_s = psutil.Process(worker.pid), time.monotonic() + 20.0
+    before_s = process.cpu_times().user
+    while process.cpu_times().user < before_s + 0.05 and time.monotonic() < ends_s:
+        time.sleep(0.005)
 
 
 def test_a_caller_that_is_killed_in_the_middle_leaves_the_worker_to_the_others(
