@@ -45,7 +45,8 @@ def _acknowledged_lately(connection: socket.socket) -> bool:
     if not hasattr(socket, "TCP_INFO") or connection.family == socket.AF_UNIX:
         return False
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SINCE_LAST_ACK.size)
-    return _SINCE_LAST_ACK.unpack(info)[0] < _ACKNOWLEDGED_LATELY_MS
+    since_ms: int = _SINCE_LAST_ACK.unpack(info)[0]
+    return since_ms < _ACKNOWLEDGED_LATELY_MS
 
 
 def prepare_socket(connection: socket.socket) -> None:
