@@ -7,8 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,23 +189,26 @@ def test_calls_that_run_when_sigterm_comes_are_answered_and_open_connections_kee
         requests = [slow_request(stubs, 0, 1900), *(slow_request(stubs, call_id) for call_id in range(1, 16))]
         with in_the_middle_of_a_pass(worker):
             responses = stubs.direct.Compute(iter(requests), timeout=WAIT_S)
-        answers = []
-        stopped: list[int] = []
-        stopping = threading.Thread(target=lambda: stopped.append(worker.stop()))
-        stopping.start()
-        with pytest.raises(grpc.RpcError) as caught:
-            list(idle)
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        try:
-            answers.extend(responses)
-        except grpc.RpcError as error:
-            assert error.code() == grpc.StatusCode.UNAVAILABLE
-        ended.set()
-        stopping.join(WAIT_S)
-        assert stopped == [0]
+        with ThreadPoolExecutor() as pool:
+            stopping, reading = pool.submit(worker.stop), pool.submit(answers_before_the_end, responses)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(idle)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            answers = reading.result(WAIT_S)
+            ended.set()
+            assert stopping.result(WAIT_S) == 0
     assert outcome(answers[0]) == (0, "answered", "", None)
     assert {reason for _, reason, _, _ in map(outcome, answers)} <= {"answered", "UNAVAILABLE"}
     assert "Traceback" not in worker.log
+
+
+def answers_before_the_end(
+    responses: Iterable[expert_pb2.ComputeResponse],
+) -> list[expert_pb2.ComputeResponse]:
+    answers: list[expert_pb2.ComputeResponse] = []
+    with suppress(grpc.RpcError):
+        answers.extend(responses)
+    return answers
 
 
 @contextmanager
