@@ -11,6 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -118,14 +119,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._check_open(request.model)
         call = await self._call(request, context)
         context.add_done_callback(lambda _: call.end())  # type: ignore[arg-type]
-        unread = asyncio.create_task(_end_unread(context, asyncio.current_task(), call))
         try:
             call.admit()
-            async for response in self._responses(call):
-                yield response
+            # Otherwise the first response brings them along, and while it is written the call could not be aborted.
+            await context.send_initial_metadata(())
+            async with _cut_off_unread(context, call):
+                async for response in self._responses(call):
+                    yield response
         finally:
             call.end()
-            unread.cancel()
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context
@@ -260,6 +262,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
 async def _off_loop(is_large: bool, work: Callable[[], _Result]) -> _Result:
     return await asyncio.to_thread(work) if is_large else work()
+
+
+@asynccontextmanager
+async def _cut_off_unread(context: _Context, call: GenerateCall) -> AsyncIterator[None]:
+    """Ends the call, whose handler this is in, when its client stops reading."""
+    unread = asyncio.create_task(_end_unread(context, asyncio.current_task(), call))
+    try:
+        yield
+    finally:
+        unread.cancel()
 
 
 async def _end_unread(context: _Context, handler: asyncio.Task[Any] | None, call: GenerateCall) -> None:

@@ -18,7 +18,7 @@ from cluster.checkpoints.model_source import DEMO_MODEL
 
 pytestmark = [
     pytest.mark.multihost,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(900),
     # The processes that hosts consist of outlive the objects that started them.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

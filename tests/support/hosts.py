@@ -29,7 +29,7 @@ NETNS = ROOT.parent / "shared" / "netns" / "netns.py"
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 RAY_PORT = 6379
 READY = re.compile(r"ready http=(\S+) grpc=(\S+)\n")
-COMMAND_TIMEOUT_S = 60.0
+COMMAND_TIMEOUT_S = 180.0
 # The nodes of one Ray know each other by this; a machine may have a token of its own.
 TOKEN = secrets.token_hex(32)
 
@@ -123,7 +123,7 @@ class HostServe:
         """Its exit code, once it has ended by itself."""
         code = self.popen.wait(END_TIMEOUT_S)
         for reader in self._readers:
-            reader.join(5.0)
+            reader.join(60)
         return code
 
     def stop(self) -> None:

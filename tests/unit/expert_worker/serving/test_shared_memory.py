@@ -37,7 +37,7 @@ from moesaic.wire.tensors import decode_rows, encode_rows
 from router.workers.transports.base import WorkerAnswer
 from router.workers.transports.shared_memory import SharedMemoryTransport, connect
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 HIDDEN = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
 MakeCall = Callable[..., expert_pb2.ComputeRequest]
 

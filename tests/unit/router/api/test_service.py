@@ -32,7 +32,7 @@ from router.gating.policy import LayerShape
 from router.text.text import Text, load_text
 
 MAX_MODEL_LEN, VOCAB_SIZE = 512, 420
-WAIT_S = 60.0
+WAIT_S = 240.0
 HIDDEN_SIZE, NUM_SLOTS, TOP_K = 4, 3, 2
 
 
@@ -90,7 +90,7 @@ async def serving(
     engine: FakeEngine,
     text: Text,
     *,
-    request_timeout_s: float = 20.0,
+    request_timeout_s: float = 60.0,
     encodes_prompts: bool = False,
     sampling_defaults: pb.SamplingParams | None = None,
     held: EpochBook | None = None,
@@ -411,7 +411,7 @@ async def test_without_max_tokens_the_rest_of_the_context_is_used(rig: Rig) -> N
 async def test_a_silent_request_is_sampled_as_the_models_makers_say(text: Text) -> None:
     defaults = pb.SamplingParams(temperature=0.5, top_p=0.75, top_k=7, min_p=0.125, repetition_penalty=1.5)
     async with serving(FakeEngine(generates([5])), text, sampling_defaults=defaults) as rig:
-        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
+        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=60)
         assert info.sampling_defaults == defaults
         await rig.generate(ask(max_tokens=1))
         await rig.generate(ask(max_tokens=1, temperature=0, top_k=0, top_p=1))
@@ -494,7 +494,7 @@ async def test_a_client_that_cancels_without_reading_frees_its_sequences(rig: Ri
 async def test_a_client_that_disconnects_frees_its_sequences(text: Text) -> None:
     async with serving(FakeEngine(), text) as rig:
         async with rpc.aio_channel(rig.address) as channel:
-            call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(ask(), timeout=20)
+            call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(ask(), timeout=60)
             await rig.engine.until(lambda engine: len(engine.open) == 1)
         assert call.done()
         await rig.engine.until(lambda engine: not engine.open)
@@ -502,10 +502,14 @@ async def test_a_client_that_disconnects_frees_its_sequences(text: Text) -> None
 
 async def test_a_deadline_reaches_the_engine_and_ends_the_call(rig: Rig) -> None:
     rig.engine.script = None
-    before = asyncio.get_running_loop().time()
-    error = await rig.error(ask(), timeout=0.2)
-    assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert before < rig.engine.requests[0].deadline_s <= asyncio.get_running_loop().time() + 0.1
+    clock = asyncio.get_running_loop().time
+    for timeout_s in (0.2, 2.0, 20.0):
+        before_s = clock()
+        error = await rig.error(ask(), timeout=timeout_s)
+        assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        if rig.engine.requests:
+            break  # a busy machine may let a short deadline pass before the call arrives
+    assert before_s < rig.engine.requests[0].deadline_s <= clock() + timeout_s
     await rig.engine.until(lambda engine: not engine.open)
 
 
@@ -526,9 +530,23 @@ async def test_a_client_that_never_reads_is_cut_off(
         call = rig.call(ask("Once upon " * 20, n=64, logprobs=20), timeout=None)
         with caplog.at_level(logging.INFO, generate_call.__name__):
             await rig.engine.until(lambda _: "request ended" in caplog.text, WAIT_S)
-        assert await cut_off(call) == "deadline passed, the answer was not read"
+        reason = await cut_off(call)
+        # The second one where the machine was too busy for a first token within the deadline.
+        assert reason in ("deadline passed, the answer was not read", "deadline passed after 0 tokens")
         assert rig.engine.open == set()
         await rig.engine.until(lambda _: len(asyncio.all_tasks()) <= calls_before, WAIT_S)
+
+
+async def test_a_call_has_begun_before_its_first_message_so_that_it_can_be_cut_off_in_the_middle_of_that(
+    rig: Rig,
+) -> None:
+    """gRPC refuses to abort a call while its first message carries the metadata."""
+    rig.engine.script = None
+    call = rig.call(ask(prompt_logprobs=1), timeout=WAIT_S)
+    async with asyncio.timeout(WAIT_S):
+        await call.initial_metadata()
+    assert rig.engine.requests and not call.done()
+    call.cancel()
 
 
 async def test_a_client_that_stops_reading_is_cut_off_long_before_its_deadline(
@@ -538,7 +556,7 @@ async def test_a_client_that_stops_reading_is_cut_off_long_before_its_deadline(
         monkeypatch.setattr(module, "UNREAD_TIMEOUT_S", 0.1)
     async with serving(FakeEngine(generates([5])), text, request_timeout_s=2 * WAIT_S) as rig:
         calls_before = len(asyncio.all_tasks())
-        call = rig.call(ask(n=64, max_tokens=490, logprobs=20), timeout=None)
+        call = rig.call(ask(n=64, max_tokens=240, logprobs=20), timeout=None)
         with caplog.at_level(logging.INFO, generate_call.__name__):
             await rig.engine.until(lambda _: "request ended" in caplog.text, WAIT_S)
         assert await cut_off(call) == "the answer was not read for 0 s"
@@ -612,20 +630,20 @@ async def test_a_resumed_request_that_does_not_say_all_it_takes_is_refused(
 
 async def test_a_call_is_paused_while_its_client_does_not_read_and_resumed_when_it_does(text: Text) -> None:
     async with serving(FakeEngine(), text) as rig:
-        call = rig.call(ask(n=64, max_tokens=490, logprobs=20), timeout=WAIT_S)
+        call = rig.call(ask(n=64, max_tokens=240, logprobs=20), timeout=WAIT_S)
         await rig.engine.until(lambda engine: len(engine.requests) == 64, WAIT_S)
         ids = {request.sequence_id for request in rig.engine.requests}
         assert {(request.tenant, request.call) for request in rig.engine.requests} == {
             ("", rig.engine.requests[0].sequence_id)
         }
         for index in range(64):
-            rig.engine.emit(index, *(token(5, scores([5], 20)[0]) for _ in range(490)))
+            rig.engine.emit(index, *(token(5, scores([5], 20)[0]) for _ in range(240)))
         await rig.engine.until(lambda engine: len(engine.pauses) == 64, WAIT_S)
         assert set(rig.engine.pauses) == {(name, True) for name in ids}
         num_tokens = 0
         async for response in call:
             num_tokens += len(response.token_ids)
-            if num_tokens == 64 * 490:
+            if num_tokens == 64 * 240:
                 break
         await rig.engine.until(lambda engine: len(engine.pauses) == 128, WAIT_S)
         assert set(rig.engine.pauses[64:]) == {(name, False) for name in ids}
@@ -664,10 +682,10 @@ async def test_a_draining_service_finishes_what_runs_and_refuses_the_rest(rig: R
     error = await rig.error(ask())
     assert (error.code, error.reason, error.retry_after_s) == (grpc.StatusCode.UNAVAILABLE, "DRAINING", 1.0)
     with pytest.raises(grpc.aio.AioRpcError):
-        await rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=5)
+        await rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=60)
     rig.engine.emit(0, *answer(rig.ids(" a hen")))
     assert text_of([response async for response in running]) == " a hen"
-    assert (await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)).model == "tiny"
+    assert (await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=60)).model == "tiny"
 
 
 async def test_an_empty_prompt_is_what_the_tokenizer_begins_a_text_with(rig: Rig) -> None:
@@ -965,7 +983,7 @@ async def test_nothing_is_served_that_takes_a_prompt_for_the_beginning_of_the_an
         assert (error.code, error.field) == (CODE.UNIMPLEMENTED, field)
         assert "an encoder reads this model's prompts" in error.message
         assert rig.engine.requests == []
-        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
+        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=60)
         assert info.encodes_prompts and not info.has_chat_template
 
 
@@ -998,17 +1016,17 @@ async def test_without_an_encoder_there_is_nothing_for_a_decoder_to_begin_with(r
 
 
 async def test_a_text_or_a_conversation_is_tokenized_as_its_prompt_would_be(rig: Rig) -> None:
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon", return_tokens=True), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon", return_tokens=True), timeout=60)
     assert tuple(reply.token_ids) == (1, *rig.ids("Once upon"))
     assert list(reply.tokens) == [rig.text.token(token_id) for token_id in reply.token_ids]
     assert reply.max_model_len == MAX_MODEL_LEN
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="", add_special_tokens=False), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="", add_special_tokens=False), timeout=60)
     assert list(reply.token_ids) == []
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon"), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon"), timeout=60)
     assert list(reply.tokens) == [], "nobody asked for them"
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(chat=chat("Hi").chat, return_tokens=True), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(chat=chat("Hi").chat, return_tokens=True), timeout=60)
     assert list(reply.tokens)[:2] == ["<s>", "["]
-    long = await rig.stub.Tokenize(pb.TokenizeRequest(text="hen " * 20_000), timeout=20)
+    long = await rig.stub.Tokenize(pb.TokenizeRequest(text="hen " * 20_000), timeout=60)
     assert len(long.token_ids) > MAX_MODEL_LEN
 
 
@@ -1033,7 +1051,7 @@ async def test_an_answer_that_no_message_can_hold_is_refused_for_good(
         pb.TokenizeRequest(text="hen " * 20, return_tokens=True),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await rig.stub.Tokenize(request, timeout=20)
+            await rig.stub.Tokenize(request, timeout=60)
         error = from_rpc_error(caught.value)
         assert (error.code, error.field, error.reason) == (CODE.INVALID_ARGUMENT, "prompt", "TOO_LARGE")
         assert error.retry_after_s is None
@@ -1041,29 +1059,29 @@ async def test_an_answer_that_no_message_can_hold_is_refused_for_good(
 
 async def test_token_ids_are_detokenized_with_their_special_tokens(rig: Rig) -> None:
     ids = (1, *rig.ids("naïve 😀"), 2)
-    reply = await rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids), timeout=5)
+    reply = await rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids), timeout=60)
     assert reply.text == "<s>naïve 😀</s>"
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=[VOCAB_SIZE]), timeout=5)
+        await rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=[VOCAB_SIZE]), timeout=60)
     assert from_rpc_error(caught.value).field == "tokens"
 
 
 async def test_tokenizing_needs_a_tokenizer_and_the_right_model(no_text: Text) -> None:
     async with serving(FakeEngine(), no_text) as rig:
         for call in (
-            rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=5),
-            rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1]), timeout=5),
+            rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=60),
+            rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1]), timeout=60),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
             assert caught.value.code() == CODE.UNIMPLEMENTED
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await rig.stub.Tokenize(pb.TokenizeRequest(text="a", model="b"), timeout=5)
+            await rig.stub.Tokenize(pb.TokenizeRequest(text="a", model="b"), timeout=60)
         assert caught.value.code() == CODE.NOT_FOUND
 
 
 async def test_the_model_describes_itself(rig: Rig) -> None:
-    info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
+    info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=60)
     assert info == pb.GetModelInfoResponse(
         model="tiny",
         version=__version__,
@@ -1081,7 +1099,7 @@ async def test_the_model_describes_itself(rig: Rig) -> None:
         control_address="control:1",
         sampling_defaults=neutral_sampling(),
     )
-    assert (await rig.stub.GetRouterStats(pb.GetRouterStatsRequest(), timeout=5)).steps == 7
+    assert (await rig.stub.GetRouterStats(pb.GetRouterStatsRequest(), timeout=60)).steps == 7
 
 
 # What others see of a request.

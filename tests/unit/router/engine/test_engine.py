@@ -52,7 +52,7 @@ from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
 
 VOCABULARY = 50
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class CountingModel:
@@ -107,7 +107,7 @@ class Harness:
         epoch = make_epoch(1, 2)
         self.view = plain_view(epoch)
         pool, _ = make_pool(epoch, {"a": range(2)})
-        self.dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=1.0))
+        self.dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=60.0))
         self.engine = Engine(
             cast(RouterModel, self.model),
             KVCache(
