@@ -75,6 +75,7 @@ class LoadedRouter:
             # Two micro-batches would cut the prompts that an encoder has to read as a whole.
             overlap=settings.overlap == "on" and not self.encodes_prompts,
             max_waiting=settings.max_waiting_sequences,
+            missing_wait_s=settings.missing_wait_s,
         )
 
     @property
