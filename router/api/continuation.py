@@ -54,6 +54,8 @@ class Continuation:
         self.model = model
         self.epoch = ""
         self.num_tokens = 0
+        # The assignments to experts that were substituted or left out.
+        self.num_degraded = 0
         self.finished = False
         self._num_prompt_tokens = len(prompt)
         self._text = text
@@ -84,6 +86,7 @@ class Continuation:
         """The message of a token. It is the last one if the sequence ends with it, or it completes a stop string."""
         token = event.token
         self.num_tokens += 1
+        self.num_degraded = event.num_degraded
         if self._first_token_s is None:
             self._first_token_s = self._clock()
         text, stop = self._text_of(token.token_id)
@@ -98,6 +101,7 @@ class Continuation:
 
     def on_finished(self, event: Finished, text: str = "") -> inference_pb2.GenerateResponse:
         """The last message: `text` of its own token, and what has been held back so far."""
+        self.num_degraded = event.num_degraded
         held, stop = self._search(self._detokenizer.flush())
         if stop is not None:
             return self._last(text + held, FinishReason.STOP, stop, event.timing)

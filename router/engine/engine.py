@@ -295,7 +295,8 @@ class Engine:
         """Runs one batch and delivers its results. An unexpected error fails this batch alone."""
         chunks = by_view(chunks)
         lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
-        started, num_lost = time.perf_counter(), self._dispatcher.lost.num_noted
+        started = time.perf_counter()
+        replicas, num_lost = self._dispatcher.replicas, self._dispatcher.lost.num_noted
         parts: list[MicroBatch] = []
         try:
             parts, readings = self._pack(micro_batches(chunks) if self._overlap else (chunks,))
@@ -307,7 +308,8 @@ class Engine:
             complete, missing = self._complete(readings)
             # What has just been found to be lost is avoided by those who can at once.
             found_lost = self._dispatcher.lost.num_noted > num_lost
-            self._hold(missing, time.perf_counter() - started, found_lost=found_lost)
+            for reading in missing:
+                self._hold(reading, time.perf_counter() - started, replicas, found_lost=found_lost)
             self._deliver(complete, logits)
         except Exception:
             log.exception("a step failed")
@@ -400,17 +402,17 @@ class Engine:
             complete.append(reading)
         return complete, missing
 
-    def _hold(self, missing: list[Reading], took_s: float, *, found_lost: bool) -> None:
-        """Parks or fails the sequences that lack an expert. `found_lost`: whether more is known to be lost than before."""
-        for reading in missing:
-            live, error = reading.live, reading.error
-            assert error is not None
-            if live.request.on_missing == "fail" or not is_mendable(error):
-                self._fail(live, error)
-                continue
-            self._waits.note(live, error, took_s, self._dispatcher.replicas)
-            if live.stand_in is None or not found_lost or live.sequence.state is not None:
-                self._scheduler.park(live.sequence)
+    def _hold(self, reading: Reading, took_s: float, replicas: object, *, found_lost: bool) -> None:
+        """Parks or fails a sequence that lacks an expert after a step of `took_s` seconds over these replicas. `found_lost`:
+        whether more is known to be lost than before."""
+        live, error = reading.live, reading.error
+        assert error is not None
+        if live.request.on_missing == "fail" or not is_mendable(error):
+            self._fail(live, error)
+            return
+        self._waits.note(live, error, took_s, replicas)
+        if live.stand_in is None or not found_lost or live.sequence.state is not None:
+            self._scheduler.park(live.sequence)
 
     def _deliver(self, readings: list[Reading], logits: torch.Tensor) -> None:
         """Scores prompts, samples next tokens, reports them and ends what is finished."""
