@@ -109,6 +109,7 @@ async def serving(
         choose_view=(held or epochs()).choose,
         control_address=lambda: "control:1",
         request_timeout_s=request_timeout_s,
+        on_missing="wait",
     )
     server = rpc.Server(
         {

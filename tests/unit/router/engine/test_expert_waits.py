@@ -38,7 +38,9 @@ class Rig:
 
     def sequence(self, name: str = "a", timeout_s: float = 600.0) -> LiveSequence:
         deadline_s = self.clock.now_s + timeout_s
-        request = SequenceRequest(name, (1, 2), SamplingParams(max_tokens=8), deadline_s, lambda _: None, VIEW)
+        request = SequenceRequest(
+            name, (1, 2), SamplingParams(max_tokens=8), deadline_s, lambda _: None, VIEW
+        )
         return LiveSequence(request, EpochTally())
 
     def fail(self, live: LiveSequence, took_s: float = 0.0) -> LiveSequence:
