@@ -101,7 +101,8 @@ class Continuation:
 
     def on_finished(self, event: Finished, text: str = "") -> inference_pb2.GenerateResponse:
         """The last message: `text` of its own token, and what has been held back so far."""
-        self.num_degraded = event.num_degraded
+        # The end that comes with a token knows no more than that; the end without any token does.
+        self.num_degraded = max(self.num_degraded, event.num_degraded)
         held, stop = self._search(self._detokenizer.flush())
         if stop is not None:
             return self._last(text + held, FinishReason.STOP, stop, event.timing)
