@@ -43,7 +43,7 @@ class RequestOutput:
         self.experts: pb.ExpertPolicy | None = None
         # The epoch of each prompt that has an answer.
         self._epochs: dict[int, str] = {}
-        # The newest word of each choice that is not the full answer.
+        # The strongest word of each choice that is not the full answer.
         self._degraded: dict[int, pb.Degraded] = {}
         self._num_choices = num_choices
         self._unfinished = set(range(num_prompts * num_choices))
@@ -92,7 +92,9 @@ class RequestOutput:
             return None
         index = prompt_number * self._num_choices + message.index
         is_first = index not in self._completion_tokens
-        if message.HasField("degraded"):
+        known = self._degraded.get(index, pb.Degraded())
+        # A router that goes on with the answer of another one counts anew.
+        if message.degraded.assignments > known.assignments:
             self._degraded[index] = message.degraded
         self._completion_tokens[index] = self._completion_tokens.get(index, 0) + len(message.token_ids)
         finish_reason = FINISH_REASONS.get(message.finish_reason)

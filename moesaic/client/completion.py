@@ -232,7 +232,7 @@ class Completion:
             epoch=last.epoch,
             weight_versions=last.weight_versions,
             experts=next((token.experts for token in tokens if token.experts is not None), None),
-            degraded=last.degraded,
+            degraded=next((token.degraded for token in reversed(tokens) if token.degraded is not None), None),
         )
 
 

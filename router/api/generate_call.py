@@ -68,14 +68,16 @@ class GenerateCall:
         *,
         tenant: str,
         policy: ExpertPolicy | None,
+        resumes: bool,
         on_missing: OnMissing,
         choose_view: Callable[[], ModelView],
         bridge: EventBridge,
     ) -> None:
-        """`on_missing`: what happens where no replica of an expert is left. `choose_view`: what computes all continuations,
-        asked when they are admitted."""
+        """`resumes`: whether the caller has the beginning of the answer. `on_missing`: what happens where no replica of an
+        expert is left. `choose_view`: what computes all continuations, asked when they are admitted."""
         self.prompt = prompt
         self.policy = policy
+        self.resumes = resumes
         self.continuations = continuations
         self.deadline_s = deadline_s
         self._engine = engine
@@ -103,6 +105,11 @@ class GenerateCall:
     @property
     def scores_prompt(self) -> bool:
         return self.continuations[0].params.prompt_logprobs is not None
+
+    @property
+    def endings(self) -> list[inference_pb2.GenerateResponse]:
+        """The last messages of the continuations that ended with tokens that the caller has."""
+        return [it.ending for it in self.continuations if it.ending is not None]
 
     @property
     def is_open(self) -> bool:
@@ -134,6 +141,8 @@ class GenerateCall:
         view = self._choose_view()
         for continuation in self.continuations:
             continuation.epoch = view.epoch.id
+            if continuation.finished:
+                continue
             self._engine.submit(
                 SequenceRequest(
                     sequence_id=continuation.sequence_id,
@@ -145,6 +154,7 @@ class GenerateCall:
                     tenant=self._tenant,
                     call=self.continuations[0].sequence_id,
                     decoder_prompt=self.prompt.decoder_token_ids,
+                    generated=continuation.received,
                     view=view,
                     on_missing=self._on_missing,
                 )
