@@ -79,7 +79,7 @@ async def parked(client: Client, number: int) -> None:
 async def test_streams_go_on_with_the_same_text_when_an_expert_is_back(model: Path) -> None:
     with serving(model) as site:
         async with Client(site.address) as client:
-            options = {"max_tokens": NUM_NEW, "temperature": 0, "timeout_s": WAIT_S}
+            options = {"max_tokens": NUM_NEW, "temperature": 0, "ignore_eos": True, "timeout_s": WAIT_S}
             expected = (await client.complete(PROMPT, **options)).token_ids
             alone = (await client.complete(PROMPT, experts=ALIVE, **options)).token_ids
             stream = client.generate(PROMPT, **options)
@@ -101,7 +101,7 @@ async def test_streams_go_on_with_the_same_text_when_an_expert_is_back(model: Pa
 async def test_a_deadline_that_passes_in_a_wait_says_what_was_missing(model: Path) -> None:
     with serving(model) as site:
         async with Client(site.address) as client:
-            stream = client.generate(PROMPT, max_tokens=NUM_NEW, temperature=0, timeout_s=5)
+            stream = client.generate(PROMPT, max_tokens=NUM_NEW, temperature=0, ignore_eos=True, timeout_s=5)
             for _ in range(3):
                 await anext(stream)
             await asyncio.to_thread(site.kill)
@@ -116,12 +116,12 @@ async def test_a_deadline_that_passes_in_a_wait_says_what_was_missing(model: Pat
 async def test_an_answer_without_an_expert_is_labelled_everywhere(model: Path, on_missing: str) -> None:
     with serving(model, "--on-missing", on_missing) as site:
         async with Client(site.address) as client:
-            options = {"max_tokens": 24, "temperature": 0, "timeout_s": WAIT_S}
+            options = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "timeout_s": WAIT_S}
             full = await client.complete(PROMPT, **options)
             assert full.degraded is None
             # Denying the others says which tokens a model without them has: a full answer of another kind.
             without = await client.complete(PROMPT, experts=ALIVE, **options)
-            stream = client.generate(PROMPT, max_tokens=NUM_NEW, temperature=0, timeout_s=WAIT_S)
+            stream = client.generate(PROMPT, **(options | {"max_tokens": NUM_NEW}))
             await anext(stream)
             await asyncio.to_thread(site.kill)
             assert len(await rest(stream)) == NUM_NEW - 1
