@@ -30,6 +30,9 @@ EXPERT_SERVICE = "moesaic.v1.ExpertService"
 WORKER_CONTROL_SERVICE = "moesaic.v1.WorkerControlService"
 CONTROL_SERVICE = "moesaic.v1.ControlService"
 
+# The trailer of a call of Generate whose answer is not the full one.
+DEGRADED_TRAILER = "moesaic-degraded"
+
 # The value that marks the end of a handler's stream.
 _END = object()
 

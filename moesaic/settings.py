@@ -37,6 +37,7 @@ from pydantic_settings import (
 )
 
 from moesaic.errors import InvalidArgument
+from moesaic.expert_policy import OnMissing
 from moesaic.families.model import DenseLayers
 
 
@@ -129,6 +130,18 @@ class EngineSettings(_Group):
         30.0,
         gt=0,
         description="The longest that a layer waits for one worker before it tries the next replica.",
+    )
+    on_missing: OnMissing = Field(
+        "wait",
+        description="Where no replica of an expert is left: with wait the sequence is held until one is back, with fail it "
+        "ends at once; with substitute the next-ranked expert takes its place, with renormalise the others' weights grow, "
+        "and the answer is labelled as degraded. Requests may say otherwise.",
+    )
+    missing_wait_s: float = Field(
+        30.0,
+        gt=0,
+        description="The longest that a sequence is held because no replica of an expert is left; its own deadline may end "
+        "that sooner.",
     )
     threads: Annotated[int | None, Unset("torch's choice; in a cluster the node's cores shared out")] = Field(
         None, ge=1, description="CPU threads of a router."

@@ -34,6 +34,7 @@ OF_A_CLUSTER = (
     "worker.batch_invariant",
     "engine.max_model_len",
     "engine.generation_config",
+    "engine.on_missing",
     "cluster.address",
 )
 

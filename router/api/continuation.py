@@ -56,6 +56,8 @@ class Continuation:
         self.model = model
         self.epoch = epoch
         self.num_tokens = 0
+        # The assignments to experts that were substituted or left out.
+        self.num_degraded = 0
         self.finished = False
         # The tokens of another router, which are not sent again; and the last message, where they are all there is.
         self.received: tuple[int, ...] = ()
@@ -106,6 +108,7 @@ class Continuation:
     def on_token(self, event: TokenGenerated) -> inference_pb2.GenerateResponse:
         """The message of a token. It is the last one if the sequence ends with it, or it completes a stop string."""
         token = event.token
+        self.num_degraded = event.num_degraded
         if self._first_token_s is None:
             self._first_token_s = self._clock()
         text, stop = self._advance(token.token_id)
@@ -120,6 +123,8 @@ class Continuation:
 
     def on_finished(self, event: Finished, text: str = "") -> inference_pb2.GenerateResponse:
         """The last message: `text` of its own token, and what has been held back so far."""
+        # The end that comes with a token knows no more than that; the end without any token does.
+        self.num_degraded = max(self.num_degraded, event.num_degraded)
         held, stop = self._search(self._detokenizer.flush())
         if stop is not None:
             return self._last(text + held, FinishReason.STOP, stop, event.timing)

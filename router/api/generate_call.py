@@ -20,7 +20,7 @@ from opentelemetry import trace
 
 from moesaic import telemetry
 from moesaic.errors import DeadlineExceeded
-from moesaic.expert_policy import ExpertPolicy
+from moesaic.expert_policy import ExpertPolicy, OnMissing, on_missing_to_pb
 from moesaic.v1 import inference_pb2
 from router.api.continuation import Continuation
 from router.api.event_bridge import EventBridge
@@ -69,11 +69,12 @@ class GenerateCall:
         tenant: str,
         policy: ExpertPolicy | None,
         resumes: bool,
+        on_missing: OnMissing,
         choose_view: Callable[[], ModelView],
         bridge: EventBridge,
     ) -> None:
-        """`resumes`: whether the caller has the beginning of the answer. `choose_view`: what computes all continuations,
-        asked when they are admitted."""
+        """`resumes`: whether the caller has the beginning of the answer. `on_missing`: what happens where no replica of an
+        expert is left. `choose_view`: what computes all continuations, asked when they are admitted."""
         self.prompt = prompt
         self.policy = policy
         self.resumes = resumes
@@ -82,6 +83,7 @@ class GenerateCall:
         self._engine = engine
         self._request_id = request_id
         self._tenant = tenant
+        self._on_missing = on_missing
         self._choose_view = choose_view
         self._bridge = bridge
         self._events: EventBuffer[tuple[Continuation, SequenceEvent]] = EventBuffer(
@@ -113,6 +115,25 @@ class GenerateCall:
     def is_open(self) -> bool:
         return any(not continuation.finished for continuation in self.continuations)
 
+    @property
+    def degraded(self) -> inference_pb2.Degraded | None:
+        """How far the answer is not the full one; None where it is."""
+        return self._degraded(sum(continuation.num_degraded for continuation in self.continuations))
+
+    def _degraded(self, num_degraded: int) -> inference_pb2.Degraded | None:
+        if not num_degraded:
+            return None
+        return inference_pb2.Degraded(policy=on_missing_to_pb(self._on_missing), assignments=num_degraded)
+
+    def labelled(
+        self, continuation: Continuation, message: inference_pb2.GenerateResponse
+    ) -> inference_pb2.GenerateResponse:
+        """The message of a continuation, which says so if its answer is not the full one."""
+        degraded = self._degraded(continuation.num_degraded)
+        if degraded is not None:
+            message.degraded.CopyFrom(degraded)
+        return message
+
     def admit(self) -> None:
         """Submits all sequences, in one epoch. Raises if the request's experts or its epoch cannot be had, or the engine
         refuses a sequence; `end` then ends those before it."""
@@ -135,6 +156,7 @@ class GenerateCall:
                     decoder_prompt=self.prompt.decoder_token_ids,
                     generated=continuation.received,
                     view=view,
+                    on_missing=self._on_missing,
                 )
             )
             self._in_engine.add(continuation.sequence_id)
@@ -184,6 +206,8 @@ class GenerateCall:
         """Reports counts, never content, to the trace and the log."""
         if self._span.is_recording():
             self._span.set_attribute(telemetry.OUTPUT_TOKENS, self._num_tokens)
+            if self.degraded is not None:
+                self._span.set_attribute(telemetry.DEGRADED, self.degraded.assignments)
         fields = {
             "request_id": self._request_id,
             "epoch": self.continuations[0].epoch,

@@ -19,7 +19,7 @@ import grpc
 
 from moesaic import __version__, rpc
 from moesaic.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable, Unsupported
-from moesaic.expert_policy import ExpertPolicy
+from moesaic.expert_policy import ExpertPolicy, OnMissing, on_missing_of
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
 from router.api.continuation import prompt_message
 from router.api.continuations import make_continuations
@@ -89,7 +89,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         choose_view: ChooseView,
         control_address: Callable[[], str],
         request_timeout_s: float,
+        on_missing: OnMissing,
     ) -> None:
+        """`on_missing`: what happens where no replica of an expert is left, unless a request says otherwise."""
         self._engine = engine
         self._text = text
         self._facts = facts
@@ -105,6 +107,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._choose_view = choose_view
         self._control_address = control_address
         self._request_timeout_s = request_timeout_s
+        self._on_missing: OnMissing = on_missing
         self._bridge = EventBridge()
         self._draining = False
         self._large_texts = asyncio.Semaphore(_LARGE_AT_ONCE)
@@ -126,6 +129,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             async with _cut_off_unread(context, call):
                 async for response in self._responses(call):
                     yield response
+            if call.degraded is not None:
+                context.set_trailing_metadata(((rpc.DEGRADED_TRAILER, _in_words(call.degraded)),))
         finally:
             call.end()
 
@@ -217,6 +222,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             deadline_s,
             tenant=request.tenant,
             policy=policy,
+            on_missing=(policy and policy.on_missing) or self._on_missing,
             resumes=request.HasField("resume"),
             choose_view=lambda: self._choose_view(request_id, request.session_id, request.epoch, policy),
             bridge=self._bridge,
@@ -240,10 +246,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         call.forget(continuation)
                     elif continuation.finished:  # by a stop string, which the engine does not know
                         call.release(continuation)
-                    yield response
+                    yield call.labelled(continuation, response)
                 case Finished():
                     call.forget(continuation)
-                    yield continuation.on_finished(event)
+                    yield call.labelled(continuation, continuation.on_finished(event))
                 case Failed(error):
                     raise error
 
@@ -258,6 +264,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         policy = None if call.policy is None else call.policy.to_pb()
         first = call.continuations[0]
         return first.message(prompt=info, experts=policy, seed=first.params.seed)
+
+
+def _in_words(degraded: inference_pb2.Degraded) -> str:
+    return f"{on_missing_of(degraded.policy)}; assignments={degraded.assignments}"
 
 
 async def _off_loop(is_large: bool, work: Callable[[], _Result]) -> _Result:

@@ -281,7 +281,7 @@ async def test_a_replica_takes_over_from_a_killed_worker_and_no_token_differs() 
 async def test_without_a_replica_a_lost_worker_is_a_clear_error_and_its_return_is_noticed() -> None:
     with (
         running_workers(DEMO_MODEL, ["0-3", "4-7"]) as workers,
-        running_router(DEMO_MODEL, workers) as router,
+        running_router(DEMO_MODEL, workers, "--on-missing", "fail") as router,
     ):
         async with Client(router.address, retries=False) as client:
             workers[1].kill()

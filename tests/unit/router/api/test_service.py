@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ async def serving(
         choose_view=(held or epochs()).choose,
         control_address=lambda: "control:1",
         request_timeout_s=request_timeout_s,
+        on_missing="wait",
     )
     server = rpc.Server(
         {
@@ -748,6 +749,49 @@ async def test_a_policy_that_is_scored_with_its_prompt_comes_with_the_scores(rig
     request.sampling.prompt_logprobs = 1
     first, *_ = await rig.generate(request)
     assert first.experts.deny == ["law"] and len(first.prompt.logprobs) == len(first.prompt.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("experts", "expected"),
+    [
+        (None, "wait"),
+        (pb.ExpertPolicy(deny=["law"]), "wait"),
+        (pb.ExpertPolicy(on_missing=pb.ON_MISSING_FAIL), "fail"),
+        (pb.ExpertPolicy(deny=["law"], on_missing=pb.ON_MISSING_SUBSTITUTE), "substitute"),
+    ],
+)
+async def test_what_happens_where_an_expert_is_missing_is_as_the_request_or_else_the_router_says(
+    rig: Rig, experts: pb.ExpertPolicy | None, expected: str
+) -> None:
+    responses = await rig.generate(choosing(experts=experts))
+    assert [request.on_missing for request in rig.engine.requests] == [expected]
+    assert responses[0].HasField("experts") == (experts is not None)
+    assert not any(response.HasField("degraded") for response in responses)
+
+
+async def test_a_degraded_answer_says_so_from_the_token_on_and_in_the_trailer(rig: Rig) -> None:
+    def script(request: Any) -> Any:
+        yield Started(0.0)
+        for token_id, num_degraded in ((1, 0), (2, 3)):
+            yield replace(token(token_id), num_degraded=num_degraded)
+        yield replace(token(3, end=finished()), num_degraded=5)
+
+    rig.engine.script = script
+    word = pb.ExpertPolicy(on_missing=pb.ON_MISSING_RENORMALISE)
+    call = rig.call(choosing(n=2, experts=word))
+    responses = [response async for response in call]
+    of_first = [response for response in responses if response.index == 0 and response.token_ids]
+    assert [response.degraded.assignments for response in of_first] == [0, 3, 5]
+    assert not of_first[0].HasField("degraded")
+    assert of_first[2].degraded.policy == pb.ON_MISSING_RENORMALISE
+    trailers = dict(await call.trailing_metadata() or ())
+    assert trailers[rpc.DEGRADED_TRAILER] == "renormalise; assignments=10"
+
+
+async def test_a_full_answer_has_no_such_trailer(rig: Rig) -> None:
+    call = rig.call(choosing())
+    _ = [response async for response in call]
+    assert rpc.DEGRADED_TRAILER not in dict(await call.trailing_metadata() or ())
 
 
 async def test_the_end_of_each_continuation_names_the_versions_of_its_tokens(rig: Rig) -> None:

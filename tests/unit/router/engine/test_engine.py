@@ -96,6 +96,7 @@ class Harness:
         limits: Limits | None = None,
         max_waiting: int = 64,
         overlap: bool = False,
+        missing_wait_s: float = WAIT_S,
     ) -> None:
         self.model = CountingModel()
         self.blocks = BlockPool(num_blocks, 4)
@@ -122,6 +123,7 @@ class Harness:
             PhaseClock(),
             overlap=overlap,
             max_waiting=max_waiting,
+            missing_wait_s=missing_wait_s,
         )
 
     def submit(
