@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTHON ?= python3.11
 
-.PHONY: install lint check test bench protos demo demo-experts serve soak-swaps demo-model clean
+.PHONY: install lint check test bench drill soak-swaps protos demo demo-experts serve demo-model clean
 
 install: $(STAMP)
 
@@ -26,14 +26,21 @@ check: $(STAMP)  ## style, types, import rules, fresh stubs, forbidden calls
 	ops/gen_protos.sh --check
 	ops/check_forbidden.sh
 
+# Tests that start processes of their own come one at a time; the others share the cores.
+ALONE := tests/integration tests/cluster tests/multihost
+
 test: $(STAMP)
-	$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%); together=$$?; \
+	$(BIN)/pytest $(ALONE) && exit $$together
 
 bench: $(STAMP)  ## the standard set; rewrites docs/performance.md. QUICK=1: do the programs work? ONLY=decode,transport
 	$(BIN)/python benchmarks/suite.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 soak-swaps: $(STAMP)  ## swaps, adds and removes in a row under load; rewrites benchmarks/results/swap_soak.json. N=200
 	$(BIN)/python benchmarks/swap_soak.py --changes $(or $(N),1000)
+
+drill: $(STAMP)  ## faults under load, hours of them; rewrites the tables of docs/reliability.md. SEED=7, FAULTS="kill:2 freeze:2"
+	ops/drill.sh
 
 protos: $(STAMP)  ## regenerate moesaic/v1 from protos/
 	ops/gen_protos.sh

@@ -20,7 +20,14 @@ import moesaic
 from gateway.edge import Record, record_of
 from gateway.openai import errors, replies, strict_json, token_lists
 from gateway.openai.errors import HttpError
-from gateway.openai.renderers import ChatRenderer, CompletionRenderer, Identity, Renderer
+from gateway.openai.renderers import (
+    DEGRADED_HEADER,
+    ChatRenderer,
+    CompletionRenderer,
+    Identity,
+    Renderer,
+    degraded_header,
+)
 from gateway.openai.request_output import Piece, RequestOutput
 from gateway.openai.requests import (
     ChatCompletionRequest,
@@ -255,7 +262,9 @@ async def _whole(renderer: Renderer, output: RequestOutput, pieces: AsyncGenerat
         async for piece in pieces:
             choices.setdefault(piece.index, []).append(piece)
     reply = renderer.reply(output, [choices[index] for index in sorted(choices)])
-    return Response(reply.model_dump_json(exclude_unset=True), media_type="application/json")
+    degraded = output.degraded
+    headers = None if degraded is None else {DEGRADED_HEADER: degraded_header(degraded)}
+    return Response(reply.model_dump_json(exclude_unset=True), headers=headers, media_type="application/json")
 
 
 async def _events(

@@ -15,7 +15,7 @@ _METHODS = "GET, HEAD, POST"
 # For how long a browser may remember the answer to a preflight.
 _MAX_AGE_S = 600
 # What pages may read beside the body.
-_EXPOSED = "x-request-id, retry-after, x-should-retry"
+_EXPOSED = "x-request-id, retry-after, x-should-retry, x-moesaic-degraded"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self, get_args
 
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import InvalidArgument
@@ -21,6 +21,17 @@ MAX_ENTRY_CHARS = 256
 _ADDRESS = re.compile(r"([0-9]{1,9}):([0-9]{1,9})", re.ASCII)
 _LISTS = ("deny", "allow", "require")
 
+# What happens where no replica of an expert is left: the request waits for one, fails, or is answered without it.
+OnMissing = Literal["wait", "fail", "substitute", "renormalise"]
+ON_MISSING: tuple[OnMissing, ...] = get_args(OnMissing)
+_ON_MISSING_PB: dict[OnMissing, inference_pb2.OnMissing] = {
+    "wait": inference_pb2.ON_MISSING_WAIT,
+    "fail": inference_pb2.ON_MISSING_FAIL,
+    "substitute": inference_pb2.ON_MISSING_SUBSTITUTE,
+    "renormalise": inference_pb2.ON_MISSING_RENORMALISE,
+}
+_ON_MISSING: dict[int, OnMissing] = {number: name for name, number in _ON_MISSING_PB.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertPolicy:
@@ -28,13 +39,14 @@ class ExpertPolicy:
 
     `deny`: these never compute it. `allow`: of the experts that bundles added, these alone may; the model's own
     always may. `require`: the request fails unless its epoch has all of them. `top_k`: at most so many experts a token.
-    Raises InvalidArgument, which names the entry at fault: `experts.deny[2]`.
+    `on_missing`: what happens where no replica of an expert is left; None: as the server is set. Raises InvalidArgument, which names the entry at fault: `experts.deny[2]`.
     """
 
     deny: Sequence[str] = ()
     allow: Sequence[str] = ()
     require: Sequence[str] = ()
     top_k: int | None = None
+    on_missing: OnMissing | None = None
 
     def __post_init__(self) -> None:
         for name in _LISTS:
@@ -44,28 +56,51 @@ class ExpertPolicy:
                 "experts.top_k: must be a whole number of at least 1", field="experts.top_k"
             )
 
+        if self.on_missing is not None and self.on_missing not in ON_MISSING:
+            raise InvalidArgument(
+                f"experts.on_missing: must be one of {', '.join(ON_MISSING)}", field="experts.on_missing"
+            )
+
     def __bool__(self) -> bool:
-        """Whether it restricts anything."""
-        return bool(self.deny or self.allow or self.require or self.top_k)
+        """Whether it says anything."""
+        return bool(self.deny or self.allow or self.require or self.top_k or self.on_missing)
 
     def __or__(self, other: ExpertPolicy) -> ExpertPolicy:
-        """The entries of both, and the smaller `top_k`."""
+        """The entries of both, the smaller `top_k`, and the `on_missing` of the last that has one."""
         if not isinstance(other, ExpertPolicy):
             return NotImplemented
         limits = [policy.top_k for policy in (self, other) if policy.top_k is not None]
         lists = {name: (*getattr(self, name), *getattr(other, name)) for name in _LISTS}
-        return ExpertPolicy(**lists, top_k=min(limits, default=None))
+        on_missing = other.on_missing or self.on_missing
+        return ExpertPolicy(**lists, top_k=min(limits, default=None), on_missing=on_missing)
 
     def to_pb(self) -> inference_pb2.ExpertPolicy:
         return inference_pb2.ExpertPolicy(
-            deny=self.deny, allow=self.allow, require=self.require, top_k=self.top_k
+            deny=self.deny,
+            allow=self.allow,
+            require=self.require,
+            top_k=self.top_k,
+            on_missing=on_missing_to_pb(self.on_missing),
         )
 
     @classmethod
     def from_pb(cls, message: inference_pb2.ExpertPolicy) -> Self:
         """Raises InvalidArgument."""
         top_k = message.top_k if message.HasField("top_k") else None
-        return cls(message.deny, message.allow, message.require, top_k)
+        return cls(message.deny, message.allow, message.require, top_k, on_missing_of(message.on_missing))
+
+
+def on_missing_to_pb(on_missing: OnMissing | None) -> inference_pb2.OnMissing:
+    return inference_pb2.ON_MISSING_UNSPECIFIED if on_missing is None else _ON_MISSING_PB[on_missing]
+
+
+def on_missing_of(number: int) -> OnMissing | None:
+    """None where it is unspecified. Raises InvalidArgument."""
+    if number == inference_pb2.ON_MISSING_UNSPECIFIED:
+        return None
+    if number not in _ON_MISSING:
+        raise InvalidArgument("experts.on_missing: there is no such policy", field="experts.on_missing")
+    return _ON_MISSING[number]
 
 
 def address_of(entry: str) -> ExpertAddress | None:

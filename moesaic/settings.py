@@ -37,6 +37,7 @@ from pydantic_settings import (
 )
 
 from moesaic.errors import InvalidArgument
+from moesaic.expert_policy import OnMissing
 from moesaic.families.model import DenseLayers
 
 
@@ -129,6 +130,18 @@ class EngineSettings(_Group):
         30.0,
         gt=0,
         description="The longest that a layer waits for one worker before it tries the next replica.",
+    )
+    on_missing: OnMissing = Field(
+        "wait",
+        description="Where no replica of an expert is left: with wait the sequence is held until one is back, with fail it "
+        "ends at once; with substitute the next-ranked expert takes its place, with renormalise the others' weights grow, "
+        "and the answer is labelled as degraded. Requests may say otherwise.",
+    )
+    missing_wait_s: float = Field(
+        30.0,
+        gt=0,
+        description="The longest that a sequence is held because no replica of an expert is left; its own deadline may end "
+        "that sooner.",
     )
     threads: Annotated[int | None, Unset("torch's choice; in a cluster the node's cores shared out")] = Field(
         None, ge=1, description="CPU threads of a router."
@@ -224,6 +237,17 @@ class WorkerSettings(_Group):
     )
     batch_invariant: bool = Field(
         False, description="The result of a row does not depend on the rows computed with it. Slower."
+    )
+    keep_weights: Availability = Field(
+        "auto",
+        description="On CPUs of Linux the experts lie in shared memory that outlives the worker: a restarted one maps "
+        "them again instead of reading them, and workers of one host that hold the same ones hold them once.",
+    )
+    keep_weights_in: str = Field(
+        "/dev/shm", description="Where: a folder in memory, in which this user gets one of its own."
+    )
+    keep_weights_mib: Annotated[int | None, Unset("half of what that place can hold")] = Field(
+        None, ge=1, description="The most that is kept there, in MiB; what is beyond it dies with its worker."
     )
 
 

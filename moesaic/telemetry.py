@@ -30,6 +30,7 @@ EPOCH = "moe.epoch"
 LAYER = "moe.layer"
 ROWS = "moe.rows"
 WORKER = "moe.worker"
+DEGRADED = "moe.degraded_assignments"
 
 REQUEST_ID_METADATA = "x-request-id"
 # The standard variable with the address of a collector.

@@ -29,6 +29,7 @@ from router.control.cluster_watch import ClusterView, ControlWatch, NamedWorkers
     "dense_layers",
     "engine.max_model_len",
     "engine.generation_config",
+    "engine.on_missing",
     "engine.threads",
     "engine.decoder",
     "engine.wire_dtype",

@@ -21,7 +21,8 @@ from router.decoders.decoder import RouterModel
 from router.decoders.load import load_model
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
 from router.engine.engine import Engine
-from router.gating.policy import LayerShape, layer_shapes
+from router.gating.absence import stand_in_of
+from router.gating.policy import LayerShape, check_restrictable, layer_shapes
 from router.phase_clock import PhaseClock
 from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefill_budget import PrefillBudget
@@ -75,6 +76,7 @@ class LoadedRouter:
             # Two micro-batches would cut the prompts that an encoder has to read as a whole.
             overlap=settings.overlap == "on" and not self.encodes_prompts,
             max_waiting=settings.max_waiting_sequences,
+            missing_wait_s=settings.missing_wait_s,
         )
 
     @property
@@ -101,6 +103,7 @@ def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> L
     checkpoint = open_checkpoint(config.model)
     check_identity(checkpoint, config.identity, text=True)
     shape = describe_model(checkpoint, config.dense_layers)
+    _check_on_missing(config.engine, shape)
     for name in shape.untied:
         log.warning(
             "a tensor in the files counts, although the config ties it", extra={"fields": {"tensor": name}}
@@ -149,6 +152,13 @@ def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> L
         clock=clock,
         max_model_len=max_model_len,
     )
+
+
+def _check_on_missing(settings: EngineSettings, shape: MoeModel) -> None:
+    """Raises FailedPrecondition where the model's gates cannot do without an expert as the setting says."""
+    if stand_in_of(settings.on_missing) is not None:
+        shapes = layer_shapes(shape, limits_slots=settings.capacity == "model")
+        check_restrictable(shapes, field="engine.on_missing", what=f"{settings.on_missing} is ")
 
 
 def _dispatch_rules(settings: EngineSettings) -> DispatchRules:

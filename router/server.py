@@ -224,4 +224,5 @@ class RouterServer:
             choose_view=book.choose,
             control_address=lambda: self._view.control_address,
             request_timeout_s=self._config.engine.request_timeout_s,
+            on_missing=self._config.engine.on_missing,
         )

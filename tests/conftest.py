@@ -17,6 +17,8 @@ from moesaic import telemetry
 
 # Before torch is imported anywhere: test processes share few cores, and spinning threads would fight for them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A machine that is busy with something else is slow, not wrong.
 hypothesis.settings.register_profile("moesaic", deadline=None)

@@ -74,8 +74,14 @@ class Launcher:
     """Starts and ends the processes of one cluster."""
 
     def __init__(
-        self, starter: ProcessStarter, processes: Sequence[PlannedProcess], settings: Settings
+        self,
+        starter: ProcessStarter,
+        processes: Sequence[PlannedProcess],
+        settings: Settings,
+        *,
+        time_limit: Callable[[float], asyncio.Timeout] = asyncio.timeout,
     ) -> None:
+        self._time_limit = time_limit
         self._starter = starter
         self._processes = processes
         self._settings = settings
@@ -104,7 +110,7 @@ class Launcher:
         topology = Topology()
         starts = [asyncio.create_task(self._watch_start(name)) for name in self._names]
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self._time_limit(timeout_s):
                 while not (topology.processes and all(map(_ready, topology.processes))):
                     await asyncio.sleep(POLL_S)
                     topology = await self._look() or topology

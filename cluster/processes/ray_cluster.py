@@ -363,8 +363,11 @@ class RayCluster:
 
     async def lost(self) -> None:
         """Returns when the local Ray has died. Never returns for a joined one, which recovers by itself."""
-        raylets = [child for child in psutil.Process().children() if self._local and child.name() == "raylet"]
-        while all(map(_is_alive, raylets)):
+        # Where Ray was started a second time, the dead raylet of the first time may be a child still.
+        raylets = [
+            child for child in psutil.Process().children() if _is_alive(child) and child.name() == "raylet"
+        ]
+        while not self._local or any(map(_is_alive, raylets)):
             await asyncio.sleep(LOSS_PERIOD_S)
 
     async def close(self) -> None:

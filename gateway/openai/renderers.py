@@ -6,7 +6,7 @@ A renderer belongs to one request. `chunks` renders one piece for a stream, `rep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 from google.protobuf.json_format import MessageToDict
@@ -15,7 +15,12 @@ from pydantic import BaseModel
 from gateway.openai import logprobs, replies
 from gateway.openai.request_output import Piece, RequestOutput, join, separate_end
 from gateway.openai.requests import ChatCompletionRequest, CompletionRequest, GenerationBody
+from moesaic.errors import DataLoss
+from moesaic.expert_policy import OnMissing, on_missing_of
 from moesaic.v1 import inference_pb2 as pb
+
+# Of whole replies whose answer is not the full one.
+DEGRADED_HEADER = "x-moesaic-degraded"
 
 
 class Renderer(Protocol):
@@ -63,7 +68,7 @@ class CompletionRenderer:
         return self.request.calls()
 
     def chunks(self, output: RequestOutput, piece: Piece) -> Sequence[BaseModel]:
-        opening = _computation(output, piece.epoch) if piece.is_first else {}
+        opening = _of_piece(output, piece)
         usage = _chunk_usage(self.request, output)
         return [self._body(output, piece.epoch, choices=[self._choice(piece)], **opening, **usage)]
 
@@ -73,9 +78,7 @@ class CompletionRenderer:
     def reply(self, output: RequestOutput, choices: Sequence[Sequence[Piece]]) -> BaseModel:
         rendered = [self._choice(join(pieces)) for pieces in choices]
         epoch = output.epoch
-        return self._body(
-            output, epoch, choices=rendered, usage=_usage(output), **_computation(output, epoch)
-        )
+        return self._body(output, epoch, choices=rendered, usage=_usage(output), **_whole_computation(output))
 
     def _body(self, output: RequestOutput, epoch: str, **fields: Any) -> replies.CompletionReply:
         return replies.CompletionReply(
@@ -137,7 +140,13 @@ class ChatRenderer:
         """
         usage = _chunk_usage(self.request, output)
         chunks = [
-            self._chunk(output, piece.epoch, choices=[self._chunk_choice(part)], **usage)
+            self._chunk(
+                output,
+                piece.epoch,
+                choices=[self._chunk_choice(part)],
+                **usage,
+                **_of_piece(output, replace(part, is_first=False)),
+            )
             for part in separate_end(piece)
         ]
         if piece.is_first:
@@ -147,7 +156,7 @@ class ChatRenderer:
                 logprobs=None,
                 finish_reason=None,
             )
-            first = {**_computation(output, piece.epoch), **self._prompt_token_ids(piece)}
+            first = {**_computation(output, piece.epoch, None), **self._prompt_token_ids(piece)}
             chunks.insert(0, self._chunk(output, piece.epoch, choices=[opening], **usage, **first))
         return chunks
 
@@ -166,7 +175,7 @@ class ChatRenderer:
                 for piece in joined
             ],
             usage=_usage(output),
-            **_computation(output, output.epoch),
+            **_whole_computation(output),
             **self._prompt_token_ids(joined[0]),
         )
 
@@ -203,12 +212,42 @@ class ChatRenderer:
         return {"prompt_token_ids": list(piece.prompt.token_ids)} if self.request.return_token_ids else {}
 
 
-def _computation(output: RequestOutput, epoch: str) -> dict[str, replies.Computation]:
-    """By what `epoch` computes an answer: the field of replies, and of the first chunk of a choice."""
-    if output.experts is None:
-        return {"moesaic": replies.Computation(epoch=epoch)}
-    policy = MessageToDict(output.experts, preserving_proto_field_name=True)
-    return {"moesaic": replies.Computation(epoch=epoch, experts=replies.Policy(**policy))}
+def _computation(
+    output: RequestOutput, epoch: str, degraded: pb.Degraded | None
+) -> dict[str, replies.Computation]:
+    """By what `epoch` computes an answer, and how far that is not the full one."""
+    fields: dict[str, Any] = {}
+    if output.experts is not None:
+        policy = MessageToDict(output.experts, preserving_proto_field_name=True)
+        if output.experts.on_missing:
+            policy["on_missing"] = on_missing_of(output.experts.on_missing)
+        fields["experts"] = replies.Policy(**policy)
+    if degraded is not None:
+        fields["degraded"] = replies.Degraded(policy=_stand_in(degraded), assignments=degraded.assignments)
+    return {"moesaic": replies.Computation(epoch=epoch, **fields)}
+
+
+def _whole_computation(output: RequestOutput) -> dict[str, replies.Computation]:
+    return _computation(output, output.epoch, output.degraded)
+
+
+def _of_piece(output: RequestOutput, piece: Piece) -> dict[str, replies.Computation]:
+    """The field of the first chunk of a choice, and of the last one where that is not the full answer."""
+    if not piece.is_first and piece.degraded is None:
+        return {}
+    return _computation(output, piece.epoch, piece.degraded)
+
+
+def degraded_header(degraded: pb.Degraded) -> str:
+    """The value of `x-moesaic-degraded`."""
+    return f"{_stand_in(degraded)}; assignments={degraded.assignments}"
+
+
+def _stand_in(degraded: pb.Degraded) -> OnMissing:
+    policy = on_missing_of(degraded.policy)
+    if policy is None:
+        raise DataLoss("the answer is degraded without a policy", reason="BAD_ANSWER")
+    return policy
 
 
 def _weight_versions(request: GenerationBody, piece: Piece) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from moesaic.expert_policy import OnMissing
+
 
 class PromptTokensDetails(BaseModel):
     # Prompt tokens whose keys and values an earlier request had computed.
@@ -30,6 +32,15 @@ class Policy(BaseModel):
     allow: list[str] | None = None
     require: list[str] | None = None
     top_k: int | None = None
+    on_missing: OnMissing | None = None
+
+
+class Degraded(BaseModel):
+    """An answer that is not the full one: what stood in for missing experts, and in how many (token, layer, slot)
+    assignments."""
+
+    policy: OnMissing
+    assignments: int
 
 
 class Computation(BaseModel):
@@ -37,6 +48,7 @@ class Computation(BaseModel):
 
     epoch: str
     experts: Policy | None = None
+    degraded: Degraded | None = None
 
 
 class WeightVersion(BaseModel):

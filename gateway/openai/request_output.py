@@ -30,6 +30,8 @@ class Piece:
     epoch: str
     # With the end of the choice, where they were asked for.
     weight_versions: tuple[pb.WeightVersion, ...]
+    # How far the choice is not the full answer, with its end; None where it is, or the end is yet to come.
+    degraded: pb.Degraded | None = None
 
 
 class RequestOutput:
@@ -41,6 +43,8 @@ class RequestOutput:
         self.experts: pb.ExpertPolicy | None = None
         # The epoch of each prompt that has an answer.
         self._epochs: dict[int, str] = {}
+        # The strongest word of each choice that is not the full answer.
+        self._degraded: dict[int, pb.Degraded] = {}
         self._num_choices = num_choices
         self._unfinished = set(range(num_prompts * num_choices))
         self._prompts: dict[int, pb.PromptInfo] = {}
@@ -54,6 +58,14 @@ class RequestOutput:
     def epoch(self) -> str:
         """The epoch of the answer; several, with commas, where it changed between the prompts of one request."""
         return ",".join(dict.fromkeys(self._epochs[number] for number in sorted(self._epochs)))
+
+    @property
+    def degraded(self) -> pb.Degraded | None:
+        """How far the choices together are not the full answer; None where they are."""
+        if not self._degraded:
+            return None
+        words = list(self._degraded.values())
+        return pb.Degraded(policy=words[0].policy, assignments=sum(word.assignments for word in words))
 
     @property
     def prompt_tokens(self) -> int:
@@ -80,6 +92,10 @@ class RequestOutput:
             return None
         index = prompt_number * self._num_choices + message.index
         is_first = index not in self._completion_tokens
+        known = self._degraded.get(index, pb.Degraded())
+        # A router that goes on with the answer of another one counts anew.
+        if message.degraded.assignments > known.assignments:
+            self._degraded[index] = message.degraded
         self._completion_tokens[index] = self._completion_tokens.get(index, 0) + len(message.token_ids)
         finish_reason = FINISH_REASONS.get(message.finish_reason)
         if finish_reason is not None:
@@ -98,6 +114,7 @@ class RequestOutput:
             stop=message.stop,
             epoch=message.epoch,
             weight_versions=tuple(message.weight_versions),
+            degraded=self._degraded.get(index) if finish_reason is not None else None,
         )
 
     def check_complete(self) -> None:
@@ -120,6 +137,7 @@ def join(pieces: Sequence[Piece]) -> Piece:
         stop=last.stop,
         epoch=last.epoch,
         weight_versions=last.weight_versions,
+        degraded=last.degraded,
     )
 
 
@@ -128,4 +146,4 @@ def separate_end(piece: Piece) -> list[Piece]:
     if piece.finish_reason is None or not piece.text:
         return [piece]
     end = replace(piece, is_first=False, text="", token_ids=(), logprobs=())
-    return [replace(piece, finish_reason=None, stop="", weight_versions=()), end]
+    return [replace(piece, finish_reason=None, stop="", weight_versions=(), degraded=None), end]

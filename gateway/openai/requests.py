@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gateway.openai.strict_json import readable
-from moesaic.expert_policy import MAX_ENTRIES, MAX_ENTRY_CHARS, ExpertPolicy
+from moesaic.expert_policy import MAX_ENTRIES, MAX_ENTRY_CHARS, ExpertPolicy, OnMissing
 from moesaic.v1 import inference_pb2 as pb
 
 # OpenAI's default for completions. A chat completion may fill the context.
@@ -58,15 +58,6 @@ def _not_served(value: object) -> None:
 
 # The type of a field that is parsed only so that it can be refused by name.
 NotServed = Annotated[None, BeforeValidator(_not_served), WithJsonSchema({"type": "null"})]
-
-
-def _not_yet(value: object) -> None:
-    if value is not None:
-        raise ValueError("not supported yet")
-
-
-# The type of a field that is reserved: it has a meaning, and no effect so far.
-NotYet = Annotated[None, BeforeValidator(_not_yet), WithJsonSchema({"type": "null"})]
 
 
 # The type of a field of OpenAI's that cannot change an answer. It has no effect, whatever it holds.
@@ -173,12 +164,14 @@ class Experts(Body):
     require: PolicyEntries | None = None
     # At most so many experts a token.
     top_k: Positive | None = None
-    # What happens where an expert is missing; today the request waits for a replica, then fails.
-    on_missing: NotYet = None
+    # What happens where no replica of an expert is left.
+    on_missing: OnMissing | None = None
 
     def to_pb(self) -> pb.ExpertPolicy | None:
-        """None where nothing is restricted. Raises InvalidArgument for an address that is malformed."""
-        policy = ExpertPolicy(self.deny or (), self.allow or (), self.require or (), self.top_k)
+        """None where it says nothing. Raises InvalidArgument for an address that is malformed."""
+        policy = ExpertPolicy(
+            self.deny or (), self.allow or (), self.require or (), self.top_k, self.on_missing
+        )
         return policy.to_pb() if policy else None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from moesaic.errors import DataLoss
-from moesaic.expert_policy import ExpertPolicy
+from moesaic.expert_policy import ExpertPolicy, OnMissing, on_missing_of
 from moesaic.v1 import inference_pb2 as pb
 
 FinishReason = Literal["stop", "length"]
@@ -98,6 +98,22 @@ class WeightVersion:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """Says that an answer is not the full one, because experts had no replica left: which policy stood in for them, and for
+    how many (token, layer, slot) assignments."""
+
+    policy: OnMissing
+    assignments: int
+
+    @classmethod
+    def from_pb(cls, message: pb.Degraded) -> Self:
+        policy = on_missing_of(message.policy)
+        if policy is None:
+            raise DataLoss("the answer is degraded without a policy", reason="BAD_ANSWER")
+        return cls(policy, message.assignments)
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Token:
     """One token of continuation `index`; with max_tokens=0 its end alone.
@@ -125,6 +141,8 @@ class Token:
     weight_versions: tuple[WeightVersion, ...] = ()
     # The policy that was applied.
     experts: ExpertPolicy | None = None
+    # How far the continuation is not the full answer so far; None where it is.
+    degraded: Degraded | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -157,6 +175,7 @@ class Token:
                 WeightVersion(span.version, span.start, span.end) for span in response.weight_versions
             ),
             experts=ExpertPolicy.from_pb(response.experts) if response.HasField("experts") else None,
+            degraded=Degraded.from_pb(response.degraded) if response.HasField("degraded") else None,
         )
 
 
@@ -179,6 +198,8 @@ class Completion:
     weight_versions: tuple[WeightVersion, ...] = ()
     # The policy that was applied; None without one.
     experts: ExpertPolicy | None = None
+    # How far it is not the full answer; None where it is.
+    degraded: Degraded | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -211,6 +232,7 @@ class Completion:
             epoch=last.epoch,
             weight_versions=last.weight_versions,
             experts=next((token.experts for token in tokens if token.experts is not None), None),
+            degraded=next((token.degraded for token in reversed(tokens) if token.degraded is not None), None),
         )
 
 

@@ -101,6 +101,10 @@ class RouterStats:
     # The experts of the epoch, and those of them that no worker holds now.
     experts: int
     experts_without_worker: int
+    # Sequences that wait for a replica of an expert. They count as neither running nor waiting.
+    parked_sequences: int = 0
+    # The (token, layer, slot) assignments that were substituted or left out because no replica was left.
+    degraded_assignments: int = 0
 
     @classmethod
     def from_pb(cls, stats: pb.GetRouterStatsResponse) -> Self:
@@ -123,4 +127,6 @@ class RouterStats:
             gates=tuple(map(GateStats.from_pb, stats.gates)),
             experts=stats.experts,
             experts_without_worker=stats.experts_without_worker,
+            parked_sequences=stats.parked_sequences,
+            degraded_assignments=stats.degraded_assignments,
         )

@@ -15,6 +15,14 @@ class HiddenState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HIDDEN_STATE_RESIDUAL: _ClassVar[HiddenState]
     HIDDEN_STATE_GATE_INPUT: _ClassVar[HiddenState]
 
+class OnMissing(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ON_MISSING_UNSPECIFIED: _ClassVar[OnMissing]
+    ON_MISSING_WAIT: _ClassVar[OnMissing]
+    ON_MISSING_FAIL: _ClassVar[OnMissing]
+    ON_MISSING_SUBSTITUTE: _ClassVar[OnMissing]
+    ON_MISSING_RENORMALISE: _ClassVar[OnMissing]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -23,6 +31,11 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 HIDDEN_STATE_UNSPECIFIED: HiddenState
 HIDDEN_STATE_RESIDUAL: HiddenState
 HIDDEN_STATE_GATE_INPUT: HiddenState
+ON_MISSING_UNSPECIFIED: OnMissing
+ON_MISSING_WAIT: OnMissing
+ON_MISSING_FAIL: OnMissing
+ON_MISSING_SUBSTITUTE: OnMissing
+ON_MISSING_RENORMALISE: OnMissing
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -167,7 +180,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., include_stop_in_output: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "add_special_tokens", "tenant", "echo", "decoder_prompt", "experts", "return_weight_versions", "epoch", "session_id")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "add_special_tokens", "tenant", "echo", "decoder_prompt", "experts", "return_weight_versions", "epoch", "session_id", "resume")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +196,7 @@ class GenerateRequest(_message.Message):
     RETURN_WEIGHT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -198,19 +212,44 @@ class GenerateRequest(_message.Message):
     return_weight_versions: bool
     epoch: str
     session_id: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., add_special_tokens: _Optional[bool] = ..., tenant: _Optional[str] = ..., echo: _Optional[bool] = ..., decoder_prompt: _Optional[_Iterable[int]] = ..., experts: _Optional[_Union[ExpertPolicy, _Mapping]] = ..., return_weight_versions: _Optional[bool] = ..., epoch: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
+    resume: Resume
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., add_special_tokens: _Optional[bool] = ..., tenant: _Optional[str] = ..., echo: _Optional[bool] = ..., decoder_prompt: _Optional[_Iterable[int]] = ..., experts: _Optional[_Union[ExpertPolicy, _Mapping]] = ..., return_weight_versions: _Optional[bool] = ..., epoch: _Optional[str] = ..., session_id: _Optional[str] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("continuations",)
+    CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
+    continuations: _containers.RepeatedCompositeFieldContainer[ReceivedContinuation]
+    def __init__(self, continuations: _Optional[_Iterable[_Union[ReceivedContinuation, _Mapping]]] = ...) -> None: ...
+
+class ReceivedContinuation(_message.Message):
+    __slots__ = ("token_ids", "finished")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finished: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finished: _Optional[bool] = ...) -> None: ...
 
 class ExpertPolicy(_message.Message):
-    __slots__ = ("deny", "allow", "require", "top_k")
+    __slots__ = ("deny", "allow", "require", "top_k", "on_missing")
     DENY_FIELD_NUMBER: _ClassVar[int]
     ALLOW_FIELD_NUMBER: _ClassVar[int]
     REQUIRE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    ON_MISSING_FIELD_NUMBER: _ClassVar[int]
     deny: _containers.RepeatedScalarFieldContainer[str]
     allow: _containers.RepeatedScalarFieldContainer[str]
     require: _containers.RepeatedScalarFieldContainer[str]
     top_k: int
-    def __init__(self, deny: _Optional[_Iterable[str]] = ..., allow: _Optional[_Iterable[str]] = ..., require: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ...) -> None: ...
+    on_missing: OnMissing
+    def __init__(self, deny: _Optional[_Iterable[str]] = ..., allow: _Optional[_Iterable[str]] = ..., require: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., on_missing: _Optional[_Union[OnMissing, str]] = ...) -> None: ...
+
+class Degraded(_message.Message):
+    __slots__ = ("policy", "assignments")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    policy: OnMissing
+    assignments: int
+    def __init__(self, policy: _Optional[_Union[OnMissing, str]] = ..., assignments: _Optional[int] = ...) -> None: ...
 
 class WeightVersion(_message.Message):
     __slots__ = ("version", "start", "end")
@@ -279,7 +318,7 @@ class Timing(_message.Message):
     def __init__(self, queued_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "model", "epoch", "prompt", "index", "text", "token_ids", "logprobs", "finish_reason", "stop", "usage", "timing", "weight_versions", "experts")
+    __slots__ = ("request_id", "model", "epoch", "prompt", "index", "text", "token_ids", "logprobs", "finish_reason", "stop", "usage", "timing", "weight_versions", "experts", "seed", "degraded")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -294,6 +333,8 @@ class GenerateResponse(_message.Message):
     TIMING_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     epoch: str
@@ -308,7 +349,9 @@ class GenerateResponse(_message.Message):
     timing: Timing
     weight_versions: _containers.RepeatedCompositeFieldContainer[WeightVersion]
     experts: ExpertPolicy
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., epoch: _Optional[str] = ..., prompt: _Optional[_Union[PromptInfo, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weight_versions: _Optional[_Iterable[_Union[WeightVersion, _Mapping]]] = ..., experts: _Optional[_Union[ExpertPolicy, _Mapping]] = ...) -> None: ...
+    seed: int
+    degraded: Degraded
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., epoch: _Optional[str] = ..., prompt: _Optional[_Union[PromptInfo, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weight_versions: _Optional[_Iterable[_Union[WeightVersion, _Mapping]]] = ..., experts: _Optional[_Union[ExpertPolicy, _Mapping]] = ..., seed: _Optional[int] = ..., degraded: _Optional[_Union[Degraded, _Mapping]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat", "add_special_tokens", "return_tokens")
@@ -439,7 +482,7 @@ class GateStats(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., z_loss: _Optional[float] = ..., assignments: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...
 
 class GetRouterStatsResponse(_message.Message):
-    __slots__ = ("steps", "prompt_tokens", "generated_tokens", "running_sequences", "waiting_sequences", "kv_blocks_used", "kv_blocks_total", "preemptions", "phases", "workers", "resident_bytes", "uptime_s", "prefix_lookup_tokens", "prefix_hit_tokens", "overlapped_steps", "gates", "experts", "experts_without_worker")
+    __slots__ = ("steps", "prompt_tokens", "generated_tokens", "running_sequences", "waiting_sequences", "kv_blocks_used", "kv_blocks_total", "preemptions", "phases", "workers", "resident_bytes", "uptime_s", "prefix_lookup_tokens", "prefix_hit_tokens", "overlapped_steps", "gates", "experts", "experts_without_worker", "parked_sequences", "degraded_assignments")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -458,6 +501,8 @@ class GetRouterStatsResponse(_message.Message):
     GATES_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_WITHOUT_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PARKED_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     steps: int
     prompt_tokens: int
     generated_tokens: int
@@ -476,4 +521,6 @@ class GetRouterStatsResponse(_message.Message):
     gates: _containers.RepeatedCompositeFieldContainer[GateStats]
     experts: int
     experts_without_worker: int
-    def __init__(self, steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerTraffic, _Mapping]]] = ..., resident_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., prefix_lookup_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., overlapped_steps: _Optional[int] = ..., gates: _Optional[_Iterable[_Union[GateStats, _Mapping]]] = ..., experts: _Optional[int] = ..., experts_without_worker: _Optional[int] = ...) -> None: ...
+    parked_sequences: int
+    degraded_assignments: int
+    def __init__(self, steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerTraffic, _Mapping]]] = ..., resident_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., prefix_lookup_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., overlapped_steps: _Optional[int] = ..., gates: _Optional[_Iterable[_Union[GateStats, _Mapping]]] = ..., experts: _Optional[int] = ..., experts_without_worker: _Optional[int] = ..., parked_sequences: _Optional[int] = ..., degraded_assignments: _Optional[int] = ...) -> None: ...

@@ -20,7 +20,8 @@ from opentelemetry import trace
 
 from moesaic import telemetry
 from moesaic.errors import DeadlineExceeded
-from moesaic.expert_policy import ExpertPolicy
+from moesaic.expert_policy import ExpertPolicy, OnMissing, on_missing_to_pb
+from moesaic.v1 import inference_pb2
 from router.api.continuation import Continuation
 from router.api.event_bridge import EventBridge
 from router.api.event_buffer import UNREAD_TIMEOUT_S, EventBuffer
@@ -67,17 +68,22 @@ class GenerateCall:
         *,
         tenant: str,
         policy: ExpertPolicy | None,
+        resumes: bool,
+        on_missing: OnMissing,
         choose_view: Callable[[], ModelView],
         bridge: EventBridge,
     ) -> None:
-        """`choose_view`: what computes all continuations, asked when they are admitted."""
+        """`resumes`: whether the caller has the beginning of the answer. `on_missing`: what happens where no replica of an
+        expert is left. `choose_view`: what computes all continuations, asked when they are admitted."""
         self.prompt = prompt
         self.policy = policy
+        self.resumes = resumes
         self.continuations = continuations
         self.deadline_s = deadline_s
         self._engine = engine
         self._request_id = request_id
         self._tenant = tenant
+        self._on_missing = on_missing
         self._choose_view = choose_view
         self._bridge = bridge
         self._events: EventBuffer[tuple[Continuation, SequenceEvent]] = EventBuffer(
@@ -101,8 +107,32 @@ class GenerateCall:
         return self.continuations[0].params.prompt_logprobs is not None
 
     @property
+    def endings(self) -> list[inference_pb2.GenerateResponse]:
+        """The last messages of the continuations that ended with tokens that the caller has."""
+        return [it.ending for it in self.continuations if it.ending is not None]
+
+    @property
     def is_open(self) -> bool:
         return any(not continuation.finished for continuation in self.continuations)
+
+    @property
+    def degraded(self) -> inference_pb2.Degraded | None:
+        """How far the answer is not the full one; None where it is."""
+        return self._degraded(sum(continuation.num_degraded for continuation in self.continuations))
+
+    def _degraded(self, num_degraded: int) -> inference_pb2.Degraded | None:
+        if not num_degraded:
+            return None
+        return inference_pb2.Degraded(policy=on_missing_to_pb(self._on_missing), assignments=num_degraded)
+
+    def labelled(
+        self, continuation: Continuation, message: inference_pb2.GenerateResponse
+    ) -> inference_pb2.GenerateResponse:
+        """The message of a continuation, which says so if its answer is not the full one."""
+        degraded = self._degraded(continuation.num_degraded)
+        if degraded is not None:
+            message.degraded.CopyFrom(degraded)
+        return message
 
     def admit(self) -> None:
         """Submits all sequences, in one epoch. Raises if the request's experts or its epoch cannot be had, or the engine
@@ -111,6 +141,8 @@ class GenerateCall:
         view = self._choose_view()
         for continuation in self.continuations:
             continuation.epoch = view.epoch.id
+            if continuation.finished:
+                continue
             self._engine.submit(
                 SequenceRequest(
                     sequence_id=continuation.sequence_id,
@@ -122,7 +154,9 @@ class GenerateCall:
                     tenant=self._tenant,
                     call=self.continuations[0].sequence_id,
                     decoder_prompt=self.prompt.decoder_token_ids,
+                    generated=continuation.received,
                     view=view,
+                    on_missing=self._on_missing,
                 )
             )
             self._in_engine.add(continuation.sequence_id)
@@ -172,6 +206,8 @@ class GenerateCall:
         """Reports counts, never content, to the trace and the log."""
         if self._span.is_recording():
             self._span.set_attribute(telemetry.OUTPUT_TOKENS, self._num_tokens)
+            if self.degraded is not None:
+                self._span.set_attribute(telemetry.DEGRADED, self.degraded.assignments)
         fields = {
             "request_id": self._request_id,
             "epoch": self.continuations[0].epoch,

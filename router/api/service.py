@@ -11,6 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -18,19 +19,15 @@ import grpc
 
 from moesaic import __version__, rpc
 from moesaic.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable, Unsupported
-from moesaic.expert_policy import ExpertPolicy
+from moesaic.expert_policy import ExpertPolicy, OnMissing, on_missing_of
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
-from router.api.continuation import Continuation, prompt_message
+from router.api.continuation import prompt_message
+from router.api.continuations import make_continuations
 from router.api.event_bridge import EventBridge
 from router.api.generate_call import GenerateCall, SequenceEngine
 from router.api.prompt import read_prompt
 from router.api.sampling_defaults import neutral_sampling
-from router.api.sampling_request import (
-    ModelLimits,
-    continuation_params,
-    num_continuations,
-    parse_sampling,
-)
+from router.api.sampling_request import ModelLimits
 from router.api.tokens import detokenize, tokenize
 from router.engine.request import Failed, Finished, PromptScored, Started, TokenGenerated
 from router.engine.sampling_params import TokenLogprobs
@@ -92,7 +89,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         choose_view: ChooseView,
         control_address: Callable[[], str],
         request_timeout_s: float,
+        on_missing: OnMissing,
     ) -> None:
+        """`on_missing`: what happens where no replica of an expert is left, unless a request says otherwise."""
         self._engine = engine
         self._text = text
         self._facts = facts
@@ -108,6 +107,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._choose_view = choose_view
         self._control_address = control_address
         self._request_timeout_s = request_timeout_s
+        self._on_missing: OnMissing = on_missing
         self._bridge = EventBridge()
         self._draining = False
         self._large_texts = asyncio.Semaphore(_LARGE_AT_ONCE)
@@ -122,14 +122,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._check_open(request.model)
         call = await self._call(request, context)
         context.add_done_callback(lambda _: call.end())  # type: ignore[arg-type]
-        unread = asyncio.create_task(_end_unread(context, asyncio.current_task(), call))
         try:
             call.admit()
-            async for response in self._responses(call):
-                yield response
+            # Otherwise the first response brings them along, and while it is written the call could not be aborted.
+            await context.send_initial_metadata(())
+            async with _cut_off_unread(context, call):
+                async for response in self._responses(call):
+                    yield response
+            if call.degraded is not None:
+                context.set_trailing_metadata(((rpc.DEGRADED_TRAILER, _in_words(call.degraded)),))
         finally:
             call.end()
-            unread.cancel()
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context
@@ -194,32 +197,23 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Checks everything that can be refused before a sequence is admitted."""
         request_id = _request_id(request, context)
         deadline_s = _deadline_s(context, self._request_timeout_s)
-        n = num_continuations(request.n)
         _check_length("tenant", request.tenant, MAX_TENANT_CHARS)
         _check_length("session_id", request.session_id, MAX_SESSION_ID_CHARS)
         policy = ExpertPolicy.from_pb(request.experts) or None
         prompt = await self._worked(
             request.ByteSize(), lambda: read_prompt(request, self._text, self._limits)
         )
-        params, options = parse_sampling(
-            request.sampling, num_prompt_tokens=prompt.num_tokens, limits=self._limits
-        )
-        if options.stop and not self._text.has_tokenizer:
-            raise Unsupported("stop: this model has no tokenizer, use stop_token_ids", field="stop")
-        continuations = [
-            Continuation(
-                index,
-                prompt.token_ids,
+        continuations = await self._worked(
+            request.resume.ByteSize(),
+            lambda: make_continuations(
+                request,
+                prompt,
                 self._text,
-                continuation_params(params, index),
-                options,
+                self._limits,
                 request_id=request_id,
                 model=self._facts.model,
-                continues=not self._facts.encodes_prompts,
-                names_versions=request.return_weight_versions,
-            )
-            for index in range(n)
-        ]
+            ),
+        )
         return GenerateCall(
             self._engine,
             request_id,
@@ -228,12 +222,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             deadline_s,
             tenant=request.tenant,
             policy=policy,
+            on_missing=(policy and policy.on_missing) or self._on_missing,
+            resumes=request.HasField("resume"),
             choose_view=lambda: self._choose_view(request_id, request.session_id, request.epoch, policy),
             bridge=self._bridge,
         )
 
     async def _responses(self, call: GenerateCall) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        if not call.scores_prompt:
+        for ending in call.endings:
+            yield ending
+        if not call.scores_prompt and not call.resumes:
             yield await self._prompt_response(call, None)
         while call.is_open:
             continuation, event = await call.next_event()
@@ -248,10 +246,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         call.forget(continuation)
                     elif continuation.finished:  # by a stop string, which the engine does not know
                         call.release(continuation)
-                    yield response
+                    yield call.labelled(continuation, response)
                 case Finished():
                     call.forget(continuation)
-                    yield continuation.on_finished(event)
+                    yield call.labelled(continuation, continuation.on_finished(event))
                 case Failed(error):
                     raise error
 
@@ -264,11 +262,26 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             lambda: prompt_message(prompt.token_ids, prompt.text, self._text, scores),
         )
         policy = None if call.policy is None else call.policy.to_pb()
-        return call.continuations[0].message(prompt=info, experts=policy)
+        first = call.continuations[0]
+        return first.message(prompt=info, experts=policy, seed=first.params.seed)
+
+
+def _in_words(degraded: inference_pb2.Degraded) -> str:
+    return f"{on_missing_of(degraded.policy)}; assignments={degraded.assignments}"
 
 
 async def _off_loop(is_large: bool, work: Callable[[], _Result]) -> _Result:
     return await asyncio.to_thread(work) if is_large else work()
+
+
+@asynccontextmanager
+async def _cut_off_unread(context: _Context, call: GenerateCall) -> AsyncIterator[None]:
+    """Ends the call, whose handler this is in, when its client stops reading."""
+    unread = asyncio.create_task(_end_unread(context, asyncio.current_task(), call))
+    try:
+        yield
+    finally:
+        unread.cancel()
 
 
 async def _end_unread(context: _Context, handler: asyncio.Task[Any] | None, call: GenerateCall) -> None:

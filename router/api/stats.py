@@ -41,6 +41,8 @@ def router_stats(
         prefix_lookup_tokens=stats.prefix_lookup_tokens,
         prefix_hit_tokens=stats.prefix_hit_tokens,
         overlapped_steps=stats.overlapped_steps,
+        parked_sequences=stats.parked,
+        degraded_assignments=stats.degraded,
         gates=[
             inference_pb2.GateStats(
                 layer=gate.layer, z_loss=gate.z_loss, assignments=gate.assignments, dropped=gate.dropped

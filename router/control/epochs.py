@@ -24,7 +24,7 @@ from router.gating.sides import point_of
 log = logging.getLogger(__name__)
 
 # How long the epoch before stays in use while the named one lacks replicas. After that the controller's word counts:
-# requests then fail where an expert is missing, as they do when a worker is lost.
+# sequences then wait for an expert that is missing, or fail, as they do when a worker is lost.
 ADOPT_AFTER_S = 60.0
 
 

@@ -30,7 +30,7 @@ from opentelemetry.context import Context
 from torch import Tensor
 
 from moesaic import telemetry
-from moesaic.epoch import ExpertAddress
+from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -46,6 +46,7 @@ from router.dispatch.combine import RowCombiner, SumCombiner
 from router.dispatch.host_staging import staging_for
 from router.dispatch.layer_call import LayerCall
 from router.dispatch.layer_request import LayerRequest
+from router.dispatch.lost_versions import EXPERT_FAILED, EXPERT_SILENT, NO_REPLICA, LostVersions, is_mendable
 from router.dispatch.row_grouping import WorkerRows
 from router.dispatch.shadow import ShadowCalls, ShadowedRows
 from router.dispatch.step_versions import StepVersions
@@ -86,8 +87,14 @@ class Dispatcher:
         self._rules = rules
 
         self._shadows = ShadowCalls(pool)
+        self.lost = LostVersions(pool)
         # By the ids of the epochs of a step.
         self._versions: OrderedDict[tuple[str, ...], StepVersions] = OrderedDict()
+
+    @property
+    def replicas(self) -> object:
+        """Another object after every change of the replicas."""
+        return self._pool.links
 
     def begin(
         self,
@@ -108,6 +115,7 @@ class Dispatcher:
             self._versions_of(views),
             deadline_s=deadline_s,
             context=context,
+            lost=self.lost,
             shadows=self._shadows,
             shadowed=None if self._rules.combine_sum else shadowed,
         )
@@ -136,6 +144,7 @@ class DispatchStep:
         *,
         deadline_s: float,
         context: Context | None,
+        lost: LostVersions,
         shadows: ShadowCalls,
         shadowed: ShadowedRows | None,
     ) -> None:
@@ -146,6 +155,7 @@ class DispatchStep:
         self._versions = versions
         self._deadline_s = deadline_s
         self._context = context
+        self._lost = lost
         self._shadows = shadows
         self._shadowed = shadowed
         # The incarnations of the workers that failed a call in this step, other than by being overloaded. They
@@ -191,7 +201,8 @@ class DispatchStep:
             with self._clock.phase(Phase.ENCODE):
                 self._send_wave(layer_call)
             total = self._receive_wave(layer_call)
-        self.failed.update(layer_call.failed_tokens())
+        if layer_call.errors:
+            self._note_failures(layer_call)
         self._in_flight.remove(layer_call)
         if self._shadowed is not None:
             self._shadows.note_used(layer_call)
@@ -208,6 +219,13 @@ class DispatchStep:
             with contextlib.suppress(MoesaicError, TimeoutError):
                 call.link.receive(call.pending, 0.0)
             _end_span(call.span)
+
+    def _note_failures(self, layer_call: LayerCall) -> None:
+        self.failed.update(layer_call.failed_tokens())
+        for group, error in layer_call.errors.items():
+            if is_mendable(error):
+                address = ExpertAddress(layer_call.request.layer, layer_call.groups.slots[group])
+                self._lost.note(ExpertVersion(address, layer_call.versions[group]))
 
     def _open(
         self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor, tokens: Sequence[int] | None
@@ -403,7 +421,7 @@ def _no_replica(address: ExpertAddress, worker: str | None) -> MoesaicError:
     cause = f": {_public(worker)} that held it is gone and not back yet; {_CURE}" if worker else ""
     return Unavailable(
         f"layer {address.layer} slot {address.slot} has no replica left{cause}",
-        reason="NO_REPLICA",
+        reason=NO_REPLICA,
         retry_after_s=1.0,
     )
 
@@ -416,7 +434,9 @@ def _public(worker: str) -> str:
 def _failure(layer: int, error: MoesaicError | TimeoutError, worker: str) -> MoesaicError:
     """The error that a client sees: the kind of the failure, layer and worker, never an address."""
     if isinstance(error, TimeoutError):
-        return DeadlineExceeded(f"layer {layer}: an expert worker did not answer in time")
+        return DeadlineExceeded(
+            f"layer {layer}: an expert worker did not answer in time", reason=EXPERT_SILENT
+        )
     if isinstance(error, Overloaded):
         return Overloaded(f"layer {layer}: an expert worker is overloaded", retry_after_s=error.retry_after_s)
     if isinstance(error, InvalidArgument) and error.field == "hidden.dtype":
@@ -433,6 +453,6 @@ def _failure(layer: int, error: MoesaicError | TimeoutError, worker: str) -> Moe
         )
     return Unavailable(
         f"layer {layer}: {_public(worker)} died or failed, and no other worker stood in; {_CURE}",
-        reason="EXPERT_FAILED",
+        reason=EXPERT_FAILED,
         retry_after_s=1.0,
     )

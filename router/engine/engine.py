@@ -3,6 +3,9 @@
 Other threads only put commands into its inbox, and the engine's thread never waits for those that receive its
 events. Every sequence ends with exactly one Finished or Failed, or silently when it was cancelled. However
 it ends, its KV blocks are freed at once.
+
+A sequence that lacks an expert for now is parked, and the chunk that failed is computed again when it is tried next: calls
+of experts have no side effects, and the same keys and values go to the same places. The others run on.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ from router.cache.kv_cache import KVCache
 from router.decoders.capture import CapturedRows
 from router.decoders.decoder import MicroBatch, RouterModel
 from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.lost_versions import is_mendable
 from router.dispatch.shadow import Shadow, ShadowedRows
 from router.engine import sampler
 from router.engine.epoch_tally import EpochTallies, EpochTally
+from router.engine.expert_waits import ExpertWaits
 from router.engine.live_sequence import LiveSequence, Reading
 from router.engine.overlap import micro_batches
 from router.engine.request import Failed, Finished, SequenceRequest, TokenGenerated
 from router.engine.sampling_params import SampledToken
+from router.gating.absence import Absence
 from router.gating.model_view import ViewRows
 from router.phase_clock import INSIDE_FORWARD, Phase, PhaseClock
 from router.scheduling.scheduler import Scheduler
@@ -56,6 +62,9 @@ class EngineStats:
     prefix_lookup_tokens: int
     prefix_hit_tokens: int
     overlapped_steps: int
+    parked: int = 0
+    # Assignments to experts that were substituted or left out.
+    degraded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,9 @@ class Engine:
         *,
         overlap: bool,
         max_waiting: int,
+        missing_wait_s: float,
     ) -> None:
+        """`missing_wait_s`: the longest that a sequence waits for a replica of an expert."""
         self._model = model
         self._cache = cache
         self._scheduler = scheduler
@@ -103,6 +114,7 @@ class Engine:
         self._overlap = overlap
         self._max_open = scheduler.limits.max_running + max_waiting
         self._live: dict[str, LiveSequence] = {}
+        self._waits = ExpertWaits(missing_wait_s)
         # Bounded by `_max_open`: a request that is not admitted is not put in.
         self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -112,6 +124,7 @@ class Engine:
         self._shadow: Shadow | None = None
         self._stopping = False
         self._steps = self._overlapped_steps = self._prompt_tokens = self._generated_tokens = 0
+        self._degraded = 0
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -191,6 +204,8 @@ class Engine:
             prefix_lookup_tokens=0 if prefixes is None else prefixes.num_looked_up,
             prefix_hit_tokens=0 if prefixes is None else prefixes.num_hit,
             overlapped_steps=self._overlapped_steps,
+            parked=self._scheduler.num_parked,
+            degraded=self._degraded,
         )
 
     def _loop(self) -> None:
@@ -198,6 +213,7 @@ class Engine:
             while self._take_commands():
                 with self._clock.phase(Phase.SCHEDULE):
                     self._expire()
+                    self._try_again()
                     chunks = self._scheduler.schedule()
                 if chunks:
                     self._step(chunks)
@@ -213,8 +229,10 @@ class Engine:
         """Carries out all commands, and waits while there is no sequence to run. False: the engine stops."""
         while not self._scheduler.has_work or not self._inbox.empty():
             try:
-                command = self._inbox.get(timeout=self._paused_s())
-            except queue.Empty:  # the deadline of a paused sequence
+                command = self._inbox.get(timeout=self._idle_s())
+            except (
+                queue.Empty
+            ):  # the deadline of a paused sequence, or the next look at those that are parked
                 return True
             if command is None:
                 return False
@@ -237,6 +255,7 @@ class Engine:
             case _Cancel():
                 self._end(known)
             case _Pause():
+                self._waits.end(known)
                 self._scheduler.pause(known.sequence)
             case _Resume():
                 self._scheduler.resume(known.sequence)
@@ -251,21 +270,33 @@ class Engine:
                 ),
             )
 
-    def _paused_s(self) -> float | None:
-        """How long the engine may wait while all its sequences are paused; None if it has none."""
-        deadlines_s = [live.request.deadline_s for live in self._live.values()]
-        return max(0.0, min(deadlines_s) - time.monotonic()) if deadlines_s else None
+    def _idle_s(self) -> float | None:
+        """How long the engine may wait while all its sequences are paused or parked; None if it has none."""
+        times_s = [live.request.deadline_s for live in self._live.values()]
+        next_s = self._waits.next_s()
+        if next_s is not None:
+            times_s.append(next_s)
+        return max(0.0, min(times_s) - time.monotonic()) if times_s else None
 
     def _expire(self) -> None:
+        for live, error in self._waits.over():
+            if self._scheduler.is_parked(live.sequence):
+                self._fail(live, error)
         now = time.monotonic()
         for live in [live for live in self._live.values() if live.request.deadline_s <= now]:
             self._fail(live, DeadlineExceeded(f"deadline passed after {len(live.sequence.output)} tokens"))
+
+    def _try_again(self) -> None:
+        """Lets the parked sequences run, if their experts may be back."""
+        for live in self._waits.take_due(self._dispatcher.replicas):
+            self._scheduler.unpark(live.sequence)
 
     def _step(self, chunks: tuple[Chunk, ...]) -> None:
         """Runs one batch and delivers its results. An unexpected error fails this batch alone."""
         chunks = by_view(chunks)
         lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
         started = time.perf_counter()
+        replicas, num_lost = self._dispatcher.replicas, self._dispatcher.lost.num_noted
         parts: list[MicroBatch] = []
         try:
             parts, readings = self._pack(micro_batches(chunks) if self._overlap else (chunks,))
@@ -274,7 +305,12 @@ class Engine:
             logits = self._forward(parts)
             for part in parts:
                 part.experts.finish()
-            self._deliver(self._complete(readings), logits)
+            complete, missing = self._complete(readings)
+            # What has just been found to be lost is avoided by those who can at once.
+            found_lost = self._dispatcher.lost.num_noted > num_lost
+            for reading in missing:
+                self._hold(reading, time.perf_counter() - started, replicas, found_lost=found_lost)
+            self._deliver(complete, logits)
         except Exception:
             log.exception("a step failed")
             for part in parts:
@@ -295,7 +331,8 @@ class Engine:
             for chunks in parts:
                 lives = [self._live[chunk.sequence.sequence_id] for chunk in chunks]
                 batch = pack(chunks, self._model.layout)
-                views = _views(lives, batch)
+                absences = [self._absence(live) for live in lives]
+                views = _views(lives, batch, absences)
                 experts = self._dispatcher.begin(
                     views,
                     deadline_s=max(live.request.deadline_s for live in lives),
@@ -305,13 +342,22 @@ class Engine:
                 )
                 first_logit = sum(len(earlier.rows) for earlier in batches)
                 rows: list[int] = []
-                for live, chunk, first_row in zip(lives, chunks, batch.first_rows, strict=True):
-                    reading = live.read(chunk, first_row, first_logit + len(rows), experts.failed)
+                for live, chunk, first_row, absence in zip(
+                    lives, chunks, batch.first_rows, absences, strict=True
+                ):
+                    reading = live.read(chunk, first_row, first_logit + len(rows), experts.failed, absence)
                     rows += reading.wanted
                     readings.append(reading)
                 wanted = torch.tensor(rows, dtype=torch.long)
                 batches.append(MicroBatch(batch, wanted, experts, views, _captures(lives, batch)))
         return batches, readings
+
+    def _absence(self, live: LiveSequence) -> Absence | None:
+        """What a chunk of this sequence does without; a new one for every chunk, as it counts what that does."""
+        if live.stand_in is None:
+            return None
+        slots = self._dispatcher.lost.slots_of(live.request.view)
+        return Absence(slots, live.stand_in) if slots else None
 
     def _shadowed(self, lives: Sequence[LiveSequence], batch: PackedBatch) -> ShadowedRows | None:
         """The tokens of a batch that another epoch computes as well; None without any."""
@@ -337,18 +383,36 @@ class Engine:
         self._clock.add(Phase.DENSE, time.perf_counter() - started - inside_s)
         return logits
 
-    def _complete(self, readings: list[Reading]) -> list[Reading]:
-        """Fails the sequences that lack an expert's output, and records the other chunks as computed."""
+    def _complete(self, readings: list[Reading]) -> tuple[list[Reading], list[Reading]]:
+        """Records chunks as computed. Returns them, and those that lack an expert's output."""
+        complete: list[Reading] = []
+        missing: list[Reading] = []
         for reading in readings:
-            error = reading.error
-            if error is not None:
-                self._fail(reading.live, error)
-        complete = [reading for reading in readings if self._is_live(reading)]
-        for reading in complete:
-            before = reading.live.sequence.num_prompt_tokens - reading.chunk.start
-            self._prompt_tokens += max(0, min(reading.chunk.num_tokens, before))
-            self._scheduler.advance(reading.chunk)
-        return complete
+            sequence, chunk = reading.live.sequence, reading.chunk
+            if chunk.start != sequence.num_computed:  # its first half is missing
+                continue
+            if reading.error is not None:
+                missing.append(reading)
+                continue
+            self._waits.end(reading.live)
+            self._degraded += reading.live.note_computed(reading)
+            before = sequence.num_prompt_tokens - chunk.start
+            self._prompt_tokens += max(0, min(chunk.num_tokens, before))
+            self._scheduler.advance(chunk)
+            complete.append(reading)
+        return complete, missing
+
+    def _hold(self, reading: Reading, took_s: float, replicas: object, *, found_lost: bool) -> None:
+        """Parks or fails a sequence that lacks an expert after a step of `took_s` seconds over these replicas. `found_lost`:
+        whether more is known to be lost than before."""
+        live, error = reading.live, reading.error
+        assert error is not None
+        if live.request.on_missing == "fail" or not is_mendable(error):
+            self._fail(live, error)
+            return
+        self._waits.note(live, error, took_s, replicas)
+        if live.stand_in is None or not found_lost or live.sequence.state is not None:
+            self._scheduler.park(live.sequence)
 
     def _deliver(self, readings: list[Reading], logits: torch.Tensor) -> None:
         """Scores prompts, samples next tokens, reports them and ends what is finished."""
@@ -421,6 +485,7 @@ class Engine:
     def _end(self, live: LiveSequence) -> None:
         """Removes a sequence. Its blocks are free before its end is reported."""
         if self._live.pop(live.request.sequence_id, None) is not None:
+            self._waits.end(live)
             self._scheduler.remove(live.sequence)
             epoch = live.request.view.epoch.id
             with self._lock:
@@ -450,15 +515,17 @@ def by_view(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
     return tuple(sorted(chunks, key=lambda chunk: order[chunk.sequence.view]))
 
 
-def _views(lives: Sequence[LiveSequence], batch: PackedBatch) -> tuple[ViewRows, ...]:
+def _views(
+    lives: Sequence[LiveSequence], batch: PackedBatch, absences: Sequence[Absence | None]
+) -> tuple[ViewRows, ...]:
     """Which rows of a batch see the model in which way."""
     views: list[ViewRows] = []
-    for live, chunk, first in zip(lives, batch.chunks, batch.first_rows, strict=True):
+    for live, chunk, first, absence in zip(lives, batch.chunks, batch.first_rows, absences, strict=True):
         start, view = first, live.request.view
-        if views and views[-1].view.key == view.key:
+        if views and views[-1].view.key == view.key and views[-1].absence is absence is None:
             last = views.pop()
             start, view = last.start, last.view
-        views.append(ViewRows(view, start, first + chunk.num_tokens))
+        views.append(ViewRows(view, start, first + chunk.num_tokens, absence))
     return tuple(views)
 
 

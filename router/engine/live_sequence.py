@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, random numbers and times, and what it reads from a batch."""
+"""One request inside the engine: its tokens and times, and what it reads from a batch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from router.engine.request import (
     Timing,
     TokenGenerated,
 )
-from router.engine.sampler import SamplingState, make_generator
+from router.engine.sampler import SamplingState
 from router.engine.sampling_params import SampledToken, TokenLogprobs
+from router.gating.absence import Absence, StandIn, stand_in_of
 from router.gating.sides import point_of
 from router.scheduling.sequence import Chunk, Sequence
 
@@ -35,23 +36,22 @@ class LiveSequence:
         params = request.sampling
         self.sequence = Sequence(
             request.sequence_id,
-            [*request.prompt, *request.decoder_prompt],
+            [*request.prompt, *request.decoder_prompt, *request.generated],
             len(request.prompt),
             view=request.view.key,
             tenant=request.tenant,
             call=request.call,
             reads_all=params.prompt_logprobs is not None or request.capture is not None,
+            output=[*request.generated],
         )
-        self.sampling = SamplingState(
-            params=params,
-            prompt=request.prompt,
-            output=self.sequence.output,
-            generator=make_generator(params),
-        )
+        self.sampling = SamplingState(params, request.prompt, self.sequence.output)
         # The parent of the spans of its layers, if they are recorded.
         self.trace = request.trace if _is_recorded(request.trace) else None
         # Whether it is shadowed: if this is below the share of the sequences that are.
         self.shadow_point = point_of(request.sequence_id, b"shadow")
+        # What it does without a missing expert; None: it waits, or fails.
+        self.stand_in: StandIn | None = stand_in_of(request.on_missing)
+        self.num_degraded = 0
         self._admitted_s = time.monotonic()
         self._first_step_s: float | None = None
         self._first_token_s: float | None = None
@@ -60,7 +60,12 @@ class LiveSequence:
         self._prompt_logprobs: list[TokenLogprobs] = []
 
     def read(
-        self, chunk: Chunk, first_row: int, first_logit: int, failed: Mapping[int, MoesaicError]
+        self,
+        chunk: Chunk,
+        first_row: int,
+        first_logit: int,
+        failed: Mapping[int, MoesaicError],
+        absence: Absence | None = None,
     ) -> Reading:
         """What this sequence reads from a micro-batch in which its chunk starts at `first_row`."""
         num_scored = first_scored = 0
@@ -77,6 +82,7 @@ class LiveSequence:
             samples=chunk.reaches_end and self.request.sampling.max_tokens > 0,
             first_logit=first_logit,
             failed=failed,
+            absence=absence,
         )
 
     def note_step(self, chunk: Chunk) -> None:
@@ -84,6 +90,14 @@ class LiveSequence:
         if self._first_step_s is None:
             self._first_step_s = time.monotonic()
             self.request.on_event(Started(self._first_step_s - self._admitted_s, chunk.start))
+
+    def note_computed(self, reading: Reading) -> int:
+        """Records that a chunk is computed. Returns how many assignments to experts were degraded in it."""
+        num_degraded = 0 if reading.absence is None else reading.absence.num_affected
+        if num_degraded:
+            self.num_degraded += num_degraded
+            self.sequence.private = True
+        return num_degraded
 
     def take_scores(self, scores: list[TokenLogprobs]) -> None:
         """Adds log probabilities of the prompt's tokens."""
@@ -105,7 +119,7 @@ class LiveSequence:
         else:
             self.tally.token_s.append(now_s - before_s)
         self.sequence.append(token.token_id)
-        return TokenGenerated(token, self._end_after(token))
+        return TokenGenerated(token, self._end_after(token), self.num_degraded)
 
     def _end_after(self, token: SampledToken) -> Finished | None:
         if token.token_id in self.request.sampling.stop_token_ids:
@@ -121,7 +135,7 @@ class LiveSequence:
             first_token_s=(self._first_token_s or now) - self._admitted_s,
             total_s=now - self._admitted_s,
         )
-        return Finished(reason, stop_token_id, timing)
+        return Finished(reason, stop_token_id, timing, self.num_degraded)
 
 
 def _is_recorded(context: Context | None) -> bool:
@@ -143,6 +157,8 @@ class Reading:
     first_logit: int
     # The rows of the micro-batch without valid output, with the reason; filled in by the forward pass.
     failed: Mapping[int, MoesaicError]
+    # What it does without the slots that nobody computes; None where it does not do without any.
+    absence: Absence | None = None
 
     @property
     def wanted(self) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from opentelemetry.context import Context
 
 from moesaic.errors import MoesaicError
+from moesaic.expert_policy import OnMissing
 from router.decoders.capture import Capture
 from router.engine.sampling_params import SampledToken, SamplingParams, TokenLogprobs
 from router.gating.model_view import ModelView
@@ -57,6 +58,8 @@ class Finished:
     # The stop token that ended it, if one did.
     stop_token_id: int | None
     timing: Timing
+    # The assignments to experts that were substituted or left out so far.
+    num_degraded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class TokenGenerated:
 
     token: SampledToken
     finished: Finished | None = None
+    # The assignments to experts that were substituted or left out so far.
+    num_degraded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,5 +104,9 @@ class SequenceRequest:
     call: str = ""
     # What the decoder is given after its start token, where an encoder reads the prompt.
     decoder_prompt: tuple[int, ...] = ()
+    # What another router has generated. It counts as output of this sequence, but is not reported again.
+    generated: tuple[int, ...] = ()
+    # What happens where no replica of an expert is left.
+    on_missing: OnMissing = "fail"
     # Takes the hidden states of the prompt's tokens. Only without anything to generate or to score.
     capture: Capture | None = None

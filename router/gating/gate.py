@@ -3,7 +3,8 @@
 The rows of a micro-batch may belong to several views of the model, which leave out slots of the folder or have more
 than those. All rows are scored by the folder's gate in one product, so that these scores have the same bits in every view;
 slots that it does not have are scored by products of their own. Then each view's columns are selected, not masked: leaving
-a slot out gives the very numbers of a model without it.
+a slot out gives the very numbers of a model without it. Rows that have to do without a slot that nobody computes at the moment
+(absence.py) are chosen first as if it were there, so that only tokens that want it change.
 
 A mask removes slots from a layer, too, where they form groups: the remaining ones are scored, grouped and weighted as if
 the others did not exist. Where fewer slots remain than a token may have, the ranks after them are empty: their slot is
@@ -25,6 +26,7 @@ from torch.nn import functional
 from moesaic.compute.linear import Linear
 from moesaic.epoch import GateRow
 from moesaic.families.model import GateRule, Groups
+from router.gating.absence import Absence
 from router.gating.model_view import GateView, ViewRows
 from router.top_k import top_ids
 
@@ -88,14 +90,41 @@ class Gate:
         """Scores hidden [T, D] and applies the rule to the rows of each view, as that sees the gate of the layer. The views
         cover all rows, and a single one need not say so; without any, the gate is the folder's."""
         runs = _gate_runs(layer, views)
-        if all(run.view is None for run in runs):
+        if all(run.view is None and run.absence is None for run in runs):
             return self.assign(hidden)
         logits = self.logits(hidden)
         if len(runs) == 1:
-            return self.assign_view(runs[0].view, hidden, logits)
+            return self._assign_run(layer, runs[0], hidden, logits)
         return _joined(
-            [self.assign_view(view, hidden[start:end], logits[start:end]) for view, start, end in runs]
+            [
+                self._assign_run(layer, run, hidden[run.start : run.end], logits[run.start : run.end])
+                for run in runs
+            ]
         )
+
+    def _assign_run(
+        self, layer: int, run: _GateRun, hidden: torch.Tensor, logits: torch.Tensor
+    ) -> Assignment:
+        chosen = self.assign_view(run.view, hidden, logits)
+        if run.absence is None:
+            return chosen
+        absent = run.absence.slots[layer]
+        missing = torch.isin(chosen.slots, torch.tensor(sorted(absent), device=chosen.slots.device))
+        num_missing = int(missing.sum())
+        if not num_missing:
+            return chosen
+        run.absence.tally[layer] = run.absence.tally.get(layer, 0) + num_missing
+        if run.absence.stand_in == "renormalise":
+            return _leave_out(chosen, missing, self.rule)
+        view = self._without(run.view, absent)
+        return chosen if view is None else _replaced(chosen, missing, self.assign_view(view, hidden, logits))
+
+    def _without(self, view: GateView | None, absent: frozenset[int]) -> GateView | None:
+        """A view without some of its slots; None where none is left."""
+        seen = GateView(tuple(range(self.num_slots)), self.rule.top_k, {}) if view is None else view
+        slots = tuple(slot for slot in seen.slots if slot not in absent)
+        rows = {slot: row for slot, row in seen.rows.items() if slot not in absent}
+        return GateView(slots, min(seen.top_k, len(slots)), rows) if slots else None
 
     def view_logits(self, view: GateView, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The logits [T, S] of the slots of a view, from those of all slots of the folder [T, E]."""
@@ -182,32 +211,56 @@ class _GateRun(NamedTuple):
     view: GateView | None
     start: int
     end: int
+    # Of rows that lack a slot of this layer.
+    absence: Absence | None
 
 
 def _gate_runs(layer: int, views: Sequence[ViewRows]) -> list[_GateRun]:
     runs: list[_GateRun] = []
     for of_view in views:
-        view = of_view.view.gates.get(layer)
-        if runs and runs[-1].view is view:
+        view, absence = of_view.view.gates.get(layer), of_view.absence
+        if absence is not None and layer not in absence.slots:
+            absence = None
+        if runs and runs[-1].view is view and runs[-1].absence is absence:
             runs[-1] = runs[-1]._replace(end=of_view.end)
         else:
-            runs.append(_GateRun(view, of_view.start, of_view.end))
+            runs.append(_GateRun(view, of_view.start, of_view.end, absence))
     return runs
+
+
+def _leave_out(chosen: Assignment, missing: torch.Tensor, rule: GateRule) -> Assignment:
+    """Empties the ranks that are set in `missing`, bool [T, K], and divides what they had among the others where the rule
+    makes the weights of a token depend on one another. A token that would have no slot left keeps all."""
+    left = ~missing & (chosen.slots != NO_SLOT)
+    kept = drop(chosen, missing & left.any(dim=1, keepdim=True))
+    if not rule.renormalise and rule.weight != "softmax":
+        return kept
+    total, of_kept = (one.weights.sum(dim=1, keepdim=True) for one in (chosen, kept))
+    factor = torch.where(missing.any(dim=1, keepdim=True) & (of_kept != 0), total / of_kept, 1)
+    return Assignment(kept.weights * factor, kept.slots)
+
+
+def _replaced(chosen: Assignment, missing: torch.Tensor, other: Assignment) -> Assignment:
+    """The other assignment for the tokens that have anything set in `missing`, bool [T, K]."""
+    most = max(chosen.slots.shape[1], other.slots.shape[1])
+    chosen, other, touched = _padded(chosen, most), _padded(other, most), missing.any(dim=1, keepdim=True)
+    return Assignment(
+        torch.where(touched, other.weights, chosen.weights), torch.where(touched, other.slots, chosen.slots)
+    )
 
 
 def _joined(parts: Sequence[Assignment]) -> Assignment:
     """The assignments of consecutive rows; where a token has fewer slots than others, its last ranks are empty."""
     most = max(part.slots.shape[1] for part in parts)
-    padded = [
-        Assignment(
-            functional.pad(part.weights, (0, most - part.slots.shape[1])),
-            functional.pad(part.slots, (0, most - part.slots.shape[1]), value=NO_SLOT),
-        )
-        for part in parts
-    ]
+    padded = [_padded(part, most) for part in parts]
     return Assignment(
         torch.cat([part.weights for part in padded]), torch.cat([part.slots for part in padded])
     )
+
+
+def _padded(chosen: Assignment, num_ranks: int) -> Assignment:
+    more = (0, num_ranks - chosen.slots.shape[1])
+    return Assignment(functional.pad(chosen.weights, more), functional.pad(chosen.slots, more, value=NO_SLOT))
 
 
 def assign(

@@ -9,12 +9,13 @@ import hashlib
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moesaic.epoch import Epoch, GateRow
 from moesaic.errors import FailedPrecondition
 from moesaic.expert_policy import ExpertPolicy
-from router.gating.policy import LayerShape, resolve, slots_of
+from router.gating.absence import Absence, stand_in_of
+from router.gating.policy import LayerShape, check_restrictable, resolve, slots_of
 
 # Policies whose views are kept for the next request; the others are resolved again.
 MAX_VIEWS = 256
@@ -57,6 +58,8 @@ class ViewRows:
     view: ModelView
     start: int
     end: int
+    # What is done about slots that nobody computes; None where all are computed, or waited for.
+    absence: Absence | None = None
 
 
 class EpochViews:
@@ -74,7 +77,12 @@ class EpochViews:
         self._by_key: dict[str, ModelView] = {self.plain.key: self.plain}
 
     def of(self, policy: ExpertPolicy | None) -> ModelView:
-        """Raises the errors of `resolve`."""
+        """Raises the errors of `resolve`, and FailedPrecondition where the model cannot do without an expert."""
+        if policy is not None and policy.on_missing is not None:
+            if stand_in_of(policy.on_missing) is not None:
+                check_restrictable(self._shapes, field="experts.on_missing", what=f"{policy.on_missing} is ")
+            # What is done where an expert is missing changes nothing while none is.
+            policy = replace(policy, on_missing=None)
         if policy is None or not policy:
             return self.plain
         view = self._views.get(policy)
@@ -119,7 +127,7 @@ class EpochViews:
 def rows_among(views: Sequence[ViewRows], tokens: Sequence[int]) -> list[ViewRows]:
     """The same for those rows alone that are in `tokens`, which ascend; without the views that have none of them."""
     found = (
-        ViewRows(run.view, bisect_left(tokens, run.start), bisect_left(tokens, run.end)) for run in views
+        replace(run, start=bisect_left(tokens, run.start), end=bisect_left(tokens, run.end)) for run in views
     )
     return [run for run in found if run.start < run.end]
 

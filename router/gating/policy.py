@@ -60,7 +60,7 @@ def resolve(
     _check_required(policy.require, epoch)
     slots = slots_of(epoch)
     if policy.deny or policy.allow or policy.top_k is not None:
-        _check_restrictable(shapes)
+        check_restrictable(shapes, field="experts")
     denied = {address for entry in policy.deny for address in _find(entry, epoch)}
     denied |= _not_allowed(policy.allow, epoch, shapes)
     for layer, of_layer in slots.items():
@@ -80,11 +80,12 @@ def slots_of(epoch: Epoch) -> dict[int, tuple[int, ...]]:
     return slots
 
 
-def _check_restrictable(shapes: Mapping[int, LayerShape]) -> None:
+def check_restrictable(shapes: Mapping[int, LayerShape], *, field: str, what: str = "") -> None:
+    """Raises FailedPrecondition for a model whose gates cannot leave a slot out. `what` of the field was asked for."""
     for layer, shape in shapes.items():
         if shape.fixed is not None and shape.num_slots > 1:
             raise FailedPrecondition(
-                f"experts: not available for this model, layer {layer}: {shape.fixed}", field="experts"
+                f"{field}: {what}not available for this model, layer {layer}: {shape.fixed}", field=field
             )
 
 

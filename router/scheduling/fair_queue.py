@@ -94,6 +94,11 @@ class FairQueue:
             self._last_admitted = sequence.tenant
             self.charge(sequence.tenant, sequence.num_pending)
 
+    def rejoin(self, sequence: Sequence) -> None:
+        """Gives a place back to a sequence that was admitted and has left it. What it computes is charged already."""
+        self._tenant_places[sequence.tenant] += 1
+        self._call_places[sequence.owner] += 1
+
     def leave(self, sequence: Sequence) -> None:
         """Frees the place of a sequence that was admitted."""
         _take_one(self._tenant_places, sequence.tenant)

@@ -55,6 +55,8 @@ class PrefixCache:
 
     def cache_full_blocks(self, sequence: Sequence, num_before: int) -> None:
         """Caches the blocks that a step has filled; before it, `num_before` tokens were computed."""
+        if sequence.private:
+            return
         first, last = (tokens // self._pool.block_tokens for tokens in (num_before, sequence.num_computed))
         if first < last:
             hashes = self.block_hashes(sequence, last)
@@ -66,6 +68,8 @@ class PrefixCache:
 
     def pending_hashes(self, sequence: Sequence) -> list[bytes]:
         """The hashes at which others can join, once this sequence has computed its prompt."""
+        if sequence.private:
+            return []
         size = self._pool.block_tokens
         if self._states is None:
             return sequence.block_hashes[sequence.num_computed // size :]

@@ -5,7 +5,9 @@ token budget goes to chunks of prompts; beside decoding sequences, no more than 
 Waiting sequences are admitted in the order of fair_queue.py. A running one is preempted when the KV pool runs
 dry, the newest of the call that holds most places, and when one that waits has the better right to its place: its
 blocks are freed and it later starts over from its own tokens. It loses time, never a token. A paused sequence
-gives its place up in the same way and waits for nothing until it is resumed.
+gives its place up in the same way and waits for nothing until it is resumed. A parked one gives up its place alone:
+its blocks are taken when others need them. A recurrent state cannot take a step back, so that such a sequence starts
+over when it is parked.
 """
 
 from __future__ import annotations
@@ -56,18 +58,23 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self._paused: dict[str, Sequence] = {}
+        self._parked: dict[str, Sequence] = {}
         self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is not paused."""
+        """Whether any sequence is neither paused nor parked."""
         return bool(self.running or self.waiting)
+
+    @property
+    def num_parked(self) -> int:
+        return len(self._parked)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Removes a running, waiting or paused sequence and frees what it holds."""
+        """Removes a running, waiting, paused or parked sequence and frees what it holds."""
         if self._paused.pop(sequence.sequence_id, None) is None:
             self._take_out(sequence)
 
@@ -81,6 +88,29 @@ class Scheduler:
         """Queues a paused sequence again, behind those that wait."""
         if self._paused.pop(sequence.sequence_id, None) is not None:
             self.waiting.add(sequence)
+
+    def park(self, sequence: Sequence) -> None:
+        """Takes a running sequence out until it is unparked. It keeps its blocks while nobody else needs them."""
+        if sequence.state is not None:
+            self._stop_running(sequence)
+        else:
+            self.running.remove(sequence)
+            self.waiting.leave(sequence)
+        self._parked[sequence.sequence_id] = sequence
+
+    def unpark(self, sequence: Sequence) -> None:
+        """Lets a parked sequence go on where it stopped, or start over ahead of those that wait."""
+        if self._parked.pop(sequence.sequence_id, None) is None:
+            return
+        if sequence.blocks and len(self.running) < self.limits.max_running:
+            self.waiting.rejoin(sequence)
+            self.running.append(sequence)
+        else:
+            self._free(sequence)
+            self.waiting.put_back(sequence)
+
+    def is_parked(self, sequence: Sequence) -> bool:
+        return sequence.sequence_id in self._parked
 
     def schedule(self) -> tuple[Chunk, ...]:
         """The next batch, its blocks allocated: at most `max_batch_tokens` tokens (but see `Limits`)."""
@@ -117,7 +147,7 @@ class Scheduler:
             self._prefill_budget.observe(*count(chunks), seconds)
 
     def check_integrity(self) -> None:
-        sequences = (*self.running, *self.waiting)
+        sequences = (*self.running, *self.waiting, *self._parked.values())
         self.pool.check_integrity(sequence.blocks for sequence in sequences)
         if self.states is not None:
             self.states.check_integrity(
@@ -154,7 +184,7 @@ class Scheduler:
         if len(self.running) >= self.limits.max_running:
             return False
         blocks = [] if self.prefixes is None else self.prefixes.share_blocks(sequence)
-        fits = self.pool.blocks_for(len(sequence.tokens)) - len(blocks) <= self.pool.num_free
+        fits = self._free_parked(self.pool.blocks_for(len(sequence.tokens)) - len(blocks))
         self.pool.release(blocks)
         return fits
 
@@ -171,7 +201,7 @@ class Scheduler:
                 self.pool.release(blocks)
                 continue
             # Room for all of it, not just its first chunk: else two long prompts starve each other.
-            if self.pool.blocks_for(len(sequence.tokens)) - len(blocks) > self.pool.num_free:
+            if not self._free_parked(self.pool.blocks_for(len(sequence.tokens)) - len(blocks)):
                 self.pool.release(blocks)
                 break
             self._start(sequence, blocks)
@@ -212,6 +242,8 @@ class Scheduler:
                 self.pool.extend(sequence.blocks, self._chunk(sequence, budget).end)
                 return True
             except OutOfBlocks:
+                if self._free_last_parked():
+                    continue
                 holder = self._idle_holder(chunks)
                 self._stop_running(holder)
                 self.waiting.put_back(holder)
@@ -237,8 +269,10 @@ class Scheduler:
         return self.waiting.newest_of_most(idle)
 
     def _take_out(self, sequence: Sequence) -> None:
-        """Removes a running or waiting sequence and frees what it holds."""
-        if sequence in self.running:
+        """Removes a running, parked or waiting sequence and frees what it holds."""
+        if self._parked.pop(sequence.sequence_id, None) is not None:
+            self._free(sequence)
+        elif sequence in self.running:
             self._stop_running(sequence)
         else:
             self.waiting.remove(sequence)
@@ -247,6 +281,26 @@ class Scheduler:
         """Frees the place, the blocks and the state slot of a running sequence, which has to start over."""
         self.running.remove(sequence)
         self.waiting.leave(sequence)
+        self._free(sequence)
+
+    def _free_parked(self, num_blocks: int) -> bool:
+        """Takes blocks from parked sequences as far as `num_blocks` are wanted. Whether so many are free."""
+        while num_blocks > self.pool.num_free:
+            if not self._free_last_parked():
+                return False
+        return True
+
+    def _free_last_parked(self) -> bool:
+        """Lets the newest parked sequence that has blocks start over; False where none has any."""
+        holder = next((one for one in reversed(self._parked.values()) if one.blocks), None)
+        if holder is None:
+            return False
+        self._free(holder)
+        self.num_preemptions += 1
+        return True
+
+    def _free(self, sequence: Sequence) -> None:
+        """Frees the blocks and the state slot of a sequence that does not run, so that it has to start over."""
         sequence.num_computed = 0
         self.pool.release(sequence.blocks)
         if self.states is not None and sequence.state is not None:

@@ -21,6 +21,8 @@ class Sequence:
     call: str = ""
     # Whether the logits of every token are wanted, so that nothing may be taken from the prefix cache.
     reads_all: bool = False
+    # Whether its values are not those of the whole model, so that nobody else may have them.
+    private: bool = False
     # The number of leading tokens whose keys and values are in the cache.
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""`moesaic bench` and `moesaic top` as people start them."""
+"""`moesaic bench` as people start it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.serve_command import END_TIMEOUT_S, MOESAIC, START_TIMEOUT_S, Serve
+from support.serve_command import END_TIMEOUT_S, MOESAIC, START_TIMEOUT_S
 
 from router.phase_clock import Phase
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
-def printed(*arguments: str, temp: str | None = None) -> dict[str, Any]:
+def printed(*arguments: str, temp: str) -> dict[str, Any]:
     """The JSON that a verb prints."""
     done = subprocess.run(
         [*MOESAIC, *arguments, "--json"],
         capture_output=True,
         text=True,
         timeout=START_TIMEOUT_S + END_TIMEOUT_S,
-        env=os.environ | ({"TMPDIR": temp} if temp else {}),
+        env=os.environ | {"TMPDIR": temp},
         start_new_session=True,
     )
     assert done.returncode == 0, done.stderr
@@ -57,17 +57,3 @@ def test_the_built_in_model_is_measured_beside_transformers_and_gives_the_same_t
     assert [worker["name"] for worker in profile["workers"]] == ["expert-worker-0", "expert-worker-1"]
     assert (duel["sequences"], duel["same_sequences"], duel["failed_pairs"]) == (2, 2, 0)
     assert chart.read_bytes().startswith(b"\x89PNG")
-
-
-def test_one_look_at_a_cluster_shows_every_router_and_worker(served: Serve) -> None:
-    plain = printed("top", "--grpc", served.grpc, "--interval", "0.2")
-    assert [router["state"] for router in plain["routers"]] == ["ready"]
-    assert [worker["state"] for worker in plain["workers"]] == ["ready", "ready"]
-    done = subprocess.run(
-        [*MOESAIC, "top", "--once", "--grpc", served.grpc, "--interval", "0.2"],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=True,
-    )
-    assert "expert-worker-1" in done.stdout

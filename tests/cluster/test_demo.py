@@ -11,7 +11,7 @@ import psutil
 import pytest
 from support.serve_command import END_TIMEOUT_S, MOESAIC, START_TIMEOUT_S
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 def test_a_worker_is_killed_in_mid_answer_and_the_text_is_the_same() -> None:

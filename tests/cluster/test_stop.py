@@ -16,12 +16,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.serve_command import MOESAIC, Serve, serving, until
+from support.serve_command import AFTERMATH_S, MOESAIC, START_TIMEOUT_S, Serve, serving, until
 
 from moesaic import Client
 from moesaic.errors import MoesaicError
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 def is_free(address: str) -> bool:
@@ -53,7 +53,7 @@ def test_ctrl_c_lets_running_answers_end_and_leaves_nothing(tiny: Path) -> None:
 
 def test_ctrl_c_while_it_starts_leaves_nothing(tiny: Path) -> None:
     with serving(str(tiny), "--workers", "2") as serve:
-        until(lambda: len(serve.members()) > 3, 60.0, "nothing started")
+        until(lambda: len(serve.members()) > 3, START_TIMEOUT_S, "nothing started")
         serve.interrupt()
         assert serve.end() == 0
         assert serve.stdout == []
@@ -94,7 +94,7 @@ def running_ray(temp: Path) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        until(lambda: raylet_of(ray) is not None, 60.0, "no Ray started")
+        until(lambda: raylet_of(ray) is not None, START_TIMEOUT_S, "no Ray started")
         yield f"127.0.0.1:{port}"
     finally:
         processes = [psutil.Process(ray.pid), *psutil.Process(ray.pid).children(recursive=True)]
@@ -102,7 +102,7 @@ def running_ray(temp: Path) -> Iterator[str]:
         _, alive = psutil.wait_procs(processes, timeout=10)
         for process in alive:
             process.kill()
-        ray.wait(10)
+        ray.wait(60)
 
 
 def raylet_of(ray: subprocess.Popen[bytes]) -> psutil.Process | None:
@@ -124,16 +124,16 @@ def test_a_ray_that_was_joined_stays_and_ours_are_gone(tiny: Path) -> None:
             [*MOESAIC, "serve", str(tiny), "--address", address, "--http-port", "0", "--grpc-port", "0"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=START_TIMEOUT_S,
         )
         assert second.returncode == 2
         assert "Moesaic serves on this Ray already" in second.stderr
         assert all(process.is_running() for process in ours)
         serve.interrupt()
         assert serve.end() == 0
-        until(lambda: not any(map(alive, ours)), 10.0, "our processes stayed")
+        until(lambda: not any(map(alive, ours)), AFTERMATH_S, "our processes stayed")
         command = [*MOESAIC, "stop", "--address", address]
-        stopped = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        stopped = subprocess.run(command, capture_output=True, text=True, timeout=START_TIMEOUT_S)
         assert stopped.stdout == "stopped 0 processes\n"
 
 
@@ -186,7 +186,9 @@ def test_sigterm_while_it_starts_is_answered_and_leaves_nothing(tiny: Path, mome
 
 def test_a_second_signal_ends_a_start_that_ray_keeps_waiting(tiny: Path) -> None:
     with serving(str(tiny)) as serve:
-        until(lambda: any(member.name() == "raylet" for member in serve.members()), 60.0, "no raylet")
+        until(
+            lambda: any(member.name() == "raylet" for member in serve.members()), START_TIMEOUT_S, "no raylet"
+        )
         stand_still(serve, "raylet")  # Ray's start would wait for it
         serve.interrupt()
         serve.wait_stderr("stopping: ")
@@ -205,7 +207,7 @@ def test_what_a_killed_server_has_left_is_removed_by_the_next(tiny: Path) -> Non
     with serving(str(tiny)) as killed:
         killed.wait_ready()
         killed.popen.kill()
-        killed.popen.wait(10)
+        killed.popen.wait(60)
         (left,) = killed.temp.iterdir()
         with serving(str(tiny), env={"TMPDIR": str(killed.temp)}) as serve:
             serve.wait_ready()

@@ -15,7 +15,7 @@ from support.serve_command import MOESAIC, Serve, serving
 
 from moesaic import SyncClient
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 PROMPT = [5, 17, 42, 8]
 
@@ -35,7 +35,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 def ask(*command: str) -> dict[str, Any]:
     """What a verb prints as JSON."""
     done = subprocess.run(
-        [*MOESAIC, *command, "--json"], capture_output=True, text=True, timeout=60, check=True
+        [*MOESAIC, *command, "--json"], capture_output=True, text=True, timeout=240, check=True
     )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

@@ -17,7 +17,7 @@ from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grp
 from router.control.cluster_watch import ControlWatch, NamedWorkers
 
 EPOCH = make_epoch(1, 2)
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Controller(control_pb2_grpc.ControlServiceServicer):

@@ -15,7 +15,7 @@ from support.mistral_checkpoints import write_mistral_format
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.families import describe_model
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 
 KILLED_IN_THE_THIRD_FILE = """
 import os, signal, sys

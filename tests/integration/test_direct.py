@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import torch
 from support.checkpoints import write_mixtral
@@ -26,7 +29,7 @@ from moesaic.errors import from_status
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
 from moesaic.wire.messages import COMPUTE_METHOD
 
-WAIT_S = 100.0
+WAIT_S = 240.0
 HIDDEN = torch.randn(7, 48, generator=torch.Generator().manual_seed(3))
 # Sends what it finds in a file, says when the first answer came, and would wait for the others for ever.
 CALLER = """
@@ -80,14 +83,14 @@ def slow_model(tmp_path: Path) -> Path:
     return write_mixtral(tmp_path / "slow", **sizes)
 
 
-def slow_request(stubs: Stubs, call_id: int = 0) -> expert_pb2.ComputeRequest:
-    every_row = list(range(1024))
+def slow_request(stubs: Stubs, call_id: int = 0, num_rows: int = 1024) -> expert_pb2.ComputeRequest:
+    every_row = list(range(num_rows))
     return compute_request(
-        torch.randn(1024, 256),
+        torch.randn(num_rows, 256),
         {0: every_row, 1: every_row},
         stubs.versions,
         call_id=call_id,
-        timeout_ms=60_000,
+        timeout_ms=240_000,
     )
 
 
@@ -183,24 +186,40 @@ def test_calls_that_run_when_sigterm_comes_are_answered_and_open_connections_kee
     with running_workers(slow_model, ["all"]) as (worker,), stubs_to(worker) as stubs:
         ended = threading.Event()
         idle = stubs.direct.Compute(iter(ended.wait, True), timeout=WAIT_S)
-        responses = stubs.direct.Compute(iter([slow_request(stubs, i) for i in range(16)]), timeout=WAIT_S)
-        answers = [next(responses)]
-        stopped: list[int] = []
-        stopping = threading.Thread(target=lambda: stopped.append(worker.stop()))
-        stopping.start()
-        with pytest.raises(grpc.RpcError) as caught:
-            list(idle)
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        try:
-            answers.extend(responses)
-        except grpc.RpcError as error:
-            assert error.code() == grpc.StatusCode.UNAVAILABLE
-        ended.set()
-        stopping.join(WAIT_S)
-        assert stopped == [0]
-    assert len(answers) > 1
+        requests = [slow_request(stubs, 0, 1900), *(slow_request(stubs, call_id) for call_id in range(1, 16))]
+        with in_the_middle_of_a_pass(worker):
+            responses = stubs.direct.Compute(iter(requests), timeout=WAIT_S)
+        with ThreadPoolExecutor() as pool:
+            stopping, reading = pool.submit(worker.stop), pool.submit(answers_before_the_end, responses)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(idle)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            answers = reading.result(WAIT_S)
+            ended.set()
+            assert stopping.result(WAIT_S) == 0
+    assert outcome(answers[0]) == (0, "answered", "", None)
     assert {reason for _, reason, _, _ in map(outcome, answers)} <= {"answered", "UNAVAILABLE"}
     assert "Traceback" not in worker.log
+
+
+def answers_before_the_end(
+    responses: Iterable[expert_pb2.ComputeResponse],
+) -> list[expert_pb2.ComputeResponse]:
+    answers: list[expert_pb2.ComputeResponse] = []
+    with suppress(grpc.RpcError):
+        answers.extend(responses)
+    return answers
+
+
+@contextmanager
+def in_the_middle_of_a_pass(worker: Process) -> Iterator[None]:
+    """Ends when the worker has computed for a while: longer than it takes to read a call, shorter than a large pass."""
+    process = psutil.Process(worker.pid)
+    before_s, ends_s = process.cpu_times().user, time.monotonic() + WAIT_S
+    yield
+    while process.cpu_times().user < before_s + 0.2:
+        assert time.monotonic() < ends_s, "it computes nothing"
+        time.sleep(0.005)
 
 
 def test_a_caller_that_is_killed_in_the_middle_leaves_the_worker_to_the_others(

@@ -42,8 +42,8 @@ def deployment() -> Iterator[Deployment]:
         running_router(DEMO_MODEL, workers) as router,
         running_gateway(router) as gateway,
     ):
-        with httpx.Client(base_url=f"http://{gateway.address}", timeout=10.0) as http:
-            deadline = time.monotonic() + 30.0
+        with httpx.Client(base_url=f"http://{gateway.address}", timeout=60) as http:
+            deadline = time.monotonic() + 60.0
             while http.get("/ready").status_code != 200:
                 assert time.monotonic() < deadline, gateway.log
                 time.sleep(0.05)
@@ -148,7 +148,7 @@ async def test_fifty_streams_at_once_get_the_text_that_each_gets_alone(client: C
 async def test_a_stream_that_is_left_early_frees_everything(client: Client) -> None:
     async for _ in client.generate("Once", max_tokens=1500, ignore_eos=True):
         break
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     while (stats := await client.router_stats()).running_sequences or stats.kv_blocks_used:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)
@@ -183,7 +183,7 @@ async def test_a_deadline_ends_a_request_and_nothing_else(client: Client) -> Non
 def test_bad_input_names_its_field_and_harms_nobody(
     deployment: Deployment, body: dict[str, object], param: str | None
 ) -> None:
-    with httpx.Client(base_url=deployment.url, timeout=30.0) as http:
+    with httpx.Client(base_url=deployment.url, timeout=60) as http:
         answer = http.post("/v1/completions", json={"model": "demo_model", **body})
         assert answer.status_code == 400, answer.text
         error = answer.json()["error"]
@@ -201,7 +201,7 @@ def test_a_context_overflow_is_said_in_the_words_that_clients_look_for(api: open
 
 
 def test_an_unknown_model_and_an_oversized_body_are_refused(deployment: Deployment) -> None:
-    with httpx.Client(base_url=deployment.url, timeout=30.0) as http:
+    with httpx.Client(base_url=deployment.url, timeout=60) as http:
         assert http.post("/v1/completions", json={"model": "other", "prompt": "a"}).status_code == 404
         big = json.dumps({"model": "demo_model", "prompt": "a" * (9 << 20)})
         headers = {"content-type": "application/json"}
@@ -249,7 +249,9 @@ async def test_what_is_denied_is_never_computed_and_leaves_nothing_to_others(cli
 def test_experts_that_cannot_be_had_are_refused_with_the_place(
     deployment: Deployment, experts: dict[str, object], field: str
 ) -> None:
-    answer = httpx.post(f"{deployment.url}/v1/completions", json={"prompt": "a", "experts": experts})
+    answer = httpx.post(
+        f"{deployment.url}/v1/completions", json={"prompt": "a", "experts": experts}, timeout=60
+    )
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
 
 
@@ -279,7 +281,7 @@ async def test_a_replica_takes_over_from_a_killed_worker_and_no_token_differs() 
 async def test_without_a_replica_a_lost_worker_is_a_clear_error_and_its_return_is_noticed() -> None:
     with (
         running_workers(DEMO_MODEL, ["0-3", "4-7"]) as workers,
-        running_router(DEMO_MODEL, workers) as router,
+        running_router(DEMO_MODEL, workers, "--on-missing", "fail") as router,
     ):
         async with Client(router.address, retries=False) as client:
             workers[1].kill()
@@ -301,7 +303,7 @@ async def test_without_a_replica_a_lost_worker_is_a_clear_error_and_its_return_i
             )
             try:
                 back.wait_ready()
-                deadline = time.monotonic() + 20.0
+                deadline = time.monotonic() + 60.0
                 while True:
                     try:
                         answer = await client.complete("Now is the winter", max_tokens=5, temperature=0)
@@ -317,7 +319,7 @@ async def test_without_a_replica_a_lost_worker_is_a_clear_error_and_its_return_i
 
 async def health_becomes(router: Process, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
     """Returns when the router's health says so; fails the test when it does not in time."""
-    async with rpc.aio_channel(router.address) as channel, asyncio.timeout(20.0):
+    async with rpc.aio_channel(router.address) as channel, asyncio.timeout(60):
         async for answer in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
             if answer.status == status:
                 return

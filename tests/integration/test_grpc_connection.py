@@ -23,7 +23,7 @@ from moesaic.transports.grpc_connection import (
     StreamOpened,
 )
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 READ_BYTES = 256 << 10
 MAX_MESSAGE_BYTES = 8 << 20
 ECHO = "/test.Service/Echo"

@@ -16,7 +16,7 @@ from support.expert_calls import ReferenceExperts
 from support.local_router import router_config
 from support.processes import Process, running_workers
 
-from moesaic import rpc
+from moesaic import ExpertPolicy, rpc
 from moesaic.client.client import Client
 from moesaic.errors import MoesaicError
 from moesaic.routing_table import Replica, RoutingTable, Snapshot
@@ -145,5 +145,5 @@ async def test_without_a_worker_that_answers_the_router_is_not_healthy(model: Pa
             while await site.is_healthy():
                 pass
         with pytest.raises(MoesaicError) as caught:
-            await site.tokens()
+            await site.client.complete(PROMPT, max_tokens=32, experts=ExpertPolicy(on_missing="fail"))
         assert caught.value.reason == "NO_REPLICA"

@@ -43,7 +43,7 @@ from moesaic.errors import InvalidArgument
 def test_a_wrong_start_says_why_in_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
     write_mixtral(tmp_path / "tiny")
     command = [sys.executable, "-m", "router", "--port", "0", *(flag.format(tmp=tmp_path) for flag in flags)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     errors = [line for line in run.stderr.splitlines() if not line.startswith("{")]
     assert (run.returncode, run.stdout, errors) == (2, "", [f"error: {message.format(tmp=tmp_path)}"])
 
@@ -62,7 +62,7 @@ def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:
 def test_a_worker_without_anything_to_hold_says_so(tmp_path: Path) -> None:
     folder = write_mistral(tmp_path / "dense")
     command = [sys.executable, "-m", "expert_worker", "--model", str(folder), "--dense-layers", "router"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (run.returncode, run.stderr) == (2, "error: --experts: the model has none for a worker to hold\n")
 
 
@@ -122,7 +122,7 @@ def until_ready(url: str) -> None:
     deadline_s = time.monotonic() + 60
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
+            with urllib.request.urlopen(url, timeout=60) as answer:
                 assert answer.status == 200
                 return
         except urllib.error.HTTPError as error:  # its router is not known to it yet

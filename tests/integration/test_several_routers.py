@@ -44,8 +44,8 @@ def deployment() -> Iterator[Deployment]:
         running_router(DEMO_MODEL, workers) as second,
         running_gateway(first, "--router", second.address) as gateway,
     ):
-        with httpx.Client(base_url=f"http://{gateway.address}", timeout=10.0) as http:
-            deadline = time.monotonic() + 30.0
+        with httpx.Client(base_url=f"http://{gateway.address}", timeout=60) as http:
+            deadline = time.monotonic() + 60.0
             while http.get("/ready").status_code != 200:
                 assert time.monotonic() < deadline, gateway.log
                 time.sleep(0.05)

@@ -29,7 +29,7 @@ from router.workers.transports.base import SHARED_MEMORY
 from router.workers.transports.negotiate import open_transports
 from router.workers.transports.shared_memory import SharedMemoryTransport
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 HIDDEN = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
 
 

@@ -44,7 +44,7 @@ def test_spans_of_several_processes_become_one_tree() -> None:
         ):
             assert httpx.post(url, content=body, timeout=60.0).status_code == 200
         process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=60.0)
+        printed, _ = process.communicate(timeout=240)
     finally:
         process.kill()
         process.wait()

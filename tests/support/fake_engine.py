@@ -69,9 +69,9 @@ class FakeEngine:
 
     def close(self) -> None:
         self._work.put(None)
-        self._thread.join(5)
+        self._thread.join(60)
 
-    async def until(self, condition: Callable[[FakeEngine], bool], timeout_s: float = 5.0) -> None:
+    async def until(self, condition: Callable[[FakeEngine], bool], timeout_s: float = 60.0) -> None:
         """Returns when the condition holds; fails the test when it does not in time."""
         end_s = time.monotonic() + timeout_s
         while not condition(self):

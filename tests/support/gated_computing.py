@@ -11,7 +11,7 @@ from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.compute_pass import compute_calls
 from moesaic.errors import MoesaicError
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Gate:

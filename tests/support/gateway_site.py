@@ -36,7 +36,7 @@ class Site:
 
     def openai(self, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key="none", **{"max_retries": 0, "timeout": 10, **options}
+            base_url=f"{self.url}/v1", api_key="none", **{"max_retries": 0, "timeout": 60, **options}
         )
 
 
@@ -63,14 +63,14 @@ async def running_site() -> AsyncIterator[Site]:
     async with (
         running(FakeRouter()) as link,
         gateway_for(link.address) as (gateway, address),
-        httpx.AsyncClient(base_url=f"http://{address}") as http,
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=60) as http,
     ):
         await until_status(http, "/ready", 200)
         yield Site(link.router, link, gateway, address)
 
 
 async def until_status(http: httpx.AsyncClient, path: str, status: int) -> httpx.Response:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60.0
     while (response := await http.get(path)).status_code != status:
         assert time.monotonic() < deadline, f"{path} still answers {response.status_code}"
         await asyncio.sleep(0.02)
@@ -78,7 +78,7 @@ async def until_status(http: httpx.AsyncClient, path: str, status: int) -> httpx
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60.0
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"
         await asyncio.sleep(0.01)

@@ -123,7 +123,7 @@ def local_router(
     loaded = load_router(router_config(model, dense_layers, **engine), pool, PhaseClock())
     try:
         yield LocalRouter(
-            loaded, lambda: loaded.dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 30)
+            loaded, lambda: loaded.dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 60)
         )
     finally:
         pool.close()

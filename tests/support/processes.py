@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 240.0
 
 
 class Process:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from moesaic.v1 import control_pb2
 EXPERT_BYTES = 1000
 DRAIN_S = 10.0
 HOLD_S = 2.0
+# How long what happens to a worker takes to be seen.
+NEWS_S = 0.1
 
 
 class Crash(BaseException):
@@ -54,10 +57,25 @@ class PlayedWorker:
     alive: bool = True
     revision: int = 1
     held: set[ExpertVersion] = field(default_factory=set)
+    # Set, and replaced by another one, at every change.
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self) -> None:
-        self.alive, self.starts, self.revision = True, self.starts + 1, 1
-        self.held = set(map(folder_version, self.home))
+        self.alive, self.starts, self.revision = True, self.starts + 1, 0
+        self.hold(set(map(folder_version, self.home)))
+
+    def die(self) -> None:
+        self.alive = False
+        self._tell()
+
+    def hold(self, versions: set[ExpertVersion]) -> None:
+        self.held = versions
+        self.revision += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
 
     @property
     def replica(self) -> Replica:
@@ -267,7 +285,14 @@ class World:
                 return ProcessReport(
                     name, revision, control_pb2.PROCESS_STATE_READY, name, worker.host, 1, worker.starts
                 )
-            await asyncio.sleep(0.1)
+            await self._await_change(worker, until_s)
+
+    async def _await_change(self, worker: PlayedWorker, until_s: float) -> None:
+        """News take a while; whoever asks at short intervals instead costs the test most of its time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until_s):
+                await worker.changed.wait()
+                await asyncio.sleep(NEWS_S)
 
     async def describe(self, address: str) -> WorkerFacts:
         worker = self._alive(address)
@@ -293,8 +318,7 @@ class World:
             self.plane.bundles.folder(bundle)
         else:
             assert set(versions) <= set(map(folder_version, worker.home)), "not in its model folder"
-        worker.held |= set(versions)
-        worker.revision += 1
+        worker.hold(worker.held | set(versions))
 
     async def unload(self, address: str, versions: Sequence[ExpertVersion]) -> None:
         self._check_not_dead()
@@ -307,8 +331,7 @@ class World:
             )
             for router in self.routers:
                 assert elsewhere or version not in router.needed(), f"{router.name} needs {version}"
-        worker.held -= set(versions)
-        worker.revision += 1
+        worker.hold(worker.held - set(versions))
 
     async def probe(
         self, address: str, bundle: bytes, versions: Sequence[ExpertVersion]

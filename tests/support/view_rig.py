@@ -67,6 +67,7 @@ class ViewRig:
         self.links: list[FakeLink] = []
         self.loaded = load_router(router_config(folder, "auto", **engine), self._pool, PhaseClock())
         self._revision = 0
+        self._lost: frozenset[ExpertAddress] = frozenset()
         self._publish()
 
     def add(
@@ -122,6 +123,11 @@ class ViewRig:
         self._experts.clear()
         self._publish()
 
+    def lose(self, *addresses: ExpertAddress) -> None:
+        """From now on no replica holds these experts. None: all do again."""
+        self._lost = frozenset(addresses)
+        self._publish()
+
     def close(self) -> None:
         self._pool.close()
 
@@ -135,7 +141,8 @@ class ViewRig:
 
     def _publish(self) -> None:
         self._revision += 1
-        replica = Replica("worker-0", "worker-0:1", "worker-0-1", frozenset(self._experts))
+        held = frozenset(version for version in self._experts if version.address not in self._lost)
+        replica = Replica("worker-0", "worker-0:1", "worker-0-1", held)
         self._pool.update(RoutingTable(self._revision, (replica,)))
 
     def _connect(self, replica: Replica) -> FakeLink:

@@ -28,7 +28,7 @@ async def test_a_program_of_the_page_runs_as_pasted(program: str, output: str, t
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
 

@@ -73,7 +73,7 @@ def server(checkout: Path, client: Wheel, tmp_path_factory: pytest.TempPathFacto
 
 def build(project: Path, out: Path, *, hook: str = "build_wheel") -> Wheel:
     command = [sys.executable, "-c", BUILD, hook, str(out)]
-    subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=240)
     [wheel] = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return Wheel(wheel, frozenset(Path(name) for name in archive.namelist()))
@@ -192,7 +192,7 @@ def run_client(wheel: Wheel, program: str, *arguments: str) -> subprocess.Comple
         [sys.executable, "-c", WITHOUT_THE_SERVER + program, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
         cwd=wheel.path.parent,
         env={**os.environ, "PYTHONPATH": str(wheel.path)},

@@ -178,7 +178,7 @@ class DirectStream:
         except BlockingIOError:
             return False
         except (OSError, ConnectionBroken) as error:
-            raise self._break(_broke(error)) from error
+            raise self._break(_broke(error, self._socket)) from error
         for event in events:
             if isinstance(event, MessageReceived):
                 self._sort(event.data)
@@ -210,7 +210,7 @@ class DirectStream:
             if len(self._unsent) > _MAX_UNSENT_BYTES:
                 raise self._break(Unavailable("the worker does not read what it asks for")) from None
         except OSError as error:
-            raise self._break(_broke(error)) from error
+            raise self._break(_broke(error, self._socket)) from error
 
     def _sort(self, message: bytes) -> None:
         """Stores an answer for its call, or drops it if no caller waits. Raises DataLoss for anything else."""
@@ -243,8 +243,8 @@ class DirectStream:
         return error
 
 
-def _broke(error: Exception) -> MoesaicError:
-    if isinstance(error, OSError) and tcp_socket.is_silence(error):
+def _broke(error: Exception, connection: socket.socket) -> MoesaicError:
+    if isinstance(error, OSError) and tcp_socket.is_silence(error, connection):
         return Unavailable("the worker's host is silent", reason=HOST_SILENT)
     return Unavailable("the direct stream to the worker broke")
 

@@ -12,7 +12,7 @@ import pytest
 from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.v1 import control_pb2
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 SWAP, ADD, REMOVE, PROMOTE, ROLLBACK = (
     control_pb2.CHANGE_KIND_SWAP,
@@ -24,7 +24,7 @@ SWAP, ADD, REMOVE, PROMOTE, ROLLBACK = (
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 

@@ -32,7 +32,7 @@ async def own_site() -> AsyncIterator[Site]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def http(site: Site) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=site.url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=site.url, timeout=60) as client:
         yield client
 
 
@@ -44,5 +44,5 @@ async def client(site: Site) -> AsyncIterator[openai.AsyncOpenAI]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def own_http(own_site: Site) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=own_site.url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=own_site.url, timeout=60) as client:
         yield client

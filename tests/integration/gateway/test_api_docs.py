@@ -32,7 +32,7 @@ async def test_a_program_of_the_page_runs_as_pasted(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert (result.returncode, result.stdout) == (0, output), result.stderr

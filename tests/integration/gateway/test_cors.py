@@ -29,7 +29,7 @@ async def page() -> AsyncIterator[httpx.AsyncClient]:
     async with (
         running(FakeRouter()) as link,
         gateway_for(link.address, settings=settings) as (_, address),
-        httpx.AsyncClient(base_url=f"http://{address}") as http,
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=60) as http,
     ):
         await until_status(http, "/ready", 200)
         yield http
@@ -86,7 +86,7 @@ async def test_a_name_that_was_rebound_stays_refused_whatever_the_origin(page: h
 async def test_without_the_setting_every_preflight_is_refused() -> None:
     async with (
         gateway_for(None) as (_, address),
-        httpx.AsyncClient(base_url=f"http://{address}") as http,
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=60) as http,
     ):
         answer = await http.options("/v1/chat/completions", headers=preflight(ALLOWED))
         assert answer.status_code == 403

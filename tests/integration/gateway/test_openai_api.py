@@ -71,7 +71,7 @@ async def test_a_scoring_client_gets_the_exact_log_probabilities_of_its_prompt(s
         "temperature": 0,
         "seed": 1234,
     }
-    async with httpx.AsyncClient(base_url=site.url) as http:
+    async with httpx.AsyncClient(base_url=site.url, timeout=60) as http:
         reply = (await http.post("/v1/completions", json=body)).json()
     for choice, length in zip(reply["choices"], (4, 2), strict=True):
         values = choice["logprobs"]["token_logprobs"]
@@ -260,7 +260,7 @@ async def test_models_tokens_version_and_state(
 
 async def test_openai_without_asyncio_works_too(site: Site) -> None:
     def ask() -> str:
-        with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0, timeout=10) as client:
+        with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             stream = client.chat.completions.create(
                 model="fake", messages=[{"role": "user", "content": "x"}], max_tokens=4, stream=True
             )

@@ -54,7 +54,7 @@ class Site:
         self.experts = expert_pb2_grpc.ExpertServiceStub(channel)
 
     async def held(self) -> frozenset[ExpertVersion]:
-        described = await self.experts.Describe(expert_pb2.DescribeRequest(), timeout=10)
+        described = await self.experts.Describe(expert_pb2.DescribeRequest(), timeout=60)
         return versions_from_proto(described.experts)
 
     async def load(
@@ -74,7 +74,7 @@ class Site:
 
     async def unload(self, versions: Iterable[ExpertVersion]) -> None:
         await self.control.Unload(
-            expert_pb2.UnloadRequest(experts=map(version_to_proto, versions)), timeout=30
+            expert_pb2.UnloadRequest(experts=map(version_to_proto, versions)), timeout=60
         )
 
     async def probe(
@@ -83,14 +83,14 @@ class Site:
         request = expert_pb2.ProbeRequest(
             bundle=bundle.digest, experts=map(version_to_proto, versions), folder=str(bundle.folder)
         )
-        return (await self.control.Probe(request, timeout=30)).results
+        return (await self.control.Probe(request, timeout=60)).results
 
     async def compute(self, version: ExpertVersion) -> expert_pb2.ComputeResponse:
         (layer, slot), digest = version
         request = compute_request(HIDDEN, {slot: [0, 2, 5]}, {version.address: digest}, layer=layer)
         stream = self.experts.Compute()
         await stream.write(request)
-        response: expert_pb2.ComputeResponse = await asyncio.wait_for(stream.read(), 10)
+        response: expert_pb2.ComputeResponse = await asyncio.wait_for(stream.read(), 60)
         stream.cancel()
         return response
 
@@ -185,7 +185,7 @@ async def test_a_swapped_version_lies_beside_the_one_that_it_will_replace(
     request.epoch = "one,two"
     stream = site.experts.Compute()
     await stream.write(request)
-    response = await asyncio.wait_for(stream.read(), 10)
+    response = await asyncio.wait_for(stream.read(), 60)
     stream.cancel()
     assert (response.epoch, list(response.versions)) == ("one,two", [old.digest, new.digest])
     assert not torch.equal(*from_wire(response.output).split(1))
@@ -218,7 +218,7 @@ async def test_what_is_loaded_later_is_computed_with_the_stack_of_its_layer(
             request.experts.add(slot=NEW, version=version.digest, rows=[1])
             stream = site.experts.Compute()
             await stream.write(request)
-            response = await asyncio.wait_for(stream.read(), 10)
+            response = await asyncio.wait_for(stream.read(), 60)
             stream.cancel()
             assert not response.HasField("error") and len(passes) == num_passes
             # Its row is free again for the next one.
@@ -312,7 +312,7 @@ class SlowReads:
 
     def read(self, *args: Any) -> Any:
         self.begun.set()
-        assert self.go_on.wait(10)
+        assert self.go_on.wait(60)
         return self._read(*args)
 
 
@@ -321,7 +321,7 @@ async def test_a_stop_ends_a_load(folder: Path, tmp_path: Path, monkeypatch: pyt
     async with serving(folder) as site:
         reads = SlowReads(monkeypatch)
         loading = asyncio.create_task(site.load(versions_of(bundle), bundle))
-        await asyncio.to_thread(reads.begun.wait, 10)
+        assert await asyncio.to_thread(reads.begun.wait, 60)
         stopping = asyncio.create_task(site.server.stop(5))
         await asyncio.sleep(0)
         reads.go_on.set()
@@ -339,7 +339,7 @@ async def test_a_caller_that_goes_away_leaves_nothing_and_the_next_one_loads(
     versions, reads = versions_of(bundle), SlowReads(monkeypatch)
     gone = site.control.Load(load_request(versions, bundle))
     reading = asyncio.create_task(gone.read())
-    await asyncio.to_thread(reads.begun.wait, 10)
+    assert await asyncio.to_thread(reads.begun.wait, 60)
     gone.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
@@ -358,10 +358,10 @@ async def test_only_so_many_loads_wait(
     monkeypatch.setattr(lifecycle_module, "MAX_WAITING", 1)
     versions = versions_of(bundle)
     first = asyncio.create_task(site.load(versions, bundle))
-    await asyncio.to_thread(reads.begun.wait, 10)
+    assert await asyncio.to_thread(reads.begun.wait, 60)
     second = asyncio.create_task(site.load(versions, bundle))
     lifecycle = site.server._control._controlled.lifecycle  # type: ignore[union-attr]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not lifecycle._waiting:
             await asyncio.sleep(0.005)
     refused = await site.refused(versions, bundle)
@@ -576,7 +576,7 @@ async def test_a_folder_that_vanishes_while_it_is_read_is_an_error_with_a_name(
 ) -> None:
     bundle, reads = make_bundle(tmp_path / "b", folder, [(0, None), (1, None)]), SlowReads(monkeypatch)
     refusal = asyncio.create_task(site.refused(versions_of(bundle), bundle))
-    await asyncio.to_thread(reads.begun.wait, 10)
+    assert await asyncio.to_thread(reads.begun.wait, 60)
     (bundle.folder / WEIGHTS_FILE).unlink()
     reads.go_on.set()
     refused = await refusal

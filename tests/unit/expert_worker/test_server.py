@@ -59,7 +59,7 @@ async def server(folder: Path) -> AsyncIterator[WorkerServer]:
 async def health(address: str, service: str = rpc.EXPERT_SERVICE) -> int:
     async with rpc.aio_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+        response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
         return int(response.status)
 
 
@@ -69,7 +69,7 @@ async def test_health_is_true_from_binding_through_loading_to_the_end(server: Wo
     await server.load()
     assert await health(address) == await health(address, "") == SERVING
     await server.stop(0)
-    await asyncio.wait_for(server.wait(), 5)
+    await asyncio.wait_for(server.wait(), 60)
 
 
 async def test_the_loaded_bytes_are_the_share_and_no_more(server: WorkerServer, model: MoeModel) -> None:
@@ -166,13 +166,13 @@ async def test_a_stop_ends_the_loading(server: WorkerServer, monkeypatch: pytest
     def slow(*args: Any, **kwargs: Any) -> Iterator[Any]:
         for loaded in real(*args, **kwargs):
             started.set()
-            assert may_go_on.wait(10)
+            assert may_go_on.wait(60)
             yield loaded
 
     monkeypatch.setattr(server_module, "load_experts", slow)
     await server.start()
     loading = asyncio.create_task(server.load())
-    await asyncio.to_thread(started.wait, 5)
+    assert await asyncio.to_thread(started.wait, 60)
     await server.stop(0)
     may_go_on.set()
     with pytest.raises(Unavailable):
@@ -188,7 +188,7 @@ async def test_health_follows_the_compute_thread(
     await server.load()
     for healthy, expected in ((False, NOT_SERVING), (True, SERVING)):
         monkeypatch.setattr(Batcher, "is_healthy", lambda _, healthy=healthy: healthy)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while await health(address) != expected:
                 await asyncio.sleep(0.01)
 

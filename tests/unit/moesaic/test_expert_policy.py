@@ -10,6 +10,7 @@ from moesaic import Allow, Deny, ExpertPolicy, Require
 from moesaic.epoch import ExpertAddress
 from moesaic.errors import InvalidArgument
 from moesaic.expert_policy import MAX_ENTRIES, MAX_ENTRY_CHARS, address_of
+from moesaic.v1 import inference_pb2
 
 
 def test_words_are_put_together_to_one_policy() -> None:
@@ -65,3 +66,22 @@ def test_what_is_no_policy_is_refused_with_the_place(fields: dict[str, Any], fie
 def test_an_address_is_two_numbers_and_everything_else_is_a_name() -> None:
     assert address_of("12:7") == ExpertAddress(12, 7)
     assert address_of("maths-v1") is None
+
+
+def test_the_last_word_on_missing_experts_holds() -> None:
+    wait, fail = ExpertPolicy(on_missing="wait"), ExpertPolicy(on_missing="fail")
+    assert (wait | fail).on_missing == "fail" and (Deny("a") | fail | Deny("b")).on_missing == "fail"
+    assert wait
+
+
+@pytest.mark.parametrize("on_missing", [None, "wait", "fail", "substitute", "renormalise"])
+def test_the_wire_keeps_what_happens_where_an_expert_is_missing(on_missing: Any) -> None:
+    assert ExpertPolicy.from_pb(ExpertPolicy(on_missing=on_missing).to_pb()).on_missing == on_missing
+
+
+def test_a_word_on_missing_experts_that_there_is_not_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="must be one of wait, fail, substitute, renormalise"):
+        ExpertPolicy(on_missing="hope")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument) as refused:
+        ExpertPolicy.from_pb(inference_pb2.ExpertPolicy(on_missing=17))  # type: ignore[arg-type]
+    assert refused.value.field == "experts.on_missing"

@@ -25,7 +25,7 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next_one(tmp_path: Pat
         "folder = PrivateFolder.create(pathlib.Path(sys.argv[1]))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, check=False)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=240, check=False)
     (dead,) = tmp_path.iterdir()
     folder = PrivateFolder.create(tmp_path)
     assert list(tmp_path.iterdir()) == [folder.path] != [dead]

@@ -16,10 +16,10 @@ from moesaic.stop_signals import StopRequested, StopSignals, serve_until_signal,
 async def test_the_first_signal_asks_to_stop_the_second_to_stop_at_once(number: signal.Signals) -> None:
     with StopSignals() as signals:
         os.kill(os.getpid(), number)
-        await asyncio.wait_for(signals.stop.wait(), 5)
+        await asyncio.wait_for(signals.stop.wait(), 60)
         assert not signals.force.is_set()
         os.kill(os.getpid(), number)
-        await asyncio.wait_for(signals.force.wait(), 5)
+        await asyncio.wait_for(signals.force.wait(), 60)
 
 
 async def test_a_third_signal_ends_the_command() -> None:
@@ -57,7 +57,7 @@ async def test_a_signal_cancels_the_work() -> None:
         await asyncio.sleep(0)
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(StopRequested):
-            await asyncio.wait_for(waiting, 5)
+            await asyncio.wait_for(waiting, 60)
         assert cancelled.is_set()
 
 
@@ -111,7 +111,7 @@ async def test_a_service_stops_when_a_signal_comes() -> None:
     await service.started.wait()
     assert service.done == ["started"]
     signal.raise_signal(signal.SIGTERM)
-    await asyncio.wait_for(serving, 5)
+    await asyncio.wait_for(serving, 60)
     assert service.done == ["started", "stopped"]
 
 
@@ -120,7 +120,7 @@ async def test_a_signal_during_a_start_ends_the_start_and_stops_the_service() ->
     serving = asyncio.create_task(serve_until_signal(service.start_for_ever(), service.stop))
     await service.started.wait()
     signal.raise_signal(signal.SIGINT)
-    await asyncio.wait_for(serving, 5)
+    await asyncio.wait_for(serving, 60)
     assert service.done == ["start cancelled", "stopped"]
 
 
@@ -141,7 +141,7 @@ async def test_while_a_service_stops_signals_mean_what_they_meant() -> None:
     serving = asyncio.create_task(serve_until_signal(service.start(), stop))
     await service.started.wait()
     signal.raise_signal(signal.SIGTERM)
-    await asyncio.wait_for(serving, 5)
+    await asyncio.wait_for(serving, 60)
     assert handlers == [before]
 
 
@@ -150,7 +150,7 @@ async def test_an_alarm_that_a_handler_in_c_sets_does_not_outlive_the_signal() -
     with StopSignals() as signals:
         signal.alarm(600)
         signal.raise_signal(signal.SIGTERM)
-        await asyncio.wait_for(signals.stop.wait(), 5)
+        await asyncio.wait_for(signals.stop.wait(), 60)
         assert signal.alarm(0) == 0
 
 

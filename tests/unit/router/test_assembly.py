@@ -22,7 +22,7 @@ from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.epoch import Epoch
 from moesaic.errors import CheckpointError
 from router.assembly import load_router
-from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.dispatcher import Dispatcher, DispatchRules, DispatchStep
 from router.engine.request import Finished, SequenceEvent, SequenceRequest
 from router.engine.sampling_params import SamplingParams
 from router.gating.model_view import ViewRows
@@ -32,20 +32,21 @@ from router.workers.replica_pool import ReplicaPool
 WAIT_S = 60.0
 
 
-class ReferenceDispatcher:
+class ReferenceDispatcher(Dispatcher):
     """A Dispatcher that computes every expert here."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(ReplicaPool(), PhaseClock(), DispatchRules(call_timeout_s=1.0))
         self._experts = ReferenceExperts(folder)
 
-    def begin(self, views: Sequence[ViewRows], **_: Any) -> ReferenceStep:
-        return ReferenceStep(self._experts)
+    def begin(self, views: Sequence[ViewRows], **_: Any) -> DispatchStep:
+        return cast(DispatchStep, ReferenceStep(self._experts))
 
 
 def test_overlap_never_cuts_what_an_encoder_has_to_read_as_a_whole(tmp_path: Path) -> None:
     write_switch(tmp_path, 1)
     loaded = load_router(router_config(tmp_path, "auto", overlap="on"), ReplicaPool(), PhaseClock())
-    dispatcher = cast(Dispatcher, ReferenceDispatcher(tmp_path))
+    dispatcher = ReferenceDispatcher(tmp_path)
     engine = replace(loaded, dispatcher=dispatcher).engine()
     events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
     params = SamplingParams(max_tokens=2, temperature=0.0)

@@ -295,7 +295,7 @@ def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", before + RUN.format(arguments=arguments, packages=set(HEAVY))],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 

@@ -28,7 +28,8 @@ from cluster.control import bundle_store, epoch_store, reconciler
 from cluster.control.change_order import ChangeOrder, ChangeWord, Shares
 from cluster.control.epoch_store import Decision
 from cluster.control.head import Head, Trial
-from moesaic.bundles import Bundle
+from moesaic.bundles import Bundle, verification
+from moesaic.bundles.kinds import OWN_KINDS
 from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.errors import Aborted, MoesaicError
 
@@ -60,7 +61,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("bundles")
     for name, targets in BUNDLES.items():
         RolloutMachine.made[name] = write_played_bundle(folder / name, BASE, name, targets)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # The thousands of uploads need not look through all installed packages each.
+        patch.setattr(verification, "installed_kinds", lambda: OWN_KINDS)
+        yield
     RolloutMachine.made.clear()
 
 
@@ -207,7 +211,7 @@ class RolloutMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(["w0", "w1", "w2"]))
     def a_worker_dies(self, name: str) -> None:
-        self.world.workers[name].alive = False
+        self.world.workers[name].die()
         self.world.pass_time(0.5)
 
     @rule(name=st.sampled_from(["w0", "w1", "w2"]))
@@ -259,6 +263,7 @@ class RolloutMachine(RuleBasedStateMachine):
                 assert store.epoch(epoch).base == BASE.fingerprint
 
 
+@pytest.mark.timeout(900)  # it computes all the time: half a minute of a whole core
 def test_there_is_no_third_state() -> None:
     run_state_machine_as_test(
         RolloutMachine,

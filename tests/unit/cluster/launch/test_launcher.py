@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -83,9 +83,20 @@ class PlayedControl(control_pb2_grpc.ControlServiceServicer):
         return topologies.pop(0) if len(topologies) > 1 else topologies[0]
 
 
+class Patience:
+    """The time that a start may take, which is over once something was shown."""
+
+    def __call__(self, timeout_s: float) -> asyncio.Timeout:
+        self.limit = asyncio.timeout(None)
+        return self.limit
+
+    def end(self, shown: pb.GetTopologyResponse) -> None:
+        self.limit.reschedule(0.0)
+
+
 @asynccontextmanager
 async def launched(
-    *topologies: pb.GetTopologyResponse, timeout_s: float = 10.0
+    *topologies: pb.GetTopologyResponse, time_limit: Callable[[float], asyncio.Timeout] = asyncio.timeout
 ) -> AsyncIterator[tuple[Launcher, PlayedStarter]]:
     starter = PlayedStarter(list(topologies))
     server = rpc.Server(
@@ -96,7 +107,7 @@ async def launched(
         }
     )
     starter.address_ = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
-    launcher = Launcher(starter, planned(), settings(timeout_s))
+    launcher = Launcher(starter, planned(), settings(60.0), time_limit=time_limit)
     launcher.submit()
     try:
         yield launcher, starter
@@ -155,10 +166,11 @@ async def test_a_process_that_keeps_dying_ends_the_wait() -> None:
 
 
 async def test_too_long_a_start_says_who_is_missing() -> None:
+    patience = Patience()
     waiting = topology(expert_worker_0={"state": pb.PROCESS_STATE_PENDING, "detail": "no GPU is free"})
-    async with launched(waiting, timeout_s=1.5) as (launcher, _):
+    async with launched(waiting, time_limit=patience) as (launcher, _):
         with pytest.raises(Unavailable, match=r"expert-worker-0 is PENDING \(no GPU is free\)"):
-            await launcher.wait_ready(show)
+            await launcher.wait_ready(patience.end)
 
 
 async def test_a_process_that_failed_is_named_with_its_node_where_there_are_several() -> None:
@@ -172,14 +184,15 @@ async def test_a_process_that_failed_is_named_with_its_node_where_there_are_seve
 
 
 async def test_too_long_a_start_names_the_process_that_the_others_wait_for() -> None:
+    patience = Patience()
     waiting = topology(
         gateway={"state": pb.PROCESS_STATE_LOADING, "role": pb.PROCESS_ROLE_GATEWAY},
         router_0={"state": pb.PROCESS_STATE_LOADING, "role": pb.PROCESS_ROLE_ROUTER},
         expert_worker_0={"state": pb.PROCESS_STATE_PENDING, "role": pb.PROCESS_ROLE_EXPERT_WORKER},
     )
-    async with launched(waiting, timeout_s=1.5) as (launcher, _):
+    async with launched(waiting, time_limit=patience) as (launcher, _):
         with pytest.raises(Unavailable, match="expert-worker-0 is PENDING"):
-            await launcher.wait_ready(show)
+            await launcher.wait_ready(patience.end)
 
 
 @pytest.mark.parametrize("name", ["controller", "expert-worker-0"])
@@ -187,7 +200,7 @@ async def test_a_process_that_cannot_be_started_ends_the_wait_although_the_contr
     name: str,
 ) -> None:
     pending = topology(expert_worker_0={"state": pb.PROCESS_STATE_PENDING})
-    async with launched(pending, timeout_s=60.0) as (launcher, starter):
+    async with launched(pending) as (launcher, starter):
         if name == "controller":
             starter.address_ = ""
         starter.silent[name] = Unavailable("cannot start on node n: no Moesaic", reason=CANNOT_START)
@@ -196,18 +209,20 @@ async def test_a_process_that_cannot_be_started_ends_the_wait_although_the_contr
 
 
 async def test_a_controller_without_a_place_says_what_it_waits_for() -> None:
-    async with launched(topology(), timeout_s=1.0) as (launcher, starter):
+    patience = Patience()
+    async with launched(topology(), time_limit=patience) as (launcher, starter):
         starter.address_ = ""
         starter.silent["controller"] = Unavailable("it waits for a place")
         with pytest.raises(Unavailable, match=r"the controller does not answer \(it waits for a place\)"):
-            await launcher.wait_ready(show)
+            await launcher.wait_ready(patience.end)
 
 
 async def test_a_controller_that_never_answers_is_what_it_was_waited_for() -> None:
-    async with launched(topology(), timeout_s=0.4) as (launcher, starter):
+    patience = Patience()
+    async with launched(topology(), time_limit=patience) as (launcher, starter):
         starter.address_ = ""
         with pytest.raises(Unavailable, match="the controller does not answer"):
-            await launcher.wait_ready(show)
+            await launcher.wait_ready(patience.end)
 
 
 async def test_ending_drains_from_the_outside_in_and_kills_what_was_started() -> None:
@@ -236,7 +251,7 @@ async def test_force_cuts_the_drain_short() -> None:
         await asyncio.sleep(0.01)
         assert not stopping.done()
         force.set()
-        await asyncio.wait_for(stopping, 5)
+        await asyncio.wait_for(stopping, 60)
     assert tuple(starter.killed) == NAMES
 
 

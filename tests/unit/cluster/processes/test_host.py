@@ -166,4 +166,4 @@ async def test_a_host_that_never_started_stops_too() -> None:
     assert (await host.report(0, 1.0)).state == pb.PROCESS_STATE_STOPPED
 
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(300)

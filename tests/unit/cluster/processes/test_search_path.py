@@ -31,7 +31,7 @@ def report(folder: Path, python_path: str) -> tuple[list[str], str, list[str], i
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=240,
     )
     path, for_children, own, code = json.loads(done.stdout)
     return path, for_children, own, code

@@ -42,7 +42,7 @@ def killed_owner(place: Path) -> Path:
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(place)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program, str(place)], capture_output=True, text=True, timeout=240
     )
     return Path(done.stdout.strip())
 
@@ -95,7 +95,7 @@ def test_nothing_of_it_can_be_touched_by_another_user(place: Path) -> None:
     for attempt in attempts:
         command = attempt.format(folder.path)
         done = subprocess.run(
-            command.split(), user=NOBODY, cwd="/", capture_output=True, text=True, timeout=60
+            command.split(), user=NOBODY, cwd="/", capture_output=True, text=True, timeout=240
         )
         assert "Permission denied" in done.stderr, command
     folder.remove()

@@ -28,7 +28,7 @@ from moesaic.errors import (
 EXPERT = MlpExpert(Linear(torch.zeros(2, 1)), Linear(torch.zeros(1, 1)), lambda rows: rows)
 
 
-def call(tag: float, *, layer: int = 0, num_rows: int = 1, timeout_s: float = 10.0) -> ExpertCall:
+def call(tag: float, *, layer: int = 0, num_rows: int = 1, timeout_s: float = 60.0) -> ExpertCall:
     hidden, rows = torch.full((num_rows, 1), tag), torch.arange(num_rows)
     return ExpertCall(layer, hidden, (EXPERT,), (num_rows,), rows, None, time.monotonic() + timeout_s)
 
@@ -46,7 +46,7 @@ class GatedCompute:
     def __call__(self, calls: Sequence[ExpertCall]) -> list[Tensor | MoesaicError]:
         self.passes.append([call.hidden[0, 0].item() for call in calls])
         self.entered.set()
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         if self.error is not None:
             raise self.error
         return [InvalidArgument("odd") if call.hidden[0, 0] < 0 else call.hidden * 2 for call in calls]
@@ -84,7 +84,7 @@ async def block(batcher: Batcher, compute: GatedCompute, **first: float) -> asyn
     compute.gate.clear()
     compute.entered.clear()
     running = asyncio.create_task(batcher.submit(call(1.0, layer=9, **first)))  # type: ignore[arg-type]
-    await asyncio.to_thread(compute.entered.wait, 5)
+    assert await asyncio.to_thread(compute.entered.wait, 60)
     return running
 
 
@@ -215,7 +215,7 @@ async def test_a_hanging_pass_is_unhealthy_until_it_ends(
     assert not batcher.is_healthy()
     compute.gate.set()
     await running
-    await batcher.submit(call(2.0, timeout_s=20.0))
+    await batcher.submit(call(2.0, timeout_s=60.0))
     assert batcher.is_healthy()
 
 
@@ -235,7 +235,9 @@ async def test_a_dead_thread_is_unhealthy_and_takes_no_calls(compute: GatedCompu
     compute.error = KeyboardInterrupt()
     with pytest.raises(DeadlineExceeded):
         await batcher.submit(call(1.0, timeout_s=0.2))
-    assert not batcher.is_healthy()
+    async with asyncio.timeout(60):
+        while batcher.is_healthy():
+            await asyncio.sleep(0.01)
     with pytest.raises(Unavailable):
         await batcher.submit(call(2.0))
 
@@ -302,7 +304,7 @@ async def test_times_in_the_queue_and_in_the_pass_are_told_apart(
     batcher: Batcher, compute: GatedCompute, clock: FakeClock
 ) -> None:
     running = await block(batcher, compute)
-    (waiting,) = await submit_all(batcher, [call(2.0, timeout_s=20.0)])
+    (waiting,) = await submit_all(batcher, [call(2.0, timeout_s=60.0)])
     clock.now_s += 2.0
     compute.gate.set()
     assert ((await running).queue_s, (await running).compute_s) == (0.0, 2.0)

@@ -181,7 +181,7 @@ class Watch:
     def load(self, *args: Any) -> HeldExpert:
         with self._lock:
             self.begun += 1
-        assert self.go_on.wait(10)
+        assert self.go_on.wait(60)
         return self._load(*args)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from expert_worker.serving.listener import Listener
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ async def close_behind(gate: Gate, stream: Stream, request: expert_pb2.ComputeRe
     """Sends a call that occupies the compute thread."""
     gate.close()
     await stream.write(request)
-    assert await asyncio.to_thread(gate.entered.wait, 5)
+    assert await asyncio.to_thread(gate.entered.wait, 60)
 
 
 class Worker:
@@ -107,12 +107,12 @@ def request_of(store: ExpertStore) -> Callable[..., expert_pb2.ComputeRequest]:
 
 async def call(stream: Stream, request: expert_pb2.ComputeRequest) -> expert_pb2.ComputeResponse:
     await stream.write(request)
-    response: expert_pb2.ComputeResponse = await asyncio.wait_for(stream.read(), 10)
+    response: expert_pb2.ComputeResponse = await asyncio.wait_for(stream.read(), 60)
     return response
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not await condition():
             await asyncio.sleep(0.005)
 
@@ -186,7 +186,7 @@ async def test_bytes_that_are_no_message_end_their_stream_and_nothing_else(
     raw = channel.stream_stream(f"/{rpc.EXPERT_SERVICE}/Compute")()
     await raw.write(b"\xff\xff\xff\xff")
     with pytest.raises(grpc.aio.AioRpcError):
-        await asyncio.wait_for(raw.read(), 10)
+        await asyncio.wait_for(raw.read(), 60)
         await raw.code()
     assert (await call(good, request_of({0: [0]}))).HasField("output")
 
@@ -202,7 +202,7 @@ async def test_concurrent_callers_share_a_pass_and_each_gets_its_own_rows(
     worker.gate.open.set()
     reference = ReferenceExperts(folder)
     for stream, rows in ((first, {0: [0, 1], 1: [2]}), (second, {1: [3, 4], 0: [5]})):
-        response = await asyncio.wait_for(stream.read(), 10)
+        response = await asyncio.wait_for(stream.read(), 60)
         torch.testing.assert_close(
             from_wire(response.output), reference.rows(0, HIDDEN, rows), atol=1e-5, rtol=1e-5
         )
@@ -234,8 +234,8 @@ async def test_callers_of_all_three_ways_share_a_pass_and_are_counted_apart(
         await eventually(lambda: asyncio.sleep(0, worker.has_direct_call()))
         worker.gate.open.set()
         outputs = [
-            from_wire((await asyncio.wait_for(over_grpc.read(), 10)).output),
-            from_wire((await asyncio.wait_for(direct.read(), 10)).output),
+            from_wire((await asyncio.wait_for(over_grpc.read(), 60)).output),
+            from_wire((await asyncio.wait_for(direct.read(), 60)).output),
             (await asyncio.to_thread(over_shared_memory.receive, 1, 10)).output,
         ]
         reference = ReferenceExperts(folder)
@@ -295,7 +295,7 @@ async def test_a_full_queue_is_refused_in_band_with_a_time_to_retry(
     await close_behind(worker.gate, stream, request_of({0: [0]}, call_id=100))
     for call_id in range(5):
         await stream.write(request_of({0: [0]}, call_id=call_id))
-    refused = await asyncio.wait_for(stream.read(), 10)
+    refused = await asyncio.wait_for(stream.read(), 60)
     error = from_status(refused.error)
     assert (refused.call_id, error.code, bool(error.retry_after_s)) == (
         4,
@@ -303,7 +303,7 @@ async def test_a_full_queue_is_refused_in_band_with_a_time_to_retry(
         True,
     )
     worker.gate.open.set()
-    answered = [await asyncio.wait_for(stream.read(), 10) for _ in range(5)]
+    answered = [await asyncio.wait_for(stream.read(), 60) for _ in range(5)]
     assert sorted(response.call_id for response in answered) == [0, 1, 2, 3, 100]
     assert all(response.HasField("output") for response in answered)
 
@@ -336,7 +336,38 @@ async def test_a_caller_that_hangs_up_leaves_no_call_behind(
     gone.cancel()
     await eventually(lambda: asyncio.sleep(0, not worker.batcher._waiting))
     worker.gate.open.set()
+    assert (await asyncio.wait_for(blocker.read(), 60)).HasField("output")
+
+
+async def test_calls_of_routers_that_are_gone_are_not_computed_whichever_way_they_came(
+    worker: Worker, stub: Any, request_of: RequestOf
+) -> None:
+    opened = await stub.OpenTransports(
+        expert_pb2.OpenTransportsRequest(
+            host_id=shared_memory.host_id(), shared_memory_version=shared_memory.VERSION
+        )
+    )
+    over_shared_memory = await asyncio.to_thread(connect, opened.socket_path, "i")
+    blocker, over_grpc = stub.Compute(), stub.Compute()
+    async with rpc.aio_channel(f"127.0.0.1:{opened.direct_port}") as direct_channel:
+        direct = expert_pb2_grpc.ExpertServiceStub(direct_channel).Compute()
+        await direct.wait_for_connection()
+        await close_behind(worker.gate, blocker, request_of({0: [0]}, layer=1))
+        await over_grpc.write(request_of({0: [0]}))
+        await direct.write(request_of({0: [0]}))
+        for call_id in range(2):
+            sent = request_of({0: [0]}, call_id=call_id)
+            sent.hidden.ClearField("data")
+            over_shared_memory.send(sent, HIDDEN)
+        await eventually(lambda: asyncio.sleep(0, len(worker.batcher._waiting) == 1))
+        await eventually(lambda: asyncio.sleep(0, worker.has_direct_call()))
+        over_grpc.cancel()
+        await eventually(lambda: asyncio.sleep(0, not worker.batcher._waiting))
+    over_shared_memory.close()
+    worker.gate.open.set()
     assert (await asyncio.wait_for(blocker.read(), 10)).HasField("output")
+    assert (await call(blocker, request_of({0: [0]}, layer=1))).HasField("output")
+    assert worker.gate.passes == [1, 1]
 
 
 async def test_describe_tells_what_is_held(stub: Any, store: ExpertStore, model: MoeModel) -> None:
@@ -367,7 +398,7 @@ async def test_a_worker_that_still_loads_is_unavailable(worker: Worker) -> None:
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
         for attempt in (stub.Describe(expert_pb2.DescribeRequest()), stub.Compute().read()):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await asyncio.wait_for(attempt, 10)
+                await asyncio.wait_for(attempt, 60)
             error = from_rpc_error(caught.value)
             assert (error.code, bool(error.retry_after_s)) == (grpc.StatusCode.UNAVAILABLE, True)
             assert "loading" in error.message
@@ -383,11 +414,11 @@ async def test_a_draining_worker_answers_what_it_took_and_refuses_what_comes(
     refused = await call(stream, request_of({0: [0]}, call_id=2))
     assert (refused.call_id, from_status(refused.error).code) == (2, grpc.StatusCode.UNAVAILABLE)
     worker.gate.open.set()
-    answered = await asyncio.wait_for(stream.read(), 10)
+    answered = await asyncio.wait_for(stream.read(), 60)
     assert answered.call_id == 1 and answered.HasField("output")
     assert await draining
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await asyncio.wait_for(stream.read(), 10)
+        await asyncio.wait_for(stream.read(), 60)
         await call(stub.Compute(), request_of({0: [0]}))
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
@@ -410,7 +441,7 @@ async def test_a_draining_worker_answers_what_it_took_on_the_direct_port_and_the
         assert await draining
         assert await worker.batcher.stop(5)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await asyncio.wait_for(stream.read(), 10)
+            await asyncio.wait_for(stream.read(), 60)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
 

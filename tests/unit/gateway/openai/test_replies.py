@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gateway.openai import logprobs
-from gateway.openai.renderers import ChatRenderer, CompletionRenderer, Identity
+from gateway.openai.renderers import ChatRenderer, CompletionRenderer, Identity, degraded_header
 from gateway.openai.request_output import Piece, RequestOutput
 from gateway.openai.requests import ChatCompletionRequest, CompletionRequest
 from moesaic.errors import DataLoss
@@ -123,6 +123,55 @@ def test_where_the_epoch_changed_between_two_prompts_the_reply_names_both_and_ea
     assert [choice["weight_versions"][0]["version"] for choice in whole["choices"]] == ["old", "new"]
     chunks = [renderer.chunks(output, piece)[0].model_dump(exclude_unset=True) for piece in (old, new)]
     assert [(chunk["epoch"], chunk["moesaic"]["epoch"]) for chunk in chunks] == [("old",) * 2, ("new",) * 2]
+
+
+def degraded_pieces(output: RequestOutput) -> list[Piece]:
+    word = pb.Degraded(policy=pb.ON_MISSING_SUBSTITUTE, assignments=3)
+    more = pb.Degraded(policy=pb.ON_MISSING_SUBSTITUTE, assignments=7)
+    messages = [
+        token(1, text="a", prompt=PROMPT),
+        token(2, text="b", degraded=word),
+        token(3, text="c", end=True, degraded=more),
+    ]
+    return [piece for message in messages if (piece := output.add(0, message))]
+
+
+@pytest.mark.parametrize("renderer_class", [CompletionRenderer, ChatRenderer])
+def test_an_answer_that_is_not_the_full_one_says_so_at_its_end(renderer_class: Any) -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+    request_class: Any = ChatCompletionRequest
+    if renderer_class is CompletionRenderer:
+        request_class, body = CompletionRequest, {"prompt": "hi"}
+    output, renderer = RequestOutput(1, 1), renderer_class(request_class.model_validate(body), WHO)
+    pieces = degraded_pieces(output)
+    whole = renderer.reply(output, [pieces]).model_dump(exclude_unset=True)
+    word = {"policy": "substitute", "assignments": 7}
+    assert whole["moesaic"] == {"epoch": "e", "degraded": word}
+    assert output.degraded is not None and degraded_header(output.degraded) == "substitute; assignments=7"
+    chunks = [
+        chunk.model_dump(exclude_unset=True) for piece in pieces for chunk in renderer.chunks(output, piece)
+    ]
+    assert chunks[0]["moesaic"] == {"epoch": "e"}
+    assert chunks[-1]["moesaic"] == {"epoch": "e", "degraded": word}
+    assert not any("moesaic" in chunk for chunk in chunks[1:-1])
+
+
+def test_the_degraded_assignments_of_all_choices_are_added_up() -> None:
+    output = RequestOutput(1, 2)
+    for index in (0, 1):
+        word = pb.Degraded(policy=pb.ON_MISSING_RENORMALISE, assignments=4)
+        output.add(0, token(1, index=index, end=True, prompt=PROMPT, degraded=word))
+    assert output.degraded == pb.Degraded(policy=pb.ON_MISSING_RENORMALISE, assignments=8)
+
+
+def test_the_word_on_missing_experts_comes_back_as_it_was_sent() -> None:
+    output = RequestOutput(1, 1)
+    policy = pb.ExpertPolicy(deny=["law"], on_missing=pb.ON_MISSING_WAIT)
+    piece = output.add(0, token(1, end=True, prompt=PROMPT, experts=policy))
+    renderer = CompletionRenderer(CompletionRequest.model_validate({"prompt": "hi"}), WHO)
+    assert piece is not None
+    whole = renderer.reply(output, [[piece]]).model_dump(exclude_unset=True)
+    assert whole["moesaic"] == {"epoch": "e", "experts": {"deny": ["law"], "on_missing": "wait"}}
 
 
 def test_the_first_chunk_of_a_chat_names_the_role() -> None:

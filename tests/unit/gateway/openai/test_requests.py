@@ -17,6 +17,7 @@ from gateway.openai.requests import (
     TokenizeChatRequest,
     TokenizeRequest,
 )
+from moesaic.expert_policy import ExpertPolicy
 from moesaic.v1 import inference_pb2 as pb
 
 
@@ -75,6 +76,12 @@ def test_what_selects_the_weights_reaches_every_call() -> None:
 @pytest.mark.parametrize("experts", [None, {}, {"deny": []}, {"deny": None, "on_missing": None}])
 def test_experts_without_an_entry_are_no_policy(experts: object) -> None:
     assert not completion(experts=experts).calls()[0].HasField("experts")
+
+
+@pytest.mark.parametrize("word", ["wait", "fail", "substitute", "renormalise"])
+def test_the_word_on_missing_experts_reaches_the_router(word: str) -> None:
+    (call,) = completion(experts={"on_missing": word}).calls()
+    assert call.experts == ExpertPolicy(on_missing=word).to_pb()
 
 
 def test_sampling_fields_reach_the_router_under_their_own_names() -> None:

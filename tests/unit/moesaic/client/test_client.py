@@ -6,7 +6,7 @@ import asyncio
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ async def router() -> AsyncIterator[RunningRouter]:
 
 @pytest.fixture
 async def client(router: RunningRouter) -> AsyncIterator[Client]:
-    async with Client(router.address, timeout_s=10) as it:
+    async with Client(router.address, timeout_s=60) as it:
         yield it
 
 
@@ -244,7 +244,7 @@ async def test_nobody_at_the_address_is_unavailable() -> None:
         address = gone.address
     async with Client(address) as client:
         with pytest.raises(errors.Unavailable, match=f"^no router answers at {address}$"):
-            await client.complete("abc", timeout_s=5)
+            await client.complete("abc", timeout_s=60)
         with pytest.raises(errors.Unavailable, match=f"^no router answers at {address}$"):
             await client.model_info()
 
@@ -351,12 +351,87 @@ async def test_no_call_is_repeated_once_a_token_has_come(client: Client, router:
     assert len(router.router.requests) == 1
 
 
+def collected(client: SyncClient, **options: Any) -> list[Token]:
+    return list(client.generate("abcd", max_tokens=6, **options))
+
+
+async def gathered(client: Client, **options: Any) -> list[Token]:
+    return [token async for token in client.generate("abcd", max_tokens=6, **options)]
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+async def test_an_answer_whose_router_dies_goes_on_at_the_next_address(blocking: bool) -> None:
+    first, second = FakeRouter(silent_after=2), FakeRouter()
+    options = {"n": 2, "logprobs": 1, "stop": "dab"}
+    async with running(first) as dying, running(second) as other:
+        addresses = f"{dying.address},{other.address}"
+        async with Client(other.address) as client:
+            undisturbed = await gathered(client, **options)
+        second.requests.clear()
+        if blocking:
+            with SyncClient(addresses, timeout_s=20) as sync_client:
+                answer = asyncio.create_task(asyncio.to_thread(collected, sync_client, **options))
+                await until(lambda: first.num_sent == 4)
+                await dying.kill()
+                tokens = await answer
+        else:
+            async with Client(addresses, timeout_s=20) as client:
+                answer = asyncio.create_task(gathered(client, **options))
+                await until(lambda: first.num_sent == 4)
+                await dying.kill()
+                tokens = await answer
+                assert (await client.complete("xy", max_tokens=2)).text == "xy"  # at the living one, at once
+    assert tokens == undisturbed
+    assert len(first.requests) == 1
+    resume = second.requests[0].resume
+    assert [len(it.token_ids) for it in resume.continuations] == [2, 2]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)  # what was sent arrives
+
+
+async def test_an_answer_waits_for_its_only_router_to_come_back() -> None:
+    async with running(FakeRouter(silent_after=2)) as dying, Client(dying.address, timeout_s=20) as client:
+        answer = asyncio.create_task(gathered(client))
+        await until(lambda: dying.router.num_sent == 2)
+        await dying.kill()
+        async with running(FakeRouter(), port=int(dying.address.rpartition(":")[2])):
+            assert "".join(map(str, await answer)) == "abcdab"
+
+
+async def test_without_retries_an_answer_ends_with_its_router() -> None:
+    async with (
+        running(FakeRouter(silent_after=2)) as dying,
+        running(FakeRouter()) as other,
+        Client([dying.address, other.address], retries=False) as client,
+    ):
+        answer = asyncio.create_task(gathered(client))
+        await until(lambda: dying.router.num_sent == 2)
+        await dying.kill()
+        with pytest.raises(errors.Unavailable, match="broke in mid-answer"):
+            await answer
+    assert not other.router.requests
+
+
+async def test_an_address_where_nobody_is_leads_to_the_next_one() -> None:
+    async with running(FakeRouter()) as gone:
+        nobody = gone.address
+    async with running(FakeRouter()) as router, Client([nobody, router.address]) as client:
+        assert (await client.model_info()).model == "fake"
+    async with running(FakeRouter()) as router, Client([nobody, router.address]) as client:
+        assert (await client.complete("ab", max_tokens=2)).text == "ab"
+
+
 async def test_leaving_the_loop_cancels_the_call(client: Client, router: RunningRouter) -> None:
     router.router.silent_after = 2
     async with aclosing(client.generate("abc", max_tokens=5)) as tokens:
         async for _ in tokens:
             break
-    await asyncio.wait_for(router.router.cancelled.wait(), 5)
+    await asyncio.wait_for(router.router.cancelled.wait(), 60)
 
 
 async def test_cancelling_the_task_cancels_the_call(client: Client, router: RunningRouter) -> None:
@@ -367,7 +442,7 @@ async def test_cancelling_the_task_cancels_the_call(client: Client, router: Runn
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await asyncio.wait_for(router.router.cancelled.wait(), 5)
+    await asyncio.wait_for(router.router.cancelled.wait(), 60)
 
 
 async def test_closing_the_client_ends_its_calls_with_an_error_of_ours(router: RunningRouter) -> None:
@@ -447,7 +522,7 @@ async def test_the_sync_client_cancels_a_stream_that_is_left(router: RunningRout
                 client.complete("abc", timeout_s=0.2)
 
     await asyncio.to_thread(work)
-    await asyncio.wait_for(router.router.cancelled.wait(), 5)
+    await asyncio.wait_for(router.router.cancelled.wait(), 60)
 
 
 async def test_closing_the_sync_client_ends_its_calls_with_an_error_of_ours(router: RunningRouter) -> None:
@@ -471,7 +546,7 @@ async def run_program(program: str, address: str) -> tuple[str, str, int]:
         [sys.executable, "-c", program, address],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     return result.stdout, result.stderr, result.returncode

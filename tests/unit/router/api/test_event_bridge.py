@@ -20,7 +20,7 @@ async def test_everything_arrives_in_order_whatever_thread_it_comes_from() -> No
 
     thread = threading.Thread(target=send)
     thread.start()
-    await asyncio.wait_for(done.wait(), 10)
+    await asyncio.wait_for(done.wait(), 60)
     thread.join()
     assert received == list(range(10_000))
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from router.gating.policy import LayerShape
 from router.text.text import Text, load_text
 
 MAX_MODEL_LEN, VOCAB_SIZE = 512, 420
-WAIT_S = 60.0
+WAIT_S = 240.0
 HIDDEN_SIZE, NUM_SLOTS, TOP_K = 4, 3, 2
 
 
@@ -90,7 +90,7 @@ async def serving(
     engine: FakeEngine,
     text: Text,
     *,
-    request_timeout_s: float = 20.0,
+    request_timeout_s: float = 60.0,
     encodes_prompts: bool = False,
     sampling_defaults: pb.SamplingParams | None = None,
     held: EpochBook | None = None,
@@ -109,6 +109,7 @@ async def serving(
         choose_view=(held or epochs()).choose,
         control_address=lambda: "control:1",
         request_timeout_s=request_timeout_s,
+        on_missing="wait",
     )
     server = rpc.Server(
         {
@@ -181,10 +182,10 @@ async def test_the_prompt_comes_first_then_one_message_per_token_the_last_with_t
 
 
 async def test_the_tenant_reaches_the_engine_and_cached_tokens_the_usage(text: Text) -> None:
-    async with serving(FakeEngine(lambda request: [Started(0.1, 16), *answer([5])]), text) as rig:
+    async with serving(FakeEngine(lambda request: [Started(0.1, 2), *answer([5])]), text) as rig:
         request = ask(max_tokens=1)
         request.tenant = "blue"
-        assert last_of(await rig.generate(request)).usage.cached_prompt_tokens == 16
+        assert last_of(await rig.generate(request)).usage.cached_prompt_tokens == 2
         assert [sequence.tenant for sequence in rig.engine.requests] == ["blue"]
         request.tenant = "x" * 257
         error = await rig.error(request)
@@ -411,7 +412,7 @@ async def test_without_max_tokens_the_rest_of_the_context_is_used(rig: Rig) -> N
 async def test_a_silent_request_is_sampled_as_the_models_makers_say(text: Text) -> None:
     defaults = pb.SamplingParams(temperature=0.5, top_p=0.75, top_k=7, min_p=0.125, repetition_penalty=1.5)
     async with serving(FakeEngine(generates([5])), text, sampling_defaults=defaults) as rig:
-        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
+        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=60)
         assert info.sampling_defaults == defaults
         await rig.generate(ask(max_tokens=1))
         await rig.generate(ask(max_tokens=1, temperature=0, top_k=0, top_p=1))
@@ -494,7 +495,7 @@ async def test_a_client_that_cancels_without_reading_frees_its_sequences(rig: Ri
 async def test_a_client_that_disconnects_frees_its_sequences(text: Text) -> None:
     async with serving(FakeEngine(), text) as rig:
         async with rpc.aio_channel(rig.address) as channel:
-            call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(ask(), timeout=20)
+            call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(ask(), timeout=60)
             await rig.engine.until(lambda engine: len(engine.open) == 1)
         assert call.done()
         await rig.engine.until(lambda engine: not engine.open)
@@ -502,10 +503,14 @@ async def test_a_client_that_disconnects_frees_its_sequences(text: Text) -> None
 
 async def test_a_deadline_reaches_the_engine_and_ends_the_call(rig: Rig) -> None:
     rig.engine.script = None
-    before = asyncio.get_running_loop().time()
-    error = await rig.error(ask(), timeout=0.2)
-    assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert before < rig.engine.requests[0].deadline_s <= asyncio.get_running_loop().time() + 0.1
+    clock = asyncio.get_running_loop().time
+    for timeout_s in (0.2, 2.0, 20.0):
+        before_s = clock()
+        error = await rig.error(ask(), timeout=timeout_s)
+        assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        if rig.engine.requests:
+            break  # a busy machine may let a short deadline pass before the call arrives
+    assert before_s < rig.engine.requests[0].deadline_s <= clock() + timeout_s
     await rig.engine.until(lambda engine: not engine.open)
 
 
@@ -526,9 +531,23 @@ async def test_a_client_that_never_reads_is_cut_off(
         call = rig.call(ask("Once upon " * 20, n=64, logprobs=20), timeout=None)
         with caplog.at_level(logging.INFO, generate_call.__name__):
             await rig.engine.until(lambda _: "request ended" in caplog.text, WAIT_S)
-        assert await cut_off(call) == "deadline passed, the answer was not read"
+        reason = await cut_off(call)
+        # The second one where the machine was too busy for a first token within the deadline.
+        assert reason in ("deadline passed, the answer was not read", "deadline passed after 0 tokens")
         assert rig.engine.open == set()
         await rig.engine.until(lambda _: len(asyncio.all_tasks()) <= calls_before, WAIT_S)
+
+
+async def test_a_call_has_begun_before_its_first_message_so_that_it_can_be_cut_off_in_the_middle_of_that(
+    rig: Rig,
+) -> None:
+    """gRPC refuses to abort a call while its first message carries the metadata."""
+    rig.engine.script = None
+    call = rig.call(ask(prompt_logprobs=1), timeout=WAIT_S)
+    async with asyncio.timeout(WAIT_S):
+        await call.initial_metadata()
+    assert rig.engine.requests and not call.done()
+    call.cancel()
 
 
 async def test_a_client_that_stops_reading_is_cut_off_long_before_its_deadline(
@@ -538,7 +557,7 @@ async def test_a_client_that_stops_reading_is_cut_off_long_before_its_deadline(
         monkeypatch.setattr(module, "UNREAD_TIMEOUT_S", 0.1)
     async with serving(FakeEngine(generates([5])), text, request_timeout_s=2 * WAIT_S) as rig:
         calls_before = len(asyncio.all_tasks())
-        call = rig.call(ask(n=64, max_tokens=490, logprobs=20), timeout=None)
+        call = rig.call(ask(n=64, max_tokens=240, logprobs=20), timeout=None)
         with caplog.at_level(logging.INFO, generate_call.__name__):
             await rig.engine.until(lambda _: "request ended" in caplog.text, WAIT_S)
         assert await cut_off(call) == "the answer was not read for 0 s"
@@ -546,22 +565,86 @@ async def test_a_client_that_stops_reading_is_cut_off_long_before_its_deadline(
         await rig.engine.until(lambda _: len(asyncio.all_tasks()) <= calls_before, WAIT_S)
 
 
+def resumed(*received: tuple[Sequence[int], bool], **sampling: Any) -> pb.GenerateRequest:
+    """The request for the rest of an answer. `received`: the tokens of each continuation, and whether it has ended."""
+    request = ask(n=len(received), **{"temperature": 0, **sampling})
+    request.epoch = EPOCH
+    for token_ids, finished_ in received:
+        request.resume.continuations.add(token_ids=token_ids, finished=finished_)
+    return request
+
+
+async def test_a_resumed_answer_goes_on_behind_what_the_caller_has(rig: Rig) -> None:
+    ids = rig.ids(" once upon a time 😀")[:5]
+    rig.engine.script = lambda request: [Started(0.1, 99), *answer(ids[2:])]
+    responses = await rig.generate(resumed((ids[:2], False), (ids[:3], True), max_tokens=5))
+    assert [list(response.token_ids) for response in responses] == [[it] for it in ids[2:]]
+    before, whole = (rig.text.decode(it, skip_special_tokens=True) for it in (ids[:2], ids))
+    assert before + text_of(responses) == whole
+    assert not any(response.HasField("prompt") for response in responses)
+    prompt = (1, *rig.ids("Once upon"))
+    usage = last_of(responses).usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), 5)
+    assert usage.cached_prompt_tokens == len(prompt)
+    (sequence,) = rig.engine.requests
+    assert (sequence.prompt, sequence.generated) == (prompt, tuple(ids[:2]))
+
+
+async def test_a_resumed_answer_does_not_score_its_prompt_again(rig: Rig) -> None:
+    request = resumed(([5], False), max_tokens=2, prompt_logprobs=1)
+    await rig.generate(request)
+    assert rig.engine.requests[0].sampling.prompt_logprobs is None
+
+
+async def test_what_lacks_its_end_alone_gets_it_without_the_engine(rig: Rig) -> None:
+    (last,) = await rig.generate(resumed(([5, 6], False), max_tokens=2))
+    assert (last.finish_reason, last.usage.completion_tokens) == (pb.FINISH_REASON_LENGTH, 2)
+    assert not last.token_ids and rig.engine.requests == []
+
+
+async def test_the_first_message_tells_the_seed_that_a_resumed_request_has_to_name(rig: Rig) -> None:
+    first, *_ = await rig.generate(ask(max_tokens=1, seed=-7))
+    assert first.seed == -7
+    first, *rest = await rig.generate(ask(max_tokens=1))
+    assert first.HasField("seed") and not any(response.HasField("seed") for response in rest)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda request: request.resume.continuations.add(), "resume"),
+        (lambda request: request.resume.continuations[0].token_ids.append(VOCAB_SIZE), "resume"),
+        (lambda request: request.resume.continuations[0].token_ids.extend([5] * 9), "resume"),
+        (lambda request: request.ClearField("epoch"), "epoch"),
+        (lambda request: setattr(request, "epoch", "0123456789abcdef"), "epoch"),
+        (lambda request: setattr(request.sampling, "temperature", 1.0), "seed"),
+    ],
+)
+async def test_a_resumed_request_that_does_not_say_all_it_takes_is_refused(
+    rig: Rig, change: Any, field: str
+) -> None:
+    request = resumed(([5], False), max_tokens=8)
+    change(request)
+    assert (await rig.error(request)).field == field
+    assert rig.engine.requests == []
+
+
 async def test_a_call_is_paused_while_its_client_does_not_read_and_resumed_when_it_does(text: Text) -> None:
     async with serving(FakeEngine(), text) as rig:
-        call = rig.call(ask(n=64, max_tokens=490, logprobs=20), timeout=WAIT_S)
+        call = rig.call(ask(n=64, max_tokens=240, logprobs=20), timeout=WAIT_S)
         await rig.engine.until(lambda engine: len(engine.requests) == 64, WAIT_S)
         ids = {request.sequence_id for request in rig.engine.requests}
         assert {(request.tenant, request.call) for request in rig.engine.requests} == {
             ("", rig.engine.requests[0].sequence_id)
         }
         for index in range(64):
-            rig.engine.emit(index, *(token(5, scores([5], 20)[0]) for _ in range(490)))
+            rig.engine.emit(index, *(token(5, scores([5], 20)[0]) for _ in range(240)))
         await rig.engine.until(lambda engine: len(engine.pauses) == 64, WAIT_S)
         assert set(rig.engine.pauses) == {(name, True) for name in ids}
         num_tokens = 0
         async for response in call:
             num_tokens += len(response.token_ids)
-            if num_tokens == 64 * 490:
+            if num_tokens == 64 * 240:
                 break
         await rig.engine.until(lambda engine: len(engine.pauses) == 128, WAIT_S)
         assert set(rig.engine.pauses[64:]) == {(name, False) for name in ids}
@@ -600,10 +683,10 @@ async def test_a_draining_service_finishes_what_runs_and_refuses_the_rest(rig: R
     error = await rig.error(ask())
     assert (error.code, error.reason, error.retry_after_s) == (grpc.StatusCode.UNAVAILABLE, "DRAINING", 1.0)
     with pytest.raises(grpc.aio.AioRpcError):
-        await rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=5)
+        await rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=60)
     rig.engine.emit(0, *answer(rig.ids(" a hen")))
     assert text_of([response async for response in running]) == " a hen"
-    assert (await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)).model == "tiny"
+    assert (await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=60)).model == "tiny"
 
 
 async def test_an_empty_prompt_is_what_the_tokenizer_begins_a_text_with(rig: Rig) -> None:
@@ -666,6 +749,49 @@ async def test_a_policy_that_is_scored_with_its_prompt_comes_with_the_scores(rig
     request.sampling.prompt_logprobs = 1
     first, *_ = await rig.generate(request)
     assert first.experts.deny == ["law"] and len(first.prompt.logprobs) == len(first.prompt.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("experts", "expected"),
+    [
+        (None, "wait"),
+        (pb.ExpertPolicy(deny=["law"]), "wait"),
+        (pb.ExpertPolicy(on_missing=pb.ON_MISSING_FAIL), "fail"),
+        (pb.ExpertPolicy(deny=["law"], on_missing=pb.ON_MISSING_SUBSTITUTE), "substitute"),
+    ],
+)
+async def test_what_happens_where_an_expert_is_missing_is_as_the_request_or_else_the_router_says(
+    rig: Rig, experts: pb.ExpertPolicy | None, expected: str
+) -> None:
+    responses = await rig.generate(choosing(experts=experts))
+    assert [request.on_missing for request in rig.engine.requests] == [expected]
+    assert responses[0].HasField("experts") == (experts is not None)
+    assert not any(response.HasField("degraded") for response in responses)
+
+
+async def test_a_degraded_answer_says_so_from_the_token_on_and_in_the_trailer(rig: Rig) -> None:
+    def script(request: Any) -> Any:
+        yield Started(0.0)
+        for token_id, num_degraded in ((1, 0), (2, 3)):
+            yield replace(token(token_id), num_degraded=num_degraded)
+        yield replace(token(3, end=finished()), num_degraded=5)
+
+    rig.engine.script = script
+    word = pb.ExpertPolicy(on_missing=pb.ON_MISSING_RENORMALISE)
+    call = rig.call(choosing(n=2, experts=word))
+    responses = [response async for response in call]
+    of_first = [response for response in responses if response.index == 0 and response.token_ids]
+    assert [response.degraded.assignments for response in of_first] == [0, 3, 5]
+    assert not of_first[0].HasField("degraded")
+    assert of_first[2].degraded.policy == pb.ON_MISSING_RENORMALISE
+    trailers = dict(await call.trailing_metadata() or ())
+    assert trailers[rpc.DEGRADED_TRAILER] == "renormalise; assignments=10"
+
+
+async def test_a_full_answer_has_no_such_trailer(rig: Rig) -> None:
+    call = rig.call(choosing())
+    _ = [response async for response in call]
+    assert rpc.DEGRADED_TRAILER not in dict(await call.trailing_metadata() or ())
 
 
 async def test_the_end_of_each_continuation_names_the_versions_of_its_tokens(rig: Rig) -> None:
@@ -901,7 +1027,7 @@ async def test_nothing_is_served_that_takes_a_prompt_for_the_beginning_of_the_an
         assert (error.code, error.field) == (CODE.UNIMPLEMENTED, field)
         assert "an encoder reads this model's prompts" in error.message
         assert rig.engine.requests == []
-        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
+        info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=60)
         assert info.encodes_prompts and not info.has_chat_template
 
 
@@ -934,17 +1060,17 @@ async def test_without_an_encoder_there_is_nothing_for_a_decoder_to_begin_with(r
 
 
 async def test_a_text_or_a_conversation_is_tokenized_as_its_prompt_would_be(rig: Rig) -> None:
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon", return_tokens=True), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon", return_tokens=True), timeout=60)
     assert tuple(reply.token_ids) == (1, *rig.ids("Once upon"))
     assert list(reply.tokens) == [rig.text.token(token_id) for token_id in reply.token_ids]
     assert reply.max_model_len == MAX_MODEL_LEN
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="", add_special_tokens=False), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="", add_special_tokens=False), timeout=60)
     assert list(reply.token_ids) == []
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon"), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(text="Once upon"), timeout=60)
     assert list(reply.tokens) == [], "nobody asked for them"
-    reply = await rig.stub.Tokenize(pb.TokenizeRequest(chat=chat("Hi").chat, return_tokens=True), timeout=5)
+    reply = await rig.stub.Tokenize(pb.TokenizeRequest(chat=chat("Hi").chat, return_tokens=True), timeout=60)
     assert list(reply.tokens)[:2] == ["<s>", "["]
-    long = await rig.stub.Tokenize(pb.TokenizeRequest(text="hen " * 20_000), timeout=20)
+    long = await rig.stub.Tokenize(pb.TokenizeRequest(text="hen " * 20_000), timeout=60)
     assert len(long.token_ids) > MAX_MODEL_LEN
 
 
@@ -969,7 +1095,7 @@ async def test_an_answer_that_no_message_can_hold_is_refused_for_good(
         pb.TokenizeRequest(text="hen " * 20, return_tokens=True),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await rig.stub.Tokenize(request, timeout=20)
+            await rig.stub.Tokenize(request, timeout=60)
         error = from_rpc_error(caught.value)
         assert (error.code, error.field, error.reason) == (CODE.INVALID_ARGUMENT, "prompt", "TOO_LARGE")
         assert error.retry_after_s is None
@@ -977,29 +1103,29 @@ async def test_an_answer_that_no_message_can_hold_is_refused_for_good(
 
 async def test_token_ids_are_detokenized_with_their_special_tokens(rig: Rig) -> None:
     ids = (1, *rig.ids("naïve 😀"), 2)
-    reply = await rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids), timeout=5)
+    reply = await rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids), timeout=60)
     assert reply.text == "<s>naïve 😀</s>"
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=[VOCAB_SIZE]), timeout=5)
+        await rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=[VOCAB_SIZE]), timeout=60)
     assert from_rpc_error(caught.value).field == "tokens"
 
 
 async def test_tokenizing_needs_a_tokenizer_and_the_right_model(no_text: Text) -> None:
     async with serving(FakeEngine(), no_text) as rig:
         for call in (
-            rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=5),
-            rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1]), timeout=5),
+            rig.stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=60),
+            rig.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1]), timeout=60),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
             assert caught.value.code() == CODE.UNIMPLEMENTED
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await rig.stub.Tokenize(pb.TokenizeRequest(text="a", model="b"), timeout=5)
+            await rig.stub.Tokenize(pb.TokenizeRequest(text="a", model="b"), timeout=60)
         assert caught.value.code() == CODE.NOT_FOUND
 
 
 async def test_the_model_describes_itself(rig: Rig) -> None:
-    info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
+    info = await rig.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=60)
     assert info == pb.GetModelInfoResponse(
         model="tiny",
         version=__version__,
@@ -1017,7 +1143,7 @@ async def test_the_model_describes_itself(rig: Rig) -> None:
         control_address="control:1",
         sampling_defaults=neutral_sampling(),
     )
-    assert (await rig.stub.GetRouterStats(pb.GetRouterStatsRequest(), timeout=5)).steps == 7
+    assert (await rig.stub.GetRouterStats(pb.GetRouterStatsRequest(), timeout=60)).steps == 7
 
 
 # What others see of a request.

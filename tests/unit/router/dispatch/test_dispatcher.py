@@ -46,8 +46,8 @@ def dispatch(
 ) -> tuple[torch.Tensor, DispatchStep, dict[str, FakeLink]]:
     epoch = make_epoch(1, NUM_SLOTS)
     pool, links = make_pool(epoch, workers, answers)
-    dispatcher = Dispatcher(pool, clock or PhaseClock(), DispatchRules(call_timeout_s=5.0, **rules))
-    step = dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 5.0)
+    dispatcher = Dispatcher(pool, clock or PhaseClock(), DispatchRules(call_timeout_s=60.0, **rules))
+    step = dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 60.0)
     return step.compute(0, hidden, slots, weights), step, links
 
 
@@ -128,8 +128,8 @@ def test_a_replica_of_the_same_name_answers_in_place_of_one_that_fails(broken: A
     epoch = make_epoch(2, NUM_SLOTS)
     workers = {"first": range(4), "second": range(4)}
     pool, links = make_pool(epoch, workers, {"first": broken}, name="worker-0")
-    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-        whole(epoch), deadline_s=time.monotonic() + 5.0
+    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=60.0)).begin(
+        whole(epoch), deadline_s=time.monotonic() + 60.0
     )
     for layer in range(2):
         torch.testing.assert_close(step.compute(layer, HIDDEN, SLOTS, WEIGHTS), EXPECTED)
@@ -147,8 +147,8 @@ def test_replicas_share_the_rows_and_the_bits_are_those_of_one(num_tokens: int) 
     outputs = []
     for workers in ({"all": range(NUM_SLOTS)}, dict.fromkeys(("a", "b"), range(NUM_SLOTS))):
         pool, links = make_pool(epoch, workers)
-        step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-            whole(epoch), deadline_s=time.monotonic() + 5.0
+        step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=60.0)).begin(
+            whole(epoch), deadline_s=time.monotonic() + 60.0
         )
         outputs.append([step.compute(layer, hidden, slots, weights) for layer in range(2)])
         asked = [len(link.requests) for link in links.values()]
@@ -195,8 +195,8 @@ def test_an_expert_whose_worker_is_gone_is_told_with_that_worker() -> None:
     pool, links = make_pool(epoch, {"expert-worker-1": range(4)}, {})
     links["expert-worker-1"].is_lost = True
     pool.update(RoutingTable(1 << 40, ()))
-    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-        whole(epoch), deadline_s=time.monotonic() + 5.0
+    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=60.0)).begin(
+        whole(epoch), deadline_s=time.monotonic() + 60.0
     )
     step.compute(0, HIDDEN, SLOTS, WEIGHTS)
     assert step.failed[0].reason == "NO_REPLICA"
@@ -223,8 +223,8 @@ def test_the_experts_that_somebody_holds_are_combined_beside_one_that_nobody_doe
 def test_a_worker_that_failed_is_left_out_even_where_nobody_else_is_left() -> None:
     epoch = make_epoch(2, NUM_SLOTS)
     pool, links = make_pool(epoch, {"a": range(4)}, {"a": failing(Overloaded("full", retry_after_s=2.0))})
-    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-        whole(epoch), deadline_s=time.monotonic() + 5.0
+    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=60.0)).begin(
+        whole(epoch), deadline_s=time.monotonic() + 60.0
     )
     step.compute(0, HIDDEN, SLOTS, WEIGHTS)
     assert len(links["a"].requests) == 1
@@ -266,8 +266,8 @@ def test_a_second_wave_leaves_out_a_worker_that_was_silent_about_other_rows() ->
 def test_a_silent_worker_is_waited_for_once_a_step_not_once_a_layer() -> None:
     epoch = make_epoch(3, NUM_SLOTS)
     pool, links = make_pool(epoch, {"a": range(4)}, {"a": failing(TimeoutError())})
-    dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0))
-    step = dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 5.0)
+    dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=60.0))
+    step = dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 60.0)
     for layer in range(3):
         step.compute(layer, HIDDEN, SLOTS, WEIGHTS)
     assert len(links["a"].requests) == 1
@@ -305,8 +305,8 @@ def test_a_worker_that_fails_over_the_next_connection_too_is_not_asked_again_in_
 
     epoch = make_epoch(2, NUM_SLOTS)
     pool, links = make_pool(epoch, {"a": range(4)}, {"a": gone})
-    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0)).begin(
-        whole(epoch), deadline_s=time.monotonic() + 5.0
+    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=60.0)).begin(
+        whole(epoch), deadline_s=time.monotonic() + 60.0
     )
     for layer in range(2):
         step.compute(layer, HIDDEN, SLOTS, WEIGHTS)
@@ -314,26 +314,26 @@ def test_a_worker_that_fails_over_the_next_connection_too_is_not_asked_again_in_
 
 
 @pytest.mark.parametrize(
-    ("workers", "most_ms"), [({"a": range(4)}, 4000), ({"a": range(4), "b": range(4)}, 2000)]
+    ("workers", "most_ms"), [({"a": range(4)}, 400_000), ({"a": range(4), "b": range(4)}, 200_000)]
 )
 def test_a_first_wave_leaves_time_for_a_second_one_where_there_are_replicas(
     workers: dict[str, range], most_ms: int
 ) -> None:
     epoch = make_epoch(1, NUM_SLOTS)
     pool, links = make_pool(epoch, workers)
-    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=30.0)).begin(
-        whole(epoch), deadline_s=time.monotonic() + 4.0
+    step = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=3000.0)).begin(
+        whole(epoch), deadline_s=time.monotonic() + 400.0
     )
     step.compute(0, HIDDEN, SLOTS, WEIGHTS)
     (asked,) = [link.requests[0] for link in links.values() if link.requests]
-    assert most_ms - 1000 < asked.timeout_ms <= most_ms + 1
+    assert most_ms - 100_000 < asked.timeout_ms <= most_ms + 1
 
 
 def test_what_is_abandoned_in_flight_is_given_up_once() -> None:
     epoch = make_epoch(2, NUM_SLOTS)
     pool, links = make_pool(epoch, {"a": range(2), "b": range(2, 4)})
-    dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0))
-    step = dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 5.0)
+    dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=60.0))
+    step = dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 60.0)
     step.compute(0, HIDDEN, SLOTS, WEIGHTS)
     step.send(1, HIDDEN, SLOTS, WEIGHTS)
     step.abandon()
@@ -533,7 +533,7 @@ def test_every_worker_is_told_of_its_own_part_alone() -> None:
         header, _ = encode_rows(HIDDEN[tokens], common_pb2.DTYPE_INT8)
         assert request.hidden == header
         assert [(rows.slot, list(rows.rows)) for rows in request.experts] == [(slot, [*range(len(tokens))])]
-        assert request.layer == 0 and 0 < request.timeout_ms <= 5001
+        assert request.layer == 0 and 0 < request.timeout_ms <= 60_001
 
 
 def test_quantised_rows_that_are_not_finite_are_seen_by_their_scales() -> None:
@@ -555,9 +555,9 @@ def test_a_worker_that_does_not_take_the_dtype_of_the_wire_is_a_clear_error() ->
 def test_two_micro_batches_may_be_in_flight() -> None:
     epoch = make_epoch(2, NUM_SLOTS)
     pool, _ = make_pool(epoch, {"a": range(2), "b": range(2, 4)})
-    dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=5.0))
+    dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=60.0))
     halves = [slice(0, 2), slice(2, 4)]
-    steps = [dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 5.0) for _ in halves]
+    steps = [dispatcher.begin(whole(epoch), deadline_s=time.monotonic() + 60.0) for _ in halves]
     for layer in range(2):
         calls = [
             step.send(layer, HIDDEN[half], SLOTS[half], WEIGHTS[half])

@@ -52,7 +52,7 @@ from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
 
 VOCABULARY = 50
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class CountingModel:
@@ -96,6 +96,7 @@ class Harness:
         limits: Limits | None = None,
         max_waiting: int = 64,
         overlap: bool = False,
+        missing_wait_s: float = WAIT_S,
     ) -> None:
         self.model = CountingModel()
         self.blocks = BlockPool(num_blocks, 4)
@@ -107,7 +108,7 @@ class Harness:
         epoch = make_epoch(1, 2)
         self.view = plain_view(epoch)
         pool, _ = make_pool(epoch, {"a": range(2)})
-        self.dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=1.0))
+        self.dispatcher = Dispatcher(pool, PhaseClock(), DispatchRules(call_timeout_s=60.0))
         self.engine = Engine(
             cast(RouterModel, self.model),
             KVCache(
@@ -122,6 +123,7 @@ class Harness:
             PhaseClock(),
             overlap=overlap,
             max_waiting=max_waiting,
+            missing_wait_s=missing_wait_s,
         )
 
     def submit(

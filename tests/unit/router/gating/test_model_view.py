@@ -112,3 +112,19 @@ def test_rows_are_found_again_among_fewer_tokens() -> None:
     view = views_of(epoch_of()).plain
     runs = [ViewRows(view, 0, 3), ViewRows(view, 3, 4), ViewRows(view, 4, 9)]
     assert rows_among(runs, [1, 2, 5, 8]) == [ViewRows(view, 0, 2), ViewRows(view, 2, 4)]
+
+
+def test_what_happens_where_an_expert_is_missing_makes_no_other_view() -> None:
+    views = views_of(epoch_of())
+    assert views.of(ExpertPolicy(on_missing="substitute")) is views.plain
+    denied = ExpertPolicy(deny=["0:1"])
+    assert views.of(denied | ExpertPolicy(on_missing="wait")) is views.of(denied)
+
+
+def test_a_model_that_cannot_do_without_an_expert_refuses_the_words_that_ask_for_it() -> None:
+    views = views_of(epoch_of(), SHAPES | {1: LayerShape(2, 1, "its own gate")})
+    assert views.of(ExpertPolicy(on_missing="wait")) is views.of(ExpertPolicy(on_missing="fail"))
+    for word in ("substitute", "renormalise"):
+        with pytest.raises(FailedPrecondition, match=f"{word} is not available .* its own gate") as refused:
+            views.of(ExpertPolicy(on_missing=word))
+        assert refused.value.field == "experts.on_missing"

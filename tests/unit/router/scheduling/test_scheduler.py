@@ -8,6 +8,7 @@ from hypothesis import given
 from router.scheduling.block_pool import BlockPool
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.sequence import Chunk, Sequence
+from router.scheduling.state_pool import StatePool
 
 
 def make_sequence(name: str, num_tokens: int, call: str = "") -> Sequence:
@@ -135,6 +136,86 @@ def test_a_paused_sequence_gives_its_place_up_and_comes_back_behind_those_that_w
     scheduler.remove(first)
     scheduler.remove(third)
     assert pool.num_used == 0 and not scheduler.has_work
+
+
+def parked_one(scheduler: Scheduler, num_tokens: int = 6) -> Sequence:
+    """A sequence that has computed its prompt and is parked."""
+    sequence = make_sequence("parked", num_tokens)
+    scheduler.add(sequence)
+    run(scheduler.schedule())
+    scheduler.park(sequence)
+    return sequence
+
+
+def test_a_parked_sequence_keeps_its_blocks_and_goes_on_where_it_stopped() -> None:
+    scheduler = Scheduler(Limits(max_batch_tokens=10, max_running=1), BlockPool(16, 4))
+    sequence = parked_one(scheduler)
+    assert not scheduler.has_work and scheduler.num_parked == 1 and len(sequence.blocks) == 2
+    assert scheduler.schedule() == ()
+    scheduler.unpark(sequence)
+    (chunk,) = scheduler.schedule()
+    assert (chunk.sequence, chunk.start, chunk.num_tokens) == (sequence, 6, 1)
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_parked_sequence_gives_its_place_up_at_once() -> None:
+    scheduler = Scheduler(Limits(max_batch_tokens=10, max_running=1), BlockPool(16, 4))
+    sequence, other = parked_one(scheduler), make_sequence("other", 3)
+    scheduler.add(other)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [other]
+    # Back before there is a place, it starts over, ahead of all that wait.
+    scheduler.add(make_sequence("third", 3))
+    scheduler.unpark(sequence)
+    assert sequence.num_computed == 0 and not sequence.blocks
+    scheduler.remove(other)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [sequence]
+
+
+def test_the_blocks_of_a_parked_sequence_go_to_who_needs_them() -> None:
+    scheduler = Scheduler(Limits(max_batch_tokens=20, max_running=4), BlockPool(4, 4))
+    sequence, other = parked_one(scheduler), make_sequence("other", 12)
+    scheduler.add(other)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [other]
+    assert not sequence.blocks and scheduler.is_parked(sequence)
+    scheduler.check_integrity()
+    scheduler.remove(other)
+    scheduler.unpark(sequence)
+    (chunk,) = scheduler.schedule()
+    assert (chunk.start, chunk.num_tokens) == (0, 7)
+
+
+def test_a_running_sequence_that_grows_takes_the_blocks_of_a_parked_one_first() -> None:
+    scheduler = Scheduler(Limits(max_batch_tokens=20, max_running=4), BlockPool(4, 4))
+    sequence, other = parked_one(scheduler), make_sequence("other", 8)
+    scheduler.add(other)
+    run(scheduler.schedule())
+    (chunk,) = scheduler.schedule()
+    assert chunk.sequence is other and not sequence.blocks
+
+
+def test_a_parked_sequence_can_be_removed_and_paused() -> None:
+    scheduler = Scheduler(Limits(max_batch_tokens=20, max_running=4), BlockPool(4, 4))
+    sequence = parked_one(scheduler)
+    scheduler.pause(sequence)
+    assert scheduler.num_parked == 0 and scheduler.pool.num_used == 0
+    scheduler.unpark(sequence)
+    assert not scheduler.has_work
+    scheduler.resume(sequence)
+    run(scheduler.schedule())
+    scheduler.park(sequence)
+    scheduler.remove(sequence)
+    assert scheduler.num_parked == 0 and scheduler.pool.num_used == 0
+
+
+def test_a_recurrent_sequence_starts_over_when_it_is_parked() -> None:
+    states = StatePool(1, 1)
+    scheduler = Scheduler(Limits(max_batch_tokens=20, max_running=1), BlockPool(8, 4), states=states)
+    sequence = parked_one(scheduler)
+    assert sequence.state is None and sequence.num_computed == 0
+    other = make_sequence("other", 3)
+    scheduler.add(other)
+    scheduler.schedule()
+    scheduler.check_integrity()
 
 
 def test_a_removed_sequence_gives_all_its_blocks_back() -> None:

@@ -77,6 +77,7 @@ class Harness:
             loaded.clock,
             overlap=overlap,
             max_waiting=64,
+            missing_wait_s=WAIT_S,
         )
         self.engine.start()
 

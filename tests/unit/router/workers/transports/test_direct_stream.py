@@ -21,7 +21,7 @@ from moesaic.wire.tensors import data_of, encode_rows, view_rows
 from router.workers.transports.base import HOST_SILENT
 from router.workers.transports.direct_stream import MAX_CALLS, MAX_ROWS_BYTES, DirectStream, carries
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 HIDDEN = torch.arange(8.0).view(2, 4)
 
 

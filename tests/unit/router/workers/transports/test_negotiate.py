@@ -21,7 +21,7 @@ from router.workers.transports.base import Transport, TransportKind
 from router.workers.transports.direct_stream import DirectStream
 from router.workers.transports.negotiate import open_transports
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Stub:

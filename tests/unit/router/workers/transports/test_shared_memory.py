@@ -19,7 +19,7 @@ from moesaic.v1 import common_pb2, expert_pb2
 from moesaic.wire.tensors import data_of, encode_rows, view_rows
 from router.workers.transports.shared_memory import SharedMemoryTransport, connect
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 HIDDEN = torch.arange(8.0).view(2, 4)
 
 

@@ -1,0 +1,45 @@
+"""When a local Ray counts as lost. Its raylet is played by a child of that name."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from cluster.processes import ray_cluster
+from cluster.processes.ray_cluster import Logging, RayCluster
+from cluster.processes.server_folder import ServerFolder
+
+
+def start_raylet(folder: Path) -> subprocess.Popen[bytes]:
+    program = folder / "raylet"
+    if not program.exists():
+        shutil.copy("/bin/sleep", program)
+    return subprocess.Popen([program, "600"])
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> RayCluster:
+    monkeypatch.setattr(ray_cluster, "LOSS_PERIOD_S", 0.01)
+    folder = cast(ServerFolder, "a folder makes it a local one")
+    return RayCluster(Logging("INFO", None, False), asyncio.Event(), folder=folder)
+
+
+async def test_a_raylet_of_an_earlier_attempt_is_no_loss_and_the_end_of_the_one_that_runs_is(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    with start_raylet(tmp_path) as earlier, start_raylet(tmp_path) as raylet:
+        earlier.kill()  # and not waited for, so that it stays a child
+        lost = asyncio.create_task(cluster.lost())
+        done, _ = await asyncio.wait({lost}, timeout=0.1)
+        assert not done
+        raylet.kill()
+        await asyncio.wait_for(lost, 60)
+
+
+async def test_a_raylet_that_died_before_anybody_looked_is_a_loss(cluster: RayCluster) -> None:
+    await asyncio.wait_for(cluster.lost(), 60)
