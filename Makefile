@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTHON ?= python3.11
 
-.PHONY: install lint check test bench drill protos demo serve demo-model clean
+.PHONY: install lint check test bench drill soak-swaps protos demo demo-experts serve demo-model clean
 
 install: $(STAMP)
 
@@ -36,6 +36,9 @@ test: $(STAMP)
 bench: $(STAMP)  ## the standard set; rewrites docs/performance.md. QUICK=1: do the programs work? ONLY=decode,transport
 	$(BIN)/python benchmarks/suite.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
+soak-swaps: $(STAMP)  ## swaps, adds and removes in a row under load; rewrites benchmarks/results/swap_soak.json. N=200
+	$(BIN)/python benchmarks/swap_soak.py --changes $(or $(N),1000)
+
 drill: $(STAMP)  ## faults under load, hours of them; rewrites the tables of docs/reliability.md. SEED=7, FAULTS="kill:2 freeze:2"
 	ops/drill.sh
 
@@ -44,6 +47,9 @@ protos: $(STAMP)  ## regenerate moesaic/v1 from protos/
 
 demo: $(STAMP)  ## a cluster on the built-in model, one answer, and where its time went
 	$(BIN)/moesaic demo
+
+demo-experts: $(STAMP)  ## an expert is added, made better and taken away while the built-in model answers
+	$(BIN)/moesaic demo-experts
 
 serve: $(STAMP)  ## the same cluster, staying up
 	$(BIN)/moesaic serve --workers 4

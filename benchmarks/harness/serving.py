@@ -1,4 +1,4 @@
-"""Moesaic's processes, started by hand on free ports: workers, routers and, where asked for, a gateway."""
+"""Moesaic's processes, started by hand on free ports: workers, routers and, where asked for, a controller and a gateway."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ class Setup:
     routers: int = 1
     # The controller that the routers follow; None: they are told the workers.
     controller: str | None = None
+    # Whether a controller is started, which the routers follow.
+    controlled: bool = False
+    # How many workers hold each expert; divides `workers`.
+    replicas: int = 1
     # The addresses of workers that already run; without any, `workers` are started.
     shared_workers: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -57,12 +61,17 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The addresses of a running site, and its process ids by name. Without a router that address is empty."""
+    """The addresses of a running site, and its process ids by name."""
 
-    router: str
+    routers: tuple[str, ...]
     workers: tuple[str, ...]
     http: str | None
     processes: Mapping[str, int]
+
+    @property
+    def router(self) -> str:
+        """The first one; empty without any."""
+        return self.routers[0] if self.routers else ""
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -71,14 +80,16 @@ class Served:
 
 @contextmanager
 def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
-    """Runs the processes of a setup; each worker holds a range of the `num_slots` experts of a layer."""
+    """Runs the processes of a setup; each worker holds a range of the `num_slots` experts of a layer, and with
+    replicas several hold the same one."""
     cores = len(psutil.Process().cpu_affinity())
     threads = setup.worker_threads or max(1, cores // setup.workers)
     model = ("--model", str(setup.model))
+    num_shares = setup.workers // setup.replicas
     shares = [
-        f"{num_slots * index // setup.workers}-{num_slots * (index + 1) // setup.workers - 1}"
-        for index in range(setup.workers)
-    ]
+        f"{num_slots * index // num_shares}-{num_slots * (index + 1) // num_shares - 1}"
+        for index in range(num_shares)
+    ] * setup.replicas
     with ExitStack() as stack:
         start = _Starter(stack, setup.variables)
         pids = {
@@ -91,8 +102,14 @@ def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
         }
         workers = setup.shared_workers or tuple(map(start.address, pids.values()))
         named = [flag for address in workers for flag in ("--worker", address)]
-        if setup.controller is not None:
-            named = ["--controller", setup.controller]
+        controller = setup.controller
+        if setup.controlled:
+            pids["controller"] = start(
+                "cluster.control", *model, "--port", "0", "--workers", ",".join(workers)
+            )
+            controller = start.address(pids["controller"])
+        if controller is not None:
+            named = ["--controller", controller]
         routers = ["router", *(f"router-{index}" for index in range(1, setup.routers))][: setup.routers]
         pids |= {name: start("router", *model, "--port", "0", *named) for name in routers}
         addresses = [start.address(pids[name]) for name in routers]
@@ -101,7 +118,7 @@ def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
             behind = [flag for address in addresses for flag in ("--router", address)]
             pids["gateway"] = start("gateway", *behind, "--port", "0")
             http = start.address(pids["gateway"])
-        yield Served(addresses[0] if addresses else "", workers, http, pids)
+        yield Served(tuple(addresses), workers, http, pids)
 
 
 class _Starter:

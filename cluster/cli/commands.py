@@ -156,6 +156,23 @@ def demo(
 
 
 @app.command(
+    "demo-experts",
+    rich_help_panel=_SERVE,
+    epilog=_examples("moesaic demo-experts", "moesaic demo-experts --json"),
+)
+@with_settings(*OF_A_CLUSTER, defaults={"workers": 2, "routers": 1, "replicas": 1, "batch_invariant": True})
+def demo_experts(*, flags: SettingFlags, as_json: Json = False) -> None:
+    """Start a cluster on the built-in model, add experts for arithmetic to it, make them better, refuse them, and take them
+    away. Exits with 1 unless the model is then what it was, to the last bit."""
+    with exit_with_code(as_json=as_json, spell=flags.spell):
+        from cluster.checkpoints.model_source import DEMO_MODEL
+        from cluster.cli.demo_experts import run_demo_experts
+
+        settings = flags.load(model=str(DEMO_MODEL), http_port=0, grpc_port=0, log_level="ERROR")
+        asyncio.run(run_demo_experts(settings, as_json=as_json))
+
+
+@app.command(
     rich_help_panel=_ASK,
     epilog=_examples(
         'moesaic generate "Once upon a time" --temperature 0',

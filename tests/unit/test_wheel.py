@@ -22,6 +22,9 @@ PACKAGES = ("cluster", "expert_worker", "gateway", "moesaic", "router")
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 # What the client's wheel must not bring along is measured in megabytes.
 CLIENT_BYTES = 300_000
+BUNDLE_FILES = ("manifest.json", "weights.safetensors")
+# What the story of the demo's bundles may add to an install.
+DEMO_BYTES = 12_000_000
 # Of the client's modules, those that only a server imports, with packages that the client does not install.
 OF_A_SERVER = {"moesaic.machine_memory", "moesaic.options", "moesaic.settings", "moesaic.spelling"}
 
@@ -114,6 +117,16 @@ def test_the_servers_wheel_holds_the_demo_model(server: Wheel) -> None:
     data = {path.name for path in server.files if path.suffix != ".py"}
 
     assert {"model.safetensors", "tokenizer.json", "chat_template.jinja"} <= data
+
+
+def test_the_servers_wheel_holds_the_demos_bundles_and_texts(server: Wheel) -> None:
+    names = {
+        *(f"demo_bundles/{bundle}/{file}" for bundle in ("maths-v1", "maths-v2") for file in BUNDLE_FILES),
+        *(f"demo_texts/{name}.txt" for name in ("arithmetic", "drama", "speech")),
+    }
+
+    assert {Path("cluster", name) for name in names} <= server.files
+    assert sum((ROOT / "cluster" / name).stat().st_size for name in names) < DEMO_BYTES
 
 
 def test_building_leaves_nothing_in_the_clients_package(checkout: Path, client: Wheel) -> None:
