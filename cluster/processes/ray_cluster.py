@@ -29,9 +29,10 @@ import psutil
 from cluster.control.placement import Node
 from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
 from cluster.processes.host import ProcessHost
-from cluster.processes.node_facts import NodeFacts, check_versions, explain_head_loss, own_facts
+from cluster.processes.node_facts import PATIENCE, NodeFacts, check_versions, explain_head_loss, own_facts
 from cluster.processes.process_plan import PlannedProcess
 from cluster.processes.ray_errors import RayTimeoutError, explain_silence, join_error, last_line, start_error
+from cluster.processes.ray_head import HeadWatch
 from cluster.processes.search_path import own_search_path
 from cluster.processes.server_folder import ServerFolder, places
 from cluster.processes.servers import ProcessContext, make_server
@@ -60,6 +61,8 @@ SETTLE_S = 1.0
 END_TIMEOUT_S = 10.0
 KILL_PERIOD_S = 0.05
 LOSS_PERIOD_S = 1.0
+# What Ray calls its head.
+_HEAD = "gcs_server"
 
 # By default Ray would try to connect for a quarter of an hour.
 _JOIN_ENVIRONMENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "10"}
@@ -72,6 +75,10 @@ _LOCAL_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # Nothing leaves the machine.
     "RAY_USAGE_STATS_ENABLED": "0",
+    # By default everything would end a minute after the head. A week is as good as for ever.
+    PATIENCE: str(7 * 24 * 3600),
+    # Its state outlives the head, so that another one can go on in its place.
+    "RAY_gcs_storage": "rocksdb",
 }
 
 
@@ -108,6 +115,21 @@ class HostActor:
         await asyncio.gather(self._running, return_exceptions=True)
         await self._host.stop(drain_s)
         telemetry.flush()
+
+
+class _LocalHead:
+    """The head of the Ray that this process has started. Ray's own tests start heads again in this way; nothing
+    public does."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        # The head dies with the thread that starts it.
+        self._thread = thread
+
+    def is_alive(self) -> bool:
+        return any(kind == _HEAD for kind, _ in _own_node().live_processes())
+
+    async def start(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, _start_head)
 
 
 def _titled(name: str) -> type[HostActor]:
@@ -227,6 +249,7 @@ class RayCluster:
         folder = ServerFolder.create(places)
         os.environ["TMPDIR"] = str(folder.path)  # temporary files of libraries are removed with the folder
         os.environ.update({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT, **_LOCAL_ENVIRONMENT})
+        os.environ["RAY_gcs_storage_path"] = str(folder.head)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.pop("RAY_AUTH_MODE", None)  # without it, Ray requires the token
         if os.environ.get("PYTHONOPTIMIZE"):
@@ -361,10 +384,14 @@ class RayCluster:
             return
         await asyncio.gather(*(self._kill(name) for name in names))
 
-    async def lost(self) -> None:
-        """Returns when the local Ray has died. Never returns for a joined one, which recovers by itself."""
+    async def watch(self) -> None:
+        """Starts the head of the local Ray again whenever it dies, and returns when its node has died. Never returns
+        for a joined Ray, which others look after."""
         raylets = [child for child in psutil.Process().children() if self._local and child.name() == "raylet"]
+        head = HeadWatch(_LocalHead(self._thread), time.monotonic)
         while all(map(_is_alive, raylets)):
+            if self._local:
+                await head.look()
             await asyncio.sleep(LOSS_PERIOD_S)
 
     async def close(self) -> None:
@@ -462,6 +489,20 @@ def _init(**options: Any) -> None:
         job_config=JobWithoutWorkingDirectory(_py_driver_sys_path=own_search_path()),
         **options,
     )
+
+
+def _own_node() -> Any:
+    """The node that `ray.init` has started in this process."""
+    from ray._private import worker
+
+    return worker._global_node
+
+
+def _start_head() -> None:
+    """Starts another head, with the port and the stored state of the dead one."""
+    node = _own_node()
+    node.kill_gcs_server(check_alive=False)  # Ray forgets the dead one
+    node.start_gcs_server()
 
 
 def _own_address() -> str:
@@ -610,7 +651,7 @@ def _probe(address: str) -> str:
 
 def _has_head(processes: Iterable[psutil.Process]) -> bool:
     """Whether Ray's head is alive: without it ray.shutdown would block this process for minutes."""
-    return any(_is_alive(process) and process.name() == "gcs_server" for process in processes)
+    return any(_is_alive(process) and process.name() == _HEAD for process in processes)
 
 
 def _is_alive(process: psutil.Process) -> bool:
