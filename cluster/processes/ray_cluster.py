@@ -61,6 +61,9 @@ SETTLE_S = 1.0
 END_TIMEOUT_S = 10.0
 KILL_PERIOD_S = 0.05
 LOSS_PERIOD_S = 1.0
+# How long a head may take until it listens.
+HEAD_TIMEOUT_S = 10.0
+HEAD_PERIOD_S = 0.05
 # What Ray calls its head.
 _HEAD = "gcs_server"
 
@@ -402,14 +405,27 @@ class RayCluster:
         if self._folder is None:
             await run(self._thread, ray.shutdown)
         else:
+            has_head = await self._has_head()
             own = psutil.Process().children(recursive=True)
-            if _has_head(own):
+            if has_head:
                 await run(self._thread, ray.shutdown)
             else:
                 atexit.unregister(ray.shutdown)
             await run(self._thread, _end, own)
             self._folder.remove()
         self._thread.shutdown()
+
+    async def _has_head(self) -> bool:
+        """Whether the head of the local Ray is alive, if need be again: without one ray.shutdown would never end."""
+        if _own_node() is None:
+            return _has_head(psutil.Process().children(recursive=True))
+        head = _LocalHead(self._thread)
+        try:
+            if not head.is_alive():
+                await head.start()
+        except OSError as error:
+            log.warning("Ray's head cannot be started: %s", error)
+        return head.is_alive()
 
     @property
     def _local(self) -> bool:
@@ -499,10 +515,23 @@ def _own_node() -> Any:
 
 
 def _start_head() -> None:
-    """Starts another head, with the port and the stored state of the dead one."""
+    """Starts another head, with the port and the stored state of the dead one, and waits until it listens.
+
+    Raises OSError where it does not.
+    """
     node = _own_node()
     node.kill_gcs_server(check_alive=False)  # Ray forgets the dead one
     node.start_gcs_server()
+    deadline_s = time.monotonic() + HEAD_TIMEOUT_S
+    while True:
+        try:
+            socket.create_connection(split_address(node.gcs_address), CONNECT_TIMEOUT_S).close()
+        except OSError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(HEAD_PERIOD_S)
+        else:
+            return
 
 
 def _own_address() -> str:
