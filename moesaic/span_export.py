@@ -46,7 +46,7 @@ class SpanExport(SpanProcessor):
             self._batches.on_end(span)
 
     def shutdown(self) -> None:
-        self._batches.shutdown()
+        self._batches.shutdown()  # type: ignore[no-untyped-call]
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         """Exports what waits, and returns after `timeout_millis` at the latest: whether all was exported.

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import psutil
 
@@ -45,6 +45,8 @@ from moesaic.stop_signals import take_signals_back
 
 log = logging.getLogger(__name__)
 
+_R = TypeVar("_R")
+
 NAMESPACE = "moesaic"
 # Where a local Ray, and nobody else, has its node.
 LOOPBACK = "127.0.0.1"
@@ -54,6 +56,8 @@ CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take beyond the time for which the process may hold the question.
 ANSWER_TIMEOUT_S = 5.0
 EXPLAIN_TIMEOUT_S = 2.0
+QUESTION_THREADS = 4
+HEAD_AWAY = "its process does not answer, and neither does Ray: without its head nothing is started again"
 # How long the nodes may take to start a process that says which versions they have.
 FACTS_TIMEOUT_S = 15.0
 # How old Ray's account of what is free may be.
@@ -61,7 +65,7 @@ SETTLE_S = 1.0
 END_TIMEOUT_S = 10.0
 KILL_PERIOD_S = 0.05
 LOSS_PERIOD_S = 1.0
-# How long a head may take until it listens.
+# How long a head may take until it answers.
 HEAD_TIMEOUT_S = 10.0
 HEAD_PERIOD_S = 0.05
 # What Ray calls its head.
@@ -73,6 +77,7 @@ _JOIN_ENVIRONMENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeo
 _LOG_ENVIRONMENT = {"RAY_DISABLE_WORKER_LOG_PREFIX": "1", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
 # Ray accepts loopback as its own address only if it believes that no cluster is possible on this system.
 _LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_STORAGE_PATH = "RAY_gcs_storage_path"
 _LOCAL_ENVIRONMENT = {
     # By default Ray's workers yield to everything else on the machine, but here they are the service.
     "RAY_worker_niceness": "0",
@@ -149,6 +154,8 @@ class RayPeers:
         self._given_up: dict[str, str] = {}
         # The processes that were READY and have not died since.
         self._ready: set[str] = set()
+        # Without its head Ray keeps questions waiting: they may not take the threads of anything else.
+        self._threads = ThreadPoolExecutor(QUESTION_THREADS, thread_name_prefix="ask-ray")
 
     async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
         handle = await self.handle(name)
@@ -177,7 +184,7 @@ class RayPeers:
         if name not in self._handles:
             try:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                    self._handles[name] = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+                    self._handles[name] = await self._ask(ray.get_actor, name, NAMESPACE)
             except ValueError as error:
                 if name in self._given_up:
                     raise Unavailable(self._given_up[name], reason=CANNOT_START) from error
@@ -201,15 +208,26 @@ class RayPeers:
             self._ready.discard(name)
             handle = self._handles.pop(name, None)
             if error.actor_init_failed:
-                self._given_up[name] = await _in_time(_why_given_up, handle, error)
+                self._given_up[name] = await self._in_time(_why_given_up, handle, error)
                 raise Unavailable(self._given_up[name], reason=CANNOT_START) from error
             raise Unavailable(f"its process died: {last_line(error)}", reason=PROCESS_DIED) from error
         except RayError as error:
             self._ready.discard(name)
             raise Unavailable("its process is being restarted") from error
         except TimeoutError as error:
-            why = await _in_time(_why_silent, self._handles.get(name), name in self._ready)
+            why = await self._in_time(_why_silent, self._handles.get(name), name in self._ready)
             raise Unavailable(why) from error
+
+    async def _in_time(self, explain: Callable[..., str], *arguments: Any) -> str:
+        """What `explain` finds out from Ray, which itself may be what does not answer."""
+        try:
+            async with asyncio.timeout(EXPLAIN_TIMEOUT_S):
+                return await self._ask(explain, *arguments)
+        except TimeoutError:
+            return HEAD_AWAY
+
+    async def _ask(self, question: Callable[..., _R], *arguments: Any) -> _R:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, question, *arguments)
 
 
 class RayCluster:
@@ -252,7 +270,7 @@ class RayCluster:
         folder = ServerFolder.create(places)
         os.environ["TMPDIR"] = str(folder.path)  # temporary files of libraries are removed with the folder
         os.environ.update({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT, **_LOCAL_ENVIRONMENT})
-        os.environ["RAY_gcs_storage_path"] = str(folder.head)
+        os.environ.update({_STORAGE_PATH: str(folder.head)})
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.pop("RAY_AUTH_MODE", None)  # without it, Ray requires the token
         if os.environ.get("PYTHONOPTIMIZE"):
@@ -515,7 +533,7 @@ def _own_node() -> Any:
 
 
 def _start_head() -> None:
-    """Starts another head, with the port and the stored state of the dead one, and waits until it listens.
+    """Starts another head, with the port and the stored state of the dead one, and waits until it answers.
 
     Raises OSError where it does not.
     """
@@ -523,15 +541,24 @@ def _start_head() -> None:
     node.kill_gcs_server(check_alive=False)  # Ray forgets the dead one
     node.start_gcs_server()
     deadline_s = time.monotonic() + HEAD_TIMEOUT_S
-    while True:
-        try:
-            socket.create_connection(split_address(node.gcs_address), CONNECT_TIMEOUT_S).close()
-        except OSError:
-            if time.monotonic() > deadline_s:
-                raise
-            time.sleep(HEAD_PERIOD_S)
-        else:
-            return
+    while not _subscribe_again():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"it does not answer within {HEAD_TIMEOUT_S:.0f} s")
+        time.sleep(HEAD_PERIOD_S)
+
+
+def _subscribe_again() -> bool:
+    """Tells a new head that this process wants errors and the log lines of the processes; whether it answered."""
+    from ray._private import worker
+    from ray.exceptions import RpcError
+
+    connection: Any = worker.global_worker
+    try:
+        connection.gcs_error_subscriber.subscribe()
+        connection.gcs_log_subscriber.subscribe()
+    except RpcError:
+        return False
+    return True
 
 
 def _own_address() -> str:
@@ -546,15 +573,6 @@ def _entries() -> list[dict[str, Any]]:
 
     entries: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return entries
-
-
-async def _in_time(explain: Callable[..., str], *arguments: Any) -> str:
-    """What `explain` finds out from Ray, which itself may be what does not answer."""
-    try:
-        async with asyncio.timeout(EXPLAIN_TIMEOUT_S):
-            return await asyncio.to_thread(explain, *arguments)
-    except TimeoutError:
-        return "its process does not answer, and neither does Ray"
 
 
 def _facts_of(address: str, reference: Any) -> NodeFacts:

@@ -99,7 +99,10 @@ async def test_without_its_controller_a_router_and_the_workers_that_it_names_are
         ("w", False),
     ]
     assert (seen.topology, seen.workers["w"].rows) == (None, 3)
-    assert seen.problem == f"the controller at {rig.addresses['controller']} does not answer, and serving goes on"
+    assert (
+        seen.problem
+        == f"the controller at {rig.addresses['controller']} does not answer, and serving goes on"
+    )
 
 
 async def test_a_silent_controller_is_not_waited_for(
