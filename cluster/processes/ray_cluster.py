@@ -435,7 +435,9 @@ class RayCluster:
 
     async def _has_head(self) -> bool:
         """Whether the head of the local Ray is alive, if need be again: without one ray.shutdown would never end."""
-        if _own_node() is None:
+        import ray
+
+        if not ray.is_initialized():
             return _has_head(psutil.Process().children(recursive=True))
         head = _LocalHead(self._thread)
         try:
