@@ -32,6 +32,8 @@ ROWS = "moe.rows"
 WORKER = "moe.worker"
 DEGRADED = "moe.degraded_assignments"
 
+FLUSH_TIMEOUT_MS = 2000
+
 REQUEST_ID_METADATA = "x-request-id"
 # The standard variable with the address of a collector.
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -82,10 +84,10 @@ def configure(
 
 
 def flush() -> None:
-    """Exports the spans that are still buffered. Called before a process ends."""
+    """Exports the spans that are still buffered, for 2 s at most. Called before a process ends."""
     force_flush = getattr(trace.get_tracer_provider(), "force_flush", None)
     if force_flush is not None:
-        force_flush(timeout_millis=2000)
+        force_flush(timeout_millis=FLUSH_TIMEOUT_MS)
 
 
 class JsonFormatter(logging.Formatter):
@@ -135,11 +137,13 @@ def _configure_tracing(service: str, endpoint: str) -> None:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    provider = TracerProvider(resource=Resource.create({"service.name": service}))
+    from moesaic.span_export import SpanExport
+
+    # `flush` is what a process waits for at its end; the SDK's own end could take half a minute.
+    provider = TracerProvider(resource=Resource.create({"service.name": service}), shutdown_on_exit=False)
     # The exporter finds the address in the environment, which lacks one that comes from a settings file, and
     # on another node any.
     os.environ[ENDPOINT] = endpoint
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider.add_span_processor(SpanExport(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,13 @@ def closed_address() -> Iterator[str]:
     """HOST:PORT at which nobody listens."""
     with closed_port() as port:
         yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture
+def silent_address() -> Iterator[str]:
+    """HOST:PORT that accepts connections and never says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        yield f"127.0.0.1:{silent.getsockname()[1]}"
 
 
 @pytest.fixture

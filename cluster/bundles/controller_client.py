@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from cluster.observation.reachability import hinting_at_serve
@@ -16,6 +17,8 @@ from moesaic.client.call_failure import explain
 from moesaic.errors import FailedPrecondition, Unavailable, from_rpc_error
 from moesaic.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
+# Whoever does not say within this time that it is there counts as away.
+REACH_TIMEOUT_S = 2.0
 ASK_TIMEOUT_S = 10.0
 # Of an upload and of a change: weights may be many gigabytes, and a drain takes as long as answers do.
 CHANGE_TIMEOUT_S = 3600.0
@@ -63,8 +66,9 @@ class ControllerClient:
 
 @asynccontextmanager
 async def controller_client(address: str) -> AsyncIterator[ControllerClient]:
-    """A client of the controller at HOST:PORT."""
+    """A client of the controller at HOST:PORT. Raises Unavailable at once, or soon, where none answers."""
     async with rpc.aio_channel(address, max_message_bytes=rpc.DATA_MESSAGE_BYTES) as channel:
+        await _reach(channel, address)
         yield ControllerClient(channel, address)
 
 
@@ -88,6 +92,24 @@ async def find_controller(router: str) -> str:
     return address
 
 
+async def _reach(channel: grpc.aio.Channel, address: str) -> None:
+    """Asks for a sign of life before a call that may take an hour. What the sign says does not matter."""
+    try:
+        await health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=REACH_TIMEOUT_S
+        )
+    except grpc.aio.AioRpcError as error:
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise _away(address) from error
+
+
+def _away(address: str) -> Unavailable:
+    return Unavailable(
+        f"no controller answers at {address}: serving goes on, and changes wait until it is back",
+        reason="NO_CONTROLLER",
+    )
+
+
 @contextmanager
 def _as_errors(address: str) -> Iterator[None]:
     """Raises the controller's own error, or Unavailable that names the address where none listens."""
@@ -95,7 +117,7 @@ def _as_errors(address: str) -> Iterator[None]:
         yield
     except grpc.aio.AioRpcError as error:
         if error.code() == grpc.StatusCode.UNAVAILABLE and rpc_status.from_call(error) is None:
-            raise Unavailable(f"no controller answers at {address}", reason="NO_CONTROLLER") from error
+            raise _away(address) from error
         raise from_rpc_error(error) from error
 
 

@@ -56,7 +56,9 @@ class ProcessWatch:
                 self._drop(last.address)
             address = self._addresses.get(name)
             if address and error.reason not in EVIDENCE and await _refuses(address):
-                raise Unavailable("nothing listens at its address any more", reason=PROCESS_DIED) from error
+                raise Unavailable(
+                    f"nothing listens at its address any more ({error.message})", reason=PROCESS_DIED
+                ) from error
             raise
         if last is not None and last.address != report.address:
             self._drop(last.address)

@@ -172,7 +172,7 @@ async def _connected(settings: Settings, signals: StopSignals) -> AsyncIterator[
 
 
 async def _stop_when_lost(ray: RayCluster, signals: StopSignals) -> None:
-    await ray.lost()
+    await ray.watch()
     signals.stop.set()
     signals.force.set()
 

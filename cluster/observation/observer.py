@@ -30,6 +30,8 @@ from moesaic.v1 import (
 )
 
 TIMEOUT_S = 2.0
+# Shorter than what a person waits for: the routers' view is shown without the controller's.
+CONTROLLER_TIMEOUT_S = 1.5
 
 _ROUTER = control_pb2.PROCESS_ROLE_ROUTER
 _WORKER = control_pb2.PROCESS_ROLE_EXPERT_WORKER
@@ -138,7 +140,7 @@ class Observer:
             raise explain(error, address, timeout_s=self._timeout_s) from error
 
     async def _ask_topology(self, address: str) -> _Topology | None:
-        return await ask_topology(self._channel(address), self._timeout_s) if address else None
+        return await ask_topology(self._channel(address), CONTROLLER_TIMEOUT_S) if address else None
 
     async def _ask_router(self, address: str) -> _RouterStats | None:
         return await _answer_or_none(self._stats(self._router(address)))
@@ -225,4 +227,4 @@ def _router_addresses(topology: _Topology) -> dict[str, str]:
 def _missing(model: _Model, topology: _Topology | None) -> str:
     if topology is not None or not model.control_address:
         return ""
-    return f"the controller at {model.control_address} does not answer"
+    return f"the controller at {model.control_address} does not answer, and serving goes on"

@@ -22,16 +22,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import psutil
 
 from cluster.control.placement import Node
 from cluster.control.process_report import CANNOT_START, PROCESS_DIED, ProcessReport
 from cluster.processes.host import ProcessHost
-from cluster.processes.node_facts import NodeFacts, check_versions, explain_head_loss, own_facts
+from cluster.processes.node_facts import PATIENCE, NodeFacts, check_versions, explain_head_loss, own_facts
 from cluster.processes.process_plan import PlannedProcess
 from cluster.processes.ray_errors import RayTimeoutError, explain_silence, join_error, last_line, start_error
+from cluster.processes.ray_head import HeadWatch
 from cluster.processes.search_path import own_search_path
 from cluster.processes.server_folder import ServerFolder, places
 from cluster.processes.servers import ProcessContext, make_server
@@ -44,6 +45,8 @@ from moesaic.stop_signals import take_signals_back
 
 log = logging.getLogger(__name__)
 
+_R = TypeVar("_R")
+
 NAMESPACE = "moesaic"
 # Where a local Ray, and nobody else, has its node.
 LOOPBACK = "127.0.0.1"
@@ -53,6 +56,8 @@ CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take beyond the time for which the process may hold the question.
 ANSWER_TIMEOUT_S = 5.0
 EXPLAIN_TIMEOUT_S = 2.0
+QUESTION_THREADS = 4
+HEAD_AWAY = "its process does not answer, and neither does Ray: without its head nothing is started again"
 # How long the nodes may take to start a process that says which versions they have.
 FACTS_TIMEOUT_S = 15.0
 # How old Ray's account of what is free may be.
@@ -60,6 +65,11 @@ SETTLE_S = 1.0
 END_TIMEOUT_S = 10.0
 KILL_PERIOD_S = 0.05
 LOSS_PERIOD_S = 1.0
+# How long a head may take until it answers.
+HEAD_TIMEOUT_S = 10.0
+HEAD_PERIOD_S = 0.05
+# What Ray calls its head.
+_HEAD = "gcs_server"
 
 # By default Ray would try to connect for a quarter of an hour.
 _JOIN_ENVIRONMENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "10"}
@@ -67,11 +77,16 @@ _JOIN_ENVIRONMENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeo
 _LOG_ENVIRONMENT = {"RAY_DISABLE_WORKER_LOG_PREFIX": "1", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
 # Ray accepts loopback as its own address only if it believes that no cluster is possible on this system.
 _LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_STORAGE_PATH = "RAY_gcs_storage_path"
 _LOCAL_ENVIRONMENT = {
     # By default Ray's workers yield to everything else on the machine, but here they are the service.
     "RAY_worker_niceness": "0",
     # Nothing leaves the machine.
     "RAY_USAGE_STATS_ENABLED": "0",
+    # By default everything would end a minute after the head. A week is as good as for ever.
+    PATIENCE: str(7 * 24 * 3600),
+    # Its state outlives the head, so that another one can go on in its place.
+    "RAY_gcs_storage": "rocksdb",
 }
 
 
@@ -110,6 +125,21 @@ class HostActor:
         telemetry.flush()
 
 
+class _LocalHead:
+    """The head of the Ray that this process has started. Ray's own tests start heads again in this way; nothing
+    public does."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        # The head dies with the thread that starts it.
+        self._thread = thread
+
+    def is_alive(self) -> bool:
+        return any(kind == _HEAD for kind, _ in _own_node().live_processes())
+
+    async def start(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, _start_head)
+
+
 def _titled(name: str) -> type[HostActor]:
     """The actor's class under the name by which Ray shows the process in `ps`."""
     return type(f"moesaic-{name}", (HostActor,), {})
@@ -124,6 +154,8 @@ class RayPeers:
         self._given_up: dict[str, str] = {}
         # The processes that were READY and have not died since.
         self._ready: set[str] = set()
+        # Without its head Ray keeps questions waiting: they may not take the threads of anything else.
+        self._threads = ThreadPoolExecutor(QUESTION_THREADS, thread_name_prefix="ask-ray")
 
     async def report(self, name: str, seen: int, hold_s: float) -> ProcessReport:
         handle = await self.handle(name)
@@ -152,7 +184,7 @@ class RayPeers:
         if name not in self._handles:
             try:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                    self._handles[name] = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+                    self._handles[name] = await self._ask(ray.get_actor, name, NAMESPACE)
             except ValueError as error:
                 if name in self._given_up:
                     raise Unavailable(self._given_up[name], reason=CANNOT_START) from error
@@ -176,15 +208,26 @@ class RayPeers:
             self._ready.discard(name)
             handle = self._handles.pop(name, None)
             if error.actor_init_failed:
-                self._given_up[name] = await _in_time(_why_given_up, handle, error)
+                self._given_up[name] = await self._in_time(_why_given_up, handle, error)
                 raise Unavailable(self._given_up[name], reason=CANNOT_START) from error
             raise Unavailable(f"its process died: {last_line(error)}", reason=PROCESS_DIED) from error
         except RayError as error:
             self._ready.discard(name)
             raise Unavailable("its process is being restarted") from error
         except TimeoutError as error:
-            why = await _in_time(_why_silent, self._handles.get(name), name in self._ready)
+            why = await self._in_time(_why_silent, self._handles.get(name), name in self._ready)
             raise Unavailable(why) from error
+
+    async def _in_time(self, explain: Callable[..., str], *arguments: Any) -> str:
+        """What `explain` finds out from Ray, which itself may be what does not answer."""
+        try:
+            async with asyncio.timeout(EXPLAIN_TIMEOUT_S):
+                return await self._ask(explain, *arguments)
+        except TimeoutError:
+            return HEAD_AWAY
+
+    async def _ask(self, question: Callable[..., _R], *arguments: Any) -> _R:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, question, *arguments)
 
 
 class RayCluster:
@@ -227,6 +270,7 @@ class RayCluster:
         folder = ServerFolder.create(places)
         os.environ["TMPDIR"] = str(folder.path)  # temporary files of libraries are removed with the folder
         os.environ.update({**_LOG_ENVIRONMENT, **_LOOPBACK_ENVIRONMENT, **_LOCAL_ENVIRONMENT})
+        os.environ.update({_STORAGE_PATH: str(folder.head)})
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.pop("RAY_AUTH_MODE", None)  # without it, Ray requires the token
         if os.environ.get("PYTHONOPTIMIZE"):
@@ -361,13 +405,19 @@ class RayCluster:
             return
         await asyncio.gather(*(self._kill(name) for name in names))
 
-    async def lost(self) -> None:
-        """Returns when the local Ray has died. Never returns for a joined one, which recovers by itself."""
+    async def watch(self) -> None:
+        """Starts the head of the local Ray again whenever it dies, and returns when its node has died. Never returns
+        for a joined Ray, which others look after."""
         # Where Ray was started a second time, the dead raylet of the first time may be a child still.
         raylets = [
-            child for child in psutil.Process().children() if _is_alive(child) and child.name() == "raylet"
+            child
+            for child in psutil.Process().children()
+            if self._local and _is_alive(child) and child.name() == "raylet"
         ]
-        while not self._local or any(map(_is_alive, raylets)):
+        head = HeadWatch(_LocalHead(self._thread), time.monotonic)
+        while all(map(_is_alive, raylets)):
+            if self._local:
+                await head.look()
             await asyncio.sleep(LOSS_PERIOD_S)
 
     async def close(self) -> None:
@@ -378,14 +428,29 @@ class RayCluster:
         if self._folder is None:
             await run(self._thread, ray.shutdown)
         else:
+            has_head = await self._has_head()
             own = psutil.Process().children(recursive=True)
-            if _has_head(own):
+            if has_head:
                 await run(self._thread, ray.shutdown)
             else:
                 atexit.unregister(ray.shutdown)
             await run(self._thread, _end, own)
             self._folder.remove()
         self._thread.shutdown()
+
+    async def _has_head(self) -> bool:
+        """Whether the head of the local Ray is alive, if need be again: without one ray.shutdown would never end."""
+        import ray
+
+        if not ray.is_initialized():
+            return _has_head(psutil.Process().children(recursive=True))
+        head = _LocalHead(self._thread)
+        try:
+            if not head.is_alive():
+                await head.start()
+        except OSError as error:
+            log.warning("Ray's head cannot be started: %s", error)
+        return head.is_alive()
 
     @property
     def _local(self) -> bool:
@@ -467,6 +532,42 @@ def _init(**options: Any) -> None:
     )
 
 
+def _own_node() -> Any:
+    """The node that `ray.init` has started in this process."""
+    from ray._private import worker
+
+    return worker._global_node
+
+
+def _start_head() -> None:
+    """Starts another head, with the port and the stored state of the dead one, and waits until it answers.
+
+    Raises OSError where it does not.
+    """
+    node = _own_node()
+    node.kill_gcs_server(check_alive=False)  # Ray forgets the dead one
+    node.start_gcs_server()
+    deadline_s = time.monotonic() + HEAD_TIMEOUT_S
+    while not _subscribe_again():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"it does not answer within {HEAD_TIMEOUT_S:.0f} s")
+        time.sleep(HEAD_PERIOD_S)
+
+
+def _subscribe_again() -> bool:
+    """Tells a new head that this process wants errors and the log lines of the processes; whether it answered."""
+    from ray._private import worker
+    from ray.exceptions import RpcError
+
+    connection: Any = worker.global_worker
+    try:
+        connection.gcs_error_subscriber.subscribe()
+        connection.gcs_log_subscriber.subscribe()
+    except RpcError:
+        return False
+    return True
+
+
 def _own_address() -> str:
     import ray
 
@@ -479,15 +580,6 @@ def _entries() -> list[dict[str, Any]]:
 
     entries: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return entries
-
-
-async def _in_time(explain: Callable[..., str], *arguments: Any) -> str:
-    """What `explain` finds out from Ray, which itself may be what does not answer."""
-    try:
-        async with asyncio.timeout(EXPLAIN_TIMEOUT_S):
-            return await asyncio.to_thread(explain, *arguments)
-    except TimeoutError:
-        return "its process does not answer, and neither does Ray"
 
 
 def _facts_of(address: str, reference: Any) -> NodeFacts:
@@ -613,7 +705,7 @@ def _probe(address: str) -> str:
 
 def _has_head(processes: Iterable[psutil.Process]) -> bool:
     """Whether Ray's head is alive: without it ray.shutdown would block this process for minutes."""
-    return any(_is_alive(process) and process.name() == "gcs_server" for process in processes)
+    return any(_is_alive(process) and process.name() == _HEAD for process in processes)
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -55,6 +55,11 @@ class ServerFolder:
     def ray(self) -> Path:
         return self.path / "ray"
 
+    @property
+    def head(self) -> Path:
+        """Where Ray's head keeps its state. Ray makes the folder."""
+        return self.path / "head"
+
     def remove(self) -> None:
         self._folder.remove()
 

@@ -76,6 +76,11 @@ def post(address: str, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
             return error.code, error.read()
 
 
+def head_of(served: Serve) -> psutil.Process | None:
+    """Ray's head; None while there is none."""
+    return next((process for process in served.members() if process.name() == "gcs_server"), None)
+
+
 def test_standard_output_is_the_ready_line_and_nothing_else(served: Serve) -> None:
     assert READY.fullmatch("".join(served.stdout))
 
@@ -128,7 +133,8 @@ def test_nothing_listens_but_on_loopback(served: Serve) -> None:
 
 
 def test_ray_refuses_whoever_has_no_token(served: Serve) -> None:
-    head = next(process for process in served.members() if process.name() == "gcs_server")
+    head = head_of(served)
+    assert head is not None
     port = next(
         connection.laddr.port
         for connection in head.net_connections("inet")
@@ -212,3 +218,38 @@ def test_a_killed_router_comes_back_at_the_address_of_the_ready_line(served: Ser
     expected = generate(served)
     os.kill(served.process("router-0")["pid"], signal.SIGKILL)
     assert generate_again(served) == expected
+
+
+def test_a_killed_head_of_ray_costs_no_request_and_comes_back_with_all_it_knew(served: Serve) -> None:
+    expected = generate(served)
+    victim = served.process("expert-worker-1")
+    dead = head_of(served)
+    assert dead is not None
+    with ThreadPoolExecutor() as pool:
+        ended = threading.Event()
+
+        def stream() -> list[tuple[int, ...]]:
+            answers = []
+            while not ended.is_set():
+                answers.append(generate(served))
+            return answers
+
+        streams = [pool.submit(stream) for _ in range(2)]
+        try:
+            dead.kill()
+            until(lambda: head_of(served) not in (None, dead), RECOVERY_S, "the head did not come back")
+            assert generate(served) == expected
+        finally:
+            ended.set()
+    assert {answer for answers in streams for answer in answers.result()} == {expected}
+
+    lines_before = len(served.stderr)
+    os.kill(victim["pid"], signal.SIGKILL)
+    assert generate_again(served) == expected
+    after = served.process("expert-worker-1")
+    assert (after["state"], after["restarts"]) == ("ready", victim["restarts"] + 1)
+    until(
+        lambda: any("experts loaded" in line for line in served.stderr[lines_before:]),
+        RECOVERY_S,
+        "the new head does not pass on what the processes log",
+    )

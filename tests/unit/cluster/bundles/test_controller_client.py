@@ -9,6 +9,7 @@ from support.bundles import make_bundle
 from support.checkpoints import write_mixtral
 from support.played_controller import PlayedLifecycle, PlayedRouterControl, playing_lifecycle
 
+from cluster.bundles import controller_client as controller_client_module
 from cluster.bundles.controller_client import controller_client, find_controller
 from moesaic.bundles import Bundle
 from moesaic.errors import Aborted, FailedPrecondition, Unavailable
@@ -60,3 +61,12 @@ async def test_a_controller_that_is_not_there_is_named() -> None:
     with pytest.raises(Unavailable, match=r"no controller answers at 127\.0\.0\.1:1"):
         async with controller_client("127.0.0.1:1") as client:
             await client.bundles()
+
+
+async def test_a_silent_controller_is_named_before_a_change_could_wait_for_it(
+    silent_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller_client_module, "REACH_TIMEOUT_S", 0.1)
+    with pytest.raises(Unavailable, match=f"no controller answers at {silent_address}: serving goes on"):
+        async with controller_client(silent_address):
+            pytest.fail("it was not reached")

@@ -57,7 +57,7 @@ async def test_a_controller_that_does_not_answer_is_a_remark(
     status = json.loads(capsys.readouterr().out)
     assert (status["topology"], list(status["routers"])) == (None, ["router"])
     assert status["problem"] == (
-        f"the controller at {closed_address} does not answer: only the router's view is shown"
+        f"the controller at {closed_address} does not answer, and serving goes on: only the router's view is shown"
     )
 
 

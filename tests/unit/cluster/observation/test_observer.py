@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from support.played_cluster import PlayedController, PlayedRouter, PlayedWorker, playing
 
+from cluster.observation import observer as observer_module
 from cluster.observation.observer import ObservedProcess, Observer
 from moesaic import rpc
 from moesaic.errors import MoesaicError, Unavailable
@@ -98,7 +99,21 @@ async def test_without_its_controller_a_router_and_the_workers_that_it_names_are
         ("w", False),
     ]
     assert (seen.topology, seen.workers["w"].rows) == (None, 3)
-    assert seen.problem == f"the controller at {rig.addresses['controller']} does not answer"
+    assert (
+        seen.problem
+        == f"the controller at {rig.addresses['controller']} does not answer, and serving goes on"
+    )
+
+
+async def test_a_silent_controller_is_not_waited_for(
+    rig: Rig, silent_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observer_module, "CONTROLLER_TIMEOUT_S", 0.1)
+    rig.routers[0].control_address = silent_address
+    async with Observer(rig.addresses["router-0"], timeout_s=3600.0) as observer:
+        seen = await observer.observe_routers()
+    assert (seen.topology, seen.entry.steps) == (None, 1)
+    assert seen.problem == f"the controller at {silent_address} does not answer, and serving goes on"
 
 
 async def test_workers_that_were_given_one_name_are_told_apart_by_their_addresses(rig: Rig) -> None:
