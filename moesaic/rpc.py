@@ -45,11 +45,22 @@ _CHANNEL_OPTIONS = (
     # This is also the time that one attempt may take: a peer that stalls for a moment must not be given up.
     ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.enable_retries", 0),
+)
+# A peer that stands still is noticed after 10 to 15 s.
+_PATIENT = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     # Without this a stopped peer goes unnoticed for a minute, whatever the keepalive options are.
     ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.enable_retries", 0),
+)
+# After 1.5 to 2.5 s: for channels to a router, whose answers another one can go on with.
+_WATCHFUL = (
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 1_500),
+    ("grpc.http2.ping_timeout_ms", 1_500),
+    # While tokens arrive the caller sends nothing else. By default it would ping twice, and then once a minute.
+    ("grpc.http2.max_pings_without_data", 0),
 )
 _SERVER_OPTIONS = (
     # Two servers must not share a port by accident.
@@ -68,14 +79,22 @@ def _limits(max_message_bytes: int) -> tuple[tuple[str, int], ...]:
     )
 
 
-def aio_channel(target: str, *, max_message_bytes: int = PUBLIC_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """An asyncio channel to HOST:PORT."""
-    return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS + _limits(max_message_bytes))
+def _channel_options(max_message_bytes: int, watchful: bool) -> tuple[tuple[str, int], ...]:
+    return _CHANNEL_OPTIONS + (_WATCHFUL if watchful else _PATIENT) + _limits(max_message_bytes)
 
 
-def channel(target: str, *, max_message_bytes: int = DATA_MESSAGE_BYTES) -> grpc.Channel:
-    """A thread-based channel to HOST:PORT, for callers that block (the engine's links to workers)."""
-    return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS + _limits(max_message_bytes))
+def aio_channel(
+    target: str, *, max_message_bytes: int = PUBLIC_MESSAGE_BYTES, watchful: bool = False
+) -> grpc.aio.Channel:
+    """An asyncio channel to HOST:PORT. `watchful`: whether a peer that stands still is noticed in about 2 s."""
+    return grpc.aio.insecure_channel(target, options=_channel_options(max_message_bytes, watchful))
+
+
+def channel(
+    target: str, *, max_message_bytes: int = DATA_MESSAGE_BYTES, watchful: bool = False
+) -> grpc.Channel:
+    """The same for callers that block, with threads (the engine's links to workers)."""
+    return grpc.insecure_channel(target, options=_channel_options(max_message_bytes, watchful))
 
 
 class Server:

@@ -116,6 +116,9 @@ class Reconciler:
         self._resting: dict[str, float] = {}
         self._passage: _Passage | None = None
         self._idle = Pulse()
+        # By worker, what is given up beside the rounds; no call of a worker comes between another's steps.
+        self._leaving: dict[str, frozenset[ExpertVersion]] = {}
+        self._in_turn: dict[str, asyncio.Lock] = {}
         self._base_footprints = {
             layer: Footprint(experts.module.num_parameters) for layer, experts in base.model.experts.items()
         }
@@ -127,17 +130,21 @@ class Reconciler:
 
     async def run(self) -> None:
         """Until it is cancelled."""
+        async with asyncio.TaskGroup() as beside:
+            await self._go_around(beside)
+
+    async def _go_around(self, beside: asyncio.TaskGroup) -> None:
         last: tuple[Action, ...] = ()
         while True:
             if self._epochs.release(self._reports, self._clock()):
                 self._controller.publish()
             actions = self._plan()
-            await self._carry_out(actions)
+            await self._carry_out(actions, beside)
             if actions and actions != last:
                 last = actions
                 continue
             last = actions
-            if not actions:
+            if not actions and not self._leaving:
                 self._idle.beat()
             await self._controller.changed.wait(TICK_S if self._depends_on_time(actions) else None)
 
@@ -206,12 +213,15 @@ class Reconciler:
     def _worker(self, sighting: WorkerSighting, footprints: Mapping[ExpertVersion, Footprint]) -> Worker:
         facts = sighting.facts
         replica = facts.replica
+        leaving = self._leaving.get(replica.worker, frozenset()) & replica.holdings
+        holdings = replica.holdings - leaving
         return Worker(
             name=replica.worker,
             host=sighting.host,
             home=sighting.home,
-            holdings=replica.holdings,
-            unproven=replica.holdings & self._controller.withheld(replica.incarnation),
+            holdings=holdings,
+            unproven=holdings & self._controller.withheld(replica.incarnation),
+            leaving=leaving,
             available_bytes=facts.available_bytes,
             bytes_per_parameter=self._bytes_per_parameter(facts, footprints),
             resting=replica.worker in self._resting,
@@ -243,8 +253,10 @@ class Reconciler:
                     footprints[ExpertVersion(address, digest)] = by_digest[digest]
         return footprints
 
-    async def _carry_out(self, actions: Sequence[Action]) -> None:
-        """Workers act side by side, each of them one action after another."""
+    async def _carry_out(self, actions: Sequence[Action], beside: asyncio.TaskGroup) -> None:
+        """Workers act side by side, each of them one action after another. What nobody needs is given up beside the
+        rounds, because it waits for routers."""
+        needed = self._needed()
         by_worker: dict[str, list[Load | Probe | Unload]] = {}
         for action in actions:
             match action:
@@ -252,6 +264,9 @@ class Reconciler:
                     self._publish()
                 case Commit():
                     self._commit()
+                case Unload(name, versions) if needed.isdisjoint(versions):
+                    self._leaving[name] = frozenset(versions)
+                    beside.create_task(self._give_up(action))
                 case _:
                     by_worker.setdefault(action.worker, []).append(action)
         await asyncio.gather(*(self._act_in_turn(name, group) for name, group in by_worker.items()))
@@ -262,7 +277,8 @@ class Reconciler:
             if not found:
                 return
             try:
-                await self._act(action, found[0].facts)
+                async with self._turn(name):
+                    await self._act(action, found[0].facts)
             except MoesaicError as error:
                 self._fail(action, error)
                 return
@@ -297,10 +313,12 @@ class Reconciler:
         async for version in self._calls.load(address, action.bundle, action.versions):
             self._show_loaded(action.worker, (version,))
         self._failpoints("rollout.loaded")
+        if action.worker in self._leaving:  # it is wanted again
+            self._leaving[action.worker] -= frozenset(action.versions)
         await self._controller.look_again(action.worker)
 
     async def _unload(self, action: Unload, address: str, incarnation: str) -> None:
-        """Routers must know a table without the versions before these go."""
+        """A copy makes room, of which there is another one. Routers must know a table without it before it goes."""
         versions = frozenset(action.versions)
         was_withheld = self._controller.withheld(incarnation) & versions
         self._controller.withhold(incarnation, versions)
@@ -314,6 +332,32 @@ class Reconciler:
             self._controller.admit(incarnation, versions - was_withheld)
             raise
         self._controller.admit(incarnation, versions)
+
+    async def _give_up(self, action: Unload) -> None:
+        """Of the versions, those that nobody needs once routers know it."""
+        name = action.worker
+        try:
+            await self._wait_for_routers()
+            async with self._turn(name):
+                idle = tuple(version for version in action.versions if version not in self._needed())
+                found = [one for one in self._controller.workers() if one.facts.replica.worker == name]
+                if idle and found:
+                    self._failpoints("rollout.unload")
+                    await self._calls.unload(found[0].facts.replica.address, idle)
+                    self._failpoints("rollout.unloaded")
+                    await self._controller.look_again(name)
+        except MoesaicError as error:
+            self._fail(action, error)
+        finally:
+            del self._leaving[name]
+            self._controller.changed.beat()
+
+    def _turn(self, name: str) -> asyncio.Lock:
+        return self._in_turn.setdefault(name, asyncio.Lock())
+
+    def _needed(self) -> frozenset[ExpertVersion]:
+        living = self._epochs.living()
+        return frozenset[ExpertVersion]().union(*(epoch.expert_versions for epoch in living))
 
     async def _wait_for_routers(self) -> None:
         """Until those that report know the newest table. A router that falls silent is not waited for."""

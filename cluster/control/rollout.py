@@ -41,6 +41,8 @@ class Worker:
     holdings: frozenset[ExpertVersion]
     # Of `holdings`: loaded, but not probed yet.
     unproven: frozenset[ExpertVersion] = frozenset()
+    # Not of `holdings` any more: about to be given up.
+    leaving: frozenset[ExpertVersion] = frozenset()
     available_bytes: int = 0
     bytes_per_parameter: float = 4.0
     # Whether it failed to load something a moment ago, and is left alone for a while.
@@ -187,10 +189,15 @@ def _unloads(desired: Desired, observed: Observed) -> Iterator[Unload]:
     # Before the first epoch, workers hold what it will be made of.
     if not observed.settled or not desired.living:
         return
-    needed = frozenset[ExpertVersion]().union(*(epoch.expert_versions for epoch in desired.living))
+    needed = _needed(desired)
     for worker in observed.workers:
-        if (idle := worker.holdings - needed) and not worker.resting:
+        idle = worker.holdings - needed
+        if idle and not worker.leaving and not worker.resting:
             yield Unload(worker.name, tuple(sorted(idle)))
+
+
+def _needed(desired: Desired) -> frozenset[ExpertVersion]:
+    return frozenset[ExpertVersion]().union(*(epoch.expert_versions for epoch in desired.living))
 
 
 def _probes(desired: Desired, observed: Observed) -> Iterator[Probe]:
@@ -233,6 +240,12 @@ class _Packing:
     def __post_init__(self) -> None:
         self._workers = {worker.name: worker for worker in self.observed.workers}
         self._room = {name: worker.available_bytes for name, worker in self._workers.items()}
+        needed = _needed(self.desired)
+        # Bytes that come back by themselves, as nobody needs what takes them.
+        self._returning = {
+            name: sum(self._size(version, name) for version in (worker.holdings - needed) | worker.leaving)
+            for name, worker in self._workers.items()
+        }
         self._copies: dict[ExpertVersion, set[str]] = {}
         for name, worker in self._workers.items():
             for version in worker.holdings:
@@ -288,11 +301,15 @@ class _Packing:
         self._room[name] = max(0, self._room[name] - self._size(version, name))
 
     def _place(self, version: ExpertVersion, name: str) -> bool:
-        size = self._size(version, name)
-        if size > self._room[name]:
+        """A copy that fits only when bytes have come back is kept in mind, and loaded in a later round."""
+        missing = self._size(version, name) - self._room[name]
+        if missing > self._returning[name]:
             return False
-        self._room[name] -= size
-        self.loads.setdefault(name, []).append(version)
+        self._room[name] = max(0, -missing)
+        if missing > 0:
+            self._returning[name] -= missing
+        else:
+            self.loads.setdefault(name, []).append(version)
         self._copies.setdefault(version, set()).add(name)
         self._num_added[name] += version.address not in self.desired.base_slots
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from moesaic.client.call_failure import NO_ROUTER
+from moesaic.client.attempts import NO_ROUTER
 from moesaic.errors import Unavailable
 
 

@@ -86,15 +86,17 @@ class DirectConnection:
         return self._socket.fileno()
 
     def read(self) -> None:
-        """Reads what has arrived, within a bound. The next poll finds the rest."""
+        """Reads what has arrived, within a bound. The next poll finds the rest.
+
+        A caller that is gone is noticed behind its last call, before that is computed.
+        """
         ends_s = time.monotonic() + MAX_READ_S
         try:
             for _ in range(MAX_READS):
-                raw = self._socket.recv(READ_BYTES)
-                self._receive(raw)
-                if self.closed or len(raw) < READ_BYTES or time.monotonic() >= ends_s:
+                self._receive(self._socket.recv(READ_BYTES))
+                if self.closed or time.monotonic() >= ends_s:
                     return
-        except BlockingIOError:  # nothing to read: the socket was ready for writing
+        except BlockingIOError:  # nothing more to read, or the socket was ready for writing alone
             self._send()
         except ConnectionBroken as error:
             self._cut_off(str(error))

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # One for every router that a cluster may have.
 MAX_CONNECTIONS = 64
+# How many calls of one router are read before the next pass may start.
+MAX_READS = 8
 SOCKET_NAME = "rows.sock"
 SOCKET_MODE = 0o600
 
@@ -151,13 +153,19 @@ class SharedMemoryConnection:
         return self._connection.fileno()
 
     def read(self) -> None:
-        """Reads one call. The next poll finds the others."""
+        """Reads the calls that have arrived, within a bound. The next poll finds the others.
+
+        A router that is gone is noticed behind its last call, before that is computed.
+        """
         try:
-            received = shared_memory.receive_frame(self._connection)
-            if received is None:
-                self.close()
-            else:
-                self._accept_call(*received)
+            for _ in range(MAX_READS):
+                received = shared_memory.receive_frame(self._connection)
+                if received is None:
+                    self.close()
+                else:
+                    self._accept_call(*received)
+                if self.closed:
+                    return
         except BlockingIOError:
             return
         except SharedMemoryError as error:

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from moesaic import errors, rpc, telemetry
+from moesaic.client.attempts import NO_ROUTER, ROUTER_UNREACHABLE
 from moesaic.errors import MoesaicError, Unavailable, from_rpc_error
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
@@ -23,8 +24,6 @@ from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
 log = logging.getLogger(__name__)
 
 UNARY_TIMEOUT_S = 30.0
-# The error reason of a call that did not reach its router or lost the connection to it.
-ROUTER_UNREACHABLE = "ROUTER_UNREACHABLE"
 
 _RESOLVE_TIMEOUT_S = 10.0
 _RETRY_S = 0.3
@@ -47,11 +46,20 @@ ResolveRouter = Callable[[], Awaitable[str]]
 class RouterLink:
     """Calls to the router at the address that `resolve_router` returned last."""
 
-    def __init__(self, name: str, resolve_router: ResolveRouter, *, timeout_s: float) -> None:
-        """`name`: for the log. `timeout_s`: the longest duration of a call."""
+    def __init__(
+        self,
+        name: str,
+        resolve_router: ResolveRouter,
+        *,
+        timeout_s: float,
+        on_health: Callable[[], None],
+    ) -> None:
+        """`name`: for the log. `timeout_s`: the longest duration of a call. `on_health` is called when `serving` has
+        changed."""
         self._name = name
         self._resolve_router = resolve_router
         self._timeout_s = timeout_s
+        self._on_health = on_health
         self._address = ""
         self._channel: grpc.aio.Channel | None = None
         self._serving = False
@@ -123,7 +131,7 @@ class RouterLink:
 
     def _stub(self) -> InferenceServiceStub:
         if self._channel is None:
-            raise Unavailable("no router has been found yet", reason="NO_ROUTER")
+            raise Unavailable("no router has been found yet", reason=NO_ROUTER)
         return InferenceServiceStub(self._channel)
 
     async def _follow(self) -> None:
@@ -148,7 +156,7 @@ class RouterLink:
             retired.add_done_callback(self._retiring.discard)
             self._channel = None
         if self._channel is None:
-            self._address, self._channel = address, rpc.aio_channel(address)
+            self._address, self._channel = address, rpc.aio_channel(address, watchful=True)
 
     async def _watch(self) -> None:
         """Follows the router's health until the address must be resolved again.
@@ -179,7 +187,8 @@ class RouterLink:
             log.info(message, extra={"fields": {"router": self._name}})
             self._problem = ""
             self._has_served = True
-        self._serving = serving
+            self._serving = serving
+            self._on_health()
 
     def _report(self, error: Exception) -> None:
         problem = (

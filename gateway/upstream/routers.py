@@ -1,34 +1,34 @@
-"""All routers behind the gateway: a link to each, the choice between them, and one retry.
+"""All routers behind the gateway: a link to each, the choice between them, and what becomes of a request whose router
+refuses or is lost.
 
-A request whose router fails before its first message is sent to another router, once. This is safe because
-the client has not received a token and expert calls have no side effects, so the second run is equivalent to
-a first, with or without a seed. After the first message, the failure of the router ends the request.
+A request that its router refuses is sent to another one, once. A request whose router is lost goes on at another
+router, or at the same one when it is back: before its first token it begins again, which is as good, since nobody
+has seen any of it and expert calls have no side effects; after that the next router goes on behind the tokens that
+have arrived (moesaic/client/received_answer.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import TypeVar
 
 from gateway.upstream.load_balancer import Demand, LoadBalancer
-from gateway.upstream.router_link import ROUTER_UNREACHABLE, ResolveRouter, RouterLink
+from gateway.upstream.router_link import ResolveRouter, RouterLink
+from moesaic.client.attempts import NO_ROUTER, Attempts, is_lost, is_refusal
+from moesaic.client.received_answer import ReceivedAnswer
 from moesaic.errors import MoesaicError, Unavailable
 from moesaic.v1 import inference_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 # The most prompts of one request that are sent to routers at once. The others wait here, not in a router's
 # queue.
 MAX_PARALLEL_PROMPTS = 32
 
 _QUEUED_MESSAGES = 64
-# Reasons that concern one router alone, so that another may accept the request: it is unreachable, starts,
-# stops or is full, or does not hold the epoch (yet, or any more) that the request needs.
-_RETRY_ELSEWHERE = frozenset(
-    {ROUTER_UNREACHABLE, "LOADING", "DRAINING", "STOPPING", "QUEUE_FULL", "EPOCH_UNKNOWN", "EXPERTS_MISSING"}
-)
-
 _Numbered = tuple[int, pb.GenerateResponse]
 _R = TypeVar("_R")
 
@@ -41,11 +41,14 @@ class Routers:
 
     def __init__(self, resolvers: Mapping[str, ResolveRouter], *, timeout_s: float) -> None:
         self._links = {
-            name: RouterLink(name, resolve, timeout_s=timeout_s) for name, resolve in resolvers.items()
+            name: RouterLink(name, resolve, timeout_s=timeout_s, on_health=self._note_health)
+            for name, resolve in resolvers.items()
         }
         self._balancer = LoadBalancer(self._links)
         self._timeout_s = timeout_s
         self._closing = False
+        # Set while a router serves, and when all is closing: whoever waits for a router looks again.
+        self._may_serve = asyncio.Event()
 
     @property
     def serving(self) -> frozenset[str]:
@@ -59,6 +62,7 @@ class Routers:
     async def close(self) -> None:
         """Closes every link. Calls that still run fail with Unavailable."""
         self._closing = True
+        self._may_serve.set()
         await asyncio.gather(*(link.close() for link in self._links.values()))
 
     async def generate(
@@ -118,26 +122,65 @@ class Routers:
             await queue.put(None)
 
     async def _messages(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """The messages of one call, from the first chosen router or from a second one in its place."""
-        deadline_s = time.monotonic() + self._timeout_s
-        demand = Demand.of(request)
-        has_begun = False
-        with self._taken(demand, self._candidates()) as first:
-            try:
-                async with aclosing(first.generate(request, timeout_s=self._timeout_s)) as messages:
-                    async for message in messages:
-                        has_begun = True
-                        yield message
-                return
-            except MoesaicError as error:
-                others = self._others(first, error)
-                if has_begun or not others:
-                    raise
-        with self._taken(demand, others) as second:
-            left_s = max(0.0, deadline_s - time.monotonic())
-            async with aclosing(second.generate(request, timeout_s=left_s)) as messages:
-                async for message in messages:
-                    yield message
+        """The messages of one call, from as many routers as it takes."""
+        demand, course = Demand.of(request), _Course(request, self._timeout_s)
+        candidates = self._candidates()
+        course.awaits = bool(self._serving())
+        while not course.answer.complete:
+            with self._taken(demand, candidates) as link:
+                try:
+                    async with aclosing(self._part(link, course)) as messages:
+                        async for message in messages:
+                            yield message
+                    return
+                except MoesaicError as error:
+                    failure = error
+            candidates = await self._next(link, course, failure)
+            fields = {
+                "request_id": request.request_id,
+                "tokens": course.answer.num_tokens,
+                "reason": failure.reason,
+            }
+            log.info("a request goes on at another router", extra={"fields": fields})
+
+    async def _part(self, link: RouterLink, course: _Course) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """What one router gives of an answer."""
+        request, timeout_s = course.answer.next_request(), course.attempts.time_left_s
+        async with aclosing(link.generate(request, timeout_s=timeout_s)) as messages:
+            async for message in messages:
+                course.take(message)
+                yield message
+
+    async def _next(
+        self, asked: RouterLink, course: _Course, failure: MoesaicError
+    ) -> Mapping[str, RouterLink]:
+        """The routers that may take a request after `asked` failed. Raises `failure` if none may."""
+        if self._closing or not course.may_go_on(failure):
+            raise failure
+        delay_s = course.attempts.delay_after_loss(failure)
+        if delay_s is None:
+            raise failure
+        course.failed.append(asked)
+        others = {name: link for name, link in self._serving().items() if link not in course.failed}
+        if others:
+            return others
+        course.failed.clear()
+        returned = await self._serving_again(delay_s, course.attempts) if course.awaits_after(failure) else {}
+        if self._closing:
+            raise Unavailable("the gateway is stopping", reason="STOPPING") from failure
+        if not returned:
+            raise failure
+        return returned
+
+    async def _serving_again(self, delay_s: float, attempts: Attempts) -> Mapping[str, RouterLink]:
+        """The routers that serve after the delay, or as soon as one does; none if the time is over before."""
+        await asyncio.sleep(delay_s)
+        try:
+            async with asyncio.timeout(attempts.time_left_s):
+                await self._may_serve.wait()
+        except TimeoutError:
+            return {}
+        return self._serving()
 
     async def _ask(self, call: Callable[[RouterLink], Awaitable[_R]]) -> _R:
         """A unary call to which every router gives the same answer."""
@@ -166,14 +209,49 @@ class Routers:
         """
         candidates = self._serving() or {name: link for name, link in self._links.items() if link.connected}
         if not candidates:
-            raise Unavailable("no router has been found yet", reason="NO_ROUTER")
+            raise Unavailable("no router has been found yet", reason=NO_ROUTER)
         return candidates
 
     def _others(self, asked: RouterLink, error: MoesaicError) -> Mapping[str, RouterLink]:
         """The serving routers that may succeed where `asked` failed with `error`."""
-        if self._closing or error.reason not in _RETRY_ELSEWHERE:
+        if self._closing or not (is_lost(error) or is_refusal(error)):
             return {}
         return {name: link for name, link in self._serving().items() if link is not asked}
 
+    def _note_health(self) -> None:
+        if self._serving() or self._closing:
+            self._may_serve.set()
+        else:
+            self._may_serve.clear()
+
     def _serving(self) -> dict[str, RouterLink]:
         return {name: link for name, link in self._links.items() if link.serving}
+
+
+class _Course:
+    """How far one call has come, over all the routers that it was sent to."""
+
+    def __init__(self, request: pb.GenerateRequest, timeout_s: float) -> None:
+        self.answer = ReceivedAnswer(request)
+        self.attempts = Attempts(timeout_s, retries=True)
+        # The routers that have failed since the last message.
+        self.failed: list[RouterLink] = []
+        # Whether a lost router is awaited: not if none served when the call came.
+        self.awaits = False
+        self._is_refused = False
+
+    def take(self, message: pb.GenerateResponse) -> None:
+        self.answer.take(message)
+        self.attempts.note_answer()
+        self.failed.clear()
+
+    def may_go_on(self, failure: MoesaicError) -> bool:
+        """Whether another router may be asked after this failure."""
+        if is_lost(failure):
+            return True
+        is_first, self._is_refused = not self._is_refused, True
+        return is_refusal(failure) and (is_first or self.answer.begun)
+
+    def awaits_after(self, failure: MoesaicError) -> bool:
+        """Whether a router is awaited where no other one serves."""
+        return self.awaits and (is_lost(failure) or self.answer.begun)

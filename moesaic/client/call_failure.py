@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 from grpc_status import rpc_status
 
+from moesaic.client.attempts import NO_ROUTER, ROUTER_UNREACHABLE
 from moesaic.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -14,9 +15,6 @@ from moesaic.errors import (
     Unavailable,
     from_rpc_error,
 )
-
-# The reason of the Unavailable for an address at which nobody answers.
-NO_ROUTER = "NO_ROUTER"
 
 # Parts of gRPC's text, which alone tells these cases from others. Without them the general sentence is used.
 _MARK_OF_HTTP = "Expected SETTINGS frame"
@@ -33,7 +31,9 @@ def explain(error: grpc.RpcError, target: str, *, timeout_s: float, begun: bool 
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"no {'complete ' if begun else ''}answer within {timeout_s:g} s")
         case grpc.StatusCode.UNAVAILABLE if begun:
-            return Unavailable(f"the connection to the router at {target} broke in mid-answer")
+            return Unavailable(
+                f"the connection to the router at {target} broke in mid-answer", reason=ROUTER_UNREACHABLE
+            )
         case grpc.StatusCode.UNAVAILABLE if _MARK_OF_HTTP in text:
             return FailedPrecondition(
                 f"{target} is an HTTP port: the client speaks gRPC, on the port that `moesaic serve` prints"

@@ -1,7 +1,7 @@
 """The client library for asyncio: text or token ids in, a stream of tokens out, over gRPC.
 
 Every call has a deadline, carries the current trace, is tried again where the router says that waiting helps,
-and fails with a class of moesaic.errors. Neither torch nor ray nor pydantic is imported.
+goes on at another router when its own dies, and fails with a class of moesaic.errors. Neither torch nor ray nor pydantic is imported.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from moesaic.client.generate_request import (
     tokenize_request,
 )
 from moesaic.client.model_info import ModelInfo
+from moesaic.client.received_answer import ReceivedAnswer
 from moesaic.client.router_stats import RouterStats
-from moesaic.client.target import check_target
+from moesaic.client.target import Targets
 from moesaic.client.tokenization import Tokenization
 from moesaic.errors import Cancelled, FailedPrecondition
 from moesaic.v1 import inference_pb2 as pb
@@ -40,7 +41,7 @@ UNARY_TIMEOUT_S = 30.0
 
 
 class Client:
-    """A client of one router, for asyncio.
+    """A client of one router or of several that serve the same model, for asyncio.
 
     ```
     async with Client("127.0.0.1:50051") as client:
@@ -52,18 +53,26 @@ class Client:
     the router.
     """
 
-    def __init__(self, target: str, *, timeout_s: float = GENERATE_TIMEOUT_S, retries: bool = True) -> None:
-        """A client of the router at `target`, which is HOST:PORT. Raises InvalidArgument for anything else.
+    def __init__(
+        self,
+        target: str | Sequence[str],
+        *,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        retries: bool = True,
+    ) -> None:
+        """A client of the router at `target`, which is HOST:PORT; "HOST:PORT,HOST:PORT" or a sequence for several.
 
-        `timeout_s` is the default deadline of a generation. With `retries`, a call that the router refuses
-        for the moment (it is starting, full, or has lost an expert worker) is repeated within its deadline
-        after the time that the router asks for, but never once a token has arrived.
+        Raises InvalidArgument for anything else. `timeout_s` is the default deadline of a generation. With `retries`, a
+        call that the router refuses for the moment (it is starting, full, or has lost an expert worker) is
+        repeated within its deadline after the time that the router asks for, before a token has arrived. An
+        answer whose router dies or stops goes on at the next router, or at the same one when it is back: the text is
+        that of an undisturbed answer.
         """
-        check_target(target)
-        self._target = target
+        self._targets = Targets(target)
         self._timeout_s = timeout_s
         self._retries = retries
-        self._channel: grpc.aio.Channel | None = None
+        # By address.
+        self._channels: dict[str, grpc.aio.Channel] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -76,8 +85,8 @@ class Client:
     async def close(self) -> None:
         """Closes the connection. Calls that still run fail with Cancelled. May be called twice."""
         self._closed = True
-        if self._channel is not None:
-            channel, self._channel = self._channel, None
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
             await channel.close()
 
     @shows_options
@@ -95,22 +104,26 @@ class Client:
         `prompt` is text, a sequence or array of token ids, or a list of messages with `role` and `content`.
         `request_id` ([A-Za-z0-9._-], at most 128) is drawn by the router when absent. Raises MoesaicError.
         """
-        request = generate_request(prompt, n, request_id, options)
-        attempts = Attempts(self._timeout_s if timeout_s is None else timeout_s, retries=self._retries)
-        while True:
-            call = self._stub().Generate(
-                request, timeout=attempts.time_left_s, metadata=call_metadata(request.request_id)
+        answer = ReceivedAnswer(generate_request(prompt, n, request_id, options))
+        attempts = self._attempts(self._timeout_s if timeout_s is None else timeout_s)
+        metadata = call_metadata(request_id or "")
+        tokens = TokenReader()
+        while not answer.complete:
+            target = self._targets.present
+            call = self._stub(target).Generate(
+                answer.next_request(), timeout=attempts.time_left_s, metadata=metadata
             )
-            tokens = TokenReader()
             try:
                 async for response in call:
+                    answer.take(response)
+                    attempts.note_answer()
                     token = tokens.read(response)
                     if token is not None:
                         yield token
                 return
             except grpc.RpcError as error:
-                failure = explain(error, self._target, timeout_s=attempts.timeout_s, begun=tokens.begun)
-                delay_s = None if tokens.begun else attempts.delay_after(failure)
+                failure = explain(error, target, timeout_s=attempts.timeout_s, begun=answer.begun)
+                delay_s = attempts.delay_after(failure, begun=answer.begun)
                 if delay_s is None:
                     raise failure from error
             except asyncio.CancelledError:
@@ -118,6 +131,7 @@ class Client:
                 raise
             finally:
                 call.cancel()
+            self._targets.leave(target)
             await asyncio.sleep(delay_s)
 
     @shows_options
@@ -164,34 +178,41 @@ class Client:
         request = pb.GetRouterStatsRequest()
         return RouterStats.from_pb(await self._unary(lambda stub: stub.GetRouterStats, request, timeout_s))
 
-    def _stub(self) -> InferenceServiceStub:
+    def _attempts(self, timeout_s: float) -> Attempts:
+        return Attempts(timeout_s, retries=self._retries, num_routers=len(self._targets.addresses))
+
+    def _stub(self, target: str) -> InferenceServiceStub:
         """A stub on a channel of this event loop.
 
-        A client that is used in another loop gets a new channel.
+        A client that is used in another loop gets new channels.
         """
         if self._closed:
             raise client_closed()
         loop = asyncio.get_running_loop()
-        if self._channel is None or self._loop is not loop:
-            self._channel, self._loop = rpc.aio_channel(self._target), loop
-        return InferenceServiceStub(self._channel)
+        if self._loop is not loop:
+            self._channels, self._loop = {}, loop
+        if target not in self._channels:
+            self._channels[target] = rpc.aio_channel(target, watchful=True)
+        return InferenceServiceStub(self._channels[target])
 
     async def _unary(
         self, method: Callable[[InferenceServiceStub], Any], request: object, timeout_s: float
     ) -> Any:
-        attempts = Attempts(timeout_s, retries=self._retries)
+        attempts = self._attempts(timeout_s)
         while True:
+            target = self._targets.present
             try:
-                call = method(self._stub())
+                call = method(self._stub(target))
                 return await call(request, timeout=attempts.time_left_s, metadata=call_metadata())
             except grpc.RpcError as error:
-                failure = explain(error, self._target, timeout_s=timeout_s)
+                failure = explain(error, target, timeout_s=timeout_s)
                 delay_s = attempts.delay_after(failure)
                 if delay_s is None:
                     raise failure from error
             except asyncio.CancelledError:
                 _raise_if_only_the_call_was_cancelled()
                 raise
+            self._targets.leave(target)
             await asyncio.sleep(delay_s)
 
 

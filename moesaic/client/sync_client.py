@@ -29,15 +29,16 @@ from moesaic.client.generate_request import (
     tokenize_request,
 )
 from moesaic.client.model_info import ModelInfo
+from moesaic.client.received_answer import ReceivedAnswer
 from moesaic.client.router_stats import RouterStats
-from moesaic.client.target import check_target
+from moesaic.client.target import Targets
 from moesaic.client.tokenization import Tokenization
 from moesaic.v1 import inference_pb2 as pb
 from moesaic.v1.inference_pb2_grpc import InferenceServiceStub
 
 
 class SyncClient:
-    """A client of one router, for code without asyncio.
+    """A client of one router or of several that serve the same model, for code without asyncio.
 
     ```
     with SyncClient("127.0.0.1:50051") as client:
@@ -49,18 +50,29 @@ class SyncClient:
     threads may use one client. It also works inside a running event loop, as in a notebook, which it blocks.
     """
 
-    def __init__(self, target: str, *, timeout_s: float = GENERATE_TIMEOUT_S, retries: bool = True) -> None:
-        """A client of the router at `target`, which is HOST:PORT. Raises InvalidArgument for anything else.
+    def __init__(
+        self,
+        target: str | Sequence[str],
+        *,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        retries: bool = True,
+    ) -> None:
+        """A client of the router at `target`, which is HOST:PORT; "HOST:PORT,HOST:PORT" or a sequence for several.
 
-        `timeout_s` is the default deadline of a generation. With `retries`, a call that the router refuses
-        for the moment (it is starting, full, or has lost an expert worker) is repeated within its deadline
-        after the time that the router asks for, but never once a token has arrived.
+        Raises InvalidArgument for anything else. `timeout_s` is the default deadline of a generation. With `retries`, a
+        call that the router refuses for the moment (it is starting, full, or has lost an expert worker) is
+        repeated within its deadline after the time that the router asks for, before a token has arrived. An
+        answer whose router dies or stops goes on at the next router, or at the same one when it is back: the text is
+        that of an undisturbed answer.
         """
-        check_target(target)
-        self._target = target
+        self._targets = Targets(target)
         self._timeout_s = timeout_s
         self._retries = retries
-        self._channel = rpc.channel(target, max_message_bytes=rpc.PUBLIC_MESSAGE_BYTES)
+        # By address. All are made here, because threads share them; each connects at its first call.
+        self._channels = {
+            address: rpc.channel(address, max_message_bytes=rpc.PUBLIC_MESSAGE_BYTES, watchful=True)
+            for address in self._targets.addresses
+        }
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -72,7 +84,8 @@ class SyncClient:
     def close(self) -> None:
         """Closes the connection. Calls that still run fail with Cancelled. May be called twice."""
         self._closed = True
-        self._channel.close()
+        for channel in self._channels.values():
+            channel.close()
 
     @shows_options
     def generate(
@@ -89,26 +102,31 @@ class SyncClient:
         `prompt` is text, a sequence or array of token ids, or a list of messages with `role` and `content`.
         `request_id` ([A-Za-z0-9._-], at most 128) is drawn by the router when absent. Raises MoesaicError.
         """
-        request = generate_request(prompt, n, request_id, options)
-        attempts = Attempts(self._timeout_s if timeout_s is None else timeout_s, retries=self._retries)
-        while True:
-            call = self._stub().Generate(
-                request, timeout=attempts.time_left_s, metadata=call_metadata(request.request_id)
+        answer = ReceivedAnswer(generate_request(prompt, n, request_id, options))
+        attempts = self._attempts(self._timeout_s if timeout_s is None else timeout_s)
+        metadata = call_metadata(request_id or "")
+        tokens = TokenReader()
+        while not answer.complete:
+            target = self._targets.present
+            call = self._stub(target).Generate(
+                answer.next_request(), timeout=attempts.time_left_s, metadata=metadata
             )
-            tokens = TokenReader()
             try:
                 for response in call:
+                    answer.take(response)
+                    attempts.note_answer()
                     token = tokens.read(response)
                     if token is not None:
                         yield token
                 return
             except grpc.RpcError as error:
-                failure = explain(error, self._target, timeout_s=attempts.timeout_s, begun=tokens.begun)
-                delay_s = None if tokens.begun else attempts.delay_after(failure)
+                failure = explain(error, target, timeout_s=attempts.timeout_s, begun=answer.begun)
+                delay_s = attempts.delay_after(failure, begun=answer.begun)
                 if delay_s is None:
                     raise failure from error
             finally:
                 call.cancel()
+            self._targets.leave(target)
             time.sleep(delay_s)
 
     @shows_options
@@ -156,20 +174,25 @@ class SyncClient:
         request = pb.GetRouterStatsRequest()
         return RouterStats.from_pb(self._unary(lambda stub: stub.GetRouterStats, request, timeout_s))
 
-    def _stub(self) -> InferenceServiceStub:
+    def _attempts(self, timeout_s: float) -> Attempts:
+        return Attempts(timeout_s, retries=self._retries, num_routers=len(self._targets.addresses))
+
+    def _stub(self, target: str) -> InferenceServiceStub:
         if self._closed:
             raise client_closed()
-        return InferenceServiceStub(self._channel)
+        return InferenceServiceStub(self._channels[target])
 
     def _unary(self, method: Callable[[InferenceServiceStub], Any], request: object, timeout_s: float) -> Any:
-        attempts = Attempts(timeout_s, retries=self._retries)
+        attempts = self._attempts(timeout_s)
         while True:
+            target = self._targets.present
             try:
-                call = method(self._stub())
+                call = method(self._stub(target))
                 return call(request, timeout=attempts.time_left_s, metadata=call_metadata())
             except grpc.RpcError as error:
-                failure = explain(error, self._target, timeout_s=timeout_s)
+                failure = explain(error, target, timeout_s=timeout_s)
                 delay_s = attempts.delay_after(failure)
                 if delay_s is None:
                     raise failure from error
+            self._targets.leave(target)
             time.sleep(delay_s)

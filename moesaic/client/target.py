@@ -1,11 +1,34 @@
-"""The address of a router as its client takes it, and what helps where it is written in another way."""
+"""The addresses of routers as their client takes them, and what helps where one is written in another way."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from moesaic.addresses import is_ipv6, split_address
 from moesaic.errors import InvalidArgument
 
 _EXAMPLE = "such as 127.0.0.1:50051"
+
+
+class Targets:
+    """The routers that a client may ask, and the one that it asks at present."""
+
+    def __init__(self, target: str | Sequence[str]) -> None:
+        """`target`: HOST:PORT, several with commas between, or a sequence. Raises InvalidArgument."""
+        given = target.split(",") if isinstance(target, str) else list(target)
+        self.addresses = tuple(dict.fromkeys(it.strip() if isinstance(it, str) else it for it in given))
+        for address in self.addresses or ("",):
+            check_target(address)
+        self._present = 0
+
+    @property
+    def present(self) -> str:
+        return self.addresses[self._present]
+
+    def leave(self, address: str) -> None:
+        """From now on another one is asked, unless a call that failed there before has seen to it."""
+        if address == self.present:
+            self._present = (self._present + 1) % len(self.addresses)
 
 
 def check_target(target: str) -> None:

@@ -167,7 +167,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., include_stop_in_output: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "add_special_tokens", "tenant", "echo", "decoder_prompt", "experts", "return_weight_versions", "epoch", "session_id")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "n", "add_special_tokens", "tenant", "echo", "decoder_prompt", "experts", "return_weight_versions", "epoch", "session_id", "resume")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +183,7 @@ class GenerateRequest(_message.Message):
     RETURN_WEIGHT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -198,7 +199,22 @@ class GenerateRequest(_message.Message):
     return_weight_versions: bool
     epoch: str
     session_id: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., add_special_tokens: _Optional[bool] = ..., tenant: _Optional[str] = ..., echo: _Optional[bool] = ..., decoder_prompt: _Optional[_Iterable[int]] = ..., experts: _Optional[_Union[ExpertPolicy, _Mapping]] = ..., return_weight_versions: _Optional[bool] = ..., epoch: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
+    resume: Resume
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., add_special_tokens: _Optional[bool] = ..., tenant: _Optional[str] = ..., echo: _Optional[bool] = ..., decoder_prompt: _Optional[_Iterable[int]] = ..., experts: _Optional[_Union[ExpertPolicy, _Mapping]] = ..., return_weight_versions: _Optional[bool] = ..., epoch: _Optional[str] = ..., session_id: _Optional[str] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("continuations",)
+    CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
+    continuations: _containers.RepeatedCompositeFieldContainer[ReceivedContinuation]
+    def __init__(self, continuations: _Optional[_Iterable[_Union[ReceivedContinuation, _Mapping]]] = ...) -> None: ...
+
+class ReceivedContinuation(_message.Message):
+    __slots__ = ("token_ids", "finished")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finished: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finished: _Optional[bool] = ...) -> None: ...
 
 class ExpertPolicy(_message.Message):
     __slots__ = ("deny", "allow", "require", "top_k")
@@ -279,7 +295,7 @@ class Timing(_message.Message):
     def __init__(self, queued_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "model", "epoch", "prompt", "index", "text", "token_ids", "logprobs", "finish_reason", "stop", "usage", "timing", "weight_versions", "experts")
+    __slots__ = ("request_id", "model", "epoch", "prompt", "index", "text", "token_ids", "logprobs", "finish_reason", "stop", "usage", "timing", "weight_versions", "experts", "seed")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -294,6 +310,7 @@ class GenerateResponse(_message.Message):
     TIMING_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     epoch: str
@@ -308,7 +325,8 @@ class GenerateResponse(_message.Message):
     timing: Timing
     weight_versions: _containers.RepeatedCompositeFieldContainer[WeightVersion]
     experts: ExpertPolicy
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., epoch: _Optional[str] = ..., prompt: _Optional[_Union[PromptInfo, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weight_versions: _Optional[_Iterable[_Union[WeightVersion, _Mapping]]] = ..., experts: _Optional[_Union[ExpertPolicy, _Mapping]] = ...) -> None: ...
+    seed: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., epoch: _Optional[str] = ..., prompt: _Optional[_Union[PromptInfo, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weight_versions: _Optional[_Iterable[_Union[WeightVersion, _Mapping]]] = ..., experts: _Optional[_Union[ExpertPolicy, _Mapping]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat", "add_special_tokens", "return_tokens")

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moesaic.errors import InvalidArgument
 from moesaic.v1 import inference_pb2
 from router.api.sampling_request import TextOptions
 from router.engine.request import Finished, FinishReason, Started, Timing, TokenGenerated
@@ -43,6 +44,7 @@ class Continuation:
         model: str,
         continues: bool = True,
         names_versions: bool = False,
+        epoch: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`continues`: whether the text continues that of the prompt, rather than being a text of its own.
@@ -52,9 +54,12 @@ class Continuation:
         self.sequence_id = uuid.uuid4().hex
         self.params = params
         self.model = model
-        self.epoch = ""
+        self.epoch = epoch
         self.num_tokens = 0
         self.finished = False
+        # The tokens of another router, which are not sent again; and the last message, where they are all there is.
+        self.received: tuple[int, ...] = ()
+        self.ending: inference_pb2.GenerateResponse | None = None
         self._num_prompt_tokens = len(prompt)
         self._text = text
         self._options = options
@@ -76,17 +81,34 @@ class Continuation:
             request_id=self._request_id, model=self.model, epoch=self.epoch, index=self.index, **fields
         )
 
+    def go_on_behind(self, received: Sequence[int]) -> None:
+        """Begins behind tokens that the caller has. To be called first, if at all.
+
+        Where they end the continuation, `ending` is its last message. Raises InvalidArgument if it ended before.
+        """
+        self.received = tuple(received)
+        for token_id in self.received:
+            if self.finished:
+                raise InvalidArgument("resume: tokens follow the end of a continuation", field="resume")
+            _, stop = self._advance(token_id)
+            if stop is not None:
+                self.ending = self._last("", FinishReason.STOP, stop, self._own_timing())
+            elif token_id in self.params.stop_token_ids:
+                self.ending = self.on_finished(Finished(FinishReason.STOP, token_id, self._own_timing()))
+            elif self.num_tokens >= self.params.max_tokens:
+                self.ending = self.on_finished(Finished(FinishReason.LENGTH, None, self._own_timing()))
+
     def on_started(self, event: Started) -> None:
         self._queued_s = event.queued_s
-        self._num_cached = event.num_cached
+        # Generated tokens may be in the cache, too, where an answer is resumed.
+        self._num_cached = min(event.num_cached, self._num_prompt_tokens)
 
     def on_token(self, event: TokenGenerated) -> inference_pb2.GenerateResponse:
         """The message of a token. It is the last one if the sequence ends with it, or it completes a stop string."""
         token = event.token
-        self.num_tokens += 1
         if self._first_token_s is None:
             self._first_token_s = self._clock()
-        text, stop = self._text_of(token.token_id)
+        text, stop = self._advance(token.token_id)
         logprobs = [] if token.logprobs is None else [logprob_message(self._text, token.logprobs)]
         message = self.message(text=text, token_ids=[token.token_id], logprobs=logprobs)
         if stop is not None:
@@ -105,7 +127,9 @@ class Continuation:
         stop = str(event.stop_token_id) if requested else ""
         return self._last(text + held + self._matcher.flush(), event.reason, stop, event.timing)
 
-    def _text_of(self, token_id: int) -> tuple[str, str | None]:
+    def _advance(self, token_id: int) -> tuple[str, str | None]:
+        """Counts a token. Returns the text that it makes certain, and the stop string that it completes."""
+        self.num_tokens += 1
         if token_id in self.params.stop_token_ids and not self._options.include_stop:
             return "", None
         return self._search(self._detokenizer.push(token_id))

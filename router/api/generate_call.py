@@ -21,6 +21,7 @@ from opentelemetry import trace
 from moesaic import telemetry
 from moesaic.errors import DeadlineExceeded
 from moesaic.expert_policy import ExpertPolicy
+from moesaic.v1 import inference_pb2
 from router.api.continuation import Continuation
 from router.api.event_bridge import EventBridge
 from router.api.event_buffer import UNREAD_TIMEOUT_S, EventBuffer
@@ -67,12 +68,15 @@ class GenerateCall:
         *,
         tenant: str,
         policy: ExpertPolicy | None,
+        resumes: bool,
         choose_view: Callable[[], ModelView],
         bridge: EventBridge,
     ) -> None:
-        """`choose_view`: what computes all continuations, asked when they are admitted."""
+        """`resumes`: whether the caller has the beginning of the answer. `choose_view`: what computes all continuations,
+        asked when they are admitted."""
         self.prompt = prompt
         self.policy = policy
+        self.resumes = resumes
         self.continuations = continuations
         self.deadline_s = deadline_s
         self._engine = engine
@@ -101,6 +105,11 @@ class GenerateCall:
         return self.continuations[0].params.prompt_logprobs is not None
 
     @property
+    def endings(self) -> list[inference_pb2.GenerateResponse]:
+        """The last messages of the continuations that ended with tokens that the caller has."""
+        return [it.ending for it in self.continuations if it.ending is not None]
+
+    @property
     def is_open(self) -> bool:
         return any(not continuation.finished for continuation in self.continuations)
 
@@ -111,6 +120,8 @@ class GenerateCall:
         view = self._choose_view()
         for continuation in self.continuations:
             continuation.epoch = view.epoch.id
+            if continuation.finished:
+                continue
             self._engine.submit(
                 SequenceRequest(
                     sequence_id=continuation.sequence_id,
@@ -122,6 +133,7 @@ class GenerateCall:
                     tenant=self._tenant,
                     call=self.continuations[0].sequence_id,
                     decoder_prompt=self.prompt.decoder_token_ids,
+                    generated=continuation.received,
                     view=view,
                 )
             )

@@ -20,17 +20,13 @@ from moesaic import __version__, rpc
 from moesaic.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable, Unsupported
 from moesaic.expert_policy import ExpertPolicy
 from moesaic.v1 import inference_pb2, inference_pb2_grpc
-from router.api.continuation import Continuation, prompt_message
+from router.api.continuation import prompt_message
+from router.api.continuations import make_continuations
 from router.api.event_bridge import EventBridge
 from router.api.generate_call import GenerateCall, SequenceEngine
 from router.api.prompt import read_prompt
 from router.api.sampling_defaults import neutral_sampling
-from router.api.sampling_request import (
-    ModelLimits,
-    continuation_params,
-    num_continuations,
-    parse_sampling,
-)
+from router.api.sampling_request import ModelLimits
 from router.api.tokens import detokenize, tokenize
 from router.engine.request import Failed, Finished, PromptScored, Started, TokenGenerated
 from router.engine.sampling_params import TokenLogprobs
@@ -194,32 +190,23 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Checks everything that can be refused before a sequence is admitted."""
         request_id = _request_id(request, context)
         deadline_s = _deadline_s(context, self._request_timeout_s)
-        n = num_continuations(request.n)
         _check_length("tenant", request.tenant, MAX_TENANT_CHARS)
         _check_length("session_id", request.session_id, MAX_SESSION_ID_CHARS)
         policy = ExpertPolicy.from_pb(request.experts) or None
         prompt = await self._worked(
             request.ByteSize(), lambda: read_prompt(request, self._text, self._limits)
         )
-        params, options = parse_sampling(
-            request.sampling, num_prompt_tokens=prompt.num_tokens, limits=self._limits
-        )
-        if options.stop and not self._text.has_tokenizer:
-            raise Unsupported("stop: this model has no tokenizer, use stop_token_ids", field="stop")
-        continuations = [
-            Continuation(
-                index,
-                prompt.token_ids,
+        continuations = await self._worked(
+            request.resume.ByteSize(),
+            lambda: make_continuations(
+                request,
+                prompt,
                 self._text,
-                continuation_params(params, index),
-                options,
+                self._limits,
                 request_id=request_id,
                 model=self._facts.model,
-                continues=not self._facts.encodes_prompts,
-                names_versions=request.return_weight_versions,
-            )
-            for index in range(n)
-        ]
+            ),
+        )
         return GenerateCall(
             self._engine,
             request_id,
@@ -228,12 +215,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             deadline_s,
             tenant=request.tenant,
             policy=policy,
+            resumes=request.HasField("resume"),
             choose_view=lambda: self._choose_view(request_id, request.session_id, request.epoch, policy),
             bridge=self._bridge,
         )
 
     async def _responses(self, call: GenerateCall) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        if not call.scores_prompt:
+        for ending in call.endings:
+            yield ending
+        if not call.scores_prompt and not call.resumes:
             yield await self._prompt_response(call, None)
         while call.is_open:
             continuation, event = await call.next_event()
@@ -264,7 +254,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             lambda: prompt_message(prompt.token_ids, prompt.text, self._text, scores),
         )
         policy = None if call.policy is None else call.policy.to_pb()
-        return call.continuations[0].message(prompt=info, experts=policy)
+        first = call.continuations[0]
+        return first.message(prompt=info, experts=policy, seed=first.params.seed)
 
 
 async def _off_loop(is_large: bool, work: Callable[[], _Result]) -> _Result:

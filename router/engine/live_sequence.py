@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, random numbers and times, and what it reads from a batch."""
+"""One request inside the engine: its tokens and times, and what it reads from a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from router.engine.request import (
     Timing,
     TokenGenerated,
 )
-from router.engine.sampler import SamplingState, make_generator
+from router.engine.sampler import SamplingState
 from router.engine.sampling_params import SampledToken, TokenLogprobs
 from router.gating.sides import point_of
 from router.scheduling.sequence import Chunk, Sequence
@@ -35,19 +35,15 @@ class LiveSequence:
         params = request.sampling
         self.sequence = Sequence(
             request.sequence_id,
-            [*request.prompt, *request.decoder_prompt],
+            [*request.prompt, *request.decoder_prompt, *request.generated],
             len(request.prompt),
             view=request.view.key,
             tenant=request.tenant,
             call=request.call,
             reads_all=params.prompt_logprobs is not None or request.capture is not None,
+            output=[*request.generated],
         )
-        self.sampling = SamplingState(
-            params=params,
-            prompt=request.prompt,
-            output=self.sequence.output,
-            generator=make_generator(params),
-        )
+        self.sampling = SamplingState(params, request.prompt, self.sequence.output)
         # The parent of the spans of its layers, if they are recorded.
         self.trace = request.trace if _is_recorded(request.trace) else None
         # Whether it is shadowed: if this is below the share of the sequences that are.

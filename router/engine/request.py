@@ -99,5 +99,7 @@ class SequenceRequest:
     call: str = ""
     # What the decoder is given after its start token, where an encoder reads the prompt.
     decoder_prompt: tuple[int, ...] = ()
+    # What another router has generated. It counts as output of this sequence, but is not reported again.
+    generated: tuple[int, ...] = ()
     # Takes the hidden states of the prompt's tokens. Only without anything to generate or to score.
     capture: Capture | None = None

@@ -1,8 +1,9 @@
 """Logits to token ids: penalties, filters, the draw, and log probabilities.
 
-The token of a sequence depends on its own logits, parameters, seed and step alone, never on its batch mates:
-every row is computed by itself, and a draw takes one number from the sequence's own generator and inverts the
-cumulative distribution. The order is that of vLLM: repetition, presence and frequency penalties, logit bias,
+The token of a sequence depends on its own logits, parameters, seed and place alone, never on its batch mates:
+every row is computed by itself, and a draw inverts the cumulative distribution at a number that is a function
+of the seed and of the token's place in the output. There is no state, so another router goes on where one
+stopped. The order is that of vLLM: repetition, presence and frequency penalties, logit bias,
 min_tokens, temperature, top-k, min-p, top-p. Each filter sees what the one before it left, renormalised.
 Equal logits always rank by id, the lowest first.
 
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import enum
 import math
+import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -34,17 +37,11 @@ _SPARE = 16
 
 @dataclass(frozen=True, slots=True)
 class SamplingState:
-    """What the sampler needs of one sequence. Only for greedy parameters `generator` is None."""
+    """What the sampler needs of one sequence. The next token is the one at place `len(output)`."""
 
     params: SamplingParams
     prompt: Sequence[int]
     output: Sequence[int]
-    generator: torch.Generator | None
-
-
-def make_generator(params: SamplingParams) -> torch.Generator | None:
-    """The random numbers of one sequence from its admission to its last token. Always on the CPU."""
-    return None if params.greedy else torch.Generator().manual_seed(params.seed)
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken | MoesaicError]:
@@ -277,7 +274,7 @@ def _left_by_min_p(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def _draw(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """weights [M, K] -> positions [M]: one number of each generator through the inverse distribution."""
+    """weights [M, K] -> positions [M]: one random number of each sequence through the inverse distribution."""
     mass = weights.cumsum(dim=-1)
     total = mass[:, -1:]
     target = _column([_uniform(state) for state in states], weights.device) * total
@@ -287,8 +284,10 @@ def _draw(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def _uniform(state: SamplingState) -> float:
-    assert state.generator is not None
-    return torch.rand((), generator=state.generator, dtype=torch.float64).item()
+    """The random number in [0, 1) for the next token: 53 bits of a hash of the seed and the token's place."""
+    place = struct.pack("<qQ", state.params.seed, len(state.output))
+    bits: int = int.from_bytes(blake2b(place, digest_size=8).digest(), "little")
+    return (bits >> 11) * 2.0**-53
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:

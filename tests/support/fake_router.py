@@ -37,6 +37,8 @@ class FakeRouter(InferenceServiceServicer):
     # Fails with this, after so many tokens of the answer.
     error: Exception | None = None
     error_after: int = 0
+    # Whether the prompt comes in a message of its own, as a router sends it.
+    prompt_ahead: bool = False
     # Seconds before each token.
     pace_s: float = 0.0
     # Falls silent for ever after so many tokens.
@@ -46,6 +48,7 @@ class FakeRouter(InferenceServiceServicer):
     # Seconds that each request had when it came.
     time_left_s: list[float | None] = field(default_factory=list)
     num_running: int = 0
+    num_sent: int = 0
     max_running: int = 0
     num_cancelled: int = 0
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -112,6 +115,17 @@ class FakeRouter(InferenceServiceServicer):
         opening: pb.GenerateResponse | None = pb.GenerateResponse(prompt=self._prompt_info(request, prompt))
         if request.HasField("experts"):
             opening.experts.CopyFrom(request.experts)
+        opening.seed = request.sampling.seed if request.sampling.HasField("seed") else 1234
+        if request.HasField("resume"):
+            opening = None
+            for index, received in enumerate(request.resume.continuations):
+                num = len(continuations[index]) if received.finished else len(received.token_ids)
+                continuations[index] = continuations[index][num:]
+        if opening is not None and self.prompt_ahead:
+            opening.MergeFrom(head)
+            yield opening
+            self.num_sent += 1
+            opening = None
         for step in range(max(len(tokens) for tokens in continuations)):
             await self._misbehave(step)
             for index, tokens in enumerate(continuations):
@@ -123,6 +137,7 @@ class FakeRouter(InferenceServiceServicer):
                         response.MergeFrom(opening)
                         opening = None
                     yield response
+                    self.num_sent += 1
 
     async def _misbehave(self, step: int) -> None:
         await asyncio.sleep(self.pace_s)

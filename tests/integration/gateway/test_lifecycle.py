@@ -115,19 +115,6 @@ async def test_a_router_that_comes_back_elsewhere_is_found() -> None:
         await gateway.stop(0)
 
 
-async def test_the_death_of_the_router_in_mid_stream_is_said(
-    own_site: Site, own_http: httpx.AsyncClient
-) -> None:
-    own_site.router.silent_after = 1
-    task = asyncio.create_task(own_http.post("/v1/completions", json={"prompt": "ab", "stream": True}))
-    await until(lambda: own_site.router.num_running == 1)
-    await asyncio.sleep(0.05)
-    await own_site.link.kill()
-    chunks = events((await task).text)
-    assert chunks[0]["choices"][0]["text"] == "a"
-    assert chunks[-1]["error"]["code"] == "router_unreachable"
-
-
 # Start and stop
 
 

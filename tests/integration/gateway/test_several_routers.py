@@ -130,17 +130,136 @@ async def test_a_request_that_its_router_never_began_is_answered_by_another_when
         assert site.counts() == [1, 1]
 
 
-async def test_an_answer_that_has_begun_ends_with_its_router() -> None:
+async def test_a_request_whose_prompt_was_read_begins_again_when_its_router_dies() -> None:
     async with site_of(*two()) as site:
         for router in site.routers:
-            router.silent_after = 1
-        asked = asyncio.create_task(site.complete("ab", stream=True))
-        await until(lambda: sum(site.counts()) == 1)
+            router.prompt_ahead, router.silent_after = True, 0
+        asked = asyncio.create_task(site.complete("ab", echo=True))
+        await until(lambda: sum(router.num_sent for router in site.routers) == 1)
+        dying = site.counts().index(1)
         await asyncio.sleep(0.05)
-        await site.links[site.counts().index(1)].kill()
+        site.routers[1 - dying].silent_after = None
+        await site.links[dying].kill()
+        assert (await asked).json()["choices"][0]["text"] == "abab"
+        (request,) = site.routers[1 - dying].requests
+        assert not request.HasField("resume")
+
+
+async def begun(site: Site, **body: Any) -> tuple[asyncio.Task[httpx.Response], int]:
+    """A request whose router has fallen silent after the first token of each choice, and the number of that router."""
+    for router in site.routers:
+        router.silent_after = 1
+    asked = asyncio.create_task(site.complete("abcd", **{"max_tokens": 6, **body}))
+    await until(lambda: sum(site.counts()) == 1)
+    index = site.counts().index(1)
+    await until(lambda: site.routers[index].num_sent == body.get("n", 1))
+    await asyncio.sleep(0.05)  # the messages are on their way
+    return asked, index
+
+
+def texts(reply: httpx.Response) -> list[str]:
+    """The text of each choice of a stream."""
+    found: dict[int, str] = {}
+    for chunk in events(reply.text)[:-1]:
+        for choice in chunk["choices"]:
+            found[choice["index"]] = found.get(choice["index"], "") + choice["text"]
+    return [found[index] for index in sorted(found)]
+
+
+@pytest.mark.parametrize("body", [{}, {"n": 3}, {"stop": "dab"}, {"echo": True}])
+async def test_an_answer_whose_router_dies_goes_on_at_another(body: dict[str, Any]) -> None:
+    wanted = {"stream": True, "logprobs": 1, "return_token_ids": True, **body}
+    async with site_of(*two()) as site:
+        undisturbed = events((await site.complete("abcd", max_tokens=6, **wanted)).text)
+        for router in site.routers:
+            router.reset()
+        asked, dying = await begun(site, **wanted)
+        site.routers[1 - dying].silent_after = None
+        await site.links[dying].kill()
         chunks = events((await asked).text)
-        assert chunks[0]["choices"][0]["text"] == "a"
-        assert chunks[-1]["error"]["code"] == "router_unreachable"
+        assert [chunk["choices"] for chunk in chunks[:-1]] == [it["choices"] for it in undisturbed[:-1]]
+        assert chunks[-1] == "[DONE]"
+        (request,) = site.routers[1 - dying].requests
+        assert request.epoch == "e1" and request.sampling.seed == 1234
+        assert [list(it.token_ids) for it in request.resume.continuations] == [
+            [97 + index] for index in range(body.get("n", 1))
+        ]
+
+
+async def test_an_answer_that_is_not_streamed_goes_on_as_well() -> None:
+    async with site_of(*two()) as site:
+        asked, dying = await begun(site)
+        site.routers[1 - dying].silent_after = None
+        await site.links[dying].kill()
+        reply = (await asked).json()
+        assert reply["choices"][0]["text"] == "abcdab" and reply["usage"]["completion_tokens"] == 6
+
+
+async def test_an_answer_waits_for_its_router_where_there_is_no_other() -> None:
+    async with site_of(FakeRouter()) as site:
+        asked, _ = await begun(site, stream=True)
+        await site.links[0].kill()
+        await until(lambda: not site.gateway.serving_routers)
+        port = int(site.links[0].address.rpartition(":")[2])
+        async with running(FakeRouter(), port=port) as restarted:
+            assert texts(await asked) == ["abcdab"]
+            assert len(restarted.router.requests) == 1
+
+
+async def test_an_answer_whose_router_does_not_return_in_time_says_how_far_it_came() -> None:
+    async with site_of(FakeRouter(), settings=GatewaySettings(request_timeout_s=1.0)) as site:
+        asked, _ = await begun(site, stream=True)
+        await site.links[0].kill()
+        last = events((await asked).text)[-1]
+        assert (last["error"]["code"], last["offset"]) == ("router_unreachable", 1)
+
+
+async def test_who_waits_for_a_router_hears_that_the_gateway_stops() -> None:
+    async with site_of(FakeRouter()) as site:
+        asked, _ = await begun(site, stream=True)
+        await site.links[0].kill()
+        await until(lambda: not site.gateway.serving_routers)
+        await site.gateway.stop(0)
+        last = events((await asked).text)[-1]
+        assert (last["error"]["code"], last["offset"]) == ("stopping", 1)
+
+
+async def test_an_answer_whose_router_stops_goes_on_at_another() -> None:
+    async with site_of(*two()) as site:
+        for router in site.routers:
+            router.error, router.error_after = errors.Unavailable("stopping", reason="STOPPING"), 2
+        assert texts(await site.complete("abcd", max_tokens=6, stream=True)) == ["abcdab"]
+        assert sum(site.counts()) == 3
+
+
+async def test_a_router_that_refuses_the_rest_of_an_answer_is_asked_again() -> None:
+    async with site_of(*two()) as site:
+        asked, dying = await begun(site, stream=True)
+        other = site.routers[1 - dying]
+        other.error = errors.Overloaded("too many requests wait", reason="QUEUE_FULL")
+        await site.links[dying].kill()
+        await until(lambda: len(other.requests) == 2)
+        other.error = other.silent_after = None
+        assert texts(await asked) == ["abcdab"]
+
+
+async def test_an_epoch_that_is_gone_is_not_waited_for_for_ever() -> None:
+    async with site_of(*two()) as site:
+        asked, dying = await begun(site, stream=True)
+        other = site.routers[1 - dying]
+        other.error = errors.FailedPrecondition("epoch: not held", field="epoch", reason="EPOCH_UNKNOWN")
+        await site.links[dying].kill()
+        last = events((await asked).text)[-1]
+        assert (last["error"]["code"], last["offset"]) == ("epoch_unknown", 1)
+        assert len(other.requests) <= 8
+
+
+async def test_an_error_of_the_answer_itself_is_not_tried_elsewhere() -> None:
+    async with site_of(*two()) as site:
+        for router in site.routers:
+            router.error, router.error_after = errors.Unavailable("no replica", reason="NO_REPLICA"), 1
+        last = events((await site.complete("abcd", stream=True)).text)[-1]
+        assert (last["error"]["code"], last["offset"]) == ("no_replica", 1)
         assert sum(site.counts()) == 1
 
 

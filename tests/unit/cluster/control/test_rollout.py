@@ -156,6 +156,14 @@ def test_a_new_expert_takes_no_copy_of_another_one_away() -> None:
         check_room(wanted, Observed((w0, w1)))
 
 
+def test_what_is_about_to_be_given_up_makes_room_and_is_waited_for() -> None:
+    wanted = desired(OLD, SWAP, candidate=SWAP, replicas=1)
+    leaving = replace(worker("w0", BOTH, room=0), leaving=frozenset({version(A, 9)}))
+    check_room(wanted, Observed((leaving,)))
+    assert plan(wanted, Observed((leaving,))) == ()
+    assert plan(wanted, Observed((worker("w0", BOTH, room=10),))) == (Load("w0", BUNDLE, (version(A, 1),)),)
+
+
 def test_a_slot_that_no_worker_serves_now_refuses_the_change() -> None:
     only_b = Observed((worker("w1", [version(B)], home=frozenset({B})),))
     with pytest.raises(Unavailable, match="no worker runs that serves layer 0 slot 0"):

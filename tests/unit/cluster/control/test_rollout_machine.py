@@ -32,6 +32,9 @@ from moesaic.bundles import Bundle
 from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.errors import Aborted, MoesaicError
 
+# Half a minute of one core, which a busy machine may not have to itself.
+pytestmark = pytest.mark.timeout(900)
+
 # 200 runs of 50 steps; MOESAIC_ROLLOUT_RUNS asks for more.
 RUNS = int(os.environ.get("MOESAIC_ROLLOUT_RUNS", "200"))
 STEPS = 50

@@ -406,6 +406,7 @@ def test_a_caller_that_is_reset_in_the_middle_of_a_call_takes_its_calls_along(
         gone.reset()
         worker.gate.open.set()
         assert staying.ask(make_call({0: [0]})).HasField("output")
+        assert worker.gate.passes == [1, 1]
         until(worker.server.is_idle)
     until(worker.batcher.is_idle)
 

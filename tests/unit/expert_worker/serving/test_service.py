@@ -339,6 +339,37 @@ async def test_a_caller_that_hangs_up_leaves_no_call_behind(
     assert (await asyncio.wait_for(blocker.read(), 10)).HasField("output")
 
 
+async def test_calls_of_routers_that_are_gone_are_not_computed_whichever_way_they_came(
+    worker: Worker, stub: Any, request_of: RequestOf
+) -> None:
+    opened = await stub.OpenTransports(
+        expert_pb2.OpenTransportsRequest(
+            host_id=shared_memory.host_id(), shared_memory_version=shared_memory.VERSION
+        )
+    )
+    over_shared_memory = await asyncio.to_thread(connect, opened.socket_path, "i")
+    blocker, over_grpc = stub.Compute(), stub.Compute()
+    async with rpc.aio_channel(f"127.0.0.1:{opened.direct_port}") as direct_channel:
+        direct = expert_pb2_grpc.ExpertServiceStub(direct_channel).Compute()
+        await direct.wait_for_connection()
+        await close_behind(worker.gate, blocker, request_of({0: [0]}, layer=1))
+        await over_grpc.write(request_of({0: [0]}))
+        await direct.write(request_of({0: [0]}))
+        for call_id in range(2):
+            sent = request_of({0: [0]}, call_id=call_id)
+            sent.hidden.ClearField("data")
+            over_shared_memory.send(sent, HIDDEN)
+        await eventually(lambda: asyncio.sleep(0, len(worker.batcher._waiting) == 1))
+        await eventually(lambda: asyncio.sleep(0, worker.has_direct_call()))
+        over_grpc.cancel()
+        await eventually(lambda: asyncio.sleep(0, not worker.batcher._waiting))
+    over_shared_memory.close()
+    worker.gate.open.set()
+    assert (await asyncio.wait_for(blocker.read(), 10)).HasField("output")
+    assert (await call(blocker, request_of({0: [0]}, layer=1))).HasField("output")
+    assert worker.gate.passes == [1, 1]
+
+
 async def test_describe_tells_what_is_held(stub: Any, store: ExpertStore, model: MoeModel) -> None:
     described = await stub.Describe(expert_pb2.DescribeRequest())
     assert (described.worker, described.incarnation, described.model) == ("w", "i", "tiny")

@@ -6,7 +6,7 @@ import asyncio
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -349,6 +349,81 @@ async def test_no_call_is_repeated_once_a_token_has_come(client: Client, router:
         await client.complete("ab", max_tokens=3)
 
     assert len(router.router.requests) == 1
+
+
+def collected(client: SyncClient, **options: Any) -> list[Token]:
+    return list(client.generate("abcd", max_tokens=6, **options))
+
+
+async def gathered(client: Client, **options: Any) -> list[Token]:
+    return [token async for token in client.generate("abcd", max_tokens=6, **options)]
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+async def test_an_answer_whose_router_dies_goes_on_at_the_next_address(blocking: bool) -> None:
+    first, second = FakeRouter(silent_after=2), FakeRouter()
+    options = {"n": 2, "logprobs": 1, "stop": "dab"}
+    async with running(first) as dying, running(second) as other:
+        addresses = f"{dying.address},{other.address}"
+        async with Client(other.address) as client:
+            undisturbed = await gathered(client, **options)
+        second.requests.clear()
+        if blocking:
+            with SyncClient(addresses, timeout_s=20) as sync_client:
+                answer = asyncio.create_task(asyncio.to_thread(collected, sync_client, **options))
+                await until(lambda: first.num_sent == 4)
+                await dying.kill()
+                tokens = await answer
+        else:
+            async with Client(addresses, timeout_s=20) as client:
+                answer = asyncio.create_task(gathered(client, **options))
+                await until(lambda: first.num_sent == 4)
+                await dying.kill()
+                tokens = await answer
+                assert (await client.complete("xy", max_tokens=2)).text == "xy"  # at the living one, at once
+    assert tokens == undisturbed
+    assert len(first.requests) == 1
+    resume = second.requests[0].resume
+    assert [len(it.token_ids) for it in resume.continuations] == [2, 2]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)  # what was sent arrives
+
+
+async def test_an_answer_waits_for_its_only_router_to_come_back() -> None:
+    async with running(FakeRouter(silent_after=2)) as dying, Client(dying.address, timeout_s=20) as client:
+        answer = asyncio.create_task(gathered(client))
+        await until(lambda: dying.router.num_sent == 2)
+        await dying.kill()
+        async with running(FakeRouter(), port=int(dying.address.rpartition(":")[2])):
+            assert "".join(map(str, await answer)) == "abcdab"
+
+
+async def test_without_retries_an_answer_ends_with_its_router() -> None:
+    async with (
+        running(FakeRouter(silent_after=2)) as dying,
+        running(FakeRouter()) as other,
+        Client([dying.address, other.address], retries=False) as client,
+    ):
+        answer = asyncio.create_task(gathered(client))
+        await until(lambda: dying.router.num_sent == 2)
+        await dying.kill()
+        with pytest.raises(errors.Unavailable, match="broke in mid-answer"):
+            await answer
+    assert not other.router.requests
+
+
+async def test_an_address_where_nobody_is_leads_to_the_next_one() -> None:
+    async with running(FakeRouter()) as gone:
+        nobody = gone.address
+    async with running(FakeRouter()) as router, Client([nobody, router.address]) as client:
+        assert (await client.model_info()).model == "fake"
+    async with running(FakeRouter()) as router, Client([nobody, router.address]) as client:
+        assert (await client.complete("ab", max_tokens=2)).text == "ab"
 
 
 async def test_leaving_the_loop_cancels_the_call(client: Client, router: RunningRouter) -> None:

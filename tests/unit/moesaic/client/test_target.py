@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.client.target import check_target
+from moesaic.client.target import Targets, check_target
 from moesaic.errors import InvalidArgument
 
 
@@ -42,3 +42,24 @@ def test_anything_else_is_refused_with_what_helps(target: str, message: str) -> 
         check_target(target)
 
     assert (caught.value.message, caught.value.field) == (message, "target")
+
+
+@pytest.mark.parametrize("given", ["a:1,b:2", " a:1 , b:2", ["a:1", "b:2"], ("a:1", "b:2", "a:1")])
+def test_several_routers_are_named_with_commas_or_as_a_sequence(given: str | list[str]) -> None:
+    assert Targets(given).addresses == ("a:1", "b:2")
+
+
+@pytest.mark.parametrize("given", ["", [], "a:1,", ["a:1", "b"], ["a:1", 5]])
+def test_each_of_several_addresses_is_checked(given: str | list[str]) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        Targets(given)
+    assert caught.value.reason == "BAD_ADDRESS"
+
+
+def test_a_router_is_left_once_however_many_calls_failed_there() -> None:
+    targets = Targets("a:1,b:2")
+    targets.leave("a:1")
+    targets.leave("a:1")
+    assert targets.present == "b:2"
+    targets.leave("b:2")
+    assert targets.present == "a:1"

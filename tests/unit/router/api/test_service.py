@@ -181,10 +181,10 @@ async def test_the_prompt_comes_first_then_one_message_per_token_the_last_with_t
 
 
 async def test_the_tenant_reaches_the_engine_and_cached_tokens_the_usage(text: Text) -> None:
-    async with serving(FakeEngine(lambda request: [Started(0.1, 16), *answer([5])]), text) as rig:
+    async with serving(FakeEngine(lambda request: [Started(0.1, 2), *answer([5])]), text) as rig:
         request = ask(max_tokens=1)
         request.tenant = "blue"
-        assert last_of(await rig.generate(request)).usage.cached_prompt_tokens == 16
+        assert last_of(await rig.generate(request)).usage.cached_prompt_tokens == 2
         assert [sequence.tenant for sequence in rig.engine.requests] == ["blue"]
         request.tenant = "x" * 257
         error = await rig.error(request)
@@ -544,6 +544,70 @@ async def test_a_client_that_stops_reading_is_cut_off_long_before_its_deadline(
         assert await cut_off(call) == "the answer was not read for 0 s"
         assert rig.engine.open == set()
         await rig.engine.until(lambda _: len(asyncio.all_tasks()) <= calls_before, WAIT_S)
+
+
+def resumed(*received: tuple[Sequence[int], bool], **sampling: Any) -> pb.GenerateRequest:
+    """The request for the rest of an answer. `received`: the tokens of each continuation, and whether it has ended."""
+    request = ask(n=len(received), **{"temperature": 0, **sampling})
+    request.epoch = EPOCH
+    for token_ids, finished_ in received:
+        request.resume.continuations.add(token_ids=token_ids, finished=finished_)
+    return request
+
+
+async def test_a_resumed_answer_goes_on_behind_what_the_caller_has(rig: Rig) -> None:
+    ids = rig.ids(" once upon a time 😀")[:5]
+    rig.engine.script = lambda request: [Started(0.1, 99), *answer(ids[2:])]
+    responses = await rig.generate(resumed((ids[:2], False), (ids[:3], True), max_tokens=5))
+    assert [list(response.token_ids) for response in responses] == [[it] for it in ids[2:]]
+    before, whole = (rig.text.decode(it, skip_special_tokens=True) for it in (ids[:2], ids))
+    assert before + text_of(responses) == whole
+    assert not any(response.HasField("prompt") for response in responses)
+    prompt = (1, *rig.ids("Once upon"))
+    usage = last_of(responses).usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), 5)
+    assert usage.cached_prompt_tokens == len(prompt)
+    (sequence,) = rig.engine.requests
+    assert (sequence.prompt, sequence.generated) == (prompt, tuple(ids[:2]))
+
+
+async def test_a_resumed_answer_does_not_score_its_prompt_again(rig: Rig) -> None:
+    request = resumed(([5], False), max_tokens=2, prompt_logprobs=1)
+    await rig.generate(request)
+    assert rig.engine.requests[0].sampling.prompt_logprobs is None
+
+
+async def test_what_lacks_its_end_alone_gets_it_without_the_engine(rig: Rig) -> None:
+    (last,) = await rig.generate(resumed(([5, 6], False), max_tokens=2))
+    assert (last.finish_reason, last.usage.completion_tokens) == (pb.FINISH_REASON_LENGTH, 2)
+    assert not last.token_ids and rig.engine.requests == []
+
+
+async def test_the_first_message_tells_the_seed_that_a_resumed_request_has_to_name(rig: Rig) -> None:
+    first, *_ = await rig.generate(ask(max_tokens=1, seed=-7))
+    assert first.seed == -7
+    first, *rest = await rig.generate(ask(max_tokens=1))
+    assert first.HasField("seed") and not any(response.HasField("seed") for response in rest)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda request: request.resume.continuations.add(), "resume"),
+        (lambda request: request.resume.continuations[0].token_ids.append(VOCAB_SIZE), "resume"),
+        (lambda request: request.resume.continuations[0].token_ids.extend([5] * 9), "resume"),
+        (lambda request: request.ClearField("epoch"), "epoch"),
+        (lambda request: setattr(request, "epoch", "0123456789abcdef"), "epoch"),
+        (lambda request: setattr(request.sampling, "temperature", 1.0), "seed"),
+    ],
+)
+async def test_a_resumed_request_that_does_not_say_all_it_takes_is_refused(
+    rig: Rig, change: Any, field: str
+) -> None:
+    request = resumed(([5], False), max_tokens=8)
+    change(request)
+    assert (await rig.error(request)).field == field
+    assert rig.engine.requests == []
 
 
 async def test_a_call_is_paused_while_its_client_does_not_read_and_resumed_when_it_does(text: Text) -> None:

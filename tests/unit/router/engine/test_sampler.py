@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moesaic.errors import DataLoss
 from router.engine import sampler
-from router.engine.sampler import SamplingState, make_generator, sample, score
+from router.engine.sampler import SamplingState, sample, score
 from router.engine.sampling_params import SampledToken, SamplingParams
 
 VOCAB = 50
@@ -22,7 +22,7 @@ VOCAB = 50
 
 def state(prompt: Sequence[int] = (1,), output: Sequence[int] = (), **params: object) -> SamplingState:
     sampling = SamplingParams(max_tokens=8, **params)  # type: ignore[arg-type]
-    return SamplingState(sampling, prompt, output, make_generator(sampling))
+    return SamplingState(sampling, prompt, output)
 
 
 def greedy(**rest: object) -> SamplingState:
@@ -37,10 +37,12 @@ def one(logits: Sequence[float] | torch.Tensor, of: SamplingState) -> SampledTok
 
 
 def drawn_ids(logits: Sequence[float], num: int = 400, **params: object) -> Counter[int]:
-    """How often each token comes out of `num` draws of one generator."""
-    of = state(**params)  # type: ignore[arg-type]
-    rows = torch.tensor([logits] * num)
-    sampled = sample(rows, [of] * num)
+    """How often each token comes out of `num` draws, each with a seed of its own."""
+    first = params.pop("seed", 0)
+    assert isinstance(first, int)
+    seeds = ((first + place + 2**63) % 2**64 - 2**63 for place in range(num))
+    states = [state(**{**params, "seed": seed}) for seed in seeds]  # type: ignore
+    sampled = sample(torch.tensor([logits] * num), states)
     return Counter(token.token_id for token in sampled if isinstance(token, SampledToken))
 
 
@@ -84,7 +86,7 @@ def test_a_sequence_samples_the_same_alone_and_among_others() -> None:
         tokens: dict[int, list[SampledToken]] = {index: [] for index in members}
         for logits in steps:
             now = [
-                SamplingState(s.params, s.prompt, [t.token_id for t in tokens[index]], s.generator)
+                SamplingState(s.params, s.prompt, [t.token_id for t in tokens[index]])
                 for index, s in states.items()
             ]
             for index, token in zip(members, sample(logits[list(members)], now), strict=True):
@@ -308,3 +310,12 @@ def test_every_draw_lies_in_what_the_filters_leave(
     params = {"temperature": temperature, "top_k": min(top_k, len(logits)), "top_p": top_p, "min_p": min_p}
     allowed = reference_candidates(logits, SamplingParams(max_tokens=1, **params))  # type: ignore[arg-type]
     assert set(drawn_ids(logits, num=20, seed=seed, **params)) <= allowed
+
+
+def test_a_draw_depends_on_the_seed_and_the_place_of_the_token_alone() -> None:
+    logits = torch.zeros(1, 1000)
+    at_once = [sample(logits, [state(seed=7, output=[0] * place)]) for place in range(20)]
+    again = [sample(logits, [state(seed=7, output=[9] * place)]) for place in reversed(range(20))]
+    assert at_once == again[::-1]
+    assert len({str(token) for token in at_once}) > 15
+    assert at_once != [sample(logits, [state(seed=8, output=[0] * place)]) for place in range(20)]
