@@ -8,7 +8,7 @@ from dataclasses import dataclass
 WEIGHT = 0.1
 MAX_RATIO = 16.0
 # A replica below this is as good as any other.
-SLOW = 2.0
+SLOW = 3.0
 # What was measured counts half as much after so many seconds. A replica that is not called because it was slow is thus
 # measured again every few seconds, with one call.
 HALF_LIFE_S = 4.0

@@ -147,3 +147,14 @@ async def test_without_a_worker_that_answers_the_router_is_not_healthy(model: Pa
         with pytest.raises(MoesaicError) as caught:
             await site.tokens()
         assert caught.value.reason == "NO_REPLICA"
+
+
+async def longest_gap_s(client: Client) -> float:
+    """The longest pause between two tokens of a stream."""
+    last_s, longest_s = None, 0.0
+    async for event in client.generate(PROMPT, max_tokens=96, temperature=0, timeout_s=WAIT_S):
+        now_s = asyncio.get_running_loop().time()
+        if last_s is not None and event.token_ids:
+            longest_s = max(longest_s, now_s - last_s)
+        last_s = now_s
+    return longest_s

@@ -33,10 +33,10 @@ from router.workers.worker_link import PendingCall, Traffic, WorkerLink
 
 NUM_LAYERS, NUM_SLOTS, TOP_K, HIDDEN = 2, 4, 2, 3
 # The slots of each worker: two replicas of either half.
-PLACEMENT = (range(0, 2), range(0, 2), range(2, 4), range(2, 4))
+PLACEMENT = (range(2), range(2), range(2, 4), range(2, 4))
 # The chance that an event of a given kind happens to some worker, at each of the world's turns.
 FAULTS = ("kill", "freeze", "slow", "nan", "wrong version", "short", "refuse")
-TURN_S = 0.2
+TURN_S = 0.05
 CALL_TIMEOUT_S = 2.0
 REQUEST_TIMEOUT_S = 10.0
 NOT_FINITE = spoiled(output=lambda rows: rows * float("nan"))
@@ -144,7 +144,11 @@ class SimulatedLink(WorkerLink):
         del self.flights[call.request.call_id]
 
     def probe(
-        self, request: expert_pb2.ComputeRequest, hidden: torch.Tensor, timeout_s: float, then: Callable[[Any], None]
+        self,
+        request: expert_pb2.ComputeRequest,
+        hidden: torch.Tensor,
+        timeout_s: float,
+        then: Callable[[Any], None],
     ) -> None:
         self._world.note_probe(self)
         flight, time = Flight(request, hidden), self._world.time
@@ -183,8 +187,10 @@ class Tally:
 class World:
     """One router over four workers, and a seed's worth of misfortune."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, only: str | None = None) -> None:
+        """`only`: the single worker to which anything ever happens."""
         self.random = random.Random(seed)
+        self._only = only
         self.time = Time()
         self.tally = Tally()
         self.epoch = make_epoch(NUM_LAYERS, NUM_SLOTS)
@@ -193,9 +199,7 @@ class World:
         self.links: list[SimulatedLink] = []
         self.outstanding_probes: Counter[str] = Counter()
         self.pool = ReplicaPool(connect=self._connect, clock=self.time)
-        self.dispatcher = Dispatcher(
-            self.pool, PhaseClock(), DispatchRules(CALL_TIMEOUT_S), now=self.time
-        )
+        self.dispatcher = Dispatcher(self.pool, PhaseClock(), DispatchRules(CALL_TIMEOUT_S), now=self.time)
         self.heartbeat = Heartbeat(self.pool, HIDDEN, torch.float32)
         # How misfortunate this world is.
         self._fault_chance = self.random.choice((0.0, 0.05, 0.2, 0.5))
@@ -208,7 +212,7 @@ class World:
         """Some steps of generation, one after the other."""
         for _ in range(num_steps):
             self._step()
-            self.time.pass_until(self.time() + self.random.choice((0.0, 0.0, 0.001, 0.05)))
+            self.time.pass_until(self.time() + self.random.choice((0.0, 0.0, 0.001, 0.05, 0.3)))
         self.tally.calls = sum(link.traffic.calls for link in self.links)
         self.tally.hedged = sum(link.traffic.hedged_calls for link in self.links)
         return self.tally
@@ -277,7 +281,7 @@ class World:
     def _turn(self) -> None:
         """Something may happen to one worker that is well."""
         if self.random.random() < self._fault_chance:
-            worker = self.random.choice(list(self.workers.values()))
+            worker = self.workers[self._only or self.random.choice(list(self.workers))]
             is_well = worker.alive and not worker.fault and worker.slowness == 1.0
             if is_well and worker.frozen_until_s <= self.time():
                 self._harm(worker, self.random.choice(FAULTS))
@@ -313,7 +317,7 @@ class World:
 
     def _step(self) -> None:
         """All layers of one micro-batch, whose answer is known: expert s multiplies by s + 1."""
-        num_tokens = self.random.choice((1, 1, 4, 8, 200))
+        num_tokens = self.random.choice((1, 1, 4, 8, 100))
         generator = torch.Generator().manual_seed(self.random.getrandbits(32))
         hidden = torch.randn(num_tokens, HIDDEN, generator=generator)
         ranked = torch.rand(num_tokens, NUM_SLOTS, generator=generator).topk(TOP_K)
@@ -359,5 +363,3 @@ def check(world: World) -> None:
     tally = world.tally
     assert tally.extra_calls <= EXTRA_SHARE * tally.necessary_calls + EXTRA_BURST, "too many extra calls"
     assert tally.longest_layer_s <= 2 * CALL_TIMEOUT_S + 0.1, "a layer outlasted its deadline"
-
-
