@@ -29,7 +29,7 @@ async def test_a_router_without_a_controller_shows_its_own_view(capsys: pytest.C
         "0 running, 0 waiting; KV 1 of 4 blocks; 1,234 tokens generated",
         "",
         "worker           circuit  address      calls   rows  p99 ms  failed  late",
-        "──────────────────────────────────────────────────────────────────────────",
+        "─────────────────────────────────────────────────────────────────────────",
         "expert-worker-0  closed   127.0.0.1:9      5  6,789    0.00       0     0",
     ]
 
