@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from opentelemetry import trace
@@ -95,7 +95,7 @@ class DispatchTools:
 class _WaveTimes:
     """What a wave spent its time on."""
 
-    slowest: expert_pb2.ComputeTiming = field(default_factory=expert_pb2.ComputeTiming)
+    slowest: expert_pb2.ComputeTiming | None = None
     slowest_us: int = 0
     waited_s: float = 0.0
 
@@ -497,7 +497,7 @@ class DispatchStep:
         layer_call.fail(call, _failure(layer_call.request.layer, error, call.link.replica.worker))
 
     def _note_times(self, times: _WaveTimes) -> None:
-        slowest = times.slowest
+        slowest = times.slowest or expert_pb2.ComputeTiming()
         self._clock.add(Phase.WORKER_DECODE, slowest.decode_us / 1e6)
         self._clock.add(Phase.WORKER_QUEUE, slowest.queue_us / 1e6)
         self._clock.add(Phase.WORKER_COMPUTE, slowest.compute_us / 1e6)

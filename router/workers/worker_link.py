@@ -250,7 +250,10 @@ class WorkerLink:
 
 def _outcome(probe: grpc.Future[bytes]) -> WorkerAnswer | MoesaicError | TimeoutError:
     try:
-        return read_answer(decode_response(probe.result()))
+        answered: bytes | None = probe.result()
+        if answered is None:
+            return Unavailable("the worker ended the stream")
+        return read_answer(decode_response(answered))
     except grpc.FutureCancelledError:
         return Unavailable("the link to the worker is closed")
     except MoesaicError as error:
