@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTHON ?= python3.11
 
-.PHONY: install lint check test bench protos demo serve demo-model clean
+.PHONY: install lint check test bench drill protos demo serve demo-model clean
 
 install: $(STAMP)
 
@@ -31,6 +31,9 @@ test: $(STAMP)
 
 bench: $(STAMP)  ## the standard set; rewrites docs/performance.md. QUICK=1: do the programs work? ONLY=decode,transport
 	$(BIN)/python benchmarks/suite.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
+drill: $(STAMP)  ## faults under load, hours of them; rewrites the tables of docs/reliability.md. SEED=7, FAULTS="kill:2 freeze:2"
+	ops/drill.sh
 
 protos: $(STAMP)  ## regenerate moesaic/v1 from protos/
 	ops/gen_protos.sh

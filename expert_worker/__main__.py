@@ -31,6 +31,9 @@ from moesaic.stop_signals import serve_until_signal
     "worker.shared_memory",
     "worker.direct_stream",
     "worker.threads",
+    "worker.keep_weights",
+    "worker.keep_weights_in",
+    "worker.keep_weights_mib",
 )
 def main(
     *,

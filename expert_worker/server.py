@@ -13,21 +13,25 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from expert_worker.compute.batcher import Batcher
+from expert_worker.compute.batcher import Batcher, ComputeCalls
 from expert_worker.compute.call import ExpertCall
 from expert_worker.compute.compute_pass import compute_calls
 from expert_worker.config import WorkerConfig
 from expert_worker.experts import allocator
 from expert_worker.experts.bundle_source import BundleSource
-from expert_worker.experts.expert import Expert, ExpertForm, choose_form
+from expert_worker.experts.expert import Expert, ExpertForm, MlpExpert, choose_form
 from expert_worker.experts.free_memory import free_memory
+from expert_worker.experts.kept.experts import KeptExperts
+from expert_worker.experts.kept.model_file import KeptModel, write_model
+from expert_worker.experts.kept.opened_model import open_model
+from expert_worker.experts.kept.place import open_kept_folder
 from expert_worker.experts.lifecycle import ExpertLifecycle
 from expert_worker.experts.load_threads import start_load_threads
 from expert_worker.experts.loader import ExpertLoader, load_experts
@@ -38,16 +42,16 @@ from expert_worker.serving.control_service import Controlled, WorkerControlServi
 from expert_worker.serving.service import ExpertService, LoadedModel
 from moesaic import rpc
 from moesaic.addresses import join_address
-from moesaic.checkpoints.checkpoint import open_checkpoint
-from moesaic.checkpoints.identity import check_identity
 from moesaic.compute.device import choose_device, choose_dtype
-from moesaic.epoch import ExpertAddress
+from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.errors import FailedPrecondition, InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
+from moesaic.kept_folder import KeptFolder
 
 log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 0.5
+TEND_PERIOD_S = 60.0
 WARM_UP_TIMEOUT_S = 60.0
 # Enough for one stream per router, and for clients that watch health or ask for statistics.
 MAX_CONCURRENT_RPCS = 256
@@ -63,15 +67,37 @@ class _Loaded:
     stacks: ExpertStacks
     store: ExpertStore
     thread: ThreadPoolExecutor
+    # Whether an earlier worker has left all of the experts.
+    found: bool
+
+    def to_warm_up(self) -> Mapping[ExpertVersion, Expert]:
+        """What is computed before the worker serves. Of experts that were found one of each shape will do, for the
+        kernels' own sake: to touch the others would take as long as their number."""
+        experts = self.store.experts()
+        if not self.found:
+            return experts
+        of_shape = {
+            expert.module: (version, expert)
+            for version, expert in experts.items()
+            if isinstance(expert, MlpExpert)
+        }
+        return dict(of_shape.values())
 
 
 class WorkerServer:
     """One expert worker. Call `start`, then `load`, then `wait`; `stop` may be called at any time."""
 
     def __init__(
-        self, config: WorkerConfig, *, on_contents_change: Callable[[], object] = lambda: None
+        self,
+        config: WorkerConfig,
+        *,
+        on_contents_change: Callable[[], object] = lambda: None,
+        compute: ComputeCalls = compute_calls,
     ) -> None:
-        """`on_contents_change` is called after every change of `contents_revision`, from any thread."""
+        """`on_contents_change` is called after every change of `contents_revision`, from any thread.
+
+        `compute` is what the compute thread does with calls.
+        """
         self.incarnation = uuid.uuid4().hex
         self.loaded_bytes = 0
         self.total_bytes = 0
@@ -99,12 +125,14 @@ class WorkerServer:
             max_concurrent_rpcs=MAX_CONCURRENT_RPCS,
         )
         self._batcher = Batcher(
-            compute_calls,
+            compute,
             max_queued_calls=settings.max_queued_calls,
             max_pass_rows=settings.max_call_rows,
         )
         self._stopping = threading.Event()
         self._health: asyncio.Task[None] | None = None
+        self._kept: KeptFolder | None = None
+        self._tending: asyncio.Task[None] | None = None
 
     @property
     def contents_revision(self) -> int:
@@ -133,19 +161,25 @@ class WorkerServer:
             raise
         self._serve(loaded)
         self._health = asyncio.create_task(self._watch_health())
+        if self._kept is not None:
+            self._tending = asyncio.create_task(_tend(self._kept))
         await self._server.set_serving(True)
 
     async def stop(self, drain_s: float) -> None:
         """Refuses new calls, lets running ones finish within `drain_s` seconds, then ends everything."""
         self._stopping.set()
         self._control.close()
-        if self._health is not None:
-            self._health.cancel()
+        for task in (self._health, self._tending):
+            if task is not None:
+                task.cancel()
         await self._server.set_serving(False)
         drained = await self._service.drain(drain_s)
         stopped = await self._batcher.stop(FINAL_FLUSH_S)
         self._service.close()
         await self._server.stop(FINAL_FLUSH_S)
+        if (kept := self._kept) is not None:
+            self._kept = None
+            await asyncio.to_thread(kept.close)
         if not (drained and stopped):
             log.warning("calls were cut off", extra={"fields": {"drain_s": drain_s}})
 
@@ -154,7 +188,7 @@ class WorkerServer:
         await self._server.wait()
 
     async def _warm_up(self, loaded: _Loaded) -> None:
-        for call in _warm_up_calls(loaded.store, loaded.loader.model.hidden_size):
+        for call in _warm_up_calls(loaded.to_warm_up(), loaded.loader.model.hidden_size):
             await self._batcher.submit(call)
         if self._stopping.is_set():
             raise Unavailable("stopped while loading")
@@ -175,11 +209,13 @@ class WorkerServer:
         if config.settings.threads is not None:
             torch.set_num_threads(config.settings.threads)
         device = choose_device(config.device)
-        checkpoint = open_checkpoint(config.model)
-        check_identity(checkpoint, config.identity)
-        model = describe_model(checkpoint, config.dense_layers)
+        self._kept = open_kept_folder(config.settings, device)
+        opened = open_model(config, self._kept)
+        checkpoint, model = opened.checkpoint, describe_model(opened.checkpoint, config.dense_layers)
         _check_experts(config.experts, model)
-        loader = ExpertLoader(checkpoint, model, self._choose_form(device, model))
+        form = self._choose_form(device, model)
+        kept = None if self._kept is None else KeptExperts(self._kept, form, opened.versions)
+        loader = ExpertLoader(checkpoint, model, form, kept)
         stacks = ExpertStacks(loader.form, config.settings.spare_experts)
         self.total_bytes = sum(
             stored_bytes(checkpoint, model.experts[address.layer], address) for address in config.experts
@@ -196,6 +232,10 @@ class WorkerServer:
             ) from error
         finally:
             allocator.keep_freed_memory()
+        found = 0 if kept is None else kept.found
+        if self._kept is not None and found < len(config.experts):
+            versions = {version.address: version.digest for version in store.experts()}
+            write_model(self._kept, opened.fingerprint, KeptModel(checkpoint, versions))
         log.info(
             "experts loaded",
             extra={
@@ -203,12 +243,14 @@ class WorkerServer:
                     "experts": len(config.experts),
                     "bytes": self.loaded_bytes,
                     "held_bytes": store.weight_bytes,
+                    "found": found,
                     "seconds": round(time.monotonic() - start_s, 3),
                     "device": str(device),
                 }
             },
         )
-        return _Loaded(loader, stacks, store, start_load_threads(1, low_priority=True))
+        thread = start_load_threads(1, low_priority=True)
+        return _Loaded(loader, stacks, store, thread, found == len(config.experts))
 
     def _choose_form(self, device: torch.device, model: MoeModel) -> ExpertForm:
         settings = self._config.settings
@@ -228,6 +270,7 @@ class WorkerServer:
             self._config.experts,
             loader.form,
             stacks=stacks,
+            kept=loader.kept,
             stopping=self._stopping,
         )
         for address, held in loading:
@@ -256,11 +299,17 @@ def _check_experts(experts: frozenset[ExpertAddress], model: MoeModel) -> None:
         raise InvalidArgument(f"experts: the model has no slot {slot} in layer {layer}", field="experts")
 
 
-def _warm_up_calls(store: ExpertStore, hidden_size: int) -> Sequence[ExpertCall]:
-    """One call per layer, which sends a row of zeros to every expert that is held."""
+async def _tend(kept: KeptFolder) -> None:
+    while True:
+        await asyncio.to_thread(kept.tend)
+        await asyncio.sleep(TEND_PERIOD_S)
+
+
+def _warm_up_calls(held: Mapping[ExpertVersion, Expert], hidden_size: int) -> Sequence[ExpertCall]:
+    """One call per layer, which sends a row of zeros to every one of these experts."""
     hidden = torch.zeros(1, hidden_size)
     by_layer: dict[int, list[Expert]] = {}
-    for version, expert in store.experts().items():
+    for version, expert in held.items():
         by_layer.setdefault(version.address.layer, []).append(expert)
     return [
         ExpertCall(

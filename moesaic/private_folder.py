@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -28,9 +28,10 @@ class PrivateFolder:
         self._lock = lock
 
     @classmethod
-    def create(cls, place: Path) -> Self:
-        """A new folder in `place`, after those of dead owners were removed. Raises OSError."""
-        _remove_dead(place)
+    def create(cls, place: Path, spare: Callable[[Path], bool] = lambda _: False) -> Self:
+        """A new folder in `place`, after those of dead owners were removed, but for those that `spare` picks.
+        Raises OSError."""
+        remove_dead(place, spare)
         for _ in range(_TRIES):
             path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))  # accessible to this user only
             try:
@@ -48,11 +49,12 @@ class PrivateFolder:
         os.close(self._lock)
 
 
-def _remove_dead(place: Path) -> None:
-    """Removes the folders of this user's processes that live no more."""
+def remove_dead(place: Path, spare: Callable[[Path], bool] = lambda _: False) -> None:
+    """Removes the folders of this user's processes that live no more, but for those that `spare` picks."""
     for path in place.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), _opened(path / LOCK) as lock:
-            if path.lstat().st_uid == os.getuid() == os.fstat(lock).st_uid and _try_lock(lock):
+            is_ours = path.lstat().st_uid == os.getuid() == os.fstat(lock).st_uid
+            if is_ours and _try_lock(lock) and not spare(path):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -225,6 +225,17 @@ class WorkerSettings(_Group):
     batch_invariant: bool = Field(
         False, description="The result of a row does not depend on the rows computed with it. Slower."
     )
+    keep_weights: Availability = Field(
+        "auto",
+        description="On CPUs of Linux the experts lie in shared memory that outlives the worker: a restarted one maps "
+        "them again instead of reading them, and workers of one host that hold the same ones hold them once.",
+    )
+    keep_weights_in: str = Field(
+        "/dev/shm", description="Where: a folder in memory, in which this user gets one of its own."
+    )
+    keep_weights_mib: Annotated[int | None, Unset("half of what that place can hold")] = Field(
+        None, ge=1, description="The most that is kept there, in MiB; what is beyond it dies with its worker."
+    )
 
 
 class GatewaySettings(_Group):

@@ -27,6 +27,12 @@ class RequestRecord:
     token_times_s: tuple[float, ...]
     token_ids: tuple[int, ...] = ()
     error: str = ""
+    # What the answer said that it was computed by: its epoch, and the versions of its weights.
+    epochs: frozenset[str] = frozenset()
+    # The HTTP status of an answer that was not begun; 0 where none came.
+    status: int = 0
+    # After how long the server said to come back; None where it did not say.
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -35,7 +35,22 @@ Clock = Callable[[], float]
 
 
 class RequestFailed(Exception):
-    """A request whose answer is wrong or missing; the message goes to the report."""
+    """A request whose answer is wrong or missing; the message goes to the report.
+
+    `status` and `retry_after_s` are those of an answer that was not begun.
+    """
+
+    def __init__(self, message: str, *, status: int = 0, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+class AnswerEvent(NamedTuple):
+    """One event of a stream: its tokens, and what it says that they were computed by."""
+
+    token_ids: list[int]
+    epochs: frozenset[str]
 
 
 class CompletionsApi:
@@ -51,17 +66,19 @@ class CompletionsApi:
         """Implements `Send`."""
         times_s: list[float] = []
         ids: list[int] = []
-        error = ""
+        epochs: frozenset[str] = frozenset()
+        error, status, retry_after_s = "", 0, None
         try:
             async with self._session.post(self._url, json=self._body(request)) as response:
                 await _check_status(response)
-                async for token_ids in _token_ids(response.content):
-                    times_s += [self._clock()] * len(token_ids)
-                    ids += token_ids
+                async for event in _events(response.content):
+                    times_s += [self._clock()] * len(event.token_ids)
+                    ids += event.token_ids
+                    epochs |= event.epochs
             if len(ids) != request.output_tokens:
                 raise RequestFailed(f"an answer of {len(ids)} tokens for {request.output_tokens}")
         except RequestFailed as failure:
-            error = str(failure)
+            error, status, retry_after_s = str(failure), failure.status, failure.retry_after_s
         except (aiohttp.ClientError, TimeoutError, OSError) as failure:
             error = f"{type(failure).__name__}: {failure}".strip(": ")
         return RequestRecord(
@@ -71,6 +88,9 @@ class CompletionsApi:
             token_times_s=tuple(times_s),
             token_ids=tuple(ids),
             error=error[:MAX_ERROR_CHARACTERS],
+            epochs=epochs,
+            status=status,
+            retry_after_s=retry_after_s,
         )
 
     def _body(self, request: LoadRequest) -> dict[str, Any]:
@@ -82,16 +102,17 @@ class CompletionsApi:
             "temperature": 0,
             "stream": True,
             "return_token_ids": True,
+            "return_weight_versions": True,
         }
 
 
 @asynccontextmanager
 async def completions_api(
-    url: str, model: str, clock: Clock = time.perf_counter
+    url: str, model: str, clock: Clock = time.perf_counter, *, timeout_s: float = REQUEST_TIMEOUT_S
 ) -> AsyncIterator[CompletionsApi]:
-    """The API at `url` (http://HOST:PORT), with one connection for each stream."""
+    """The API at `url` (http://HOST:PORT), with one connection for each stream. A request takes at most `timeout_s`."""
     connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+    timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
     async with aiohttp.ClientSession(
         connector=connector, timeout=timeout, read_bufsize=MAX_EVENT_BYTES
     ) as session:
@@ -160,11 +181,21 @@ async def _check_status(response: aiohttp.ClientResponse) -> None:
         message = json.loads(await response.read())["error"]["message"]
     except (LookupError, TypeError, ValueError):
         message = response.reason
-    raise RequestFailed(f"HTTP {response.status}: {message}")
+    raise RequestFailed(
+        f"HTTP {response.status}: {message}", status=response.status, retry_after_s=_retry_after_s(response)
+    )
 
 
-async def _token_ids(content: aiohttp.StreamReader) -> AsyncIterator[list[int]]:
-    """The token ids of each event, until [DONE].
+def _retry_after_s(response: aiohttp.ClientResponse) -> float | None:
+    """Seconds; None for a header that is missing or that is a date."""
+    try:
+        return float(response.headers["Retry-After"])
+    except (KeyError, ValueError):
+        return None
+
+
+async def _events(content: aiohttp.StreamReader) -> AsyncIterator[AnswerEvent]:
+    """The events of an answer, until [DONE].
 
     Raises RequestFailed for an error, and when [DONE] is missing.
     """
@@ -174,16 +205,18 @@ async def _token_ids(content: aiohttp.StreamReader) -> AsyncIterator[list[int]]:
         data = line.removeprefix(_DATA).rstrip()
         if data == _DONE:
             return
-        yield _ids_of(data)
+        yield _event(data)
     raise RequestFailed("the stream broke off")
 
 
-def _ids_of(data: bytes) -> list[int]:
+def _event(data: bytes) -> AnswerEvent:
     try:
         event = json.loads(data)
         if "error" in event:
             raise RequestFailed(f"in the stream: {event['error']['message']}")
-        ids: list[int] = event["choices"][0]["token_ids"]
+        choice = event["choices"][0]
+        versions = (span["version"] for span in choice.get("weight_versions") or ())
+        epochs = frozenset(filter(None, (event.get("epoch"), *versions)))
+        return AnswerEvent(choice["token_ids"], epochs)
     except (LookupError, TypeError, ValueError) as error:
         raise RequestFailed("an event that is not of this API") from error
-    return ids

@@ -15,6 +15,7 @@ import typer
 
 from cluster.cli.expert_commands import expert
 from cluster.cli.router_address import router_address
+from moesaic.addresses import join_address, split_address
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
 from moesaic.options import FIELDS, HELP_OPTIONS, SettingFlags, default_words, with_settings
@@ -368,6 +369,82 @@ def bench(
             )
         settings = flags.load(model=model, http_port=0, grpc_port=0, log_level="ERROR")
         asyncio.run(bench_own_cluster(settings, plan, outputs))
+
+
+@app.command(
+    rich_help_panel=_SERVE,
+    epilog=_examples(
+        "moesaic drill --fault kill --minutes 2",
+        "moesaic drill --fault kill,freeze,router --seed 7 --chart drill.png",
+        "moesaic drill --http 127.0.0.1:8000 --grpc 127.0.0.1:50051 --fault kill",
+    ),
+)
+@with_settings(*OF_A_CLUSTER, defaults={"workers": 4, "routers": 1, "replicas": 2})
+def drill(
+    model: Model = None,
+    *,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FAULT,FAULT",
+            help="kill, freeze, slow, pair, partition, nan, router, controller, cancel, overload, or all: "
+            "a random mixture of those that a cluster of one host can have.",
+            show_default="all",
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Minutes of each fault, and as many of its control.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="The seed of faults, victims and prompts.")] = 0,
+    streams: Annotated[int, typer.Option(help="Requests that run at once.", min=1, max=256)] = 8,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="A cluster that runs on this host. Its processes will be killed, stopped and slowed down.",
+            show_default="a new cluster",
+        ),
+    ] = None,
+    grpc: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="With --http: one of its routers.",
+            show_default="host and grpc_port of the settings, 127.0.0.1:50051",
+        ),
+    ] = None,
+    flags: SettingFlags,
+    chart: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw tokens a second over time.", show_default="none"),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the JSON to a file.", show_default="none")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Kill, stop and starve processes of a cluster under load, beside a healthy control, and compare every token.
+
+    Exits with 1 when a promise of docs/reliability.md does not hold.
+    """
+    with exit_with_code(as_json=as_json, spell=flags.spell):
+        from cluster.bench.bench import Outputs
+        from cluster.drill import drill as drills
+
+        faults, plan = drills.parse_faults(fault or ["all"]), drills.make_plan(minutes, seed, streams)
+        outputs = Outputs(as_json, save, chart)
+        if http is not None:
+            if model is not None:
+                raise InvalidArgument("http: names a running cluster, which has its model", field="http")
+            url = f"http://{join_address(*split_address(http, 'http'))}"
+            router = router_address(grpc, flags.load())
+            holds = asyncio.run(drills.drill_running_cluster(url, router, faults, plan, outputs))
+        elif grpc is not None:
+            raise InvalidArgument(
+                "grpc: names a router of a running cluster: give its --http too", field="grpc"
+            )
+        else:
+            settings = flags.load(model=model, http_port=0, grpc_port=0, log_level="ERROR")
+            holds = asyncio.run(drills.drill_own_clusters(settings, faults, plan, outputs))
+        raise typer.Exit(0 if holds else 1)
 
 
 @app.command(rich_help_panel=_ASK, epilog=_examples("moesaic top", "moesaic top --once --json"))

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from cluster.cli.drill import MIN_TOKENS, RETURN_TIMEOUT_S, Drill, run_drill
+from cluster.cli.demo_drill import MIN_TOKENS, RETURN_TIMEOUT_S, Drill, run_drill
 from cluster.cli.router_client import router_client
 from cluster.launch.milestones import Milestones
 from cluster.launch.ports import with_ports

@@ -31,6 +31,7 @@ from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.checkpoints.identity import FolderIdentity
 from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
+from moesaic.kept_folder import sweep
 from moesaic.machine_memory import read_memory
 from moesaic.settings import Settings
 from moesaic.stop_signals import StopSignals
@@ -131,6 +132,7 @@ async def running_cluster(
                 yield endpoints
             finally:
                 await launcher.stop(signals.force)
+                await asyncio.to_thread(sweep, Path(settings.worker.keep_weights_in))
 
 
 @contextlib.asynccontextmanager

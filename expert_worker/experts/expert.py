@@ -107,6 +107,8 @@ class MlpExpert:
     activate: Activation
     rows_at_once: int | None = None
     row: StackRow | None = None
+    # The function that it computes, for those who make the expert again from its weights.
+    module: ExpertModule | None = None
 
     @property
     def device(self) -> torch.device:
@@ -176,6 +178,7 @@ def assemble_expert(
         choose_activation(module, row_by_row=form.batch_invariant),
         max(1, CUT_GELU_ELEMENTS // module.inner_size) if form.batch_invariant else None,
         row,
+        module,
     )
 
 

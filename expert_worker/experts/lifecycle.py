@@ -15,13 +15,14 @@ import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
 from expert_worker.experts import allocator
 from expert_worker.experts.expert import Expert
+from expert_worker.experts.expert_reader import Scratch
 from expert_worker.experts.load_plan import LoadJob, count_modules, needed_bytes, plan_load
 from expert_worker.experts.loader import ExpertLoader
 from expert_worker.experts.stack import ExpertStacks, Place
@@ -100,7 +101,7 @@ class ExpertLifecycle:
         held = [version for version in versions if self._store.holds(version)]
         wanted = [version for version in dict.fromkeys(versions) if version not in set(held)]
         # A loader of its own keeps the memory that weights pass through no longer than this request.
-        loader = ExpertLoader(self._loader.checkpoint, self._loader.model, self._loader.form)
+        loader = replace(self._loader, scratch=Scratch())
         jobs = await self._run(lambda _: plan_load(wanted, bundle, loader))
         self._check_memory(jobs)
         total, loaded = sum(job.stored_bytes for job in jobs), 0
@@ -125,8 +126,11 @@ class ExpertLifecycle:
     async def unload(self, versions: Iterable[ExpertVersion]) -> None:
         """Gives versions up; those that are not held are no error. Returns when their memory has returned, or when
         calls that began with them take too long."""
+        versions = list(versions)
         gone = _Gone(self._store.remove_all(versions))
         if gone.count:
+            held = {version.digest for version in self._store.experts()}
+            self._loader.forget({version.digest for version in versions} - held)
             await gone.wait(GONE_TIMEOUT_S)
             self._tidy_up()
             await self._run(lambda _: None)

@@ -123,7 +123,10 @@ def _plan_bundle(version: ExpertVersion, bundle: Bundle, loader: ExpertLoader) -
         check_module(kind.module, loader.form)
 
     def build(place: Place, stopping: threading.Event) -> Expert:
-        return kind.build(BundleWeights(bundle, expert, loader, stopping), loader.form, place)
+        if (found := loader.find(version.digest)) is not None:
+            return found
+        built = kind.build(BundleWeights(bundle, expert, loader, stopping), loader.form, place)
+        return loader.keep(version.digest, built)
 
     stored = sum(bundle.tensors[name].num_bytes for name in expert.weights.values())
     return LoadJob(version, stored, kind.held_bytes(loader.form), kind.module, build)

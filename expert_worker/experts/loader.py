@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from expert_worker.experts.expert import (
+    Expert,
     ExpertForm,
     ExpertWeights,
     MlpExpert,
@@ -28,6 +29,7 @@ from expert_worker.experts.expert import (
     make_linear,
 )
 from expert_worker.experts.expert_reader import ExpertReader, Scratch
+from expert_worker.experts.kept.experts import KeptExperts
 from expert_worker.experts.load_threads import start_load_threads
 from expert_worker.experts.stack import ExpertStacks, Place
 from expert_worker.experts.store import HeldExpert
@@ -68,6 +70,7 @@ def load_experts(
     form: ExpertForm,
     *,
     stacks: ExpertStacks | None = None,
+    kept: KeptExperts | None = None,
     stopping: threading.Event | None = None,
 ) -> Iterator[tuple[ExpertAddress, HeldExpert]]:
     """Loads the experts, and yields them in order of layer and slot.
@@ -75,7 +78,7 @@ def load_experts(
     Raises CheckpointError that names the tensor or the file at fault, Unavailable when `stopping` is set.
     """
     addresses = list(addresses)
-    loader = ExpertLoader(checkpoint, model, form)
+    loader = ExpertLoader(checkpoint, model, form, kept)
     stopping = stopping or threading.Event()
     places = choose_places(model, addresses, stacks or ExpertStacks(form))
     threads = max(1, min(MAX_THREADS, torch.get_num_threads(), len(addresses)))
@@ -103,14 +106,32 @@ class ExpertLoader:
     checkpoint: Checkpoint
     model: MoeModel
     form: ExpertForm
+    kept: KeptExperts | None = None
     scratch: Scratch = field(default_factory=Scratch)
 
     def load(self, address: ExpertAddress, place: Place, stopping: threading.Event) -> HeldExpert:
-        """Loads one expert on the calling thread."""
+        """Loads one expert on the calling thread, from shared memory where it is kept."""
+        if self.kept is not None and (found := self.kept.find_base(address)) is not None:
+            return found
         experts = self.model.experts[address.layer]
         reader = ExpertReader(locate(self.checkpoint, experts, address), stopping, self.scratch)
         expert = build_mlp(reader, experts.module, self.form, place, self.scratch)
-        return HeldExpert(reader.version(experts.module, experts.dtype), expert)
+        version = reader.version(experts.module, experts.dtype)
+        return HeldExpert(version, self.keep(version, expert))
+
+    def find(self, version: bytes) -> Expert | None:
+        """The expert with this digest, if it is kept in shared memory."""
+        return None if self.kept is None else self.kept.find(version)
+
+    def keep(self, version: bytes, expert: Expert) -> Expert:
+        """The expert, in shared memory where weights are kept."""
+        return expert if self.kept is None else self.kept.keep(version, expert)
+
+    def forget(self, versions: Iterable[bytes]) -> None:
+        """Keeps experts no longer that are not held any more."""
+        for version in versions:
+            if self.kept is not None:
+                self.kept.drop(version)
 
     def read(self, address: ExpertAddress, stopping: threading.Event) -> tuple[bytes, ExpertWeights]:
         """The version of an expert and its weights, on the host and in float32."""

@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +67,19 @@ class Int8Weight:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldWeight:
+    """A weight as a Linear holds it: the kernel that computes with it, and the tensors that this kernel reads."""
+
+    kernel: str
+    tensors: tuple[Tensor, ...]
+
+
 class _Product(Protocol):
     """rows [n, I] in `dtype` -> [n, O] in fresh memory of the same dtype."""
 
+    # What it is made of: `type(self)(*tensors)` computes the same bits.
+    tensors: tuple[Tensor, ...]
     dtype: torch.dtype
     num_bytes: int
     # The numbers of rows that it should be called with, ascending; empty if any number will do.
@@ -93,14 +103,52 @@ class Linear:
         batch_invariant: bool = False,
     ) -> None:
         values = weight.values if isinstance(weight, Int8Weight) else weight
-        self.out_features, self.in_features = values.shape
-        self.device = values.device
-        check_form(form, self.device, self.in_features, self.out_features)
-        self._product = _choose_product(weight, form)
-        self._bias = None if bias is None else bias.to(self._product.dtype)
+        out_features, in_features = values.shape
+        check_form(form, values.device, in_features, out_features)
+        self._set(_choose_product(weight, form), bias, out_features, in_features, batch_invariant)
+
+    @classmethod
+    def of_held(
+        cls,
+        held: HeldWeight,
+        bias: Tensor | None,
+        out_features: int,
+        in_features: int,
+        *,
+        batch_invariant: bool,
+    ) -> Self:
+        """A Linear of a weight as another one holds it. Raises ValueError for a kernel that is not known."""
+        if held.kernel not in _KERNELS:
+            raise ValueError(f"no kernel {held.kernel}")
+        linear = cls.__new__(cls)
+        product = _KERNELS[held.kernel](*held.tensors)
+        linear._set(product, bias, out_features, in_features, batch_invariant)
+        return linear
+
+    def _set(
+        self,
+        product: _Product,
+        bias: Tensor | None,
+        out_features: int,
+        in_features: int,
+        batch_invariant: bool,
+    ) -> None:
+        self.out_features, self.in_features = out_features, in_features
+        self.device = product.tensors[0].device
+        self._product = product
+        self._bias = None if bias is None else bias.to(product.dtype)
         # Sums of whole numbers are exact in any order, so int8 products need no tiles.
         in_tiles = batch_invariant and not isinstance(self._product, _Int8)
         self._row_counts = (ROW_TILE,) if in_tiles else self._product.row_counts
+
+    @property
+    def held(self) -> HeldWeight:
+        """The weight as it is held."""
+        return HeldWeight(type(self._product).__name__, self._product.tensors)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,16 +193,17 @@ def _choose_product(weight: Tensor | Int8Weight, form: WeightForm) -> _Product:
     if isinstance(weight, Int8Weight):
         return _choose_int8(weight)
     if form == "int4":
-        return _Int4(weight)
+        return _Int4.of(weight)
     if form == "int8":
         return _choose_int8(_quantise_int8(weight))
     kept = keeps_weight(form, weight.device, weight.dtype, weight.shape[1])
-    return _Plain(weight) if kept else _Packed(weight)
+    return _Plain(weight) if kept else _Packed.of(weight)
 
 
 def _choose_int8(weight: Int8Weight) -> _Product:
     on_cpu = weight.values.device.type == "cpu"
-    return _Int8(weight) if on_cpu and _int8_works(weight.values.shape[1]) else _WidenedInt8(weight)
+    works = on_cpu and _int8_works(weight.values.shape[1])
+    return _Int8.of(weight) if works else _WidenedInt8.of(weight)
 
 
 def _with_counts(product: _Product, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -176,6 +225,7 @@ class _Plain:
     row_counts: tuple[int, ...] = ()
 
     def __init__(self, weight: Tensor) -> None:
+        self.tensors: tuple[Tensor, ...] = (weight,)
         self.dtype = weight.dtype
         self.num_bytes = weight.nbytes
         self._weight = weight
@@ -192,11 +242,16 @@ class _Packed:
 
     row_counts: tuple[int, ...] = ROW_COUNTS
 
-    def __init__(self, weight: Tensor) -> None:
-        self.dtype = weight.dtype
-        self.num_bytes = weight.nbytes
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    def __init__(self, packed: Tensor) -> None:
+        self.tensors: tuple[Tensor, ...] = (packed,)
+        self.dtype = packed.dtype
+        self.num_bytes = packed.numel() * packed.element_size()
+        self._weight = packed
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Self:
+        return cls(torch.ops.mkldnn._reorder_linear_weight(weight, None))
 
     def __call__(self, rows: Tensor) -> Tensor:
         product: Tensor = self._multiply(rows, self._weight, None, "none", [], "")
@@ -209,12 +264,17 @@ class _Int8:
     dtype = torch.float32
     row_counts: tuple[int, ...] = ROW_COUNTS
 
-    def __init__(self, weight: Int8Weight) -> None:
-        self._scales = weight.scales
-        self.num_bytes = weight.values.nbytes + self._scales.nbytes
-        self._zeros = torch.zeros(len(weight.values), dtype=torch.int32)
-        self._weight = torch.ops.onednn.qlinear_prepack(weight.values, None)
+    def __init__(self, packed: Tensor, scales: Tensor) -> None:
+        self.tensors: tuple[Tensor, ...] = (packed, scales)
+        self._scales = scales
+        self.num_bytes = packed.numel() + scales.nbytes
+        self._zeros = torch.zeros(len(scales), dtype=torch.int32)
+        self._weight = packed
         self._multiply = torch.ops.onednn.qlinear_pointwise.default
+
+    @classmethod
+    def of(cls, weight: Int8Weight) -> Self:
+        return cls(torch.ops.onednn.qlinear_prepack(weight.values, None), weight.scales)
 
     def __call__(self, rows: Tensor) -> Tensor:
         scales = rows.abs().amax(-1, keepdim=True).mul_(1 / 127).clamp_min_(_TINY)
@@ -233,11 +293,17 @@ class _WidenedInt8:
 
     row_counts: tuple[int, ...] = ()
 
-    def __init__(self, weight: Int8Weight) -> None:
-        self.dtype = weight.dtype
-        self._weight = weight.values
-        self._scales = weight.scales.to(weight.dtype)
-        self.num_bytes = self._weight.nbytes + self._scales.nbytes
+    def __init__(self, values: Tensor, scales: Tensor) -> None:
+        """`scales` are in the dtype that the weight is widened to."""
+        self.tensors: tuple[Tensor, ...] = (values, scales)
+        self.dtype = scales.dtype
+        self._weight = values
+        self._scales = scales
+        self.num_bytes = values.nbytes + scales.nbytes
+
+    @classmethod
+    def of(cls, weight: Int8Weight) -> Self:
+        return cls(weight.values, weight.scales.to(weight.dtype))
 
     def __call__(self, rows: Tensor) -> Tensor:
         # Whole numbers up to 127 are exact in every float dtype.
@@ -250,15 +316,25 @@ class _Int4:
     dtype = torch.bfloat16
     row_counts: tuple[int, ...] = ()
 
-    def __init__(self, weight: Tensor) -> None:
-        quantised, self._scales_and_zeros = _quantise_int4(weight)
-        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantised, 1)
-        self.num_bytes = self._weight.nbytes + self._scales_and_zeros.nbytes
+    def __init__(self, packed: Tensor, scales_and_zeros: Tensor) -> None:
+        self.tensors: tuple[Tensor, ...] = (packed, scales_and_zeros)
+        self._weight, self._scales_and_zeros = packed, scales_and_zeros
+        self.num_bytes = packed.nbytes + scales_and_zeros.nbytes
         self._multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Self:
+        quantised, scales_and_zeros = _quantise_int4(weight)
+        return cls(torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantised, 1), scales_and_zeros)
 
     def __call__(self, rows: Tensor) -> Tensor:
         product: Tensor = self._multiply(rows, self._weight, INT4_GROUP, self._scales_and_zeros)
         return product
+
+
+_KERNELS: dict[str, Callable[..., _Product]] = {
+    kernel.__name__: kernel for kernel in (_Plain, _Packed, _Int8, _WidenedInt8, _Int4)
+}
 
 
 def _quantise_int8(weight: Tensor) -> Int8Weight:
@@ -298,7 +374,7 @@ _PROBE_ROWS = (1, 3, ROW_TILE)
 def _packing_works(dtype: torch.dtype, in_features: int) -> bool:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     return dtype in (torch.float32, torch.bfloat16) and _agrees(
-        _Packed, dtype, in_features, tolerance, name="packed"
+        _Packed.of, dtype, in_features, tolerance, name="packed"
     )
 
 
@@ -310,12 +386,12 @@ def _int8_works(in_features: int) -> bool:
 
 
 def _quantised(weight: Tensor) -> _Int8:
-    return _Int8(_quantise_int8(weight))
+    return _Int8.of(_quantise_int8(weight))
 
 
 @lru_cache
 def _int4_works() -> bool:
-    return _agrees(_Int4, torch.float32, 4 * INT4_GROUP, 3e-1, name="int4")
+    return _agrees(_Int4.of, torch.float32, 4 * INT4_GROUP, 3e-1, name="int4")
 
 
 def _agrees(

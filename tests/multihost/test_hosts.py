@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support import stream_program
 from support.hosts import ROOT, Hosts, running_hosts, serving_on
+from support.serve_command import MOESAIC
 
 from cluster.checkpoints.model_source import DEMO_MODEL
 
@@ -87,6 +88,27 @@ def test_a_cut_that_makes_the_controller_deaf_takes_no_replica_from_a_router_els
         assert seen["errors"] == []
         assert len(seen["answers"]) == 1
         assert serve.topology()["revision"] == before["revision"]
+
+
+def test_a_drill_cuts_a_host_off_and_no_token_is_wrong_and_nothing_stays_cut(hosts: Hosts) -> None:
+    with serving_on(hosts, "a", "/tmp/model", "--workers", "3", "--replicas", "2") as serve:
+        serve.wait_ready()
+        done = hosts.run(
+            "a",
+            *(*MOESAIC, "drill", "--http", serve.http, "--grpc", serve.grpc, "--fault", "partition"),
+            *("--minutes", "0.4", "--seed", "1", "--json"),
+            check=False,
+            timeout_s=180.0,
+        )
+        tables = hosts.run("a", "nft", "list", "tables").stdout
+    assert done.returncode in (0, 1), done.stderr  # how long streams pause is not judged here
+    (case,) = json.loads(done.stdout)["cases"]
+    (mark,) = case["under_load"]["picture"]["marks"]
+    assert mark["title"].split()[1].removesuffix(",") in {hosts.address("b"), hosts.address("c")}
+    figures = case["figures"]
+    assert (figures["lost"], figures["wrong_tokens"], figures["mixed"]) == (0, 0, 0), case
+    assert figures["not_recovered"] == 0
+    assert "moesaic_drill" not in tables
 
 
 def test_a_folder_of_other_weights_on_one_host_is_refused_by_its_address(hosts: Hosts) -> None:

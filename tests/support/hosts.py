@@ -44,10 +44,12 @@ class Hosts:
         address: str = self.lab.address(host)
         return address
 
-    def run(self, host: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, host: str, *command: str, check: bool = True, timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> subprocess.CompletedProcess[str]:
         """A command in a host, from the folder of the checkout."""
         done: subprocess.CompletedProcess[str] = self.lab.run(
-            host, command, capture_output=True, timeout=COMMAND_TIMEOUT_S, env=_environment(), cwd=ROOT
+            host, command, capture_output=True, timeout=timeout_s, env=_environment(), cwd=ROOT
         )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
         return done
@@ -96,7 +98,7 @@ class HostServe:
         ]
         for reader in self._readers:
             reader.start()
-        self.grpc = ""
+        self.http = self.grpc = ""
 
     @property
     def log(self) -> str:
@@ -106,7 +108,7 @@ class HostServe:
         until(lambda: bool(self.stdout) or self.popen.poll() is not None, START_TIMEOUT_S, lambda: self.log)
         match = READY.fullmatch("".join(self.stdout))
         assert match is not None, f"printed {self.stdout}:\n{self.log}"
-        self.grpc = match[2]
+        self.http, self.grpc = match[1], match[2]
 
     def processes(self) -> dict[str, dict[str, Any]]:
         """The processes of the cluster by name, as `moesaic status` shows them."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from support.fake_router import FakeRouter, running
 
 from cluster.cli.demo import StreamedAnswer, _can_survive_a_kill, _print_drill, _refuse_other_text
-from cluster.cli.drill import Drill, PauseClock, run_drill
+from cluster.cli.demo_drill import Drill, PauseClock, run_drill
 from cluster.observation.observer import Observation, Observer
 from cluster.terminal.word_flow import WordFlow
 from moesaic import Client
