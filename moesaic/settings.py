@@ -128,7 +128,7 @@ class EngineSettings(_Group):
     call_timeout_s: float = Field(
         30.0,
         gt=0,
-        description="The longest that a layer waits for one worker before it tries the next replica.",
+        description="The longest that a layer waits for one worker. Another replica is asked much sooner.",
     )
     threads: Annotated[int | None, Unset("torch's choice; in a cluster the node's cores shared out")] = Field(
         None, ge=1, description="CPU threads of a router."
