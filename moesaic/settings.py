@@ -129,7 +129,7 @@ class EngineSettings(_Group):
     call_timeout_s: float = Field(
         30.0,
         gt=0,
-        description="The longest that a layer waits for one worker before it tries the next replica.",
+        description="The longest that a layer waits for one worker. Another replica is asked much sooner.",
     )
     on_missing: OnMissing = Field(
         "wait",

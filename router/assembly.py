@@ -20,6 +20,7 @@ from router.config import RouterConfig
 from router.decoders.decoder import RouterModel
 from router.decoders.load import load_model
 from router.dispatch.dispatcher import Dispatcher, DispatchRules
+from router.dispatch.heartbeat import Heartbeat
 from router.engine.engine import Engine
 from router.gating.absence import stand_in_of
 from router.gating.policy import LayerShape, check_restrictable, layer_shapes
@@ -48,6 +49,7 @@ class LoadedRouter:
     # None for a model without recurrent states.
     states: StatePool | None
     dispatcher: Dispatcher
+    heartbeat: Heartbeat
     clock: PhaseClock
     max_model_len: int
 
@@ -113,7 +115,7 @@ def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> L
         log.warning("the model folder has no tokenizer: prompts are token ids only")
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, shape.dtype)
-    dispatcher = Dispatcher(pool, clock, _dispatch_rules(config.engine))
+    rules = _dispatch_rules(config.engine)
     blocks = make_block_pool(config.engine, shape, dtype, device)
     max_model_len = choose_max_model_len(config.engine, shape, blocks.num_blocks * blocks.block_tokens)
     model = load_model(
@@ -148,7 +150,8 @@ def load_router(config: RouterConfig, pool: ReplicaPool, clock: PhaseClock) -> L
         cache=cache,
         blocks=blocks,
         states=states,
-        dispatcher=dispatcher,
+        dispatcher=Dispatcher(pool, clock, rules),
+        heartbeat=Heartbeat(pool, shape.hidden_size, dtype, rules.wire_dtype),
         clock=clock,
         max_model_len=max_model_len,
     )

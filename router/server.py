@@ -111,6 +111,7 @@ class RouterServer:
             async with asyncio.timeout(timeout_s):
                 epoch = await epochs.wait_first()
                 sys.setswitchinterval(SWITCH_INTERVAL_S)
+                loaded.heartbeat.start()
                 engine.start()
                 await pass_one_token(engine, epochs.book.choose("readiness", "", epoch.id, None), timeout_s)
         except TimeoutError as error:
@@ -142,6 +143,8 @@ class RouterServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop, ENGINE_STOP_S)
+        if self._loaded is not None:
+            await asyncio.to_thread(self._loaded.heartbeat.stop)
         await self._server.stop(1.0)
         await asyncio.to_thread(self._pool.close)
 
@@ -196,7 +199,7 @@ class RouterServer:
         return router_stats(
             engine.stats(),
             phases=self._clock.snapshot(),
-            links=self._pool.links,
+            replicas=self._pool.health(),
             gates=loaded.model.gate_stats.snapshot(),
             experts=0 if epoch is None else len(epoch.versions),
             experts_without_worker=0 if epoch is None else len(self._pool.missing(epoch)),

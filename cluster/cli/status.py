@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,8 @@ from cluster.terminal.tables import count, new_table, state_text
 from moesaic.v1 import control_pb2, inference_pb2
 
 TIMEOUT_S = 5.0
+# The circuit of a replica that is called like any other.
+CLOSED = "closed"
 
 
 async def run_status(target: str, *, as_json: bool) -> None:
@@ -62,7 +64,7 @@ def _print(target: str, seen: Observation, console: Console) -> None:
     if seen.topology is not None:
         console.print()
         console.print(_processes(seen.topology, seen.routers))
-    elif stats.workers:
+    if stats.workers:
         console.print()
         console.print(_traffic(stats))
     if len(seen.routers) > 1:
@@ -124,7 +126,15 @@ def _routers(routers: Mapping[str, inference_pb2.GetRouterStatsResponse]) -> Tab
 def _remarks(seen: Observation) -> list[str]:
     processes = seen.topology.processes if seen.topology is not None else ()
     details = [f"{process.name}: {process.detail}" for process in processes if process.detail]
-    return [*filter(None, (_problem(seen), _unheld(seen.entry))), *details]
+    return [*filter(None, (_problem(seen), _unheld(seen.entry))), *details, *_troubles(seen)]
+
+
+def _troubles(seen: Observation) -> Iterator[str]:
+    """Why routers do not call a replica like any other."""
+    for name, stats in seen.routers.items():
+        for traffic in stats.workers:
+            if traffic.circuit not in ("", CLOSED):
+                yield f"{traffic.worker} is {traffic.circuit} at {name}: {traffic.last_error or 'it was late'}"
 
 
 def _unheld(stats: inference_pb2.GetRouterStatsResponse) -> str:
@@ -138,17 +148,39 @@ def _problem(seen: Observation) -> str:
 
 
 def _traffic(stats: inference_pb2.GetRouterStatsResponse) -> Table:
+    """The replicas as the router sees them."""
     table = new_table(
-        *("worker", "connected", "address", ">calls", ">rows", ">failed"), drop=("calls", "rows", "failed")
+        *(
+            "worker",
+            "circuit",
+            "address",
+            ">calls",
+            ">rows",
+            ">in flight",
+            ">p50 ms",
+            ">p99 ms",
+            ">failed",
+            ">late",
+        ),
+        drop=("in flight", "p50 ms", "calls", "rows", "p99 ms", "late", "failed"),
     )
     for traffic in stats.workers:
-        connected = "yes" if traffic.connected else "[red]no[/]"
         table.add_row(
             traffic.worker,
-            connected,
+            _circuit(traffic),
             traffic.address,
             count(traffic.calls),
             count(traffic.rows),
+            count(traffic.in_flight),
+            f"{traffic.call_p50_us / 1000:.2f}",
+            f"{traffic.call_p99_us / 1000:.2f}",
             count(traffic.failed_calls),
+            count(traffic.hedged_calls),
         )
     return table
+
+
+def _circuit(traffic: inference_pb2.WorkerTraffic) -> str:
+    if traffic.circuit != CLOSED:
+        return f"[red]{traffic.circuit or '-'}[/]"
+    return traffic.circuit if traffic.connected else "[red]away[/]"

@@ -77,6 +77,8 @@ def _plain_worker(activity: Activity, worker: WorkerActivity) -> dict[str, Any]:
         "call_p50_us": worker.call_p50_us or None,
         "call_p99_us": worker.call_p99_us or None,
         "failed_calls": worker.all_failed_calls,
+        "hedged_calls": worker.hedged_calls,
+        "circuits": worker.circuits,
     }
 
 
@@ -145,7 +147,7 @@ def _worker_table(activity: Activity) -> Table:
         failed = str(worker.all_failed_calls)
         table.add_row(
             worker.name,
-            _state(worker),
+            "\n".join((_state(worker), *(f"[red]{circuit}[/]" for circuit in worker.circuits))),
             # One line for each word, because "shared_memory" would not fit into eighty columns.
             "\n".join(worker.transports).replace("_", "\n") or "-",
             f"{activity.rate(worker.rows):,.0f}",

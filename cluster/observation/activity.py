@@ -66,6 +66,10 @@ class WorkerActivity:
     failed_calls: int
     # Failed calls since the start of the routers.
     all_failed_calls: int
+    # Calls that another replica answered first because this one was late.
+    hedged_calls: int
+    # What routers make of it, other than "closed": why it is not called like any other.
+    circuits: tuple[str, ...]
     transports: tuple[str, ...]
     call_p50_us: int
     call_p99_us: int
@@ -176,6 +180,8 @@ def _worker(process: ObservedProcess, before: Observation, after: Observation) -
         received_bytes=sum(new.received_bytes - old.received_bytes for old, new in links),
         failed_calls=sum(new.failed_calls - old.failed_calls for old, new in links),
         all_failed_calls=sum(new.failed_calls for _, new in links),
+        hedged_calls=sum(new.hedged_calls for _, new in links),
+        circuits=tuple(sorted({new.circuit for _, new in links} - {"", "closed"})),
         transports=tuple(sorted({new.transport for _, new in links if new.transport})),
         call_p50_us=max((new.call_p50_us for _, new in links), default=0),
         call_p99_us=max((new.call_p99_us for _, new in links), default=0),

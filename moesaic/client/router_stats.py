@@ -37,6 +37,13 @@ class WorkerTraffic:
     # The latency of the last calls, in microseconds.
     call_p50_us: int
     call_p99_us: int
+    # Whether the router calls it: "closed", "suspect", "open", "half-open" or "quarantined" (docs/failures.md).
+    circuit: str
+    in_flight: int
+    # Why its last failed call failed; empty while none did.
+    last_error: str
+    # Calls that another replica answered first because this one was late.
+    hedged_calls: int
 
     @classmethod
     def from_pb(cls, traffic: pb.WorkerTraffic) -> Self:
@@ -52,6 +59,10 @@ class WorkerTraffic:
             transport=traffic.transport,
             call_p50_us=traffic.call_p50_us,
             call_p99_us=traffic.call_p99_us,
+            circuit=traffic.circuit,
+            in_flight=traffic.in_flight,
+            last_error=traffic.last_error,
+            hedged_calls=traffic.hedged_calls,
         )
 
 

@@ -444,7 +444,7 @@ class PhaseTime(_message.Message):
     def __init__(self, phase: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class WorkerTraffic(_message.Message):
-    __slots__ = ("worker", "address", "connected", "calls", "rows", "failed_calls", "sent_bytes", "received_bytes", "transport", "call_p50_us", "call_p99_us")
+    __slots__ = ("worker", "address", "connected", "calls", "rows", "failed_calls", "sent_bytes", "received_bytes", "transport", "call_p50_us", "call_p99_us", "circuit", "in_flight", "last_error", "hedged_calls")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
@@ -456,6 +456,10 @@ class WorkerTraffic(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     CALL_P50_US_FIELD_NUMBER: _ClassVar[int]
     CALL_P99_US_FIELD_NUMBER: _ClassVar[int]
+    CIRCUIT_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
+    HEDGED_CALLS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     address: str
     connected: bool
@@ -467,7 +471,11 @@ class WorkerTraffic(_message.Message):
     transport: str
     call_p50_us: int
     call_p99_us: int
-    def __init__(self, worker: _Optional[str] = ..., address: _Optional[str] = ..., connected: _Optional[bool] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., failed_calls: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., call_p50_us: _Optional[int] = ..., call_p99_us: _Optional[int] = ...) -> None: ...
+    circuit: str
+    in_flight: int
+    last_error: str
+    hedged_calls: int
+    def __init__(self, worker: _Optional[str] = ..., address: _Optional[str] = ..., connected: _Optional[bool] = ..., calls: _Optional[int] = ..., rows: _Optional[int] = ..., failed_calls: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., call_p50_us: _Optional[int] = ..., call_p99_us: _Optional[int] = ..., circuit: _Optional[str] = ..., in_flight: _Optional[int] = ..., last_error: _Optional[str] = ..., hedged_calls: _Optional[int] = ...) -> None: ...
 
 class GateStats(_message.Message):
     __slots__ = ("layer", "z_loss", "assignments", "dropped")

@@ -9,20 +9,20 @@ import psutil
 from moesaic.v1 import inference_pb2
 from router.engine.engine import EngineStats
 from router.gating.gate_stats import LayerGateStats
-from router.workers.worker_link import WorkerLink
+from router.workers.replica_pool import ReplicaHealth
 
 
 def router_stats(
     stats: EngineStats,
     *,
     phases: Mapping[str, float],
-    links: Sequence[WorkerLink],
+    replicas: Sequence[ReplicaHealth],
     gates: Sequence[LayerGateStats],
     experts: int,
     experts_without_worker: int,
     uptime_s: float,
 ) -> inference_pb2.GetRouterStatsResponse:
-    """One message with the counters of engine, links and gates, and the seconds of each phase."""
+    """One message with the counters of engine, replicas and gates, and the seconds of each phase."""
     return inference_pb2.GetRouterStatsResponse(
         steps=stats.steps,
         prompt_tokens=stats.prompt_tokens,
@@ -33,7 +33,7 @@ def router_stats(
         kv_blocks_total=stats.kv_blocks_total,
         preemptions=stats.preemptions,
         phases=[inference_pb2.PhaseTime(phase=phase, seconds=seconds) for phase, seconds in phases.items()],
-        workers=[_traffic(link) for link in links],
+        workers=[_traffic(replica) for replica in replicas],
         resident_bytes=psutil.Process().memory_info().rss,
         experts=experts,
         experts_without_worker=experts_without_worker,
@@ -52,17 +52,22 @@ def router_stats(
     )
 
 
-def _traffic(link: WorkerLink) -> inference_pb2.WorkerTraffic:
+def _traffic(replica: ReplicaHealth) -> inference_pb2.WorkerTraffic:
+    link, traffic = replica.link, replica.link.traffic
     return inference_pb2.WorkerTraffic(
         worker=link.replica.worker,
         address=link.replica.address,
         connected=link.connected,
-        calls=link.traffic.calls,
-        rows=link.traffic.rows,
-        failed_calls=link.traffic.failed_calls,
-        sent_bytes=link.traffic.sent_bytes,
-        received_bytes=link.traffic.received_bytes,
-        transport=link.traffic.transport,
-        call_p50_us=link.traffic.latency_us(0.5),
-        call_p99_us=link.traffic.latency_us(0.99),
+        calls=traffic.calls,
+        rows=traffic.rows,
+        failed_calls=traffic.failed_calls,
+        sent_bytes=traffic.sent_bytes,
+        received_bytes=traffic.received_bytes,
+        transport=traffic.transport,
+        call_p50_us=traffic.latency_us(0.5),
+        call_p99_us=traffic.latency_us(0.99),
+        circuit=replica.circuit.value,
+        in_flight=link.num_in_flight,
+        last_error=replica.last_error,
+        hedged_calls=traffic.hedged_calls,
     )

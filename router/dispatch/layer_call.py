@@ -39,6 +39,8 @@ class LayerCall:
     missing: dict[int, frozenset[str]] = field(init=False)
     # Why the last attempt at each of these groups failed.
     errors: dict[int, MoesaicError] = field(default_factory=dict)
+    # The last call of which a group's rows were not finite.
+    not_finite: dict[int, WorkerCall] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.missing = dict.fromkeys(range(len(self.groups.slots)), frozenset())
@@ -46,13 +48,13 @@ class LayerCall:
     @property
     def in_flight(self) -> list[WorkerCall]:
         """The calls whose answers have not been waited for."""
-        return [call for wave in self.waves for call in wave.calls if not call.received]
+        return [call for wave in self.waves for call in (*wave.calls, *wave.hedges) if not call.received]
 
     def begin_wave(self, *, silent: Set[str], deadline_s: float) -> Wave:
         """A wave for every group that is missing. It leaves out the workers that failed the group before, and
         those that are silent."""
         excluded = {group: failed | silent for group, failed in sorted(self.missing.items())}
-        wave = Wave(excluded, deadline_s, [])
+        wave = Wave(excluded, deadline_s, [], [])
         self.waves.append(wave)
         return wave
 
@@ -81,6 +83,14 @@ class LayerCall:
         for group in rows.groups:
             self.missing[group] = self.missing.get(group, frozenset()) | {incarnation}
         self._leave_out(rows, error)
+
+    def refuted(self) -> list[tuple[int, WorkerCall]]:
+        """The groups whose rows were not finite from one worker and are from another one, with the call to the first; one
+        group of each call. Each is told once. Where nobody's rows are finite the version is to blame, and no worker."""
+        refuted = [(group, call) for group, call in self.not_finite.items() if group not in self.missing]
+        for group, _ in refuted:
+            del self.not_finite[group]
+        return list({id(call): (group, call) for group, call in refuted}.values())
 
     def fail_unheld(self, group: int, error: MoesaicError) -> None:
         """Leaves out a group that no replica can be asked for. An earlier error of a replica is kept."""

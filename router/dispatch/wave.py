@@ -22,8 +22,17 @@ class WorkerCall:
     versions: list[bytes]
     pending: PendingCall
     span: trace.Span
-    # Whether the answer has been waited for.
+    # When it was sent, on the dispatcher's clock.
+    sent_s: float
+    # The seconds until its answer was received; None before, and once the pool has been told.
+    took_s: float | None = None
+    # Whether its outcome is known, or of no interest any more.
     received: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """The number of (token, expert) pairs."""
+        return len(self.rows.assignments)
 
 
 class Wave(NamedTuple):
@@ -34,3 +43,5 @@ class Wave(NamedTuple):
     # When waiting for the answers ends, on the monotonic clock.
     deadline_s: float
     calls: list[WorkerCall]
+    # The calls that were sent in place of late ones.
+    hedges: list[WorkerCall]

@@ -16,14 +16,24 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import grpc
 from torch import Tensor
 
 from moesaic import rpc
-from moesaic.errors import MoesaicError, Unavailable
+from moesaic.errors import DeadlineExceeded, MoesaicError, Unavailable, from_rpc_error
 from moesaic.routing_table import Replica
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
+from moesaic.wire.messages import COMPUTE_METHOD, Framed, decode_response, encode_request
+from moesaic.wire.tensors import data_of
 from router.workers.transports import direct_stream, order
-from router.workers.transports.base import GRPC, HOST_SILENT, Transport, TransportKind, WorkerAnswer
+from router.workers.transports.base import (
+    GRPC,
+    HOST_SILENT,
+    Transport,
+    TransportKind,
+    WorkerAnswer,
+    read_answer,
+)
 from router.workers.transports.grpc_stream import GrpcStream
 
 LATENCIES_KEPT = 1000
@@ -39,6 +49,8 @@ class Traffic:
     calls: int = 0
     rows: int = 0
     failed_calls: int = 0
+    # Calls that another replica answered first, because they were late.
+    hedged_calls: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
     # The transport of the newest call.
@@ -117,12 +129,39 @@ class WorkerLink:
         self._start_opening()
         return answer
 
+    def wait(self, call: PendingCall, timeout_s: float) -> bool:
+        """Whether an answer or an error is there within the time; `receive` then seldom waits."""
+        return call.transport is None or call.transport.wait(call.request.call_id, timeout_s)
+
+    def abandon(self, call: PendingCall) -> None:
+        """Gives up a call that nobody waits for any more. That is no failure; a late answer is dropped."""
+        if call.transport is not None:
+            call.transport.abandon(call.request.call_id)
+
     def take(self, call: PendingCall) -> WorkerAnswer | None:
         """The answer, if it is a right one and has arrived; the call is over in any case, and no failure."""
         try:
             return self._receive(call, 0.0)
         except (MoesaicError, TimeoutError):
             return None
+
+    def probe(
+        self,
+        request: expert_pb2.ComputeRequest,
+        hidden: Tensor,
+        timeout_s: float,
+        then: Callable[[WorkerAnswer | MoesaicError | TimeoutError], None],
+    ) -> None:
+        """Sends a call of its own, beside those of the thread that sends, and says in another thread what became of it. Any
+        thread may call it."""
+        try:
+            # One request and one answer are a stream as well.
+            method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(COMPUTE_METHOD)
+            asked = method.future(encode_request(Framed(request, data_of(hidden))), timeout=timeout_s)
+        except ValueError:  # the channel was closed meanwhile
+            then(Unavailable("the link to the worker is closed"))
+        else:
+            asked.add_done_callback(lambda done: then(_outcome(done)))
 
     def close(self) -> None:
         with self._lock:
@@ -207,6 +246,21 @@ class WorkerLink:
                 return
         for transport in opened.values():
             transport.close()
+
+
+def _outcome(probe: grpc.Future[bytes]) -> WorkerAnswer | MoesaicError | TimeoutError:
+    try:
+        answered: bytes | None = probe.result()
+        if answered is None:
+            return Unavailable("the worker ended the stream")
+        return read_answer(decode_response(answered))
+    except grpc.FutureCancelledError:
+        return Unavailable("the link to the worker is closed")
+    except MoesaicError as error:
+        failure = error
+    except grpc.RpcError as error:
+        failure = from_rpc_error(error)
+    return TimeoutError() if isinstance(failure, DeadlineExceeded) else failure
 
 
 def _num_rows(request: expert_pb2.ComputeRequest) -> int:

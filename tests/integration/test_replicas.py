@@ -18,6 +18,7 @@ from support.processes import Process, running_workers
 
 from moesaic import ExpertPolicy, rpc
 from moesaic.client.client import Client
+from moesaic.client.router_stats import WorkerTraffic
 from moesaic.errors import MoesaicError
 from moesaic.routing_table import Replica, RoutingTable, Snapshot
 from moesaic.v1 import expert_pb2, expert_pb2_grpc
@@ -67,6 +68,12 @@ class Site:
         request = health_pb2.HealthCheckRequest(service=rpc.INFERENCE_SERVICE)
         answer = await self.health.Check(request, timeout=WAIT_S)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def traffic(self, worker: int) -> WorkerTraffic:
+        """What the router says of a worker."""
+        address = self.workers[worker].address
+        stats = await self.client.router_stats()
+        return next(traffic for traffic in stats.workers if traffic.address == address)
 
     def rows(self) -> list[int]:
         """How many rows each worker computed."""
@@ -147,3 +154,33 @@ async def test_without_a_worker_that_answers_the_router_is_not_healthy(model: Pa
         with pytest.raises(MoesaicError) as caught:
             await site.client.complete(PROMPT, max_tokens=32, experts=ExpertPolicy(on_missing="fail"))
         assert caught.value.reason == "NO_REPLICA"
+
+
+async def test_a_replica_that_stands_still_is_left_out_until_it_goes_on(model: Path) -> None:
+    async with serving(model, 2) as site:
+        expected = [await site.tokens() for _ in range(4)][-1]
+        answering = [asyncio.create_task(site.tokens()) for _ in range(4)]
+        await asyncio.to_thread(site.workers[0].stand_still)
+        started_s = asyncio.get_running_loop().time()
+        assert await asyncio.gather(*answering) == [expected] * 4
+        assert await site.tokens() == expected
+        # Half of engine.call_timeout_s is what it would cost to wait for it.
+        assert asyncio.get_running_loop().time() - started_s < 10.0
+        frozen = await site.traffic(0)
+        assert frozen.circuit != "closed"
+        assert await site.tokens() == expected
+        assert (await site.traffic(0)).calls == frozen.calls, "it was called while its circuit was open"
+        site.workers[0].go_on()
+        async with asyncio.timeout(WAIT_S):
+            while (await site.traffic(0)).calls == frozen.calls:
+                assert await site.tokens() == expected
+
+
+async def test_replicas_that_are_idle_are_found_dead_by_the_heartbeat(model: Path) -> None:
+    async with serving(model, 2) as site:
+        await site.tokens()
+        site.workers[0].kill()
+        async with asyncio.timeout(WAIT_S):
+            while (await site.traffic(0)).circuit not in ("open", "half-open"):
+                await asyncio.sleep(0.05)
+        assert (await site.traffic(1)).circuit == "closed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -351,3 +352,27 @@ def test_an_answer_that_belongs_to_no_call_is_data_loss_at_once_and_the_next_cal
         with pytest.raises(DataLoss, match="never made"):
             link.receive(call, WAIT_S)
     assert link.receive(send(link, 0), WAIT_S)
+
+
+def test_waiting_leaves_a_call_as_it_is_and_an_abandoned_one_is_no_failure(link: WorkerLink) -> None:
+    late, quick = send(link, 1), send(link, 0)
+    assert not link.wait(late, 0.0) and link.num_in_flight == 2
+    assert link.wait(quick, WAIT_S) and link.receive(quick, 0.0)
+    link.abandon(late)
+    assert link.num_in_flight == link.traffic.failed_calls == 0
+    link.receive(send(link, 0), WAIT_S)
+
+
+def test_a_probe_travels_beside_the_calls(link: WorkerLink) -> None:
+    outcomes: queue.SimpleQueue[object] = queue.SimpleQueue()
+    waiting = send(link, 1)
+    for layer in (0, 2, 3, 4):
+        request = expert_pb2.ComputeRequest(layer=layer, hidden=header_of(ROWS))
+        link.probe(request, ROWS, 0.5, outcomes.put)
+        expected = {0: WorkerAnswer, 2: Overloaded, 3: Unavailable, 4: Unavailable}[layer]
+        assert isinstance(outcomes.get(timeout=WAIT_S), expected)
+    assert link.receive(send(link, 0), WAIT_S) and link.receive(waiting, WAIT_S)
+    assert link.traffic.calls == 2
+    link.close()
+    link.probe(request, ROWS, 0.5, outcomes.put)
+    assert isinstance(outcomes.get(timeout=WAIT_S), Unavailable)

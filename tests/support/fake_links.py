@@ -53,6 +53,7 @@ class FakeLink(WorkerLink):
         self.answer = answer
         self.requests: list[expert_pb2.ComputeRequest] = []
         self.received: list[int] = []
+        self.abandoned: list[int] = []
         self.closed = self.is_lost = False
         self.in_flight = 0
 
@@ -76,6 +77,12 @@ class FakeLink(WorkerLink):
     def receive(self, call: PendingCall, timeout_s: float) -> WorkerAnswer:
         self.received.append(call.request.call_id)
         return self.answer(call.request, call.hidden)
+
+    def wait(self, call: PendingCall, timeout_s: float) -> bool:
+        return True
+
+    def abandon(self, call: PendingCall) -> None:
+        self.abandoned.append(call.request.call_id)
 
     def take(self, call: PendingCall) -> WorkerAnswer | None:
         try:

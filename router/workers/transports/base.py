@@ -71,6 +71,14 @@ class Transport(Protocol):
         dropped."""
         ...
 
+    def wait(self, call_id: int, timeout_s: float) -> bool:
+        """Whether the outcome of a call is there within the time: `receive` then has it at once."""
+        ...
+
+    def abandon(self, call_id: int) -> None:
+        """Gives up a call that nobody waits for any more; a late answer is dropped."""
+        ...
+
     def close(self) -> None:
         """Fails the calls in flight."""
         ...

@@ -135,6 +135,25 @@ class DirectStream:
             raise arrived
         return read_answer(arrived)
 
+    def wait(self, call_id: int, timeout_s: float) -> bool:
+        """See `Transport`."""
+        with self._lock:
+            ends_s = time.monotonic() + timeout_s
+            try:
+                while self._calls[call_id] is None:
+                    self._advance(ends_s)
+            except TimeoutError:
+                return False
+            except MoesaicError:  # the stream broke: all its calls have failed
+                return True
+        return True
+
+    def abandon(self, call_id: int) -> None:
+        """See `Transport`."""
+        with self._lock:
+            if self._calls.pop(call_id) is None:
+                self._abandoned.add(call_id)
+
     def close(self) -> None:
         # Wakes the thread that waits, which then releases the lock.
         with suppress(OSError):

@@ -63,6 +63,18 @@ class GrpcStream:
             raise arrived
         return read_answer(arrived)
 
+    def wait(self, call_id: int, timeout_s: float) -> bool:
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while self._calls[call_id] is None:
+                self._sort(self._inbox.get(timeout=max(0.0, deadline_s - time.monotonic())))
+        except queue.Empty:
+            return False
+        return True
+
+    def abandon(self, call_id: int) -> None:
+        del self._calls[call_id]
+
     def close(self) -> None:
         self._answers.cancel()
 

@@ -122,8 +122,31 @@ class SharedMemoryTransport:
                     self._read(ends_s - time.monotonic())
                 return self._answer(held, held.answer)
             except TimeoutError:
-                held.abandoned = True
+                self._release(held)
                 raise
+
+    def wait(self, call_id: int, timeout_s: float) -> bool:
+        """See `Transport`."""
+        with self._lock:
+            held = self._waiting[call_id]
+            if isinstance(held, MoesaicError):
+                return True
+            ends_s = time.monotonic() + timeout_s
+            try:
+                while held.answer is None:
+                    self._read(ends_s - time.monotonic())
+            except TimeoutError:
+                return False
+            except MoesaicError:  # the connection broke: all its calls have failed
+                return True
+        return True
+
+    def abandon(self, call_id: int) -> None:
+        """See `Transport`."""
+        with self._lock:
+            held = self._waiting.pop(call_id)
+            if isinstance(held, _CallBuffer):
+                self._release(held)
 
     def close(self) -> None:
         # Wakes the thread that waits, which then releases the lock.
@@ -156,6 +179,13 @@ class SharedMemoryTransport:
                 os.close(fd)
         self._with_worker[held.index] = held
         return held
+
+    def _release(self, held: _CallBuffer) -> None:
+        """The buffer of a call that nobody waits for is free when the worker has answered."""
+        if held.answer is None:
+            held.abandoned = True
+        else:
+            self._lent.append(held)
 
     def _acquire(self, num_bytes: int) -> _CallBuffer:
         """A free buffer, one that is large enough if there is one. Raises Overloaded."""

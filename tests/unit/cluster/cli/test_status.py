@@ -16,6 +16,7 @@ def router() -> PlayedRouter:
         kv_blocks_used=1, kv_blocks_total=4, generated_tokens=1234, uptime_s=12.0
     )
     stats.workers.add(worker="expert-worker-0", address="127.0.0.1:9", connected=True, calls=5, rows=6789)
+    stats.workers[0].circuit = "closed"
     return PlayedRouter(stats)
 
 
@@ -27,9 +28,9 @@ async def test_a_router_without_a_controller_shows_its_own_view(capsys: pytest.C
         "2 layers; context 0; up 12 s",
         "0 running, 0 waiting; KV 1 of 4 blocks; 1,234 tokens generated",
         "",
-        "worker           connected  address      calls   rows  failed",
-        "─────────────────────────────────────────────────────────────",
-        "expert-worker-0  yes        127.0.0.1:9      5  6,789       0",
+        "worker           circuit  address      calls   rows  p99 ms  failed  late",
+        "─────────────────────────────────────────────────────────────────────────",
+        "expert-worker-0  closed   127.0.0.1:9      5  6,789    0.00       0     0",
     ]
 
 
@@ -70,3 +71,13 @@ async def test_experts_that_no_worker_holds_are_counted(capsys: pytest.CaptureFi
         asked.stats.experts_without_worker = 16
         await run_status(address, as_json=False)
         assert "16 of 32 experts have no worker" in capsys.readouterr().out
+
+
+async def test_why_a_replica_is_not_called_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = router()
+    asked.stats.workers[0].circuit = "quarantined"
+    asked.stats.workers[0].last_error = "the worker's answer is not finite"
+    async with playing(asked) as (address, _):
+        await run_status(address, as_json=False)
+    printed = capsys.readouterr().out
+    assert "expert-worker-0 is quarantined at router: the worker's answer is not finite" in printed

@@ -338,7 +338,8 @@ def test_what_is_abandoned_in_flight_is_given_up_once() -> None:
     step.send(1, HIDDEN, SLOTS, WEIGHTS)
     step.abandon()
     for link in links.values():
-        assert link.received == [request.call_id for request in link.requests]
+        received, given_up = (request.call_id for request in link.requests)
+        assert link.received == [received] and link.abandoned == [given_up]
 
 
 @pytest.mark.parametrize("combine_sum", [False, True], ids=["rows", "sum"])

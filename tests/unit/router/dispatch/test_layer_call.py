@@ -38,7 +38,7 @@ def ask(layer: LayerCall, worker: str, groups: list[int]) -> WorkerCall:
     versions = [digest(0, slot) for slot in rows.slots]
     link = FakeLink(Replica(worker, f"{worker}:1", f"{worker}-1", {}))
     request, hidden = layer.request.to_worker(rows, versions, timeout_ms=1)
-    return WorkerCall(link, rows, versions, link.send(request, hidden), None)  # type: ignore[arg-type]
+    return WorkerCall(link, rows, versions, link.send(request, hidden), None, 0.0)  # type: ignore[arg-type]
 
 
 def test_the_first_wave_is_for_every_group_and_leaves_out_the_silent() -> None:

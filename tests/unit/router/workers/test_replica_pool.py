@@ -11,15 +11,17 @@ from moesaic.epoch import ExpertAddress, ExpertVersion
 from moesaic.errors import DataLoss, MoesaicError, Overloaded, Unavailable
 from moesaic.routing_table import Replica, RoutingTable
 from router.workers import replica_pool
+from router.workers.call_times import REFRESH
+from router.workers.circuit import PROBE_PAUSE_S, WRONG_ANSWERS, CircuitState
 from router.workers.replica_pool import (
-    BACK_OFF_S,
+    BUSY_S,
     MAX_UNLISTED,
     SHARE_ROWS,
-    SILENT_BACK_OFF_S,
     WELL_AFTER_S,
+    DueProbe,
     ReplicaPool,
 )
-from router.workers.transports.base import HOST_SILENT
+from router.workers.slowness import HALF_LIFE_S
 
 EPOCH = make_epoch(1, 2)
 FIRST = ExpertAddress(0, 0)
@@ -48,8 +50,19 @@ class Rig:
         link = self.pool.pick(FIRST, digest(0, 0), exclude=exclude, planned=rows)
         return None if link is None else link.replica.incarnation
 
-    def fail(self, incarnation: str, error: MoesaicError = GONE) -> None:
+    def fail(self, incarnation: str, error: MoesaicError | TimeoutError = GONE) -> None:
         self.pool.note_failure(self.links[incarnation], error)
+
+    def answer(self, incarnation: str, seconds: float = 0.001) -> None:
+        self.pool.note_answer(self.links[incarnation], 4, seconds)
+
+    def probes(self) -> dict[str, DueProbe]:
+        """Those that are due now, by incarnation."""
+        return {probe.link.replica.incarnation: probe for probe in self.pool.due_probes()}
+
+    def circuit(self, incarnation: str) -> CircuitState:
+        health = {one.link.replica.incarnation: one for one in self.pool.health()}
+        return health[incarnation].circuit
 
 
 @pytest.fixture
@@ -143,21 +156,110 @@ def test_an_older_table_changes_nothing(rig: Rig) -> None:
     assert rig.pick() == "a1"
 
 
-def test_a_replica_that_failed_is_left_alone_for_a_moment(rig: Rig) -> None:
+def test_a_replica_that_failed_is_left_alone_until_it_has_answered_a_probe(rig: Rig) -> None:
     rig.publish(1, "a1", "b1")
     rig.fail("a1")
+    rig.now_s += 60.0
     assert [rig.pick() for _ in range(4)] == ["b1"] * 4
-    rig.now_s += BACK_OFF_S + 0.1
-    assert rig.pick() == "a1"
+    rig.pool.note_probe(rig.probes()["a1"], None)
+    assert {rig.pick(), rig.pick()} == {"a1", "b1"}
 
 
-def test_a_replica_whose_host_is_silent_is_left_alone_for_longer(rig: Rig) -> None:
+def test_a_replica_that_is_overloaded_is_left_alone_for_a_moment(rig: Rig) -> None:
     rig.publish(1, "a1", "b1")
-    rig.fail("a1", Unavailable("silent", reason=HOST_SILENT))
-    rig.now_s += BACK_OFF_S + 0.1
+    rig.fail("a1", Overloaded("full"))
     assert [rig.pick() for _ in range(4)] == ["b1"] * 4
-    rig.now_s += SILENT_BACK_OFF_S
+    rig.now_s += BUSY_S + 0.1
     assert rig.pick() == "a1"
+
+
+def test_an_open_circuit_gets_no_call_even_where_there_is_no_other_replica(rig: Rig) -> None:
+    rig.publish(1, "a1")
+    rig.fail("a1", TimeoutError())
+    assert rig.circuit("a1") is CircuitState.OPEN and rig.pick() is None
+    rig.now_s += PROBE_PAUSE_S
+    probe = rig.probes()["a1"]
+    assert rig.circuit("a1") is CircuitState.HALF_OPEN and not rig.probes() and rig.pick() is None
+    rig.pool.note_probe(probe, None)
+    assert rig.pick() == "a1"
+
+
+def test_a_replica_that_was_late_is_not_called_while_another_one_can_be(rig: Rig) -> None:
+    rig.publish(1, "a1", "b1")
+    rig.pool.note_late(rig.links["a1"], 4, 0.5)
+    assert [rig.pick() for _ in range(4)] == ["b1"] * 4 and rig.pick("b1") == "a1"
+    assert rig.links["a1"].traffic.hedged_calls == 1
+    rig.pool.note_probe(rig.probes()["a1"], TimeoutError())
+    assert rig.circuit("a1") is CircuitState.OPEN and rig.pick("b1") is None
+
+
+def test_a_slow_replica_gets_few_calls_and_is_measured_again_now_and_then(rig: Rig) -> None:
+    rig.publish(1, "a1", "b1")
+    asked = {"a1": 0, "b1": 0}
+    for _ in range(10_000):
+        chosen = rig.pick()
+        assert chosen is not None
+        asked[chosen] += 1
+        seconds = 0.02 if chosen == "a1" else 0.002
+        rig.now_s += seconds
+        rig.answer(chosen, seconds)
+    assert 5 < asked["a1"] < 0.02 * asked["b1"]
+
+
+def test_a_slow_replica_takes_work_when_the_others_have_more_than_enough(rig: Rig) -> None:
+    rig.publish(1, "a1", "b1")
+    for _ in range(10 * REFRESH):
+        rig.answer("b1", 0.001)
+    for _ in range(20):
+        rig.answer("a1", 0.004)
+    rig.links["b1"].in_flight = 2
+    assert rig.pick() == "b1"
+    rig.links["b1"].in_flight = 6
+    assert rig.pick() == "a1"
+    rig.links["b1"].in_flight = 0
+    rig.now_s += 4 * HALF_LIFE_S
+    assert {rig.pick(), rig.pick()} == {"a1", "b1"}
+
+
+def test_wrong_answers_put_a_replica_into_quarantine_and_the_operator_is_told_why(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.publish(1, "a1", "b1")
+    version = ExpertVersion(FIRST, digest(0, 0))
+    for _ in range(WRONG_ANSWERS):
+        rig.pool.note_wrong(rig.links["a1"], "the worker computed with another version", version)
+    assert rig.circuit("a1") is CircuitState.QUARANTINED and rig.pick("b1") is None
+    assert caplog.records[-1].message == "a worker is not called any more: its answers are wrong"
+    assert caplog.records[-1].fields["reason"] == "the worker computed with another version"
+    rig.answer("a1")
+    assert rig.pick("b1") is None, "answers of calls that were sent before end no quarantine"
+    (first, _) = rig.pool.health()
+    assert first.last_error == "the worker computed with another version"
+
+
+def test_a_replica_in_quarantine_is_probed_with_the_version_that_it_got_wrong(rig: Rig) -> None:
+    rig.publish(1, "a1")
+    for address_slot in (0, 1):
+        version = ExpertVersion(ExpertAddress(0, address_slot), digest(0, address_slot))
+        for _ in range(WRONG_ANSWERS):
+            rig.pool.note_wrong(rig.links["a1"], "wrong", version)
+    rig.now_s += 60.0
+    probe = rig.probes()["a1"]
+    assert probe.is_blamed and probe.version.address.slot == 1
+    rig.pool.note_probe(probe, DataLoss("wrong"))
+    assert not rig.probes()
+    rig.now_s += 120.0
+    rig.pool.note_probe(rig.probes()["a1"], None)
+    assert rig.pick() == "a1"
+
+
+def test_replicas_without_traffic_are_probed_and_busy_ones_are_not(rig: Rig) -> None:
+    rig.publish(1, "a1", "b1", "c1")
+    assert not rig.probes()
+    rig.now_s += 1.5
+    rig.answer("a1")
+    rig.links["b1"].in_flight = 1
+    assert set(rig.probes()) == {"c1"}
 
 
 def test_a_model_is_replicated_where_every_version_has_two_holders(rig: Rig) -> None:
@@ -204,8 +306,8 @@ def test_a_failing_worker_is_logged_once_and_once_more_when_it_has_answered_for_
             for _ in range(50):
                 rig.fail("a1", DataLoss("the worker's answer is not finite"))
                 rig.now_s += 0.5
-                rig.pool.note_answer(rig.links["a1"])
-                rig.pool.note_answer(rig.links["b1"])
+                rig.answer("a1")
+                rig.answer("b1")
             (record,) = caplog.records
             assert record.message == "a worker fails"
             assert record.fields == {
@@ -214,8 +316,8 @@ def test_a_failing_worker_is_logged_once_and_once_more_when_it_has_answered_for_
                 "reason": "the worker's answer is not finite",
             }
             rig.now_s += WELL_AFTER_S
-            rig.pool.note_answer(rig.links["a1"])
-            rig.pool.note_answer(rig.links["a1"])
+            rig.answer("a1")
+            rig.answer("a1")
             assert [record.message for record in caplog.records[1:]] == ["a worker answers again"]
 
 

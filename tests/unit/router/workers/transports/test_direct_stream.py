@@ -387,3 +387,26 @@ def test_it_carries_what_is_small_there_and_back(
 ) -> None:
     hidden = torch.empty(num_tokens, MAX_ROWS_BYTES // 64 // 4)
     assert carries(expert_pb2.ComputeRequest(combine=combine), hidden, num_rows) == fits
+
+
+def test_waiting_leaves_a_call_as_it_is_and_abandoning_drops_its_late_answer(
+    stream: DirectStream, worker: Worker
+) -> None:
+    send(stream, 1)
+    assert not stream.wait(1, 0.0) and stream.num_in_flight == 1
+    late = worker.take()
+    stream.abandon(1)
+    assert stream.num_in_flight == 0
+    send(stream, 2)
+    worker.answer(late)
+    worker.answer(worker.take())
+    assert stream.wait(2, WAIT_S)
+    assert stream.receive(2, 0.0).response.call_id == 2
+
+
+def test_waiting_ends_when_the_stream_breaks(stream: DirectStream, worker: Worker) -> None:
+    send(stream, 1)
+    worker.connection.close()
+    assert stream.wait(1, WAIT_S)
+    with pytest.raises(Unavailable):
+        stream.receive(1, 0.0)

@@ -343,3 +343,36 @@ def test_a_socket_of_another_user_is_not_entered(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
         with pytest.raises(SharedMemoryError):
             connect(path, "a-1")
+
+
+def test_waiting_leaves_a_call_as_it_is_and_abandoning_drops_its_late_answer(
+    link: SharedMemoryTransport, worker: Worker
+) -> None:
+    send(link, 1)
+    assert not link.wait(1, 0.0) and link.num_in_flight == 1
+    late = worker.take()
+    link.abandon(1)
+    assert link.num_in_flight == 0
+    send(link, 2)
+    worker.answer(*late)
+    worker.answer(*worker.take())
+    assert link.wait(2, WAIT_S)
+    assert link.receive(2, 0.0).response.call_id == 2
+
+
+def test_an_answer_that_nobody_fetches_gives_its_buffer_back(
+    link: SharedMemoryTransport, worker: Worker
+) -> None:
+    for call_id in range(1, 4 * shared_memory.MAX_BUFFERS):
+        send(link, call_id)
+        worker.answer(*worker.take())
+        assert link.wait(call_id, WAIT_S)
+        link.abandon(call_id)
+
+
+def test_waiting_ends_when_the_connection_breaks(link: SharedMemoryTransport, worker: Worker) -> None:
+    send(link, 1)
+    worker.connection.close()
+    assert link.wait(1, WAIT_S)
+    with pytest.raises(Unavailable):
+        link.receive(1, 0.0)
