@@ -410,12 +410,10 @@ class RayCluster:
         for a joined Ray, which others look after."""
         # Where Ray was started a second time, the dead raylet of the first time may be a child still.
         raylets = [
-            child
-            for child in psutil.Process().children()
-            if self._local and _is_alive(child) and child.name() == "raylet"
+            child for child in psutil.Process().children() if _is_alive(child) and child.name() == "raylet"
         ]
         head = HeadWatch(_LocalHead(self._thread), time.monotonic)
-        while all(map(_is_alive, raylets)):
+        while not self._local or any(map(_is_alive, raylets)):
             if self._local:
                 await head.look()
             await asyncio.sleep(LOSS_PERIOD_S)

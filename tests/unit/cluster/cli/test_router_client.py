@@ -31,6 +31,6 @@ async def test_a_router_that_goes_away_in_mid_answer_is_not_reported_as_never_th
     async with running(FakeRouter(pace_s=0.01)) as link:
         with pytest.raises(Unavailable) as caught:
             async with router_client(link.address) as client:
-                async for _ in client.generate("ab", max_tokens=100):
+                async for _ in client.generate("ab", max_tokens=100, timeout_s=2.0):
                     await link.kill()
     assert "no router answers" not in caught.value.message

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.control.rollout import Desired, Observed, Unload, Worker, plan
+from cluster.control.rollout import Desired, Footprint, Observed, Unload, Worker, plan
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion
 
 ADDRESS = ExpertAddress(0, 0)
@@ -10,7 +10,7 @@ HELD = ExpertVersion(ADDRESS, b"1" * 32)
 
 
 def desired(*living: Epoch) -> Desired:
-    return Desired(living, 1, frozenset({ADDRESS}), {}, {})
+    return Desired(living, 1, frozenset({ADDRESS}), {}, {0: Footprint(1)})
 
 
 def observed() -> Observed:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -15,16 +17,30 @@ from cluster.processes.ray_cluster import Logging, RayCluster
 from cluster.processes.server_folder import ServerFolder
 
 
-def start_raylet(folder: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def start_raylet(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     program = folder / "raylet"
     if not program.exists():
         shutil.copy("/bin/sleep", program)
-    return subprocess.Popen([program, "600"])
+    with subprocess.Popen([program, "600"]) as raylet:
+        try:
+            yield raylet
+        finally:
+            raylet.kill()
+
+
+class LivingHead:
+    """Ray's head, which needs nobody to start it again."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    async def look(self) -> None: ...
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> RayCluster:
     monkeypatch.setattr(ray_cluster, "LOSS_PERIOD_S", 0.01)
+    monkeypatch.setattr(ray_cluster, "HeadWatch", LivingHead)
     folder = cast(ServerFolder, "a folder makes it a local one")
     return RayCluster(Logging("INFO", None, False), asyncio.Event(), folder=folder)
 
@@ -34,7 +50,7 @@ async def test_a_raylet_of_an_earlier_attempt_is_no_loss_and_the_end_of_the_one_
 ) -> None:
     with start_raylet(tmp_path) as earlier, start_raylet(tmp_path) as raylet:
         earlier.kill()  # and not waited for, so that it stays a child
-        lost = asyncio.create_task(cluster.lost())
+        lost = asyncio.create_task(cluster.watch())
         done, _ = await asyncio.wait({lost}, timeout=0.1)
         assert not done
         raylet.kill()
@@ -42,4 +58,4 @@ async def test_a_raylet_of_an_earlier_attempt_is_no_loss_and_the_end_of_the_one_
 
 
 async def test_a_raylet_that_died_before_anybody_looked_is_a_loss(cluster: RayCluster) -> None:
-    await asyncio.wait_for(cluster.lost(), 60)
+    await asyncio.wait_for(cluster.watch(), 60)

@@ -222,7 +222,7 @@ def test_a_narrow_terminal_shows_fewer_columns_and_cuts_none(width: int) -> None
     text = written(console)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    assert text.count("expert-worker-63 ") == 2
+    assert text.count("expert-worker-63 ") == 3
     assert "192.168.100.100:65535" in text
 
 
