@@ -14,12 +14,17 @@ from moesaic.stop_signals import StopRequested, StopSignals, serve_until_signal,
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_the_first_signal_asks_to_stop_the_second_to_stop_at_once(number: signal.Signals) -> None:
-    with StopSignals() as signals:
-        os.kill(os.getpid(), number)
-        await asyncio.wait_for(signals.stop.wait(), 60)
-        assert not signals.force.is_set()
-        os.kill(os.getpid(), number)
-        await asyncio.wait_for(signals.force.wait(), 60)
+    # Under nohup the hang-up is ignored, and stays so.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), number)
+            await asyncio.wait_for(signals.stop.wait(), 60)
+            assert not signals.force.is_set()
+            os.kill(os.getpid(), number)
+            await asyncio.wait_for(signals.force.wait(), 60)
+    finally:
+        signal.signal(number, before)
 
 
 async def test_a_third_signal_ends_the_command() -> None:
