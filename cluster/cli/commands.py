@@ -15,6 +15,7 @@ import typer
 
 from cluster.cli.expert_commands import expert
 from cluster.cli.router_address import router_address
+from cluster.cli.verb_help import Json, examples
 from moesaic.addresses import join_address, split_address
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
@@ -45,7 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Model = Annotated[
     str | None,
     typer.Argument(help=FIELDS["model"].description, show_default=default_words(FIELDS["model"])),
@@ -67,11 +67,6 @@ _NO_SUCH_VERB = {
 }
 
 
-def _examples(*lines: str) -> str:
-    """The end of a verb's help. A line of its own needs an empty one before it."""
-    return "\n\n".join(("Examples:", *(f"$ {line}" for line in lines)))
-
-
 @app.callback(invoke_without_command=True)
 def version(
     show: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
@@ -85,7 +80,7 @@ def version(
 
 @app.command(
     rich_help_panel=_SERVE,
-    epilog=_examples(
+    epilog=examples(
         "moesaic serve",
         "moesaic serve hf://mistralai/Mixtral-8x7B-v0.1 --expert-dtype int8",
         "moesaic serve ./model --workers 4 --replicas 2 --http-port 8080",
@@ -114,7 +109,7 @@ def serve(model: Model = None, *, flags: SettingFlags, as_json: Json = False) ->
 
 @app.command(
     rich_help_panel=_SERVE,
-    epilog=_examples("moesaic inspect ./model", "moesaic inspect hf://ORG/NAME --json"),
+    epilog=examples("moesaic inspect ./model", "moesaic inspect hf://ORG/NAME --json"),
 )
 @with_settings(
     "dense_layers",
@@ -134,7 +129,7 @@ def inspect(model: Model = None, *, flags: SettingFlags, as_json: Json = False) 
 
 
 @app.command(
-    rich_help_panel=_SERVE, epilog=_examples("moesaic demo", 'moesaic demo --prompt "JULIET:" --workers 8')
+    rich_help_panel=_SERVE, epilog=examples("moesaic demo", 'moesaic demo --prompt "JULIET:" --workers 8')
 )
 @with_settings(*OF_A_CLUSTER, defaults={"workers": 4, "routers": 1, "replicas": 2})
 def demo(
@@ -158,7 +153,7 @@ def demo(
 @app.command(
     "demo-experts",
     rich_help_panel=_SERVE,
-    epilog=_examples("moesaic demo-experts", "moesaic demo-experts --json"),
+    epilog=examples("moesaic demo-experts", "moesaic demo-experts --json"),
 )
 @with_settings(*OF_A_CLUSTER, defaults={"workers": 2, "routers": 1, "replicas": 1, "batch_invariant": True})
 def demo_experts(*, flags: SettingFlags, as_json: Json = False) -> None:
@@ -174,7 +169,7 @@ def demo_experts(*, flags: SettingFlags, as_json: Json = False) -> None:
 
 @app.command(
     rich_help_panel=_ASK,
-    epilog=_examples(
+    epilog=examples(
         'moesaic generate "Once upon a time" --temperature 0',
         "moesaic generate - --max-tokens 500 < story.txt",
         'echo "To be or" | moesaic generate --json',
@@ -255,7 +250,7 @@ def generate(
 
 
 @app.command(
-    rich_help_panel=_ASK, epilog=_examples("moesaic status", "moesaic status --grpc 10.0.0.7:50051 --json")
+    rich_help_panel=_ASK, epilog=examples("moesaic status", "moesaic status --grpc 10.0.0.7:50051 --json")
 )
 @with_settings()
 def status(*, grpc: Router = None, flags: SettingFlags, as_json: Json = False) -> None:
@@ -266,7 +261,7 @@ def status(*, grpc: Router = None, flags: SettingFlags, as_json: Json = False) -
         asyncio.run(run_status(router_address(grpc, flags.load()), as_json=as_json))
 
 
-@app.command(rich_help_panel=_SERVE, epilog=_examples("moesaic stop --address 10.0.0.7:6379"))
+@app.command(rich_help_panel=_SERVE, epilog=examples("moesaic stop --address 10.0.0.7:6379"))
 @with_settings("cluster.address", words={"address": "none: it must be given"})
 def stop(*, flags: SettingFlags, as_json: Json = False) -> None:
     """End the processes that a killed `moesaic serve` left behind on a Ray cluster that it had joined."""
@@ -276,7 +271,7 @@ def stop(*, flags: SettingFlags, as_json: Json = False) -> None:
         asyncio.run(run_stop(flags.load(), as_json=as_json))
 
 
-@app.command(rich_help_panel=_SERVE, epilog=_examples("moesaic convert ./Mixtral-8x7B-v0.1 ./mixtral"))
+@app.command(rich_help_panel=_SERVE, epilog=examples("moesaic convert ./Mixtral-8x7B-v0.1 ./mixtral"))
 def convert(
     context: typer.Context,
     model: Annotated[
@@ -297,7 +292,7 @@ def convert(
 
 @app.command(
     rich_help_panel=_ASK,
-    epilog=_examples(
+    epilog=examples(
         "moesaic bench",
         "moesaic bench ./model --concurrency 1,8 --chart bench.png",
         "moesaic bench --url http://127.0.0.1:8000 --rate 2",
@@ -391,7 +386,7 @@ def bench(
 
 @app.command(
     rich_help_panel=_SERVE,
-    epilog=_examples(
+    epilog=examples(
         "moesaic drill --fault kill --minutes 2",
         "moesaic drill --fault kill,freeze,router --seed 7 --chart drill.png",
         "moesaic drill --http 127.0.0.1:8000 --grpc 127.0.0.1:50051 --fault kill",
@@ -465,7 +460,7 @@ def drill(
         raise typer.Exit(0 if holds else 1)
 
 
-@app.command(rich_help_panel=_ASK, epilog=_examples("moesaic top", "moesaic top --once --json"))
+@app.command(rich_help_panel=_ASK, epilog=examples("moesaic top", "moesaic top --once --json"))
 @with_settings()
 def top(
     *,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli.router_address import router_address
+from cluster.cli.verb_help import Json, examples
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
 from moesaic.options import HELP_OPTIONS, SettingFlags, with_settings
@@ -25,7 +26,6 @@ expert = typer.Typer(
     epilog="Examples:\n\n$ moesaic expert swap ./legal-v2\n\n$ moesaic expert history",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Router = Annotated[
     str | None,
     typer.Option(
@@ -58,10 +58,6 @@ Bundle = Annotated[
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The name or the digest of a stored bundle.")]
 
 
-def _examples(*lines: str) -> str:
-    return "\n\n".join(("Examples:", *(f"$ {line}" for line in lines)))
-
-
 def _reach(grpc: str | None, controller: str | None, flags: SettingFlags) -> Reach:
     from cluster.cli.expert_change import Reach
 
@@ -69,7 +65,7 @@ def _reach(grpc: str | None, controller: str | None, flags: SettingFlags) -> Rea
 
 
 @expert.command(
-    epilog=_examples(
+    epilog=examples(
         "moesaic expert pack ./finetuned --base ./mixtral --out ./legal-v2",
         "moesaic expert pack ./finetuned --base ./mixtral --layers 10-20 --slots 3 --out ./legal-v2",
         "moesaic expert pack ./two-experts --base ./flexolmo --out ./maths-v1 --sign key.pem",
@@ -160,7 +156,7 @@ def pack(
 
 
 @expert.command(
-    epilog=_examples(
+    epilog=examples(
         "moesaic expert verify ./legal-v2 --base ./mixtral",
         "moesaic expert verify ./legal-v2 --signer key.pub.pem",
     )
@@ -190,7 +186,7 @@ def verify(
         run_verify(bundle, base, signer, as_json=as_json)
 
 
-@expert.command(epilog=_examples("moesaic expert swap ./legal-v2", "moesaic expert swap legal-v1"))
+@expert.command(epilog=examples("moesaic expert swap ./legal-v2", "moesaic expert swap legal-v1"))
 @with_settings()
 def swap(
     bundle: Bundle,
@@ -213,7 +209,7 @@ def swap(
 
 
 @expert.command(
-    epilog=_examples(
+    epilog=examples(
         "moesaic expert canary ./legal-v2 --share 10%", "moesaic expert canary ./legal-v2 --shadow 5%"
     )
 )
@@ -256,7 +252,7 @@ def canary(
         )
 
 
-@expert.command(epilog=_examples("moesaic expert promote"))
+@expert.command(epilog=examples("moesaic expert promote"))
 @with_settings()
 def promote(
     *,
@@ -278,7 +274,7 @@ def promote(
         asyncio.run(run_change(request, reach, as_json=as_json))
 
 
-@expert.command(epilog=_examples("moesaic expert rollback", "moesaic expert rollback 3f9a61c04be27d15"))
+@expert.command(epilog=examples("moesaic expert rollback", "moesaic expert rollback 3f9a61c04be27d15"))
 @with_settings()
 def rollback(
     epoch: Annotated[
@@ -309,7 +305,7 @@ def rollback(
 
 
 @expert.command(
-    epilog=_examples(
+    epilog=examples(
         "moesaic expert add ./maths-v1",
         "moesaic expert add ./maths-v1 --gate-from prompts.txt",
         "moesaic expert add ./maths-v1 --gate-mode arrow --base ./mixtral --yes",
@@ -394,7 +390,7 @@ def add(
         )
 
 
-@expert.command(epilog=_examples("moesaic expert remove maths-v1"))
+@expert.command(epilog=examples("moesaic expert remove maths-v1"))
 @with_settings()
 def remove(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The bundle that added the experts.")],
@@ -417,7 +413,7 @@ def remove(
         asyncio.run(run_change(request, reach, as_json=as_json))
 
 
-@expert.command("list", epilog=_examples("moesaic expert list", "moesaic expert list --json"))
+@expert.command("list", epilog=examples("moesaic expert list", "moesaic expert list --json"))
 @with_settings()
 def list_bundles(
     *, grpc: Router = None, controller: Controller = None, flags: SettingFlags, as_json: Json = False
@@ -429,7 +425,7 @@ def list_bundles(
         asyncio.run(run_list(_reach(grpc, controller, flags), as_json=as_json))
 
 
-@expert.command(epilog=_examples("moesaic expert show maths-v1"))
+@expert.command(epilog=examples("moesaic expert show maths-v1"))
 @with_settings()
 def show(
     name: Name,
@@ -446,7 +442,7 @@ def show(
         asyncio.run(run_show(name, _reach(grpc, controller, flags), as_json=as_json))
 
 
-@expert.command(epilog=_examples("moesaic expert history", "moesaic expert history --limit 5 --json"))
+@expert.command(epilog=examples("moesaic expert history", "moesaic expert history --limit 5 --json"))
 @with_settings()
 def history(
     *,
