@@ -12,9 +12,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -94,6 +95,20 @@ class Outputs:
             if self.chart.suffix not in CHART_FORMATS:
                 raise InvalidArgument(f"chart: must end with {' or '.join(CHART_FORMATS)}", field="chart")
             importlib.import_module("matplotlib")  # A missing library is reported now.
+
+    def deliver(
+        self, content: Mapping[str, object], draw: Callable[[Path], None], show: Callable[[Console], None]
+    ) -> None:
+        """Saves and draws a report, and prints it as JSON or shows its tables."""
+        text = json.dumps(content)
+        if self.save is not None:
+            self.save.write_text(text + "\n")
+        if self.chart is not None:
+            draw(self.chart)
+        if self.as_json:
+            print(text)
+        else:
+            show(Console(file=sys.stdout, highlight=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,22 +358,18 @@ class _Run:
         return self._plan.workload.requests(count, self._vocab_size, batch=batch)
 
 
+def _draw(report: BenchReport, file: Path) -> None:
+    from cluster.bench.chart import draw_chart
+
+    draw_chart(report, file)
+
+
 def _deliver(report: BenchReport, outputs: Outputs) -> None:
     """Prints, saves and draws the report.
 
     Raises Unavailable when requests failed, so that no figure hides it.
     """
-    text = json.dumps(asdict(report))
-    if outputs.save is not None:
-        outputs.save.write_text(text + "\n")
-    if outputs.chart is not None:
-        from cluster.bench.chart import draw_chart
-
-        draw_chart(report, outputs.chart)
-    if outputs.as_json:
-        print(text)
-    else:
-        print_report(report, Console(file=sys.stdout, highlight=False))
+    outputs.deliver(asdict(report), partial(_draw, report), partial(print_report, report))
     failed = sum(row.load.failed_requests for row in report.rows)
     if failed:
         raise Unavailable(f"{failed} of {sum(row.load.requests for row in report.rows)} requests failed")

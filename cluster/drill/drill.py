@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
@@ -269,16 +268,13 @@ def _ratio(value: float | None, control: float | None) -> float | None:
     return value / control if value is not None and control else None
 
 
+def _draw(report: DrillReport, file: Path) -> None:
+    from cluster.drill.chart import draw_chart
+
+    draw_chart(report, file)
+
+
 def _deliver(report: DrillReport, outputs: Outputs) -> None:
     """Prints, saves and draws the report."""
-    text = json.dumps(asdict(report) | {"holds": report.holds})
-    if outputs.save is not None:
-        outputs.save.write_text(text + "\n")
-    if outputs.chart is not None:
-        from cluster.drill.chart import draw_chart
-
-        draw_chart(report, outputs.chart)
-    if outputs.as_json:
-        print(text)
-    else:
-        print_report(report, Console(file=sys.stdout, highlight=False))
+    content = asdict(report) | {"holds": report.holds}
+    outputs.deliver(content, partial(_draw, report), partial(print_report, report))
