@@ -58,7 +58,7 @@ class GateRow:
 
     def to_proto(self, address: ExpertAddress) -> common_pb2.GateRow:
         return common_pb2.GateRow(
-            address=common_pb2.ExpertAddress(layer=address.layer, slot=address.slot),
+            address=address_to_proto(address),
             values=self.values,
             bias=self.bias,
             selection_bias=self.selection_bias,
@@ -66,8 +66,7 @@ class GateRow:
 
     @classmethod
     def from_proto(cls, message: common_pb2.GateRow) -> tuple[ExpertAddress, GateRow]:
-        address = ExpertAddress(message.address.layer, message.address.slot)
-        return address, cls(message.values, message.bias, message.selection_bias)
+        return address_from_proto(message.address), cls(message.values, message.bias, message.selection_bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +83,12 @@ class EpochBundle:
             name=self.name,
             digest=self.digest,
             tags=self.tags,
-            experts=[common_pb2.ExpertAddress(layer=layer, slot=slot) for layer, slot in self.experts],
+            experts=list(map(address_to_proto, self.experts)),
         )
 
     @classmethod
     def from_proto(cls, message: control_pb2.EpochBundle) -> EpochBundle:
-        experts = tuple(ExpertAddress(one.layer, one.slot) for one in message.experts)
+        experts = tuple(map(address_from_proto, message.experts))
         return cls(message.name, message.digest, tuple(message.tags), experts)
 
 
@@ -203,14 +202,22 @@ def merge_versions(
     return versions
 
 
+def address_to_proto(address: ExpertAddress) -> common_pb2.ExpertAddress:
+    return common_pb2.ExpertAddress(layer=address.layer, slot=address.slot)
+
+
+def address_from_proto(message: common_pb2.ExpertAddress) -> ExpertAddress:
+    return ExpertAddress(message.layer, message.slot)
+
+
 def versions_to_proto(versions: Iterable[ExpertVersion]) -> list[common_pb2.ExpertVersion]:
     """Ordered by layer, slot and digest."""
     return [version_to_proto(version) for version in sorted(versions)]
 
 
 def version_to_proto(version: ExpertVersion) -> common_pb2.ExpertVersion:
-    (layer, slot), digest = version
-    return common_pb2.ExpertVersion(address=common_pb2.ExpertAddress(layer=layer, slot=slot), digest=digest)
+    address, digest = version
+    return common_pb2.ExpertVersion(address=address_to_proto(address), digest=digest)
 
 
 def versions_from_proto(messages: Iterable[common_pb2.ExpertVersion]) -> frozenset[ExpertVersion]:
@@ -222,4 +229,4 @@ def version_from_proto(message: common_pb2.ExpertVersion) -> ExpertVersion:
     """Raises FailedPrecondition for a digest of the wrong length."""
     if len(message.digest) != DIGEST_BYTES:
         raise FailedPrecondition(f"an expert version's digest must have {DIGEST_BYTES} bytes", field="digest")
-    return ExpertVersion(ExpertAddress(message.address.layer, message.address.slot), message.digest)
+    return ExpertVersion(address_from_proto(message.address), message.digest)

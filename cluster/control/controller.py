@@ -22,10 +22,10 @@ from cluster.control.loss import BEAT_S, Losses
 from cluster.control.process_report import CANNOT_START, EVIDENCE, PROCESS_DIED, ProcessReport
 from cluster.control.pulse import Pulse
 from cluster.control.worker_facts import WorkerFacts, WorkerSighting
-from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion, merge_versions
+from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion, address_to_proto, merge_versions
 from moesaic.errors import FailedPrecondition, MoesaicError, Unavailable
 from moesaic.routing_table import Canary, Replica, RoutingTable, Snapshot
-from moesaic.v1 import common_pb2, control_pb2
+from moesaic.v1 import control_pb2
 
 log = logging.getLogger(__name__)
 
@@ -380,10 +380,7 @@ class Controller:
             role=member.role,
             state=control_pb2.PROCESS_STATE_PENDING,
             device=member.device,
-            experts=[
-                common_pb2.ExpertAddress(layer=address.layer, slot=address.slot)
-                for address in sorted(member.experts)
-            ],
+            experts=list(map(address_to_proto, sorted(member.experts))),
         )
         report, silent = self._reports.get(member.name), self._silent.get(member.name)
         if report is not None:

@@ -12,8 +12,9 @@ from cluster.control.bundle_store import Upload
 from cluster.control.change_order import ChangeOrder
 from cluster.control.control_plane import ControlPlane
 from cluster.control.epoch_store import Decision
+from moesaic.epoch import address_to_proto
 from moesaic.errors import InvalidArgument
-from moesaic.v1 import common_pb2, control_pb2, control_pb2_grpc
+from moesaic.v1 import control_pb2, control_pb2_grpc
 
 MAX_HISTORY = 10_000
 _DEFAULT_HISTORY = 100
@@ -97,10 +98,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         bundle = self._plane.bundles.open(digest)
         current = self._plane.epochs.current
         experts = [
-            common_pb2.ExpertAddress(layer=layer, slot=slot)
+            address_to_proto(address)
             for used in (current.bundles if current else ())
             if used.digest == digest
-            for layer, slot in used.experts
+            for address in used.experts
         ]
         return control_pb2.StoredBundle(
             name=bundle.manifest.name,

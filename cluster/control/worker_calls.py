@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,9 +12,9 @@ import grpc
 from cluster.control.bundle_store import BundleStore
 from cluster.control.rollout import MODEL_FOLDER
 from moesaic import rpc
-from moesaic.epoch import ExpertAddress, ExpertVersion, versions_to_proto
+from moesaic.epoch import ExpertVersion, version_from_proto, versions_to_proto
 from moesaic.errors import from_rpc_error
-from moesaic.v1 import common_pb2, expert_pb2, expert_pb2_grpc
+from moesaic.v1 import expert_pb2, expert_pb2_grpc
 
 # Giving versions up takes a moment; computing probe vectors may wait for the calls of routers.
 UNLOAD_TIMEOUT_S = 30.0
@@ -60,35 +61,23 @@ class GrpcWorkerCalls:
         self, address: str, bundle: bytes, versions: Sequence[ExpertVersion]
     ) -> AsyncIterator[ExpertVersion]:
         request = expert_pb2.LoadRequest(**self._where(bundle), experts=versions_to_proto(versions))
-        async with rpc.aio_channel(address) as channel:
-            stub = expert_pb2_grpc.WorkerControlServiceStub(channel)
-            try:
-                async for message in stub.Load(request, timeout=self._load_timeout_s):
-                    yield _version(message.expert)
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
+        async with _worker(address) as worker:
+            async for message in worker.Load(request, timeout=self._load_timeout_s):
+                yield version_from_proto(message.expert)
 
     async def unload(self, address: str, versions: Sequence[ExpertVersion]) -> None:
         request = expert_pb2.UnloadRequest(experts=versions_to_proto(versions))
-        async with rpc.aio_channel(address) as channel:
-            stub = expert_pb2_grpc.WorkerControlServiceStub(channel)
-            try:
-                await stub.Unload(request, timeout=UNLOAD_TIMEOUT_S)
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
+        async with _worker(address) as worker:
+            await worker.Unload(request, timeout=UNLOAD_TIMEOUT_S)
 
     async def probe(
         self, address: str, bundle: bytes, versions: Sequence[ExpertVersion]
     ) -> Sequence[ProbeOutcome]:
         request = expert_pb2.ProbeRequest(**self._where(bundle), experts=versions_to_proto(versions))
-        async with rpc.aio_channel(address) as channel:
-            stub = expert_pb2_grpc.WorkerControlServiceStub(channel)
-            try:
-                answer = await stub.Probe(request, timeout=PROBE_TIMEOUT_S)
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
+        async with _worker(address) as worker:
+            answer = await worker.Probe(request, timeout=PROBE_TIMEOUT_S)
         return [
-            ProbeOutcome(_version(one.expert), one.ok, one.max_difference, one.max_expected)
+            ProbeOutcome(version_from_proto(one.expert), one.ok, one.max_difference, one.max_expected)
             for one in answer.results
         ]
 
@@ -100,5 +89,11 @@ class GrpcWorkerCalls:
         return {"bundle": bundle, "control_address": self._control_address(), "folder": folder}
 
 
-def _version(message: common_pb2.ExpertVersion) -> ExpertVersion:
-    return ExpertVersion(ExpertAddress(message.address.layer, message.address.slot), message.digest)
+@asynccontextmanager
+async def _worker(address: str) -> AsyncIterator[Any]:
+    """The stub of the worker at HOST:PORT; what its calls end with is raised as the MoesaicError that it stands for."""
+    async with rpc.aio_channel(address) as channel:
+        try:
+            yield expert_pb2_grpc.WorkerControlServiceStub(channel)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
