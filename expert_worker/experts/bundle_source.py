@@ -217,10 +217,10 @@ def _find(folder: str, digest: bytes) -> Bundle | None:
     if not folder:
         return None
     try:
-        content = (Path(folder) / MANIFEST_FILE).read_bytes()
-        return open_bundle(folder) if hashlib.sha256(content).digest() == digest else None
-    except (OSError, InvalidArgument):
+        bundle = open_bundle(folder)
+    except InvalidArgument:
         return None
+    return bundle if bundle.digest == digest else None
 
 
 def _with_field(error: MoesaicError) -> MoesaicError:
