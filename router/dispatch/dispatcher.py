@@ -121,7 +121,7 @@ class Dispatcher:
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.lost = LostVersions(pool)
+        self.lost = LostVersions(pool, clock=now)
         self._tools = DispatchTools(pool, clock, rules, now, ExtraCalls(), ShadowCalls(pool), self.lost)
         # By the ids of the epochs of a step.
         self._versions: OrderedDict[tuple[str, ...], StepVersions] = OrderedDict()
@@ -251,8 +251,7 @@ class DispatchStep:
         self.failed.update(layer_call.failed_tokens())
         for group, error in layer_call.errors.items():
             if is_mendable(error):
-                address = ExpertAddress(layer_call.request.layer, layer_call.groups.slots[group])
-                self._lost.note(ExpertVersion(address, layer_call.versions[group]))
+                self._lost.note(self._version_of(layer_call, group))
 
     def _open(
         self, layer: int, hidden: Tensor, slots: Tensor, weights: Tensor, tokens: Sequence[int] | None
