@@ -49,6 +49,16 @@ class PrivateFolder:
         os.close(self._lock)
 
 
+@contextlib.contextmanager
+def private_folder() -> Iterator[Path]:
+    """Such a folder where temporary files are kept now; it ends with the context. Raises OSError."""
+    folder = PrivateFolder.create(Path(os.environ.get("TMPDIR") or tempfile.gettempdir()))
+    try:
+        yield folder.path
+    finally:
+        folder.remove()
+
+
 def remove_dead(place: Path, spare: Callable[[Path], bool] = lambda _: False) -> None:
     """Removes the folders of this user's processes that live no more, but for those that `spare` picks."""
     for path in place.glob(f"{PREFIX}*"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
 from moesaic.families import describe_model
 from moesaic.options import SettingFlags, run_program, with_settings
+from moesaic.private_folder import private_folder
 from moesaic.settings import Settings
 from moesaic.stop_signals import serve_until_signal
 from moesaic.v1 import control_pb2
@@ -56,8 +56,8 @@ def main(
             telemetry.configure(
                 "controller", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level
             )
-            with tempfile.TemporaryDirectory(prefix="moesaic-state-") as temporary:
-                plane = _plane(settings, model, _addresses(workers), Path(temporary))
+            with private_folder() as temporary:
+                plane = _plane(settings, model, _addresses(workers), temporary)
                 asyncio.run(_serve(plane, settings.host, port))
         finally:
             telemetry.flush()

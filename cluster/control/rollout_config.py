@@ -32,13 +32,24 @@ class RolloutConfig:
 
         Raises InvalidArgument with field `signers` or `golden_prompts`.
         """
-        state, prompts = settings.cluster.state, settings.rollout.golden_prompts
+        state = settings.cluster.state
         return cls(
             base=base,
             state=temporary if state is None else Path(state).expanduser().resolve(),
             is_lasting=state is not None,
             replicas=settings.cluster.replicas,
             signers=read_signers(settings.cluster.signers),
-            golden_prompts=() if prompts is None else read_prompts(Path(prompts)),
+            golden_prompts=_golden_prompts(settings),
             settings=settings.rollout,
         )
+
+    @staticmethod
+    def check(settings: Settings) -> None:
+        """Reads the files that the settings name. Raises InvalidArgument with field `signers` or `golden_prompts`."""
+        read_signers(settings.cluster.signers)
+        _golden_prompts(settings)
+
+
+def _golden_prompts(settings: Settings) -> tuple[str, ...]:
+    prompts = settings.rollout.golden_prompts
+    return () if prompts is None else read_prompts(Path(prompts))

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import sys
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from moesaic.errors import InvalidArgument, Unavailable
 from moesaic.families import MoeModel, describe_model
 from moesaic.kept_folder import sweep
 from moesaic.machine_memory import read_memory
+from moesaic.private_folder import private_folder
 from moesaic.settings import Settings
 from moesaic.stop_signals import StopSignals
 from moesaic.v1 import control_pb2
@@ -104,11 +104,7 @@ async def running_cluster(
         progress.show(topology)
 
     with contextlib.ExitStack() as shown, contextlib.ExitStack() as kept:
-        rollout = RolloutConfig.of(
-            settings,
-            BaseModel(model.identity.fingerprint, model.shape),
-            Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="moesaic-state-"))),
-        )
+        RolloutConfig.check(settings)
         milestones.reach("input checked")
         kept.enter_context(contextlib.redirect_stdout(sys.stderr))
         shown.enter_context(progress)
@@ -120,6 +116,8 @@ async def running_cluster(
             nodes = await asyncio.to_thread(ray.nodes)
             for warning in await signals.unless_stopped(asyncio.to_thread(ray.examine, nodes)):
                 progress.announce(f"warning: {warning}")
+            base = BaseModel(model.identity.fingerprint, model.shape)
+            rollout = RolloutConfig.of(settings, base, kept.enter_context(private_folder()))
             processes = plan_processes(
                 settings, model.folder, model.name, model.shape, nodes, ray.home, rollout, model.identity
             )

@@ -55,7 +55,7 @@ class LoadProgress:
 
     def announce(self, line: str) -> None:
         """Prints a line; on a terminal it stands above what is redrawn."""
-        self._console.print(line, highlight=False, markup=False)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, topology: control_pb2.GetTopologyResponse) -> None:
         for process in topology.processes:

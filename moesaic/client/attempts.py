@@ -19,7 +19,9 @@ ROUTER_UNREACHABLE = "ROUTER_UNREACHABLE"
 _LOST = frozenset({NO_ROUTER, ROUTER_UNREACHABLE, "STOPPING"})
 # What a router says of itself alone: it starts, stops or is full, or does not hold the epoch (yet, or any more).
 _REFUSED = frozenset({"LOADING", "NOT_READY", "DRAINING", "QUEUE_FULL", "EPOCH_UNKNOWN", "EXPERTS_MISSING"})
-# Of these, the ones that waiting may not cure.
+# What a router says that was told to stop: it is not awaited, for nothing says that it will be back.
+_LEAVING = frozenset({"STOPPING", "DRAINING"})
+# Refusals that waiting may not cure.
 _LASTING = frozenset({"EPOCH_UNKNOWN", "EXPERTS_MISSING"})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
@@ -42,7 +44,7 @@ class Attempts:
     refused together do not come back together.
 
     A router that is lost, or refuses, is replaced by another one at once. Where there is no other, a router that has
-    answered before is awaited, with pauses of 0.1 to 2 s; one that never answered is not.
+    answered before is awaited, with pauses of 0.1 to 2 s; one that never answered, or that was told to stop, is not.
     """
 
     def __init__(
@@ -86,7 +88,8 @@ class Attempts:
         """
         delay_s = None
         if is_lost(failure) or is_refusal(failure):
-            delay_s = self.delay_after_loss(failure, waits=begun or (is_lost(failure) and self._has_answered))
+            waits = begun or (is_lost(failure) and self._has_answered)
+            delay_s = self.delay_after_loss(failure, waits=waits and failure.reason not in _LEAVING)
         if delay_s is None and not begun:
             delay_s = self._after_refusal(failure)
         return delay_s

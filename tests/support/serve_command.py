@@ -100,7 +100,8 @@ class Serve:
         until(
             lambda: not self.members(), AFTERMATH_S, lambda: f"left: {[p.cmdline() for p in self.members()]}"
         )
-        assert list(self.temp.iterdir()) == []
+        left = sorted(map(str, self.temp.rglob("*")))
+        assert not left, f"left: {left}"
 
     def _is_member(self, process: psutil.Process) -> bool:
         try:

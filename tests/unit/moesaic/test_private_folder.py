@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.private_folder import LOCK, PREFIX, PrivateFolder
+from moesaic.private_folder import LOCK, PREFIX, PrivateFolder, private_folder
 
 
 def test_a_folder_is_closed_to_others_and_goes_with_its_owner(tmp_path: Path) -> None:
@@ -47,3 +47,12 @@ def test_what_belongs_to_a_living_process_or_to_somebody_else_stays(tmp_path: Pa
 def test_where_none_can_be_made_it_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         PrivateFolder.create(tmp_path / "none")
+
+
+def test_a_folder_of_a_block_lies_where_temporary_files_do_and_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with private_folder() as folder:
+        assert folder.parent == tmp_path
+    assert list(tmp_path.iterdir()) == []

@@ -80,7 +80,6 @@ def test_no_time_is_left_after_the_deadline() -> None:
 
 
 LOST = Unavailable("the connection broke", reason=ROUTER_UNREACHABLE)
-STOPPING = Unavailable("the router is stopping", reason="STOPPING", retry_after_s=1.0)
 FULL = Overloaded("full", reason="QUEUE_FULL", retry_after_s=3.0)
 
 
@@ -104,7 +103,15 @@ def test_a_lost_router_is_replaced_by_each_of_the_others_at_once() -> None:
     tried = attempts(num_routers=3)
     assert [tried.delay_after(LOST) for _ in range(3)] == [0.0, 0.0, None]
     tried.note_answer()
-    assert [tried.delay_after(STOPPING, begun=True) for _ in range(4)] == [0.0, 0.0, 0.1, 0.2]
+    assert [tried.delay_after(LOST, begun=True) for _ in range(4)] == [0.0, 0.0, 0.1, 0.2]
+
+
+@pytest.mark.parametrize("reason", ["STOPPING", "DRAINING"])
+def test_a_router_that_was_told_to_stop_is_replaced_but_not_awaited(reason: str) -> None:
+    leaving = Unavailable("the router stops", reason=reason, retry_after_s=1.0)
+    tried = attempts(num_routers=2)
+    tried.note_answer()
+    assert [tried.delay_after(leaving, begun=True) for _ in range(2)] == [0.0, None]
 
 
 def test_others_are_asked_before_a_refusal_is_waited_for() -> None:
