@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -289,8 +289,8 @@ class DispatchStep:
     def _share_s(self, layer_call: LayerCall, now_s: float) -> float:
         """The seconds of the step that a wave may take: where there are replicas to turn to, it leaves the later waves
         as much as it takes."""
-        waves_left = MAX_ATTEMPTS - len(layer_call.waves) if self._pool.replicated else 1
-        return (self._deadline_s - now_s) / waves_left
+        has_others = self._have_another_holder(layer_call, layer_call.missing)
+        return (self._deadline_s - now_s) / (MAX_ATTEMPTS - len(layer_call.waves) if has_others else 1)
 
     def _choose_or_fail(self, layer_call: LayerCall, wave: Wave) -> _Chosen:
         chosen, unheld = self._choose(layer_call, wave.excluded)
@@ -352,9 +352,11 @@ class DispatchStep:
     def _receive_wave(self, layer_call: LayerCall) -> Tensor:
         """Waits for the newest wave and combines everything that was answered, [T, D] float32."""
         wave, times = layer_call.waves[-1], _WaveTimes()
-        settle = self._settle_or_hedge if self._pool.replicated else self._settle
         for call in wave.calls:
-            settle(layer_call, wave, call, times)
+            if self._have_another_holder(layer_call, call.rows.groups):
+                self._settle_or_hedge(layer_call, wave, call, times)
+            else:
+                self._settle(layer_call, wave, call, times)
         self._note_times(times)
         with self._clock.phase(Phase.COMBINE):
             return self._combine(layer_call)
@@ -446,6 +448,9 @@ class DispatchStep:
         call.received = True
         call.link.abandon(call.pending)
         _end_span(call.span)
+
+    def _have_another_holder(self, layer_call: LayerCall, groups: Iterable[int]) -> bool:
+        return self._pool.have_another_holder(self._version_of(layer_call, group) for group in groups)
 
     def _version_of(self, layer_call: LayerCall, group: int) -> ExpertVersion:
         address = ExpertAddress(layer_call.request.layer, layer_call.groups.slots[group])

@@ -107,7 +107,8 @@ class ReplicaPool:
         self._ordered_members: tuple[_Member, ...] = ()
         self._ordered: tuple[WorkerLink, ...] = ()
         self._holders: _Holders = {}
-        self._replicated = False
+        # The versions that one member alone holds; None: all of them.
+        self._sole: frozenset[ExpertVersion] | None = None
         # By expert: the name of a worker that held it last, for the message when none does any more.
         self._last_workers: dict[ExpertAddress, str] = {}
 
@@ -121,10 +122,10 @@ class ReplicaPool:
         """That of the newest table; -1 before the first."""
         return self._revision
 
-    @property
-    def replicated(self) -> bool:
-        """Whether every expert version that is held at all has another holder to turn to."""
-        return self._replicated
+    def have_another_holder(self, versions: Iterable[ExpertVersion]) -> bool:
+        """Whether there is another replica of each of these versions to turn to."""
+        sole = self._sole
+        return sole is not None and (not sole or sole.isdisjoint(versions))
 
     def update(self, table: RoutingTable) -> None:
         """Replaces the table by a newer one; an older one is ignored."""
@@ -339,7 +340,8 @@ class ReplicaPool:
                 holders[version].append(member)
                 self._last_workers[version.address] = member.link.replica.worker
         self._holders = {version: tuple(who) for version, who in holders.items()}
-        self._replicated = bool(holders) and all(len(who) > 1 for who in holders.values())
+        sole = frozenset(version for version, who in holders.items() if len(who) == 1)
+        self._sole = sole if len(sole) < len(holders) else None
         self._ordered_members = tuple(members)
         self._ordered = tuple(member.link for member in members)
 

@@ -148,6 +148,14 @@ def test_a_late_call_of_which_a_part_has_no_other_replica_is_waited_for() -> Non
     assert not step.failed and rig.calls() == {"a": 1, "b": 0}
 
 
+def test_an_expert_that_one_worker_alone_holds_takes_no_hedge_from_the_others() -> None:
+    rig = Rig({"a": NEVER_S, "b": 0.002, "c": 0.002}, slots={"a": range(3), "b": range(3), "c": range(3, 4)})
+    output, step = rig.compute()
+    torch.testing.assert_close(output, EXPECTED)
+    assert not step.failed and rig.now_s - 100.0 < UNKNOWN_DELAY_S + 0.01
+    assert rig.calls() == {"a": 1, "b": 1, "c": 1}
+
+
 @pytest.mark.parametrize(
     "broken",
     [failing(Unavailable("gone")), spoiled(versions=[b"x" * 32]), spoiled(output=lambda rows: rows[:-1])],

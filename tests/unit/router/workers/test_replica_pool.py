@@ -262,12 +262,19 @@ def test_replicas_without_traffic_are_probed_and_busy_ones_are_not(rig: Rig) -> 
     assert set(rig.probes()) == {"c1"}
 
 
-def test_a_model_is_replicated_where_every_version_has_two_holders(rig: Rig) -> None:
-    assert not rig.pool.replicated
+def test_a_version_has_another_holder_where_two_workers_hold_it(rig: Rig) -> None:
+    first, second = sorted(EPOCH.expert_versions, key=lambda version: version.address)[:2]
+    assert not rig.pool.have_another_holder([first])
     rig.publish(1, "a1")
-    assert not rig.pool.replicated
+    assert not rig.pool.have_another_holder([first])
     rig.publish(2, "a1", "b1")
-    assert rig.pool.replicated
+    assert rig.pool.have_another_holder([first, second])
+    part = frozenset({first})
+    rig.pool.update(
+        RoutingTable(3, (Replica("a", "a:1", "a1", EPOCH.expert_versions), Replica("b", "b:1", "b1", part)))
+    )
+    assert rig.pool.have_another_holder([first])
+    assert not rig.pool.have_another_holder([first, second])
 
 
 def test_a_replica_that_failed_is_asked_when_there_is_no_other(rig: Rig) -> None:
