@@ -35,9 +35,7 @@ async def run_list(reach: Reach, *, as_json: bool) -> None:
     table = new_table("bundle", "digest", ">size", "in use", "tags", drop=("tags", "digest", "size"))
     for bundle in bundles:
         digest = bundle.digest.hex()[:_ID_CHARS]
-        table.add_row(
-            bundle.name, digest, size(bundle.num_bytes), _places(bundle.experts), ", ".join(bundle.tags)
-        )
+        table.add_row(bundle.name, digest, size(bundle.num_bytes), _use(bundle), ", ".join(bundle.tags))
     console.print(table)
 
 
@@ -73,7 +71,7 @@ def _show(stored: control_pb2.StoredBundle, manifest: Manifest, console: Console
         "bundle": f"{manifest.name}, {size(stored.num_bytes)}",
         "digest": stored.digest.hex(),
         "for": manifest.base_model,
-        "in use": _places(stored.experts),
+        "in use": _use(stored),
         "about": manifest.description,
         "owner": manifest.owner,
         "licence": manifest.licence,
@@ -117,6 +115,13 @@ def _print_history(history: control_pb2.GetHistoryResponse, console: Console) ->
 def _short(bundle: str) -> str:
     """A name as it is, a digest by its beginning."""
     return bundle[:_ID_CHARS] if len(bundle) == _DIGEST_CHARS else bundle
+
+
+def _use(stored: control_pb2.StoredBundle) -> str:
+    """Where a bundle is in use; places that it has in a canary alone say so."""
+    if stored.experts or not stored.canary_experts:
+        return _places(stored.experts)
+    return f"canary, {_places(stored.canary_experts)}"
 
 
 def _places(experts: Iterable[common_pb2.ExpertAddress]) -> str:

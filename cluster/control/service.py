@@ -12,9 +12,9 @@ from cluster.control.bundle_store import Upload
 from cluster.control.change_order import ChangeOrder
 from cluster.control.control_plane import ControlPlane
 from cluster.control.epoch_store import Decision
-from moesaic.epoch import address_to_proto
+from moesaic.epoch import Epoch, address_to_proto
 from moesaic.errors import InvalidArgument
-from moesaic.v1 import control_pb2, control_pb2_grpc
+from moesaic.v1 import common_pb2, control_pb2, control_pb2_grpc
 
 MAX_HISTORY = 10_000
 _DEFAULT_HISTORY = 100
@@ -96,21 +96,26 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     def _stored(self, digest: bytes) -> control_pb2.StoredBundle:
         bundle = self._plane.bundles.open(digest)
-        current = self._plane.epochs.current
-        experts = [
-            address_to_proto(address)
-            for used in (current.bundles if current else ())
-            if used.digest == digest
-            for address in used.experts
-        ]
+        epochs = self._plane.epochs
         return control_pb2.StoredBundle(
             name=bundle.manifest.name,
             digest=digest,
             tags=bundle.manifest.tags,
             num_bytes=bundle.num_bytes,
             manifest=bundle.manifest_bytes,
-            experts=experts,
+            experts=_places(digest, epochs.current),
+            canary_experts=_places(digest, epochs.canary),
         )
+
+
+def _places(digest: bytes, epoch: Epoch | None) -> list[common_pb2.ExpertAddress]:
+    """The slots that a bundle has in an epoch."""
+    return [
+        address_to_proto(address)
+        for used in (epoch.bundles if epoch else ())
+        if used.digest == digest
+        for address in used.experts
+    ]
 
 
 def _write(upload: Upload, request: control_pb2.UploadBundleRequest) -> None:

@@ -123,20 +123,22 @@ class ListBundlesResponse(_message.Message):
     def __init__(self, bundles: _Optional[_Iterable[_Union[StoredBundle, _Mapping]]] = ...) -> None: ...
 
 class StoredBundle(_message.Message):
-    __slots__ = ("name", "digest", "tags", "num_bytes", "manifest", "experts")
+    __slots__ = ("name", "digest", "tags", "num_bytes", "manifest", "experts", "canary_experts")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    CANARY_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: bytes
     tags: _containers.RepeatedScalarFieldContainer[str]
     num_bytes: int
     manifest: bytes
     experts: _containers.RepeatedCompositeFieldContainer[_common_pb2.ExpertAddress]
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[bytes] = ..., tags: _Optional[_Iterable[str]] = ..., num_bytes: _Optional[int] = ..., manifest: _Optional[bytes] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertAddress, _Mapping]]] = ...) -> None: ...
+    canary_experts: _containers.RepeatedCompositeFieldContainer[_common_pb2.ExpertAddress]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[bytes] = ..., tags: _Optional[_Iterable[str]] = ..., num_bytes: _Optional[int] = ..., manifest: _Optional[bytes] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertAddress, _Mapping]]] = ..., canary_experts: _Optional[_Iterable[_Union[_common_pb2.ExpertAddress, _Mapping]]] = ...) -> None: ...
 
 class ChangeRequest(_message.Message):
     __slots__ = ("kind", "bundle", "name", "expected_epoch", "canary", "share", "shadow_share", "gate_rows", "epoch", "operator")

@@ -95,6 +95,9 @@ async def test_a_canary_is_told_to_routers_and_promoted(rig, bundle) -> None:
         assert rig.router.epoch == first
         assert (rig.router.canary.share, rig.router.canary.shadow_share) == (0.1, 0.05)
         canary = rig.router.canary.epoch.id
+        (listed,) = (await rig.stub.ListBundles(control_pb2.ListBundlesRequest())).bundles
+        assert not listed.experts
+        assert [(it.layer, it.slot) for it in listed.canary_experts] == [(0, 3)]
         await rig.change(kind=PROMOTE)
         assert (rig.router.epoch.id, rig.router.canary) == (canary, None)
 

@@ -271,6 +271,12 @@ async def test_the_list_says_where_bundles_are_in_use(
         )
         await run_list(Reach(router), as_json=False)
         assert "layers 0-1: slot 4" in capsys.readouterr().out
+        trial = stored("maths-v1", digest=bundle.digest, manifest=bundle.manifest_bytes)
+        trial.canary_experts.extend(trial.experts)
+        trial.ClearField("experts")
+        controller.bundles[bundle.digest] = trial
+        await run_list(Reach(router), as_json=False)
+        assert "canary, layers 0-1: slot 4" in capsys.readouterr().out
         await run_list(Reach(router), as_json=True)
         listed = json.loads(capsys.readouterr().out)["bundles"][0]
         assert (listed["name"], listed["digest"]) == ("maths-v1", bundle.digest.hex())
