@@ -9,7 +9,7 @@ import asyncio
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 
@@ -21,6 +21,9 @@ from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
 from moesaic.options import FIELDS, HELP_OPTIONS, SettingFlags, default_words, with_settings
 from moesaic.spelling import Spelling
+
+if TYPE_CHECKING:
+    from moesaic.expert_policy import OnMissing
 
 # The settings that every verb with a cluster of its own takes.
 OF_A_CLUSTER = (
@@ -226,6 +229,14 @@ def generate(
         int | None,
         typer.Option(metavar="K", help="The most experts that compute a token.", show_default="the model's"),
     ] = None,
+    on_missing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POLICY",
+            help="What happens where no copy of an expert is left: wait, fail, substitute or renormalise.",
+            show_default="the server's",
+        ),
+    ] = None,
     flags: SettingFlags,
     as_json: Json = False,
 ) -> None:
@@ -244,7 +255,12 @@ def generate(
                 top_p=top_p,
                 seed=seed,
                 stop=stop,
-                experts=ExpertPolicy(deny=deny or (), allow=allow or (), top_k=top_experts),
+                experts=ExpertPolicy(
+                    deny=deny or (),
+                    allow=allow or (),
+                    top_k=top_experts,
+                    on_missing=cast("OnMissing | None", on_missing),  # the policy refuses other words
+                ),
             )
         )
 

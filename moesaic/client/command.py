@@ -11,7 +11,7 @@ from importlib import metadata
 
 from moesaic.client.sync_client import SyncClient
 from moesaic.exit_codes import exit_with_code
-from moesaic.expert_policy import ExpertPolicy
+from moesaic.expert_policy import ON_MISSING, ExpertPolicy
 
 DEFAULT_ROUTER = "127.0.0.1:50051"
 DEFAULT_MAX_TOKENS = 128
@@ -61,7 +61,9 @@ def client_command(arguments: Sequence[str] | None = None) -> None:
 def _generate(client: SyncClient, options: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     wanted = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p", "seed", "stop")}
-    policy = ExpertPolicy(deny=options.deny, allow=options.allow, top_k=options.top_experts)
+    policy = ExpertPolicy(
+        deny=options.deny, allow=options.allow, top_k=options.top_experts, on_missing=options.on_missing
+    )
     if options.json:
         print(json.dumps(asdict(client.complete(prompt, experts=policy, **wanted))))
         return
@@ -128,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--top-experts", type=int, metavar="K", help="the most experts that compute a token"
+    )
+    generate.add_argument(
+        "--on-missing",
+        choices=ON_MISSING,
+        help="what happens where no copy of an expert is left (default: the server's)",
     )
     _add_common(generate, _generate)
     _add_common(verbs.add_parser("status", help="show what a router has done", allow_abbrev=False), _status)

@@ -73,6 +73,7 @@ async def test_after_an_answer_its_length_and_speed_and_end_are_told() -> None:
         ("experts.deny[2]", "deny"),
         ("experts.allow", "allow"),
         ("experts.top_k", "top_experts"),
+        ("experts.on_missing", "on_missing"),
         ("top_k", "top_k"),
     ],
 )

@@ -75,11 +75,24 @@ async def test_json_is_one_object(router: RunningRouter, capsys: pytest.CaptureF
 async def test_experts_are_denied_and_allowed_by_name(
     router: RunningRouter, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--deny", "maths-v1", "--deny", "0:3", "--allow", "law", "--top-experts", "1", "--json")
-    await run("generate", "abc", "--grpc", router.address, "--max-tokens", "1", *words)
+    words = ("--deny", "maths-v1", "--deny", "0:3", "--allow", "law", "--top-experts", "1")
+    await run(
+        "generate",
+        "abc",
+        "--grpc",
+        router.address,
+        "--max-tokens",
+        "1",
+        *words,
+        "--on-missing",
+        "fail",
+        "--json",
+    )
 
     [request] = router.router.requests
-    assert request.experts == pb.ExpertPolicy(deny=["maths-v1", "0:3"], allow=["law"], top_k=1)
+    assert request.experts == pb.ExpertPolicy(
+        deny=["maths-v1", "0:3"], allow=["law"], top_k=1, on_missing=pb.ON_MISSING_FAIL
+    )
     assert json.loads(capsys.readouterr().out)["experts"]["deny"] == ["maths-v1", "0:3"]
 
 
