@@ -17,7 +17,8 @@ from support.processes import Process, running_workers
 
 from moesaic import SyncClient, rpc
 from moesaic.bundles import Bundle
-from moesaic.v1 import control_pb2, control_pb2_grpc
+from moesaic.epoch import ExpertAddress, ExpertVersion, versions_to_proto
+from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -103,6 +104,29 @@ def test_a_model_is_swapped_grown_and_rolled_back_by_hand_and_comes_back_as_it_w
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
         words = [entry.what for entry in stub.GetHistory(control_pb2.GetHistoryRequest()).entries]
         assert words == ["refused", "rollback", "remove", "add", "swap", "first"]
+
+
+def test_a_worker_on_another_host_fetches_the_bundle_from_the_controller_and_probes_it(
+    tmp_path: Path,
+) -> None:
+    """The worker is told no folder, so that it finds the bundle as little as on a host of its own."""
+    model = write_mixtral(tmp_path / "tiny")
+    legal = make_bundle(tmp_path / "legal", model, [(0, 0), (1, 2)], name="legal", seed=3)
+    with ExitStack() as stack:
+        (worker,) = stack.enter_context(running_workers(model, ["all"]))
+        flags = ("--model", str(model), "--workers", worker.address, "--state", str(tmp_path / "state"))
+        control = stack.enter_context(running("cluster.control", *flags))
+        upload(control_pb2_grpc.ControlServiceStub(stack.enter_context(rpc.channel(control.address))), legal)
+        stub = expert_pb2_grpc.WorkerControlServiceStub(stack.enter_context(rpc.channel(worker.address)))
+        where = {"bundle": legal.digest, "control_address": control.address}
+        experts = versions_to_proto(
+            ExpertVersion(ExpertAddress(one.layer, one.slot), bytes.fromhex(one.version))
+            for one in legal.manifest.experts
+        )
+        loaded = list(stub.Load(expert_pb2.LoadRequest(**where, experts=experts), timeout=60))
+        assert [message.expert for message in loaded] == experts
+        probed = stub.Probe(expert_pb2.ProbeRequest(**where, experts=experts), timeout=60)
+        assert [result.ok for result in probed.results] == [True, True]
 
 
 @pytest.mark.parametrize(
