@@ -26,19 +26,22 @@ from moesaic.families import describe_model
 
 
 @cache
-def valid() -> tuple[dict[str, Any], bytes]:
-    """The manifest and the weights of a bundle with one new slot."""
+def valid() -> tuple[BaseModel, dict[str, Any], bytes]:
+    """A model, and the manifest and weights of a bundle that adds a slot to it."""
     with tempfile.TemporaryDirectory() as there:
-        bundle = make_bundle(Path(there) / "maths-v1", write_mixtral(Path(there) / "base"))
-        return json.loads(bundle.manifest_bytes), bundle.weights_file.read_bytes()
+        folder = write_mixtral(Path(there) / "base")
+        bundle = make_bundle(Path(there) / "maths-v1", folder)
+        checkpoint = open_checkpoint(folder)
+        base = BaseModel(FolderIdentity.of(checkpoint).fingerprint, describe_model(checkpoint))
+        return base, json.loads(bundle.manifest_bytes), bundle.weights_file.read_bytes()
 
 
 def manifests() -> st.SearchStrategy[bytes]:
-    return st.deferred(lambda: json_near(valid()[0]))
+    return st.deferred(lambda: json_near(valid()[1]))
 
 
 def weights() -> st.SearchStrategy[bytes]:
-    return st.deferred(lambda: st.just(valid()[1]))
+    return st.deferred(lambda: st.just(valid()[2]))
 
 
 def join(manifest: bytes, weights: bytes) -> bytes:
@@ -51,24 +54,18 @@ INPUTS = st.builds(join, manifests(), weights()) | st.builds(
 
 
 @pytest.fixture(scope="module")
-def base(folder: Path) -> BaseModel:
-    checkpoint = open_checkpoint(folder)
-    return BaseModel(FolderIdentity.of(checkpoint).fingerprint, describe_model(checkpoint))
-
-
-@pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bundle")
 
 
 @fuzzed("bundles", INPUTS, examples=100)
-def test_a_bundle_is_right_to_its_last_byte_or_refused(raw: bytes, base: BaseModel, place: Path) -> None:
+def test_a_bundle_is_right_to_its_last_byte_or_refused(raw: bytes, place: Path) -> None:
     end = 4 + int.from_bytes(raw[:4], "little")
     (place / "manifest.json").write_bytes(raw[4:end])
     (place / "weights.safetensors").write_bytes(raw[end:])
     with refusals():
         bundle = open_bundle(place)
-        verify(bundle, base=base)
+        verify(bundle, base=valid()[0])
         for expert in bundle.manifest.experts:
             if expert.gate_row is not None:
                 effective_row(bundle, expert.gate_row)

@@ -158,7 +158,7 @@ def message_near(draw: st.DrawFn, valid: Message) -> bytes:
         parts = list(_parts(message))
         part = parts[draw(st.integers(0, len(parts) - 1))]
         if part.DESCRIPTOR.fields:
-            _change(draw, part, draw(st.sampled_from(part.DESCRIPTOR.fields)))
+            _change(draw, part, draw(st.sampled_from(list(part.DESCRIPTOR.fields))))
     return message.SerializeToString()
 
 
