@@ -96,7 +96,7 @@ def gateway() -> Edge:
     return Edge(app, max_body_bytes=1 << 20, allowed_hosts=None, cors=Cors(frozenset()))
 
 
-@fuzzed("http_bodies", posts(), examples=250)
+@fuzzed("http_bodies", posts(), examples=500)
 def test_a_body_is_answered_or_refused_in_the_envelope(raw: bytes) -> None:
     path, _, body = raw.partition(b"\n")
     status, reply = asyncio.run(post(path.decode(errors="replace"), body))

@@ -16,11 +16,9 @@ from google.protobuf.message import Message
 from hypothesis import strategies as st
 
 # Numbers at which types, limits and signs end.
+_POWERS = (2**bits for bits in (15, 16, 31, 32, 53, 63, 64))
 EDGES = (
-    0,
-    1,
-    2,
-    3,
+    *range(4),
     7,
     31,
     63,
@@ -28,7 +26,7 @@ EDGES = (
     255,
     256,
     4096,
-    *(2**bits + d for bits in (15, 16, 31, 32, 53, 63, 64) for d in (-1, 0)),
+    *(edge for power in _POWERS for edge in (power - 1, power)),
 )
 _MAX_CHANGES = 4
 
@@ -37,6 +35,7 @@ _BARE, _AGAIN = "\\ue000", "\\ue001"
 _TEXTS = (
     "",
     "\0",
+    "4294967296",
     "\ud800",
     "\U0001f600",
     "a" * 5000,
@@ -47,7 +46,7 @@ _TEXTS = (
     "-1",
     "null",
 )
-_BARE_NUMBERS = (*("1e999", "-1e999", "1e-999", "-0", "NaN", "-Infinity", "01", "1.", "0x10"),)
+_BARE_NUMBERS = ("1e999", "-1e999", "1e-999", "-0", "NaN", "-Infinity", "01", "1.", "0x10")
 # More than a float64 holds, and around the 4,300 digits that Python converts, in either direction.
 _HUGE_NUMBERS = ("1" + 400 * "0", 4300 * "9", 4301 * "9")
 
