@@ -188,7 +188,7 @@ def _refuse_first(error: ValidationError) -> NoReturn:
     refuse(
         "NAME" if where == "name" else "MANIFEST",
         MANIFEST_FILE,
-        f"{where}: {problem[0].lower()}{problem[1:]}",
+        f"{where}{': ' if where else ''}{problem[0].lower()}{problem[1:]}",
     )
 
 
