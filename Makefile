@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTHON ?= python3.11
 
-.PHONY: install lint check test bench drill soak-swaps protos demo demo-experts serve demo-model clean
+.PHONY: install lint check test bench drill fuzz soak-swaps protos demo demo-experts serve demo-model clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ soak-swaps: $(STAMP)  ## swaps, adds and removes in a row under load; rewrites b
 
 drill: $(STAMP)  ## faults under load, hours of them; rewrites the tables of docs/reliability.md. SEED=7, FAULTS="kill:2 freeze:2"
 	ops/drill.sh
+
+fuzz: $(STAMP)  ## spoilt bytes at all that reads bytes; what fails is kept in tests/fuzz/seeds. N=20000, TARGET=bundles, SEED=7
+	FUZZ_EXAMPLES=$(or $(N),20000) $(BIN)/pytest tests/fuzz$(if $(TARGET),/test_$(TARGET).py) --verbose --timeout 0 --durations 0 \
+		--hypothesis-seed $(or $(SEED),$(shell date +%s))
 
 protos: $(STAMP)  ## regenerate moesaic/v1 from protos/
 	ops/gen_protos.sh

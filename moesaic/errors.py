@@ -48,9 +48,10 @@ class MoesaicError(Exception):
         reason: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
+        message = _tellable(message)
         super().__init__(message)
         self.message = message
-        self.field = field
+        self.field = None if field is None else _tellable(field)
         self.reason = reason or self.default_reason
         self.retry_after_s = retry_after_s
 
@@ -133,6 +134,11 @@ _BY_CODE: dict[grpc.StatusCode, type[MoesaicError]] = {
 _CODE_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 
+def _tellable(text: str) -> str:
+    """What UTF-8 can carry: a message may repeat a name of JSON's, which may hold half of a surrogate pair."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def to_status(error: MoesaicError) -> status_pb2.Status:
     """The error as google.rpc.Status with packed details."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
@@ -149,14 +155,15 @@ def to_status(error: MoesaicError) -> status_pb2.Status:
 
 def from_status(status: status_pb2.Status) -> MoesaicError:
     """The inverse of `to_status`. A foreign or unknown status becomes the nearest class of the tree."""
-    cls = _BY_CODE.get(_CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN), MoesaicError)
+    code = _CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
+    cls = _BY_CODE.get(code, MoesaicError)
     reason, field, retry_after_s = None, None, None
     for detail in _unpack(status.details):
         if isinstance(detail, error_details_pb2.ErrorInfo):
             reason, field = detail.reason, detail.metadata.get("field")
         else:
             retry_after_s = detail.retry_delay.ToNanoseconds() / 1e9
-    return cls(status.message, field=field, reason=reason, retry_after_s=retry_after_s)
+    return cls(status.message or code.name.lower(), field=field, reason=reason, retry_after_s=retry_after_s)
 
 
 def from_rpc_error(error: grpc.RpcError) -> MoesaicError:

@@ -35,6 +35,10 @@ Name = Annotated[str, Field(pattern=_NAME)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Text = Annotated[str, Field(max_length=4096)]
+# What a kind calls its parameters and weights; messages repeat it.
+Key = Annotated[str, Field(min_length=1, max_length=64)]
+# Any finite float64 has room for it, and for what kinds compute of it.
+Whole = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 # The name of a tensor.
 TensorName = Annotated[str, Field(min_length=1, max_length=512)]
 
@@ -89,11 +93,11 @@ class BundleExpert:
     # The kind of expert, by the name of its entry point: "mlp" for all that ExpertModule describes, "lora", "int8", ...
     kind: Name
     # What the kind needs to know beside the weights: activation, gated, biased, limit, inner_size; rank, base_slot ...
-    parameters: Mapping[str, str | int | float | bool]
+    parameters: Mapping[Key, Text | Whole | float | bool]
     # The digest of its version, in hex.
     version: Sha256
     # Names of tensors by the kind's names for its weights: gate, up, down, ...
-    weights: Mapping[str, TensorName]
+    weights: Mapping[Key, TensorName]
     gate_row: BundleGateRow | None = None
     probe: ProbeVectors | None = None
 
@@ -184,7 +188,7 @@ def _refuse_first(error: ValidationError) -> NoReturn:
     refuse(
         "NAME" if where == "name" else "MANIFEST",
         MANIFEST_FILE,
-        f"{where}: {problem[0].lower()}{problem[1:]}",
+        f"{where}{': ' if where else ''}{problem[0].lower()}{problem[1:]}",
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesaic.bundles.bundle import Bundle
+from moesaic.bundles.gate_row import effective_row
 from moesaic.bundles.kinds import installed_kinds
 from moesaic.bundles.manifest import WEIGHTS_FILE, BundleExpert, BundleGateRow, ProbeVectors, TensorFacts
 from moesaic.bundles.refusal import refuse
@@ -61,6 +62,9 @@ def verify(
     if base is not None:
         check_base(bundle, base)
     _check_content(bundle, show)
+    for expert in bundle.manifest.experts:
+        if expert.gate_row is not None:
+            effective_row(bundle, expert.gate_row)
 
 
 def check_base(bundle: Bundle, base: BaseModel) -> None:

@@ -19,6 +19,8 @@ MAX_INDEX_BYTES = 64 << 20
 MAX_HEADER_BYTES = 8 << 20
 MAX_RANK = 8
 MAX_NAME_CHARS = 512
+# Of an extent or an offset. Without a bound a size could have more digits than a message can show.
+MAX_SIZE = (1 << 63) - 1
 
 _LENGTH_BYTES = 8
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
@@ -109,9 +111,9 @@ def _parse_entry(path: Path, name: str, value: object, data: int) -> tuple[Tenso
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         refuse(path.name, f"tensor {name}: unknown dtype")
     if not _are_sizes(shape) or len(shape) > MAX_RANK:
-        refuse(path.name, f"tensor {name}: shape must be at most {MAX_RANK} whole numbers")
+        refuse(path.name, f"tensor {name}: shape must be at most {MAX_RANK} whole numbers below 2^63")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        refuse(path.name, f"tensor {name}: data_offsets must be two whole numbers")
+        refuse(path.name, f"tensor {name}: data_offsets must be two whole numbers below 2^63")
     num_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
     start, stop = offsets
     if stop - start != num_bytes:
@@ -122,7 +124,7 @@ def _parse_entry(path: Path, name: str, value: object, data: int) -> tuple[Tenso
 
 
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_SIZE for item in value)
 
 
 def _regular_file_bytes(path: Path) -> int:

@@ -9,6 +9,7 @@ import pytest
 from support.bundles import make_bundle
 
 from moesaic.bundles import BundleGateRow, effective_row, effective_values
+from moesaic.errors import InvalidArgument
 
 ROW = np.array([3.0, -4.0, 0.0, 0.0], "f4")
 
@@ -25,6 +26,14 @@ def test_biases_belong_to_the_row(tmp_path: Path, base_folder: Path) -> None:
     row = BundleGateRow("0.new.0.gate_row", bias=0.5, selection_bias=-1.0)
     effective = effective_row(bundle, row)
     assert (effective.bias, effective.selection_bias) == (0.5, -1.0)
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 1e-300}, {"bias": 1e300}, {"selection_bias": -1e39}])
+def test_a_row_beyond_float32_is_refused(tmp_path: Path, base_folder: Path, fields: dict[str, float]) -> None:
+    bundle = make_bundle(tmp_path / "b", base_folder)
+    with pytest.raises(InvalidArgument, match=r"0\.new\.0\.gate_row: ") as caught:
+        effective_row(bundle, BundleGateRow("0.new.0.gate_row", **fields))  # type: ignore[arg-type]
+    assert (caught.value.field, caught.value.reason) == ("bundle", "BUNDLE_GATE_ROW")
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

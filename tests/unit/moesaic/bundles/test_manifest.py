@@ -88,6 +88,23 @@ def test_a_wrong_key_is_refused_by_name(
     assert error.reason == reason
 
 
+def test_a_parameter_beyond_64_bits_is_refused() -> None:
+    error = refusal(lambda m: m["experts"][0]["parameters"].update(limit=10**400))
+    assert "experts.0.parameters.limit" in error.message
+
+
+@pytest.mark.parametrize("of", ["parameters", "weights"])
+def test_a_name_that_no_message_should_repeat_is_refused(of: str) -> None:
+    error = refusal(lambda m: m["experts"][0][of].update({"a" * 5000: "a"}))
+    assert f"experts.0.{of}" in error.message
+    assert len(error.message) < 500
+
+
+def test_a_key_that_is_no_text_is_told_in_escapes() -> None:
+    with pytest.raises(InvalidArgument, match=r"\\ud800: occurs twice"):
+        Manifest.from_json(b'{"\\ud800": 1, "\\ud800": 2}')
+
+
 def test_a_key_that_occurs_twice_is_refused() -> None:
     text = a_manifest().to_json().replace(b'"name":', b'"owner": "x", "name":')
     with pytest.raises(InvalidArgument, match="owner: occurs twice") as refused:

@@ -280,6 +280,12 @@ def test_a_header_that_is_no_json_object_is_refused(folder: Path, text: bytes) -
     assert refusal(folder).field == SINGLE_FILE
 
 
+def test_sizes_of_more_digits_than_a_message_can_show_are_refused(folder: Path) -> None:
+    for header in ({"a": entry(0, 4, [10**4299, 10**4299])}, {"a": entry(0, 4 * 10**4299, [10**4299])}):
+        write_header(folder, header, bytes(4))
+        assert "below 2^63" in refusal(folder).message
+
+
 def test_a_tensor_name_that_occurs_twice_is_refused(folder: Path) -> None:
     one = json.dumps(entry(0, 4, [1]))
     write_raw(folder, f'{{"a": {one}, "a": {one}}}'.encode(), bytes(4))
