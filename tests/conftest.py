@@ -28,6 +28,16 @@ hypothesis.settings.load_profile("moesaic")
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _environment_stays_as_it_was() -> Iterator[None]:
+    """A command that runs inside a test sets variables for the processes that it starts; the next test has none of them."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The reference data beside the checkout; a test that needs it is skipped where it is absent."""
