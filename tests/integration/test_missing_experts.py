@@ -21,7 +21,7 @@ from moesaic.v1 import inference_pb2_grpc
 
 WAIT_S = 60.0
 PROMPT = [7, 8, 9, 10, 11]
-NUM_NEW = 96
+NUM_NEW = 200
 # Of the slots 0 to 3 this one has two replicas, which die together; the others are on a worker of their own.
 DYING = (0,)
 ALIVE = Deny(*(f"{layer}:{slot}" for layer in range(2) for slot in DYING))
