@@ -38,10 +38,13 @@ def end_spans(export: SpanExport, num_spans: int) -> None:
 
 def test_a_socket_that_never_answers_delays_neither_a_span_nor_the_end(silent_address: str) -> None:
     # The exporter would wait for an hour: what returns has not waited for it.
-    export = SpanExport(OTLPSpanExporter(endpoint=f"http://{silent_address}/v1/traces", timeout=3600.0))
+    exporter = OTLPSpanExporter(endpoint=f"http://{silent_address}/v1/traces", timeout=3600.0)
+    export = SpanExport(exporter)
     end_spans(export, 3 * MAX_WAITING)
     assert export.dropped == 2 * MAX_WAITING
     assert not export.force_flush(timeout_millis=50)
+    # Its thread would try again for an hour, and draw random numbers beside the tests that follow.
+    exporter.shutdown()
 
 
 def test_a_queue_that_is_full_drops_what_comes_and_delivers_what_waits() -> None:
