@@ -21,7 +21,7 @@ def test_experts_that_change_in_a_row_under_load_fail_no_request_and_mix_no_vers
             "--changes",
             "12",
             "--pause",
-            "0.05",
+            "0.5",  # so long that answers of every epoch come, on a slow machine, too
             "--routers",
             "2",
             "--replicas",
@@ -40,4 +40,4 @@ def test_experts_that_change_in_a_row_under_load_fail_no_request_and_mix_no_vers
     assert [values[f"swap-soak-{key}"] for key in ("failed", "mixed", "wrong", "held")] == [0, 0, 0, 0]
     # Several epochs were in use, with answers of their own, or all this would prove nothing.
     assert len(result["data"]["answers by bundles"]) > 2
-    assert result["data"]["different answers"] > result["data"]["prompts"]
+    assert result["data"]["different answers"] > 2 * result["data"]["prompts"]
