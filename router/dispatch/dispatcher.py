@@ -290,7 +290,8 @@ class DispatchStep:
         """The seconds of the step that a wave may take: where there are replicas to turn to, it leaves the later waves
         as much as it takes."""
         has_others = self._have_another_holder(layer_call, layer_call.missing)
-        return (self._deadline_s - now_s) / (MAX_ATTEMPTS - len(layer_call.waves) if has_others else 1)
+        waves_left = MAX_ATTEMPTS - len(layer_call.waves) if has_others else 1
+        return (self._deadline_s - now_s) / waves_left
 
     def _choose_or_fail(self, layer_call: LayerCall, wave: Wave) -> _Chosen:
         chosen, unheld = self._choose(layer_call, wave.excluded)

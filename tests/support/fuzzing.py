@@ -65,7 +65,7 @@ def fuzzed(name: str, inputs: st.SearchStrategy[bytes], *, examples: int) -> Cal
         target: Any = hypothesis.given(raw=inputs.map(_Input))(watched)
         for seed in sorted(folder.glob("*"), reverse=True):
             target = hypothesis.example(raw=_Input(seed.read_bytes()))(target)
-        settings = hypothesis.settings(
+        set_up = hypothesis.settings(
             max_examples=int(_EXAMPLES or examples),
             derandomize=not _EXAMPLES,
             database=None,
@@ -74,7 +74,8 @@ def fuzzed(name: str, inputs: st.SearchStrategy[bytes], *, examples: int) -> Cal
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         )
-        return settings(target)  # type: ignore[no-any-return]
+        fuzzed_target: Target = set_up(target)
+        return fuzzed_target
 
     return of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +30,10 @@ def test_biases_belong_to_the_row(tmp_path: Path, base_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"temperature": 1e-300}, {"bias": 1e300}, {"selection_bias": -1e39}])
-def test_a_row_beyond_float32_is_refused(tmp_path: Path, base_folder: Path, fields: dict[str, float]) -> None:
+def test_a_row_beyond_float32_is_refused(tmp_path: Path, base_folder: Path, fields: dict[str, Any]) -> None:
     bundle = make_bundle(tmp_path / "b", base_folder)
     with pytest.raises(InvalidArgument, match=r"0\.new\.0\.gate_row: ") as caught:
-        effective_row(bundle, BundleGateRow("0.new.0.gate_row", **fields))  # type: ignore[arg-type]
+        effective_row(bundle, BundleGateRow("0.new.0.gate_row", **fields))
     assert (caught.value.field, caught.value.reason) == ("bundle", "BUNDLE_GATE_ROW")
 
 

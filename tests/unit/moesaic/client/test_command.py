@@ -75,19 +75,19 @@ async def test_json_is_one_object(router: RunningRouter, capsys: pytest.CaptureF
 async def test_experts_are_denied_and_allowed_by_name(
     router: RunningRouter, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--deny", "maths-v1", "--deny", "0:3", "--allow", "law", "--top-experts", "1")
-    await run(
-        "generate",
-        "abc",
-        "--grpc",
-        router.address,
-        "--max-tokens",
+    words = (
+        "--deny",
+        "maths-v1",
+        "--deny",
+        "0:3",
+        "--allow",
+        "law",
+        "--top-experts",
         "1",
-        *words,
         "--on-missing",
         "fail",
-        "--json",
     )
+    await run("generate", "abc", "--grpc", router.address, "--max-tokens", "1", *words, "--json")
 
     [request] = router.router.requests
     assert request.experts == pb.ExpertPolicy(
