@@ -578,7 +578,8 @@ for _ in range(5):
     assert await run_program(program, router.address) == ("ab\n" * 10, "", 0)
 
 
-async def test_a_forked_process_may_use_a_sync_client_as_its_parent_did(router: RunningRouter) -> None:
+async def test_processes_forked_before_the_first_client_may_each_have_one(router: RunningRouter) -> None:
+    # After it gRPC itself is not safe: one fork in twenty never returns (https://github.com/grpc/grpc/issues/43055).
     program = """
 import os, sys
 from moesaic import SyncClient
@@ -587,14 +588,13 @@ def ask():
     with SyncClient(sys.argv[1]) as client:
         print(client.complete("ab", max_tokens=2, timeout_s=60), flush=True)
 
-ask()
 if os.fork() == 0:
     ask()
     os._exit(0)
 os.wait()
 ask()
 """
-    assert await run_program(program, router.address) == ("ab\n" * 3, "", 0)
+    assert await run_program(program, router.address) == ("ab\n" * 2, "", 0)
 
 
 async def test_a_sync_client_works_inside_a_running_event_loop_as_in_a_notebook(
