@@ -114,6 +114,12 @@ class EngineSettings(_Group):
         ge=1,
         description="Sequences that wait to run; one more is refused with 429 / RESOURCE_EXHAUSTED.",
     )
+    max_wait_s: float = Field(
+        30.0,
+        gt=0,
+        description="The longest that a request may be predicted to wait until its prompt is read; beyond it is refused with "
+        "429 / RESOURCE_EXHAUSTED and the time after which to come again.",
+    )
     kv_block_tokens: int = Field(16, ge=1, description="Tokens of one block of the KV cache.")
     kv_cache_mib: Annotated[
         int | None, Unset("one sequence of full length, at least 256, at most a quarter of the free memory")

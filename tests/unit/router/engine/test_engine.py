@@ -47,7 +47,9 @@ from router.engine.request import (
 from router.engine.sampling_params import SamplingParams
 from router.gating.model_view import ModelView
 from router.phase_clock import PhaseClock
+from router.scheduling.admission import Admission, AdmissionLimits
 from router.scheduling.block_pool import BlockPool
+from router.scheduling.pace import PaceMeter
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
 
@@ -97,6 +99,7 @@ class Harness:
         max_waiting: int = 64,
         overlap: bool = False,
         missing_wait_s: float = WAIT_S,
+        meter: PaceMeter | None = None,
     ) -> None:
         self.model = CountingModel()
         self.blocks = BlockPool(num_blocks, 4)
@@ -122,7 +125,9 @@ class Harness:
             self.dispatcher,
             PhaseClock(),
             overlap=overlap,
-            max_waiting=max_waiting,
+            admission=Admission(
+                AdmissionLimits(self.scheduler.limits.max_running, max_waiting, WAIT_S), meter
+            ),
             missing_wait_s=missing_wait_s,
         )
 
