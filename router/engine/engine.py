@@ -256,7 +256,8 @@ class Engine:
         match command:
             case _Cancel():
                 # A stop string ends an answer in this way.
-                self._admission.note_answer(known.num_generated)
+                in_time = known.request.deadline_s > self._now()
+                self._admission.note_answer(known.num_generated, is_whole=in_time)
                 self._end(known)
             case _Pause():
                 self._waits.end(known)
@@ -288,6 +289,7 @@ class Engine:
                 self._fail(live, error)
         now = self._now()
         for live in [live for live in self._live.values() if live.request.deadline_s <= now]:
+            self._admission.note_answer(live.num_generated, is_whole=False)
             self._fail(live, DeadlineExceeded(f"deadline passed after {len(live.sequence.output)} tokens"))
         for live, error in self._hopeless(now):
             self._fail(live, error)

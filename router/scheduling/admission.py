@@ -53,13 +53,6 @@ class AdmissionLimits:
     max_wait_s: float
 
 
-def usual(cost: Cost, pace: Pace | None) -> Cost:
-    """The cost with as many generated tokens as a usual answer has, where more are allowed."""
-    if pace is None:
-        return cost
-    return Cost(cost.prompt_tokens, min(cost.output_tokens, math.ceil(pace.answer_tokens)))
-
-
 def wait_s(backlog: Backlog, pace: Pace, max_running: int) -> float:
     """How long until everything that is ahead has been read, and has left a place."""
     turns = _num_ahead(backlog, max_running)
@@ -69,13 +62,16 @@ def wait_s(backlog: Backlog, pace: Pace, max_running: int) -> float:
 def work_s(cost: Cost, pace: Pace, *, whole_answer: bool) -> float:
     """How long a sequence then takes until its first token, or until its last one."""
     first_token_s = cost.prompt_tokens * pace.prompt_token_s
-    return first_token_s + (cost.output_tokens * pace.step_s if whole_answer else 0.0)
+    if not whole_answer:
+        return first_token_s
+    # Under overload all are let in at the last moment. Were that the last one for a usual answer, half of them would be late.
+    return first_token_s + min(cost.output_tokens, pace.longest_answer) * pace.step_s
 
 
 def refusal(
     cost: Cost, left_s: float, backlog: Backlog, pace: Pace | None, limits: AdmissionLimits
 ) -> Overloaded | None:
-    """Why a request of this usual cost with `left_s` seconds until its deadline is not let in; None if it is."""
+    """Why a request of this cost with `left_s` seconds until its deadline is not let in; None if it is."""
     max_open = limits.max_running + limits.max_waiting
     if backlog.sequences >= max_open:
         room_s = MIN_RETRY_S if pace is None else _turn_s(backlog, pace)
@@ -101,7 +97,7 @@ def _num_ahead(backlog: Backlog, max_running: int) -> int:
 
 def _turn_s(backlog: Backlog, pace: Pace) -> float:
     """How long it takes, while all places are taken, until one of the sequences ends."""
-    return backlog.output_tokens / backlog.sequences * pace.output_token_s
+    return min(backlog.output_tokens / backlog.sequences, pace.usual_answer) * pace.output_token_s
 
 
 def _too_late(needed_s: float, left_s: float, what: str) -> Overloaded | None:
@@ -139,7 +135,6 @@ class Admission:
 
     def admit(self, sequence_id: str, cost: Cost, left_s: float) -> None:
         """Lets a sequence in. Raises Overloaded."""
-        cost = usual(cost, self._pace)
         error = refusal(cost, left_s, self.backlog, self._pace, self._limits)
         if error is not None:
             self._refusals[error.reason] += 1
@@ -172,10 +167,10 @@ class Admission:
             self._meter.note_step(num_decoding, seconds)
             self._pace = self._meter.pace()
 
-    def note_answer(self, num_tokens: int) -> None:
-        """Records the length of an answer that came to its end. Without a token it was none."""
+    def note_answer(self, num_tokens: int, *, is_whole: bool = True) -> None:
+        """Records an answer that came to its end, or that its deadline cut off. Without a token it was none."""
         if self._meter is not None and num_tokens:
-            self._meter.note_answer(num_tokens)
+            self._meter.note_answer(num_tokens, is_whole=is_whole)
 
     def end(self, sequence_id: str) -> None:
         """Records that a sequence is over, however it ended."""

@@ -26,8 +26,10 @@ class Pace:
     output_token_s: float
     # Between two tokens of one sequence, while prompts are read beside it.
     step_s: float
-    # The tokens of a usual answer. `max_tokens` alone says little: where a request is silent, it is the rest of the context.
-    answer_tokens: float
+    # The tokens of a usual answer, and of the longest one. `max_tokens` alone says little: where a request is silent, it is the
+    # rest of the context.
+    usual_answer: float
+    longest_answer: int
 
 
 class PaceMeter:
@@ -36,7 +38,8 @@ class PaceMeter:
     def __init__(self, prefill_budget: PrefillBudget) -> None:
         self._prefill_budget = prefill_budget
         self._steps_s: deque[float] = deque(maxlen=NUM_STEPS)
-        self._answers: deque[int] = deque(maxlen=NUM_ANSWERS)
+        # The tokens of each, and whether it came to its end.
+        self._answers: deque[tuple[int, bool]] = deque(maxlen=NUM_ANSWERS)
         self._num_decoding = 1
 
     def note_step(self, num_decoding: int, seconds: float) -> None:
@@ -45,9 +48,9 @@ class PaceMeter:
             self._num_decoding = num_decoding
             self._steps_s.append(seconds)
 
-    def note_answer(self, num_tokens: int) -> None:
-        """Records an answer that came to its end."""
-        self._answers.append(num_tokens)
+    def note_answer(self, num_tokens: int, *, is_whole: bool) -> None:
+        """Records an answer that came to its end, or that its deadline cut off."""
+        self._answers.append((num_tokens, is_whole))
 
     def pace(self) -> Pace | None:
         """None until a prompt was read, tokens were generated, and an answer ended."""
@@ -55,9 +58,14 @@ class PaceMeter:
         decode_step_s = self._prefill_budget.decode_step_s(self._num_decoding)
         if prompt_token_s is None or decode_step_s is None or not self._steps_s or not self._answers:
             return None
+        num_whole = sum(is_whole for _, is_whole in self._answers)
+        lengths = [num_tokens for num_tokens, _ in self._answers]
         return Pace(
             prompt_token_s=prompt_token_s,
             output_token_s=decode_step_s / self._num_decoding,
             step_s=fmean(self._steps_s),
-            answer_tokens=fmean(self._answers),
+            # All tokens over the ends among them: if only whole answers counted, the usual one would seem the shorter the
+            # more of the long ones are cut off.
+            usual_answer=sum(lengths) / max(1, num_whole),
+            longest_answer=max(lengths),
         )
