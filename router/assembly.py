@@ -25,7 +25,9 @@ from router.engine.engine import Engine
 from router.gating.absence import stand_in_of
 from router.gating.policy import LayerShape, check_restrictable, layer_shapes
 from router.phase_clock import PhaseClock
+from router.scheduling.admission import Admission, AdmissionLimits
 from router.scheduling.block_pool import BlockPool
+from router.scheduling.pace import PaceMeter
 from router.scheduling.prefill_budget import PrefillBudget
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
@@ -56,6 +58,9 @@ class LoadedRouter:
     def engine(self) -> Engine:
         """An engine that has not been started."""
         settings = self.settings
+        prefill_budget = PrefillBudget(
+            max_batch_tokens=settings.max_batch_tokens, max_stall=settings.max_stall
+        )
         scheduler = Scheduler(
             Limits(
                 settings.max_batch_tokens,
@@ -64,9 +69,7 @@ class LoadedRouter:
             ),
             self.blocks,
             prefixes=self._prefixes(),
-            prefill_budget=PrefillBudget(
-                max_batch_tokens=settings.max_batch_tokens, max_stall=settings.max_stall
-            ),
+            prefill_budget=prefill_budget,
             states=self.states,
         )
         return Engine(
@@ -77,7 +80,10 @@ class LoadedRouter:
             self.clock,
             # Two micro-batches would cut the prompts that an encoder has to read as a whole.
             overlap=settings.overlap == "on" and not self.encodes_prompts,
-            max_waiting=settings.max_waiting_sequences,
+            admission=Admission(
+                AdmissionLimits(settings.max_running_sequences, settings.max_waiting_sequences),
+                PaceMeter(prefill_budget),
+            ),
             missing_wait_s=settings.missing_wait_s,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -61,6 +61,8 @@ def _print(target: str, seen: Observation, console: Console) -> None:
     gates = summarise_gates(seen.routers.values())
     if gates is not None:
         console.print(str(gates))
+    if refused := _refused(seen.routers.values()):
+        console.print(refused)
     if seen.topology is not None:
         console.print()
         console.print(_processes(seen.topology, seen.routers))
@@ -121,6 +123,15 @@ def _routers(routers: Mapping[str, inference_pb2.GetRouterStatsResponse]) -> Tab
             count(stats.generated_tokens),
         )
     return table
+
+
+def _refused(routers: Iterable[inference_pb2.GetRouterStatsResponse]) -> str:
+    """How many sequences all routers have refused since they started, and why."""
+    total: Counter[str] = Counter()
+    for stats in routers:
+        total.update(stats.refusals)
+    reasons = ", ".join(f"{count(times)} {reason}" for reason, times in total.most_common())
+    return f"refused: {reasons}" if reasons else ""
 
 
 def _remarks(seen: Observation) -> list[str]:

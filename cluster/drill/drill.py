@@ -256,7 +256,7 @@ def _of_overload(overload: Overload) -> Figures:
         mixed=tally.mixed,
         refusal_s=overload.refusal.p99_s,
         refusals_without_retry_after=overload.refusals_without_retry_after,
-        goodput_ratio=_ratio(overload.good_tokens_per_s, overload.peak_tokens_per_s),
+        goodput_ratio=overload.goodput_share,
     )
 
 

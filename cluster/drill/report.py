@@ -96,6 +96,11 @@ class Overload:
     first_token: Spread
     tally: Tally
 
+    @property
+    def goodput_share(self) -> float | None:
+        """Tokens of whole answers over the most that is possible; None where nothing was possible."""
+        return self.good_tokens_per_s / self.peak_tokens_per_s if self.peak_tokens_per_s else None
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -204,6 +209,10 @@ def seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def milliseconds(value_s: float | None) -> str:
+    return "-" if value_s is None else f"{1000 * value_s:.0f}"
+
+
 def _tally(case: Case) -> Tally:
     of = case.under_load or case.cancels or case.overload
     assert of is not None  # a case has one of the three
@@ -252,10 +261,12 @@ def _lateness(load: UnderLoad) -> Iterator[str]:
 
 
 def _overload(overload: Overload) -> str:
+    share = "" if overload.goodput_share is None else f", {overload.goodput_share:.2f} of the peak"
     return (
         f"{overload.offered_requests_per_s:.1f} requests a second offered, {overload.peak_requests_per_s:.1f} at the "
-        f"peak; goodput {overload.good_tokens_per_s:.0f} of {overload.peak_tokens_per_s:.0f} tokens/s; "
-        f"{overload.refused} refused, p50 {seconds(overload.refusal.p50_s)} s, p99 {seconds(overload.refusal.p99_s)} s, "
+        f"peak; goodput {overload.good_tokens_per_s:.0f} of {overload.peak_tokens_per_s:.0f} tokens/s{share}; "
+        f"{overload.refused} refused, p50 {milliseconds(overload.refusal.p50_s)} ms, "
+        f"p99 {milliseconds(overload.refusal.p99_s)} ms, "
         f"{overload.refusals_without_retry_after} without Retry-After; first token p50 "
         f"{seconds(overload.first_token.p50_s)} s, p99 {seconds(overload.first_token.p99_s)} s"
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Self
 
 from moesaic.v1 import inference_pb2 as pb
@@ -116,6 +117,8 @@ class RouterStats:
     parked_sequences: int = 0
     # The (token, layer, slot) assignments that were substituted or left out because no replica was left.
     degraded_assignments: int = 0
+    # Sequences that were refused, or shed before anything was computed for them, by reason.
+    refusals: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_pb(cls, stats: pb.GetRouterStatsResponse) -> Self:
@@ -140,4 +143,5 @@ class RouterStats:
             experts_without_worker=stats.experts_without_worker,
             parked_sequences=stats.parked_sequences,
             degraded_assignments=stats.degraded_assignments,
+            refusals=dict(stats.refusals),
         )

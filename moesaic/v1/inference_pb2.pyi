@@ -490,7 +490,14 @@ class GateStats(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., z_loss: _Optional[float] = ..., assignments: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...
 
 class GetRouterStatsResponse(_message.Message):
-    __slots__ = ("steps", "prompt_tokens", "generated_tokens", "running_sequences", "waiting_sequences", "kv_blocks_used", "kv_blocks_total", "preemptions", "phases", "workers", "resident_bytes", "uptime_s", "prefix_lookup_tokens", "prefix_hit_tokens", "overlapped_steps", "gates", "experts", "experts_without_worker", "parked_sequences", "degraded_assignments")
+    __slots__ = ("steps", "prompt_tokens", "generated_tokens", "running_sequences", "waiting_sequences", "kv_blocks_used", "kv_blocks_total", "preemptions", "phases", "workers", "resident_bytes", "uptime_s", "prefix_lookup_tokens", "prefix_hit_tokens", "overlapped_steps", "gates", "experts", "experts_without_worker", "parked_sequences", "degraded_assignments", "refusals")
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -511,6 +518,7 @@ class GetRouterStatsResponse(_message.Message):
     EXPERTS_WITHOUT_WORKER_FIELD_NUMBER: _ClassVar[int]
     PARKED_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
     steps: int
     prompt_tokens: int
     generated_tokens: int
@@ -531,4 +539,5 @@ class GetRouterStatsResponse(_message.Message):
     experts_without_worker: int
     parked_sequences: int
     degraded_assignments: int
-    def __init__(self, steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerTraffic, _Mapping]]] = ..., resident_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., prefix_lookup_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., overlapped_steps: _Optional[int] = ..., gates: _Optional[_Iterable[_Union[GateStats, _Mapping]]] = ..., experts: _Optional[int] = ..., experts_without_worker: _Optional[int] = ..., parked_sequences: _Optional[int] = ..., degraded_assignments: _Optional[int] = ...) -> None: ...
+    refusals: _containers.ScalarMap[str, int]
+    def __init__(self, steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerTraffic, _Mapping]]] = ..., resident_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ..., prefix_lookup_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., overlapped_steps: _Optional[int] = ..., gates: _Optional[_Iterable[_Union[GateStats, _Mapping]]] = ..., experts: _Optional[int] = ..., experts_without_worker: _Optional[int] = ..., parked_sequences: _Optional[int] = ..., degraded_assignments: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ...) -> None: ...

@@ -43,6 +43,7 @@ def router_stats(
         overlapped_steps=stats.overlapped_steps,
         parked_sequences=stats.parked,
         degraded_assignments=stats.degraded,
+        refusals=stats.refusals,
         gates=[
             inference_pb2.GateStats(
                 layer=gate.layer, z_loss=gate.z_loss, assignments=gate.assignments, dropped=gate.dropped

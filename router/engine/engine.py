@@ -15,12 +15,12 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from moesaic.errors import Aborted, DeadlineExceeded, InternalError, MoesaicError, Overloaded, Unavailable
+from moesaic.errors import Aborted, DeadlineExceeded, InternalError, MoesaicError, Unavailable
 from router.attention.packed_batch import PackedBatch, pack
 from router.cache.kv_cache import KVCache
 from router.decoders.capture import CapturedRows
@@ -38,7 +38,8 @@ from router.engine.sampling_params import SampledToken
 from router.gating.absence import Absence
 from router.gating.model_view import ViewRows
 from router.phase_clock import INSIDE_FORWARD, Phase, PhaseClock
-from router.scheduling.scheduler import Scheduler
+from router.scheduling.admission import Admission
+from router.scheduling.scheduler import Scheduler, count
 from router.scheduling.sequence import Chunk
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class EngineStats:
     parked: int = 0
     # Assignments to experts that were substituted or left out.
     degraded: int = 0
+    # Sequences that were refused or shed, by reason.
+    refusals: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +105,24 @@ class Engine:
         clock: PhaseClock,
         *,
         overlap: bool,
-        max_waiting: int,
+        admission: Admission,
         missing_wait_s: float,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`missing_wait_s`: the longest that a sequence waits for a replica of an expert."""
+        """`missing_wait_s`: the longest that a sequence waits for a replica of an expert. `now`: by which deadlines pass."""
         self._model = model
         self._cache = cache
         self._scheduler = scheduler
         self._dispatcher = dispatcher
         self._clock = clock
         self._overlap = overlap
-        self._max_open = scheduler.limits.max_running + max_waiting
+        self._admission = admission
+        self._now = now
         self._live: dict[str, LiveSequence] = {}
         self._waits = ExpertWaits(missing_wait_s)
-        # Bounded by `_max_open`: a request that is not admitted is not put in.
+        # Bounded, because a request that is not admitted is not put in.
         self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        # Never held while anything is computed, so that a refusal waits for no step.
         self._lock = threading.Lock()
         # The open sequences by epoch; those without any are left out.
         self._open: Counter[str] = Counter()
@@ -153,12 +159,7 @@ class Engine:
         with self._lock:
             if self._stopping:
                 raise _stopping()
-            if self._open.total() >= self._max_open:
-                raise Overloaded(
-                    f"the router has its {self._max_open} sequences running or waiting",
-                    reason="QUEUE_FULL",
-                    retry_after_s=1.0,
-                )
+            self._admission.admit(request.sequence_id, request.cost, request.deadline_s - self._now())
             self._open[request.view.epoch.id] += 1
             self._inbox.put(request)
 
@@ -206,6 +207,7 @@ class Engine:
             overlapped_steps=self._overlapped_steps,
             parked=self._scheduler.num_parked,
             degraded=self._degraded,
+            refusals=self._admission.refusals,
         )
 
     def _loop(self) -> None:
@@ -253,6 +255,9 @@ class Engine:
             return
         match command:
             case _Cancel():
+                # A stop string ends an answer in this way.
+                in_time = known.request.deadline_s > self._now()
+                self._admission.note_answer(known.num_generated, is_whole=in_time)
                 self._end(known)
             case _Pause():
                 self._waits.end(known)
@@ -276,15 +281,28 @@ class Engine:
         next_s = self._waits.next_s()
         if next_s is not None:
             times_s.append(next_s)
-        return max(0.0, min(times_s) - time.monotonic()) if times_s else None
+        return max(0.0, min(times_s) - self._now()) if times_s else None
 
     def _expire(self) -> None:
         for live, error in self._waits.over():
             if self._scheduler.is_parked(live.sequence):
                 self._fail(live, error)
-        now = time.monotonic()
+        now = self._now()
         for live in [live for live in self._live.values() if live.request.deadline_s <= now]:
+            self._admission.note_answer(live.num_generated, is_whole=False)
             self._fail(live, DeadlineExceeded(f"deadline passed after {len(live.sequence.output)} tokens"))
+        for live, error in self._hopeless(now):
+            self._fail(live, error)
+
+    def _hopeless(self, now: float) -> list[tuple[LiveSequence, MoesaicError]]:
+        """The sequences that wait and can no longer be in time, with why."""
+        waiting = [live for live in self._live.values() if not live.started]
+        with self._lock:
+            errors = [
+                self._admission.shed(live.request.sequence_id, live.request.deadline_s - now)
+                for live in waiting
+            ]
+        return [(live, error) for live, error in zip(waiting, errors, strict=True) if error is not None]
 
     def _try_again(self) -> None:
         """Lets the parked sequences run, if their experts may be back."""
@@ -319,9 +337,15 @@ class Engine:
                 self._fail(live, InternalError("internal error"))
         else:
             if not any(part.experts.failed for part in parts):
-                self._scheduler.observe(chunks, time.perf_counter() - started)
+                self._observe(chunks, time.perf_counter() - started)
         self._steps += 1
         self._overlapped_steps += len(parts) > 1
+
+    def _observe(self, chunks: tuple[Chunk, ...], seconds: float) -> None:
+        self._scheduler.observe(chunks, seconds)
+        num_decoding, _ = count(chunks)
+        with self._lock:
+            self._admission.note_step(num_decoding, seconds)
 
     def _pack(self, parts: Iterable[tuple[Chunk, ...]]) -> tuple[list[MicroBatch], list[Reading]]:
         """The micro-batches of a step, and what each chunk reads from their output."""
@@ -399,6 +423,9 @@ class Engine:
             before = sequence.num_prompt_tokens - chunk.start
             self._prompt_tokens += max(0, min(chunk.num_tokens, before))
             self._scheduler.advance(chunk)
+            if chunk.reaches_end and not reading.live.num_generated:
+                with self._lock:
+                    self._admission.note_read(sequence.sequence_id)
             complete.append(reading)
         return complete, missing
 
@@ -468,6 +495,7 @@ class Engine:
     def _finish(self, live: LiveSequence, event: Finished | TokenGenerated) -> None:
         """Ends a sequence as it should, and reports it."""
         self._end(live)
+        self._admission.note_answer(live.num_generated)
         live.tally.finished += 1
         live.request.on_event(event)
 
@@ -489,6 +517,7 @@ class Engine:
             self._scheduler.remove(live.sequence)
             epoch = live.request.view.epoch.id
             with self._lock:
+                self._admission.end(live.request.sequence_id)
                 self._open[epoch] -= 1
                 if not self._open[epoch]:
                     del self._open[epoch]

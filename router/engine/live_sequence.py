@@ -59,6 +59,16 @@ class LiveSequence:
         # The scores of the prompt's tokens from the second on. They survive a preemption.
         self._prompt_logprobs: list[TokenLogprobs] = []
 
+    @property
+    def started(self) -> bool:
+        """Whether anything was computed for it."""
+        return self._first_step_s is not None
+
+    @property
+    def num_generated(self) -> int:
+        """The tokens that were generated here."""
+        return len(self.sequence.output) - len(self.request.generated)
+
     def read(
         self,
         chunk: Chunk,

@@ -16,6 +16,7 @@ from moesaic.expert_policy import OnMissing
 from router.decoders.capture import Capture
 from router.engine.sampling_params import SampledToken, SamplingParams, TokenLogprobs
 from router.gating.model_view import ModelView
+from router.scheduling.admission import Cost
 
 
 class FinishReason(enum.Enum):
@@ -110,3 +111,11 @@ class SequenceRequest:
     on_missing: OnMissing = "fail"
     # Takes the hidden states of the prompt's tokens. Only without anything to generate or to score.
     capture: Capture | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """What it needs at most. What another router has generated has to be read again, and not to be generated."""
+        return Cost(
+            len(self.prompt) + len(self.decoder_prompt) + len(self.generated),
+            max(0, self.sampling.max_tokens - len(self.generated)),
+        )

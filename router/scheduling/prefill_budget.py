@@ -33,12 +33,17 @@ class PrefillBudget:
         self._undisturbed: dict[int, deque[float]] = {}
         self._token_s: float | None = None
 
+    @property
+    def prompt_token_s(self) -> float | None:
+        """The time that a prompt's token adds to a step."""
+        return self._token_s
+
     def tokens(self, num_decoding: int, num_unread: int = 1) -> int:
         """How many prompt tokens a step may read, given `num_decoding` sequences and `num_unread` prompts."""
         room = self._max_batch_tokens - num_decoding
         if num_decoding == 0:
             return room
-        step_s = self._step_s(num_decoding)
+        step_s = self.decode_step_s(num_decoding)
         if step_s is None or self._token_s is None:
             return min(room, MIN_CHUNK)
         crowd = 1 + max(0, num_unread - 1) / num_decoding
@@ -50,7 +55,7 @@ class PrefillBudget:
         if num_prompt_tokens == 0:
             self._learn_step(num_decoding, seconds)
             return
-        undisturbed_s = self._step_s(num_decoding) if num_decoding else 0.0
+        undisturbed_s = self.decode_step_s(num_decoding) if num_decoding else 0.0
         if undisturbed_s is None:
             # No step has only decoded so far: what prompt tokens do not account for is decoding.
             if self._token_s is not None and seconds > num_prompt_tokens * self._token_s:
@@ -70,7 +75,7 @@ class PrefillBudget:
         share = RISING if token_s > self._token_s else FALLING
         self._token_s += share * (min(token_s, MAX_RISE * self._token_s) - self._token_s)
 
-    def _step_s(self, num_decoding: int) -> float | None:
+    def decode_step_s(self, num_decoding: int) -> float | None:
         """The median time of undisturbed steps with that many sequences, or the nearest known number."""
         if not self._undisturbed:
             return None

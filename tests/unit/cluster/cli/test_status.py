@@ -34,6 +34,14 @@ async def test_a_router_without_a_controller_shows_its_own_view(capsys: pytest.C
     ]
 
 
+async def test_refusals_are_told_by_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = router()
+    asked.stats.refusals.update({"DEADLINE_UNREACHABLE": 7, "QUEUE_FULL": 1200})
+    async with playing(asked) as (address, _):
+        await run_status(address, as_json=False)
+    assert "refused: 1,200 QUEUE_FULL, 7 DEADLINE_UNREACHABLE\n" in capsys.readouterr().out
+
+
 async def test_json_holds_what_router_and_controller_report(capsys: pytest.CaptureFixture[str]) -> None:
     asked, controller = router(), PlayedController()
     async with playing(controller) as (asked.control_address, _), playing(asked) as (address, _):

@@ -87,6 +87,7 @@ def test_a_report_names_what_is_broken_and_every_kind_of_figure() -> None:
         "3 calls in all",
         "work stopped p50 0.10 s",
         "20.0 requests a second offered",
+        "goodput 380 of 400 tokens/s, 0.95 of the peak; 50 refused, p50 100 ms, p99 200 ms",
         "the server ended by itself: [1]",
         "1.0 MiB and 2.0 MiB resident",
         "the contract does not hold",

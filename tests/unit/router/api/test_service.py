@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from router.api import event_buffer, generate_call, tokens
 from router.api.sampling_defaults import neutral_sampling
 from router.api.service import InferenceService, ModelFacts
 from router.control.epochs import EpochBook
-from router.engine.request import Failed, PromptScored, Started
+from router.engine.request import Failed, PromptScored, SequenceEvent, SequenceRequest, Started
 from router.gating.policy import LayerShape
 from router.text.text import Text, load_text
 
@@ -312,6 +313,30 @@ async def test_all_continuations_are_admitted_or_none(rig: Rig) -> None:
     )
     assert rig.engine.open == set()
     assert len(rig.engine.cancelled) == 2
+
+
+async def test_a_refusal_names_when_to_come_again_and_waits_for_no_step(text: Text) -> None:
+    release = threading.Event()
+
+    def stuck(request: SequenceRequest) -> Iterator[SequenceEvent]:
+        release.wait(WAIT_S)
+        yield from generates([5])(request)
+
+    async with serving(FakeEngine(stuck), text) as rig:
+        try:
+            rig.engine.num_places = 1
+            rig.engine.refusal = Overloaded("late", reason="DEADLINE_UNREACHABLE", retry_after_s=7.0)
+            first = rig.call(ask(max_tokens=1))
+            await rig.engine.until(lambda engine: bool(engine.open))
+            error = await rig.error(ask(max_tokens=1))
+            assert (error.code, error.reason, error.retry_after_s) == (
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "DEADLINE_UNREACHABLE",
+                7.0,
+            )
+        finally:
+            release.set()
+        assert [response async for response in first], "the one that was let in is answered"
 
 
 async def test_the_failure_of_one_continuation_fails_the_call_and_ends_the_others(rig: Rig) -> None:

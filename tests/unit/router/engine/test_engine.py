@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -47,7 +47,10 @@ from router.engine.request import (
 from router.engine.sampling_params import SamplingParams
 from router.gating.model_view import ModelView
 from router.phase_clock import PhaseClock
+from router.scheduling.admission import DEADLINE_UNREACHABLE, QUEUE_FULL, Admission, AdmissionLimits
 from router.scheduling.block_pool import BlockPool
+from router.scheduling.pace import Pace, PaceMeter
+from router.scheduling.prefill_budget import PrefillBudget
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
 
@@ -97,7 +100,11 @@ class Harness:
         max_waiting: int = 64,
         overlap: bool = False,
         missing_wait_s: float = WAIT_S,
+        meter: PaceMeter | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.now = now
+        self.max_waiting = max_waiting
         self.model = CountingModel()
         self.blocks = BlockPool(num_blocks, 4)
         self.scheduler = Scheduler(
@@ -122,8 +129,9 @@ class Harness:
             self.dispatcher,
             PhaseClock(),
             overlap=overlap,
-            max_waiting=max_waiting,
+            admission=Admission(AdmissionLimits(self.scheduler.limits.max_running, max_waiting), meter),
             missing_wait_s=missing_wait_s,
+            now=now,
         )
 
     def submit(
@@ -138,7 +146,7 @@ class Harness:
     ) -> queue.SimpleQueue[SequenceEvent]:
         events: queue.SimpleQueue[SequenceEvent] = queue.SimpleQueue()
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self.now() + timeout_s
         self.engine.submit(
             SequenceRequest(name, prompt, params, deadline_s, events.put, view or self.view, tenant=tenant)
         )
@@ -282,6 +290,81 @@ def test_one_more_than_the_queue_holds_is_refused_with_a_time_to_retry() -> None
     with pytest.raises(Overloaded) as refused:
         harness.submit("c", (1,))
     assert refused.value.retry_after_s
+
+
+class KnownPace(PaceMeter):
+    """A meter that need not measure."""
+
+    def __init__(self) -> None:
+        super().__init__(PrefillBudget(max_batch_tokens=16, max_stall=1.8))
+
+    def pace(self) -> Pace:
+        return Pace(prompt_token_s=0.5, output_token_s=1.0, step_s=1.0, usual_answer=4, longest_answer=8)
+
+
+class OnePlace:
+    """An engine with one place, whose pace is known, and that holds still in a step for "first"."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.harness = Harness(limits=Limits(16, 1), meter=KnownPace(), now=lambda: self.now_s)
+        self.release = threading.Event()
+        self.computed: set[str] = set()
+        self.harness.engine.start()
+        collect(self.harness.submit("earlier", (1,), timeout_s=1e6))
+        reached = threading.Event()
+
+        def hold(part: MicroBatch) -> None:
+            self.computed |= {chunk.sequence.sequence_id for chunk in part.batch.chunks}
+            reached.set()
+            self.release.wait(WAIT_S)
+
+        self.harness.model.on_forward = hold
+        self.first = self.harness.submit("first", (1, 2), timeout_s=1e6, max_tokens=8)
+        assert reached.wait(WAIT_S)
+
+    @property
+    def refusals(self) -> Mapping[str, int]:
+        return self.harness.engine.stats().refusals
+
+
+@pytest.fixture
+def one_place() -> Iterator[OnePlace]:
+    made = OnePlace()
+    yield made
+    made.release.set()
+    made.harness.engine.stop(WAIT_S)
+
+
+def test_a_refusal_waits_for_no_step_and_names_what_is_predicted(one_place: OnePlace) -> None:
+    with pytest.raises(Overloaded) as refused:
+        one_place.harness.submit("late", (1, 2), timeout_s=5.0)
+    # The prompts of the first and of its own, the turn of the first, and an answer of its own.
+    assert refused.value.message == (
+        "the answer is predicted to take 14.0 s, 5.0 s are left until the deadline"
+    )
+    assert (refused.value.reason, refused.value.retry_after_s) == (DEADLINE_UNREACHABLE, 9.0)
+    with pytest.raises(Overloaded) as refused:
+        for number in range(one_place.harness.max_waiting + 1):
+            one_place.harness.submit(str(number), (1,), timeout_s=1e6)
+    assert refused.value.reason == QUEUE_FULL
+    assert one_place.refusals == {DEADLINE_UNREACHABLE: 1, QUEUE_FULL: 1}
+
+
+def test_a_sequence_that_can_no_longer_be_in_time_is_shed_before_anything_is_computed(
+    one_place: OnePlace,
+) -> None:
+    late = one_place.harness.submit("late", (1, 2), timeout_s=20.0)
+    good = one_place.harness.submit("good", (3,), timeout_s=1e6)
+    one_place.now_s = 12.0  # eight seconds are left, nine are needed
+    one_place.release.set()
+    event = late.get(timeout=WAIT_S)
+    assert isinstance(event, Failed) and isinstance(event.error, Overloaded)
+    assert event.error.reason == DEADLINE_UNREACHABLE
+    assert collect(one_place.first)[0] == expected_tokens((1, 2), 8)
+    assert collect(good)[0] == expected_tokens((3,), 8)
+    assert one_place.computed == {"first", "good"} and late.empty()
+    assert one_place.refusals == {DEADLINE_UNREACHABLE: 1}
 
 
 def test_tokens_that_lack_an_expert_fail_their_own_sequence_only(harness: Harness) -> None:

@@ -33,6 +33,7 @@ from router.engine.request import (
 )
 from router.engine.sampling_params import SamplingParams
 from router.phase_clock import PhaseClock
+from router.scheduling.admission import Admission, AdmissionLimits
 from router.scheduling.block_pool import BlockPool
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
@@ -76,7 +77,7 @@ class Harness:
             loaded.dispatcher,
             loaded.clock,
             overlap=overlap,
-            max_waiting=64,
+            admission=Admission(AdmissionLimits(MAX_RUNNING, 64, WAIT_S), None),
             missing_wait_s=WAIT_S,
         )
         self.engine.start()
