@@ -259,6 +259,8 @@ def _joined(parts: Sequence[Assignment]) -> Assignment:
 
 
 def _padded(chosen: Assignment, num_ranks: int) -> Assignment:
+    if chosen.slots.shape[1] == num_ranks:
+        return chosen
     more = (0, num_ranks - chosen.slots.shape[1])
     return Assignment(functional.pad(chosen.weights, more), functional.pad(chosen.slots, more, value=NO_SLOT))
 
