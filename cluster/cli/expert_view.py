@@ -99,6 +99,8 @@ def _row(expert: BundleExpert) -> str:
 
 def _print_history(history: control_pb2.GetHistoryResponse, console: Console) -> None:
     console.print(f"epoch {history.epoch}" + (f", canary {history.canary}" if history.canary else ""))
+    if history.canary_figures:
+        console.print(f"canary so far: {history.canary_figures}", markup=False)
     if not history.entries:
         return
     console.print()

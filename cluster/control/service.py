@@ -79,10 +79,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.GetHistoryRequest, context: Context
     ) -> control_pb2.GetHistoryResponse:
         limit = min(request.limit or _DEFAULT_HISTORY, MAX_HISTORY)
-        head = self._plane.epochs.head
+        head, verdict = self._plane.epochs.head, self._plane.canary_watch.verdict()
         return control_pb2.GetHistoryResponse(
             epoch=head.current if head else "",
             canary=head.canary.epoch if head and head.canary else "",
+            canary_figures=verdict.detail if verdict else "",
             entries=[_entry(decision) for decision in self._plane.store.history(limit)],
         )
 

@@ -205,14 +205,16 @@ class HistoryEntry(_message.Message):
     def __init__(self, time: _Optional[float] = ..., what: _Optional[str] = ..., epoch: _Optional[str] = ..., previous_epoch: _Optional[str] = ..., bundle: _Optional[str] = ..., operator: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class GetHistoryResponse(_message.Message):
-    __slots__ = ("epoch", "canary", "entries")
+    __slots__ = ("epoch", "canary", "entries", "canary_figures")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CANARY_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    CANARY_FIGURES_FIELD_NUMBER: _ClassVar[int]
     epoch: str
     canary: str
     entries: _containers.RepeatedCompositeFieldContainer[HistoryEntry]
-    def __init__(self, epoch: _Optional[str] = ..., canary: _Optional[str] = ..., entries: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ...) -> None: ...
+    canary_figures: str
+    def __init__(self, epoch: _Optional[str] = ..., canary: _Optional[str] = ..., entries: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ..., canary_figures: _Optional[str] = ...) -> None: ...
 
 class EpochStats(_message.Message):
     __slots__ = ("epoch", "open_sequences", "finished", "failed", "not_finite", "token_p50_s", "token_p99_s", "first_token_p50_s", "shadow_rows", "shadow_min_cosine", "shadow_mean_cosine", "shadow_max_difference")

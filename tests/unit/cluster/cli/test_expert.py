@@ -290,11 +290,15 @@ async def test_the_history_says_what_was_decided_and_why(capsys: pytest.CaptureF
     controller = PlayedLifecycle()
     why = "3 of 120 requests failed, 2.5 % against at most 1 %"
     controller.history.epoch, controller.history.canary = EPOCH, "c1"
+    controller.history.canary_figures = "7 requests finished, 0 failed"
     controller.history.entries.add(time=1.79e9, what="rollback", epoch=EPOCH, bundle="legal-v2", detail=why)
     async with playing_lifecycle(controller) as (router, _):
         await run_history(Reach(router), limit=5, as_json=False)
         out = capsys.readouterr().out
-        assert out.splitlines()[0] == f"epoch {EPOCH}, canary c1"
+        assert out.splitlines()[:2] == [
+            f"epoch {EPOCH}, canary c1",
+            "canary so far: 7 requests finished, 0 failed",
+        ]
         assert "rollback legal-v2" in out
         controller.history.entries.add(what="refused", bundle="ab" * 32)
         await run_history(Reach(router), limit=5, as_json=False)
