@@ -1,4 +1,4 @@
-"""Which stored bundles are needed, and for what. The others can be forgotten. Pure."""
+"""Which stored bundles are needed, and for what. The others can be forgotten."""
 
 from __future__ import annotations
 
