@@ -340,11 +340,12 @@ class RolloutSettings(_Group):
         "current epoch so many times.",
     )
     min_shadow_cosine: float = Field(
-        0.0,
+        -1.0,
         ge=-1,
         le=1,
         description="A canary is rolled back when the answers of its experts to shadowed rows have a smaller mean "
-        "cosine with those in use.",
+        "cosine with those in use. Off by default, with -1, because a swap changes an expert on purpose: what was trained anew "
+        "has cosines around 0, on either side.",
     )
     golden_prompts: Annotated[str | None, Unset("none")] = Field(
         None,

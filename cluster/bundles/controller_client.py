@@ -1,4 +1,4 @@
-"""What operators ask of a controller: bundles are uploaded, changes made, and the history read."""
+"""What operators ask of a controller: bundles are uploaded and forgotten, changes made, and the history read."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ class ControllerClient:
         request = control_pb2.ListBundlesRequest()
         answer = await self._answer(self._stub.ListBundles(request, timeout=ASK_TIMEOUT_S))
         return list(answer.bundles)
+
+    async def forget(self, digest: bytes, operator: str) -> control_pb2.ForgetBundleResponse:
+        """Deletes a stored bundle."""
+        request = control_pb2.ForgetBundleRequest(digest=digest, operator=operator)
+        return await self._answer(self._stub.ForgetBundle(request, timeout=ASK_TIMEOUT_S))
 
     async def history(self, limit: int) -> control_pb2.GetHistoryResponse:
         """The newest entries, at most so many."""

@@ -442,6 +442,23 @@ def show(
         asyncio.run(run_show(name, _reach(grpc, controller, flags), as_json=as_json))
 
 
+@expert.command(epilog=examples("moesaic expert forget maths-v1"))
+@with_settings()
+def forget(
+    name: Name,
+    *,
+    grpc: Router = None,
+    controller: Controller = None,
+    flags: SettingFlags,
+    as_json: Json = False,
+) -> None:
+    """Delete a stored bundle that the model does not need any more."""
+    with exit_with_code(as_json=as_json, spell=flags.spell):
+        from cluster.cli.expert_forget import run_forget
+
+        asyncio.run(run_forget(name, _reach(grpc, controller, flags), as_json=as_json))
+
+
 @expert.command(epilog=examples("moesaic expert history", "moesaic expert history --limit 5 --json"))
 @with_settings()
 def history(

@@ -37,6 +37,7 @@ async def run_list(reach: Reach, *, as_json: bool) -> None:
         digest = bundle.digest.hex()[:_ID_CHARS]
         table.add_row(bundle.name, digest, size(bundle.num_bytes), _use(bundle), ", ".join(bundle.tags))
     console.print(table)
+    console.print(f"{size(sum(bundle.num_bytes for bundle in bundles))} in all")
 
 
 async def run_show(name: str, reach: Reach, *, as_json: bool) -> None:
@@ -99,6 +100,8 @@ def _row(expert: BundleExpert) -> str:
 
 def _print_history(history: control_pb2.GetHistoryResponse, console: Console) -> None:
     console.print(f"epoch {history.epoch}" + (f", canary {history.canary}" if history.canary else ""))
+    if history.canary_figures:
+        console.print(f"canary so far: {history.canary_figures}", markup=False)
     if not history.entries:
         return
     console.print()
@@ -118,10 +121,12 @@ def _short(bundle: str) -> str:
 
 
 def _use(stored: control_pb2.StoredBundle) -> str:
-    """Where a bundle is in use; places that it has in a canary alone say so."""
-    if stored.experts or not stored.canary_experts:
+    """Where a bundle is in use, or which other epoch needs it; places that it has in a canary alone say so."""
+    if stored.experts:
         return _places(stored.experts)
-    return f"canary, {_places(stored.canary_experts)}"
+    if stored.canary_experts:
+        return f"canary, {_places(stored.canary_experts)}"
+    return f"epoch {stored.needed_by}" if stored.needed_by else ""
 
 
 def _places(experts: Iterable[common_pb2.ExpertAddress]) -> str:

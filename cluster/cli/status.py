@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.cli.gate_summary import summarise_gates
+from cluster.cli.parked_remark import tell_parked
 from cluster.observation.observer import Observation, Observer
 from cluster.terminal.json_output import plain
 from cluster.terminal.tables import count, new_table, state_text
@@ -137,7 +138,8 @@ def _refused(routers: Iterable[inference_pb2.GetRouterStatsResponse]) -> str:
 def _remarks(seen: Observation) -> list[str]:
     processes = seen.topology.processes if seen.topology is not None else ()
     details = [f"{process.name}: {process.detail}" for process in processes if process.detail]
-    return [*filter(None, (_problem(seen), _unheld(seen.entry))), *details, *_troubles(seen)]
+    problems = filter(None, (_problem(seen), _unheld(seen.entry)))
+    return [*problems, *tell_parked(seen.routers), *details, *_troubles(seen)]
 
 
 def _troubles(seen: Observation) -> Iterator[str]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.cli.gate_summary import summarise_gates
+from cluster.cli.parked_remark import tell_parked
 from cluster.observation.activity import Activity, RouterActivity, WorkerActivity
 from cluster.observation.observer import Observation
 from cluster.terminal.tables import new_table, state_text
@@ -57,6 +58,7 @@ def _plain_router(activity: Activity, router: RouterActivity) -> dict[str, Any]:
         "steps_per_s": activity.rate(router.steps),
         "running_sequences": router.running_sequences,
         "waiting_sequences": router.waiting_sequences,
+        "parked_sequences": router.parked_sequences,
         "kv_blocks_used": router.kv_blocks_used,
         "kv_blocks_total": router.kv_blocks_total,
         "prefix_hit_share": router.prefix_hit_share,
@@ -179,6 +181,7 @@ def _state_name(process: RouterActivity | WorkerActivity) -> str:
 def _remarks(look: Look) -> Iterable[str]:
     if look.observation.problem:
         yield look.observation.problem
+    yield from tell_parked(look.observation.routers)
     for worker in look.activity.workers:
         if worker.detail:
             yield f"{worker.name}: {worker.detail}"

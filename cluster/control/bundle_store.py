@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +29,7 @@ PIECE_BYTES = 1 << 20
 FAILPOINTS = ("bundle.begun", "bundle.written", "bundle.verified", "bundle.stored")
 
 _INCOMING = "incoming-"
+_LEAVING = "leaving-"
 # Raises InvalidArgument for a bundle that is not to be had.
 Verify = Callable[[Bundle], None]
 
@@ -43,7 +45,7 @@ class BundleStore:
         max_bytes: int,
         failpoints: Callable[[str], None] = go_on,
     ) -> None:
-        """`max_bytes` bounds the weights of one bundle. What unfinished uploads left behind is deleted."""
+        """`max_bytes` bounds the weights of one bundle. What unfinished uploads and deletions left behind is deleted."""
         self._folder = folder
         self._verify = verify
         self._max_bytes = max_bytes
@@ -51,7 +53,7 @@ class BundleStore:
         self._num_uploads = 0
         self._manifests: dict[bytes, Manifest] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{_INCOMING}*"):
+        for left in (*folder.glob(f"{_INCOMING}*"), *folder.glob(f"{_LEAVING}*")):
             shutil.rmtree(left)
 
     def upload(self) -> Upload:
@@ -71,6 +73,9 @@ class BundleStore:
             raise NotFound(f"bundle: {digest.hex()[:64]} is not stored", field="bundle")
         return folder
 
+    def has(self, digest: bytes) -> bool:
+        return (self._folder / digest.hex()).is_dir()
+
     def open(self, digest: bytes) -> Bundle:
         """Raises NotFound, or InvalidArgument with field `bundle` for one that was damaged since."""
         return open_bundle(self.folder(digest))
@@ -85,7 +90,7 @@ class BundleStore:
         return sorted(
             bytes.fromhex(folder.name)
             for folder in self._folder.iterdir()
-            if not folder.name.startswith(_INCOMING)
+            if not folder.name.startswith((_INCOMING, _LEAVING))
         )
 
     def pieces(self, digest: bytes, offset: int) -> Iterator[bytes]:
@@ -110,6 +115,17 @@ class BundleStore:
             _force(self._folder)
         self._failpoints("bundle.stored")
         return open_bundle(target), known
+
+    def withdraw(self, digest: bytes) -> Path:
+        """A bundle is not stored any more; `delete` gives back the space of what is returned. Raises NotFound."""
+        folder, leaving = self.folder(digest), self._folder / f"{_LEAVING}{uuid.uuid4().hex}"
+        self._manifests.pop(digest, None)
+        folder.rename(leaving)
+        _force(self._folder)
+        return leaving
+
+    def delete(self, leaving: Path) -> None:
+        shutil.rmtree(leaving)
 
     def end(self, incoming: Path) -> None:
         """Deletes what is left of an upload."""

@@ -200,7 +200,19 @@ class Changes:
             raise FailedPrecondition(
                 f"epoch: {target} is current already", field="epoch", reason="NOTHING_CHANGES"
             )
-        return _Goal("rollback", self._epochs.find(target), head.move_to(target))
+        epoch = self._epochs.find(target)
+        self._check_bundles(epoch)
+        return _Goal("rollback", epoch, head.move_to(target))
+
+    def _check_bundles(self, epoch: Epoch) -> None:
+        """An earlier epoch outlives its bundles."""
+        gone = next((bundle.name for bundle in epoch.bundles if not self._bundles.has(bundle.digest)), None)
+        if gone is not None:
+            raise FailedPrecondition(
+                f"epoch: {epoch.id} needs the bundle {gone}, which was forgotten: bring it again from its folder",
+                field="epoch",
+                reason="BUNDLE_FORGOTTEN",
+            )
 
     def _commit(self, order: ChangeOrder, goal: _Goal, head: Head, began_s: float) -> None:
         detail = order.reason or f"after {self._clock() - began_s:.2f} s of loading and probing"

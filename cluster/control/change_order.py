@@ -20,7 +20,7 @@ _WORDS: dict[int, ChangeWord] = {
     control_pb2.CHANGE_KIND_PROMOTE: "promote",
     control_pb2.CHANGE_KIND_ROLLBACK: "rollback",
 }
-_MAX_OPERATOR = 128
+MAX_OPERATOR = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class ChangeOrder:
             canary=_shares(request) if request.canary else None,
             gate_rows=dict(map(_row, request.gate_rows)),
             epoch=request.epoch,
-            operator=request.operator[:_MAX_OPERATOR],
+            operator=request.operator[:MAX_OPERATOR],
         )
 
     def rows_of(self, manifest: Manifest) -> dict[int, GateRow]:

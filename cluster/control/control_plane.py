@@ -13,6 +13,7 @@ from cluster.control.change import Changes
 from cluster.control.controller import Cluster, Controller, ProcessObserver
 from cluster.control.epoch_store import EpochStore, go_on
 from cluster.control.epochs_in_use import MARGIN_S, EpochsInUse
+from cluster.control.forgetting import Forgetting
 from cluster.control.golden_prompts import measure_drift
 from cluster.control.reconciler import SETTLE_S, Reconciler
 from cluster.control.rollout_config import RolloutConfig
@@ -89,6 +90,9 @@ class ControlPlane:
             config.base,
             is_lasting=config.is_lasting,
             clock=clock,
+        )
+        self.forgetting = Forgetting(
+            self.epochs, self.store, self.bundles, self.changes, self.reconciler, failpoints=failpoints
         )
         self.canary_watch = CanaryWatch(
             self.epochs, self.reports, self.changes, settings, _drift_of(config.golden_prompts), clock=clock

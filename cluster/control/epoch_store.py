@@ -51,7 +51,7 @@ CREATE TABLE history (
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One line of the history. `what` is first, swap, add, remove, canary, promote, rollback or refused."""
+    """One line of the history. `what` is first, swap, add, remove, canary, promote, rollback, forget or refused."""
 
     what: str
     epoch: str = ""
@@ -147,7 +147,7 @@ class EpochStore:
         self._failpoints("store.committed")
 
     def note(self, decision: Decision) -> None:
-        """Keeps a decision that changes nothing, such as a refusal."""
+        """Keeps a decision that moves no head, such as a refusal."""
         with self._transaction():
             self._write(decision)
 

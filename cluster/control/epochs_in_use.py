@@ -61,6 +61,11 @@ class EpochsInUse:
         return self._in_use[self._head.canary.epoch]
 
     @property
+    def previous(self) -> Epoch | None:
+        """The epoch to which a rollback without a name goes back."""
+        return self.find(self._head.previous) if self._head is not None and self._head.previous else None
+
+    @property
     def candidate(self) -> Epoch | None:
         return self._candidate
 

@@ -148,6 +148,11 @@ class Reconciler:
                 self._idle.beat()
             await self._controller.changed.wait(TICK_S if self._depends_on_time(actions) else None)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether routers had the time to tell which epochs they need."""
+        return self._clock() >= self._settled_at_s
+
     async def bring(self, epoch: Epoch, commit: Callable[[], None], show: ShowStage) -> None:
         """Lets workers load what the epoch needs, then calls `commit`. If it raises, nothing stays of it.
 
@@ -183,11 +188,7 @@ class Reconciler:
 
     def _depends_on_time(self, actions: Sequence[Action]) -> bool:
         return bool(
-            actions
-            or self._passage
-            or self._resting
-            or self._epochs.is_draining
-            or self._clock() < self._settled_at_s
+            actions or self._passage or self._resting or self._epochs.is_draining or not self.is_settled
         )
 
     def _desired(self) -> Desired:
@@ -208,7 +209,7 @@ class Reconciler:
         workers = tuple(self._worker(sighting, footprints) for sighting in self._controller.workers())
         passage = self._passage
         published = {passage.epoch.id} if passage is not None and passage.is_published else set()
-        return Observed(workers, frozenset(published), settled=now_s >= self._settled_at_s)
+        return Observed(workers, frozenset(published), settled=self.is_settled)
 
     def _worker(self, sighting: WorkerSighting, footprints: Mapping[ExpertVersion, Footprint]) -> Worker:
         facts = sighting.facts

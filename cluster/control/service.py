@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
+from cluster.control.bundle_needs import Need, bundle_needs
 from cluster.control.bundle_store import Upload
-from cluster.control.change_order import ChangeOrder
+from cluster.control.change_order import MAX_OPERATOR, ChangeOrder
 from cluster.control.control_plane import ControlPlane
 from cluster.control.epoch_store import Decision
 from moesaic.epoch import Epoch, address_to_proto
-from moesaic.errors import InvalidArgument
+from moesaic.errors import InvalidArgument, NotFound
 from moesaic.v1 import common_pb2, control_pb2, control_pb2_grpc
 
 MAX_HISTORY = 10_000
@@ -65,8 +67,19 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.ListBundlesRequest, context: Context
     ) -> control_pb2.ListBundlesResponse:
         digests = await asyncio.to_thread(self._plane.bundles.digests)
-        stored = [await asyncio.to_thread(self._stored, digest) for digest in digests]
-        return control_pb2.ListBundlesResponse(bundles=stored)
+        needs = bundle_needs(self._plane.epochs)
+        answer = control_pb2.ListBundlesResponse()
+        for digest in digests:
+            with contextlib.suppress(NotFound):  # it was forgotten meanwhile
+                answer.bundles.append(await asyncio.to_thread(self._stored, digest, needs.get(digest)))
+        return answer
+
+    async def ForgetBundle(
+        self, request: control_pb2.ForgetBundleRequest, context: Context
+    ) -> control_pb2.ForgetBundleResponse:
+        operator = request.operator[:MAX_OPERATOR]
+        name, num_bytes = await self._plane.forgetting.forget(request.digest, operator)
+        return control_pb2.ForgetBundleResponse(name=name, num_bytes=num_bytes)
 
     async def Change(
         self, request: control_pb2.ChangeRequest, context: Context
@@ -79,10 +92,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.GetHistoryRequest, context: Context
     ) -> control_pb2.GetHistoryResponse:
         limit = min(request.limit or _DEFAULT_HISTORY, MAX_HISTORY)
-        head = self._plane.epochs.head
+        head, verdict = self._plane.epochs.head, self._plane.canary_watch.verdict()
         return control_pb2.GetHistoryResponse(
             epoch=head.current if head else "",
             canary=head.canary.epoch if head and head.canary else "",
+            canary_figures=verdict.detail if verdict else "",
             entries=[_entry(decision) for decision in self._plane.store.history(limit)],
         )
 
@@ -94,7 +108,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._plane.hear(request)
         return control_pb2.ReportEpochsResponse()
 
-    def _stored(self, digest: bytes) -> control_pb2.StoredBundle:
+    def _stored(self, digest: bytes, need: Need | None) -> control_pb2.StoredBundle:
         bundle = self._plane.bundles.open(digest)
         epochs = self._plane.epochs
         return control_pb2.StoredBundle(
@@ -105,6 +119,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             manifest=bundle.manifest_bytes,
             experts=_places(digest, epochs.current),
             canary_experts=_places(digest, epochs.canary),
+            needed_by=need.epoch if need else "",
         )
 
 

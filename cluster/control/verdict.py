@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ class EpochFigures:
     first_token_p50_s: float = 0.0
     shadow_rows: int = 0
     shadow_mean_cosine: float = 1.0
+    # Infinite where some answer was not finite.
+    shadow_max_difference: float = 0.0
 
     @classmethod
     def of(cls, reports: Iterable[control_pb2.EpochStats]) -> EpochFigures:
@@ -35,6 +38,7 @@ class EpochFigures:
             first_token_p50_s=max((report.first_token_p50_s for report in reports), default=0.0),
             shadow_rows=rows,
             shadow_mean_cosine=cosine / rows if rows else 1.0,
+            shadow_max_difference=max((report.shadow_max_difference for report in reports), default=0.0),
         )
 
     @property
@@ -65,6 +69,8 @@ def judge(
     """
     if canary.not_finite:
         return Verdict(True, f"{canary.not_finite} sequences had values that are not finite")
+    if math.isinf(canary.shadow_max_difference):
+        return Verdict(True, f"of {canary.shadow_rows} shadow answers, some are not finite")
     if golden_drift is not None and golden_drift > limits.max_golden_drift:
         return _beyond("golden prompts drift by", golden_drift, limits.max_golden_drift, "nats a token")
     if canary.shadow_rows and canary.shadow_mean_cosine < limits.min_shadow_cosine:

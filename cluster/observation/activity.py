@@ -35,6 +35,7 @@ class RouterActivity:
     preemptions: int
     running_sequences: int
     waiting_sequences: int
+    parked_sequences: int
     kv_blocks_used: int
     kv_blocks_total: int
     phases_s: dict[str, float]
@@ -158,6 +159,7 @@ def _router(process: ObservedProcess, before: Observation, after: Observation) -
         preemptions=new.preemptions - old.preemptions,
         running_sequences=new.running_sequences,
         waiting_sequences=new.waiting_sequences,
+        parked_sequences=new.parked_sequences,
         kv_blocks_used=new.kv_blocks_used,
         kv_blocks_total=new.kv_blocks_total,
         phases_s={phase.phase: phase.seconds - old_s.get(phase.phase, 0.0) for phase in new.phases},

@@ -62,6 +62,8 @@ HEAD_AWAY = "its process does not answer, and neither does Ray: without its head
 FACTS_TIMEOUT_S = 15.0
 # How old Ray's account of what is free may be.
 SETTLE_S = 1.0
+# How often a local Ray is started that its own limit of 30 s has ended, as on a busy machine.
+START_ATTEMPTS = 4
 END_TIMEOUT_S = 10.0
 KILL_PERIOD_S = 0.05
 LOSS_PERIOD_S = 1.0
@@ -256,11 +258,12 @@ class RayCluster:
         if settings.cluster.address is not None:
             return await cls._join(settings.cluster.address, logs, force)
         start = partial(cls._start_local, logs, force, places(os.environ), num_processes)
-        try:
-            return await start()
-        except RayTimeoutError:
-            log.warning("Ray did not start within 30 s: starting it once more")
-            return await start()
+        for _ in range(START_ATTEMPTS - 1):
+            try:
+                return await start()
+            except RayTimeoutError:
+                log.warning("Ray did not start within 30 s: starting it again")
+        return await start()
 
     @classmethod
     async def _start_local(

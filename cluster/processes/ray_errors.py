@@ -10,7 +10,7 @@ from moesaic.errors import MoesaicError, Unavailable
 
 
 class RayTimeoutError(Unavailable):
-    """Ray did not start within its own limit, which cannot be set. A second attempt may succeed."""
+    """Ray did not start within its own limit, which cannot be set. Another attempt may succeed."""
 
 
 def start_error(error: Exception, load: float) -> MoesaicError:

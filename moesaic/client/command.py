@@ -81,7 +81,8 @@ def _status(client: SyncClient, options: argparse.Namespace) -> None:
     print(
         f"context {model.max_model_len}; up {stats.uptime_s:.0f} s; {stats.generated_tokens} tokens generated"
     )
-    print(f"{stats.running_sequences} running, {stats.waiting_sequences} waiting")
+    parked = f", {stats.parked_sequences} wait for a missing expert" if stats.parked_sequences else ""
+    print(f"{stats.running_sequences} running, {stats.waiting_sequences} waiting{parked}")
     for worker in stats.workers:
         state = "connected" if worker.connected else "not connected"
         print(f"{worker.worker} at {worker.address}: {state}, {worker.calls} calls, {worker.rows} rows")

@@ -123,7 +123,7 @@ class ListBundlesResponse(_message.Message):
     def __init__(self, bundles: _Optional[_Iterable[_Union[StoredBundle, _Mapping]]] = ...) -> None: ...
 
 class StoredBundle(_message.Message):
-    __slots__ = ("name", "digest", "tags", "num_bytes", "manifest", "experts", "canary_experts")
+    __slots__ = ("name", "digest", "tags", "num_bytes", "manifest", "experts", "canary_experts", "needed_by")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class StoredBundle(_message.Message):
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     CANARY_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_BY_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: bytes
     tags: _containers.RepeatedScalarFieldContainer[str]
@@ -138,7 +139,24 @@ class StoredBundle(_message.Message):
     manifest: bytes
     experts: _containers.RepeatedCompositeFieldContainer[_common_pb2.ExpertAddress]
     canary_experts: _containers.RepeatedCompositeFieldContainer[_common_pb2.ExpertAddress]
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[bytes] = ..., tags: _Optional[_Iterable[str]] = ..., num_bytes: _Optional[int] = ..., manifest: _Optional[bytes] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertAddress, _Mapping]]] = ..., canary_experts: _Optional[_Iterable[_Union[_common_pb2.ExpertAddress, _Mapping]]] = ...) -> None: ...
+    needed_by: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[bytes] = ..., tags: _Optional[_Iterable[str]] = ..., num_bytes: _Optional[int] = ..., manifest: _Optional[bytes] = ..., experts: _Optional[_Iterable[_Union[_common_pb2.ExpertAddress, _Mapping]]] = ..., canary_experts: _Optional[_Iterable[_Union[_common_pb2.ExpertAddress, _Mapping]]] = ..., needed_by: _Optional[str] = ...) -> None: ...
+
+class ForgetBundleRequest(_message.Message):
+    __slots__ = ("digest", "operator")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OPERATOR_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    operator: str
+    def __init__(self, digest: _Optional[bytes] = ..., operator: _Optional[str] = ...) -> None: ...
+
+class ForgetBundleResponse(_message.Message):
+    __slots__ = ("name", "num_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    num_bytes: int
+    def __init__(self, name: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class ChangeRequest(_message.Message):
     __slots__ = ("kind", "bundle", "name", "expected_epoch", "canary", "share", "shadow_share", "gate_rows", "epoch", "operator")
@@ -205,14 +223,16 @@ class HistoryEntry(_message.Message):
     def __init__(self, time: _Optional[float] = ..., what: _Optional[str] = ..., epoch: _Optional[str] = ..., previous_epoch: _Optional[str] = ..., bundle: _Optional[str] = ..., operator: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class GetHistoryResponse(_message.Message):
-    __slots__ = ("epoch", "canary", "entries")
+    __slots__ = ("epoch", "canary", "entries", "canary_figures")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CANARY_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    CANARY_FIGURES_FIELD_NUMBER: _ClassVar[int]
     epoch: str
     canary: str
     entries: _containers.RepeatedCompositeFieldContainer[HistoryEntry]
-    def __init__(self, epoch: _Optional[str] = ..., canary: _Optional[str] = ..., entries: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ...) -> None: ...
+    canary_figures: str
+    def __init__(self, epoch: _Optional[str] = ..., canary: _Optional[str] = ..., entries: _Optional[_Iterable[_Union[HistoryEntry, _Mapping]]] = ..., canary_figures: _Optional[str] = ...) -> None: ...
 
 class EpochStats(_message.Message):
     __slots__ = ("epoch", "open_sequences", "finished", "failed", "not_finite", "token_p50_s", "token_p99_s", "first_token_p50_s", "shadow_rows", "shadow_min_cosine", "shadow_mean_cosine", "shadow_max_difference")

@@ -59,6 +59,11 @@ class ControlServiceStub:
                 request_serializer=moesaic_dot_v1_dot_control__pb2.ListBundlesRequest.SerializeToString,
                 response_deserializer=moesaic_dot_v1_dot_control__pb2.ListBundlesResponse.FromString,
                 _registered_method=True)
+        self.ForgetBundle = channel.unary_unary(
+                '/moesaic.v1.ControlService/ForgetBundle',
+                request_serializer=moesaic_dot_v1_dot_control__pb2.ForgetBundleRequest.SerializeToString,
+                response_deserializer=moesaic_dot_v1_dot_control__pb2.ForgetBundleResponse.FromString,
+                _registered_method=True)
         self.Change = channel.unary_stream(
                 '/moesaic.v1.ControlService/Change',
                 request_serializer=moesaic_dot_v1_dot_control__pb2.ChangeRequest.SerializeToString,
@@ -114,6 +119,14 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetBundle(self, request, context):
+        """Deletes a stored bundle. FAILED_PRECONDITION with the reason while an epoch needs it that is current, on trial, in use
+        by a sequence, or the one before; ABORTED while a change runs. Earlier epochs that need it cannot be rolled back to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Change(self, request, context):
         """Changes what the model is, and reports every step until the change is committed or refused. A change that was
         begun goes on when the caller leaves. ABORTED with the current epoch if that is not `expected_epoch` any more.
@@ -163,6 +176,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.ListBundles,
                     request_deserializer=moesaic_dot_v1_dot_control__pb2.ListBundlesRequest.FromString,
                     response_serializer=moesaic_dot_v1_dot_control__pb2.ListBundlesResponse.SerializeToString,
+            ),
+            'ForgetBundle': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetBundle,
+                    request_deserializer=moesaic_dot_v1_dot_control__pb2.ForgetBundleRequest.FromString,
+                    response_serializer=moesaic_dot_v1_dot_control__pb2.ForgetBundleResponse.SerializeToString,
             ),
             'Change': grpc.unary_stream_rpc_method_handler(
                     servicer.Change,
@@ -315,6 +333,33 @@ class ControlService:
             '/moesaic.v1.ControlService/ListBundles',
             moesaic_dot_v1_dot_control__pb2.ListBundlesRequest.SerializeToString,
             moesaic_dot_v1_dot_control__pb2.ListBundlesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moesaic.v1.ControlService/ForgetBundle',
+            moesaic_dot_v1_dot_control__pb2.ForgetBundleRequest.SerializeToString,
+            moesaic_dot_v1_dot_control__pb2.ForgetBundleResponse.FromString,
             options,
             channel_credentials,
             insecure,

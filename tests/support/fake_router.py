@@ -31,6 +31,7 @@ class FakeRouter(InferenceServiceServicer):
     model: str = "fake"
     epoch: str = "e1"
     max_model_len: int = 128
+    parked_sequences: int = 0
     has_tokenizer: bool = True
     # The model ends its answer by itself after so many tokens.
     eos_after: int | None = None
@@ -103,7 +104,7 @@ class FakeRouter(InferenceServiceServicer):
         )
 
     async def GetRouterStats(self, request: object, context: object) -> pb.GetRouterStatsResponse:
-        return pb.GetRouterStatsResponse(steps=3, generated_tokens=7)
+        return pb.GetRouterStatsResponse(steps=3, generated_tokens=7, parked_sequences=self.parked_sequences)
 
     async def _answer(
         self, request: pb.GenerateRequest, prompt: list[int]

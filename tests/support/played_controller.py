@@ -56,6 +56,14 @@ class PlayedLifecycle(control_pb2_grpc.ControlServiceServicer):
     async def ListBundles(self, request: object, context: object) -> control_pb2.ListBundlesResponse:
         return control_pb2.ListBundlesResponse(bundles=self.bundles.values())
 
+    async def ForgetBundle(
+        self, request: control_pb2.ForgetBundleRequest, context: object
+    ) -> control_pb2.ForgetBundleResponse:
+        if self.error is not None:
+            raise self.error
+        gone = self.bundles.pop(request.digest)
+        return control_pb2.ForgetBundleResponse(name=gone.name, num_bytes=gone.num_bytes)
+
     async def Change(
         self, request: control_pb2.ChangeRequest, context: object
     ) -> AsyncIterator[control_pb2.ChangeResponse]:

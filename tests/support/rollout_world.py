@@ -241,6 +241,10 @@ class World:
             if not self.dead:  # a process that is gone cleans nothing up
                 upload.close()
 
+    def forget(self, bundle: Bundle) -> None:
+        """Raises what refused it."""
+        self.run(self.plane.forgetting.forget(bundle.digest, "ann"))
+
     def pass_failpoint(self, step: str) -> None:
         if self.dead or step == self.armed:
             self.dead = True

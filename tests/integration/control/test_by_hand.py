@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import grpc
 import pytest
 from support.bundles import make_bundle
 from support.checkpoints import write_mixtral
+from support.expert_calls import ReferenceExperts
 from support.processes import Process, running_workers
+from support.tiny_tokenizer import byte_level, write_folder
 
+from cluster.control.canary_watch import OPERATOR
 from moesaic import SyncClient, rpc
 from moesaic.bundles import Bundle
 from moesaic.epoch import ExpertAddress, ExpertVersion, versions_to_proto
@@ -23,6 +28,8 @@ from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grp
 pytestmark = pytest.mark.timeout(240)
 
 PROMPT = [1, 2, 3, 4]
+GOLDEN_PROMPTS = "Once upon a time there was a hen.\nnaïve café\ndef main(): return 0\n"
+WAIT_S = 60.0
 
 
 @contextmanager
@@ -36,7 +43,9 @@ def running(module: str, *arguments: str) -> Iterator[Process]:
 
 
 @contextmanager
-def serving(model: Path, state: Path) -> Iterator[tuple[SyncClient, control_pb2_grpc.ControlServiceStub]]:
+def serving(
+    model: Path, state: Path, *control_flags: str
+) -> Iterator[tuple[SyncClient, control_pb2_grpc.ControlServiceStub]]:
     """Two workers that hold everything, a controller with this state, and a router."""
     with ExitStack() as stack:
         workers = stack.enter_context(running_workers(model, ["all", "all"]))
@@ -45,6 +54,7 @@ def serving(model: Path, state: Path) -> Iterator[tuple[SyncClient, control_pb2_
             running(
                 "cluster.control",
                 *("--model", str(model), "--workers", addresses, "--state", str(state), "--replicas", "2"),
+                *control_flags,
             )
         )
         router = stack.enter_context(
@@ -104,6 +114,53 @@ def test_a_model_is_swapped_grown_and_rolled_back_by_hand_and_comes_back_as_it_w
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
         words = [entry.what for entry in stub.GetHistory(control_pb2.GetHistoryRequest()).entries]
         assert words == ["refused", "rollback", "remove", "add", "swap", "first"]
+
+
+def until(
+    stub: control_pb2_grpc.ControlServiceStub, holds: Callable[[control_pb2.GetHistoryResponse], bool]
+) -> control_pb2.GetHistoryResponse:
+    """The history, as soon as this holds of it."""
+    ends_s = time.monotonic() + WAIT_S
+    while not holds(history := stub.GetHistory(control_pb2.GetHistoryRequest())):
+        assert time.monotonic() < ends_s, history
+        time.sleep(0.05)
+    return history
+
+
+def test_golden_prompts_let_a_harmless_canary_stay_and_end_one_that_drifts(tmp_path: Path) -> None:
+    model = write_folder(write_mixtral(tmp_path / "tiny", vocab_size=400), byte_level(399))
+    prompts = tmp_path / "golden.txt"
+    prompts.write_text(GOLDEN_PROMPTS, encoding="utf-8")
+    folder = ReferenceExperts(model)
+
+    def scaled(name: str, factor: float) -> Bundle:
+        """Every expert of the last layer, whose answers are larger by a factor."""
+        weights = {
+            (1, slot): {part: folder.weight(1, slot, part).numpy() for part in ("gate", "up")}
+            | {"down": factor * folder.weight(1, slot, "down").numpy()}
+            for slot in range(4)
+        }
+        return make_bundle(tmp_path / name, model, weights, name=name, weights=weights)
+
+    harmless, drifting = scaled("harmless", 1.001), scaled("drifting", 20.0)
+    with serving(model, tmp_path / "state", "--golden-prompts", str(prompts)) as (_, stub):
+        trial = {"kind": control_pb2.CHANGE_KIND_SWAP, "canary": True, "share": 0.1}
+        upload(stub, harmless)
+        change(stub, bundle=harmless.digest, **trial)
+        measured = until(stub, lambda history: "golden prompts drift by" in history.canary_figures)
+        assert " requests finished, 0 failed; " in measured.canary_figures
+        assert [entry.what for entry in measured.entries] == ["canary", "first"]
+        promoted = change(stub, kind=control_pb2.CHANGE_KIND_PROMOTE)
+        upload(stub, drifting)
+        tried = change(stub, bundle=drifting.digest, **trial)
+        ended = until(stub, lambda history: not history.canary)
+        assert ended.epoch == promoted.epoch == measured.canary
+        decision = ended.entries[0]
+        assert (decision.what, decision.operator) == ("rollback", OPERATOR)
+        assert decision.previous_epoch == tried.epoch
+        assert re.fullmatch(
+            r"golden prompts drift by [\d.]+ nats a token, the limit is 0\.5", decision.detail
+        )
 
 
 def test_a_worker_on_another_host_fetches_the_bundle_from_the_controller_and_probes_it(

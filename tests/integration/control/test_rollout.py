@@ -114,6 +114,28 @@ async def test_a_canary_whose_values_are_not_finite_is_rolled_back_by_itself(rig
         assert last.detail == "1 sequences had values that are not finite"
 
 
+async def test_a_bundle_that_no_epoch_needs_is_forgotten_and_one_that_is_needed_is_not(rig, bundle) -> None:
+    legal, law = bundle("legal", [(0, 3)]), bundle("law", [(0, 3)], seed=2)
+    async with rig.running():
+        await until(lambda: rig.router.epoch)
+        await rig.upload(law)
+        await rig.swap(legal)
+        listed = (await rig.stub.ListBundles(control_pb2.ListBundlesRequest())).bundles
+        assert {one.name: one.needed_by for one in listed} == {"legal": rig.router.epoch.id, "law": ""}
+        forgotten = await rig.stub.ForgetBundle(
+            control_pb2.ForgetBundleRequest(digest=law.digest, operator="ann")
+        )
+        assert (forgotten.name, forgotten.num_bytes) == ("law", law.num_bytes)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await rig.stub.ForgetBundle(control_pb2.ForgetBundleRequest(digest=legal.digest))
+        assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "legal is needed for epoch" in refused.value.details()
+        listed = (await rig.stub.ListBundles(control_pb2.ListBundlesRequest())).bundles
+        assert [one.name for one in listed] == ["legal"]
+        newest = (await rig.history()).entries[0]
+        assert (newest.what, newest.bundle, newest.operator) == ("forget", "law", "ann")
+
+
 async def test_the_whole_cluster_comes_back_in_the_last_committed_epoch(rig, bundle) -> None:
     async with rig.running():
         await until(lambda: rig.router.epoch)

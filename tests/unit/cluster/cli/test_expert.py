@@ -23,10 +23,11 @@ from typer.testing import CliRunner
 from cluster.bundles.row_maker import order_rows
 from cluster.cli.commands import app
 from cluster.cli.expert_change import Reach, open_here, parse_share, run_bundle_change, run_change
+from cluster.cli.expert_forget import run_forget
 from cluster.cli.expert_gate import run_add_with_rows
 from cluster.cli.expert_view import run_history, run_list, run_show
 from moesaic.bundles import Bundle, verify
-from moesaic.errors import Aborted, Cancelled, InvalidArgument, NotFound
+from moesaic.errors import Aborted, Cancelled, FailedPrecondition, InvalidArgument, NotFound
 from moesaic.v1 import control_pb2
 from moesaic.v1 import inference_pb2 as pb
 
@@ -286,15 +287,58 @@ async def test_the_list_says_where_bundles_are_in_use(
         assert json.loads(capsys.readouterr().out)["manifest"]["name"] == "maths-v1"
 
 
+async def test_the_list_says_what_all_bundles_take_and_which_earlier_epoch_needs_one(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    controller = PlayedLifecycle()
+    for digest, needed_by in ((b"a" * 32, BEFORE), (b"b" * 32, "")):
+        one = stored("maths-v1", digest=digest, manifest=bundle.manifest_bytes, layers=0)
+        one.needed_by = needed_by
+        controller.bundles[digest] = one
+    async with playing_lifecycle(controller) as (router, _):
+        await run_list(Reach(router), as_json=False)
+    printed = capsys.readouterr().out
+    assert printed.count(f"epoch {BEFORE}") == 1
+    assert printed.splitlines()[-1] == "9.5 MiB in all"
+
+
+async def test_a_bundle_is_forgotten_by_its_name(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    controller = PlayedLifecycle()
+    controller.bundles[bundle.digest] = stored(
+        "maths-v1", digest=bundle.digest, manifest=bundle.manifest_bytes
+    )
+    kept = dict(controller.bundles)
+    async with playing_lifecycle(controller) as (router, _):
+        await run_forget("maths-v1", Reach(router), as_json=False)
+        assert capsys.readouterr().out == "maths-v1 is forgotten: 4.8 MiB given back\n"
+        assert controller.bundles == {}
+        with pytest.raises(NotFound):
+            await run_forget("maths-v1", Reach(router), as_json=False)
+        controller.bundles = dict(kept)
+        await run_forget(bundle.digest.hex()[:8], Reach(router), as_json=True)
+        assert json.loads(capsys.readouterr().out) == {
+            "bundle": "maths-v1",
+            "digest": bundle.digest.hex(),
+            "num_bytes": 5_000_000,
+        }
+        controller.bundles, controller.error = kept, FailedPrecondition("bundle: is needed", field="bundle")
+        with pytest.raises(FailedPrecondition, match="is needed"):
+            await run_forget("maths-v1", Reach(router), as_json=False)
+
+
 async def test_the_history_says_what_was_decided_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     controller = PlayedLifecycle()
     why = "3 of 120 requests failed, 2.5 % against at most 1 %"
     controller.history.epoch, controller.history.canary = EPOCH, "c1"
+    controller.history.canary_figures = "7 requests finished, 0 failed"
     controller.history.entries.add(time=1.79e9, what="rollback", epoch=EPOCH, bundle="legal-v2", detail=why)
     async with playing_lifecycle(controller) as (router, _):
         await run_history(Reach(router), limit=5, as_json=False)
         out = capsys.readouterr().out
-        assert out.splitlines()[0] == f"epoch {EPOCH}, canary c1"
+        assert out.splitlines()[:2] == [
+            f"epoch {EPOCH}, canary c1",
+            "canary so far: 7 requests finished, 0 failed",
+        ]
         assert "rollback legal-v2" in out
         controller.history.entries.add(what="refused", bundle="ab" * 32)
         await run_history(Reach(router), limit=5, as_json=False)

@@ -81,6 +81,18 @@ async def test_experts_that_no_worker_holds_are_counted(capsys: pytest.CaptureFi
         assert "16 of 32 experts have no worker" in capsys.readouterr().out
 
 
+async def test_sequences_that_wait_for_a_missing_expert_are_told_where_there_are_some(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = router()
+    async with playing(asked) as (address, _):
+        await run_status(address, as_json=False)
+        assert "missing" not in capsys.readouterr().out
+        asked.stats.parked_sequences = 1
+        await run_status(address, as_json=False)
+        assert "1 sequence waits for a missing expert at router" in capsys.readouterr().out
+
+
 async def test_why_a_replica_is_not_called_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     asked = router()
     asked.stats.workers[0].circuit = "quarantined"

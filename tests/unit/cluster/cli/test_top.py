@@ -130,6 +130,15 @@ def test_a_worker_that_loads_and_one_that_is_away_are_told_from_one_that_serves(
     assert "expert-worker-1: reads its experts" in text
 
 
+def test_sequences_that_wait_for_a_missing_expert_are_told_where_there_are_some() -> None:
+    assert "missing" not in drawn(draw_look(look()))
+    some = look()
+    some.observation.routers["router-0"].parked_sequences = 3
+    assert "3 sequences wait for a missing expert at router-0" in drawn(draw_look(some))
+    activity = activity_between(some.observation, some.observation)
+    assert plain_look(replace(some, activity=activity))["routers"][0]["parked_sequences"] == 3
+
+
 def test_json_holds_the_same() -> None:
     plain = json.loads(json.dumps(plain_look(look())))
     assert plain["generated_tokens_per_s"] == 1234.0

@@ -11,7 +11,7 @@ import pytest
 from support.played_base import base_model, write_played_bundle
 from support.rollout_world import Crash, PlayedWorker, World
 
-from cluster.control import bundle_store, epoch_store, reconciler
+from cluster.control import bundle_store, epoch_store, forgetting, reconciler
 from cluster.control.change_order import ChangeOrder
 from cluster.control.epoch_store import EpochStore
 from cluster.control.head import Head
@@ -74,6 +74,25 @@ def test_a_crash_during_an_upload_leaves_all_of_the_bundle_or_nothing(
     assert {path.name for path in (world.config.state / "bundles").iterdir()} == {one.hex() for one in stored}
     world.upload(legal)
     assert world.plane.bundles.digests() == [legal.digest]
+
+
+@pytest.mark.parametrize("step", forgetting.FAILPOINTS)
+def test_a_crash_while_a_bundle_is_forgotten_leaves_all_of_it_or_nothing(
+    world: World, legal: Bundle, step: str
+) -> None:
+    world.upload(legal)
+    world.armed = step
+    with pytest.raises(Crash):
+        world.forget(legal)
+    world.pass_time(0.0)
+    assert world.num_planes == 2, "it was not killed"
+    stored = world.plane.bundles.digests()
+    assert stored == ([] if step == "forget.withdrawn" else [legal.digest])
+    assert {path.name for path in (world.config.state / "bundles").iterdir()} == {one.hex() for one in stored}
+    assert world.plane.store.history(1)[0].what == "forget"
+    world.pass_time(6.0)
+    world.upload(legal)
+    world.change(ChangeOrder("swap", legal.digest))
 
 
 _KILLED = """

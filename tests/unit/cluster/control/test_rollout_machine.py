@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from support.played_base import base_model, write_played_bundle
 from support.rollout_world import Crash, PlayedWorker, World
 
-from cluster.control import bundle_store, epoch_store, reconciler
+from cluster.control import bundle_store, epoch_store, forgetting, reconciler
 from cluster.control.change_order import ChangeOrder, ChangeWord, Shares
 from cluster.control.epoch_store import Decision
 from cluster.control.head import Head, Trial
@@ -107,7 +107,7 @@ def replay(history: list[Decision]) -> Head | None:
             head = head.end_trial() if head.canary else head.move_to(decision.epoch)
             assert head.current == decision.epoch
         else:
-            assert decision.what == "refused"
+            assert decision.what in ("refused", "forget")
     return head
 
 
@@ -186,6 +186,16 @@ class RolloutMachine(RuleBasedStateMachine):
         self.order(ChangeOrder("rollback", epoch=data.draw(st.sampled_from(["", *known]))))
         self.world.pass_time(seconds)
 
+    @rule(name=NAMES, step=st.sampled_from([None, None, *forgetting.FAILPOINTS]))
+    def forgets(self, name: str, step: str | None) -> None:
+        self.world.armed = step
+        try:
+            self.world.forget(self.made[name])
+        except MoesaicError:
+            self.world.armed = None
+        except Crash:
+            self.world.pass_time(0.0)
+
     @rule(one=NAMES, other=NAMES)
     def two_operators_at_once(self, one: str, other: str) -> None:
         self.upload(one)
@@ -260,7 +270,9 @@ class RolloutMachine(RuleBasedStateMachine):
         assert replay(store.history(10_000)[::-1]) == head
         if head is not None:
             for epoch in filter(None, (*head.in_use, head.previous)):
-                assert store.epoch(epoch).base == BASE.fingerprint
+                kept = store.epoch(epoch)
+                assert kept.base == BASE.fingerprint
+                assert all(self.world.plane.bundles.has(bundle.digest) for bundle in kept.bundles)
 
 
 @pytest.mark.timeout(900)  # it computes all the time: half a minute of a whole core

@@ -99,7 +99,11 @@ async def test_experts_are_denied_and_allowed_by_name(
 async def test_status_says_what_is_served(router: RunningRouter, capsys: pytest.CaptureFixture[str]) -> None:
     await run("status", "--grpc", router.address)
 
-    assert capsys.readouterr().out.startswith("fake ")
+    printed = capsys.readouterr().out
+    assert printed.startswith("fake ") and "missing" not in printed
+    router.router.parked_sequences = 2
+    await run("status", "--grpc", router.address)
+    assert "0 running, 0 waiting, 2 wait for a missing expert\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
