@@ -164,12 +164,17 @@ class Controller:
         self.publish()
 
     async def look_again(self, name: str) -> None:
-        """Describes a worker anew whose contents have changed. Raises Unavailable."""
+        """Describes a worker anew whose contents have changed. Raises Unavailable, also when another process has taken the
+        worker's place: what it holds is seen when that one reports."""
         known = self._workers.get(name)
-        if known is not None:
-            facts = await self._observer.describe(known.replica.address)
-            if self._workers.get(name) is known and facts.replica.incarnation == known.replica.incarnation:
-                self._set_worker(name, facts)
+        if known is None:
+            return
+        facts = await self._observer.describe(known.replica.address)
+        if self._workers.get(name) is not known:
+            return
+        if facts.replica.incarnation != known.replica.incarnation:
+            raise Unavailable(f"{name} was started again")
+        self._set_worker(name, facts)
 
     def publish(self) -> None:
         """Publishes what has changed, once every worker was heard of."""

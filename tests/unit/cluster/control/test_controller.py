@@ -434,6 +434,17 @@ async def test_new_contents_of_the_same_incarnation_are_described_again() -> Non
         assert played.described.count("127.0.0.1:2") == 2
 
 
+async def test_a_second_look_at_a_worker_that_was_started_again_is_refused_until_it_reports() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(controller.watch(), "w0", "w1")
+        played.replicas["127.0.0.1:2"] = Replica("w1", "127.0.0.1:2", "w1-3", frozenset())
+        with pytest.raises(Unavailable, match="w1 was started again"):
+            await controller.look_again("w1")
+
+
 async def test_a_version_beside_the_one_in_use_is_not_served_and_does_no_harm() -> None:
     played = PlayedCluster()
     async with following(played) as controller:
