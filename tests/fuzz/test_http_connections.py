@@ -114,7 +114,7 @@ async def talk(site: Site, raw: bytes) -> bytes:
                 heard += heard_now
             writer.write_eof()
             return heard + await reader.read()
-        except ConnectionError:
+        except OSError:  # it was refused, and the gateway has gone
             return heard
         finally:
             writer.close()

@@ -37,6 +37,7 @@ from expert_worker.experts.stack import ExpertStacks
 from expert_worker.experts.store import ExpertStore
 from expert_worker.serving.control_service import Controlled, WorkerControlService
 from moesaic import rpc
+from moesaic.addresses import split_address
 from moesaic.bundles import Bundle, Manifest
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.epoch import ExpertAddress, ExpertVersion, version_from_proto, version_to_proto
@@ -49,7 +50,7 @@ HOME = (ExpertAddress(0, 1), ExpertAddress(1, 3))
 NEW = 4
 FORM = ExpertForm(torch.device("cpu"), torch.float32)
 # What stands in an order for the bundle's folder, and for HOST:PORT of the controller.
-FOLDER, CONTROLLER = "folder", "controller"
+FOLDER, CONTROLLER = "folder", "controller:1"
 PIECES = 3
 PLACE = tempfile.TemporaryDirectory()
 
@@ -195,12 +196,13 @@ def test_an_order_is_carried_out_or_refused(raw: bytes, worker: Worker, runner: 
 
 
 def told_by(worker: Worker, order: Any) -> Any:
-    """An order with a real folder, and with no other host than this one."""
+    """An order with a real folder; whatever may be an address is that of the controller on this host."""
     if isinstance(order, expert_pb2.UnloadRequest):
         return order
     if order.folder == FOLDER:
         order.folder = str(models()[1].folder)
-    if order.control_address:
+    with contextlib.suppress(MoesaicError):
+        split_address(order.control_address)
         order.control_address = worker.address
     return order
 

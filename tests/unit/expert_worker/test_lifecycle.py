@@ -38,6 +38,7 @@ from moesaic.errors import (
     DataLoss,
     DeadlineExceeded,
     FailedPrecondition,
+    InvalidArgument,
     MoesaicError,
     Unavailable,
     from_rpc_error,
@@ -582,6 +583,16 @@ async def test_bytes_that_are_no_part_of_a_bundle_are_refused_as_lost(
             pass
     await server.stop(0)
     assert not fetched_folders(temporary)
+
+
+@pytest.mark.parametrize("address", ["unix:/tmp/socket", "dns:///", "somewhere", "a" * 5000])
+async def test_a_controller_is_named_by_host_and_port_alone(
+    address: str, site: Site, folder: Path, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "b", folder)
+    error = await site.refused(versions_of(bundle), bundle, folder="", control_address=address)
+    assert isinstance(error, InvalidArgument) and error.field == "control_address"
+    assert len(error.message) < 400
 
 
 async def test_a_full_disk_is_a_clean_refusal(temporary: Path, folder: Path, tmp_path: Path) -> None:
