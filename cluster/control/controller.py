@@ -168,6 +168,7 @@ class Controller:
         known = self._workers.get(name)
         if known is not None:
             facts = await self._observer.describe(known.replica.address)
+            self._check_layers(facts.replica)
             if self._workers.get(name) is known and facts.replica.incarnation == known.replica.incarnation:
                 self._set_worker(name, facts)
 
