@@ -12,6 +12,7 @@ EVERY_IPV4 = "0.0.0.0"
 EVERY_IPV6 = "::"
 EVERY_ADDRESS = frozenset({EVERY_IPV4, EVERY_IPV6})
 _MAX_PORT = 65_535
+_MAX_SHOWN_CHARS = 200
 # A name or an IPv4 address; neither is a part of a URL.
 _HOST = re.compile(r"[^][:/@\s]+")
 
@@ -29,7 +30,8 @@ def split_address(address: str, field: str = "address") -> tuple[str, int]:
     is_host = is_ipv6(host[1:-1]) if is_bracketed else _HOST.fullmatch(host)
     if not is_host or not _is_port(port):
         raise InvalidArgument(
-            f"{field}: must be HOST:PORT, or [HOST]:PORT for IPv6, not {address!r}", field=field
+            f"{field}: must be HOST:PORT, or [HOST]:PORT for IPv6, not {address[:_MAX_SHOWN_CHARS]!r}",
+            field=field,
         )
     return host.strip("[]"), int(port)
 

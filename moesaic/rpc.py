@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from grpc_status import rpc_status
@@ -17,12 +17,14 @@ from opentelemetry import trace
 
 from moesaic import telemetry
 from moesaic.addresses import join_address
-from moesaic.errors import InternalError, InvalidArgument, MoesaicError, to_status
+from moesaic.errors import DataLoss, InternalError, InvalidArgument, MoesaicError, to_status
 
 if TYPE_CHECKING:
     from grpc_health.v1.health import aio as health_aio
 
 log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 INFERENCE_SERVICE = "moesaic.v1.InferenceService"
 ROUTER_CONTROL_SERVICE = "moesaic.v1.RouterControlService"
@@ -98,6 +100,16 @@ def channel(
 ) -> grpc.Channel:
     """The same for callers that block, with threads (the engine's links to workers)."""
     return grpc.insecure_channel(target, options=_channel_options(max_message_bytes, watchful))
+
+
+def received(answer: _Answer | None) -> _Answer:
+    """What came over a channel for asyncio, which gives None for bytes that are no message of the call's kind.
+
+    Raises DataLoss for these. (A channel with threads ends such a call with INTERNAL by itself.)
+    """
+    if answer is None:
+        raise DataLoss("the other side sent bytes that are no message of this call", reason="NOT_A_MESSAGE")
+    return answer
 
 
 class Server:

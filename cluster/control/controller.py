@@ -19,7 +19,7 @@ from cluster.control.epoch_store import Decision
 from cluster.control.epochs_in_use import EpochsInUse
 from cluster.control.head import Head
 from cluster.control.loss import BEAT_S, Losses
-from cluster.control.process_report import CANNOT_START, EVIDENCE, PROCESS_DIED, ProcessReport
+from cluster.control.process_report import CANNOT_START, EVIDENCE, NOT_SERVING, PROCESS_DIED, ProcessReport
 from cluster.control.pulse import Pulse
 from cluster.control.worker_facts import WorkerFacts, WorkerSighting
 from moesaic.epoch import Epoch, ExpertAddress, ExpertVersion, address_to_proto, merge_versions
@@ -174,6 +174,7 @@ class Controller:
             return
         if facts.replica.incarnation != known.replica.incarnation:
             raise Unavailable(f"{name} was started again")
+        self._check_layers(facts.replica)
         self._set_worker(name, facts)
 
     def publish(self) -> None:
@@ -227,7 +228,16 @@ class Controller:
         facts = await self._observer.describe(report.address)
         if facts.replica.worker != name:
             raise Unavailable(f"{report.address} is {facts.replica.worker} now", reason=PROCESS_DIED)
+        self._check_layers(facts.replica)
         return facts
+
+    def _check_layers(self, replica: Replica) -> None:
+        """Raises Unavailable for a worker of another model: bundles bring slots, never layers."""
+        known = {address.layer for address in self._cluster.experts}
+        if strange := {version.address.layer for version in replica.holdings} - known:
+            raise Unavailable(
+                f"it holds experts of layer {min(strange)}, in which the model has none", reason=NOT_SERVING
+            )
 
     def _keep(self, report: ProcessReport, facts: WorkerFacts | None) -> None:
         self._losses.hear(report.name, self._clock())

@@ -57,7 +57,7 @@ class NamedPeers:
                 if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                     raise Unavailable("it does not serve yet", reason=NOT_SERVING) from error
                 raise Unavailable("it does not answer") from error
-        now = self._note(name, answer)
+        now = self._note(name, rpc.received(answer))
         return ProcessReport(
             name=name,
             revision=now.revision,

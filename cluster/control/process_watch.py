@@ -108,7 +108,7 @@ async def _ask(channel: grpc.aio.Channel) -> tuple[AsyncIterator[Any], expert_pb
     if not _serving(await anext(health, None)):
         raise Unavailable("it does not serve", reason=NOT_SERVING)
     stub = expert_pb2_grpc.ExpertServiceStub(channel)
-    return health, await stub.Describe(expert_pb2.DescribeRequest())
+    return health, rpc.received(await stub.Describe(expert_pb2.DescribeRequest()))
 
 
 async def _until_lost(channel: grpc.aio.Channel, health: AsyncIterator[Any]) -> Unavailable:

@@ -316,7 +316,7 @@ class Reconciler:
         self._failpoints("rollout.loaded")
         if action.worker in self._leaving:  # it is wanted again
             self._leaving[action.worker] -= frozenset(action.versions)
-        await self._controller.look_again(action.worker)
+        await self._check_contents(action, action.versions)
 
     async def _unload(self, action: Unload, address: str, incarnation: str) -> None:
         """A copy makes room, of which there is another one. Routers must know a table without it before it goes."""
@@ -328,7 +328,7 @@ class Reconciler:
             self._failpoints("rollout.unload")
             await self._calls.unload(address, action.versions)
             self._failpoints("rollout.unloaded")
-            await self._controller.look_again(action.worker)
+            await self._check_contents(action, action.versions)
         except MoesaicError:
             self._controller.admit(incarnation, versions - was_withheld)
             raise
@@ -346,12 +346,23 @@ class Reconciler:
                     self._failpoints("rollout.unload")
                     await self._calls.unload(found[0].facts.replica.address, idle)
                     self._failpoints("rollout.unloaded")
-                    await self._controller.look_again(name)
+                    await self._check_contents(action, idle)
         except MoesaicError as error:
             self._fail(action, error)
         finally:
             del self._leaving[name]
             self._controller.changed.beat()
+
+    async def _check_contents(self, action: Load | Unload, versions: Iterable[ExpertVersion]) -> None:
+        """Raises Unavailable for a worker whose contents are not what it said that it has made of them. It rests then, else it
+        would be told the same again at once, and for ever."""
+        await self._controller.look_again(action.worker)
+        for sighting in self._controller.workers():
+            replica = sighting.facts.replica
+            is_done = replica.holdings.issuperset if isinstance(action, Load) else replica.holdings.isdisjoint
+            if replica.worker == action.worker and not is_done(versions):
+                word = "loaded" if isinstance(action, Load) else "gave up"
+                raise Unavailable(f"what it {word} does not show in what it says to hold")
 
     def _turn(self, name: str) -> asyncio.Lock:
         return self._in_turn.setdefault(name, asyncio.Lock())

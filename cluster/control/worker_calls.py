@@ -63,7 +63,7 @@ class GrpcWorkerCalls:
         request = expert_pb2.LoadRequest(**self._where(bundle), experts=versions_to_proto(versions))
         async with _worker(address) as worker:
             async for message in worker.Load(request, timeout=self._load_timeout_s):
-                yield version_from_proto(message.expert)
+                yield version_from_proto(rpc.received(message).expert)
 
     async def unload(self, address: str, versions: Sequence[ExpertVersion]) -> None:
         request = expert_pb2.UnloadRequest(experts=versions_to_proto(versions))
@@ -75,7 +75,7 @@ class GrpcWorkerCalls:
     ) -> Sequence[ProbeOutcome]:
         request = expert_pb2.ProbeRequest(**self._where(bundle), experts=versions_to_proto(versions))
         async with _worker(address) as worker:
-            answer = await worker.Probe(request, timeout=PROBE_TIMEOUT_S)
+            answer = rpc.received(await worker.Probe(request, timeout=PROBE_TIMEOUT_S))
         return [
             ProbeOutcome(version_from_proto(one.expert), one.ok, one.max_difference, one.max_expected)
             for one in answer.results

@@ -141,7 +141,7 @@ class BundleSource:
                     message = await stream.read()
                 if message is grpc.aio.EOF:
                     break
-                await asyncio.to_thread(transfer.take, message)
+                await asyncio.to_thread(transfer.take, rpc.received(message))
         except TimeoutError:
             raise DeadlineExceeded("bundle: the controller sends nothing any more", field="bundle") from None
         except grpc.aio.AioRpcError as error:

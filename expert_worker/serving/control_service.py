@@ -18,6 +18,7 @@ from expert_worker.experts.expert import ExpertForm
 from expert_worker.experts.lifecycle import ExpertLifecycle
 from expert_worker.experts.load_plan import find_expert, kind_of
 from expert_worker.experts.store import ExpertStore
+from moesaic.addresses import split_address
 from moesaic.bundles import Bundle
 from moesaic.epoch import DIGEST_BYTES, ExpertVersion, version_from_proto, version_to_proto
 from moesaic.errors import InvalidArgument, Unavailable
@@ -102,6 +103,8 @@ class WorkerControlService(expert_pb2_grpc.WorkerControlServiceServicer):
             return None
         if len(request.bundle) != DIGEST_BYTES:
             raise InvalidArgument(f"bundle: must be a digest of {DIGEST_BYTES} bytes", field="bundle")
+        if request.control_address:
+            split_address(request.control_address, "control_address")
         opened = self._bundles.open(request.bundle, request.folder, request.control_address)
         return await stack.enter_async_context(opened)
 

@@ -104,7 +104,7 @@ class RouterLink:
             call = self._stub().Generate(request, timeout=timeout_s, metadata=_metadata(request.request_id))
             try:
                 async for response in call:
-                    yield response
+                    yield rpc.received(response)
             finally:
                 call.cancel()
 
@@ -113,21 +113,21 @@ class RouterLink:
             response: pb.TokenizeResponse = await self._stub().Tokenize(
                 request, timeout=UNARY_TIMEOUT_S, metadata=_metadata(request_id)
             )
-        return response
+        return rpc.received(response)
 
     async def detokenize(self, request: pb.DetokenizeRequest, request_id: str) -> pb.DetokenizeResponse:
         with _errors_of_ours():
             response: pb.DetokenizeResponse = await self._stub().Detokenize(
                 request, timeout=UNARY_TIMEOUT_S, metadata=_metadata(request_id)
             )
-        return response
+        return rpc.received(response)
 
     async def model_info(self, request_id: str) -> pb.GetModelInfoResponse:
         with _errors_of_ours():
             response: pb.GetModelInfoResponse = await self._stub().GetModelInfo(
                 pb.GetModelInfoRequest(), timeout=UNARY_TIMEOUT_S, metadata=_metadata(request_id)
             )
-        return response
+        return rpc.received(response)
 
     def _stub(self) -> InferenceServiceStub:
         if self._channel is None:

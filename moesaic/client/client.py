@@ -115,7 +115,7 @@ class Client:
             )
             try:
                 async for response in call:
-                    answer.take(response)
+                    answer.take(rpc.received(response))
                     attempts.note_answer()
                     token = tokens.read(response)
                     if token is not None:
@@ -203,7 +203,9 @@ class Client:
             target = self._targets.present
             try:
                 call = method(self._stub(target))
-                return await call(request, timeout=attempts.time_left_s, metadata=call_metadata())
+                return rpc.received(
+                    await call(request, timeout=attempts.time_left_s, metadata=call_metadata())
+                )
             except grpc.RpcError as error:
                 failure = explain(error, target, timeout_s=timeout_s)
                 delay_s = attempts.delay_after(failure)

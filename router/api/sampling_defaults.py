@@ -6,7 +6,6 @@ answer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from moesaic.v1 import inference_pb2
 GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_REPETITION_PENALTY = 10.0
 _MAX_FILE_BYTES = 1 << 20
+# JSON has larger numbers, and the contract none but infinity in their place.
+_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _RULES: Mapping[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda value: math.isfinite(value) and value >= 0, "a finite number from 0"),
+    "temperature": (lambda value: 0 <= value <= _MAX_FLOAT32, "a finite number from 0"),
     "top_p": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "min_p": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "repetition_penalty": (

@@ -63,7 +63,7 @@ class ControlWatch:
         async with rpc.aio_channel(address) as channel:
             stream = control_pb2_grpc.ControlServiceStub(channel).Watch(control_pb2.WatchRequest())
             async for message in stream:
-                yield Snapshot.from_proto(message)
+                yield Snapshot.from_proto(rpc.received(message))
 
 
 class NamedWorkers:
@@ -111,10 +111,15 @@ class NamedWorkers:
 
 
 async def _describe(address: str, channel: grpc.aio.Channel, last: Replica | None) -> Replica | None:
-    """The replica at an address; None while it loads or is gone. A slow worker counts as unchanged."""
+    """The replica at an address; None while it loads, is gone, or describes itself in a way that cannot be. A slow worker
+    counts as unchanged."""
     stub = expert_pb2_grpc.ExpertServiceStub(channel)
     try:
         answer = await stub.Describe(expert_pb2.DescribeRequest(), timeout=CALL_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         return last if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED else None
-    return Replica.from_description(address, answer)
+    try:
+        return Replica.from_description(address, rpc.received(answer))
+    except MoesaicError as error:
+        log.warning("worker refused", extra={"fields": {"worker": address, "reason": error.message}})
+        return None

@@ -121,8 +121,8 @@ class Worker(expert_pb2_grpc.ExpertServiceServicer):
         )
 
 
-async def test_what_a_running_named_worker_loads_is_in_the_next_snapshot() -> None:
-    worker = Worker(EPOCH.expert_versions)
+@asynccontextmanager
+async def describing(worker: Worker) -> AsyncIterator[str]:
     server = rpc.Server(
         {
             "moesaic.v1.ExpertService": lambda grpc_server: (
@@ -131,15 +131,33 @@ async def test_what_a_running_named_worker_loads_is_in_the_next_snapshot() -> No
         }
     )
     address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
-    watched = NamedWorkers([address], model="tiny", experts=EPOCH.versions).watch()
-    first = await following(watched)
-    worker.holdings |= {ExpertVersion(min(EPOCH.versions), b"2" * 32)}
-    second = await following(watched)
-    await watched.aclose()
-    await server.stop(0)
+    try:
+        yield address
+    finally:
+        await server.stop(0)
+
+
+async def test_what_a_running_named_worker_loads_is_in_the_next_snapshot() -> None:
+    worker = Worker(EPOCH.expert_versions)
+    async with describing(worker) as address:
+        watched = NamedWorkers([address], model="tiny", experts=EPOCH.versions).watch()
+        first = await following(watched)
+        worker.holdings |= {ExpertVersion(min(EPOCH.versions), b"2" * 32)}
+        second = await following(watched)
+        await watched.aclose()
     assert [replica.holdings for replica in first.table.replicas] == [EPOCH.expert_versions]
     assert second.table.revision > first.table.revision
     assert second.table.replicas == (Replica("a", address, "a-1", worker.holdings),)
+
+
+async def test_a_named_worker_that_describes_itself_wrongly_is_not_there_until_it_is_right() -> None:
+    worker = Worker(frozenset({ExpertVersion(min(EPOCH.versions), b"short")}))
+    async with describing(worker) as address:
+        watched = NamedWorkers([address], model="tiny", experts=EPOCH.versions).watch()
+        assert (await following(watched)).table.replicas == ()
+        worker.holdings = EPOCH.expert_versions
+        assert (await following(watched)).epoch == EPOCH
+        await watched.aclose()
 
 
 async def test_named_workers_that_are_away_make_no_epoch(closed_address: str) -> None:

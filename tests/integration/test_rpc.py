@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from moesaic import rpc, telemetry
 from moesaic.errors import (
+    DataLoss,
     InternalError,
     InvalidArgument,
     MoesaicError,
@@ -97,6 +98,20 @@ async def test_a_stream_may_fail_after_it_began(served: tuple[Any, Any, Any]) ->
     stub = pb_grpc.InferenceServiceStub(served[2])
     error = await failure(stub.Generate(pb.GenerateRequest(n=2, text="a"), timeout=60))
     assert isinstance(error, InvalidArgument) and error.field == "text"
+
+
+async def test_what_is_no_message_is_an_error_of_the_call_it_came_for() -> None:
+    async def answer(request: bytes, context: Any) -> bytes:
+        return b"\xff"
+
+    handlers = {"Tokenize": grpc.unary_unary_rpc_method_handler(answer)}
+    handler = grpc.method_handlers_generic_handler(rpc.INFERENCE_SERVICE, handlers)
+    server = rpc.Server({rpc.INFERENCE_SERVICE: lambda it: it.add_generic_rpc_handlers((handler,))})
+    port = await server.start("127.0.0.1", 0)
+    async with rpc.aio_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(DataLoss, match="no message of this call"):
+            rpc.received(await pb_grpc.InferenceServiceStub(channel).Tokenize(pb.TokenizeRequest()))
+    await server.stop(0)
 
 
 async def test_health_is_what_the_owner_says(served: tuple[Any, Any, Any]) -> None:

@@ -34,7 +34,15 @@ from moesaic import rpc
 from moesaic.bundles import Bundle
 from moesaic.bundles.manifest import WEIGHTS_FILE
 from moesaic.epoch import ExpertAddress, ExpertVersion, version_to_proto, versions_from_proto
-from moesaic.errors import DeadlineExceeded, FailedPrecondition, MoesaicError, Unavailable, from_rpc_error
+from moesaic.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    MoesaicError,
+    Unavailable,
+    from_rpc_error,
+)
 from moesaic.families.model import ExpertModule
 from moesaic.settings import WorkerSettings
 from moesaic.v1 import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc
@@ -558,6 +566,33 @@ async def test_a_controller_that_falls_silent_is_given_up(
                 pass
         silent.set()
     assert not fetched_folders(temporary)
+
+
+async def test_bytes_that_are_no_part_of_a_bundle_are_refused_as_lost(
+    temporary: Path, folder: Path, tmp_path: Path
+) -> None:
+    async def fetch(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        yield b"\xff"
+
+    handlers = {"FetchBundle": grpc.unary_stream_rpc_method_handler(fetch)}
+    handler = grpc.method_handlers_generic_handler(rpc.CONTROL_SERVICE, handlers)
+    server = rpc.Server({rpc.CONTROL_SERVICE: lambda it: it.add_generic_rpc_handlers((handler,))})
+    address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
+    with pytest.raises(DataLoss, match="no message of this call"):
+        async with BundleSource().open(make_bundle(tmp_path / "b", folder).digest, "", address):
+            pass
+    await server.stop(0)
+    assert not fetched_folders(temporary)
+
+
+@pytest.mark.parametrize("address", ["unix:/tmp/socket", "dns:///", "somewhere", "a" * 5000])
+async def test_a_controller_is_named_by_host_and_port_alone(
+    address: str, site: Site, folder: Path, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "b", folder)
+    error = await site.refused(versions_of(bundle), bundle, folder="", control_address=address)
+    assert isinstance(error, InvalidArgument) and error.field == "control_address"
+    assert len(error.message) < 400
 
 
 async def test_a_full_disk_is_a_clean_refusal(temporary: Path, folder: Path, tmp_path: Path) -> None:

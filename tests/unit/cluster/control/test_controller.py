@@ -286,6 +286,19 @@ async def test_another_process_in_the_place_of_a_worker_ends_the_old_replica_bef
         assert (await until(snapshots, "w0", "w1")).table.replicas[1].incarnation == "w1-3"
 
 
+async def test_a_worker_of_another_model_is_left_out_and_said_to_be_one() -> None:
+    played = PlayedCluster()
+    async with following(played) as controller:
+        snapshots = controller.watch()
+        await played.ready("w0", 1)
+        await played.ready("w1", 2)
+        await until(snapshots, "w0", "w1")
+        strange = ExpertVersion(ExpertAddress(7, 0), bytes(32))
+        await played.load("w1", 2, holdings("w1") | {strange})
+        await until(snapshots, "w0")
+        assert process(controller, "w1").detail == "it holds experts of layer 7, in which the model has none"
+
+
 async def test_a_process_that_cannot_be_started_where_it_was_placed_has_failed() -> None:
     played = PlayedCluster(reason_of_death=CANNOT_START)
     async with following(played) as controller:

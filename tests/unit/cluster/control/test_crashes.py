@@ -145,6 +145,20 @@ def test_versions_that_a_crashed_change_left_are_given_up(world: World, legal: B
     assert not left & (world.workers["w0"].held | world.workers["w1"].held)
 
 
+def test_a_worker_that_never_gives_up_what_it_was_told_to_is_told_only_now_and_then(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told_s: list[float] = []
+
+    async def unload(address: str, versions: object) -> None:
+        told_s.append(world.loop.time())
+
+    monkeypatch.setattr(world, "unload", unload)
+    world.workers["w0"].hold(world.workers["w0"].held | {ExpertVersion(ExpertAddress(0, 1), bytes(32))})
+    world.pass_time(20.0)
+    assert 2 <= len(told_s) <= 20.0 / reconciler.REST_S
+
+
 def test_a_restarted_controller_keeps_an_old_epoch_in_which_sequences_still_run(
     world: World, legal: Bundle
 ) -> None:

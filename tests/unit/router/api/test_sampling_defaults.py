@@ -58,6 +58,8 @@ def test_a_folder_without_the_file_is_neutral(tmp_path: Path) -> None:
         ("temperature", -1),
         ("temperature", "hot"),
         ("temperature", True),
+        ("temperature", 10**400),
+        ("temperature", 1e39),
         ("top_p", 1.5),
         ("min_p", -0.1),
         ("top_k", 1.5),
