@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.drill.faults import Act, Fault, Targets
+from cluster.drill.faults import Act, Fault, Stage, Targets
 from cluster.drill.schedule import PACES, QUIET_END, draw_cancels, draw_injections, turn_lengths_s
 
 EXPERTS = {"w0": (0, 1), "w1": (2, 3), "w2": (0, 1), "w3": (2, 3)}
@@ -49,6 +49,17 @@ def test_a_controllers_fault_kills_and_freezes_both_parts_of_control() -> None:
     drawn = draw_injections(Fault.CONTROLLER, 0, 1000.0, 1, TARGETS)
     assert {(injection.act, injection.targets[0]) for injection in drawn} == {
         (act, name) for act in (Act.KILL, Act.FREEZE) for name in TARGETS.control
+    }
+
+
+def test_a_change_is_hit_at_any_stage_by_a_death_or_a_stop_of_a_worker_or_a_death_of_control() -> None:
+    drawn = draw_injections(Fault.SWAP, 0, 1000.0, 1, TARGETS)
+    assert {injection.stage for injection in drawn} == set(Stage)
+    assert {(injection.act, injection.targets[0][0]) for injection in drawn} == {
+        (Act.KILL, "w"),
+        (Act.FREEZE, "w"),
+        (Act.KILL, "c"),
+        (Act.KILL, "g"),
     }
 
 
