@@ -45,6 +45,7 @@ CONTRACT: Mapping[Fault, Bound] = {
     Fault.ROUTER: Bound(recovery_s=10.0),
     # "None": no pause above what a healthy run has by chance.
     Fault.CONTROLLER: Bound(pause_above_s=0.1),
+    Fault.HEAD: Bound(pause_above_s=0.1),
     # The worst of the faults that it has.
     Fault.SWAP: Bound(pause_above_s=0.5),
     Fault.CANCEL: Bound(stop_s=0.1, leaked_blocks=0),

@@ -18,6 +18,7 @@ class Fault(StrEnum):
     NAN = "nan"
     ROUTER = "router"
     CONTROLLER = "controller"
+    HEAD = "head"
     SWAP = "swap"
     CANCEL = "cancel"
     OVERLOAD = "overload"
@@ -28,6 +29,8 @@ class Act(StrEnum):
     """What is done to a process or, for a cut, to a host."""
 
     KILL = "kill"
+    # Again and again, whenever one has come back.
+    DOWN = "down"
     FREEZE = "freeze"
     SLOW = "slow"
     CUT = "cut"

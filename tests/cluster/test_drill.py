@@ -58,9 +58,9 @@ def test_killed_and_frozen_workers_cost_no_answer_and_no_token(folder: Path) -> 
     assert list(folder.iterdir()) == []
 
 
-def test_a_fault_amid_a_change_costs_no_answer_and_no_token(folder: Path) -> None:
+def test_neither_a_fault_amid_a_change_nor_a_lost_head_costs_an_answer_or_a_token(folder: Path) -> None:
     done = subprocess.run(
-        [*DRILL, "--fault", "swap", "--minutes", "0.1", "--json"],
+        [*DRILL, "--fault", "swap,head", "--minutes", "0.1", "--json"],
         capture_output=True,
         text=True,
         timeout=270,
@@ -68,8 +68,8 @@ def test_a_fault_amid_a_change_costs_no_answer_and_no_token(folder: Path) -> Non
         start_new_session=True,
     )
     assert done.returncode in (0, 1), done.stderr
-    (swap,) = json.loads(done.stdout)["cases"]
-    for case in (swap,):
+    swap, head = json.loads(done.stdout)["cases"]
+    for case in (swap, head):
         figures = case["figures"]
         assert case["under_load"]["faults"] >= 1
         assert case["under_load"]["tally"]["requests"] > 0
