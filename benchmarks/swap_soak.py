@@ -256,17 +256,12 @@ class _Soak:
     async def _change(self, controller: ControllerClient, word: str, name: str) -> Changed:
         digest = b"" if word == "remove" else self._bundles[name].bundle.digest
         request = control_pb2.ChangeRequest(kind=KINDS[word], bundle=digest, name=name)
-        start_s, committed_s = time.perf_counter(), 0.0
-        async for step in controller.change(request):
-            if step.epoch and not committed_s:
-                committed_s = time.perf_counter() - start_s
-                self._state = self._next(word, name)
-                self._run.states.setdefault(step.previous_epoch, frozenset())
-                if self._run.states.setdefault(step.epoch, self._state) != self._state:
-                    raise SystemExit(f"epoch {step.epoch} is two models")
-            if step.stage == control_pb2.CHANGE_STAGE_SPREAD and step.done == step.total > 0:
-                return Changed(word, committed_s, time.perf_counter() - start_s)
-        raise SystemExit(f"{word} {name}: no router ever had it")
+        done = await controller.carry_out(request)
+        self._state = self._next(word, name)
+        self._run.states.setdefault(done.previous_epoch, frozenset())
+        if self._run.states.setdefault(done.epoch, self._state) != self._state:
+            raise SystemExit(f"epoch {done.epoch} is two models")
+        return Changed(word, done.committed_s, done.spread_s)
 
     def _next(self, word: str, name: str) -> State:
         if word == "remove":

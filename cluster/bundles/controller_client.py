@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
@@ -14,7 +16,7 @@ from cluster.observation.reachability import hinting_at_serve
 from moesaic import rpc
 from moesaic.bundles import Bundle
 from moesaic.client.call_failure import explain
-from moesaic.errors import FailedPrecondition, Unavailable, from_rpc_error
+from moesaic.errors import Aborted, FailedPrecondition, Unavailable, from_rpc_error
 from moesaic.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 # Whoever does not say within this time that it is there counts as away.
@@ -25,6 +27,19 @@ CHANGE_TIMEOUT_S = 3600.0
 _PIECE_BYTES = 1 << 20
 
 _R = TypeVar("_R")
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedOut:
+    """A change that every router has: the epoch that it made, and the one that it left.
+
+    `committed_s`, `spread_s`: seconds from the command until it was committed, and until every router had it.
+    """
+
+    epoch: str
+    previous_epoch: str
+    committed_s: float
+    spread_s: float
 
 
 class ControllerClient:
@@ -48,6 +63,25 @@ class ControllerClient:
         with _as_errors(self._address):
             async for response in self._stub.Change(request, timeout=CHANGE_TIMEOUT_S):
                 yield response
+
+    async def carry_out(
+        self,
+        request: control_pb2.ChangeRequest,
+        show: Callable[[control_pb2.ChangeResponse], None] = lambda step: None,
+    ) -> CarriedOut:
+        """Makes a change, and returns once every router has it; what was before may still be given up.
+
+        `show`: every step on the way. Raises Aborted, too, where the controller ends it before that.
+        """
+        start_s, committed_s = time.perf_counter(), 0.0
+        async for step in self.change(request):
+            show(step)
+            if step.epoch and not committed_s:
+                committed_s = time.perf_counter() - start_s
+            if step.stage == control_pb2.CHANGE_STAGE_SPREAD and step.done == step.total > 0:
+                spread_s = time.perf_counter() - start_s
+                return CarriedOut(step.epoch, step.previous_epoch, committed_s, spread_s)
+        raise Aborted("the controller ended the change before every router had it")
 
     async def bundles(self) -> list[control_pb2.StoredBundle]:
         request = control_pb2.ListBundlesRequest()

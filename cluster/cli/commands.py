@@ -416,7 +416,7 @@ def drill(
         list[str] | None,
         typer.Option(
             metavar="FAULT,FAULT",
-            help="kill, freeze, slow, pair, partition, nan, router, controller, cancel, overload, or all: "
+            help="kill, freeze, slow, pair, partition, nan, router, controller, head, swap, cancel, overload, or all: "
             "a random mixture of those that a cluster of one host can have.",
             show_default="all",
         ),

@@ -50,7 +50,7 @@ class ProcessWatch:
         hold_s = READY_HOLD_S if last is not None and last.ready else LOADING_HOLD_S
         question = self._peers.report(name, seen, hold_s)
         try:
-            report = await _unless_lost(question, self._losses.get(last.address) if last else None)
+            report = await self._unless_lost(question, last.address if last else None)
         except MoesaicError as error:
             if last is not None:
                 self._drop(last.address)
@@ -68,7 +68,6 @@ class ProcessWatch:
 
     async def describe(self, address: str) -> WorkerFacts:
         """See ProcessObserver. From now on the loss of the worker is noticed at once."""
-        self._drop(address)
         channel = rpc.aio_channel(address)
         try:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
@@ -79,26 +78,32 @@ class ProcessWatch:
         except MoesaicError:
             await channel.close()
             raise
+        self._drop(address)
         self._losses[address] = asyncio.create_task(_until_lost(channel, health))
         return WorkerFacts.from_description(address, answer)
+
+    async def _unless_lost(
+        self, question: Coroutine[Any, Any, ProcessReport], address: str | None
+    ) -> ProcessReport:
+        """The answer to the question. Raises Unavailable as soon as the process is known to be lost.
+
+        Whoever describes the worker meanwhile puts a new health stream in the place of the old one, whose end then
+        says nothing.
+        """
+        ask = asyncio.create_task(question)
+        try:
+            while not ask.done():
+                loss = self._losses.get(address) if address else None
+                await asyncio.wait({ask, loss} if loss else {ask}, return_when=asyncio.FIRST_COMPLETED)
+                if loss is not None and loss.done() and not loss.cancelled():
+                    raise loss.result()
+            return ask.result()
+        finally:
+            ask.cancel()
 
     def _drop(self, address: str) -> None:
         if (task := self._losses.pop(address, None)) is not None:
             task.cancel()
-
-
-async def _unless_lost(
-    question: Coroutine[Any, Any, ProcessReport], loss: asyncio.Task[Unavailable] | None
-) -> ProcessReport:
-    """The answer to the question. Raises Unavailable as soon as the process is known to be lost."""
-    ask = asyncio.create_task(question)
-    try:
-        await asyncio.wait({ask, loss} if loss else {ask}, return_when=asyncio.FIRST_COMPLETED)
-        if loss is not None and loss.done():
-            raise loss.result()
-        return await ask
-    finally:
-        ask.cancel()
 
 
 async def _ask(channel: grpc.aio.Channel) -> tuple[AsyncIterator[Any], expert_pb2.DescribeResponse]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.bench.latency import RequestRecord
+
+# By the id of an epoch: of every prompt, the tokens of its answer in that epoch.
+References = Mapping[str, Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +29,8 @@ class Answer:
 class Tally:
     """Requests counted: what was lost, and what was wrong.
 
-    `lost`: no whole answer. `wrong_tokens`: another token than the reference's at its place, or one too many, in
-    lost requests too. `mixed`: answers that name more than one epoch, or none.
+    `lost`: no whole answer. `wrong_tokens`: another token at its place than the reference's of the answer's epoch, or
+    one too many, in lost requests too. `mixed`: answers that name more than one epoch, or none.
     """
 
     requests: int
@@ -39,20 +42,24 @@ class Tally:
     errors: dict[str, int]
 
     @classmethod
-    def of(cls, answers: Iterable[Answer], reference: Sequence[Sequence[int]]) -> Tally:
-        """`reference`: by prompt, the tokens of its answer."""
+    def of(cls, answers: Iterable[Answer], references: References) -> Tally:
         answers = list(answers)
         records = [answer.record for answer in answers]
         return cls(
             requests=len(records),
             lost=sum(bool(record.error) for record in records),
-            wrong_tokens=sum(
-                wrong_tokens(answer.record.token_ids, reference[answer.prompt]) for answer in answers
-            ),
+            wrong_tokens=sum(wrong_tokens_of(answer, references) for answer in answers),
             mixed=sum(is_mixed(record) for record in records),
             refused=sum(answer.refused for answer in answers),
             errors=dict(Counter(record.error for record in records if record.error)),
         )
+
+
+def wrong_tokens_of(answer: Answer, references: References) -> int:
+    """Tokens that no single epoch explains of those that the answer names; all of them where it names none that is
+    known."""
+    known = [references[epoch][answer.prompt] for epoch in answer.record.epochs if epoch in references]
+    return min(wrong_tokens(answer.record.token_ids, expected) for expected in known or [()])
 
 
 def wrong_tokens(got: Sequence[int], expected: Sequence[int]) -> int:

@@ -41,7 +41,7 @@ async def run_cancels(rig: Rig) -> Cancels:
         cancels=rounds * rig.plan.streams,
         stop=Spread.of(stops_s),
         leaked_blocks=max(0, left - blocks),
-        tally=Tally.of(answers, rig.reference),
+        tally=Tally.of(answers, rig.references),
     )
 
 

@@ -45,6 +45,9 @@ CONTRACT: Mapping[Fault, Bound] = {
     Fault.ROUTER: Bound(recovery_s=10.0),
     # "None": no pause above what a healthy run has by chance.
     Fault.CONTROLLER: Bound(pause_above_s=0.1),
+    Fault.HEAD: Bound(pause_above_s=0.1),
+    # The worst of the faults that it has.
+    Fault.SWAP: Bound(pause_above_s=0.5),
     Fault.CANCEL: Bound(stop_s=0.1, leaked_blocks=0),
     Fault.OVERLOAD: Bound(refusal_s=0.05, goodput_ratio=0.9),
     Fault.ALL: Bound(growth_ratio=1.1),
@@ -70,6 +73,8 @@ class Figures:
     refusals_without_retry_after: int = 0
     goodput_ratio: float | None = None
     growth_ratio: float | None = None
+    # Changes of experts after which neither the old nor the new epoch was the model.
+    torn: int = 0
     # Faults whose processes were not READY again in time.
     not_recovered: int = 0
     # Processes that had to be killed at the end.
@@ -88,6 +93,8 @@ def _broken(bound: Bound, figures: Figures) -> Iterator[str]:
         yield f"{figures.wrong_tokens} wrong tokens"
     if figures.mixed > bound.mixed:
         yield f"{figures.mixed} answers of mixed versions"
+    if figures.torn:
+        yield f"{figures.torn} changes left neither the old epoch nor the new one"
     if figures.not_recovered:
         yield f"not whole again after {figures.not_recovered} faults"
     if figures.refusals_without_retry_after:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,13 +15,15 @@ from cluster.bench.bench import Outputs
 from cluster.bench.machine import describe_machine
 from cluster.bench.other_load import QUIET_SHARE, share_used_by_others
 from cluster.drill.cancelling import run_cancels
+from cluster.drill.changing import changing_experts
 from cluster.drill.contract import CONTRACT, Figures, broken
+from cluster.drill.experts import Outcome
 from cluster.drill.faults import Fault
 from cluster.drill.network_cut import check_can_cut
 from cluster.drill.overloading import run_overload
 from cluster.drill.report import Cancels, Case, DrillReport, Overload, UnderLoad, print_report
 from cluster.drill.residue import Residue
-from cluster.drill.rig import DrillPlan, Rig, Say, rig_of
+from cluster.drill.rig import PROMPTS, PROMPTS_OF_EPOCHS, DrillPlan, Rig, Say, rig_of
 from cluster.drill.site import Site, hand_made_site, running_site, served_site
 from cluster.drill.under_load import LoadedCase, Turns, calls_per_step
 from cluster.launch.serve import CheckedModel, check_model
@@ -165,7 +167,8 @@ async def _drill_site(
 
 
 async def _case(fault: Fault, site: Site, plan: DrillPlan, say: Say) -> Case:
-    async with rig_of(site, plan, say) as rig:
+    num_prompts = PROMPTS_OF_EPOCHS if fault is Fault.SWAP else PROMPTS
+    async with rig_of(site, plan, say, num_prompts=num_prompts) as rig:
         case = await _measure(fault, rig)
     if site.has_ended:
         case = replace(case, notes=(f"the server ended by itself: {site.last_words}",))
@@ -186,8 +189,14 @@ async def _measure(fault: Fault, rig: Rig) -> Case:
         case Fault.OVERLOAD:
             overload = await run_overload(rig)
             return _new_case(fault, rig, _of_overload(overload), overload=overload)
+        case Fault.SWAP:
+            async with changing_experts(rig) as changing:
+                loaded = LoadedCase(changing.rig, fault, changing.inject)
+                under_load = await loaded.run()
+            figures = _of_load(under_load, loaded.turns, torn=changing.outcomes[Outcome.TORN])
+            return _new_case(fault, rig, figures, under_load=under_load, changes=dict(changing.outcomes))
         case _:
-            loaded = LoadedCase(rig, fault)
+            loaded = LoadedCase(rig, fault, rig.injector.inject)
             under_load = await loaded.run()
             before, after = (loaded.turns.before, loaded.turns.after) if fault is Fault.ALL else (None, None)
             figures = _of_load(under_load, loaded.turns, growth_ratio=_growth(before, after))
@@ -204,6 +213,7 @@ def _new_case(
     overload: Overload | None = None,
     before: Residue | None = None,
     after: Residue | None = None,
+    changes: Mapping[Outcome, int] | None = None,
 ) -> Case:
     routers = len(rig.living.targets.routers)
     return Case(
@@ -218,10 +228,11 @@ def _new_case(
         overload=overload,
         before=before,
         after=after,
+        changes=changes,
     )
 
 
-def _of_load(load: UnderLoad, turns: Turns, *, growth_ratio: float | None) -> Figures:
+def _of_load(load: UnderLoad, turns: Turns, *, growth_ratio: float | None = None, torn: int = 0) -> Figures:
     return Figures(
         lost=load.tally.lost,
         wrong_tokens=load.tally.wrong_tokens,
@@ -234,6 +245,7 @@ def _of_load(load: UnderLoad, turns: Turns, *, growth_ratio: float | None) -> Fi
         not_recovered=sum(strike.whole_s is None for strike in turns.strikes),
         quarantine_s=max(turns.asked_s, default=None),
         growth_ratio=growth_ratio,
+        torn=torn,
     )
 
 

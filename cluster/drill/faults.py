@@ -18,6 +18,8 @@ class Fault(StrEnum):
     NAN = "nan"
     ROUTER = "router"
     CONTROLLER = "controller"
+    HEAD = "head"
+    SWAP = "swap"
     CANCEL = "cancel"
     OVERLOAD = "overload"
     ALL = "all"
@@ -27,6 +29,8 @@ class Act(StrEnum):
     """What is done to a process or, for a cut, to a host."""
 
     KILL = "kill"
+    # Again and again, whenever one has come back.
+    DOWN = "down"
     FREEZE = "freeze"
     SLOW = "slow"
     CUT = "cut"
@@ -41,11 +45,23 @@ class Direction(StrEnum):
     OUT = "out"
 
 
+class Stage(StrEnum):
+    """How far a change of experts is, up to the moment at which every router has it."""
+
+    VERIFY = "verify"
+    LOAD = "load"
+    PROBE = "probe"
+    PUBLISH = "publish"
+    COMMIT = "commit"
+    SPREAD = "spread"
+
+
 @dataclass(frozen=True, slots=True)
 class Injection:
     """One act, `at_s` seconds after the start of its turn; what can be undone is undone after `lasts_s`.
 
     `targets` are names of processes, or addresses of hosts for a cut. All of them are hit at once.
+    `stage`: of the change of experts in whose middle it happens; `change`: which one that was.
     """
 
     at_s: float
@@ -53,12 +69,15 @@ class Injection:
     targets: tuple[str, ...]
     lasts_s: float = 0.0
     direction: Direction = Direction.BOTH
+    stage: Stage | None = None
+    change: str = ""
 
     @property
     def title(self) -> str:
         direction = f" {self.direction}" if self.act is Act.CUT else ""
         lasting = f" for {self.lasts_s:.1f} s" if self.lasts_s else ""
-        return f"{self.act} {', '.join(self.targets)}{direction}{lasting}"
+        amid = f" in {self.stage} of {self.change or 'a change'}" if self.stage else ""
+        return f"{self.act} {', '.join(self.targets)}{direction}{lasting}{amid}"
 
 
 @dataclass(frozen=True, slots=True)

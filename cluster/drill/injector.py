@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.drill.cpu_quota import find_cpu_groups, slowed
 from cluster.drill.faults import Act, Injection
-from cluster.drill.living import Living
+from cluster.drill.held_down import held_down
+from cluster.drill.living import Living, successors
 from cluster.drill.network_cut import cut
 from cluster.drill.signals import go_on, send, stop
 
@@ -23,6 +24,7 @@ RECOVERY_TIMEOUT_S = 60.0
 POLL_S = 0.1
 # How the process of `cluster.drill.poisoned_worker` is told; imported there, it would bring torch along.
 POISON, CURE = signal.SIGUSR1, signal.SIGUSR2
+_DEADLY = (Act.KILL, Act.DOWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,13 @@ class Injector:
 
     async def inject(self, injection: Injection, living: Living) -> Strike:
         """Returns when the cluster is whole again, or after RECOVERY_TIMEOUT_S."""
-        pids = [living.pids[name] for name in injection.targets if name in living.pids]
+        targets = {name: living.pids[name] for name in injection.targets if name in living.pids}
         start_s = self._clock()
-        async with self._effect(injection, pids):
+        async with self._effect(injection, targets):
             await self._sleep(injection.lasts_s)
         healed_s = self._clock()
-        whole = await self.wait_whole(set(living.pids), set(pids) if injection.act is Act.KILL else set())
+        gone = targets.values() if injection.act in _DEADLY else ()
+        whole = await self.wait_whole(living.pids, gone)
         return Strike(injection, start_s, healed_s, None if whole is None else self._clock())
 
     async def wait_whole(self, names: Collection[str] = (), gone: Collection[int] = ()) -> Living | None:
@@ -85,17 +88,21 @@ class Injector:
         deadline_s = self._clock() + RECOVERY_TIMEOUT_S
         while self._clock() < deadline_s and not self._is_lost():
             living = await self._cluster.look()
-            if living is not None and set(living.pids) >= set(names) and not _any_of(living, gone):
+            if living is not None and living.pids.keys() >= set(names) and not _any_of(living, gone):
                 return living
             await self._sleep(POLL_S)
         return None
 
     @contextlib.asynccontextmanager
-    async def _effect(self, injection: Injection, pids: Sequence[int]) -> AsyncIterator[None]:
+    async def _effect(self, injection: Injection, targets: Mapping[str, int]) -> AsyncIterator[None]:
+        pids = tuple(targets.values())
         match injection.act:
             case Act.KILL:
                 send(signal.SIGKILL, pids)
                 yield
+            case Act.DOWN:
+                async with held_down(successors(targets)):
+                    yield
             case Act.FREEZE:
                 stop(pids)
                 try:

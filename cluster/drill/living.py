@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -97,6 +98,31 @@ class LocalProcesses:
         return None if self._gcs is None else self._gcs.pid
 
 
+def successors(pids: Mapping[str, int]) -> Callable[[], list[int]]:
+    """Finds, each time that it is called, the processes that have these names in the sessions of the given ones."""
+    sessions = {name: os.getsid(pid) for name, pid in pids.items()}
+    return lambda: [pid for name, session in sessions.items() for pid in _find(name, session)]
+
+
+def _find(name: str, session: int) -> list[int]:
+    if name == GCS:
+        gcs = _find_gcs(session)
+        return [] if gcs is None else [gcs.pid]
+    return [pid for pid in _members(session) if _is_named(name, pid)]
+
+
+def _members(session: int) -> list[int]:
+    """Told before anything else is asked of a process: that takes far longer, and the load shares this one."""
+    return [pid for pid in psutil.pids() if _is_in(pid, session)]
+
+
+def _is_in(pid: int, session: int) -> bool:
+    try:
+        return os.getsid(pid) == session
+    except ProcessLookupError:
+        return False
+
+
 def _experts(process: control_pb2.Process) -> frozenset[tuple[int, int]]:
     return frozenset((expert.layer, expert.slot) for expert in process.experts)
 
@@ -117,10 +143,9 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _find_gcs(session: int) -> psutil.Process | None:
-    for process in psutil.process_iter():
-        try:
-            if process.name() == _GCS_PROGRAM and os.getsid(process.pid) == session and _is_alive(process):
+    for pid in _members(session):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.name() == _GCS_PROGRAM and _is_alive(process):
                 return process
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            continue
     return None

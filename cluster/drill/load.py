@@ -23,15 +23,23 @@ AFTER_ERROR_S = 0.25
 Sleep = Callable[[float], Awaitable[None]]
 
 
-async def ask_alone(send: Send, requests: Sequence[LoadRequest], clock: Clock) -> list[tuple[int, ...]]:
-    """The tokens of every answer, asked one at a time of a cluster at rest. Raises Unavailable."""
-    reference = []
+async def ask_alone(
+    send: Send, requests: Sequence[LoadRequest], clock: Clock
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The tokens of every answer, asked one at a time of a cluster at rest, by the epoch that all of them name.
+
+    Raises Unavailable.
+    """
+    answers, epochs = [], set[str]()
     for request in requests:
         record = await send(request, clock())
         if record.error:
             raise Unavailable(f"a cluster at rest does not answer: {record.error}")
-        reference.append(record.token_ids)
-    return reference
+        answers.append(record.token_ids)
+        epochs |= record.epochs
+    if len(epochs) != 1:
+        raise Unavailable(f"answers of a cluster at rest name {len(epochs)} epochs, where it has one model")
+    return {epochs.pop(): tuple(answers)}
 
 
 class Load:

@@ -52,7 +52,7 @@ async def run_overload(rig: Rig) -> Overload:
         refusals_without_retry_after=sum(record.retry_after_s is None for record in refused),
         refusal=Spread.of(record.end_s - record.due_s for record in refused),
         first_token=Spread.of(record.token_times_s[0] - record.due_s for record in whole),
-        tally=Tally.of(answers, rig.reference),
+        tally=Tally.of(answers, rig.references),
     )
 
 

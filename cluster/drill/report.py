@@ -12,6 +12,7 @@ from rich.table import Table
 from cluster.bench.machine import Machine
 from cluster.drill.answers import Tally
 from cluster.drill.contract import Figures
+from cluster.drill.experts import Outcome
 from cluster.drill.faults import Fault
 from cluster.drill.residue import Residue
 from cluster.drill.timeline import Spread
@@ -119,6 +120,8 @@ class Case:
     overload: Overload | None = None
     before: Residue | None = None
     after: Residue | None = None
+    # What came of changes of experts with a fault in their middle.
+    changes: Mapping[Outcome, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +250,8 @@ def details(case: Case) -> Iterator[str]:
         )
     if case.overload is not None:
         yield _overload(case.overload)
+    if case.changes is not None:
+        yield _changes(case.changes)
     if case.before is not None and case.after is not None:
         yield _residue(case.before, case.after)
 
@@ -269,6 +274,14 @@ def _overload(overload: Overload) -> str:
         f"p99 {milliseconds(overload.refusal.p99_s)} ms, "
         f"{overload.refusals_without_retry_after} without Retry-After; first token p50 "
         f"{seconds(overload.first_token.p50_s)} s, p99 {seconds(overload.first_token.p99_s)} s"
+    )
+
+
+def _changes(changes: Mapping[Outcome, int]) -> str:
+    committed, left, torn = (changes.get(outcome, 0) for outcome in Outcome)
+    return (
+        f"{committed + left + torn} changes of experts with a fault in their middle: {committed} were committed, "
+        f"{left} left the old epoch, {torn} neither"
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from cluster.bench.load import CompletionsApi, completions_api
 from cluster.bench.workload import Lengths, LoadRequest, Workload
+from cluster.drill.answers import References
 from cluster.drill.injector import Injector
 from cluster.drill.living import Cluster, Living
 from cluster.drill.load import ask_alone
@@ -18,8 +19,9 @@ from cluster.drill.site import Site
 from cluster.observation.observer import Observer
 from moesaic.errors import Unavailable
 
-# Prompts of different lengths; answers long enough that most faults meet one in its middle.
-PROMPTS = 16
+# Prompts of different lengths; answers long enough that most faults meet one in its middle. Where experts change they
+# are asked in every epoch.
+PROMPTS, PROMPTS_OF_EPOCHS = 16, 6
 PROMPT_TOKENS = Lengths(16, 96)
 ANSWER_TOKENS = Lengths(96, 96)
 # A request that takes longer is lost.
@@ -48,8 +50,8 @@ class Rig:
     injector: Injector
     api: CompletionsApi
     requests: tuple[LoadRequest, ...]
-    # By prompt, the tokens of its answer when it was asked alone.
-    reference: tuple[tuple[int, ...], ...]
+    # The answers of prompts that were asked alone.
+    references: References
     living: Living
     say: Say
     clock: Callable[[], float] = time.perf_counter
@@ -68,7 +70,7 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def rig_of(site: Site, plan: DrillPlan, say: Say) -> AsyncIterator[Rig]:
+async def rig_of(site: Site, plan: DrillPlan, say: Say, *, num_prompts: int = PROMPTS) -> AsyncIterator[Rig]:
     """Raises Unavailable when the cluster is not whole, or does not answer."""
     clock = time.perf_counter
     async with (
@@ -82,9 +84,9 @@ async def rig_of(site: Site, plan: DrillPlan, say: Say) -> AsyncIterator[Rig]:
             raise Unavailable("the cluster is not whole: not every process is READY")
         vocab_size = (await observer.observe_routers()).model.vocab_size
         workload = Workload(PROMPT_TOKENS, ANSWER_TOKENS, shared_prefix=0, seed=plan.seed)
-        requests = tuple(workload.requests(PROMPTS, vocab_size, batch="drill"))
-        reference = tuple(await ask_alone(api.send, requests, clock))
-        yield Rig(plan, site, cluster, injector, api, requests, reference, living, say)
+        requests = tuple(workload.requests(num_prompts, vocab_size, batch="drill"))
+        references = await ask_alone(api.send, requests, clock)
+        yield Rig(plan, site, cluster, injector, api, requests, references, living, say)
 
 
 async def sleep_until(due_s: float, clock: Callable[[], float]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
-from cluster.drill.faults import Act, Direction, Fault, Injection, Targets
+from cluster.drill.faults import Act, Direction, Fault, Injection, Stage, Targets
 
 # A share of the turn at its end, in which nothing begins: what a fault does has to show while it is counted.
 QUIET_END = 0.1
@@ -32,6 +32,9 @@ PACES: Mapping[Fault, Pace] = {
     Fault.NAN: Pace((3.0, 5.0), (5.0, 10.0)),
     Fault.ROUTER: Pace((5.0, 8.0)),
     Fault.CONTROLLER: Pace((5.0, 8.0), (5.0, 25.0), max_turn_s=120.0),
+    # One a turn: everything that could start anything is gone for a minute.
+    Fault.HEAD: Pace((3.0, 4.5), (60.0, 60.0), max_turn_s=72.0),
+    Fault.SWAP: Pace((1.0, 3.0), (1.0, 5.0)),
     Fault.ALL: Pace((3.0, 6.0), (1.0, 15.0), max_turn_s=120.0),
 }
 
@@ -110,6 +113,18 @@ def _control(random: Random, targets: Targets, at_s: float, lasts_s: float) -> I
     return _of_one(random, targets.control, Act.FREEZE, at_s, lasts_s)
 
 
+def _head(_: Random, targets: Targets, at_s: float, lasts_s: float) -> Injection | None:
+    return Injection(at_s, Act.DOWN, targets.control, lasts_s) if targets.control else None
+
+
+def _amid_change(random: Random, targets: Targets, at_s: float, lasts_s: float) -> Injection | None:
+    """A worker killed or frozen, or a part of control killed."""
+    killed_control = _of_one(random, targets.control, Act.KILL, at_s)
+    drawn = (_kill(random, targets, at_s, 0.0), _freeze(random, targets, at_s, lasts_s), killed_control)
+    possible = [injection for injection in drawn if injection is not None]
+    return replace(random.choice(possible), stage=random.choice(list(Stage))) if possible else None
+
+
 def _any(random: Random, targets: Targets, at_s: float, lasts_s: float) -> Injection | None:
     draws: tuple[_Draw, ...] = (_kill, _freeze, _slow, _pair, _router, _control)
     return random.choice(draws)(random, targets, at_s, lasts_s)
@@ -124,6 +139,8 @@ _DRAWS: Mapping[Fault, _Draw] = {
     Fault.NAN: _poison,
     Fault.ROUTER: _router,
     Fault.CONTROLLER: _control,
+    Fault.HEAD: _head,
+    Fault.SWAP: _amid_change,
     Fault.ALL: _any,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.drill.answers import Answer, Tally
@@ -36,6 +36,9 @@ WARM_UP_S = 3.0
 # How long after a fault a pause still counts as its own.
 TAIL_S = 1.0
 PICTURE_STEP_S = 0.5
+
+# Injects, and returns when the cluster is whole again.
+Inject = Callable[[Injection, Living], Awaitable[Strike]]
 
 
 @dataclass(slots=True)
@@ -69,9 +72,10 @@ class Turns:
 class LoadedCase:
     """One fault on one cluster."""
 
-    def __init__(self, rig: Rig, fault: Fault) -> None:
+    def __init__(self, rig: Rig, fault: Fault, inject: Inject) -> None:
         self._rig = rig
         self._fault = fault
+        self._inject_one = inject
         self.turns = Turns()
 
     async def run(self) -> UnderLoad:
@@ -128,9 +132,9 @@ class LoadedCase:
     async def _inject(self, injection: Injection, living: Living) -> Strike:
         """Of a poisoned worker it is counted, too, for how long it was asked while it was poisoned."""
         if injection.act is not Act.POISON:
-            return await self._rig.injector.inject(injection, living)
+            return await self._inject_one(injection, living)
         async with watched_calls(self._rig.cluster.observer, injection.targets[0], self._rig.clock) as watch:
-            strike = await self._rig.injector.inject(injection, living)
+            strike = await self._inject_one(injection, living)
         self.turns.asked_s.append(watch.asked_s(until_s=strike.healed_s))
         self.turns.poisoned_calls += watch.calls(until_s=strike.healed_s)
         return strike
@@ -145,8 +149,8 @@ class LoadedCase:
         healthy = [answer for answer in answers if not _meets(answer, disturbed)]
         return UnderLoad(
             faults=len(turns.strikes),
-            tally=Tally.of(faulty, rig.reference),
-            control=Tally.of(healthy, rig.reference),
+            tally=Tally.of(faulty, rig.references),
+            control=Tally.of(healthy, rig.references),
             pauses=Spread.of(longest_pauses_s(records, turns.windows)),
             control_pauses=Spread.of(longest_pauses_s(records, turns.control_windows)),
             token_gaps=Spread.of(pauses_within_s(records, turns.faulty)),

@@ -1,4 +1,4 @@
-"""`moesaic drill`, a short one: workers are killed and frozen, and no answer is lost and no token wrong.
+"""`moesaic drill`, a short one: no answer is lost and no token wrong, whatever dies in the middle of whatever.
 
 Pauses are not judged here: they are those of whatever machine runs the tests.
 """
@@ -55,6 +55,27 @@ def test_killed_and_frozen_workers_cost_no_answer_and_no_token(folder: Path) -> 
             0,
         )
         assert (figures["not_recovered"], figures["left_behind"]) == (0, 0)
+    assert list(folder.iterdir()) == []
+
+
+def test_neither_a_fault_amid_a_change_nor_a_lost_head_costs_an_answer_or_a_token(folder: Path) -> None:
+    done = subprocess.run(
+        [*DRILL, "--fault", "swap,head", "--minutes", "0.1", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=270,
+        env=environment(folder),
+        start_new_session=True,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    swap, head = json.loads(done.stdout)["cases"]
+    for case in (swap, head):
+        figures = case["figures"]
+        assert case["under_load"]["faults"] >= 1
+        assert case["under_load"]["tally"]["requests"] > 0
+        assert (figures["lost"], figures["wrong_tokens"], figures["mixed"]) == (0, 0, 0), case
+        assert (figures["torn"], figures["not_recovered"], figures["left_behind"]) == (0, 0, 0), case
+    assert sum(swap["changes"].values()) == swap["under_load"]["faults"]
     assert list(folder.iterdir()) == []
 
 

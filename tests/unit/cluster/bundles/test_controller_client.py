@@ -57,6 +57,15 @@ async def test_a_change_that_loses_says_why() -> None:
     assert seen == [control_pb2.CHANGE_STAGE_VERIFY, control_pb2.CHANGE_STAGE_LOAD]
 
 
+async def test_a_change_is_carried_out_once_every_router_has_it_and_each_step_is_shown() -> None:
+    shown: list[control_pb2.ChangeStage] = []
+    async with playing_lifecycle(PlayedLifecycle()) as (_, address), controller_client(address) as client:
+        done = await client.carry_out(control_pb2.ChangeRequest(), lambda step: shown.append(step.stage))
+    assert (done.epoch, done.previous_epoch) == ("2222222222222222", "1111111111111111")
+    assert 0 < done.committed_s <= done.spread_s
+    assert shown[-1] == control_pb2.CHANGE_STAGE_SPREAD
+
+
 async def test_a_controller_that_is_not_there_is_named() -> None:
     with pytest.raises(Unavailable, match=r"no controller answers at 127\.0\.0\.1:1"):
         async with controller_client("127.0.0.1:1") as client:

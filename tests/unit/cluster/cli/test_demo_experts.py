@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from cluster.cli.demo_experts import BETTER, BUNDLES, FIRST, SHOWN, Step, _as_json, _print_closing, _table
+from cluster.bundles.demo_bundles import BETTER, BUNDLES, FIRST
+from cluster.cli.demo_experts import SHOWN, Step, _as_json, _print_closing, _table
 from cluster.cli.reading import SUMS, Reading, load_texts, read
 from moesaic import Client, Deny
 from moesaic.bundles import open_bundle

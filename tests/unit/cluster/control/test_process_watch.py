@@ -88,6 +88,24 @@ async def test_a_worker_whose_server_goes_away_is_lost_at_once(server: tuple[rpc
     assert lost.value.reason in EVIDENCE
 
 
+async def test_a_worker_that_is_described_anew_while_it_holds_a_question_is_still_lost_at_once(
+    server: tuple[rpc.Server, str],
+) -> None:
+    running, address = server
+    watch = ProcessWatch(PlayedPeers(ready(address)))
+    await watch.report("w0", 0)
+    await watch.describe(address)
+    asking = asyncio.create_task(watch.report("w0", 3))
+    await asyncio.sleep(0)
+    await watch.describe(address)
+    await asyncio.wait({asking}, timeout=0.05)
+    assert not asking.done()
+    await running.stop(0)
+    with pytest.raises(Unavailable) as lost:
+        await asyncio.wait_for(asking, 60)
+    assert lost.value.reason in EVIDENCE
+
+
 async def test_a_broken_health_stream_of_a_worker_whose_port_still_listens_is_no_evidence() -> None:
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()

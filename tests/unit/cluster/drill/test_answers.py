@@ -7,7 +7,7 @@ import pytest
 from cluster.bench.latency import RequestRecord
 from cluster.drill.answers import Answer, Tally, wrong_tokens
 
-REFERENCE = [(1, 2, 3), (4, 5, 6)]
+REFERENCES = {"e": [(1, 2, 3), (4, 5, 6)], "f": [(1, 2, 9), (4, 5, 9)]}
 
 
 def answer(
@@ -30,7 +30,7 @@ def test_a_token_that_is_wrong_doubled_skipped_or_too_many_is_counted(
 
 def test_lost_requests_are_counted_with_their_errors_and_their_tokens_are_compared_too() -> None:
     tally = Tally.of(
-        [answer(0, 1, 2, 3), answer(1, 4, 0, error="broke off"), answer(1, error="broke off")], REFERENCE
+        [answer(0, 1, 2, 3), answer(1, 4, 0, error="broke off"), answer(1, error="broke off")], REFERENCES
     )
     assert (tally.requests, tally.lost, tally.wrong_tokens) == (3, 2, 1)
     assert tally.errors == {"broke off": 2}
@@ -43,9 +43,27 @@ def test_an_answer_of_two_epochs_or_of_none_is_mixed_and_one_without_tokens_is_n
         answer(0, error="refused", epochs=()),
         answer(0, 1, 2, 3),
     ]
-    assert Tally.of(answers, REFERENCE).mixed == 2
+    assert Tally.of(answers, REFERENCES).mixed == 2
 
 
 def test_refusals_whose_clients_came_back_are_no_losses() -> None:
-    tally = Tally.of([answer(0, 1, 2, 3, refused=4)], REFERENCE)
+    tally = Tally.of([answer(0, 1, 2, 3, refused=4)], REFERENCES)
     assert (tally.lost, tally.refused) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "ids", "wrong"),
+    [
+        (("e",), (1, 2, 3), 0),
+        (("f",), (1, 2, 9), 0),
+        (("f",), (1, 2, 3), 1),
+        (("e", "f"), (1, 2, 9), 0),
+        (("e", "f"), (1, 8, 9), 1),
+        (("g",), (1, 2, 3), 3),
+        ((), (1, 2, 3), 3),
+    ],
+)
+def test_an_answer_is_compared_with_the_reference_of_the_epoch_that_it_names(
+    epochs: tuple[str, ...], ids: tuple[int, ...], wrong: int
+) -> None:
+    assert Tally.of([answer(0, *ids, epochs=epochs)], REFERENCES).wrong_tokens == wrong

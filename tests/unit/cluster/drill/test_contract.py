@@ -49,6 +49,7 @@ def test_every_fault_has_a_bound_that_good_figures_keep() -> None:
         (Fault.OVERLOAD, {"goodput_ratio": 0.5}, "goodput 0.50"),
         (Fault.OVERLOAD, {"refusal_s": 0.2}, "refusal p99 0.2 s"),
         (Fault.OVERLOAD, {"refusals_without_retry_after": 1}, "without Retry-After"),
+        (Fault.SWAP, {"torn": 1}, "1 changes left neither the old epoch nor the new one"),
         (Fault.ALL, {"growth_ratio": 1.3}, "grew to 1.3 x"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 
 from cluster.drill.child import Child
-from cluster.drill.living import Cluster
+from cluster.drill.living import Cluster, successors
 from cluster.drill.site import POISONED, Site
 from cluster.observation.observer import Observation, Observer
 from moesaic.errors import Unavailable
@@ -87,3 +87,9 @@ async def test_by_hand_a_cluster_is_whole_while_all_workers_are_connected() -> N
     assert (found.pids, found.targets.poisonable) == ({POISONED: 7}, (POISONED,))
     assert await cluster(observed(workers=[]), site).look() is None
     assert await cluster(observed(workers=[connected], experts_without_worker=1), site).look() is None
+
+
+def test_who_comes_in_the_place_of_a_process_is_found_by_name_and_session(pid: int) -> None:
+    find = successors({"w0": pid})
+    assert find() == [pid]
+    assert successors({"w1": pid})() == []

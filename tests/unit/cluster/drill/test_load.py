@@ -85,8 +85,14 @@ async def test_a_broken_answer_is_not_asked_for_again() -> None:
 
 
 async def test_a_reference_is_asked_one_at_a_time_and_refused_where_a_healthy_cluster_fails() -> None:
-    server = Server(0, lambda number, record: record)
-    assert await ask_alone(server.send, REQUESTS, lambda: 0.0) == [(0, 0), (1, 1), (2, 2)]
+    server = Server(0, lambda number, record: replace(record, epochs=frozenset({"e"})))
+    assert await ask_alone(server.send, REQUESTS, lambda: 0.0) == {"e": ((0, 0), (1, 1), (2, 2))}
     failing = Server(0, lambda number, record: replace(record, error="HTTP 500"))
     with pytest.raises(Unavailable, match="HTTP 500"):
         await ask_alone(failing.send, REQUESTS, lambda: 0.0)
+
+
+async def test_a_reference_has_one_model() -> None:
+    server = Server(0, lambda number, record: replace(record, epochs=frozenset({f"e{number % 2}"})))
+    with pytest.raises(Unavailable, match="name 2 epochs"):
+        await ask_alone(server.send, REQUESTS, lambda: 0.0)

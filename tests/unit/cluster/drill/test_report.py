@@ -14,6 +14,7 @@ from cluster.bench.machine import Machine
 from cluster.drill.answers import Tally
 from cluster.drill.chart import draw_chart
 from cluster.drill.contract import Figures
+from cluster.drill.experts import Outcome
 from cluster.drill.faults import Fault
 from cluster.drill.report import (
     Cancels,
@@ -67,6 +68,7 @@ OVERLOAD = Case(
     overload=Overload(4.0, 20.0, 400.0, 380.0, 50, 0, SPREAD, SPREAD, TALLY),
     before=Residue(2, 1 << 20, 1 << 10, 8, 4),
     after=Residue(2, 1 << 21, 1 << 10, 8, 5),
+    changes={Outcome.COMMITTED: 3, Outcome.LEFT: 1},
 )
 REPORT = DrillReport(7, 2.0, 8, Machine("cpu", 2, 1, "3.11", {}), 0.0, (LOST, CANCELS, OVERLOAD))
 
@@ -90,6 +92,7 @@ def test_a_report_names_what_is_broken_and_every_kind_of_figure() -> None:
         "goodput 380 of 400 tokens/s, 0.95 of the peak; 50 refused, p50 100 ms, p99 200 ms",
         "the server ended by itself: [1]",
         "1.0 MiB and 2.0 MiB resident",
+        "4 changes of experts with a fault in their middle: 3 were committed, 1 left the old epoch, 0 neither",
         "the contract does not hold",
     ):
         assert part in text

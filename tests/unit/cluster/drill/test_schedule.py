@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.drill.faults import Act, Fault, Targets
+from cluster.drill.faults import Act, Fault, Stage, Targets
 from cluster.drill.schedule import PACES, QUIET_END, draw_cancels, draw_injections, turn_lengths_s
 
 EXPERTS = {"w0": (0, 1), "w1": (2, 3), "w2": (0, 1), "w3": (2, 3)}
@@ -52,6 +52,22 @@ def test_a_controllers_fault_kills_and_freezes_both_parts_of_control() -> None:
     }
 
 
+def test_the_head_is_down_with_the_controller_once_a_turn() -> None:
+    (injection,) = draw_injections(Fault.HEAD, 0, 72.0, 1, TARGETS)
+    assert (injection.act, injection.targets, injection.lasts_s) == (Act.DOWN, TARGETS.control, 60.0)
+
+
+def test_a_change_is_hit_at_any_stage_by_a_death_or_a_stop_of_a_worker_or_a_death_of_control() -> None:
+    drawn = draw_injections(Fault.SWAP, 0, 1000.0, 1, TARGETS)
+    assert {injection.stage for injection in drawn} == set(Stage)
+    assert {(injection.act, injection.targets[0][0]) for injection in drawn} == {
+        (Act.KILL, "w"),
+        (Act.FREEZE, "w"),
+        (Act.KILL, "c"),
+        (Act.KILL, "g"),
+    }
+
+
 def test_a_mixture_has_every_act_that_one_host_can_have() -> None:
     drawn = draw_injections(Fault.ALL, 0, 2000.0, 1, TARGETS)
     assert {injection.act for injection in drawn} == {Act.KILL, Act.FREEZE, Act.SLOW}
@@ -63,7 +79,7 @@ def test_a_mixture_has_every_act_that_one_host_can_have() -> None:
     }
 
 
-@pytest.mark.parametrize("fault", [Fault.PARTITION, Fault.NAN, Fault.ROUTER])
+@pytest.mark.parametrize("fault", [Fault.PARTITION, Fault.NAN, Fault.ROUTER, Fault.HEAD])
 def test_where_there_is_nobody_to_hit_nothing_is_drawn(fault: Fault) -> None:
     assert draw_injections(fault, 0, 60.0, 1, Targets(workers=TARGETS.workers)) == ()
 
