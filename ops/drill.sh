@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=.venv/bin
 folder=build/drill
-# A fault, and its minutes: 100 kills, 30 stops, five slow minutes, four minutes without a head, 100 changes of experts, 1,000 cancels, two minutes of overload, a soak of 20.
+# A fault, and its minutes: 100 kills, 30 stops, five slow minutes, four minutes without a head, 100 changes of experts,
+# 1,000 cancels, two minutes of overload, a soak of 20.
 faults="${FAULTS:-kill:15 freeze:12 slow:5 pair:5 nan:3 router:4 controller:5 head:5 swap:10 cancel:1 overload:2 all:20}"
 mkdir -p "$folder"
 files=()
