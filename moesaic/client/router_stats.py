@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from moesaic.v1 import inference_pb2 as pb
@@ -89,6 +88,15 @@ class GateStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusals:
+    """The sequences that were refused, or shed before anything was computed for them, for one reason."""
+
+    # QUEUE_FULL or DEADLINE_UNREACHABLE.
+    reason: str
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True)
 class RouterStats:
     """A router's counters since its start, and the time that its steps spent in each phase."""
 
@@ -117,8 +125,7 @@ class RouterStats:
     parked_sequences: int = 0
     # The (token, layer, slot) assignments that were substituted or left out because no replica was left.
     degraded_assignments: int = 0
-    # Sequences that were refused, or shed before anything was computed for them, by reason.
-    refusals: Mapping[str, int] = field(default_factory=dict)
+    refusals: tuple[Refusals, ...] = ()
 
     @classmethod
     def from_pb(cls, stats: pb.GetRouterStatsResponse) -> Self:
@@ -143,5 +150,5 @@ class RouterStats:
             experts_without_worker=stats.experts_without_worker,
             parked_sequences=stats.parked_sequences,
             degraded_assignments=stats.degraded_assignments,
-            refusals=dict(stats.refusals),
+            refusals=tuple(Refusals(*refused) for refused in sorted(stats.refusals.items())),
         )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moesaic.client.model_info import ModelInfo
-from moesaic.client.router_stats import GateStats, PhaseTime, RouterStats, WorkerTraffic
+from moesaic.client.router_stats import GateStats, PhaseTime, Refusals, RouterStats, WorkerTraffic
 from moesaic.client.tokenization import Tokenization
 from moesaic.v1 import inference_pb2 as pb
 
@@ -42,8 +42,10 @@ def test_nested_messages_become_values() -> None:
         pb.GetRouterStatsResponse(
             phases=[pb.PhaseTime(phase="wire", seconds=1.5)],
             workers=[pb.WorkerTraffic(worker="expert-worker-0", rows=3)],
+            refusals={"QUEUE_FULL": 2, "DEADLINE_UNREACHABLE": 1},
         )
     )
 
     assert stats.phases == (PhaseTime("wire", 1.5),)
     assert (stats.workers[0].worker, stats.workers[0].rows) == ("expert-worker-0", 3)
+    assert stats.refusals == (Refusals("DEADLINE_UNREACHABLE", 1), Refusals("QUEUE_FULL", 2))

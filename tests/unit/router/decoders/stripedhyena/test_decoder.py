@@ -77,7 +77,7 @@ class Harness:
             loaded.dispatcher,
             loaded.clock,
             overlap=overlap,
-            admission=Admission(AdmissionLimits(MAX_RUNNING, 64, WAIT_S), None),
+            admission=Admission(AdmissionLimits(MAX_RUNNING, 64), None),
             missing_wait_s=WAIT_S,
         )
         self.engine.start()
