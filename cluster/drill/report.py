@@ -241,6 +241,7 @@ def details(case: Case) -> Iterator[str]:
             f"{case.under_load.poisoned_calls} calls in all"
         )
     if case.under_load is not None:
+        yield _gaps(case.under_load)
         yield from _lateness(case.under_load)
     if case.cancels is not None:
         stop = case.cancels.stop
@@ -254,6 +255,13 @@ def details(case: Case) -> Iterator[str]:
         yield _changes(case.changes)
     if case.before is not None and case.after is not None:
         yield _residue(case.before, case.after)
+
+
+def _gaps(load: UnderLoad) -> str:
+    return (
+        f"between two tokens of a stream p99 {milliseconds(load.token_gaps.p99_s)} ms, "
+        f"in the control {milliseconds(load.control_token_gaps.p99_s)} ms"
+    )
 
 
 def _lateness(load: UnderLoad) -> Iterator[str]:

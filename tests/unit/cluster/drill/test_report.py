@@ -85,6 +85,7 @@ def test_a_report_names_what_is_broken_and_every_kind_of_figure() -> None:
         "broken: 1 requests lost",
         "1 x HTTP 503: [router] away",
         "2 refusals with Retry-After, whose clients came back",
+        "between two tokens of a stream p99 200 ms, in the control 200 ms",
         "the drill itself was late, p99 0.20 s",
         "3 calls in all",
         "work stopped p50 0.10 s",
