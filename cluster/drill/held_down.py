@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 
 from cluster.drill.signals import send
 
-PERIOD_S = 0.25
+# Rarely enough that looking for them does not slow down what is measured.
+PERIOD_S = 1.0
 
 
 @contextlib.asynccontextmanager
