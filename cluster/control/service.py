@@ -44,7 +44,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def UploadBundle(
         self, requests: AsyncIterator[control_pb2.UploadBundleRequest], context: Context
     ) -> control_pb2.UploadBundleResponse:
-        upload = await asyncio.to_thread(self._plane.bundles.upload)
+        # Not in a thread: a caller who leaves while that runs would leave the upload behind.
+        upload = self._plane.bundles.upload()
         try:
             async for request in requests:
                 await asyncio.to_thread(_write, upload, request)

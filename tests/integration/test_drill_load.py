@@ -43,16 +43,16 @@ async def test_an_answer_that_breaks_off_keeps_its_tokens_and_is_no_refusal() ->
 
 async def test_a_load_runs_until_it_is_stopped_and_every_token_is_right() -> None:
     async with running_site() as site, completions_api(site.url, "fake", timeout_s=20.0) as api:
-        reference = [(await api.send(REQUEST, 0.0)).token_ids]
+        references = {"e1": [(await api.send(REQUEST, 0.0)).token_ids]}
         load = Load(api.send, [REQUEST], 4, time.perf_counter)
         running = asyncio.create_task(load.run())
         await until(lambda: len(load.answers) >= 20)
         load.stop()
         await running
         assert site.router.max_running <= 4
-    assert Tally.of(load.answers, reference) == Tally(len(load.answers), 0, 0, 0, 0, {})
+    assert Tally.of(load.answers, references) == Tally(len(load.answers), 0, 0, 0, 0, {})
     wrong = [Answer(0, load.answers[0].record)]
-    assert Tally.of(wrong, [(0, 0, 0)]).wrong_tokens == 3
+    assert Tally.of(wrong, {"e1": [(0, 0, 0)]}).wrong_tokens == 3
 
 
 async def test_a_client_that_leaves_takes_its_work_along() -> None:
