@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 
@@ -22,6 +23,7 @@ MAX_HISTORY = 10_000
 _DEFAULT_HISTORY = 100
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_R = TypeVar("_R")
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
@@ -48,8 +50,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         upload = self._plane.bundles.upload()
         try:
             async for request in requests:
-                await asyncio.to_thread(_write, upload, request)
-            bundle, known = await asyncio.to_thread(upload.finish)
+                await _to_its_end(partial(_write, upload, request))
+            bundle, known = await _to_its_end(upload.finish)
         finally:
             await asyncio.to_thread(upload.close)
         return control_pb2.UploadBundleResponse(name=bundle.manifest.name, digest=bundle.digest, known=known)
@@ -132,6 +134,16 @@ def _places(digest: bytes, epoch: Epoch | None) -> list[common_pb2.ExpertAddress
         if used.digest == digest
         for address in used.experts
     ]
+
+
+async def _to_its_end(work: Callable[[], _R]) -> _R:
+    """Works in a thread, which is awaited also when the caller leaves: nothing may be cleaned up under its hands."""
+    working = asyncio.create_task(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.gather(working, return_exceptions=True)
+        raise
 
 
 def _write(upload: Upload, request: control_pb2.UploadBundleRequest) -> None:
