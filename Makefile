@@ -26,10 +26,12 @@ check: $(STAMP)  ## style, types, import rules, fresh stubs, forbidden calls
 	ops/gen_protos.sh --check
 	ops/check_forbidden.sh
 
-# Three at a time on two cores: tests that start processes wait for them most of the time. In their order, so that
-# the long ones come first.
+# Tests that start processes of their own come one at a time; the others share the cores.
+ALONE := tests/integration tests/cluster tests/multihost
+
 test: $(STAMP)
-	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%); together=$$?; \
+	$(BIN)/pytest $(ALONE) && exit $$together
 
 bench: $(STAMP)  ## the standard set; rewrites docs/performance.md. QUICK=1: do the programs work? ONLY=decode,transport
 	$(BIN)/python benchmarks/suite.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
