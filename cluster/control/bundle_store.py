@@ -68,13 +68,12 @@ class BundleStore:
 
     def folder(self, digest: bytes) -> Path:
         """Where a bundle is. Raises NotFound with field `bundle`."""
-        folder = self._folder / digest.hex()
-        if len(digest) != DIGEST_BYTES or not folder.is_dir():
+        if not self.has(digest):
             raise NotFound(f"bundle: {digest.hex()[:64]} is not stored", field="bundle")
-        return folder
+        return self._folder / digest.hex()
 
     def has(self, digest: bytes) -> bool:
-        return (self._folder / digest.hex()).is_dir()
+        return len(digest) == DIGEST_BYTES and (self._folder / digest.hex()).is_dir()
 
     def open(self, digest: bytes) -> Bundle:
         """Raises NotFound, or InvalidArgument with field `bundle` for one that was damaged since."""

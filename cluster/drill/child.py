@@ -12,6 +12,7 @@ from typing import Self
 
 import psutil
 
+from cluster.drill.session import members
 from moesaic.errors import Unavailable
 
 END_TIMEOUT_S = 40.0
@@ -74,7 +75,7 @@ class Child:
 
     def members(self) -> list[psutil.Process]:
         """Every process of its session that is alive, itself included."""
-        return [process for process in psutil.process_iter() if self._is_member(process)]
+        return members(self.pid)
 
     async def end(self) -> int:
         """Asks it to stop, and kills what has not ended in time. Returns how many had to be killed."""
@@ -97,10 +98,3 @@ class Child:
         while (left := self.members()) and asyncio.get_running_loop().time() < deadline_s:
             await asyncio.sleep(_LOOK_S)
         return left
-
-    def _is_member(self, process: psutil.Process) -> bool:
-        try:
-            in_session = os.getsid(process.pid) == self.pid
-            return in_session and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            return False

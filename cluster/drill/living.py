@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import psutil
 
 from cluster.drill.faults import Targets
+from cluster.drill.session import is_alive, members
 from cluster.drill.site import POISONED, Site
 from cluster.observation.observer import Observation, Observer
 from cluster.processes.specs import CONTROLLER
@@ -93,7 +94,7 @@ class LocalProcesses:
 
     def find_gcs(self, pid: int) -> int | None:
         """Ray's head process, if it runs in the session in which the process does."""
-        if self._gcs is None or not _is_alive(self._gcs):
+        if self._gcs is None or not is_alive(self._gcs):
             self._gcs = _find_gcs(os.getsid(pid))
         return None if self._gcs is None else self._gcs.pid
 
@@ -108,19 +109,7 @@ def _find(name: str, session: int) -> list[int]:
     if name == GCS:
         gcs = _find_gcs(session)
         return [] if gcs is None else [gcs.pid]
-    return [pid for pid in _members(session) if _is_named(name, pid)]
-
-
-def _members(session: int) -> list[int]:
-    """Told before anything else is asked of a process: that takes far longer, and the load shares this one."""
-    return [pid for pid in psutil.pids() if _is_in(pid, session)]
-
-
-def _is_in(pid: int, session: int) -> bool:
-    try:
-        return os.getsid(pid) == session
-    except ProcessLookupError:
-        return False
+    return [process.pid for process in members(session) if _is_named(name, process.pid)]
 
 
 def _experts(process: control_pb2.Process) -> frozenset[tuple[int, int]]:
@@ -135,17 +124,9 @@ def _is_named(name: str, pid: int) -> bool:
         return False
 
 
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _find_gcs(session: int) -> psutil.Process | None:
-    for pid in _members(session):
+    for process in members(session):
         with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if process.name() == _GCS_PROGRAM and _is_alive(process):
+            if process.name() == _GCS_PROGRAM:
                 return process
     return None

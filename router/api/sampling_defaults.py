@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moesaic.checkpoints.safetensors_file import read_json
 from moesaic.errors import CheckpointError
 from moesaic.v1 import inference_pb2
@@ -18,7 +20,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_REPETITION_PENALTY = 10.0
 _MAX_FILE_BYTES = 1 << 20
 # JSON has larger numbers, and the contract none but infinity in their place.
-_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _RULES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: 0 <= value <= _MAX_FLOAT32, "a finite number from 0"),
     "top_p": (lambda value: 0 <= value <= 1, "in [0, 1]"),

@@ -106,8 +106,8 @@ def _overloaded(reason: str, message: str, room_s: float) -> Overloaded:
 class Admission:
     """What is open, how fast it is worked off, and who is let in besides. Not safe for threads by itself."""
 
-    def __init__(self, limits: AdmissionLimits, meter: PaceMeter | None) -> None:
-        """Without `meter` nothing is predicted, and the numbers of sequences are bounded alone."""
+    def __init__(self, limits: AdmissionLimits, meter: PaceMeter) -> None:
+        """Until `meter` knows a pace nothing is predicted, and the numbers of sequences are bounded alone."""
         self._limits = limits
         self._meter = meter
         self._pace: Pace | None = None
@@ -154,13 +154,12 @@ class Admission:
 
     def note_step(self, num_decoding: int, seconds: float) -> None:
         """Records a step, after the prefill budget has."""
-        if self._meter is not None:
-            self._meter.note_step(num_decoding, seconds)
-            self._pace = self._meter.pace()
+        self._meter.note_step(num_decoding, seconds)
+        self._pace = self._meter.pace()
 
     def note_answer(self, num_tokens: int, *, is_whole: bool = True) -> None:
         """Records an answer that came to its end, or that its deadline cut off. Without a token it was none."""
-        if self._meter is not None and num_tokens:
+        if num_tokens:
             self._meter.note_answer(num_tokens, is_whole=is_whole)
 
     def end(self, sequence_id: str) -> None:

@@ -129,7 +129,10 @@ class Harness:
             self.dispatcher,
             PhaseClock(),
             overlap=overlap,
-            admission=Admission(AdmissionLimits(self.scheduler.limits.max_running, max_waiting), meter),
+            admission=Admission(
+                AdmissionLimits(self.scheduler.limits.max_running, max_waiting),
+                meter or PaceMeter(PrefillBudget(max_batch_tokens=16, max_stall=1.8)),
+            ),
             missing_wait_s=missing_wait_s,
             now=now,
         )

@@ -136,8 +136,8 @@ def test_who_waits_is_shed_once_even_the_next_place_would_be_too_late() -> None:
     assert admission.refusals == {DEADLINE_UNREACHABLE: 1}
 
 
-def test_without_a_meter_nothing_is_predicted() -> None:
-    admission = Admission(LIMITS, None)
+def test_without_the_prices_of_steps_nothing_is_predicted() -> None:
+    admission = Admission(LIMITS, PaceMeter(PrefillBudget(max_batch_tokens=100, max_stall=1.8)))
     admission.note_answer(5)
     admission.note_step(1, 1.0)
     admission.admit("a", COST, ALL_THE_TIME)

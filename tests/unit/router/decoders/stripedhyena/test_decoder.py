@@ -35,6 +35,8 @@ from router.engine.sampling_params import SamplingParams
 from router.phase_clock import PhaseClock
 from router.scheduling.admission import Admission, AdmissionLimits
 from router.scheduling.block_pool import BlockPool
+from router.scheduling.pace import PaceMeter
+from router.scheduling.prefill_budget import PrefillBudget
 from router.scheduling.prefix_cache import PrefixCache
 from router.scheduling.scheduler import Limits, Scheduler
 from router.scheduling.state_pool import StatePool
@@ -77,7 +79,10 @@ class Harness:
             loaded.dispatcher,
             loaded.clock,
             overlap=overlap,
-            admission=Admission(AdmissionLimits(MAX_RUNNING, 64), None),
+            admission=Admission(
+                AdmissionLimits(MAX_RUNNING, 64),
+                PaceMeter(PrefillBudget(max_batch_tokens=max_batch_tokens, max_stall=1.8)),
+            ),
             missing_wait_s=WAIT_S,
         )
         self.engine.start()
