@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
+from moesaic.garbage import freeze_lasting_objects
+
 _R = TypeVar("_R")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -83,6 +85,7 @@ async def serve_until_signal(start: Coroutine[Any, Any, None], stop: Callable[[]
     try:
         with StopSignals() as signals, contextlib.suppress(StopRequested):
             await signals.unless_stopped(start)
+            freeze_lasting_objects()
             await signals.stop.wait()
     finally:
         await stop()

@@ -14,6 +14,7 @@ from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
 from moesaic.families import DenseLayers, describe_model
+from moesaic.garbage import lasting_imports
 from moesaic.options import SettingFlags, run_program, with_settings
 from moesaic.settings import Settings
 from moesaic.stop_signals import serve_until_signal
@@ -88,7 +89,8 @@ def _view(model: Path, dense_layers: DenseLayers, workers: list[str], control: s
 
 async def _serve(settings: Settings, model: Path, served_name: str, view: ClusterView) -> None:
     # Imports torch and transformers, which take seconds: a wrong flag is reported before.
-    from router.server import RouterServer
+    with lasting_imports():
+        from router.server import RouterServer
 
     telemetry.configure("router", otlp_endpoint=settings.otlp_endpoint, log_level=settings.log_level)
     server = RouterServer(

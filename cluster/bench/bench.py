@@ -249,6 +249,7 @@ async def _measure(
     ):
         model = (await observer.observe()).model
         plan.workload.check(model.max_model_len)
+        freeze_lasting_objects()  # a collection of this program's own would look like a pause of the server
         run = _Run(plan, observer, api, model.vocab_size)
         found = BenchReport(
             model=site.model,

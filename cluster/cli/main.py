@@ -18,7 +18,10 @@ def main() -> None:
     if _starts_a_server(sys.argv[1:]):
         print("Moesaic: starting", file=sys.stderr, flush=True)
     try:
-        from cluster.cli.commands import app
+        from moesaic.garbage import lasting_imports
+
+        with lasting_imports():
+            from cluster.cli.commands import app
 
         app()
     except KeyboardInterrupt:  # before the verb has its own signal handlers

@@ -18,6 +18,7 @@ from cluster.drill.load import ask_alone
 from cluster.drill.site import Site
 from cluster.observation.observer import Observer
 from moesaic.errors import Unavailable
+from moesaic.garbage import freeze_lasting_objects
 
 # Prompts of different lengths; answers long enough that most faults meet one in its middle. Where experts change they
 # are asked in every epoch.
@@ -86,6 +87,7 @@ async def rig_of(site: Site, plan: DrillPlan, say: Say, *, num_prompts: int = PR
         workload = Workload(PROMPT_TOKENS, ANSWER_TOKENS, shared_prefix=0, seed=plan.seed)
         requests = tuple(workload.requests(num_prompts, vocab_size, batch="drill"))
         references = await ask_alone(api.send, requests, clock)
+        freeze_lasting_objects()  # a collection of the drill's own would look like a pause of the cluster
         yield Rig(plan, site, cluster, injector, api, requests, references, living, say)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from cluster.control.process_report import ProcessReport
 from moesaic.addresses import address_for_callers
 from moesaic.errors import MoesaicError
+from moesaic.garbage import freeze_lasting_objects
 from moesaic.v1 import control_pb2
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class ProcessHost:
         while not await self._try_start():
             await self._sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
+        freeze_lasting_objects()
 
     async def report(self, seen: int, hold_s: float) -> ProcessReport:
         """The report, as soon as it differs from revision `seen`, at the latest after `hold_s`."""

@@ -25,6 +25,7 @@ from cluster.processes.specs import (
     ProcessSpec,
     RouterSpec,
 )
+from moesaic.garbage import lasting_imports
 
 if TYPE_CHECKING:
     from gateway.server import GatewayServer
@@ -155,4 +156,5 @@ def _is_ready(address: str) -> bool:
 
 async def _import(module: str) -> None:
     """Imports in a thread, because torch takes a second, during which the process has to answer."""
-    await asyncio.to_thread(importlib.import_module, module)
+    with lasting_imports():
+        await asyncio.to_thread(importlib.import_module, module)
