@@ -43,6 +43,7 @@ from cluster.observation.observer import Observer
 from cluster.observation.step_profile import profile_steps
 from cluster.terminal.load_progress import LoadProgress
 from moesaic.errors import InvalidArgument, Unavailable
+from moesaic.garbage import freeze_lasting_objects
 from moesaic.settings import Settings
 from moesaic.stop_signals import StopRequested, StopSignals
 
