@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import importlib
 import logging
 import os
 import secrets
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import compress
 from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
@@ -496,6 +497,13 @@ class RayCluster:
             log.error("%s is still alive after it was killed", name)
 
 
+@cache
+def _adapt_ray() -> None:
+    """Changes in this process what Ray has no setting for; once, however often Ray is started."""
+    _log_what_ray_reports()
+    _poll_with_patience()
+
+
 def _log_what_ray_reports() -> None:
     """Takes Ray's messages about its processes off the terminal: what they mean is said by Moesaic itself. The log
     lines of the processes go on as they come."""
@@ -512,6 +520,26 @@ def _log_what_ray_reports() -> None:
     worker.print_to_stdstream = report
 
 
+def _poll_with_patience() -> None:
+    """Ray asks its head for errors and log lines, and where there is none it asks again at once: for as long as the head
+    is away that would take a whole core."""
+    raylet: Any = importlib.import_module("ray._raylet")
+
+    def patient(subscriber: Any) -> Any:
+        class Patient(subscriber):  # type: ignore[misc]
+            def poll(self, *arguments: Any, **options: Any) -> Any:
+                message = super().poll(*arguments, **options)
+                match message:
+                    case None | (_, None) | {"lines": []}:  # no answer
+                        time.sleep(HEAD_PERIOD_S)
+                return message
+
+        return Patient
+
+    raylet.GcsErrorSubscriber = patient(raylet.GcsErrorSubscriber)
+    raylet.GcsLogSubscriber = patient(raylet.GcsLogSubscriber)
+
+
 def _init(**options: Any) -> None:
     import ray
     from ray.job_config import JobConfig
@@ -522,7 +550,7 @@ def _init(**options: Any) -> None:
         def _runtime_env_has_working_dir(self) -> bool:
             return True
 
-    _log_what_ray_reports()
+    _adapt_ray()
     logging.getLogger("ray").setLevel(logging.ERROR)
     ray.init(
         namespace=NAMESPACE,

@@ -7,7 +7,7 @@ same state folder.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,19 +57,24 @@ class PlayedWorker:
     alive: bool = True
     revision: int = 1
     held: set[ExpertVersion] = field(default_factory=set)
+    # What it lost with its process and does not hold again.
+    lost: set[ExpertVersion] = field(default_factory=set)
     # Set, and replaced by another one, at every change.
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self) -> None:
+        self.lost |= self.held
         self.alive, self.starts, self.revision = True, self.starts + 1, 0
         self.hold(set(map(folder_version, self.home)))
 
     def die(self) -> None:
+        self.lost |= self.held
         self.alive = False
         self._tell()
 
     def hold(self, versions: set[ExpertVersion]) -> None:
         self.held = versions
+        self.lost -= versions
         self.revision += 1
         self._tell()
 
@@ -84,31 +89,45 @@ class PlayedWorker:
 
 @dataclass
 class PlayedRouter:
-    """Takes whatever is published, and begins and ends sequences."""
+    """Uses what is published as soon as replicas hold it, and begins and ends sequences."""
 
     name: str
     starts: int = 1
     told: Snapshot | None = None
+    # The ids of the epochs in use; empty without one.
+    current: str = ""
+    canary: str = ""
     # The epochs of its sequences, and when each epoch left its use.
     pinned: list[str] = field(default_factory=list)
     left_s: dict[str, float] = field(default_factory=dict)
     known: dict[str, Epoch] = field(default_factory=dict)
 
-    def take(self, told: Snapshot, now_s: float) -> None:
-        held = frozenset[ExpertVersion]().union(*(replica.holdings for replica in told.table.replicas))
+    def take(self, told: Snapshot, lost: Set[ExpertVersion], now_s: float) -> None:
+        """`lost`: the versions whose workers have died, the only ones that a published epoch may lack."""
         before, self.told = self.in_use, told
-        for epoch in _epochs(told):
-            if epoch.id not in before:
-                assert epoch.expert_versions <= held, f"{self.name} got epoch {epoch.id}, which nobody holds"
-                self.known[epoch.id] = epoch
+        self.current = self._adopt(told.epoch, lost) or self.current
+        self.canary = self._adopt(told.canary and told.canary.epoch, lost)
         for epoch_id in before - self.in_use:
             self.left_s[epoch_id] = now_s
         for epoch_id in self.in_use:
             self.left_s.pop(epoch_id, None)
 
+    def _adopt(self, epoch: Epoch | None, lost: Set[ExpertVersion]) -> str:
+        """The id of the epoch, if it is in use already or can be."""
+        if epoch is None or epoch.id in self.in_use:
+            return "" if epoch is None else epoch.id
+        assert self.told is not None
+        held = frozenset[ExpertVersion]().union(*(replica.holdings for replica in self.told.table.replicas))
+        lacking = epoch.expert_versions - held
+        assert lacking <= lost, f"{self.name} got epoch {epoch.id}, which nobody has held"
+        if lacking:
+            return ""
+        self.known[epoch.id] = epoch
+        return epoch.id
+
     @property
     def in_use(self) -> set[str]:
-        return {epoch.id for epoch in _epochs(self.told)}
+        return {epoch for epoch in (self.current, self.canary) if epoch}
 
     def retire_overstayers(self, now_s: float) -> None:
         self.pinned = [epoch for epoch in self.pinned if now_s - self.left_s.get(epoch, now_s) < DRAIN_S]
@@ -123,19 +142,14 @@ class PlayedRouter:
             router=self.name,
             incarnation=str(self.starts),
             address="127.0.0.1:1",
-            epoch=told.epoch.id if told and told.epoch else "",
-            canary=told.canary.epoch.id if told and told.canary else "",
+            epoch=self.current,
+            canary=self.canary,
             routing_table_revision=told.table.revision if told else 0,
             epochs=[
                 control_pb2.EpochStats(epoch=epoch, open_sequences=self.pinned.count(epoch))
                 for epoch in sorted(set(self.pinned))
             ],
         )
-
-
-def _epochs(told: Snapshot | None) -> list[Epoch]:
-    canary = None if told is None or told.canary is None else told.canary.epoch
-    return [epoch for epoch in (told and told.epoch, canary) if epoch is not None]
 
 
 class World:
@@ -267,7 +281,8 @@ class World:
         async for told in plane.controller.watch():
             if self.dead:
                 return
-            router.take(told, self.loop.time())
+            lost = set[ExpertVersion]().union(*(worker.lost for worker in self.workers.values()))
+            router.take(told, lost, self.loop.time())
             plane.hear(router.report())
 
     async def _report(self, router: PlayedRouter, plane: ControlPlane) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import pytest
+from ray import _raylet
 
 from cluster.processes import ray_cluster
 from cluster.processes.ray_cluster import Logging, RayCluster
@@ -59,3 +61,36 @@ async def test_a_raylet_of_an_earlier_attempt_is_no_loss_and_the_end_of_the_one_
 
 async def test_a_raylet_that_died_before_anybody_looked_is_a_loss(cluster: RayCluster) -> None:
     await asyncio.wait_for(cluster.watch(), 60)
+
+
+class Subscriber:
+    """Asks Ray's head, and gets what the test wants."""
+
+    def __init__(self, answers: list[object]) -> None:
+        self._answers = answers
+
+    def poll(self, timeout: float | None = None) -> object:
+        return self._answers.pop(0)
+
+
+@pytest.mark.parametrize("kind", ["GcsErrorSubscriber", "GcsLogSubscriber"])
+@pytest.mark.parametrize(
+    ("answer", "pauses"),
+    [
+        (None, 1),
+        ((None, None), 1),
+        ({"pid": "", "lines": []}, 1),
+        ((b"id", {"error_message": "it died"}), 0),
+        ({"pid": 7, "lines": ["ready"]}, 0),
+    ],
+)
+def test_ray_does_not_ask_a_head_again_at_once_that_gave_no_answer(
+    monkeypatch: pytest.MonkeyPatch, kind: str, answer: object, pauses: int
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(_raylet, "GcsErrorSubscriber", Subscriber)
+    monkeypatch.setattr(_raylet, "GcsLogSubscriber", Subscriber)
+    ray_cluster._poll_with_patience()
+    assert getattr(_raylet, kind)([answer]).poll(timeout=1.0) == answer
+    assert slept == [ray_cluster.HEAD_PERIOD_S] * pauses
