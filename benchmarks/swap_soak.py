@@ -1,6 +1,6 @@
 """Changes in a row under load: experts are swapped, added and removed while eight streams are always being answered.
 
-The demo model runs behind workers, routers and a controller, started by hand, in float32. A cycle of eight changes,
+The demo model runs in float32 behind workers, routers and a controller, started by hand or, with --over-ray, by `moesaic serve`. A cycle of eight changes,
 each a moment after every router has the one before, alternates with a spell of the same length without any. Every answer
 must be computed in one epoch from its first token to its last, and each of its tokens must be the one that transformers
 chooses with the weights of that epoch put in by hand. Throughput and gaps between tokens are compared with the spells
@@ -31,6 +31,7 @@ import typer
 from harness import options
 from harness.load import quantile
 from harness.noisy_experts import NoisyBundle, distance_from_greedy, load_reference, write_noisy_bundle
+from harness.ray_serving import serve_over_ray
 from harness.result import Figure, Result, Table, conclude
 from harness.serving import Served, Setup, serve
 from harness.turns import progress
@@ -185,6 +186,9 @@ def main(
     replicas: Annotated[int, typer.Option(min=1, help="Workers that hold each expert.")] = 1,
     routers: Annotated[int, typer.Option(min=1, help="Routers, which share the streams.")] = 1,
     pause: Annotated[float, typer.Option(min=0, help="Seconds between two changes.")] = 0.25,
+    over_ray: Annotated[
+        bool, typer.Option("--over-ray", help="`moesaic serve` starts the processes.")
+    ] = False,
     out: options.Out = options.RESULTS,
     quick: options.Quick = False,
 ) -> None:
@@ -202,10 +206,11 @@ def main(
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         bundles = dict(_bundles(Path(folder)))
-        with serve(setup) as site:
+        with (serve_over_ray if over_ray else serve)(setup) as site:
             run = asyncio.run(_Soak(site, bundles, pause).run(cycles))
         verdicts = _check(run, bundles)
-    result = _conclude(run, verdicts, setup, pause, (load, os.getloadavg()[0]), out, quick)
+    started = "started by `moesaic serve`" if over_ray else "started by hand"
+    result = _conclude(run, verdicts, setup, started, pause, (load, os.getloadavg()[0]), out, quick)
     if faults := [figure.name for figure in result.figures if figure.key in _MUST_BE_ZERO and figure.value]:
         raise SystemExit(f"not as it must be: {', '.join(faults)}")
 
@@ -360,6 +365,7 @@ def _conclude(
     run: Run,
     verdicts: Verdicts,
     setup: Setup,
+    started: str,
     pause_s: float,
     load: tuple[float, float],
     out: Path,
@@ -437,7 +443,7 @@ def _conclude(
             ),
         ],
         notes=[
-            f"{setup.workers} workers, {setup.replicas} with each expert, {setup.routers} routers, {STREAMS} streams, "
+            f"{setup.workers} workers, {setup.replicas} with each expert, {setup.routers} routers, {started}, {STREAMS} streams, "
             f"{pause_s:g} s between changes; every bundle has an expert for each of 4 layers",
             f"load average of the machine {load[0]:.0f} before, {load[1]:.0f} after",
         ],
