@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from support.closed_ports import closed_port
 
 from moesaic import telemetry
+from moesaic.garbage import freeze_lasting_objects
 
 # Before torch is imported anywhere: test processes share few cores, and spinning threads would fight for them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,6 +27,10 @@ hypothesis.settings.register_profile("moesaic", deadline=None)
 hypothesis.settings.load_profile("moesaic")
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_finish() -> None:
+    freeze_lasting_objects()  # collections of garbage need not look through all that was imported
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,10 @@ class Child:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(END_TIMEOUT_S):
-                    await self._process.wait()
+                    while (
+                        not self.has_ended
+                    ):  # `wait` would wait for those, too, that have inherited its stdout
+                        await asyncio.sleep(_LOOK_S)
         left = await self._left()
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -107,6 +107,7 @@ async def test_a_deadline_that_passes_in_a_wait_says_what_was_missing(model: Pat
             await asyncio.to_thread(site.kill)
             with pytest.raises(DeadlineExceeded, match=r"deadline passed after \d+ tokens: layer \d+"):
                 await rest(stream)
+        async with Client(site.address, retries=False) as client:
             with pytest.raises(MoesaicError, match="no replica left") as caught:
                 await client.complete(PROMPT, max_tokens=8, experts=ExpertPolicy(on_missing="fail"))
             assert caught.value.reason == "NO_REPLICA"

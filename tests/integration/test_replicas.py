@@ -102,7 +102,7 @@ async def serving(model: Path, num_workers: int) -> AsyncIterator[Site]:
         try:
             await server.load()
             await server.wait_ready(WAIT_S)
-            async with Client(address) as client, rpc.aio_channel(address) as channel:
+            async with Client(address, retries=False) as client, rpc.aio_channel(address) as channel:
                 health = health_pb2_grpc.HealthStub(channel)
                 yield Site(server, client, controller, snapshot, workers, health)
         finally:
