@@ -37,9 +37,11 @@ class Changing:
         self._experts: Experts | None = Experts()
 
     async def inject(self, injection: Injection, living: Living) -> Strike:
-        """Begins the next change, and injects as soon as that has come to the injection's stage, or has ended."""
+        """Begins the next change, and injects as soon as that has come to the injection's stage, or has ended. An injection
+        without a stage comes between two changes."""
         before = self._experts
-        if before is None:  # the contract is broken, and nobody knows what may come next
+        # After an outcome that must not be, nobody knows which change is possible.
+        if injection.stage is None or before is None:
             return await self.rig.injector.inject(injection, living)
         change = self._random.choice(possible_changes(before))
         reached = asyncio.Event()

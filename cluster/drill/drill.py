@@ -14,11 +14,14 @@ from rich.console import Console
 from cluster.bench.bench import Outputs
 from cluster.bench.machine import describe_machine
 from cluster.bench.other_load import QUIET_SHARE, share_used_by_others
+from cluster.checkpoints.model_source import DEMO_MODEL
 from cluster.drill.cancelling import run_cancels
-from cluster.drill.changing import changing_experts
+from cluster.drill.changing import Changing, changing_experts
 from cluster.drill.contract import CONTRACT, Figures, broken
 from cluster.drill.experts import Outcome
-from cluster.drill.faults import Fault
+from cluster.drill.faults import Fault, Injection
+from cluster.drill.injector import Strike
+from cluster.drill.living import Living
 from cluster.drill.network_cut import check_can_cut
 from cluster.drill.overloading import run_overload
 from cluster.drill.report import Cancels, Case, DrillReport, Overload, UnderLoad, print_report
@@ -167,7 +170,7 @@ async def _drill_site(
 
 
 async def _case(fault: Fault, site: Site, plan: DrillPlan, say: Say) -> Case:
-    num_prompts = PROMPTS_OF_EPOCHS if fault is Fault.SWAP else PROMPTS
+    num_prompts = PROMPTS_OF_EPOCHS if fault in (Fault.SWAP, Fault.ALL) else PROMPTS
     async with rig_of(site, plan, say, num_prompts=num_prompts) as rig:
         case = await _measure(fault, rig)
     if site.has_ended:
@@ -191,16 +194,43 @@ async def _measure(fault: Fault, rig: Rig) -> Case:
             return _new_case(fault, rig, _of_overload(overload), overload=overload)
         case Fault.SWAP:
             async with changing_experts(rig) as changing:
-                loaded = LoadedCase(changing.rig, fault, changing.inject)
-                under_load = await loaded.run()
-            figures = _of_load(under_load, loaded.turns, torn=changing.outcomes[Outcome.TORN])
-            return _new_case(fault, rig, figures, under_load=under_load, changes=dict(changing.outcomes))
+                return await _measure_load(fault, rig, changing)
+        case Fault.ALL if rig.site.model == DEMO_MODEL.name:
+            async with changing_experts(rig) as changing:
+                return await _measure_load(fault, rig, changing)
         case _:
-            loaded = LoadedCase(rig, fault, rig.injector.inject)
-            under_load = await loaded.run()
-            before, after = (loaded.turns.before, loaded.turns.after) if fault is Fault.ALL else (None, None)
-            figures = _of_load(under_load, loaded.turns, growth_ratio=_growth(before, after))
-            return _new_case(fault, rig, figures, under_load=under_load, before=before, after=after)
+            return await _measure_load(fault, rig)
+
+
+async def _inject_alone(rig: Rig, injection: Injection, living: Living) -> Strike:
+    """Where no experts change nothing is in the middle of a change."""
+    return await rig.injector.inject(replace(injection, stage=None), living)
+
+
+async def _measure_load(fault: Fault, rig: Rig, changing: Changing | None = None) -> Case:
+    """`changing`: where experts change, too."""
+    if changing is None:
+        loaded = LoadedCase(rig, fault, partial(_inject_alone, rig))
+    else:
+        loaded = LoadedCase(changing.rig, fault, changing.inject)
+    under_load = await loaded.run()
+    turns = loaded.turns
+    outcomes = None if changing is None else changing.outcomes
+    figures = _of_load(
+        under_load,
+        turns,
+        growth_ratio=_growth(turns.before, turns.after),
+        torn=outcomes[Outcome.TORN] if outcomes else 0,
+    )
+    return _new_case(
+        fault,
+        rig,
+        figures,
+        under_load=under_load,
+        before=turns.before,
+        after=turns.after,
+        changes=outcomes,
+    )
 
 
 def _new_case(

@@ -126,7 +126,7 @@ def _amid_change(random: Random, targets: Targets, at_s: float, lasts_s: float) 
 
 
 def _any(random: Random, targets: Targets, at_s: float, lasts_s: float) -> Injection | None:
-    draws: tuple[_Draw, ...] = (_kill, _freeze, _slow, _pair, _router, _control)
+    draws: tuple[_Draw, ...] = (_kill, _freeze, _slow, _pair, _router, _control, _amid_change)
     return random.choice(draws)(random, targets, at_s, lasts_s)
 
 

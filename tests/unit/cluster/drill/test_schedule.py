@@ -77,6 +77,7 @@ def test_a_mixture_has_every_act_that_one_host_can_have() -> None:
         "gcs",
         "w0",
     }
+    assert {injection.stage for injection in drawn} == {None, *Stage}
 
 
 @pytest.mark.parametrize("fault", [Fault.PARTITION, Fault.NAN, Fault.ROUTER, Fault.HEAD])
