@@ -62,7 +62,7 @@ class ControllerClient:
         """The steps of a change, as they are done. It goes on when the caller leaves."""
         with _as_errors(self._address):
             async for response in self._stub.Change(request, timeout=CHANGE_TIMEOUT_S):
-                yield response
+                yield rpc.received(response)
 
     async def carry_out(
         self,
@@ -100,7 +100,7 @@ class ControllerClient:
 
     async def _answer(self, call: Awaitable[_R]) -> _R:
         with _as_errors(self._address):
-            return await call
+            return rpc.received(await call)
 
 
 @asynccontextmanager
@@ -118,7 +118,7 @@ async def find_controller(router: str) -> str:
         request = inference_pb2.GetModelInfoRequest()
         with hinting_at_serve():
             try:
-                model = await stub.GetModelInfo(request, timeout=ASK_TIMEOUT_S)
+                model = rpc.received(await stub.GetModelInfo(request, timeout=ASK_TIMEOUT_S))
             except grpc.aio.AioRpcError as error:
                 raise explain(error, router, timeout_s=ASK_TIMEOUT_S) from error
     address: str = model.control_address

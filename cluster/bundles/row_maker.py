@@ -129,7 +129,7 @@ class _Maker:
     async def _capture(self, texts: Sequence[str]) -> dict[int, Floats]:
         what = CAPTURES[self.order.mode]
         request = pb.CaptureHiddenRequest(texts=texts, state=what.state, all_tokens=what.all_tokens)
-        answer = await self.stub.CaptureHidden(request, timeout=TIMEOUT_S)
+        answer = rpc.received(await self.stub.CaptureHidden(request, timeout=TIMEOUT_S))
         return {layer.layer: np.frombuffer(layer.mean, "<f4") for layer in answer.layers}
 
     def _arrows(self, experts: Mapping[ExpertAddress, BundleExpert]) -> dict[ExpertAddress, Floats]:
@@ -144,8 +144,10 @@ class _Maker:
             texts=self.order.prompts.held_out,
             rows=[row.to_proto(place) for place, row in sorted(rows.items())],
         )
-        measured: pb.MeasureGateRowsResponse = await self.stub.MeasureGateRows(request, timeout=TIMEOUT_S)
-        return measured
+        answer: pb.MeasureGateRowsResponse | None = await self.stub.MeasureGateRows(
+            request, timeout=TIMEOUT_S
+        )
+        return rpc.received(answer)
 
 
 def _arrow(bundle: Bundle, expert: BundleExpert, folder: ModelFolder) -> Floats:

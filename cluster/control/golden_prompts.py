@@ -53,7 +53,8 @@ async def _logprobs(stub: inference_pb2_grpc.InferenceServiceStub, prompt: str, 
     logprobs: list[float] = []
     try:
         async for answer in stub.Generate(request, timeout=PROMPT_TIMEOUT_S):
-            logprobs += [token.logprob for token in answer.prompt.logprobs if token.HasField("logprob")]
+            prompt_logprobs = rpc.received(answer).prompt.logprobs
+            logprobs += [token.logprob for token in prompt_logprobs if token.HasField("logprob")]
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error) from error
     return logprobs

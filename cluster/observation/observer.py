@@ -134,8 +134,9 @@ class Observer:
         """Raises MoesaicError."""
         router = self._router(address)
         try:
-            model = await router.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=self._timeout_s)
-            return model, await self._stats(router)
+            request = inference_pb2.GetModelInfoRequest()
+            model = rpc.received(await router.GetModelInfo(request, timeout=self._timeout_s))
+            return model, rpc.received(await self._stats(router))
         except grpc.aio.AioRpcError as error:
             raise explain(error, address, timeout_s=self._timeout_s) from error
 
