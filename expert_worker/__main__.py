@@ -10,12 +10,12 @@ import typer
 
 from expert_worker.config import WorkerConfig
 from expert_worker.experts.expert_ranges import parse_experts
-from expert_worker.server import WorkerServer
 from moesaic import telemetry
 from moesaic.checkpoints.checkpoint import open_checkpoint
 from moesaic.errors import InvalidArgument
 from moesaic.exit_codes import exit_with_code
 from moesaic.families import describe_model
+from moesaic.garbage import lasting_imports
 from moesaic.options import SettingFlags, run_program, with_settings
 from moesaic.settings import Settings
 from moesaic.stop_signals import serve_until_signal
@@ -80,6 +80,10 @@ def _worker_config(settings: Settings, name: str, experts: str, port: int) -> Wo
 
 
 async def _serve(config: WorkerConfig, drain_s: float) -> None:
+    # Imports torch, which takes a second: a wrong flag is reported before.
+    with lasting_imports():
+        from expert_worker.server import WorkerServer
+
     server = WorkerServer(config)
 
     async def start() -> None:
