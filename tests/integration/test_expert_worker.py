@@ -210,7 +210,7 @@ def test_a_worker_that_cannot_serve_says_why_in_one_line(
 def test_a_worker_imports_neither_ray_nor_transformers() -> None:
     program = (
         "import sys; sys.modules['ray'] = sys.modules['transformers'] = None\n"
-        "import expert_worker.__main__; print('fine')"
+        "import expert_worker.__main__, expert_worker.server; print('fine')"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True
