@@ -108,11 +108,16 @@ class Changes:
         progress = Progress()
         task = asyncio.create_task(self._carry_out(order, head, progress))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda task: self._note_end(task, progress))
         return progress
 
+    def _note_end(self, task: asyncio.Task[None], progress: Progress) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            progress.end(_cut_off())
+
     async def stop(self) -> None:
-        """Ends all changes where they are."""
+        """Ends all changes where they are, and tells those who follow them."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -265,3 +270,10 @@ class Changes:
         total: int = 0,
     ) -> Step:
         return Step(stage, detail, done, total, goal.epoch.id, head.current)
+
+
+def _cut_off() -> Aborted:
+    return Aborted(
+        "the controller stopped in the middle of the change, which is whole or not at all: look at the history",
+        reason="CONTROLLER_STOPPED",
+    )

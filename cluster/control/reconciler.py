@@ -116,8 +116,8 @@ class Reconciler:
         self._resting: dict[str, float] = {}
         self._passage: _Passage | None = None
         self._idle = Pulse()
-        # By worker, what is given up beside the rounds; no call of a worker comes between another's steps.
-        self._leaving: dict[str, frozenset[ExpertVersion]] = {}
+        # What is given up beside the rounds, each with its worker; no call of a worker comes between another's steps.
+        self._leaving: set[tuple[str, ExpertVersion]] = set()
         self._in_turn: dict[str, asyncio.Lock] = {}
         self._base_footprints = {
             layer: Footprint(experts.module.num_parameters) for layer, experts in base.model.experts.items()
@@ -214,7 +214,7 @@ class Reconciler:
     def _worker(self, sighting: WorkerSighting, footprints: Mapping[ExpertVersion, Footprint]) -> Worker:
         facts = sighting.facts
         replica = facts.replica
-        leaving = self._leaving.get(replica.worker, frozenset()) & replica.holdings
+        leaving = frozenset(one for one in replica.holdings if (replica.worker, one) in self._leaving)
         holdings = replica.holdings - leaving
         return Worker(
             name=replica.worker,
@@ -266,7 +266,7 @@ class Reconciler:
                 case Commit():
                     self._commit()
                 case Unload(name, versions) if needed.isdisjoint(versions):
-                    self._leaving[name] = frozenset(versions)
+                    self._leaving.update((name, version) for version in versions)
                     beside.create_task(self._give_up(action))
                 case _:
                     by_worker.setdefault(action.worker, []).append(action)
@@ -314,8 +314,7 @@ class Reconciler:
         async for version in self._calls.load(address, action.bundle, action.versions):
             self._show_loaded(action.worker, (version,))
         self._failpoints("rollout.loaded")
-        if action.worker in self._leaving:  # it is wanted again
-            self._leaving[action.worker] -= frozenset(action.versions)
+        self._leaving.difference_update((action.worker, version) for version in action.versions)
         await self._check_contents(action, action.versions)
 
     async def _unload(self, action: Unload, address: str, incarnation: str) -> None:
@@ -340,18 +339,22 @@ class Reconciler:
         try:
             await self._wait_for_routers()
             async with self._turn(name):
-                idle = tuple(version for version in action.versions if version not in self._needed())
-                found = [one for one in self._controller.workers() if one.facts.replica.worker == name]
-                if idle and found:
-                    self._failpoints("rollout.unload")
-                    await self._calls.unload(found[0].facts.replica.address, idle)
-                    self._failpoints("rollout.unloaded")
-                    await self._check_contents(action, idle)
+                replicas = [sighting.facts.replica for sighting in self._controller.workers()]
+                for replica in replicas:
+                    idle = (replica.holdings & set(action.versions)) - self._needed()
+                    if replica.worker == name and idle:
+                        await self._unload_idle(action, replica.address, sorted(idle))
         except MoesaicError as error:
             self._fail(action, error)
         finally:
-            del self._leaving[name]
+            self._leaving.difference_update((name, version) for version in action.versions)
             self._controller.changed.beat()
+
+    async def _unload_idle(self, action: Unload, address: str, versions: Sequence[ExpertVersion]) -> None:
+        self._failpoints("rollout.unload")
+        await self._calls.unload(address, versions)
+        self._failpoints("rollout.unloaded")
+        await self._check_contents(action, versions)
 
     async def _check_contents(self, action: Load | Unload, versions: Iterable[ExpertVersion]) -> None:
         """Raises Unavailable for a worker whose contents are not what it said that it has made of them. It rests then, else it

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from cluster.control import bundle_store, epoch_store, forgetting, reconciler
 from cluster.control.change_order import ChangeOrder
 from cluster.control.epoch_store import EpochStore
 from cluster.control.head import Head
+from cluster.control.progress import Progress
 from moesaic.bundles import Bundle
 from moesaic.epoch import ExpertAddress, ExpertVersion
+from moesaic.errors import Aborted
 
 BASE = base_model()
 # From which step on the new epoch is what a restart finds.
@@ -100,6 +103,7 @@ import os, sys
 from pathlib import Path
 from cluster.control.epoch_store import Decision, EpochStore
 from cluster.control.head import Head
+from cluster.control.progress import Progress
 from moesaic.epoch import Epoch, ExpertAddress
 
 def epoch(salt):
@@ -157,6 +161,48 @@ def test_a_worker_that_never_gives_up_what_it_was_told_to_is_told_only_now_and_t
     world.workers["w0"].hold(world.workers["w0"].held | {ExpertVersion(ExpertAddress(0, 1), bytes(32))})
     world.pass_time(20.0)
     assert 2 <= len(told_s) <= 20.0 / reconciler.REST_S
+
+
+def test_an_epoch_may_end_while_a_worker_has_yet_to_answer_that_it_gave_another_one_up(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router, unload = world.routers[0], world.unload
+
+    async def answer_late(address: str, versions: Sequence[ExpertVersion]) -> None:
+        await unload(address, versions)
+        await asyncio.sleep(1.0)  # what the worker says of its contents comes before its answer
+
+    for name in ("first", "second"):
+        assert world.plane.epochs.current is not None
+        router.pinned.append(world.plane.epochs.current.id)
+        bundle = write_played_bundle(tmp_path / name, BASE, name, [(0, 0)])
+        world.upload(bundle)
+        world.change(ChangeOrder("swap", bundle.digest))
+    world.pass_time(5.0)
+    monkeypatch.setattr(world, "unload", answer_late)
+    while router.pinned:
+        router.pinned.pop()
+        world.plane.hear(router.report())
+        world.pass_time(0.5)
+    world.pass_time(20.0)
+    current = world.plane.epochs.current
+    assert current is not None
+    assert all(worker.held == current.expert_versions for worker in world.workers.values())
+    assert not any(task.done() for task in world.tasks)
+
+
+def test_whoever_follows_a_change_is_told_when_the_controller_stops(world: World, legal: Bundle) -> None:
+    world.upload(legal)
+    progress = world.begin(ChangeOrder("swap", legal.digest))
+    world.pass_time(0.1)
+    world.run(world.plane.changes.stop())
+    with pytest.raises(Aborted, match="whole or not at all"):
+        world.run(_follow(progress))
+
+
+async def _follow(progress: Progress) -> None:
+    async for _ in progress.follow():
+        pass
 
 
 def test_a_restarted_controller_keeps_an_old_epoch_in_which_sequences_still_run(
