@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,11 +58,17 @@ class ControllerClient:
                 return control_pb2.UploadBundleResponse(name=stored.name, digest=stored.digest, known=True)
         return await self._answer(self._stub.UploadBundle(_parts(bundle, show), timeout=CHANGE_TIMEOUT_S))
 
-    async def change(self, request: control_pb2.ChangeRequest) -> AsyncIterator[control_pb2.ChangeResponse]:
-        """The steps of a change, as they are done. It goes on when the caller leaves."""
+    async def change(
+        self, request: control_pb2.ChangeRequest
+    ) -> AsyncGenerator[control_pb2.ChangeResponse, None]:
+        """The steps of a change, as they are done. Closing the generator ends the call, and the change goes on."""
         with _as_errors(self._address):
-            async for response in self._stub.Change(request, timeout=CHANGE_TIMEOUT_S):
-                yield rpc.received(response)
+            call = self._stub.Change(request, timeout=CHANGE_TIMEOUT_S)
+            try:
+                async for response in call:
+                    yield rpc.received(response)
+            finally:
+                call.cancel()
 
     async def carry_out(
         self,
@@ -74,13 +80,14 @@ class ControllerClient:
         `show`: every step on the way. Raises Aborted, too, where the controller ends it before that.
         """
         start_s, committed_s = time.perf_counter(), 0.0
-        async for step in self.change(request):
-            show(step)
-            if step.epoch and not committed_s:
-                committed_s = time.perf_counter() - start_s
-            if step.stage == control_pb2.CHANGE_STAGE_SPREAD and step.done == step.total > 0:
-                spread_s = time.perf_counter() - start_s
-                return CarriedOut(step.epoch, step.previous_epoch, committed_s, spread_s)
+        async with aclosing(self.change(request)) as steps:
+            async for step in steps:
+                show(step)
+                if step.epoch and not committed_s:
+                    committed_s = time.perf_counter() - start_s
+                if step.stage == control_pb2.CHANGE_STAGE_SPREAD and step.done == step.total > 0:
+                    spread_s = time.perf_counter() - start_s
+                    return CarriedOut(step.epoch, step.previous_epoch, committed_s, spread_s)
         raise Aborted("the controller ended the change before every router had it")
 
     async def bundles(self) -> list[control_pb2.StoredBundle]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -38,6 +39,9 @@ class PlayedLifecycle(control_pb2_grpc.ControlServiceServicer):
     history: control_pb2.GetHistoryResponse = field(default_factory=control_pb2.GetHistoryResponse)
     error: MoesaicError | None = None
     error_after: int = 0
+    # Whether old sequences run on for ever behind a change, and whether somebody left while they did.
+    drains_for_ever: bool = False
+    left: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def UploadBundle(
         self, requests: AsyncIterator[control_pb2.UploadBundleRequest], context: object
@@ -81,6 +85,11 @@ class PlayedLifecycle(control_pb2_grpc.ControlServiceServicer):
                 epoch="2222222222222222" if committed else "",
                 previous_epoch=self.epoch if committed else "",
             )
+            if self.drains_for_ever and stage == control_pb2.CHANGE_STAGE_DRAIN:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.left.set()
 
     async def GetHistory(
         self, request: control_pb2.GetHistoryRequest, context: object

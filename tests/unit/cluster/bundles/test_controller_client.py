@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ async def test_a_change_is_carried_out_once_every_router_has_it_and_each_step_is
     assert (done.epoch, done.previous_epoch) == ("2222222222222222", "1111111111111111")
     assert 0 < done.committed_s <= done.spread_s
     assert shown[-1] == control_pb2.CHANGE_STAGE_SPREAD
+
+
+async def test_who_knows_that_every_router_has_a_change_leaves_while_old_sequences_run_on() -> None:
+    controller = PlayedLifecycle(drains_for_ever=True)
+    async with playing_lifecycle(controller) as (_, address), controller_client(address) as client:
+        await client.carry_out(control_pb2.ChangeRequest())
+        async with asyncio.timeout(30):
+            await controller.left.wait()
 
 
 async def test_a_controller_that_is_not_there_is_named() -> None:
