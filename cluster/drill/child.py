@@ -83,9 +83,8 @@ class Child:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(END_TIMEOUT_S):
-                    while (
-                        not self.has_ended
-                    ):  # `wait` would wait for those, too, that have inherited its stdout
+                    # `wait` would wait for those, too, that have inherited its stdout.
+                    while not self.has_ended:
                         await asyncio.sleep(_LOOK_S)
         left = await self._left()
         for process in left:

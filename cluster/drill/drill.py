@@ -215,12 +215,12 @@ async def _measure_load(fault: Fault, rig: Rig, changing: Changing | None = None
         loaded = LoadedCase(changing.rig, fault, changing.inject)
     under_load = await loaded.run()
     turns = loaded.turns
-    outcomes = None if changing is None else changing.outcomes
+    changes = None if changing is None else dict(changing.outcomes)
     figures = _of_load(
         under_load,
         turns,
         growth_ratio=_growth(turns.before, turns.after),
-        torn=outcomes[Outcome.TORN] if outcomes else 0,
+        torn=changes.get(Outcome.TORN, 0) if changes else 0,
     )
     return _new_case(
         fault,
@@ -229,7 +229,7 @@ async def _measure_load(fault: Fault, rig: Rig, changing: Changing | None = None
         under_load=under_load,
         before=turns.before,
         after=turns.after,
-        changes=outcomes,
+        changes=changes,
     )
 
 
