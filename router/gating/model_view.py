@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakValueDictionary
 
 from moesaic.epoch import Epoch, GateRow
 from moesaic.errors import FailedPrecondition
@@ -24,13 +25,22 @@ _NO_POLICY = ExpertPolicy()
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class GateView:
-    """How the gate of a layer differs from that of the model folder. Compared by identity, by which it is prepared once."""
+    """How the gate of a layer differs from that of the model folder. Compared by identity: it is prepared once, and rows that
+    have the same one are assigned together."""
 
     # The slots that may be chosen, ascending.
     slots: tuple[int, ...]
     top_k: int
     # What scores those of the slots that the folder's gate does not score, or scores in another way, ascending.
     rows: Mapping[int, GateRow]
+
+
+# The views that exist, by what they are. Epochs that differ in their experts alone have the same ones.
+_VIEWS: WeakValueDictionary[tuple[object, ...], GateView] = WeakValueDictionary()
+
+
+def _gate_view(slots: tuple[int, ...], top_k: int, rows: Mapping[int, GateRow]) -> GateView:
+    return _VIEWS.setdefault((slots, top_k, *rows.items()), GateView(slots, top_k, rows))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +113,7 @@ class EpochViews:
         slots, top_ks = resolve(policy, self.epoch, self._shapes)
         rows = _rows(self.epoch)
         gates = {
-            layer: GateView(
+            layer: _gate_view(
                 left,
                 top_ks[layer],
                 {slot: row for slot, row in rows.get(layer, {}).items() if slot in left},

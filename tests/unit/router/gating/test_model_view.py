@@ -59,6 +59,21 @@ def test_a_denied_slot_takes_its_row_with_it_and_what_is_left_may_be_the_folder_
     assert view.versions is views.plain.versions
 
 
+def test_epochs_that_differ_in_an_expert_alone_have_the_same_gates() -> None:
+    old = epoch_of((1, 2))
+    new = Epoch.of(
+        "tiny",
+        {**old.versions, ExpertAddress(0, 0): b"x" * 32},
+        gate_rows={address: replace(row) for address, row in old.gate_rows.items()},
+        bundles=old.bundles,
+    )
+    views, others = views_of(old), views_of(new)
+    assert views.plain.gates[1] is others.plain.gates[1]
+    deny = ExpertPolicy(deny=("0:1",))
+    assert views.of(deny).gates[0] is others.of(deny).gates[0]
+    assert views.plain.key != others.plain.key
+
+
 def test_policies_that_come_to_the_same_are_one_view_and_no_other_has_its_key() -> None:
     views = views_of(epoch_of((1, 2)))
     by_name, by_slot = views.of(ExpertPolicy(deny=("new",))), views.of(ExpertPolicy(deny=("1:2", "9:9")))
