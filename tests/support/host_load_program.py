@@ -79,7 +79,8 @@ async def _unused_s(rig: Rig, workers: Collection[str]) -> float:
     while waiting:
         await asyncio.sleep(LOOK_S)
         calls = await _calls(rig)
-        waiting = {worker for worker in waiting if calls[worker] <= before[worker]}
+        # A worker that was started again is counted anew.
+        waiting = {worker for worker in waiting if calls[worker] in (0, before[worker])}
     return rig.clock() - start_s
 
 
