@@ -1,8 +1,8 @@
 """Changes in a row under load: experts are swapped, added and removed while eight streams are always being answered.
 
-The demo model runs in float32 behind workers, routers and a controller, started by hand or, with --over-ray, by `moesaic serve`. A cycle of eight changes,
-each a moment after every router has the one before, alternates with a spell of the same length without any. Every answer
-must be computed in one epoch from its first token to its last, and each of its tokens must be the one that transformers
+The demo model runs in float32 behind workers, routers and a controller, started by hand or, with --over-ray, by
+`moesaic serve`. A cycle of eight changes, each a moment after every router has the one before, alternates with a spell of
+the same length without any. Every answer must be computed in one epoch from its first token to its last, and each of its tokens must be the one that transformers
 chooses with the weights of that epoch put in by hand. Throughput and gaps between tokens are compared with the spells
 without changes, and memory with what it was after the first cycle, which is not counted.
 
@@ -443,8 +443,8 @@ def _conclude(
             ),
         ],
         notes=[
-            f"{setup.workers} workers, {setup.replicas} with each expert, {setup.routers} routers, {started}, {STREAMS} streams, "
-            f"{pause_s:g} s between changes; every bundle has an expert for each of 4 layers",
+            f"{setup.workers} workers, {setup.replicas} with each expert, {setup.routers} routers, "
+            f"{started}, {STREAMS} streams, {pause_s:g} s between changes; every bundle has an expert for each of 4 layers",
             f"load average of the machine {load[0]:.0f} before, {load[1]:.0f} after",
         ],
         data={

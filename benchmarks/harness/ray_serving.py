@@ -5,52 +5,34 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import IO, Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from harness.serving import ROOT, STOP_TIMEOUT_S, Served, Setup
+from harness.serving import ROOT, Served, Setup, Starter
 
-MOESAIC = (sys.executable, "-m", "cluster.cli.main")
+COMMAND = "cluster.cli.main"
 STATUS_TIMEOUT_S = 60.0
 
 
 @contextmanager
 def serve_over_ray(setup: Setup) -> Iterator[Served]:
     """Raises SystemExit with the server's log when it does not become ready."""
-    command = [*MOESAIC, "serve", str(setup.model), "--json", "--http-port", "0", "--grpc-port", "0"]
-    for flag, number in (
-        ("--workers", setup.workers),
-        ("--replicas", setup.replicas),
-        ("--routers", setup.routers),
-    ):
-        command += [flag, str(number)]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=setup.variables, stdout=subprocess.PIPE, stderr=log, text=True
+    with ExitStack() as stack:
+        start = Starter(stack, setup.variables)
+        pid = start(
+            COMMAND,
+            *("serve", str(setup.model), "--json", "--http-port", "0", "--grpc-port", "0"),
+            *("--workers", str(setup.workers), "--replicas", str(setup.replicas)),
+            *("--routers", str(setup.routers)),
         )
-        try:
-            ready = _ready(process, log)
-            yield _served(_processes(ready["grpc"]), ready["http"])
-        finally:
-            process.terminate()
-            process.wait(STOP_TIMEOUT_S)
-
-
-def _ready(process: subprocess.Popen[str], log: IO[str]) -> Mapping[str, str]:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        log.seek(0)
-        raise SystemExit(f"the cluster did not become ready; its log:\n{log.read()[-4000:]}")
-    ready: Mapping[str, str] = json.loads(line)["ready"]
-    return ready
+        ready = json.loads(start.ready_line(pid))["ready"]
+        yield _served(_processes(ready["grpc"]), ready["http"])
 
 
 def _processes(grpc: str) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [*MOESAIC, "status", "--grpc", grpc, "--json"],
+        [sys.executable, "-m", COMMAND, "status", "--grpc", grpc, "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -91,7 +91,7 @@ def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
         for index in range(num_shares)
     ] * setup.replicas
     with ExitStack() as stack:
-        start = _Starter(stack, setup.variables)
+        start = Starter(stack, setup.variables)
         pids = {
             f"worker-{index}": start(
                 setup.worker_module,
@@ -121,7 +121,7 @@ def serve(setup: Setup, num_slots: int = 8) -> Iterator[Served]:
         yield Served(tuple(addresses), workers, http, pids)
 
 
-class _Starter:
+class Starter:
     """Starts processes that end with `stack`, and finds them by their pid."""
 
     def __init__(self, stack: ExitStack, variables: dict[str, str]) -> None:
@@ -144,21 +144,28 @@ class _Starter:
         return process.pid
 
     def address(self, pid: int) -> str:
-        """Waits for the line that names HOST:PORT.
+        """HOST:PORT of the line that a process prints when it is ready. Raises SystemExit when it does not come."""
+        match = re.search(r"(?:grpc|http)=(\S+)", self.ready_line(pid))
+        if match is None:
+            raise self._failure(pid)
+        return match[1]
 
-        Raises SystemExit with the process's log when it does not come.
-        """
-        process, log = self._running[pid]
+    def ready_line(self, pid: int) -> str:
+        """Waits for the first line that a process prints. Raises SystemExit with its log when none comes."""
+        process, _ = self._running[pid]
         timer = threading.Timer(START_TIMEOUT_S, process.kill)
         timer.start()
         assert process.stdout is not None
         line = process.stdout.readline()
         timer.cancel()
-        match = re.search(r"(?:grpc|http)=(\S+)", line)
-        if match is None:
-            log.seek(0)
-            raise SystemExit(f"a process did not become ready; its log:\n{log.read()[-4000:]}")
-        return match[1]
+        if not line:
+            raise self._failure(pid)
+        return line
+
+    def _failure(self, pid: int) -> SystemExit:
+        log = self._running[pid][1]
+        log.seek(0)
+        return SystemExit(f"a process did not become ready; its log:\n{log.read()[-4000:]}")
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -324,10 +324,7 @@ class Reconciler:
         self._controller.withhold(incarnation, versions)
         try:
             await self._wait_for_routers()
-            self._failpoints("rollout.unload")
-            await self._calls.unload(address, action.versions)
-            self._failpoints("rollout.unloaded")
-            await self._check_contents(action, action.versions)
+            await self._take_off(action, address, action.versions)
         except MoesaicError:
             self._controller.admit(incarnation, versions - was_withheld)
             raise
@@ -343,14 +340,15 @@ class Reconciler:
                 for replica in replicas:
                     idle = (replica.holdings & set(action.versions)) - self._needed()
                     if replica.worker == name and idle:
-                        await self._unload_idle(action, replica.address, sorted(idle))
+                        await self._take_off(action, replica.address, sorted(idle))
         except MoesaicError as error:
             self._fail(action, error)
         finally:
             self._leaving.difference_update((name, version) for version in action.versions)
             self._controller.changed.beat()
 
-    async def _unload_idle(self, action: Unload, address: str, versions: Sequence[ExpertVersion]) -> None:
+    async def _take_off(self, action: Unload, address: str, versions: Sequence[ExpertVersion]) -> None:
+        """Tells a worker to unload versions, of which routers know already that it has them no more."""
         self._failpoints("rollout.unload")
         await self._calls.unload(address, versions)
         self._failpoints("rollout.unloaded")

@@ -525,16 +525,15 @@ def _poll_with_patience() -> None:
     is away that would take a whole core."""
     raylet: Any = importlib.import_module("ray._raylet")
 
-    def patient(subscriber: Any) -> Any:
-        class Patient(subscriber):  # type: ignore[misc]
-            def poll(self, *arguments: Any, **options: Any) -> Any:
-                message = super().poll(*arguments, **options)
-                match message:
-                    case None | (_, None) | {"lines": []}:  # no answer
-                        time.sleep(HEAD_PERIOD_S)
-                return message
+    def patient(subscriber: Any) -> type:
+        def poll(self: Any, *arguments: Any, **options: Any) -> Any:
+            message = subscriber.poll(self, *arguments, **options)
+            match message:
+                case None | (_, None) | {"lines": []}:  # no answer
+                    time.sleep(HEAD_PERIOD_S)
+            return message
 
-        return Patient
+        return type(f"Patient{subscriber.__name__}", (subscriber,), {"poll": poll})
 
     raylet.GcsErrorSubscriber = patient(raylet.GcsErrorSubscriber)
     raylet.GcsLogSubscriber = patient(raylet.GcsLogSubscriber)

@@ -102,7 +102,6 @@ def _figures(load: Load, rig: Rig, control: Span, cuts: list[Cut], end_s: float)
         "wrong_tokens": tally.wrong_tokens,
         "mixed": tally.mixed,
         "errors": tally.errors,
-        "cuts": len(cuts),
         "unused_s": [cut.unused_s for cut in cuts],
     }
     starts_s = [cut.start_s for cut in cuts[1:]] + [end_s]

@@ -103,7 +103,6 @@ import os, sys
 from pathlib import Path
 from cluster.control.epoch_store import Decision, EpochStore
 from cluster.control.head import Head
-from cluster.control.progress import Progress
 from moesaic.epoch import Epoch, ExpertAddress
 
 def epoch(salt):
